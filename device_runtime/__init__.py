@@ -1,0 +1,19 @@
+"""Device side: embed, predict, learn, undo. Imports nothing of the workstation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from device_runtime.device import Device, Prediction
+
+__all__ = ["Device", "Prediction"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Device` and `Prediction`, imported when first used: they need PyTorch."""
+    if name in __all__:
+        from device_runtime import device
+
+        return getattr(device, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,318 @@
+"""`Device`: a box that predicts, learns new classes, and can undo it.
+
+Example:
+    >>> from device_runtime import Device
+    >>> with Device.open("/data/ssd-edge") as device:
+    ...     device.learn("gear", ["photos/1.jpg", "photos/2.jpg", "photos/3.jpg"])
+    ...     print(device.predict(["frame.jpg"])[0].label)
+    ...     device.rollback()
+
+Every learn makes a generation; nothing is changed until its last step, the commit. Images are file paths, PIL
+images, or uint8 arrays ``(H, W)`` or ``(H, W, 3)`` in RGB order (OpenCV gives BGR: reverse its last axis).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from device_runtime.embedder import OnnxEmbedder
+from device_runtime.generations import Generation, Generations
+from device_runtime.retention import estimate
+from ssd_edge import bundle as bundles
+from ssd_edge import files, images, learners
+from ssd_edge.classes import ClassRegistry
+from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.statistics import ClassStatistics
+
+MIN_IMAGES = 3  # the mean of one image is that image's embedding: it would be stored
+HELD_OUT = 5  # one image in five measures what the others taught
+ImageSource = str | Path | np.ndarray | Image.Image
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One answer.
+
+    Attributes:
+        image: the path, or ``image 0`` … for arrays.
+        label: class name.
+        score: softmax of the learner's scores over the classes: its share of belief, 0..1, comparable between
+            images of one generation only.
+    """
+
+    image: str
+    label: str
+    score: float
+
+
+def default_root() -> Path:
+    """``$SSD_EDGE_ROOT``, else a folder in the user's data directory."""
+    if named := os.environ.get("SSD_EDGE_ROOT"):
+        return Path(named)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "ssd-edge" / "device"
+
+
+def install(root: str | Path, bundle: str | Path) -> Generation:
+    """Verify a bundle and make it the current generation of a root (created if need be).
+
+    Raises:
+        InputError: no such bundle.
+        BundleRefusedError: the bundle is damaged, or its backbone does not do what it says.
+    """
+    opened = bundles.read(Path(bundle))
+    contents = {
+        "learner.safetensors": opened.read("learner"),
+        "statistics.safetensors": opened.read("statistics"),
+        "classes.json": opened.read("classes"),
+        "device.json": files.json_bytes(_facts(opened)),
+    }
+    if "top_n" in opened.roles:
+        contents["top_n.safetensors"] = opened.read("top_n")
+    store = Generations(root)
+    learner = learners.restore(*opened.tensors("learner"))
+    _check(learner, opened.registry, _statistics(*opened.tensors("statistics")))
+    with store.writer():
+        backbone = store.add_backbone(opened.read("backbone"))
+        facts = _facts(opened)
+        embedder = OnnxEmbedder(store.backbone_path(backbone), facts["size"], facts["dim"])
+        probe = np.random.default_rng(0).integers(0, 256, (2, facts["size"], facts["size"], 3), dtype=np.uint8)
+        learner.predict(torch.from_numpy(embedder.embed(probe)))
+        info = {"bundle": Path(bundle).name, "bundle_sha256": opened.sha256, "classes": opened.registry.names}
+        return store.commit(contents, info, parent=None, backbone=backbone)
+
+
+def _facts(opened: bundles.Bundle) -> dict[str, Any]:
+    """What a device must know of a bundle besides its tensors."""
+    manifest = opened.manifest
+    backbone = manifest["backbone"]
+    return {
+        "name": manifest.get("name", ""),
+        "size": int(backbone["size"]),
+        "dim": int(backbone["dim"]),
+        "precision": backbone.get("precision", "fp32"),
+        "bundle_sha256": opened.sha256,
+    }
+
+
+def _statistics(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> ClassStatistics:
+    try:
+        return ClassStatistics.from_state({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise BundleRefusedError(f"the class statistics are damaged ({error}); deploy the bundle again") from error
+
+
+def _check(learner: learners.Learner, registry: ClassRegistry, statistics: ClassStatistics) -> None:
+    """Parts of one state must speak of the same classes."""
+    rows = len(registry)
+    if len(learner.seen) != rows or len(statistics.counts) != rows:
+        raise BundleRefusedError(
+            f"the registry names {rows} classes, but the learner knows {len(learner.seen)} and the statistics "
+            f"{len(statistics.counts)}; deploy the bundle again"
+        )
+
+
+class Device:
+    """The state of a root, opened. Make one with `Device.open`.
+
+    Attributes:
+        generation: the current one.
+    """
+
+    def __init__(self, store: Generations) -> None:
+        self.store = store
+        self._embedder: OnnxEmbedder | None = None
+        self._load(store.current())
+
+    @classmethod
+    def open(cls, root: str | Path | None = None) -> Device:
+        """Open a root that a bundle was installed in.
+
+        Raises:
+            InputError: nothing is installed there.
+            BundleRefusedError: every generation is damaged.
+        """
+        return cls(Generations(default_root() if root is None else root))
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._embedder = None
+
+    def _load(self, generation: Generation) -> None:
+        registry = generation.registry
+        learner = learners.restore(*generation.tensors("learner.safetensors"))
+        statistics = _statistics(*generation.tensors("statistics.safetensors"))
+        _check(learner, registry, statistics)
+        facts = files.parse_json(generation.read("device.json"), "device.json")
+        self.generation, self.registry, self.learner = generation, registry, learner
+        self.statistics, self.facts = statistics, facts
+
+    @property
+    def embedder(self) -> OnnxEmbedder:
+        """The backbone, started when it is first needed."""
+        if self._embedder is None:
+            path = self.store.backbone_path(self.generation.backbone)
+            self._embedder = OnnxEmbedder(path, self.facts["size"], self.facts["dim"])
+        return self._embedder
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes that this device knows."""
+        return self.registry.names
+
+    def embed(self, sources: Sequence[ImageSource]) -> torch.Tensor:
+        """Standardised embeddings, float32 ``(N, D)``.
+
+        Raises:
+            InputError: an image cannot be read; the sentence names it.
+        """
+        size = self.facts["size"]
+        pixels = [_pixels(source, f"image {number}", size) for number, source in enumerate(sources)]
+        stacked = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
+        return torch.from_numpy(self.embedder.embed(stacked))
+
+    def predict(self, sources: Sequence[ImageSource]) -> list[Prediction]:
+        """The best class of each image."""
+        scores = self.learner.scores(self.embed(sources))[:, : len(self.registry)]
+        share, row = scores.softmax(1).max(1) if len(scores) else (torch.zeros(0), torch.zeros(0))
+        names = [str(s) if isinstance(s, str | Path) else f"image {n}" for n, s in enumerate(sources)]
+        return [
+            Prediction(name, self.classes[int(r)], float(s))
+            for name, r, s in zip(names, row, share, strict=True)
+        ]
+
+    def learn(self, label: str, sources: Sequence[ImageSource]) -> dict[str, Any]:
+        """Teach a class that was not known before, from its images alone, and commit a generation.
+
+        A fifth of the images is held out, a copy of the learner is taught with the rest and measured on it;
+        then the learner itself is taught with all of them, so that none is wasted.
+
+        Args:
+            label: the new name.
+            sources: at least three images.
+
+        Returns:
+            generation, classes, images, held-out accuracy, the estimate for the old classes, seconds.
+
+        Raises:
+            InputError: bad or known name, too few images, or one that cannot be read; nothing is changed.
+        """
+        started = time.monotonic()
+        with self.store.writer():  # from reading to committing: nobody else can commit in between
+            self._load(self.store.current())
+            registry = self.registry.add(label, "device", len(sources))
+            if len(sources) < MIN_IMAGES:
+                raise InputError(f"a class needs at least {MIN_IMAGES} images, but '{label}' has {len(sources)}")
+            embeddings = self.embed(sources)
+            row = len(self.registry)
+            accuracy, held_out = self._held_out(embeddings, row)
+            state = self.generation.tensors("learner.safetensors")
+            taught = learners.restore(*state)
+            labels = torch.full((len(embeddings),), row)
+            measured = taught.learn(learners.Task(embeddings, labels))
+            statistics = _statistics(*self.generation.tensors("statistics.safetensors"))
+            retention = estimate(self.learner, taught, statistics)
+            statistics.add(embeddings, labels)
+            info = {
+                "label": registry.names[row],
+                "images": len(sources),
+                "held_out": {"images": held_out, "accuracy": round(accuracy, 4)},
+                "old_classes": retention,
+                "seconds": round(time.monotonic() - started, 3),
+                "measured": {key: float(value) for key, value in measured.items()},
+            }
+            generation = self.store.commit(
+                self._contents(taught, statistics, registry), info, parent=self.generation.number
+            )
+            self._load(generation)
+        return {"generation": generation.number, "classes": self.classes, **info}
+
+    def _held_out(self, embeddings: torch.Tensor, row: int) -> tuple[float, int]:
+        """Accuracy on a fifth of the new images, of a copy taught with the others, and how many that is."""
+        order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(self.generation.number))
+        count = max(1, len(order) // HELD_OUT)
+        copy = learners.restore(*self.generation.tensors("learner.safetensors"))
+        part = embeddings[order[count:]]
+        copy.learn(learners.Task(part, torch.full((len(part),), row)))
+        right = copy.predict(embeddings[order[:count]]) == row
+        return float(right.double().mean()), count
+
+    def _contents(
+        self, learner: learners.Learner, statistics: ClassStatistics, registry: ClassRegistry
+    ) -> dict[str, bytes]:
+        arrays = {name: tensor.numpy() for name, tensor in statistics.state().items()}
+        contents = {
+            "learner.safetensors": files.tensor_bytes(*learners.pack(learner)),
+            "statistics.safetensors": files.tensor_bytes(arrays),
+            "classes.json": files.json_bytes(registry.to_json()),
+            "device.json": self.generation.read("device.json"),
+        }
+        table = learners.top_n_table(learner)
+        if table is not None:
+            contents["top_n.safetensors"] = files.tensor_bytes(table, {"learner": learner.name})
+        return contents
+
+    def rollback(self, number: int | None = None) -> dict[str, Any]:
+        """Return to an earlier generation: the one that this was learned from, or any by its number.
+
+        Predictions are then those of that generation, bit for bit. Nothing is deleted: the later generation
+        can be returned to as well.
+
+        Raises:
+            InputError: there is none to return to, or the number does not exist.
+        """
+        with self.store.writer():
+            current = self.store.current()
+            if number is None:
+                number = current.parent
+            if number is None:
+                others = [str(g["number"]) for g in self.store.list() if g["number"] != current.number]
+                hint = f"name one of: {', '.join(others)}" if others else "it is the only one"
+                raise InputError(f"generation {current.number} was installed, not learned, so it has no parent; {hint}")
+            generation = self.store.set_current(number, "rollback", {"from": current.number})
+            if generation.backbone != self.generation.backbone:
+                self._embedder = None
+            self._load(generation)
+        return {"generation": generation.number, "classes": self.classes, "from": current.number}
+
+    def status(self) -> dict[str, Any]:
+        """What this device is and knows; JSON values."""
+        return {
+            "generation": self.generation.number,
+            "classes": self.classes,
+            "images": {entry.name: entry.images for entry in self.registry.entries},
+            "learned_here": [entry.name for entry in self.registry.entries if entry.origin == "device"],
+            "learner": self.learner.name,
+            "state_bytes": self.learner.memory_bytes(),
+            "provider": self.embedder.provider,
+            "bundle": self.facts["name"],
+            "root": str(self.store.root),
+            "warning": self.generation.fallback,
+        }
+
+    def history(self) -> dict[str, Any]:
+        """Every generation and every event, oldest first; JSON values."""
+        return {
+            "generation": self.generation.number,
+            "classes": self.classes,
+            "generations": list(self.store.list()),
+            "events": list(self.store.journal()),
+        }
+
+
+def _pixels(source: ImageSource, name: str, size: int) -> np.ndarray:
+    if isinstance(source, np.ndarray):
+        return images.from_array(source, size)
+    if isinstance(source, Image.Image):
+        return images.to_array(source, name, size)
+    return images.decode(files.read_bytes(Path(source)), str(source), size)

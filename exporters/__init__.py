@@ -1,0 +1,1 @@
+"""Workstation side of a deployment: ONNX export, parity, targets and packing."""

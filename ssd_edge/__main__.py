@@ -1,0 +1,5 @@
+"""``python -m ssd_edge``."""
+
+from ssd_edge.cli import main
+
+main()

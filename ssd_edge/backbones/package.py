@@ -1,0 +1,129 @@
+"""Backbone package: a folder with weights and with what learners need from pretraining.
+
+```
+backbone.safetensors   weights of the body; matrices fp16, vectors fp32
+priors.safetensors     mu, sigma (D,), count, within_covariance (D, D) of the standardised embeddings,
+                       keys (r, D) and counters (r,) of a pretrained SDMLP, code_keys (r, D)
+card.json              where each comes from: data and terms, command, seed, accuracy
+```
+A user's own ONNX backbone has no package: its μ and σ come from the first task and stay frozen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssd_edge import files
+from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.priors import Priors
+
+WEIGHTS, PRIORS, CARD = "backbone.safetensors", "priors.safetensors", "card.json"
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+@dataclass(frozen=True)
+class BackbonePackage:
+    """A trained backbone as numpy arrays.
+
+    Attributes:
+        weights: state of the body (`networks.ARCHITECTURES[card["arch"]]`).
+        mu: ``(D,)``, mean of the raw features over the pretraining data.
+        sigma: ``(D,)``, their standard deviation.
+        priors: for the learners.
+        card: provenance; has at least ``arch``, ``size``, ``dim``, ``data``, ``terms``.
+    """
+
+    weights: dict[str, np.ndarray]
+    mu: np.ndarray
+    sigma: np.ndarray
+    priors: Priors
+    card: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """A short digest of everything that decides the embedding (not of the keys)."""
+        metadata = {"arch": self.card["arch"], "size": self.card["size"]}
+        data = files.tensor_bytes({**compact(self.weights), "mu": self.mu, "sigma": self.sigma}, metadata)
+        return files.sha256(data)[:16]
+
+
+def compact(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Matrices as fp16, vectors (biases, normalisation) as fp32; counters of batch norm are dropped."""
+    return {
+        name: tensor.astype(np.float16 if tensor.ndim >= 2 else np.float32)
+        for name, tensor in weights.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def _unit_rows(keys: np.ndarray | None) -> np.ndarray | None:
+    """Unit rows in fp32: rounding to fp16 leaves them a little off."""
+    if keys is None:
+        return None
+    wide = keys.astype(np.float32)
+    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
+
+
+def save(package: BackbonePackage, folder: Path) -> int:
+    """Write a package; returns its size in bytes."""
+    folder = Path(folder)
+    files.make_directory(folder)
+    priors: dict[str, np.ndarray] = {"mu": package.mu.astype(np.float32), "sigma": package.sigma.astype(np.float32)}
+    if package.priors.within_covariance is not None:
+        priors["within_covariance"] = package.priors.within_covariance.astype(np.float32)
+    if package.priors.keys is not None and package.priors.counters is not None:
+        priors["keys"] = package.priors.keys.astype(np.float16)
+        priors["counters"] = package.priors.counters.astype(np.float32)
+    if package.priors.code_keys is not None:
+        priors["code_keys"] = package.priors.code_keys.astype(np.float16)
+    files.write_tensors(folder / WEIGHTS, compact(package.weights))
+    metadata = {"count": package.priors.count, "student": package.priors.student}
+    files.write_tensors(folder / PRIORS, priors, metadata)
+    files.write_json(folder / CARD, package.card)
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
+def load(folder: Path | None = None) -> BackbonePackage:
+    """Read a package; without a folder, the one that ships with SSD-Edge.
+
+    Raises:
+        InputError: the folder is not a backbone package.
+        BundleRefusedError: one of its files is damaged.
+    """
+    folder = SHIPPED if folder is None else Path(folder)
+    missing = [name for name in (WEIGHTS, PRIORS, CARD) if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder} is not a backbone package: {', '.join(missing)} missing. "
+            f"Make one with: ssd-edge pretrain {folder} data.path=IMAGES"
+        )
+    weights, _ = files.read_tensors(folder / WEIGHTS)
+    priors, metadata = files.read_tensors(folder / PRIORS)
+    card = files.read_json(folder / CARD)
+    try:
+        return BackbonePackage(
+            weights={name: tensor.astype(np.float32) for name, tensor in weights.items()},
+            mu=priors["mu"],
+            sigma=priors["sigma"],
+            priors=Priors(
+                count=int(metadata["count"]),
+                within_covariance=priors.get("within_covariance"),
+                keys=_unit_rows(priors.get("keys")),
+                counters=priors.get("counters"),
+                code_keys=_unit_rows(priors.get("code_keys")),
+                student=dict(metadata.get("student", {})),
+            ),
+            card={**card, "arch": str(card["arch"]), "size": int(card["size"]), "dim": int(card["dim"])},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleRefusedError(f"the backbone package {folder} lacks or misstates {error}; restore it") from error
+
+
+def with_card(package: BackbonePackage, **changes: Any) -> BackbonePackage:
+    """The same package with changed card entries."""
+    return dataclasses.replace(package, card={**package.card, **changes})

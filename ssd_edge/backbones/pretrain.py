@@ -1,0 +1,114 @@
+"""`ssd-edge pretrain`: images → trained backbone → statistics → SDMLP keys → a backbone package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ssd_edge.backbones import package as packages
+from ssd_edge.backbones.embedder import TorchEmbedder
+from ssd_edge.backbones.networks import FEATURES
+from ssd_edge.backbones.package import BackbonePackage
+from ssd_edge.backbones.pretraining import normalise, top1, train_backbone
+from ssd_edge.backbones.student import with_student
+from ssd_edge.config import PretrainConfig, to_tree
+from ssd_edge.data import Dataset
+from ssd_edge.errors import InputError
+from ssd_edge.priors import Priors
+
+Say = Callable[[str], None]
+
+
+def as_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 ``(N, H, W, 3)`` → contiguous uint8 tensor ``(N, 3, H, W)``."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+@torch.inference_mode()
+def features_of(body: torch.nn.Module, images: torch.Tensor, device: torch.device) -> np.ndarray:
+    """Raw features ``(N, D)`` float32 of uint8 images ``(N, 3, H, W)``."""
+    body = body.to(device).eval()
+    parts = [body(normalise(part.to(device))).float().cpu().numpy() for part in images.split(1000)]
+    return np.concatenate(parts)
+
+
+def within_covariance(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Pooled covariance ``(D, D)`` around the class means, divided by N − C."""
+    classes = np.unique(labels)
+    scatter = np.zeros((embeddings.shape[1],) * 2)
+    for label in classes:
+        rows = embeddings[labels == label].astype(np.float64)
+        rows -= rows.mean(0)
+        scatter += rows.T @ rows
+    return scatter / max(1, len(embeddings) - len(classes))
+
+
+def pretrain_backbone(
+    config: PretrainConfig, dataset: Dataset, device: torch.device, command: str, say: Say
+) -> BackbonePackage:
+    """Train a backbone, measure its statistics, and pretrain the keys that learners start from.
+
+    The statistics are those of the weights as stored (fp16), without augmentation.
+
+    Raises:
+        InputError: fewer than two classes, or a loss that is not finite.
+    """
+    if len(dataset.classes) < 2:
+        raise InputError(f"pretraining needs at least two classes, but {dataset.name} has {len(dataset.classes)}")
+    size = config.train.size
+    say(f"decoding {len(dataset.train_labels):,} training images to {size}×{size}")
+    train = as_tensor(dataset.train.load(np.arange(len(dataset.train)), size))
+    labels = torch.from_numpy(dataset.train_labels)
+
+    def report(epoch: int, epochs: int, loss: float, seconds: float) -> None:
+        left = seconds / epoch * (epochs - epoch)
+        rate = epoch * len(train) / seconds
+        say(f"epoch {epoch}/{epochs}  loss {loss:.3f}  {rate:,.0f} images/s  {left / 60:.1f} min left")
+
+    body, head = train_backbone(train, labels, len(dataset.classes), config.train, device, report)
+    test = as_tensor(dataset.test.load(np.arange(len(dataset.test)), size))
+    accuracy = top1(body, head, test, torch.from_numpy(dataset.test_labels), device)
+    say(f"top-1 on {len(test):,} test images of {len(dataset.classes)} classes: {accuracy:.3f}")
+    weights = {name: tensor.detach().cpu().numpy() for name, tensor in body.state_dict().items()}
+    stored = {name: torch.from_numpy(t.astype(np.float32)) for name, t in packages.compact(weights).items()}
+    body.load_state_dict(stored, strict=False)
+    features = features_of(body, train, device)
+    mu, sigma = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
+    sigma = np.maximum(sigma, 1e-3 * max(float(sigma.max()), 1e-12))  # a dead feature must not blow up
+    embeddings = ((features - mu) / sigma).astype(np.float32)
+    card = {
+        "arch": config.train.arch,
+        "size": size,
+        "dim": FEATURES,
+        "data": f"{dataset.name}: {len(train):,} images of {len(dataset.classes)} classes ({dataset.split})",
+        "terms": config.train.terms,
+        "command": command,
+        "config": to_tree(config)["train"],
+        "seed": config.train.seed,
+        "accuracy": {"top1": round(accuracy, 4), "on": f"{len(test):,} held-out images of the same classes"},
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+    }
+    priors = Priors(count=len(train), within_covariance=within_covariance(embeddings, dataset.train_labels))
+    package = BackbonePackage(weights, mu.astype(np.float32), sigma.astype(np.float32), priors, card)
+    return with_student(package, embeddings, dataset.train_labels, config.student, config.train.seed, say)
+
+
+def retrain_student(
+    package: BackbonePackage, config: PretrainConfig, dataset: Dataset, device: torch.device, say: Say
+) -> BackbonePackage:
+    """New keys (another r, k or shift) for a backbone that stays as it is (``--student``).
+
+    Args:
+        package: whose backbone embeds the images.
+        config: `student` is used.
+        dataset: the images that the backbone was trained on.
+        device: where the embedding runs.
+        say: called with lines of progress.
+    """
+    embedder = TorchEmbedder(package, device)
+    say(f"embedding {len(dataset.train):,} images")
+    embeddings = np.concatenate([embedder.embed(part) for part in dataset.train.batches(embedder.size)])
+    return with_student(package, embeddings, dataset.train_labels, config.student, config.train.seed, say)
+

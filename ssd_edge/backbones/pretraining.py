@@ -1,0 +1,139 @@
+"""Train a backbone on labelled images: supervised, one-cycle, bfloat16 autocast.
+
+The whole set lives in memory as uint8 and is augmented on the device that trains, so that a CPU or a
+GPU is fed without loader processes. Recipe and its throughput: docs/backbone.md.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssd_edge.backbones.networks import ARCHITECTURES, FEATURES, PIXEL_MEAN, PIXEL_STD
+from ssd_edge.config import PretrainingConfig
+from ssd_edge.errors import InputError
+
+Report = Callable[[int, int, float, float], None]  # epoch, epochs, loss, seconds so far
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 ``(N, 3, H, W)`` → float32, as `EmbeddingNetwork` does it."""
+    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(PIXEL_STD, device=images.device).view(1, 3, 1, 1)
+    return (images.float() / 255.0 - mean) / std
+
+
+def augment(images: Tensor, crop: int, cutout: int, generator: torch.Generator) -> Tensor:
+    """Random crop of the reflect-padded image, horizontal flip and an optional square of grey.
+
+    Args:
+        images: float ``(N, 3, H, W)``.
+        crop: padding in pixels; 0: no crop.
+        cutout: side of the square in pixels; 0: none.
+        generator: on the CPU, so that the same seed draws the same on every device.
+    """
+    count, _, height, width = images.shape
+    device = images.device
+    rows = torch.arange(height, device=device).view(1, height, 1)
+    columns = torch.arange(width, device=device).view(1, 1, width)
+    top = torch.randint(0, 2 * crop + 1, (count, 1, 1), generator=generator).to(device)
+    left = torch.randint(0, 2 * crop + 1, (count, 1, 1), generator=generator).to(device)
+    flip = (torch.rand(count, 1, 1, generator=generator) < 0.5).to(device)
+    padded = F.pad(images, (crop,) * 4, mode="reflect") if crop else images
+    columns = torch.where(flip, width - 1 - columns, columns)
+    sample = torch.arange(count, device=device).view(count, 1, 1)
+    images = padded.permute(0, 2, 3, 1)[sample, rows + top, columns + left].permute(0, 3, 1, 2)
+    if cutout:
+        y = torch.randint(0, height, (count, 1, 1), generator=generator).to(device)
+        x = torch.randint(0, width, (count, 1, 1), generator=generator).to(device)
+        columns = torch.arange(width, device=device).view(1, 1, width)
+        hole = ((rows - y).abs() <= cutout // 2) & ((columns - x).abs() <= cutout // 2)
+        images = images.masked_fill(hole[:, None], 0.0)
+    return images
+
+
+def train_backbone(
+    images: Tensor, labels: Tensor, classes: int, config: PretrainingConfig, device: torch.device, report: Report
+) -> tuple[nn.Module, nn.Linear]:
+    """Train body and a linear head from scratch.
+
+    Args:
+        images: uint8 ``(N, 3, H, W)``; moved to `device` as a whole.
+        labels: int64 ``(N,)``, below `classes`.
+        classes: number of classes.
+        config: the schedule.
+        device: where to train.
+        report: called after each epoch.
+
+    Returns:
+        The trained body and head, in eval mode, on the CPU.
+
+    Raises:
+        InputError: the loss is not finite any more (learning rate too high).
+    """
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    body = ARCHITECTURES[config.arch]()
+    head = nn.Linear(FEATURES, classes)
+    model = nn.Sequential(body, head).to(device, memory_format=torch.channels_last)
+    images, labels = images.to(device), labels.to(device)
+    batch = min(config.batch, len(images))
+    steps_per_epoch = max(1, len(images) // batch)
+    kind = config.optimiser
+    if kind == "auto":
+        kind = "sgd" if config.arch == "resnet9" else "adamw"
+    # no decay on biases and normalisation: it only slows them down
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    decay = config.weight_decay or (5e-4 if kind == "sgd" else 5e-3)
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
+    peak = config.lr or (0.4 if kind == "sgd" else 0.01)
+    optimiser: torch.optim.Optimizer
+    if kind == "sgd":
+        optimiser = torch.optim.SGD(groups, lr=peak, momentum=0.9, nesterov=True)
+    else:
+        optimiser = torch.optim.AdamW(groups, lr=peak)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, peak, total_steps=config.epochs * steps_per_epoch, pct_start=0.2, cycle_momentum=False
+    )
+    started = time.monotonic()
+    for epoch in range(config.epochs):
+        model.train()
+        order = torch.randperm(len(images), generator=generator).to(device)
+        total = torch.zeros((), device=device)
+        for step in range(steps_per_epoch):
+            index = order[step * batch : (step + 1) * batch]
+            inputs = augment(normalise(images[index]), config.crop, config.cutout, generator)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+                logits = model(inputs.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=config.label_smoothing)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            if kind == "adamw":
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            total += loss.detach()
+        mean_loss = float(total) / steps_per_epoch
+        if not math.isfinite(mean_loss):
+            raise InputError(f"the loss became {mean_loss} in epoch {epoch + 1}; lower train.lr (now {peak})")
+        report(epoch + 1, config.epochs, mean_loss, time.monotonic() - started)
+    model.eval().to("cpu")
+    return body, head
+
+
+@torch.inference_mode()
+def top1(body: nn.Module, head: nn.Linear, images: Tensor, labels: Tensor, device: torch.device) -> float:
+    """Share of right answers on uint8 images ``(N, 3, H, W)``."""
+    body, head = body.to(device).eval(), head.to(device).eval()
+    correct = 0
+    for part, truth in zip(images.split(1000), labels.split(1000), strict=True):
+        correct += int((head(body(normalise(part.to(device)))).argmax(1).cpu() == truth).sum())
+    body.cpu()
+    head.cpu()
+    return correct / max(1, len(labels))

@@ -1,0 +1,115 @@
+"""Class registry: class id ↔ name ↔ row.
+
+A *row* is a position in a learner's value matrix. An *id* names a class within one lineage of states and
+is never given twice, also after its class has been removed. Names are what people see.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ssd_edge.errors import BundleRefusedError, InputError
+
+MAX_NAME_LENGTH = 64
+RESERVED_NAMES = frozenset({"unknown"})
+
+
+def normalise_name(name: str) -> str:
+    """The NFC form of a class name, stripped of surrounding blanks.
+
+    Raises:
+        InputError: empty, reserved, longer than 64 characters, or with control characters.
+    """
+    clean = unicodedata.normalize("NFC", name).strip()
+    if not clean:
+        raise InputError("a class name is empty; give it at least one visible character")
+    if clean.casefold() in RESERVED_NAMES:
+        raise InputError(f"the class name '{clean}' is reserved: it answers what was not taught; choose another")
+    if len(clean) > MAX_NAME_LENGTH:
+        raise InputError(f"the class name '{clean[:20]}…' has {len(clean)} characters, but at most {MAX_NAME_LENGTH} fit")
+    # Cc control, Cf format (bidirectional overrides), Cs lone surrogate, Zl/Zp line separators
+    bad = next((c for c in clean if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"}), None)
+    if bad is not None:
+        raise InputError(f"the class name {clean!r} holds the control character U+{ord(bad):04X}; remove it")
+    return clean
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """One class: `origin` is ``base`` (from a bundle) or ``device``; `images` is how many it was taught with."""
+
+    id: int
+    name: str
+    origin: str = "base"
+    images: int = 0
+
+
+class ClassRegistry:
+    """The classes of a learner, in the order of its rows. Immutable: `add` returns a new registry."""
+
+    def __init__(self, entries: Iterable[ClassEntry] = (), next_id: int | None = None) -> None:
+        self.entries = tuple(entries)
+        used = [entry.id for entry in self.entries]
+        names = [entry.name for entry in self.entries]
+        if len(set(used)) != len(used) or len(set(names)) != len(names):
+            raise InputError(f"class ids {used} and names {names} must not repeat")
+        self.next_id = max(used, default=-1) + 1 if next_id is None else next_id
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def names(self) -> list[str]:
+        """Names by row."""
+        return [entry.name for entry in self.entries]
+
+    def row(self, name: str) -> int | None:
+        """The row of a name, or None."""
+        clean = normalise_name(name)
+        return next((row for row, entry in enumerate(self.entries) if entry.name == clean), None)
+
+    def add(self, name: str, origin: str = "base", images: int = 0) -> ClassRegistry:
+        """A registry with one more class, at the next row and with a new id.
+
+        Raises:
+            InputError: the name is bad or already taken.
+        """
+        clean = normalise_name(name)
+        if self.row(clean) is not None:
+            raise InputError(f"the class '{clean}' exists already; choose another name. Known: {', '.join(self.names)}")
+        entry = ClassEntry(self.next_id, clean, origin, images)
+        return ClassRegistry((*self.entries, entry), self.next_id + 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value from which `from_json` restores an equal registry."""
+        return {
+            "next_id": self.next_id,
+            "classes": [
+                {"id": entry.id, "name": entry.name, "origin": entry.origin, "images": entry.images}
+                for entry in self.entries
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> ClassRegistry:
+        """Restore and check a registry.
+
+        Raises:
+            BundleRefusedError: not what `to_json` writes.
+        """
+        try:
+            entries = [
+                ClassEntry(int(item["id"]), normalise_name(item["name"]), str(item["origin"]), int(item["images"]))
+                for item in value["classes"]
+            ]
+            registry = cls(entries, int(value["next_id"]))
+        except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
+            raise BundleRefusedError(f"the class registry is damaged ({error}); restore the file") from error
+        if any(entry.id >= registry.next_id or entry.id < 0 for entry in entries):
+            raise BundleRefusedError(
+                f"the class registry gives ids {[entry.id for entry in entries][:10]}, but {registry.next_id} as the next"
+            )
+        return registry

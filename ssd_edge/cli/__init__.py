@@ -1,0 +1,72 @@
+"""The command line: one file a verb; PyTorch is imported inside verbs, so that ``--help`` is instant.
+
+Results go to standard output, everything else to standard error. Exit codes: docs/cli.md.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import click
+
+from ssd_edge import __version__
+from ssd_edge.cli.config import config
+from ssd_edge.cli.deploy import deploy
+from ssd_edge.cli.device import device
+from ssd_edge.cli.evaluate import evaluate
+from ssd_edge.cli.pretrain import pretrain
+from ssd_edge.cli.train import train
+from ssd_edge.errors import SSDEdgeError
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ssd-edge")
+def cli() -> None:
+    """Continual learning for edge devices: train, deploy, learn on the device, undo.
+
+    \b
+    On a workstation:  ssd-edge train data.path=FOLDER
+                       ssd-edge deploy --target jetson runs/1 -o robot.ssdedge
+    On the device:     ssd-edge device install robot.ssdedge
+                       ssd-edge device learn --label gear photos/
+                       ssd-edge device predict frame.jpg
+                       ssd-edge device rollback
+    """
+
+
+for command in (train, evaluate, deploy, device, pretrain, config):
+    cli.add_command(command)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Run the command line; a user's mistake ends in one sentence, never in a traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except SSDEdgeError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort) as error:
+        hint = str(error)
+        click.echo(f"interrupted{': ' + hint if hint else ''}", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `ssd-edge … | head`
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception:
+        traceback.print_exc()
+        click.echo("internal error: this is a defect of ssd-edge; please report it with the lines above", err=True)
+        sys.exit(1)
+    sys.exit(0)

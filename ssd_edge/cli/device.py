@@ -1,0 +1,147 @@
+"""``ssd-edge device …``: the verbs of a device."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ssd_edge.cli.options import JSON, print_json
+
+ROOT = click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    envvar="SSD_EDGE_ROOT",
+    help="The device's state [default: $SSD_EDGE_ROOT, else a folder in the user's data directory].",
+)
+
+
+@click.group()
+def device() -> None:
+    """Install a bundle, predict, learn new classes, undo."""
+
+
+def _open(root: Path | None) -> Any:
+    from device_runtime.device import Device
+
+    opened = Device.open(root)
+    if opened.generation.fallback:
+        click.echo(f"warning: {opened.generation.fallback}", err=True)
+    return opened
+
+
+@device.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@ROOT
+@JSON
+def install(bundle: Path, root: Path | None, as_json: bool) -> None:
+    """Verify BUNDLE and make it the current generation."""
+    from device_runtime.device import default_root
+    from device_runtime.device import install as put
+
+    root = default_root() if root is None else root
+    generation = put(root, bundle)
+    names = generation.registry.names
+    if as_json:
+        print_json({"generation": generation.number, "classes": names, "root": str(root)})
+    else:
+        click.echo(f"generation {generation.number} in {root}: {len(names)} classes: {', '.join(names)}")
+
+
+@device.command()
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@ROOT
+@JSON
+def predict(sources: tuple[Path, ...], root: Path | None, as_json: bool) -> None:
+    """Name the class of each IMAGE (files, or folders of them)."""
+    from ssd_edge.images import image_files
+
+    paths = image_files(sources)
+    opened = _open(root)
+    started = time.monotonic()
+    predictions = opened.predict(paths)
+    seconds = time.monotonic() - started
+    if as_json:
+        rows = [{"image": p.image, "label": p.label, "score": p.score} for p in predictions]
+        print_json({"generation": opened.generation.number, "predictions": rows, "seconds": seconds})
+        return
+    for p in predictions:
+        click.echo(f"{p.score:6.3f}  {p.label}  {p.image}")
+
+
+@device.command()
+@click.option("--label", required=True, help="Name of the new class.")
+@click.argument("source", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER...")
+@ROOT
+@JSON
+def learn(label: str, source: tuple[Path, ...], root: Path | None, as_json: bool) -> None:
+    """Teach a new class from a FOLDER of images (or single files); no old image is needed."""
+    from ssd_edge.classes import normalise_name
+    from ssd_edge.images import image_files
+
+    label = normalise_name(label)
+    paths = image_files(source)
+    result = _open(root).learn(label, paths)
+    if as_json:
+        print_json(result)
+        return
+    held, old = result["held_out"], result["old_classes"]
+    click.echo(f"generation {result['generation']}: learned '{result['label']}' from {result['images']} images")
+    click.echo(f"  held out      {held['accuracy']:.3f} of {held['images']} new images right (taught with the others)")
+    click.echo(
+        f"  old classes   {old['accuracy_before']:.3f} -> {old['accuracy_after']:.3f} "
+        "(an estimate from class statistics)"
+    )
+    click.echo(f"  {result['seconds']:.1f} s; undo with: ssd-edge device rollback")
+
+
+@device.command()
+@click.argument("generation", required=False, type=int)
+@ROOT
+@JSON
+def rollback(generation: int | None, root: Path | None, as_json: bool) -> None:
+    """Return to the generation before the last learn, or to GENERATION."""
+    result = _open(root).rollback(generation)
+    if as_json:
+        print_json(result)
+    else:
+        names = result["classes"]
+        was = f"generation {result['generation']} (was {result['from']})"
+        click.echo(f"{was}: {len(names)} classes: {', '.join(names)}")
+
+
+@device.command()
+@ROOT
+@JSON
+def status(root: Path | None, as_json: bool) -> None:
+    """What this device is and knows."""
+    result = _open(root).status()
+    if as_json:
+        print_json(result)
+        return
+    for key, value in result.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} ({count})" for name, count in value.items())
+        if value != "":
+            click.echo(f"{key:13} {', '.join(value) if isinstance(value, list) else value}")
+
+
+@device.command()
+@ROOT
+@JSON
+def history(root: Path | None, as_json: bool) -> None:
+    """Every generation and what made it."""
+    result = _open(root).history()
+    if as_json:
+        print_json(result)
+        return
+    for entry in result["generations"]:
+        mark = "*" if entry["current"] else " "
+        info = entry["info"] or {}
+        what = f"install {info.get('bundle')}"
+        if "label" in info:
+            what = f"learn '{info['label']}', {info['images']} images"
+        note = "" if entry["intact"] else f"  DAMAGED: {entry['problem']}"
+        click.echo(f"{mark} {entry['number']:3}  {entry['created_utc']}  {what if entry['intact'] else ''}{note}")

@@ -1,0 +1,58 @@
+"""``ssd-edge pretrain``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from ssd_edge.cli.options import CONFIG, OVERRIDES, read_tree
+
+
+@click.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@CONFIG
+@click.option("--student", is_flag=True, help="Keep PACKAGE's backbone; train only its SDMLP keys anew.")
+@OVERRIDES
+def pretrain(package: Path, config_file: Path | None, student: bool, overrides: tuple[str, ...]) -> None:
+    """Train a backbone on labelled images and write it to the folder PACKAGE.
+
+    \b
+    ssd-edge pretrain my-backbone data.path=FOLDER train.epochs=24
+    ssd-edge pretrain my-backbone data.path=FOLDER train.arch=convmixer train.epochs=60   (a GPU job)
+    ssd-edge pretrain my-backbone --student data.path=FOLDER student.neurons=2000
+
+    Then: ssd-edge train backbone.path=my-backbone data.path=…
+    """
+    from ssd_edge.config import PretrainConfig, parse
+    from ssd_edge.errors import InputError
+
+    config = parse(PretrainConfig, read_tree(config_file, overrides))
+    if not config.data.path:
+        raise InputError("pretrain needs images: data.path=FOLDER (its layout: ssd-edge train --help)")
+    if student and not package.exists():
+        raise InputError(f"{package} does not exist; --student needs a backbone package to keep")
+    from ssd_edge.backbones import package as packages
+    from ssd_edge.backbones.pretrain import pretrain_backbone, retrain_student
+    from ssd_edge.data import load
+    from ssd_edge.files import make_directory
+    from ssd_edge.training import pick_device, set_threads
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    set_threads(config.train.threads)
+    where = pick_device(config.train.device)
+    dataset = load(config.data, config.train.seed)
+    command = shlex.join(["ssd-edge", *sys.argv[1:]])
+    if student:
+        made = retrain_student(packages.load(package), config, dataset, where, say)
+        made = packages.with_card(made, student_command=command)
+    else:
+        make_directory(package)  # before the long work, not after it
+        made = pretrain_backbone(config, dataset, where, command, say)
+    size = packages.save(made, package)
+    click.echo(f"{package}: {size / 1e6:.1f} MB, identity {made.identity}")
+    click.echo(f"next: ssd-edge train backbone.path={package} data.path=…")

@@ -1,0 +1,47 @@
+"""``ssd-edge train``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from ssd_edge.cli.options import CONFIG, OVERRIDES, read_tree
+
+
+@click.command()
+@CONFIG
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue a run that was interrupted.")
+@OVERRIDES
+def train(config_file: Path | None, resume: Path | None, overrides: tuple[str, ...]) -> None:
+    """Learn a data set task by task, with baselines and the panel beside it.
+
+    \b
+    ssd-edge train                                  bundled digits, nothing to download
+    ssd-edge train data.path=FOLDER                 FOLDER/<class>/*.jpg, or train/ and test/ in it
+    ssd-edge train --config F.yaml learner.name=sdmlp learner.k=10
+    ssd-edge train --resume runs/3
+
+    Writes runs/<n>/ with metrics.json and report.html. `ssd-edge config` lists every key.
+    """
+    from ssd_edge.config import TrainConfig, parse
+    from ssd_edge.console import Console
+    from ssd_edge.errors import InputError
+
+    console = Console()
+    if resume is not None and (overrides or config_file):
+        raise InputError("--resume continues a run as it was configured; it takes no --config and no other keys")
+    tree = read_tree(config_file, overrides)
+    config = parse(TrainConfig, tree)
+    from ssd_edge import training
+
+    run = training.resume(resume, console) if resume else training.start(config, sys.argv, console)
+    console.say(f"{run.folder}: {'resumed' if resume else 'started'}")
+    try:
+        result = run.execute()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"continue with: ssd-edge train --resume {run.folder}") from None
+    console.table(result)
+    console.say(f"report: {run.folder / 'report.html'}")
+    console.say(f"next:   ssd-edge deploy --target jetson {run.folder} -o robot.ssdedge")

@@ -1,0 +1,325 @@
+"""Strict configuration: YAML and ``section.key=value`` → frozen dataclasses.
+
+An unknown key is refused with the nearest right one, a value of the wrong type or out of range with both
+values. Every default carries the reason for it, which `ssd-edge config` prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from ssd_edge.errors import InputError, did_you_mean
+
+T = TypeVar("T")
+
+
+def setting(
+    default: Any,
+    why: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A dataclass field with its reason and its range.
+
+    Args:
+        default: the default value.
+        why: what it does, and the reason for the default.
+        minimum: the smallest value allowed (for numbers).
+        maximum: the largest value allowed.
+        above: a bound that the value must exceed.
+    """
+    metadata = {"why": why, "minimum": minimum, "maximum": maximum, "above": above}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from."""
+
+    path: str = setting("digits", "folder, archive, CIFAR, MNIST .npz, or 'digits' (from scikit-learn)")
+    test_fraction: float = setting(0.2, "held out of each class without a test split", above=0.0, maximum=0.9)
+    classes: tuple[str, ...] = setting((), "only these classes, by name; empty: all")
+    exclude: tuple[str, ...] = setting((), "leave these classes out")
+    max_per_class: int = setting(0, "at most so many training images a class, seeded; 0: all", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """The frozen network that turns an image into an embedding."""
+
+    path: str = setting("", "folder of a backbone package; empty: the shipped one")
+    onnx: str = setting("", "your own backbone as one ONNX file, instead of a package")
+    size: int = setting(0, "side of its square input in pixels; with backbone.onnx", minimum=0, maximum=1024)
+    mean: tuple[float, ...] = setting((0.485, 0.456, 0.406), "a channel, pixels in 0..1; with backbone.onnx")
+    std: tuple[float, ...] = setting((0.229, 0.224, 0.225), "a channel, pixels in 0..1; with backbone.onnx")
+    layout: Literal["nchw", "nhwc"] = setting("nchw", "order of its input's axes; with backbone.onnx")
+    cache: bool = setting(True, "keep embeddings under a hash of backbone and data ($SSD_EDGE_CACHE)")
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+    """How the classes arrive."""
+
+    tasks: int = setting(0, "0: two classes a task up to 20 classes, else ten even tasks", minimum=0)
+    order: str = setting("seeded", "seeded (by run.seed), sorted (by name), or class numbers: '3,0,1,…'")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The run itself."""
+
+    seed: int = setting(0, "of class order, held-out split and every learner", minimum=0, maximum=2**31)
+    out: str = setting("runs", "runs are numbered folders in here")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where a kernel runs on it")
+    threads: int = setting(0, "of PyTorch; 0: one per core", minimum=0, maximum=1024)
+    baselines: bool = setting(True, "also run ssd-paper, sdmlp and finetune on the same stream")
+    panel: bool = setting(True, "also run NCM, SLDA, ridge, random-projection ridge and joint training")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """`ssd-edge train`. The learner's own settings are checked by the learner (`learners.settings_class`)."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+    stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    learner: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "ssd"})
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingConfig:
+    """The schedule that trains a backbone (defaults: what one CPU can do in under an hour)."""
+
+    arch: Literal["resnet9", "convmixer"] = setting("resnet9", "convmixer: the paper's, 256/8; needs a GPU")
+    epochs: int = setting(14, "of the training set", minimum=1)
+    batch: int = setting(512, "images a step", minimum=2)
+    optimiser: Literal["auto", "sgd", "adamw"] = setting("auto", "auto: sgd for resnet9, adamw for convmixer")
+    lr: float = setting(0.0, "peak of the one-cycle schedule; 0: 0.4 for sgd, 0.01 for adamw", minimum=0.0)
+    weight_decay: float = setting(0.0, "0: 5e-4 for sgd, 5e-3 for adamw", minimum=0.0)
+    label_smoothing: float = setting(0.1, "of the cross-entropy", minimum=0.0, maximum=0.9)
+    crop: int = setting(3, "pixels of reflected padding from which a crop is taken", minimum=0, maximum=16)
+    cutout: int = setting(0, "side of a square of grey put on each image; 0: none", minimum=0, maximum=32)
+    size: int = setting(32, "side of the square input in pixels", minimum=8, maximum=256)
+    seed: int = setting(0, "of initialisation, order and augmentation", minimum=0, maximum=2**31)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where a kernel runs on it")
+    threads: int = setting(0, "of PyTorch; 0: one per core", minimum=0, maximum=1024)
+    amp: bool = setting(True, "bfloat16 autocast")
+    terms: str = setting("not stated", "under which terms the images may be used; goes into the card")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """SDMLP keys pretrained on the backbone's own data (paper: SDMLP pretrained on ImageNet32 embeddings)."""
+
+    neurons: int = setting(1000, "r, the number of keys", minimum=2)
+    k: int = setting(10, "neurons that stay active", minimum=1)
+    shift: float = setting(1.0, "s of the input step ReLU(z - s)")
+    epochs: int = setting(4, "over the pretraining embeddings", minimum=1)
+    lr: float = setting(3.0, "plain SGD; at the 0.05 of later tasks, 200 classes need hundreds of epochs", above=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """`ssd-edge pretrain`."""
+
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(path=""))
+    train: PretrainingConfig = dataclasses.field(default_factory=PretrainingConfig)
+    student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
+
+
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as in YAML
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_type_name(typing.get_args(kind)[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+
+
+def _convert(value: Any, kind: Any, key: str) -> Any:
+    """Check one value against its type.
+
+    Whole numbers pass for numbers. Text is read as what is wanted: words from the command line are text, and
+    so is ``1e-3`` in YAML 1.1.
+    """
+    wrong = InputError(f"{key} must be {_type_name(kind)}, but is {value!r}")
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        choices = {str(choice): choice for choice in typing.get_args(kind)}
+        if str(value) not in choices:
+            raise InputError(f"{wrong}.{did_you_mean(str(value), choices)}")
+        return choices[str(value)]
+    if origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(kind):
+            try:
+                return _convert(value, option, key)
+            except InputError:
+                continue
+        wanted = " or ".join(_type_name(option) for option in typing.get_args(kind))
+        raise InputError(f"{key} must be {wanted}, but is {value!r}")
+    if origin is tuple:
+        element = typing.get_args(kind)[0]
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, list | tuple):
+            raise wrong
+        return tuple(_convert(item, element, key) for item in value)
+    if kind is bool:
+        if isinstance(value, str):
+            value = _BOOLEANS.get(value.lower())
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, str) if kind is int else (int, float, str)):
+            raise wrong
+        try:
+            return kind(value)
+        except (ValueError, OverflowError):  # overflow: a whole number with over 300 digits as float
+            raise wrong from None
+    if kind is str:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise wrong
+        return str(value)
+    raise AssertionError(f"{key}: unsupported type {kind}")
+
+
+def _no_mapping(section: str, value: Any) -> InputError:
+    return InputError(f"the section '{section}' must be a mapping of keys to values, but is {value!r}")
+
+
+def parse_section(cls: type[T], values: Mapping[str, Any], section: str) -> T:
+    """Build one frozen section from plain values.
+
+    Raises:
+        InputError: unknown key (with the nearest right one), wrong type, or out of range.
+    """
+    if not isinstance(values, Mapping):
+        raise _no_mapping(section, values)
+    hints = typing.get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    converted = {}
+    for name, value in values.items():
+        key = f"{section}.{name}"
+        if name not in known:
+            hint = did_you_mean(str(name), known)
+            raise InputError(f"unknown key '{key}'.{hint} Known: {', '.join(known)}")
+        converted[name] = value = _convert(value, hints[name], key)
+        metadata = known[name].metadata
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if number != number or number in (float("inf"), float("-inf")):
+                raise InputError(f"{key} must be a finite number, but is {number}")
+            if metadata.get("minimum") is not None and number < metadata["minimum"]:
+                raise InputError(f"{key} must be at least {metadata['minimum']}, but is {number}")
+            if metadata.get("maximum") is not None and number > metadata["maximum"]:
+                raise InputError(f"{key} must be at most {metadata['maximum']}, but is {number}")
+            if metadata.get("above") is not None and number <= metadata["above"]:
+                raise InputError(f"{key} must be greater than {metadata['above']}, but is {number}")
+    return cls(**converted)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a configuration file.
+
+    Raises:
+        InputError: missing, not YAML, or not a mapping.
+    """
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"the configuration {path} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8; the date 2024-13-40
+        reason = " ".join(str(error).split())
+        raise InputError(f"the configuration {path} is not valid YAML: {reason}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold sections (data:, learner:, …), but holds {value!r}")
+    return value
+
+
+def merge(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Apply ``section.key=value`` words to a tree read from YAML; the words win.
+
+    A value stays text, which `parse_section` reads as the type that is wanted: a folder may be called
+    ``007``, ``1.10`` or ``no``, which YAML would turn into something else. ``[a, b]`` is a list of texts.
+
+    Raises:
+        InputError: a word has another form.
+    """
+    merged = {
+        section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()
+    }
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        section, dot, name = key.partition(".")
+        if not (equals and dot and section and name):
+            raise InputError(f"'{word}' is not of the form section.key=value, e.g. data.path=FOLDER")
+        target = merged.get(section)
+        if target is None:
+            target = merged[section] = {}
+        if not isinstance(target, dict):
+            raise _no_mapping(section, target)
+        target[name] = _list_or_text(text)
+    return merged
+
+
+def _list_or_text(text: str) -> list[Any] | str:
+    """``[a, b]`` as a list of texts; all else, also an open bracket that is never closed, as it stands."""
+    if text.startswith("["):
+        with contextlib.suppress(yaml.YAMLError, RecursionError):
+            value = yaml.load(text, Loader=yaml.BaseLoader)  # makes nothing but texts, lists and mappings
+            if isinstance(value, list):
+                return value
+    return text
+
+
+def parse(cls: type[T], tree: Mapping[str, Any]) -> T:
+    """Build `TrainConfig` or `PretrainConfig` from a tree of plain values.
+
+    Raises:
+        InputError: as `parse_section`; also for an unknown section.
+    """
+    sections = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    default = cls()
+    built = {}
+    for name, values in tree.items():
+        if name not in sections:
+            hint = did_you_mean(str(name), sections)
+            raise InputError(f"unknown section '{name}'.{hint} Known: {', '.join(sections)}")
+        if values is None:
+            continue  # `data:` with every key commented out
+        if not isinstance(values, Mapping):
+            raise _no_mapping(name, values)
+        if dataclasses.is_dataclass(hints[name]):
+            given = dataclasses.asdict(getattr(default, name))
+            built[name] = parse_section(hints[name], {**given, **values}, name)
+        else:
+            built[name] = {**getattr(default, name), **values}
+    return cls(**built)
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """The plain values of a configuration, as saved with a run; `parse` restores an equal one."""
+    tree = dataclasses.asdict(config)
+    return {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        for section, values in tree.items()
+    }

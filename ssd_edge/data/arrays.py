@@ -1,0 +1,221 @@
+"""Images that need not be in memory, what every reader returns, and the two sources that are plain arrays.
+
+The readers of folders, archives and CIFAR (`folders`, `cifar`) return a `Source` as well; `data.load` selects
+from it and splits it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ssd_edge.errors import InputError, require
+from ssd_edge.files import read_bytes
+from ssd_edge.images import decode, from_array
+
+MAX_BYTES = 2 << 30  # what is read into memory at once: an archive, an .npz
+# What reading a damaged .npz raises; MemoryError: by its header it would be larger than memory.
+_DAMAGE = (OSError, ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_CHUNK = 16  # images a thread takes at a time: few, so that one batch occupies many cores
+
+
+def _in_threads(work: Callable[[int], None], count: int) -> None:
+    """Call ``work(0) … work(count - 1)`` on all cores; of several errors the first in order is raised."""
+
+    def run(start: int) -> None:
+        for index in range(start, min(start + _CHUNK, count)):
+            work(index)
+
+    starts = range(0, count, _CHUNK)
+    workers = min(len(os.sched_getaffinity(0)), len(starts))
+    if workers < 2:
+        for start in starts:
+            run(start)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(run, starts):
+            pass
+
+
+class Images:
+    """A sequence of images, decoded when they are asked for.
+
+    Args:
+        items: uint8 array ``(N, H, W)`` or ``(N, H, W, 3)``; or a list of encoded images, each its bytes or
+            the path of its file.
+        names: what to call each image in an error.
+    """
+
+    def __init__(self, items: np.ndarray | Sequence[bytes | memoryview | Path], names: Sequence[str]) -> None:
+        self._items = items
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def load(self, indices: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
+        """Decode some of the images, on all cores (Pillow frees the GIL).
+
+        Args:
+            indices: which ones, in the order wanted.
+            size: side of the result in pixels; another shape is resized (see `images.decode`).
+
+        Returns:
+            uint8 RGB, shape ``(len(indices), size, size, 3)``.
+
+        Raises:
+            InputError: an image is corrupt, or its file is gone; the message names it.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        pixels = np.empty((len(indices), size, size, 3), dtype=np.uint8)
+        if isinstance(self._items, np.ndarray) and self._items.shape[1:3] == (size, size):
+            chosen = self._items[indices]
+            pixels[:] = chosen if chosen.ndim == 4 else chosen[..., None]  # grey: the same in each channel
+            return pixels
+
+        def decode_one(row: int) -> None:
+            pixels[row] = self._decode(int(indices[row]), size)
+
+        _in_threads(decode_one, len(indices))
+        return pixels
+
+    def batches(self, size: int, batch: int = 256) -> Iterator[np.ndarray]:
+        """All images in order: uint8 RGB ``(batch, size, size, 3)``, the last batch may be smaller.
+
+        Raises:
+            InputError: as `load`.
+        """
+        for start in range(0, len(self), batch):
+            yield self.load(range(start, min(start + batch, len(self))), size)
+
+    def take(self, indices: np.ndarray) -> Images:
+        """The images at some positions, undecoded."""
+        if np.array_equal(indices, np.arange(len(self))):
+            return self  # spares a copy of the array
+        names = [self.names[index] for index in indices]
+        if isinstance(self._items, np.ndarray):
+            return Images(self._items[indices], names)
+        return Images([self._items[index] for index in indices], names)
+
+    def digest(self) -> bytes:
+        """SHA-256 over the content in order. Files are read for it, but nothing is decoded.
+
+        Raises:
+            InputError: a file is gone or may not be read.
+        """
+        if isinstance(self._items, np.ndarray):
+            digest = hashlib.sha256(f"{self._items.dtype.str} {self._items.shape}".encode())
+            digest.update(np.ascontiguousarray(self._items).data)
+            return digest.digest()
+        parts = [b""] * len(self)
+
+        def hash_one(index: int) -> None:
+            parts[index] = hashlib.sha256(self._encoded(index)).digest()
+
+        _in_threads(hash_one, len(self))
+        return hashlib.sha256(b"".join(parts)).digest()
+
+    def _encoded(self, index: int) -> bytes | memoryview:
+        item = self._items[index]
+        return read_bytes(item) if isinstance(item, Path) else item
+
+    def _decode(self, index: int, size: int) -> np.ndarray:
+        if isinstance(self._items, np.ndarray):
+            return from_array(self._items[index], size)
+        return decode(self._encoded(index), self.names[index], size)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images and their labels, int64 ``(N,)``."""
+
+    images: Images
+    labels: np.ndarray
+
+    def take(self, indices: np.ndarray) -> Labelled:
+        """The images at some positions with their labels."""
+        return Labelled(self.images.take(indices), self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a reader found: `classes` maps a label to a name; without a split of its own `test` is None."""
+
+    classes: tuple[str, ...]
+    train: Labelled
+    test: Labelled | None
+    split: str = "official train/test split"
+
+
+def labelled_array(pixels: np.ndarray, labels: np.ndarray, kind: str) -> Labelled:
+    """Label an array; image 17 is called "`kind` image 17" in errors."""
+    names = [f"{kind} image {index}" for index in range(len(pixels))]
+    return Labelled(Images(pixels, names), np.asarray(labels, dtype=np.int64))
+
+
+def read_digits() -> Source:
+    """The 1,797 digits that come with scikit-learn: 8 × 8, grey, without a split of their own.
+
+    Raises:
+        EnvironmentUnfitError: scikit-learn is not installed.
+    """
+    digits = require("sklearn.datasets", "train", "read the data set 'digits'").load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
+    names = tuple(str(name) for name in digits.target_names)
+    return Source(names, labelled_array(pixels, digits.target, "digits"), None)
+
+
+def _read_part(arrays: Mapping[str, np.ndarray], part: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and labels of ``train`` or ``test``, checked."""
+    for key in (f"x_{part}", f"y_{part}"):
+        if key not in arrays:
+            found = ", ".join(arrays) or "nothing"
+            raise InputError(f"{path} must hold x_train, y_train, x_test and y_test, but holds {found}")
+    pixels, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    shape_fits = pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[3] == 3)
+    if pixels.dtype != np.uint8 or not shape_fits or 0 in pixels.shape:
+        raise InputError(
+            f"{path}: x_{part} must be uint8 of shape (N, H, W) or (N, H, W, 3), "
+            f"but is {pixels.dtype} of shape {pixels.shape}"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != pixels.shape[:1]:
+        raise InputError(
+            f"{path}: y_{part} must be whole numbers of shape ({len(pixels)},), one for each image, "
+            f"but is {labels.dtype} of shape {labels.shape}"
+        )
+    if pixels.shape[1:] == (28, 28):
+        pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))  # the usual black frame: 32 × 32 without blurring
+    return pixels, labels
+
+
+def read_npz(path: Path) -> Source:
+    """MNIST, or anything else stored like it: `x_train`, `y_train`, `x_test`, `y_test`.
+
+    Labels are the names of the classes. 28 × 28 pixels are padded to 32 × 32 with black.
+
+    Raises:
+        InputError: not an .npz, damaged, over 2 GiB, or without these arrays.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+        if total > MAX_BYTES:
+            raise InputError(f"{path} holds {total:,} bytes, but at most {MAX_BYTES:,} are read; split it")
+        with np.load(path, allow_pickle=False) as arrays:
+            train, test = (_read_part(arrays, part, path) for part in ("train", "test"))
+    except _DAMAGE as error:
+        raise InputError(f"{path} cannot be read as an .npz file ({error}); is it one?") from error
+    numbers = np.unique(np.concatenate([train[1], test[1]]))
+    return Source(
+        tuple(str(number) for number in numbers),
+        labelled_array(train[0], np.searchsorted(numbers, train[1]), "train"),
+        labelled_array(test[0], np.searchsorted(numbers, test[1]), "test"),
+    )

@@ -1,0 +1,241 @@
+"""Selective subnetwork distillation (SSD, arXiv 2512.15267): neuron selection, Top-n table, losses, teacher.
+
+While a new task is learned, the student is held to what its previous self answers *on the new data*: on the
+activations of the Top-n neurons that were most frequently active in the last task (Eq. 2), and on the logits
+(Eq. 3), weighed by Eq. 6: α·CE + (1 − α)·(λ·hidden + (1 − λ)·logits). Every loss here comes with its gradient
+in closed form; all are means over the batch of sums over entries, computed with the factor T² that keeps
+gradients comparable over temperatures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ssd_edge.errors import InputError
+from ssd_edge.sdmlp import SDMLP
+from ssd_edge.topk import Activations
+
+Direction = Literal["teacher_student", "student_teacher", "symmetric"]
+HiddenLoss = Literal["kl_softmax", "mse", "normalised_mse", "cosine"]
+Selection = Literal["frequency", "low_entropy", "class_entropy", "random", "all"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TopNTable:
+    """The neurons whose activations are distilled.
+
+    Attributes:
+        indices: int64 ``(n,)``, most frequent first.
+        frequencies: float32 ``(n,)``, share of the last task's samples that activate each.
+    """
+
+    indices: Tensor
+    frequencies: Tensor
+
+    def slots(self, neurons: int) -> Tensor:
+        """The column of each neuron in the table, or -1: int64 ``(r,)``."""
+        slot = torch.full((neurons,), -1, dtype=torch.int64, device=self.indices.device)
+        slot[self.indices] = torch.arange(len(self.indices), device=self.indices.device)
+        return slot
+
+
+def parse_top_n(value: str | int | float, k: int, neurons: int) -> int:
+    """Read ``top_n``: a whole number; ``"1.0k"``, a multiple of k; or a fraction of r below 1.
+
+    Raises:
+        InputError: of none of these forms, or not between 1 and r.
+    """
+    text = str(value).strip()
+    try:
+        if text.endswith("k"):
+            count = round(float(text[:-1]) * k)
+        else:
+            number = float(text)
+            count = round(number * neurons) if 0 < number < 1 else int(number)
+            if number >= 1 and number != count:
+                raise ValueError
+    except (ValueError, OverflowError):
+        raise InputError(
+            f"learner.top_n must be a whole number, a multiple of k ('1.0k') or a fraction of r, but is {value!r}"
+        ) from None
+    if not 1 <= count <= neurons:
+        raise InputError(f"learner.top_n gives {count} neurons; it must be between 1 and learner.neurons = {neurons}")
+    return count
+
+
+def activation_entropy(frequencies: Tensor) -> Tensor:
+    """Eq. 1 per neuron, in nats: H = −p ln p − (1 − p) ln(1 − p), with 0 ln 0 = 0."""
+    return -(torch.xlogy(frequencies, frequencies) + torch.xlogy(1 - frequencies, 1 - frequencies))
+
+
+def select(
+    frequencies: Tensor,
+    n: int,
+    rule: Selection = "frequency",
+    class_counts: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> TopNTable:
+    """Choose the neurons to distil (Algorithm 1). Ties go to the lower index.
+
+    Args:
+        frequencies: p, ``(r,)``.
+        n: how many.
+        rule: by frequency as in Algorithm 1; or lowest activation entropy (Eq. 1) or lowest class entropy among
+            neurons that were active at all; at random; or all.
+        class_counts: ``(r, C)``, activations by class; needed for ``class_entropy``.
+        generator: needed for ``random``.
+    """
+    neurons = len(frequencies)
+    never = (frequencies == 0) * 1e9  # dead neurons come last
+    if rule == "all":
+        indices = torch.arange(neurons, device=frequencies.device)
+    elif rule == "random":
+        indices = torch.randperm(neurons, generator=generator)[:n].to(frequencies.device)
+    else:
+        key = -frequencies
+        if rule == "low_entropy":
+            key = activation_entropy(frequencies) + never
+        elif rule == "class_entropy":
+            share = class_counts / class_counts.sum(1, keepdim=True).clamp_min(1)
+            key = -torch.xlogy(share, share).sum(1) + never
+        indices = key.sort(stable=True).indices[:n]
+    return TopNTable(indices, frequencies[indices].float())
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over all outputs, and its gradient ``(B, C)``."""
+    log_probability = logits.log_softmax(1)
+    picked = log_probability.gather(1, labels[:, None])
+    gradient = log_probability.exp()
+    gradient.scatter_add_(1, labels[:, None], torch.full_like(picked, -1.0))
+    return -picked.mean(), gradient / len(labels)
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, temperature: float, direction: Direction = "teacher_student"
+) -> tuple[Tensor, Tensor]:
+    """T² · KL between softmax(teacher/T) and softmax(student/T) over the last axis (Eq. 2, 3).
+
+    Args:
+        student: ``(B, m)``.
+        teacher: ``(B, m)``.
+        temperature: T.
+        direction: ``teacher_student`` is KL(teacher ‖ student), the usual practice; Eq. 2-3 print the other.
+
+    Returns:
+        Loss and ∂loss/∂student ``(B, m)``.
+    """
+    log_q = (student / temperature).log_softmax(1)
+    log_p = (teacher / temperature).log_softmax(1)
+    p, q = log_p.exp(), log_q.exp()
+    loss, gradient = student.new_zeros(()), torch.zeros_like(student)
+    share = 0.5 if direction == "symmetric" else 1.0
+    if direction in ("teacher_student", "symmetric"):
+        loss = loss + share * (p * (log_p - log_q)).sum()
+        gradient = gradient + share * (q - p)
+    if direction in ("student_teacher", "symmetric"):
+        each = (q * (log_q - log_p)).sum(1, keepdim=True)
+        loss = loss + share * each.sum()
+        gradient = gradient + share * q * (log_q - log_p - each)
+    batch = max(1, len(student))
+    return temperature**2 * loss / batch, temperature * gradient / batch
+
+
+def hidden_loss(
+    student: Tensor, teacher: Tensor, temperature: float, kind: HiddenLoss, direction: Direction
+) -> tuple[Tensor, Tensor]:
+    """Distance between the activations of the Top-n neurons, ``(B, n)``, and its gradient.
+
+    ``kl_softmax`` is the paper's Eq. 2. Post-Top-K activations are so small that its softmax is almost flat
+    and its gradient nearly nothing; the other kinds show what a stronger term would do.
+    """
+    if kind == "kl_softmax":
+        return divergence(student, teacher, temperature, direction)
+    batch = max(1, len(student))
+    if kind == "cosine":
+        norm_s = student.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        norm_t = teacher.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        cosine = (student * teacher).sum(1, keepdim=True) / (norm_s * norm_t)
+        gradient = -(teacher / (norm_s * norm_t) - cosine * student / norm_s.square())
+        return (1 - cosine).sum() / batch, gradient / batch
+    difference = student - teacher
+    scale = 1.0 / batch
+    if kind == "normalised_mse":
+        scale = 1.0 / float(teacher.square().sum().clamp_min(1e-12))
+    return difference.square().sum() * scale, 2 * difference * scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What the teacher answers on the new task's data, computed once; sample i of the task is row i.
+
+    Attributes:
+        logits: ``(N, C)``.
+        slots: int64 ``(N, m)``, table columns of the active table neurons, padded with n.
+        activations: ``(N, m)``, padded with 0; m is the most that any sample has.
+        width: n.
+    """
+
+    logits: Tensor
+    slots: Tensor
+    activations: Tensor
+    width: int
+
+    def table(self, index: Tensor) -> Tensor:
+        """The teacher's activations of the table neurons, ``(B, n)``."""
+        table = self.activations.new_zeros(len(index), self.width + 1)
+        table.scatter_(1, self.slots[index], self.activations[index])
+        return table[:, : self.width]
+
+
+def teacher_targets(
+    teacher: SDMLP, inputs: Tensor, table: TopNTable, before_inhibition: bool = False, batch: int = 2048
+) -> Targets:
+    """One pass of the teacher over the prepared inputs ``(N, D)`` of the new task; nothing is counted."""
+    gamma, slot, width = teacher.gamma, table.slots(len(teacher.keys)), len(table.indices)
+    logits, tables = [], []
+    for part in inputs.split(batch):
+        activations = teacher.activate(part, gamma)
+        logits.append(activations.matmul(teacher.values))
+        if before_inhibition:
+            tables.append(_pad((part @ teacher.keys[table.indices].T).clamp_min(0), width))
+        else:
+            tables.append(_pad(activations.columns(slot, width), width))
+    most = max(slots.shape[1] for slots, _ in tables)
+    slots = torch.cat([torch.nn.functional.pad(s, (0, most - s.shape[1]), value=width) for s, _ in tables])
+    values = torch.cat([torch.nn.functional.pad(v, (0, most - v.shape[1])) for _, v in tables])
+    return Targets(torch.cat(logits), slots, values, width)
+
+
+def _pad(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Dense ``(B, n)`` → columns and values of its non-zero entries, padded to the most of any row."""
+    most = max(1, int((table > 0).sum(1).max())) if len(table) else 1
+    values, slots = table.topk(min(most, width), dim=1)
+    return slots.masked_fill(values <= 0, width), values.clamp_min(0)
+
+
+def count_activations(
+    net: SDMLP, inputs: Tensor, labels: Tensor | None = None, classes: int = 0, batch: int = 2048
+) -> Tensor:
+    """One counting pass: a, ``(r,)`` activations of each neuron, or by class ``(r, C)`` with labels."""
+    gamma = net.gamma
+    by_class = torch.zeros(len(net.keys), max(1, classes), dtype=torch.float64, device=inputs.device)
+    for start in range(0, len(inputs), batch):
+        activations: Activations = net.activate(inputs[start : start + batch], gamma)
+        if labels is None:
+            by_class[:, 0] += activations.counts()
+            continue
+        truth = labels[start : start + batch]
+        active = (activations.to_dense() > 0).double()
+        by_class += active.T @ torch.nn.functional.one_hot(truth, classes).double()
+    return by_class if labels is not None else by_class[:, 0]
+
+
+def clip_rate(norms: list[float], clip: float) -> float:
+    """Share of steps whose gradient was longer than the clip."""
+    return sum(norm > clip for norm in norms) / len(norms) if norms else math.nan

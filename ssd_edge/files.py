@@ -1,0 +1,270 @@
+"""The only place that writes state: temporary file → fsync → rename → fsync of the folder.
+
+A reader sees the old file or the new one, never a half. After a power cut the same holds, because
+a rename is not durable before its folder has been synced. Every step passes through `_step`, where
+tests inject faults (`fault_hook`).
+
+A folder is committed whole: write the files into a temporary sibling, then `commit_directory`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
+
+# Called as fault_hook(step, path) before each step; tests raise or kill the process in it.
+fault_hook: Callable[[str, Path], None] | None = None
+
+TEMPORARY_PREFIX = ".tmp-"
+_JSON_KEY = "json"  # one metadata key only: safetensors keeps several in an unspecified order
+
+
+def _step(step: str, path: Path) -> None:
+    if fault_hook is not None:
+        fault_hook(step, path)
+
+
+@contextlib.contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = {
+            errno.ENOSPC: "the disk is full: free some space",
+            errno.EDQUOT: "the disk quota is used up: free some space",
+            errno.EROFS: "the file system is read-only: remount it or choose another folder",
+            errno.EACCES: "permission denied: choose a folder that you may write to",
+            errno.EPERM: "permission denied: choose a folder that you may write to",
+            errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+            errno.ENOTDIR: "a part of the path is a file, not a folder",
+            errno.ENOENT: "its folder does not exist: create it first",
+            errno.EISDIR: "a folder has this name: choose another",
+        }.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise EnvironmentUnfitError(f"cannot write {path}: {reason}") from error
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a folder durable."""
+    _step("fsync_directory", path)
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_directory(path: Path) -> None:
+    """Create a folder and its parents, durably; an existing one is left as it is."""
+    with _clear_errors(path):
+        missing = []
+        probe = path
+        while not probe.exists():
+            missing.append(probe)
+            probe = probe.parent
+        for folder in reversed(missing):
+            _step("mkdir", folder)
+            folder.mkdir(exist_ok=True)
+            fsync_directory(folder.parent)
+        if not path.is_dir():
+            raise InputError(f"{path} is a file, but a folder is needed; remove it or name another path")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file atomically and durably.
+
+    Raises:
+        EnvironmentUnfitError: the disk is full, read-only or forbidden; the old file is untouched.
+    """
+    path = Path(path)
+    with _clear_errors(path):
+        _step("create", path)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                _step("write", path)
+                stream.write(data)
+                stream.flush()
+                _step("fsync", path)
+                os.fsync(stream.fileno())
+            temporary.chmod(0o644)
+            _step("rename", path)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Canonical JSON: sorted keys, two spaces, one final newline, no NaN."""
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode("utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of canonical JSON."""
+    write_bytes(path, json_bytes(value))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line durably (a journal). A cut leaves at most one incomplete last line."""
+    path = Path(path)
+    with _clear_errors(path):
+        existed = path.exists()
+        _step("append", path)
+        with open(path, "ab") as stream:
+            stream.write(line.encode("utf-8") + b"\n")
+            stream.flush()
+            _step("fsync", path)
+            os.fsync(stream.fileno())
+        if not existed:
+            fsync_directory(path.parent)
+
+
+def commit_directory(temporary: Path, final: Path) -> None:
+    """Give a finished folder its name: fsync it, rename, fsync the parent. `final` must not exist."""
+    with _clear_errors(final):
+        fsync_directory(temporary)
+        _step("rename", final)
+        os.rename(temporary, final)
+        fsync_directory(final.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a folder; it is renamed first, so that a cut never leaves half of it under its name."""
+    with _clear_errors(path):
+        doomed = path.with_name(f"{TEMPORARY_PREFIX}removed-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        _step("rename", path)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any] | None = None) -> bytes:
+    """Serialise named arrays as safetensors; `metadata` is any JSON value, kept under one key.
+
+    Raises:
+        InputError: NaN or infinity in a tensor: such a state could never be read back.
+    """
+    from safetensors.numpy import save
+
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise InputError(f"the tensor '{name}' holds NaN or infinity and is not written; nothing was changed")
+    packed = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    return save(packed, metadata={_JSON_KEY: json.dumps(metadata or {}, sort_keys=True, allow_nan=False)})
+
+
+def parse_tensors(data: bytes, what: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read what `tensor_bytes` wrote.
+
+    Args:
+        data: the file's bytes.
+        what: the file's name, for the error.
+
+    Raises:
+        BundleRefusedError: not safetensors, cut short, or with NaN or infinity in a tensor.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = json.loads(header.get("__metadata__", {}).get(_JSON_KEY, "{}"))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleRefusedError(f"{what} is not a valid safetensors file ({error}); restore it") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise BundleRefusedError(f"{what}: the tensor '{name}' holds NaN or infinity; restore the file")
+    return tensors, metadata
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """`write_bytes` of `tensor_bytes`."""
+    write_bytes(path, tensor_bytes(tensors, metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read a safetensors file: arrays and metadata.
+
+    Raises:
+        InputError: no such file.
+        BundleRefusedError: damaged.
+    """
+    return parse_tensors(read_bytes(path), str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        InputError: it does not exist, is a folder, or may not be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; check the path") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder, but a file is needed") from error
+    except PermissionError as error:
+        raise InputError(f"{path} may not be read: permission denied") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: no such file.
+        BundleRefusedError: not JSON.
+    """
+    return parse_json(read_bytes(path), str(path))
+
+
+def parse_json(data: bytes, what: str) -> Any:
+    """Parse JSON bytes; `what` is the file's name, for the error.
+
+    Raises:
+        BundleRefusedError: not JSON.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BundleRefusedError(f"{what} is not valid JSON ({error}); restore it") from error
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

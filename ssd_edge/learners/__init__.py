@@ -1,0 +1,111 @@
+"""Learners, one file a way of learning; `build`, `pack` and `restore` are the doors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssd_edge.config import parse_section
+from ssd_edge.errors import BundleRefusedError, InputError, did_you_mean
+from ssd_edge.learners.base import Learner, Task, TensorSpec
+from ssd_edge.learners.finetune import FineTune
+from ssd_edge.learners.ncm import NCM
+from ssd_edge.learners.ridge import RandomProjectionRidge, Ridge
+from ssd_edge.learners.sdmlp import SDMLPLearner
+from ssd_edge.learners.slda import SLDA
+from ssd_edge.learners.ssd import SSD
+from ssd_edge.learners.ssd_paper import SSDPaper
+from ssd_edge.priors import Priors
+
+__all__ = ["LEARNERS", "Learner", "Task", "TensorSpec", "build", "pack", "restore", "settings_class", "top_n_table"]
+
+LEARNERS: dict[str, type[Learner]] = {
+    kind.name: kind
+    for kind in (SSD, SSDPaper, SDMLPLearner, FineTune, NCM, SLDA, Ridge, RandomProjectionRidge)
+}
+
+
+def _kind(name: Any) -> type[Learner]:
+    if name not in LEARNERS:
+        hint = did_you_mean(str(name), LEARNERS)
+        raise InputError(f"unknown learner.name '{name}'.{hint} Known: {', '.join(LEARNERS)}")
+    return LEARNERS[name]
+
+
+def settings_class(name: str) -> type:
+    """The settings of the learner of this name.
+
+    Raises:
+        InputError: unknown name.
+    """
+    return _kind(name).Settings
+
+
+def build(
+    options: Mapping[str, Any], dim: int, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
+) -> Learner:
+    """A new learner.
+
+    Args:
+        options: ``name`` and any of its settings.
+        dim: D of the embeddings.
+        priors: from the backbone package.
+        seed: of everything random in it.
+        device: where it computes.
+
+    Raises:
+        InputError: unknown name or setting, wrong type, or out of range.
+    """
+    values = dict(options)
+    kind = _kind(values.pop("name", None))
+    return kind(dim, parse_section(kind.Settings, values, "learner"), priors, seed, device)
+
+
+def pack(learner: Learner) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and metadata for `files.write_tensors`; `restore` is the inverse."""
+    arrays = {name: tensor.numpy() for name, tensor in learner.state_dict().items()}
+    settings = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(learner.settings).items()
+    }
+    reasons = {name: spec.reason for name, spec in learner.schema().items()}
+    metadata = {
+        "learner": learner.name,
+        "settings": settings,
+        "dim": learner.dim,
+        "seed": learner.seed,
+        "reasons": reasons,
+    }
+    return arrays, metadata
+
+
+def restore(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any], device: str | torch.device = "cpu"
+) -> Learner:
+    """The learner that `pack` took apart, with equal predictions bit for bit.
+
+    Raises:
+        BundleRefusedError: metadata or a tensor is not what a learner of that name keeps.
+    """
+    try:
+        options = {"name": metadata["learner"], **metadata["settings"]}
+        learner = build(options, int(metadata["dim"]), Priors(), int(metadata["seed"]), device)
+    except (KeyError, TypeError, ValueError, InputError) as error:
+        raise BundleRefusedError(f"the learner's state does not say what it is ({error}); restore the file") from error
+    learner.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+    return learner
+
+
+def top_n_table(learner: Learner) -> dict[str, np.ndarray] | None:
+    """The Top-n table as arrays (uint32 indices, float32 frequencies); None where a learner has none."""
+    table = getattr(learner, "top_n", None)
+    if table is None:
+        return None
+    return {
+        "indices": table.indices.numpy().astype(np.uint32),
+        "frequencies": table.frequencies.numpy().astype(np.float32),
+    }

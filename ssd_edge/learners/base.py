@@ -1,0 +1,226 @@
+"""The Learner contract: everything that is learned, and how. The workstation and the device use the same one.
+
+A learner sees standardised embeddings and class *rows* (0, 1, …); names live in the class registry. Boundaries
+between tasks are known while learning and never while predicting, and nothing in the state grows with the
+number of samples seen (no replay): `schema` lists every tensor with its shape and the reason for keeping it.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.priors import Priors
+
+Progress = Callable[[float], None]  # told the share of the present task that is done, 0..1
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+    "uint32": torch.uint32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Labelled embeddings that arrive together.
+
+    Attributes:
+        embeddings: standardised, float32 ``(N, D)``.
+        labels: rows, int64 ``(N,)``.
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        """Check shapes and values.
+
+        Raises:
+            InputError: shapes that disagree, no sample, a negative row, NaN or infinity.
+        """
+        if self.embeddings.ndim != 2 or self.labels.shape != self.embeddings.shape[:1]:
+            raise InputError(
+                f"a task needs embeddings (N, D) and labels (N,), but has {tuple(self.embeddings.shape)} "
+                f"and {tuple(self.labels.shape)}"
+            )
+        if not len(self.labels):
+            raise InputError("a task without samples cannot be learned; give it images")
+        if int(self.labels.min()) < 0:
+            raise InputError(f"class rows start at 0, but a label is {int(self.labels.min())}")
+        if not bool(torch.isfinite(self.embeddings).all()):
+            raise InputError("an embedding holds NaN or infinity; check the backbone and its images")
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows that occur, ascending."""
+        return self.labels.unique()
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a learner's state: symbolic shape (letters must agree), dtype, and why it is kept."""
+
+    shape: tuple[str | int, ...]
+    dtype: str
+    reason: str
+
+
+class Learner(abc.ABC):
+    """Base of all learners.
+
+    Args:
+        dim: D of the embeddings.
+        settings: a frozen dataclass; see each learner's `Settings`.
+        priors: what pretraining knows; may be empty.
+        seed: of everything random. Task t draws from (seed, t) alone, so a resumed run continues bit for bit.
+        device: where large tensors live.
+    """
+
+    name: ClassVar[str]
+    display: ClassVar[str]
+    Settings: ClassVar[type]
+
+    def __init__(
+        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        self.dim = dim
+        self.settings = settings
+        self.seed = seed
+        self.device = torch.device(device)
+        self.seen = torch.zeros(0, dtype=torch.uint8)  # (C,), 1 where a class has been taught
+        self.tasks_learned = 0
+
+    @abc.abstractmethod
+    def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
+        """Learn one checked task; `seen` and `tasks_learned` are kept by `learn`."""
+
+    @abc.abstractmethod
+    def scores(self, embeddings: Tensor) -> Tensor:
+        """Scores ``(N, C)`` of embeddings ``(N, D)``, higher is likelier; on the CPU, float32."""
+
+    @abc.abstractmethod
+    def schema(self) -> dict[str, TensorSpec]:
+        """Every tensor of the state beyond `seen` and `tasks_learned`."""
+
+    @abc.abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """The state's tensors, as `schema` describes them."""
+
+    @abc.abstractmethod
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over tensors that have passed `schema`."""
+
+    def expect(self, classes: int) -> None:  # noqa: B027  an announcement that most learners do not need
+        """Announce how many classes the stream will have; classes may also arrive unannounced."""
+
+    def learn(self, task: Task, progress: Progress | None = None) -> dict[str, float]:
+        """Learn one task from its own data alone.
+
+        Args:
+            task: embeddings and rows; rows never seen before are new classes.
+            progress: told the share done.
+
+        Returns:
+            Measurements, e.g. losses; keys depend on the learner.
+
+        Raises:
+            InputError: the embeddings have another dimension, or the learner diverged.
+        """
+        self._check_dim(task.embeddings)
+        classes = int(task.labels.max()) + 1
+        measured = self._learn(task, progress or (lambda share: None))
+        if classes > len(self.seen):
+            self.seen = torch.cat([self.seen, self.seen.new_zeros(classes - len(self.seen))])
+        self.seen[task.rows.cpu()] = 1
+        self.tasks_learned += 1
+        return measured
+
+    def predict(self, embeddings: Tensor) -> Tensor:
+        """Rows int64 ``(N,)``: the best-scored class among those taught. No task is named.
+
+        Raises:
+            InputError: wrong dimension, or nothing has been taught.
+        """
+        self._check_dim(embeddings)
+        if not bool(self.seen.any()):
+            raise InputError("nothing has been taught yet; learn a class first")
+        scores = self.scores(embeddings)[:, : len(self.seen)]
+        return scores.masked_fill(self.seen[: scores.shape[1]] == 0, -torch.inf).argmax(1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors, on the CPU: enough to go on learning or predicting elsewhere."""
+        own = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
+        return {**own, "seen": self.seen, "tasks_learned": torch.tensor([self.tasks_learned])}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave, bit for bit.
+
+        Raises:
+            BundleRefusedError: a tensor is missing, unknown, or of another shape or dtype.
+        """
+        base = {
+            "seen": TensorSpec(("S",), "uint8", "which classes have been taught"),
+            "tasks_learned": TensorSpec((1,), "int64", "position in the random streams"),
+        }
+        check_state(state, {**base, **self.schema()}, {"D": self.dim}, self.name)
+        self.seen = state["seen"].clone()
+        self.tasks_learned = int(state["tasks_learned"][0])
+        self._load({name: tensor.clone() for name, tensor in state.items() if name not in base})
+
+    def memory_bytes(self) -> int:
+        """Bytes of the state: all that must persist beyond the backbone."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+
+    def generator(self, purpose: int = 0) -> torch.Generator:
+        """Random numbers that depend on the seed, the number of tasks learned and the purpose only."""
+        mixed = (self.seed * 1_000_003 + self.tasks_learned * 8_191 + purpose * 131) % (2**63 - 1)
+        return torch.Generator().manual_seed(mixed)
+
+    def _check_dim(self, embeddings: Tensor) -> None:
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.dim:
+            raise InputError(
+                f"this learner takes embeddings of {self.dim} values, but was given {tuple(embeddings.shape)}; "
+                "use the backbone that it was trained with"
+            )
+
+
+def check_state(state: dict[str, Tensor], schema: dict[str, TensorSpec], bound: dict[str, int], what: str) -> None:
+    """Check names, dtypes and shapes of a state against a schema.
+
+    Args:
+        state: tensors by name.
+        schema: what they must be. A spec whose shape holds a letter binds it for all others.
+        bound: letters known beforehand.
+        what: the learner's name, for the error.
+
+    Raises:
+        BundleRefusedError: with the two values that disagree.
+    """
+    if set(state) != set(schema):
+        missing, extra = sorted(set(schema) - set(state)), sorted(set(state) - set(schema))
+        raise BundleRefusedError(
+            f"the state is not one of '{what}': missing {missing or 'nothing'}, unknown {extra or 'nothing'}"
+        )
+    bound = dict(bound)
+    for name, spec in schema.items():
+        tensor = state[name]
+        if tensor.dtype != DTYPES[spec.dtype]:
+            raise BundleRefusedError(f"the tensor '{name}' of '{what}' must be {spec.dtype}, but is {tensor.dtype}")
+        fits = tensor.ndim == len(spec.shape) and all(
+            size == (bound.setdefault(symbol, size) if isinstance(symbol, str) else symbol)
+            for symbol, size in zip(spec.shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            wanted = tuple(bound.get(s, s) if isinstance(s, str) else s for s in spec.shape)
+            raise BundleRefusedError(
+                f"the tensor '{name}' of '{what}' must have the shape {wanted}, but has {tuple(tensor.shape)}"
+            )

@@ -1,0 +1,62 @@
+"""Streaming linear discriminant analysis (Hayes & Kanan 2020) with exact statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ssd_edge.config import setting
+from ssd_edge.learners.base import TensorSpec
+from ssd_edge.learners.linear import LinearLearner
+from ssd_edge.priors import Priors
+from ssd_edge.statistics import discriminant
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of streaming LDA."""
+
+    prior_weight: float = setting(1000.0, "samples that the pretraining covariance counts for; helps few images", minimum=0)
+
+
+class SLDA(LinearLearner):
+    """Class means and one pooled covariance: exact, OAS-shrunk, with the pretraining covariance as a prior."""
+
+    name: ClassVar[str] = "slda"
+    display: ClassVar[str] = "SLDA"
+    Settings: ClassVar[type] = Settings
+
+    def __init__(
+        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__(dim, settings, priors, seed, device)
+        self.prior, self.prior_weight = torch.zeros(dim, dim), 0.0
+        if priors.within_covariance is not None:
+            self.prior = torch.from_numpy(priors.within_covariance).float()
+            self.prior_weight = settings.prior_weight
+
+    def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
+        statistics = self.statistics
+        freedom = max(statistics.total - int((statistics.counts > 0).sum()), 0.0) + self.prior_weight
+        scatter = statistics.scatter_within() + self.prior_weight * self.prior.double()
+        covariance = scatter / max(freedom, 1.0)
+        values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom, unbiased=False)
+        return values, bias, {}
+
+    def schema(self) -> dict[str, TensorSpec]:
+        return {
+            **super().schema(),
+            "prior": TensorSpec((self.dim, self.dim), "float32", "within-class covariance from pretraining"),
+            "prior_weight": TensorSpec((1,), "float64", "samples that the prior counts for"),
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        weight = torch.tensor([self.prior_weight], dtype=torch.float64)
+        return {**super()._tensors(), "prior": self.prior, "prior_weight": weight}
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        super()._load(tensors)
+        self.prior, self.prior_weight = tensors["prior"], float(tensors["prior_weight"][0])

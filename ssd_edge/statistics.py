@@ -1,0 +1,173 @@
+"""Sufficient statistics: all that closed-form learners keep of the data they have seen.
+
+Sums are accumulated in float64, so that the order of tasks and samples does not matter beyond rounding.
+Nothing here grows with the number of samples.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RIDGE_GRID = tuple(10.0 ** (e / 2) for e in range(-12, 9))  # λ relative to the mean eigenvalue
+
+
+class ClassStatistics:
+    """Counts, sums and the pooled within-class scatter of embeddings.
+
+    Attributes:
+        counts: float64 ``(C,)``.
+        sums: float64 ``(C, D)``; a mean is sums/counts. (The mean of a single image is that image's
+            embedding, which is why a class must be taught with at least three.)
+        second: float64 ``(D, D)``, Σ z zᵀ over all samples.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.counts = torch.zeros(0, dtype=torch.float64)
+        self.sums = torch.zeros(0, dim, dtype=torch.float64)
+        self.second = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def grow(self, classes: int) -> None:
+        """Make room for rows up to `classes`."""
+        missing = classes - len(self.counts)
+        if missing > 0:
+            self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
+            self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.sums.shape[1])])
+
+    def add(self, vectors: Tensor, labels: Tensor) -> None:
+        """Add samples: ``(N, D)`` and their rows, int64 ``(N,)``."""
+        self.grow(int(labels.max()) + 1)
+        labels = labels.cpu()
+        for part, truth in zip(vectors.split(4096), labels.split(4096), strict=True):
+            wide = part.cpu().double()
+            self.counts.index_add_(0, truth, torch.ones(len(truth), dtype=torch.float64))
+            self.sums.index_add_(0, truth, wide)
+            self.second += wide.T @ wide
+
+    @property
+    def means(self) -> Tensor:
+        """Class means ``(C, D)``; zero for a class without samples."""
+        return self.sums / self.counts.clamp_min(1)[:, None]
+
+    @property
+    def total(self) -> float:
+        """Number of samples."""
+        return float(self.counts.sum())
+
+    def scatter_within(self) -> Tensor:
+        """Σ (z − μ_y)(z − μ_y)ᵀ, ``(D, D)``: exact, from the sums alone."""
+        means = self.means
+        return self.second - (means * self.counts[:, None]).T @ means
+
+    def state(self) -> dict[str, Tensor]:
+        """Named tensors; the symmetric matrix as its upper triangle."""
+        return {"counts": self.counts, "sums": self.sums, "second": pack_symmetric(self.second)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> ClassStatistics:
+        """Restore; the inverse of `state`, bit for bit."""
+        statistics = cls(state["sums"].shape[1])
+        statistics.counts = state["counts"].clone()
+        statistics.sums = state["sums"].clone()
+        statistics.second = unpack_symmetric(state["second"], state["sums"].shape[1])
+        return statistics
+
+
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """The upper triangle of ``(n, n)`` as ``(n(n+1)/2,)``."""
+    row, column = torch.triu_indices(*matrix.shape)
+    return matrix[row, column].clone()
+
+
+def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
+    """The inverse of `pack_symmetric`."""
+    matrix = packed.new_zeros(size, size)
+    row, column = torch.triu_indices(size, size)
+    matrix[row, column] = packed
+    matrix[column, row] = packed
+    return matrix
+
+
+def oas_shrinkage(covariance: Tensor, samples: float) -> float:
+    """Share of the identity in the oracle-approximating shrinkage estimate (Chen et al. 2010, Eq. 23).
+
+    Args:
+        covariance: empirical, ``(D, D)``.
+        samples: how many samples it was estimated from.
+    """
+    size = covariance.shape[0]
+    mean_variance = float(covariance.trace()) / size
+    mean_square = float(covariance.square().mean())
+    denominator = (samples + 1.0) * (mean_square - mean_variance**2 / size)
+    return 1.0 if denominator <= 0 else min(1.0, (mean_square + mean_variance**2) / denominator)
+
+
+def shrink(covariance: Tensor, samples: float) -> Tensor:
+    """The covariance shrunk by `oas_shrinkage` towards a multiple of the identity: always invertible."""
+    size = covariance.shape[0]
+    share = oas_shrinkage(covariance, samples)
+    variance = max(float(covariance.trace()) / size, 1e-12)
+    share = max(share, 1e-6)
+    return (1.0 - share) * covariance + share * variance * torch.eye(size, dtype=covariance.dtype)
+
+
+def discriminant(
+    means: Tensor, counts: Tensor, covariance: Tensor, samples: float, unbiased: bool
+) -> tuple[Tensor, Tensor]:
+    """Linear discriminant with equal class priors: w_c = Λ⁻¹ μ_c, b_c = −½ μ_cᵀ Λ⁻¹ μ_c.
+
+    With few samples the estimate of μᵀΛ⁻¹μ is too large by tr(Λ⁻¹Σ)/n_c, so that a class taught with few
+    images next to classes taught with many is never predicted; `unbiased` takes that part off.
+
+    Args:
+        means: ``(C, D)``.
+        counts: ``(C,)``; a class with 0 samples gets a bias of −∞.
+        covariance: within-class, ``(D, D)``; shrunk here to Λ.
+        samples: how many samples stand behind it.
+        unbiased: correct the biases for the noise of the means.
+
+    Returns:
+        Values ``(D, C)`` and biases ``(C,)``, float64.
+    """
+    factor = torch.linalg.cholesky(shrink(covariance, samples))
+    values = torch.cholesky_solve(means.T, factor)
+    bias = (means.T * values).sum(0)
+    if unbiased:
+        effective = float(torch.cholesky_solve(covariance, factor).trace())
+        bias = bias - effective / counts.clamp_min(1)
+    return values, (-0.5 * bias).masked_fill(counts == 0, -torch.inf)
+
+
+def ridge(statistics: ClassStatistics) -> tuple[Tensor, Tensor, float]:
+    """Ridge regression on one-hot targets with an unpenalised bias.
+
+    λ minimises generalised cross-validation (Golub, Heath & Wahba 1979), which needs only the statistics:
+    GCV(λ) = (RSS/N) / (1 − df/N)².
+
+    Returns:
+        Values ``(D, C)``, biases ``(C,)`` (float64) and λ.
+    """
+    total, counts = statistics.total, statistics.counts
+    centre = statistics.sums.sum(0) / total
+    gram = statistics.second - total * torch.outer(centre, centre)
+    cross = (statistics.sums - torch.outer(counts, centre)).T  # (D, C)
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    eigenvalues = eigenvalues.clamp_min(0)
+    projected = vectors.T @ cross
+    power = projected.square().sum(1)
+    spread = float((counts - counts.square() / total).sum())  # Σ |y − ȳ|²
+    scale = max(float(eigenvalues.mean()), 1e-12)
+    best, chosen = float("inf"), scale
+    for relative in RIDGE_GRID:
+        penalty = relative * scale
+        inverse = 1.0 / (eigenvalues + penalty)
+        residual = max(spread - float((power * (inverse + penalty * inverse.square())).sum()), 0.0)
+        freedom = float((eigenvalues * inverse).sum()) + 1.0
+        if freedom >= total:
+            continue
+        score = residual / total / (1.0 - freedom / total) ** 2
+        if score < best:
+            best, chosen = score, penalty
+    values = vectors @ (projected / (eigenvalues + chosen)[:, None])
+    bias = counts / total - centre @ values
+    return values, bias.masked_fill(counts == 0, -torch.inf), chosen

@@ -1,0 +1,126 @@
+"""Top-K inhibition with the GABA switch → sparse activations.
+
+SDMLP (Bricken et al. 2023) lets only about k neurons answer an input: u = ReLU(z); I is the (k+1)-th largest
+u of the sample; a_j = ReLU(u_j − γ_j·I). γ_j rises from −1 (GABA excites: every neuron is active) to +1
+(exact Top-K by subtraction) with the number of times that neuron j has been active.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+DENSE_ABOVE = 1 / 8  # share of active neurons above which a dense array is the smaller one
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Activations of N samples over r neurons: a list of the active ones, or dense while most are active.
+
+    Attributes:
+        shape: ``(N, r)``.
+        sample: int64 ``(M,)``, ascending; which sample an entry belongs to. None if dense.
+        neuron: int64 ``(M,)``. None if dense.
+        value: ``(M,)``, > 0.
+        positive: bool ``(M,)``, whether the score behind an entry is > 0: where it is not (open GABA switch),
+            no gradient passes.
+        dense: ``(N, r)`` or None.
+        dense_positive: bool ``(N, r)``, `positive` for the dense form.
+    """
+
+    shape: tuple[int, int]
+    sample: Tensor | None = None
+    neuron: Tensor | None = None
+    value: Tensor | None = None
+    positive: Tensor | None = None
+    dense: Tensor | None = None
+    dense_positive: Tensor | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the dense form is held."""
+        return self.dense is not None
+
+    def counts(self) -> Tensor:
+        """How many samples activate each neuron: int64 ``(r,)``."""
+        if self.dense is not None:
+            return (self.dense > 0).sum(0)
+        return torch.bincount(self.neuron, minlength=self.shape[1])
+
+    def to_dense(self) -> Tensor:
+        """``(N, r)`` with zeros where inactive."""
+        if self.dense is not None:
+            return self.dense
+        dense = self.value.new_zeros(self.shape)
+        dense[self.sample, self.neuron] = self.value
+        return dense
+
+    def matmul(self, values: Tensor) -> Tensor:
+        """a W2: ``(N, r) @ (r, C)`` → ``(N, C)``, touching only the rows of active neurons."""
+        if self.dense is not None:
+            return self.dense @ values
+        product = values.new_zeros(self.shape[0], values.shape[1])
+        return product.index_add_(0, self.sample, self.value[:, None] * values[self.neuron])
+
+    def columns(self, slot: Tensor, width: int) -> Tensor:
+        """Dense activations of chosen neurons, ``(N, width)``.
+
+        Args:
+            slot: int64 ``(r,)``: the column of each neuron, or -1.
+            width: number of columns.
+        """
+        if self.dense is not None:
+            table = self.dense.new_zeros(self.shape[0], width)
+            chosen = (slot >= 0).nonzero().flatten()
+            table[:, slot[chosen]] = self.dense[:, chosen]
+            return table
+        table = self.value.new_zeros(self.shape[0], width)
+        column = slot[self.neuron]
+        inside = column >= 0
+        table[self.sample[inside], column[inside]] = self.value[inside]
+        return table
+
+
+def gaba(counters: Tensor, switch: float) -> Tensor:
+    """γ = clip(−1 + 2c/C, −1, 1) per neuron, ``(r,)``.
+
+    Args:
+        counters: activations c of each neuron so far, ``(r,)``.
+        switch: C, the count at which the switch of a neuron is closed.
+    """
+    return (2.0 * counters / switch - 1.0).clamp(-1.0, 1.0)
+
+
+def inhibit(scores: Tensor, k: int, gamma: Tensor | None = None) -> Activations:
+    """Top-K inhibition by subtraction.
+
+    A neuron is active iff u_j > γ_j·I, so ties with the (k+1)-th value are inactive once the switch is closed.
+    As in SDMLP, k + 1 is clipped to r: with k = r the smallest value is subtracted.
+
+    Args:
+        scores: z, ``(N, r)``.
+        k: neurons that stay active at most, per sample, once γ = 1.
+        gamma: ``(r,)``; None: all 1 (closed), which is cheaper.
+
+    Returns:
+        Activations a = u − γ·I of the active neurons.
+    """
+    count, neurons = scores.shape
+    rank = min(k + 1, neurons)
+    u = scores.clamp_min(0)
+    if gamma is None and rank - 1 <= DENSE_ABOVE * neurons:
+        top, index = u.topk(rank, dim=1)
+        value = top[:, :-1] - top[:, -1:]
+        active = value > 0
+        sample = torch.arange(count, device=scores.device)[:, None].expand(active.shape)[active]
+        value = value[active]
+        return Activations((count, neurons), sample, index[:, :-1][active], value, torch.ones_like(value, dtype=bool))
+    inhibition = u.topk(rank, dim=1).values[:, -1:]  # (N, 1), a constant for the gradient
+    a = (u - (inhibition if gamma is None else gamma * inhibition)).clamp_min(0)
+    active = a > 0
+    if int(active.sum()) > DENSE_ABOVE * count * neurons:
+        return Activations((count, neurons), dense=a, dense_positive=scores > 0)
+    sample, neuron = active.nonzero(as_tuple=True)
+    return Activations((count, neurons), sample, neuron, a[sample, neuron], scores[sample, neuron] > 0)

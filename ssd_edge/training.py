@@ -1,0 +1,384 @@
+"""A run: images → embeddings → stream → learners → metrics, resumable task by task.
+
+The learner, its baselines and the panel's heads go through the same loop on the same embeddings. Joint
+training, the upper bound, is the one that is given all tasks at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssd_edge import files, learners, metrics, runs
+from ssd_edge.backbones.embedder import Embedder, open_backbone
+from ssd_edge.classes import ClassRegistry
+from ssd_edge.config import TrainConfig, to_tree
+from ssd_edge.console import Console
+from ssd_edge.data import Dataset, cache, load
+from ssd_edge.errors import EnvironmentUnfitError, InputError
+from ssd_edge.learners.finetune import JOINT, FineTune
+from ssd_edge.report import render
+from ssd_edge.statistics import ClassStatistics
+from ssd_edge.streams import Stream, class_incremental
+
+BASELINES = ("ssd-paper", "sdmlp", "finetune")
+PANEL = ("ncm", "slda", "ridge", "rp_ridge")
+JOINT_NAME = "joint"
+DISPLAY = {**{name: kind.display for name, kind in learners.LEARNERS.items()}, JOINT_NAME: JOINT_NAME}
+EMBED_BATCH = 512
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to compute on; ``auto`` takes CUDA only where a kernel really runs on it.
+
+    Raises:
+        EnvironmentUnfitError: CUDA was asked for and does not run.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    try:
+        (torch.zeros(8, device="cuda") + 1).topk(2).values.sum().item()
+        return torch.device("cuda")
+    except (RuntimeError, AssertionError) as error:
+        if name == "cuda":
+            raise EnvironmentUnfitError(f"run.device=cuda, but no CUDA kernel runs here ({error}); use cpu") from error
+        return torch.device("cpu")
+
+
+def set_threads(count: int) -> None:
+    """PyTorch's threads; 0: one per core that this process may use."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(count or available)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Everything that a stream of tasks needs.
+
+    Attributes:
+        train: standardised embeddings ``(N, D)``.
+        train_rows: learner rows, int64 ``(N,)``.
+        test: ``(M, D)``.
+        test_rows: ``(M,)``.
+        train_tasks: per task, the indices of its training samples.
+        test_tasks: per task, of its test samples.
+        names: class names by row.
+        standardisation: (mu, sigma) that the first task gave to a backbone without its own; else None.
+    """
+
+    train: Tensor
+    train_rows: Tensor
+    test: Tensor
+    test_rows: Tensor
+    train_tasks: tuple[Tensor, ...]
+    test_tasks: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    standardisation: tuple[np.ndarray, np.ndarray] | None
+
+    def task(self, number: int) -> learners.Task:
+        """Training data of one task."""
+        index = self.train_tasks[number]
+        return learners.Task(self.train[index], self.train_rows[index])
+
+
+def embed(dataset: Dataset, embedder: Embedder, console: Console, use_cache: bool) -> dict[str, np.ndarray]:
+    """Embeddings ``train`` and ``test``, from the cache where backbone and data are the same."""
+
+    def compute() -> dict[str, np.ndarray]:
+        total, done, parts = len(dataset.train) + len(dataset.test), 0, {}
+        console.say(f"embedding {total:,} images")
+        with console.progress("embedding", 1) as bar:
+            for part, images in (("train", dataset.train), ("test", dataset.test)):
+                arrays = []
+                for pixels in images.batches(embedder.size, EMBED_BATCH):
+                    arrays.append(embedder.embed(pixels))
+                    done += len(pixels)
+                    bar.update(0, done / total, f"{done:,} images")
+                parts[part] = np.concatenate(arrays)
+        for part, array in parts.items():
+            if not np.isfinite(array).all():
+                raise InputError(f"the backbone gives NaN or infinity for {part} images; check its weights")
+        return parts
+
+    key = {"backbone": embedder.identity, "data": dataset.fingerprint, "torch": torch.__version__}
+    return cache.embeddings(key, compute, enabled=use_cache)
+
+
+def prepare(dataset: Dataset, stream: Stream, embedder: Embedder, embedded: Mapping[str, np.ndarray]) -> Prepared:
+    """Standardise, translate labels to rows, and cut into tasks."""
+    train, test, standardisation = embedded["train"], embedded["test"], None
+    train_tasks = [stream.members(dataset.train_labels, task) for task in range(len(stream.tasks))]
+    test_tasks = [stream.members(dataset.test_labels, task) for task in range(len(stream.tasks))]
+    if not embedder.standardised:  # later tasks must not be looked at: the first one's statistics stay
+        first = train[train_tasks[0]].astype(np.float64)
+        mu, sigma = first.mean(0), first.std(0)
+        sigma = np.maximum(sigma, 1e-3 * max(float(sigma.max()), 1e-12))
+        standardisation = (mu.astype(np.float32), sigma.astype(np.float32))
+        train, test = ((part - standardisation[0]) / standardisation[1] for part in (train, test))
+    return Prepared(
+        train=torch.from_numpy(np.ascontiguousarray(train, dtype=np.float32)),
+        train_rows=torch.from_numpy(stream.rows(dataset.train_labels)),
+        test=torch.from_numpy(np.ascontiguousarray(test, dtype=np.float32)),
+        test_rows=torch.from_numpy(stream.rows(dataset.test_labels)),
+        train_tasks=tuple(torch.from_numpy(index) for index in train_tasks),
+        test_tasks=tuple(torch.from_numpy(index) for index in test_tasks),
+        names=tuple(dataset.classes[label] for label in stream.order),
+        standardisation=standardisation,
+    )
+
+
+def options_for(name: str, main: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a baseline: those of the main learner where both are trained by gradients, else defaults."""
+    if main["name"] not in BASELINES:
+        return {"name": name}
+    known = {field.name for field in dataclasses.fields(learners.LEARNERS[name].Settings)}
+    return {"name": name, **{key: value for key, value in main.items() if key in known}}
+
+
+class Run:
+    """One run in its folder. `execute` goes from wherever the last one stopped to the end."""
+
+    def __init__(self, config: TrainConfig, console: Console) -> None:
+        self.config, self.console = config, console
+        self.device = pick_device(config.run.device)
+        self.dataset = load(config.data, config.run.seed)
+        self.embedder = open_backbone(config.backbone, self.device)
+        # fails on a wrong setting before any work is done
+        learners.build(config.learner, self.embedder.dim, self.embedder.priors, config.run.seed)
+        self.stream = class_incremental(self.dataset.classes, config.stream, config.run.seed)
+
+    def attach(self, folder: Path) -> Run:
+        """Work in this folder, from whatever progress it holds."""
+        self.folder, self.progress = folder, runs.Progress(folder)
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when the run is taken up again."""
+        return {
+            "data": self.dataset.fingerprint,
+            "backbone": self.embedder.identity,
+            "tasks": [list(task) for task in self.stream.tasks],
+        }
+
+    def execute(self) -> dict[str, Any]:
+        """Run every system, write all results, and return the metrics."""
+        config, console = self.config, self.console
+        started = time.monotonic()
+        embedded = embed(self.dataset, self.embedder, console, config.backbone.cache)
+        self.prepared = prepared = prepare(self.dataset, self.stream, self.embedder, embedded)
+        embed_seconds = time.monotonic() - started
+        main = config.learner["name"]
+        console.say(
+            f"{self.dataset.name}: {len(prepared.train):,} training and {len(prepared.test):,} test images, "
+            f"{len(prepared.names)} classes in {len(prepared.train_tasks)} tasks, order {config.stream.order}"
+        )
+        results = {main: self._stream(config.learner, announce=True)}
+        others = [*(BASELINES if config.run.baselines else ()), *(PANEL if config.run.panel else ())]
+        for name in others:
+            if name not in results:
+                results[name] = self._stream(options_for(name, config.learner), announce=False)
+        if config.run.panel:
+            results[JOINT_NAME] = self._joint()
+        return self._finish(results, embed_seconds)
+
+    def _stream(self, options: Mapping[str, Any], announce: bool) -> dict[str, Any]:
+        """Take one learner through the tasks, from its last checkpoint on."""
+        prepared, config, console = self.prepared, self.config, self.console
+        name, tasks = options["name"], len(self.prepared.train_tasks)
+        entry = self.progress.entry(name)
+        if not entry["done"]:
+            checkpoint = self.progress.checkpoint(name)
+            if checkpoint is None:
+                learner = learners.build(options, self.embedder.dim, self.embedder.priors, config.run.seed, self.device)
+                learner.expect(len(prepared.names))
+            else:
+                learner = learners.restore(*checkpoint, device=self.device)
+            with console.progress(DISPLAY[name], tasks) as bar:
+                for number in range(len(entry["rows"]), tasks):
+                    began = time.monotonic()
+                    learner.learn(prepared.task(number), lambda share, n=number: bar.update(n, share, ""))
+                    seconds = time.monotonic() - began
+                    row = self._accuracies(learner, number)
+                    last = number + 1 == tasks
+                    state = learners.pack(learner)
+                    if last and announce:
+                        self._keep(learner, state)
+                    self.progress.commit(
+                        name,
+                        None if last else state,
+                        rows=[*entry["rows"], row],
+                        seconds=entry["seconds"] + seconds,
+                        state_bytes=learner.memory_bytes(),
+                        done=last,
+                        **({"class_accuracy": self._class_accuracy(learner)} if last and announce else {}),
+                    )
+                    if announce:
+                        seen = row[: number + 1]
+                        classes = [prepared.names[r] for r in prepared.task(number).rows.tolist()]
+                        console.task_line(number, tasks, classes, sum(seen) / len(seen), seen, seconds)
+            if not announce:
+                console.say(f"{DISPLAY[name]}: average accuracy {metrics.average_accuracy(entry['rows']):.3f}")
+        return self._result(name)
+
+    def _result(self, name: str) -> dict[str, Any]:
+        entry = self.progress.entry(name)
+        common = {"display": DISPLAY[name], "seconds": entry["seconds"], "state_bytes": entry["state_bytes"]}
+        return {**metrics.summary(entry["rows"]), **common}
+
+    def _accuracies(self, learner: learners.Learner, last: int) -> list[float | None]:
+        """Accuracy on the test samples of each task up to `last`; None for later ones."""
+        predictions = {}
+        for number in range(last + 1):
+            index = self.prepared.test_tasks[number]
+            right = learner.predict(self.prepared.test[index]) == self.prepared.test_rows[index]
+            predictions[number] = float(right.double().mean())
+        return [predictions.get(number) for number in range(len(self.prepared.test_tasks))]
+
+    def _class_accuracy(self, learner: learners.Learner) -> dict[str, float]:
+        right = (learner.predict(self.prepared.test) == self.prepared.test_rows).double()
+        return {
+            name: float(right[self.prepared.test_rows == row].mean()) for row, name in enumerate(self.prepared.names)
+        }
+
+    def _joint(self) -> dict[str, Any]:
+        """All tasks at once: what a network of this size can know of these embeddings."""
+        entry, prepared = self.progress.entry(JOINT_NAME), self.prepared
+        if not entry["done"]:
+            settings = dataclasses.replace(JOINT, neurons=self.config.learner.get("neurons", JOINT.neurons))
+            learner = FineTune(self.embedder.dim, settings, self.embedder.priors, self.config.run.seed, self.device)
+            began = time.monotonic()
+            with self.console.progress(JOINT_NAME, 1) as bar:
+                task = learners.Task(prepared.train, prepared.train_rows)
+                learner.learn(task, lambda share: bar.update(0, share, ""))
+            row = self._accuracies(learner, len(prepared.test_tasks) - 1)
+            seconds, size = time.monotonic() - began, learner.memory_bytes()
+            self.progress.commit(JOINT_NAME, None, rows=[row], seconds=seconds, state_bytes=size, done=True)
+            self.console.say(f"{JOINT_NAME}: average accuracy {sum(row) / len(row):.3f}")
+        row = entry["rows"][0]
+        return {
+            "average_accuracy": sum(row) / len(row),
+            "accuracy_matrix": None,
+            "accuracy_curve": None,
+            "average_incremental_accuracy": None,
+            "backward_transfer": None,
+            "forgetting": None,
+            "display": JOINT_NAME,
+            "seconds": entry["seconds"],
+            "state_bytes": entry["state_bytes"],
+        }
+
+    def _keep(self, learner: learners.Learner, state: tuple[dict[str, np.ndarray], dict[str, Any]]) -> None:
+        """Write what a deployment and an evaluation need."""
+        prepared, folder = self.prepared, self.folder
+        files.write_tensors(folder / "learner.safetensors", *state)
+        table = learners.top_n_table(learner)
+        if table is not None:
+            files.write_tensors(folder / "top_n.safetensors", table, {"learner": learner.name})
+        statistics = ClassStatistics(prepared.train.shape[1])
+        statistics.add(prepared.train, prepared.train_rows)
+        arrays = {name: tensor.numpy() for name, tensor in statistics.state().items()}
+        files.write_tensors(folder / "statistics.safetensors", arrays)
+        registry = ClassRegistry()
+        for row, name in enumerate(prepared.names):
+            registry = registry.add(name, "base", int((prepared.train_rows == row).sum()))
+        files.write_json(folder / "classes.json", registry.to_json())
+        if prepared.standardisation is not None:
+            mu, sigma = prepared.standardisation
+            files.write_tensors(folder / "standardisation.safetensors", {"mu": mu, "sigma": sigma})
+
+    def _finish(self, results: dict[str, dict[str, Any]], embed_seconds: float) -> dict[str, Any]:
+        """Metrics, report and the run's record, in this order: a run is finished when its record says so."""
+        prepared, name = self.prepared, self.config.learner["name"]
+        main = results[name]
+        panel = {other: results[other] for other in (*PANEL, JOINT_NAME) if other in results and other != name}
+        result = {
+            **main,
+            "learner": name,
+            "data": self.dataset.name,
+            "split": self.dataset.split,
+            "classes": list(prepared.names),
+            "tasks": [
+                {
+                    "classes": [self.dataset.classes[label] for label in task],
+                    "train": len(prepared.train_tasks[number]),
+                    "test": len(prepared.test_tasks[number]),
+                }
+                for number, task in enumerate(self.stream.tasks)
+            ],
+            "train_images": len(prepared.train),
+            "test_images": len(prepared.test),
+            "class_accuracy": self.progress.entry(name)["class_accuracy"],
+            "embed_seconds": embed_seconds,
+            "baselines": {other: results[other] for other in BASELINES if other in results and other != name},
+            "panel": {other: values["average_accuracy"] for other, values in panel.items()},
+            "panel_details": panel,
+        }
+        files.write_json(self.folder / "metrics.json", result)
+        record = files.read_json(self.folder / "run.json")
+        record.update(status="finished", finished=record.get("finished") or runs.now())
+        files.write_text(self.folder / "report.html", render(result, record))
+        files.write_json(self.folder / "run.json", record)
+        return result
+
+
+def start(config: TrainConfig, argv: list[str], console: Console) -> Run:
+    """A new run; its folder is made only when configuration, data and backbone have proved usable.
+
+    Raises:
+        InputError: bad configuration or data.
+    """
+    set_threads(config.run.threads)
+    run = Run(config, console)
+    folder = runs.new_folder(Path(config.run.out))
+    runs.write_config(folder, config)
+    files.write_json(
+        folder / "backbone.json",
+        {
+            "kind": "onnx" if config.backbone.onnx else "package",
+            "path": config.backbone.onnx or config.backbone.path,
+            "identity": run.embedder.identity,
+            "size": run.embedder.size,
+            "dim": run.embedder.dim,
+            "standardised": run.embedder.standardised,
+            "provenance": run.embedder.provenance,
+        },
+    )
+    record = {
+        "argv": argv,
+        "seed": config.run.seed,
+        "started": runs.now(),
+        "status": "running",
+        "identity": run.identity(),
+        "config": to_tree(config),
+        "backbone": {"identity": run.embedder.identity, "provenance": run.embedder.provenance},
+        **runs.environment(),
+    }
+    files.write_json(folder / "run.json", record)
+    return run.attach(folder)
+
+
+def resume(folder: Path, console: Console) -> Run:
+    """A run that was interrupted, to be continued.
+
+    Raises:
+        InputError: not a run, or its data or backbone have changed.
+    """
+    config = runs.open_folder(folder)
+    record = files.read_json(folder / "run.json")
+    set_threads(config.run.threads or int(record.get("threads", 0)))
+    for difference in runs.changed_environment(record):
+        console.say(f"warning: {difference}; the resumed weights may differ in their last bits")
+    run = Run(config, console).attach(folder)
+    present = run.identity()
+    for key, value in record.get("identity", {}).items():
+        if present[key] != value:
+            raise InputError(f"{folder} cannot be resumed: its {key} has changed since it was started; start a new run")
+    return run

@@ -1,0 +1,94 @@
+"""Class names and the registry."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from ssd_edge.classes import ClassEntry, ClassRegistry, normalise_name
+from ssd_edge.errors import BundleRefusedError, InputError
+
+
+def test_names_are_normalised() -> None:
+    assert normalise_name("  A\u0308pfel ") == "\u00c4pfel"
+    assert normalise_name("犬 🐕") == "犬 🐕"
+    assert normalise_name("x" * 64) == "x" * 64
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "a class name is empty"),
+        (" \t ", "a class name is empty"),
+        ("Unknown", r"the class name 'Unknown' is reserved: it answers"),
+        ("x" * 65, "has 65 characters, but at most 64 fit"),
+        ("a\nb", r"'a\\nb' holds the control character U\+000A; remove it"),
+        ("a\x1b[31m", r"holds the control character U\+001B"),
+        ("a\u202eb", r"holds the control character U\+202E"),  # turns the text around it
+        ("a\u2028b", r"holds the control character U\+2028"),
+        ("a\udc80", r"holds the control character U\+DC80"),  # a file name that is not UTF-8
+    ],
+)
+def test_refused_names(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        normalise_name(name)
+    str(caught.value).encode()  # can be printed
+
+
+def test_add_and_row() -> None:
+    empty = ClassRegistry()
+    registry = empty.add("cat", images=5).add(" dog ", origin="device")
+    assert len(empty) == 0
+    assert registry.names == ["cat", "dog"]
+    assert registry.entries == (ClassEntry(0, "cat", "base", 5), ClassEntry(1, "dog", "device", 0))
+    assert (registry.row("dog "), registry.row("cow")) == (1, None)
+    with pytest.raises(InputError, match=r"the class 'cat' exists already; choose another name\. Known: cat"):
+        registry.add("cat")
+    with pytest.raises(InputError, match="is reserved"):
+        registry.add("unknown")
+
+
+def test_ids_are_never_given_twice() -> None:
+    registry = ClassRegistry().add("cat").add("dog")
+    without_dog = ClassRegistry(registry.entries[:1], registry.next_id)
+    assert ClassRegistry.from_json(without_dog.to_json()).add("cow").entries[1].id == 2
+
+
+def test_repeated_entries() -> None:
+    for entries in ([ClassEntry(0, "a"), ClassEntry(0, "b")], [ClassEntry(0, "a"), ClassEntry(1, "a")]):
+        with pytest.raises(InputError, match="must not repeat"):
+            ClassRegistry(entries)
+
+
+def test_json_round_trip() -> None:
+    registry = ClassRegistry().add("Äpfel", images=3).add("犬", origin="device")
+    restored = ClassRegistry.from_json(json.loads(json.dumps(registry.to_json())))
+    assert (restored.entries, restored.next_id) == (registry.entries, registry.next_id)
+
+
+ENTRY = {"id": 0, "name": "a", "origin": "base", "images": 1}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        [],
+        {},
+        {"next_id": 1},
+        {"next_id": 1, "classes": 5},
+        {"next_id": "x", "classes": []},
+        {"next_id": 1, "classes": [{"id": 0}]},
+        {"next_id": 1, "classes": [{**ENTRY, "name": "unknown"}]},
+        {"next_id": 1, "classes": [{**ENTRY, "name": 5}]},
+        {"next_id": 2, "classes": [ENTRY, {**ENTRY, "id": 1}]},
+        {"next_id": 2, "classes": [ENTRY, {**ENTRY, "name": "b"}]},
+        {"next_id": 0, "classes": [ENTRY]},
+        {"next_id": 1, "classes": [{**ENTRY, "id": -1}]},
+    ],
+)
+def test_damaged_json(value: Any) -> None:
+    with pytest.raises(BundleRefusedError, match=r"the class registry (is damaged|gives ids)"):
+        ClassRegistry.from_json(value)

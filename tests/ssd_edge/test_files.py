@@ -1,0 +1,249 @@
+"""Nothing is lost: the old content or the new one, whatever fails and whenever."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssd_edge import files
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
+
+WRITE_STEPS = ["create", "write", "fsync", "rename", "fsync_directory"]
+
+
+class Cut(BaseException):
+    """The power goes: no handler for errors runs."""
+
+
+Watch = Callable[[Callable[[str, Path], None]], None]
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return lambda hook: monkeypatch.setattr(files, "fault_hook", hook)
+
+
+def fail_at(step: str, error: BaseException) -> Callable[[str, Path], None]:
+    def hook(name: str, path: Path) -> None:
+        if name == step:
+            raise error
+
+    return hook
+
+
+def test_steps_of_a_write(tmp_path: Path, watch: Watch) -> None:
+    steps: list[tuple[str, str]] = []
+    watch(lambda step, path: steps.append((step, path.name)))
+    files.write_bytes(tmp_path / "a", b"x")
+    assert [step for step, _ in steps] == WRITE_STEPS
+    assert [name for _, name in steps] == ["a"] * 4 + [tmp_path.name]
+
+
+@pytest.mark.parametrize("step", WRITE_STEPS)
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad sector"), Cut()])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_old_or_new_after_a_fault(
+    step: str, error: BaseException, old: bytes | None, tmp_path: Path, watch: Watch
+) -> None:
+    path = tmp_path / "state"
+    if old is not None:
+        path.write_bytes(old)
+    watch(fail_at(step, error))
+    with pytest.raises((OSError, EnvironmentUnfitError, Cut)):
+        files.write_bytes(path, b"new and longer")
+    expected = b"new and longer" if step == "fsync_directory" else old  # after the rename it is in place
+    assert (path.read_bytes() if path.exists() else None) == expected
+    assert [entry.name for entry in tmp_path.iterdir()] == (["state"] if expected else [])
+
+
+@pytest.mark.parametrize("step", WRITE_STEPS)
+def test_old_or_new_after_a_kill(step: str, tmp_path: Path, watch: Watch) -> None:
+    """As above, for a process that ends on the spot: only a temporary file may be left."""
+    path = tmp_path / "state"
+    path.write_bytes(b"old")
+
+    def die(name: str, _: Path) -> None:
+        if name == step:
+            os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            files.fault_hook = die
+            files.write_bytes(path, b"new and longer")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert path.read_bytes() == (b"new and longer" if step == "fsync_directory" else b"old")
+    others = [entry.name for entry in tmp_path.iterdir() if entry != path]
+    assert all(name.startswith(files.TEMPORARY_PREFIX) for name in others)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (errno.ENOSPC, "the disk is full: free some space"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EROFS, "the file system is read-only: remount it or choose another folder"),
+        (errno.EACCES, "permission denied: choose a folder that you may write to"),
+        (errno.EPERM, "permission denied"),
+        (errno.EMFILE, r"too many open files: raise the limit \(ulimit -n\)"),
+    ],
+)
+def test_the_system_says_no(code: int, reason: str, tmp_path: Path, watch: Watch) -> None:
+    path = tmp_path / "state"
+    calls: list[tuple[str, Callable[[], None]]] = [
+        ("write", lambda: files.write_bytes(path, b"x")),
+        ("append", lambda: files.append_line(path, "x")),
+        ("mkdir", lambda: files.make_directory(path)),
+        ("rename", lambda: files.commit_directory(tmp_path / "new", path)),
+    ]
+    (tmp_path / "new").mkdir()
+    for step, call in calls:
+        watch(fail_at(step, OSError(code, "x")))
+        with pytest.raises(EnvironmentUnfitError, match=rf"^cannot write {path}: {reason}") as caught:
+            call()
+        assert caught.value.exit_code == 3
+    assert not path.exists()
+
+
+def test_a_path_through_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentUnfitError, match="a part of the path is a file, not a folder"):
+        files.write_bytes(tmp_path / "file" / "x", b"")
+    with pytest.raises(EnvironmentUnfitError, match="a part of the path is a file, not a folder"):
+        files.make_directory(tmp_path / "file" / "x")
+    with pytest.raises(InputError, match="is a file, but a folder is needed"):
+        files.make_directory(tmp_path / "file")
+
+
+def test_make_directory(tmp_path: Path, watch: Watch) -> None:
+    synced: list[Path] = []
+    watch(lambda step, path: synced.append(path) if step == "fsync_directory" else None)
+    files.make_directory(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"]  # each new name is made durable in its parent
+    files.make_directory(tmp_path / "a" / "b")
+    assert len(synced) == 2
+
+
+@pytest.mark.parametrize("step", ["fsync_directory", "rename"])
+def test_commit_directory(step: str, tmp_path: Path, watch: Watch) -> None:
+    new, final = tmp_path / ".tmp-new", tmp_path / "final"
+    new.mkdir()
+    files.write_bytes(new / "a", b"x")
+    watch(fail_at(step, Cut()))
+    with pytest.raises(Cut):
+        files.commit_directory(new, final)
+    assert new.is_dir()
+    assert not final.exists()
+    watch(None)
+    files.commit_directory(new, final)
+    assert (final / "a").read_bytes() == b"x"
+    assert not new.exists()
+
+
+def test_commit_directory_does_not_replace(tmp_path: Path) -> None:
+    for name in ("new", "final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    with pytest.raises(OSError, match="not empty"):
+        files.commit_directory(tmp_path / "new", tmp_path / "final")
+    assert (tmp_path / "final" / "final").exists()
+
+
+def test_remove_directory(tmp_path: Path, watch: Watch) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "a").touch()
+    watch(fail_at("rename", Cut()))
+    with pytest.raises(Cut):
+        files.remove_directory(folder)
+    assert (folder / "a").exists()
+    watch(None)
+    files.remove_directory(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_append_line(tmp_path: Path) -> None:
+    for line in ("a", "ü"):
+        files.append_line(tmp_path / "journal", line)
+    assert (tmp_path / "journal").read_text(encoding="utf-8") == "a\nü\n"
+
+
+def test_json(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a", {"b": 1, "a": ["ü"]})
+    assert (tmp_path / "a").read_bytes() == '{\n  "a": [\n    "ü"\n  ],\n  "b": 1\n}\n'.encode()
+    assert files.read_json(tmp_path / "a") == {"a": ["ü"], "b": 1}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "a", float("nan"))
+    assert files.read_json(tmp_path / "a") == {"a": ["ü"], "b": 1}
+    (tmp_path / "a").write_bytes(b'{"a": ')
+    with pytest.raises(BundleRefusedError, match=r"a is not valid JSON \(.*\); restore it"):
+        files.read_json(tmp_path / "a")
+
+
+def test_reading_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="x does not exist; check the path"):
+        files.read_bytes(tmp_path / "x")
+    with pytest.raises(InputError, match="is a folder, but a file is needed"):
+        files.read_bytes(tmp_path)
+
+
+def test_hashes_agree(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 9000
+    (tmp_path / "a").write_bytes(data)
+    assert files.sha256_file(tmp_path / "a") == files.sha256(data)
+
+
+def test_tensors_round_trip(tmp_path: Path) -> None:
+    tensors = {
+        "w": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32),
+        "transposed": np.arange(6).reshape(2, 3).T,
+        "empty": np.zeros((0, 3), np.float64),
+        "counts": np.array([1, 2], np.uint32),
+        "flags": np.array([True, False]),
+    }
+    files.write_tensors(tmp_path / "a", tensors, {"b": [1, "ü"], "a": None})
+    read, metadata = files.read_tensors(tmp_path / "a")
+    assert metadata == {"b": [1, "ü"], "a": None}
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert (read[name] == tensor).all()
+    assert files.tensor_bytes(tensors) == files.tensor_bytes(dict(reversed(tensors.items())))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_no_state_with_nan(bad: float) -> None:
+    data = files.tensor_bytes({"w": np.zeros(2, np.float32)})
+    with pytest.raises(BundleRefusedError, match="state: the tensor 'w' holds NaN or infinity; restore"):
+        files.parse_tensors(data[:-4] + np.float32(bad).tobytes(), "state")
+
+
+def test_damaged_tensors() -> None:
+    whole = files.tensor_bytes({"a": np.arange(20.0), "b": np.zeros((2, 2))}, {"x": 1})
+    for cut in range(0, len(whole), 7):
+        with pytest.raises(BundleRefusedError, match=r"state is not a valid safetensors file \(.+\)"):
+            files.parse_tensors(whole[:cut], "state")
+    with pytest.raises(BundleRefusedError):
+        files.parse_tensors(whole + b"x", "state")
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    header["__metadata__"]["json"] = "{"
+    text = json.dumps(header).encode()
+    with pytest.raises(BundleRefusedError):
+        files.parse_tensors(len(text).to_bytes(8, "little") + text + whole[8 + length :], "state")
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.integers(8 + length)] ^= 1 + rng.integers(255)
+        try:
+            files.parse_tensors(bytes(data), "state")
+        except BundleRefusedError:
+            continue

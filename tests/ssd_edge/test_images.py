@@ -1,0 +1,260 @@
+"""Decoding: orientation, modes, limits, damage."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssd_edge.errors import InputError
+from ssd_edge.images import MAX_PIXELS, decode, from_array, image_files, is_image_name
+
+RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90)
+
+
+def quadrants(height: int, width: int) -> np.ndarray:
+    """Red, green / blue, grey: every flip and rotation of it looks different."""
+    picture = np.empty((height, width, 3), dtype=np.uint8)
+    top, left = height // 2, width // 2
+    picture[:top, :left], picture[:top, left:] = RED, GREEN
+    picture[top:, :left], picture[top:, left:] = BLUE, GREY
+    return picture
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A valid header that claims a size, and next to no pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "MPO"])
+def test_formats_and_shape(kind: str) -> None:
+    pixels = decode(encoded(quadrants(48, 32), kind), "a", 16)
+    assert pixels.shape == (16, 16, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.writeable  # torch.from_numpy warns otherwise
+    assert np.abs(pixels[4, 4].astype(int) - RED).max() < 12
+    assert np.abs(pixels[12, 12].astype(int) - GREY).max() < 12
+
+
+@pytest.mark.parametrize("side", [40, 640])  # 640: the JPEG is decoded at reduced scale
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int, side: int) -> None:
+    upright = quadrants(side, side)
+    stored = {  # what a camera stores so that this orientation makes it upright
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(np.ascontiguousarray(stored), "JPEG", exif=exif, quality=95)
+    pixels = decode(data, "a", 20).astype(int)
+    for (y, x), colour in {(4, 4): RED, (4, 15): GREEN, (15, 4): BLUE, (15, 15): GREY}.items():
+        assert np.abs(pixels[y, x] - colour).max() < 12, (y, x)
+
+
+def test_a_photo_with_a_wrong_exif_entry_is_still_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    data = encoded(np.ascontiguousarray(np.rot90(quadrants(32, 32), 1)), "JPEG", exif=exif)
+    assert data.count(b"\x01\x0e\x00\x02") == 1
+    wrong = data.replace(b"\x01\x0e\x00\x02", b"\x01\x16\x00\x02")  # a text where a number belongs
+    assert np.abs(decode(wrong, "a", 32)[8, 8].astype(int) - RED).max() < 12
+
+
+def test_sixteen_bit_grey_keeps_its_scale() -> None:
+    deep = np.array([[0, 128, 129, 257], [32896, 65535, 65406, 255]], dtype=np.uint16).repeat(2, axis=0)
+    pixels = decode(encoded(deep), "a", 4)
+    assert pixels[::2, :, 0].tolist() == [[0, 0, 1, 1], [128, 255, 254, 1]]
+    assert (pixels == pixels[..., :1]).all()
+    dark = decode(encoded(np.full((4, 4), 200, dtype=np.uint16)), "a", 4)
+    assert dark.max() == 1  # nearly black, and not taken for 8 bits because it is dark
+
+
+def test_transparency_is_put_on_white() -> None:
+    clear_red = np.zeros((4, 4, 4), dtype=np.uint8)
+    clear_red[..., 0] = 255
+    half_black = np.zeros((4, 4, 4), dtype=np.uint8)
+    half_black[..., 3] = 128
+    assert (decode(encoded(clear_red), "a", 4) == 255).all()
+    assert (decode(encoded(half_black), "a", 4) == 127).all()
+    assert (decode(encoded(Image.new("LA", (4, 4), (0, 0))), "a", 4) == 255).all()
+    palette = Image.new("RGB", (4, 4), "blue").convert("P")
+    assert (decode(encoded(palette, transparency=palette.getpixel((0, 0))), "a", 4) == 255).all()
+    for mode in ("1", "L"):
+        assert (decode(encoded(Image.new(mode, (4, 4), 0), transparency=0), "a", 4) == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+def test_grey_and_palette(mode: str) -> None:
+    pixels = decode(encoded(Image.new("L", (6, 6), 255).convert(mode)), "a", 4)
+    assert (pixels == 255).all()
+
+
+def test_cmyk_jpeg() -> None:
+    pixels = decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), "a", 8)
+    assert np.abs(pixels.astype(int) - RED).max() < 12
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 3000), (3000, 1), (2, 3)])
+def test_odd_sizes(height: int, width: int) -> None:
+    colour = np.full((height, width, 3), (10, 20, 30), dtype=np.uint8)
+    assert (decode(encoded(colour), "a", 32) == (10, 20, 30)).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(9000, 9000), (12000, 9000), (40000, 40000)])
+def test_bomb_is_refused_without_a_warning(width: int, height: int) -> None:
+    assert width * height > MAX_PIXELS
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(InputError, match=r"bomb\.png has .* pixels.*make it smaller"):
+            decode(png_of_size(width, height), "bomb.png", 32)
+    if width == 9000:  # between our limit and Pillow's
+        assert not caught
+
+
+def test_threads_leave_the_warning_filters_alone() -> None:
+    before = list(warnings.filters)
+
+    def attempt(number: int) -> bool:
+        data = png_of_size(9000, 9000) if number % 2 else encoded(quadrants(64, 64))
+        try:
+            return decode(data, "a", 8).shape == (8, 8, 3)
+        except InputError:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(attempt, range(200))) == [True, False] * 100
+    assert list(warnings.filters) == before
+
+
+def test_errors_name_the_file() -> None:
+    jpeg = encoded(quadrants(64, 64), "JPEG")
+    for cut in (len(jpeg) // 2, len(jpeg) - 40):
+        with pytest.raises(InputError, match=r"^a/b\.jpg is corrupt and cannot be decoded \(.+\); remove"):
+            decode(jpeg[:cut], "a/b.jpg", 32)
+    with pytest.raises(InputError, match=r"^a/b\.jpg is empty \(0 bytes\)"):
+        decode(b"", "a/b.jpg", 32)
+    for data in (b"this is text", *(encoded(quadrants(8, 8), kind) for kind in ("GIF", "TIFF", "ICO"))):
+        with pytest.raises(InputError, match=r"^a/b\.jpg is not a JPEG, PNG, WebP or BMP image"):
+            decode(data, "a/b.jpg", 32)
+
+
+def with_right_checksums(png: bytes) -> bytes:
+    """So that a changed PNG gets past the first check."""
+    fixed, position = bytearray(png[:8]), 8
+    while position + 12 <= len(png):
+        end = position + 8 + int.from_bytes(png[position : position + 4], "big")
+        fixed += png[position:end] + struct.pack(">I", zlib.crc32(png[position + 4 : end]))
+        position = end + 4
+    return bytes(fixed)
+
+
+@pytest.mark.filterwarnings("ignore:.*(EXIF|Truncated|Tag data|MPO)")
+def test_mutated_files_are_decoded_or_refused() -> None:
+    """Damage must never end in another error."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "text"
+    good = [encoded(noise, kind, exif=exif) for kind in ("JPEG", "PNG", "WEBP")]
+    good += [encoded(noise, "BMP"), encoded(noise, "JPEG", progressive=True)]
+    good += [encoded(Image.fromarray(noise).convert(mode)) for mode in ("L", "P", "RGBA")]
+    good += [encoded(rng.integers(0, 65536, (9, 9)).astype(np.uint16))]
+    outcomes = []
+    for number in range(450):
+        data = bytearray(good[number % len(good)])
+        start, end = sorted(rng.integers(0, len(data), 2))
+        if number % 4 == 0:
+            del data[start:]
+        elif number % 4 == 1:
+            del data[start:end]
+        else:
+            reach = len(data) if number % 4 == 2 else min(80, len(data))  # mostly headers
+            for position in rng.integers(0, reach, 4):
+                data[position] = rng.integers(256)
+        mutant = bytes(data)
+        if mutant.startswith(b"\x89PNG") and number % 3:
+            mutant = with_right_checksums(mutant)
+        try:
+            outcomes.append(str(decode(mutant, "mutant", 8).shape))
+        except InputError as error:
+            outcomes.append(str(error))
+    refused = [outcome for outcome in outcomes if outcome != "(8, 8, 3)"]
+    assert 200 < len(refused) < 450
+    assert all(message.startswith("mutant ") for message in refused)
+
+
+def test_from_array() -> None:
+    colour = quadrants(8, 8)
+    assert from_array(colour, 8) is colour
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    for pixels in (grey, grey[..., None]):
+        assert (from_array(pixels, 8) == grey[..., None]).all()
+    assert from_array(colour, 5).shape == (5, 5, 3)
+    assert (from_array(colour, 5) == decode(encoded(colour), "a", 5)).all()
+    for bad in (colour.astype(np.float32), colour[0, 0], colour[:0], np.zeros((2, 8, 8, 3), np.uint8)):
+        with pytest.raises(InputError, match=r"must be uint8 of shape .* but is \w+ of shape"):
+            from_array(bad, 8)
+    with pytest.raises(InputError, match="1 or 3 channels, but has 4"):
+        from_array(np.zeros((8, 8, 4), np.uint8), 8)
+
+
+def test_is_image_name() -> None:
+    assert all(map(is_image_name, ["a.jpg", "B.JPEG", "x/y.png", "ü.WebP", "c.bmp"]))
+    others = ["a.txt", ".jpg", ".hidden.jpg", "x/._a.jpg", "a.jpg.part", "jpg", "a.gif"]
+    assert not any(map(is_image_name, others))
+
+
+def test_image_files(tmp_path: Path) -> None:
+    skipped = ["a/notes.txt", ".git/x.jpg", "b/.x.jpg", "odd"]
+    for name in ["b/2.jpg", "b/1.png", "a/deep/ü.bmp", "z.jpg", *skipped]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(path.relative_to(tmp_path)) for path in image_files([tmp_path])]
+    assert found == ["a/deep/ü.bmp", "b/1.png", "b/2.jpg", "z.jpg"]
+    assert image_files([tmp_path / "odd", tmp_path / "b"]) == [
+        tmp_path / "odd",  # a file that is named is taken whatever its ending
+        tmp_path / "b/1.png",
+        tmp_path / "b/2.jpg",
+    ]
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        image_files([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty holds no images \(\.bmp, \.jpeg"):
+        image_files([tmp_path / "b", tmp_path / "empty"])
+
+
+def test_links_to_folders(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "1.jpg").touch()
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "all" / "again").symlink_to(tmp_path / "real")
+    assert [path.parent.name for path in image_files([tmp_path / "all"])] == ["again", "linked"]
+    (tmp_path / "real" / "loop").symlink_to(tmp_path / "all")
+    with pytest.raises(InputError, match=r"is a link to a folder that holds it"):
+        image_files([tmp_path / "all"])
