@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -36,7 +37,7 @@ def evaluate(run: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
         config = parse(TrainConfig, merge(tree, overrides))
     from ssd_edge.evaluation import evaluate as score
 
-    result = score(run, config, Console())
+    result = score(run, config, Console(sys.stderr))
     if as_json:
         print_json(result)
         return

@@ -1,0 +1,72 @@
+"""Which closed-form values on the sparse code: ridge, plain discriminant, or the unbiased one that `ssd` uses?
+
+Usage: python benchmarks/values.py [--data cifar10-jpg.tar.xz] [--shots 5 20 50 500] [--json FILE]
+
+Needs a data set with a test split. The last class is taught with few images beside the others' full number, as
+on a device; printed: accuracy over all classes, and the share of the new class's test images that are recognised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from ssd_edge import learners
+from ssd_edge.backbones.embedder import open_backbone
+from ssd_edge.config import BackboneConfig, DataConfig
+from ssd_edge.console import Console
+from ssd_edge.data import load
+from ssd_edge.runs import environment
+from ssd_edge.statistics import discriminant, ridge
+from ssd_edge.training import embed, set_threads
+
+
+def main() -> None:
+    """Print the table; write JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="cifar10-jpg.tar.xz")
+    parser.add_argument("--shots", type=int, nargs="+", default=[5, 20, 50, 500])
+    parser.add_argument("--json", type=Path)
+    words = parser.parse_args()
+    set_threads(0)
+    dataset = load(DataConfig(path=words.data), 0)
+    embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
+    embedded = embed(dataset, embedder, Console(), True)
+    train, test = (torch.from_numpy(embedded[part]) for part in ("train", "test"))
+    labels, truth = torch.from_numpy(dataset.train_labels), torch.from_numpy(dataset.test_labels)
+    last, rows = len(dataset.classes) - 1, []
+    learner = learners.build({"name": "ssd"}, embedder.dim, embedder.priors)
+    codes = torch.cat([learner.features(part) for part in test.split(4096)]).double()
+    print(f"{'new class':>10} {'ridge':>16} {'discriminant':>16} {'unbiased':>16}   (accuracy / recall of the new class)")
+    for shots in [*words.shots, int((labels == last).sum())]:
+        few = torch.randperm(int((labels == last).sum()), generator=torch.Generator().manual_seed(0))[:shots]
+        index = torch.cat([(labels != last).nonzero().flatten(), (labels == last).nonzero().flatten()[few]])
+        learner = learners.build({"name": "ssd"}, embedder.dim, embedder.priors)
+        learner.learn(learners.Task(train[index], labels[index]))
+        s = learner.statistics
+        covariance, freedom = s.scatter_within() / (s.total - last - 1), s.total - last - 1
+        solutions = {
+            "ridge": ridge(s)[:2],
+            "discriminant": discriminant(s.means, s.counts, covariance, freedom, unbiased=False),
+            "unbiased": discriminant(s.means, s.counts, covariance, freedom, unbiased=True),
+        }
+        row: dict = {"shots": shots}
+        for name, (values, bias) in solutions.items():
+            answer = (codes @ values + bias).argmax(1)
+            row[name] = {
+                "accuracy": float((answer == truth).double().mean()),
+                "recall": float((answer[truth == last] == last).double().mean()),
+            }
+        rows.append(row)
+        cells = "".join(f" {row[name]['accuracy']:8.3f} / {row[name]['recall']:.3f}" for name in solutions)
+        print(f"{shots:10,}{cells}", flush=True)
+    if words.json:
+        command = f"python benchmarks/values.py --data {words.data}"
+        words.json.write_text(json.dumps({"command": command, **environment(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

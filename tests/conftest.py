@@ -1,0 +1,113 @@
+"""Fixtures that several packages' tests share. One run and one exported bundle serve the whole session."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "cross", "square", "stripes", "triangle")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _isolated(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads or writes the user's caches, data or device state."""
+    scratch = tmp_path_factory.mktemp("isolated")
+    os.environ["SSD_EDGE_CACHE"] = str(scratch / "cache")
+    os.environ["SSD_EDGE_ROOT"] = str(scratch / "device")
+    os.environ["NO_COLOR"] = "1"
+    os.environ.pop("SSD_EDGE_DATA", None)
+
+
+def draw(shape: str, rng: np.random.Generator, size: int = 40) -> Image.Image:
+    """One noisy picture of a shape; colour, place and size vary, so that only the shape tells."""
+    low, high = rng.integers(0, 90, 3), rng.integers(150, 256, 3)
+    image = Image.new("RGB", (size, size), tuple(int(v) for v in low))
+    pen, ink = ImageDraw.Draw(image), tuple(int(v) for v in high)
+    x, y = (int(v) for v in rng.integers(4, 10, 2))
+    side = int(rng.integers(20, 27))
+    box = (x, y, x + side, y + side)
+    if shape == "circle":
+        pen.ellipse(box, fill=ink)
+    elif shape == "square":
+        pen.rectangle(box, fill=ink)
+    elif shape == "triangle":
+        pen.polygon([(x, y + side), (x + side // 2, y), (x + side, y + side)], fill=ink)
+    elif shape == "cross":
+        pen.line((x, y, x + side, y + side), fill=ink, width=5)
+        pen.line((x, y + side, x + side, y), fill=ink, width=5)
+    else:
+        for offset in range(0, side, 8):
+            pen.line((x, y + offset, x + side, y + offset), fill=ink, width=4)
+    noise = rng.normal(0, 6, (size, size, 3))
+    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+
+
+def write_shapes(folder: Path, shapes: tuple[str, ...], count: int, seed: int) -> Path:
+    """`count` PNG files a shape under ``folder/<shape>/``."""
+    rng = np.random.default_rng(seed)
+    for shape in shapes:
+        (folder / shape).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            draw(shape, rng).save(folder / shape / f"{number:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder: train/ with 40 and test/ with 15 pictures of each of five shapes."""
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shapes(folder / "train", SHAPES, 40, seed=1)
+    write_shapes(folder / "test", SHAPES, 15, seed=2)
+    return folder
+
+
+Cli = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
+    """Run the real command line in a process of its own: ``cli("train", …, code=0)``."""
+    home = tmp_path_factory.mktemp("cwd")
+
+    def run(
+        *words: str | Path, code: int = 0, cwd: Path | None = None, timeout: float = 300, **env: str
+    ) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [sys.executable, "-m", "ssd_edge", *map(str, words)],
+            capture_output=True,
+            text=True,
+            cwd=cwd or home,
+            env={**os.environ, **env},
+            timeout=timeout,
+            check=False,
+        )
+        told = f"exit code {done.returncode}\n--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}"
+        assert done.returncode == code, told
+        if code not in (0, 1):
+            assert "Traceback" not in done.stderr, told
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(shapes: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the default learner on four of the five shapes, with all baselines and the panel."""
+    out = tmp_path_factory.mktemp("runs")
+    cli("train", f"data.path={shapes}", "data.exclude=triangle", f"run.out={out}")
+    return out / "1"
+
+
+@pytest.fixture(scope="session")
+def bundle(trained: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle deployed from `trained`."""
+    path = tmp_path_factory.mktemp("bundle") / "robot.ssdedge"
+    cli("deploy", "--target", "jetson", trained, "-o", path)
+    return path

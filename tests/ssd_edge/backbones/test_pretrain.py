@@ -1,0 +1,132 @@
+"""Pretraining end to end on small data, and the backbone package that it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ssd_edge.backbones import package as packages
+from ssd_edge.backbones.embedder import TorchEmbedder, network
+from ssd_edge.backbones.networks import ARCHITECTURES
+from ssd_edge.backbones.pretraining import augment, normalise
+from ssd_edge.errors import BundleRefusedError, InputError
+
+TINY = ("train.epochs=2", "train.batch=32", "train.lr=0.05", "student.neurons=64", "student.epochs=2")
+
+
+@pytest.fixture(scope="module")
+def made(shapes: Path, cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("package") / "mine"
+    told = cli("pretrain", folder, f"data.path={shapes}", *TINY, "train.terms=drawn by the tests")
+    assert "epoch 2/2" in told.stderr
+    return folder
+
+
+def test_the_package_says_where_it_comes_from(made: Path) -> None:
+    card = json.loads((made / "card.json").read_text())
+    assert card["arch"] == "resnet9"
+    assert card["terms"] == "drawn by the tests"
+    assert card["command"].startswith("ssd-edge pretrain")
+    assert card["config"]["epochs"] == 2
+    assert 0 <= card["accuracy"]["top1"] <= 1
+    package = packages.load(made)
+    assert package.priors.keys.shape == (64, 256)
+    assert package.priors.code_keys.shape == (64, 256)
+    assert np.allclose(np.linalg.norm(package.priors.code_keys, axis=1), 1, atol=1e-5)
+    assert (package.priors.keys >= 0).all()
+    assert package.priors.count == 200
+
+
+def test_embeddings_of_the_pretraining_data_are_standardised(made: Path, shapes: Path) -> None:
+    from ssd_edge.config import DataConfig
+    from ssd_edge.data import load
+
+    embedder = TorchEmbedder(packages.load(made), torch.device("cpu"))
+    images = load(DataConfig(path=str(shapes)), 0).train
+    z = embedder.embed(images.load(np.arange(len(images)), embedder.size))
+    assert z.dtype == np.float32
+    alive = z.std(0) > 0.5
+    assert np.abs(z.mean(0)).max() < 0.02
+    assert np.abs(z.std(0)[alive] - 1).max() < 0.02
+
+
+def test_student_keeps_the_backbone_and_changes_the_keys(made: Path, shapes: Path, cli, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(made, tmp_path / "copy"))
+    cli("pretrain", folder, "--student", f"data.path={shapes}", "student.neurons=32", "student.epochs=1")
+    old, new = packages.load(made), packages.load(folder)
+    assert new.identity == old.identity
+    assert new.priors.keys.shape == (32, 256)
+    assert new.priors.student["neurons"] == 32
+
+
+def test_a_run_uses_the_package(made: Path, shapes: Path, cli, tmp_path: Path) -> None:
+    cli(
+        "train", f"data.path={shapes}", f"backbone.path={made}", "learner.neurons=64", "learner.top_n=8",
+        "run.panel=false", "run.baselines=false", f"run.out={tmp_path}",
+    )  # fmt: skip
+    backbone = json.loads((tmp_path / "1" / "backbone.json").read_text())
+    assert backbone["identity"] == packages.load(made).identity
+
+
+def test_a_damaged_package_is_refused(made: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(made, tmp_path / "copy"))
+    (folder / "card.json").unlink()
+    with pytest.raises(InputError, match=r"card\.json missing"):
+        packages.load(folder)
+    package = packages.load(made)
+    package.weights.pop("last.0.weight")
+    with pytest.raises(BundleRefusedError, match=r"missing \['last.0.weight'\]"):
+        network(package)
+
+
+def test_pretrain_needs_data(cli, tmp_path: Path) -> None:
+    assert "data.path=FOLDER" in cli("pretrain", tmp_path / "x", code=2).stderr
+    assert "--student needs a backbone" in cli(
+        "pretrain", tmp_path / "x", "--student", "data.path=digits", code=2
+    ).stderr
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_architectures_give_256_features_in_both_modes(name: str) -> None:
+    body = ARCHITECTURES[name]()
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    assert body(normalise(images)).shape == (4, 256)
+    body.eval()
+    together, alone = body(normalise(images)), body(normalise(images[:1]))
+    assert torch.allclose(together[:1], alone, atol=1e-4)
+
+
+def test_augmentation_moves_flips_and_keeps_pixels() -> None:
+    ramp = torch.arange(64.0).view(1, 1, 8, 8).repeat(200, 3, 1, 1)
+    moved = augment(ramp, crop=2, cutout=0, generator=torch.Generator().manual_seed(0))
+    assert moved.shape == ramp.shape
+    assert set(moved.unique().tolist()) <= set(range(64))
+    rising = moved[:, 0, 4, 4] < moved[:, 0, 4, 5]
+    assert 40 < int(rising.sum()) < 160  # about half are mirrored
+    same = augment(ramp, crop=0, cutout=0, generator=torch.Generator().manual_seed(1))
+    assert all(torch.equal(one, ramp[0]) or torch.equal(one, ramp[0].flip(-1)) for one in same)
+    holes = augment(ramp + 1, crop=0, cutout=4, generator=torch.Generator().manual_seed(2))
+    assert (holes == 0).any()
+
+
+def test_the_shipped_package_is_small_and_complete() -> None:
+    sizes = {path.name: path.stat().st_size for path in packages.SHIPPED.iterdir()}
+    assert sizes["backbone.safetensors"] <= 6_000_000
+    assert sum(sizes.values()) <= 8_000_000
+    package = packages.load()
+    assert package.priors.keys.shape == (1000, package.card["dim"])
+    assert package.priors.counters.shape == (1000,)
+    assert package.priors.code_keys.shape == (1000, package.card["dim"])
+    assert package.priors.within_covariance.shape == (package.card["dim"],) * 2
+    assert package.priors.count > 0
+    for key in ("data", "terms", "command", "seed", "accuracy"):
+        assert package.card[key] or package.card[key] == 0

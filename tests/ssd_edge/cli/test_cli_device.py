@@ -1,0 +1,99 @@
+"""The device's verbs through the real command line, as the README shows them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def root(bundle: Path, cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("device") / "root"
+    answer = json.loads(cli("device", "install", bundle, "--root", path, "--json").stdout)
+    assert answer["generation"] == 1
+    assert len(answer["classes"]) == 4
+    return path
+
+
+def test_the_path_of_the_readme(root: Path, shapes: Path, cli) -> None:
+    pictures = sorted((shapes / "test" / "triangle").iterdir())
+    at = ("--root", root)
+
+    def predict() -> dict:
+        return json.loads(cli("device", "predict", *pictures, *at, "--json").stdout)
+
+    before = predict()
+    assert before["generation"] == 1
+    assert [p["image"] for p in before["predictions"]] == [str(path) for path in pictures]
+    assert {p["label"] for p in before["predictions"]} <= {"circle", "cross", "square", "stripes"}
+    assert before["seconds"] > 0
+    learned = json.loads(
+        cli("device", "learn", "--label", "triangle", shapes / "train" / "triangle", *at, "--json").stdout
+    )
+    assert learned["generation"] == 2
+    assert learned["classes"][-1] == "triangle"
+    assert 0 <= learned["held_out"]["accuracy"] <= 1
+    assert learned["old_classes"]["kind"].startswith("estimate")
+    after = predict()
+    assert sum(p["label"] == "triangle" for p in after["predictions"]) >= 10
+    told = cli("device", "learn", "--label", "triangle", shapes / "train" / "triangle", *at, code=2)
+    assert "exists already" in told.stderr
+    status = json.loads(cli("device", "status", *at, "--json").stdout)
+    assert (status["generation"], status["classes"][-1]) == (2, "triangle")
+    rolled = json.loads(cli("device", "rollback", *at, "--json").stdout)
+    assert (rolled["generation"], len(rolled["classes"])) == (1, 4)
+    assert predict()["predictions"] == before["predictions"]  # every score, to the last bit
+    history = json.loads(cli("device", "history", *at, "--json").stdout)
+    assert [event["event"] for event in history["events"]] == ["install", "learn", "rollback"]
+    for verb in ("status", "history"):
+        assert cli("device", verb, *at).stdout.strip()
+    assert "circle" in cli("device", "predict", shapes / "test" / "circle", *at).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["predict", "none.jpg"], 2, "none.jpg"),
+        (["predict", "EMPTY"], 2, "EMPTY"),
+        (["learn", "--label", "unknown", "EMPTY"], 2, "is reserved"),
+        (["learn", "--label", "new", "EMPTY"], 2, "EMPTY"),
+        (["learn", "--label", "new", "MIXED"], 2, "note.jpg"),
+        (["rollback", "9"], 2, "available generations: 1"),
+        (["rollback", "x"], 2, "x"),
+        (["install", "none.ssdedge"], 2, "none.ssdedge"),
+    ],
+)
+def test_bad_input(words: list[str], code: int, message: str, root: Path, shapes: Path, cli, tmp_path: Path) -> None:
+    empty, mixed = tmp_path / "EMPTY", tmp_path / "MIXED"
+    empty.mkdir()
+    mixed.mkdir()
+    for number, path in enumerate(sorted((shapes / "test" / "triangle").iterdir())[:5]):
+        (mixed / f"{number}.png").write_bytes(path.read_bytes())
+    (mixed / "note.jpg").write_text("no image")
+    words = [str(tmp_path / word) if word in ("EMPTY", "MIXED") else word for word in words]
+    before = sorted(str(path) for path in root.rglob("*"))
+    done = cli("device", *words, "--root", root, code=code)
+    assert message in done.stderr
+    assert sorted(str(path) for path in root.rglob("*")) == before
+
+
+def test_no_device_yet(cli, tmp_path: Path) -> None:
+    done = cli("device", "status", "--root", tmp_path / "none", code=2)
+    assert "no bundle is installed" in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_damaged_bundles(bundle: Path, cli, tmp_path: Path) -> None:
+    data, chance = bundle.read_bytes(), random.Random(0)
+    flipped = bytearray(data)
+    flipped[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    for name, content in (("flipped", bytes(flipped)), ("cut", data[: len(data) // 2]), ("random", chance.randbytes(999))):
+        path = tmp_path / f"{name}.ssdedge"
+        path.write_bytes(content)
+        done = cli("device", "install", path, "--root", tmp_path / "root", code=5)
+        assert done.stderr.startswith("error: ")
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "root" / "CURRENT").exists()

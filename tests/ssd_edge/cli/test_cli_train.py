@@ -1,0 +1,240 @@
+"""`ssd-edge train` and `evaluate` as a user meets them: the real process, its output, its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssd_edge import files
+
+QUICK = ("run.panel=false", "run.baselines=false", "stream.order=sorted")
+
+
+def read(run: Path, name: str = "metrics.json") -> dict:
+    return json.loads((run / name).read_text())
+
+
+def test_a_run_leaves_everything_that_it_promises(trained: Path, shapes: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.yaml", "run.json", "metrics.json", "report.html", "learner.safetensors", "classes.json"} <= names
+    metrics, record = read(trained), read(trained, "run.json")
+    assert metrics["learner"] == "ssd"
+    assert set(metrics["baselines"]) == {"ssd-paper", "sdmlp", "finetune"}
+    assert set(metrics["panel"]) == {"ncm", "slda", "ridge", "rp_ridge", "joint"}
+    assert set(metrics["classes"]) == {"circle", "cross", "square", "stripes"}
+    matrix = metrics["accuracy_matrix"]
+    assert [len(row) for row in matrix] == [2, 2]
+    assert matrix[0][1] is None
+    assert metrics["average_accuracy"] == pytest.approx(sum(matrix[-1]) / 2)
+    assert metrics["backward_transfer"] == pytest.approx(matrix[1][0] - matrix[0][0])
+    assert metrics["state_bytes"] > 0
+    assert metrics["average_accuracy"] > 0.6  # four shapes, far above the 0.25 of chance
+    assert record["status"] == "finished"
+    assert record["seed"] == 0
+    assert record["threads"] >= 1
+    assert record["argv"][1] == "train"
+    assert record["versions"]["torch"]
+    report = (trained / "report.html").read_text()
+    assert f"{metrics['average_accuracy']:.3f}"[:4] in report or f"{metrics['average_accuracy']:.1%}" in report
+
+
+def test_every_task_and_the_tables_are_printed(shapes: Path, cli, tmp_path: Path) -> None:
+    done = cli("train", f"data.path={shapes}", *QUICK, f"run.out={tmp_path}")
+    told = done.stdout + done.stderr
+    assert "2 tasks" in told
+    assert "\x1b[" not in told  # no colours into a pipe
+    assert "average accuracy" in told.lower()
+    assert "ssd-edge deploy --target jetson" in told
+    cli("train", f"data.path={shapes}", *QUICK, f"run.out={tmp_path}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]  # a second run is a new one
+    assert read(tmp_path / "1")["accuracy_matrix"] == read(tmp_path / "2")["accuracy_matrix"]
+
+
+def test_evaluate(trained: Path, shapes: Path, cli) -> None:
+    own = json.loads(cli("evaluate", trained, "--json").stdout)
+    metrics = read(trained)
+    assert own["class_accuracy"] == metrics["class_accuracy"]
+    other = json.loads(
+        cli("evaluate", trained, "--json", f"data.path={shapes / 'test'}", "data.exclude=triangle").stdout
+    )
+    assert (other["images"], other["which"]) == (60, "all images")
+    assert other["accuracy"] == pytest.approx(own["accuracy"])  # the same images, as an unsplit folder
+    done = cli("evaluate", trained, f"data.path={shapes}", code=2)
+    assert "the run never learned triangle" in done.stderr
+
+
+def start(words: list[str], cwd: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ssd_edge", *words]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_first_task(run: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()
+        try:
+            if files.read_json(run / "progress.json").get("ssd-paper", {}).get("rows"):
+                return
+        except Exception:  # not there yet
+            pass
+        time.sleep(0.01)
+    raise AssertionError("no task was finished in two minutes")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_resumes_to_identical_weights(how: signal.Signals, shapes: Path, cli, tmp_path: Path) -> None:
+    words = ["train", f"data.path={shapes}", *QUICK, "learner.name=ssd-paper", "learner.epochs=60", "stream.tasks=5"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    cli(*words, f"run.out={whole}")
+    process = start([*words, f"run.out={cut}"], tmp_path)
+    wait_for_first_task(cut / "1", process)
+    process.send_signal(how)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130), told
+    assert "Traceback" not in told
+    if how == signal.SIGINT:
+        assert f"continue with: ssd-edge train --resume {cut / '1'}" in told
+    assert read(cut / "1", "run.json")["status"] == "running"
+    done_before = len(read(cut / "1", "progress.json")["ssd-paper"]["rows"])
+    assert 1 <= done_before < 5
+    cli("deploy", "--target", "jetson", cut / "1", "-o", tmp_path / "x.ssdedge", code=2)
+    cli("evaluate", cut / "1", code=2)
+    cli("train", "--resume", cut / "1")
+    assert read(cut / "1")["accuracy_matrix"] == read(whole / "1")["accuracy_matrix"]
+    for name in ("learner.safetensors", "top_n.safetensors", "statistics.safetensors"):
+        assert (cut / "1" / name).read_bytes() == (whole / "1" / name).read_bytes()
+    assert os.listdir(cut / "1" / "checkpoints") == []
+
+
+def test_resuming_a_finished_run_changes_nothing(trained: Path, cli) -> None:
+    before = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    cli("train", "--resume", trained)
+    after = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    assert before["learner.safetensors"] == after["learner.safetensors"]
+    assert json.loads(before["run.json"]) == json.loads(after["run.json"])
+
+
+def test_resume_refuses_changed_data(shapes: Path, cli, tmp_path: Path) -> None:
+    import shutil
+
+    data = Path(shutil.copytree(shapes, tmp_path / "data"))
+    cli("train", f"data.path={data}", *QUICK, f"run.out={tmp_path / 'runs'}")
+    (data / "train" / "circle" / "000.png").unlink()
+    done = cli("train", "--resume", tmp_path / "runs" / "1", code=2)
+    assert "its data has changed since it was started" in done.stderr
+
+
+def broken(tmp_path: Path, shapes: Path, what: str) -> Path:
+    """A folder with one thing wrong."""
+    folder = tmp_path / what
+    for shape in ("circle", "square"):
+        (folder / shape).mkdir(parents=True)
+        for source in sorted((shapes / "train" / shape).iterdir())[:4]:
+            (folder / shape / source.name).write_bytes(source.read_bytes())
+    if what == "corrupt":
+        victim = folder / "circle" / "000.png"
+        victim.write_bytes(victim.read_bytes()[:200])
+    elif what == "text":
+        (folder / "circle" / "note.jpg").write_text("not an image")
+    elif what == "one-class":
+        for path in (folder / "square").iterdir():
+            path.unlink()
+        (folder / "square").rmdir()
+    elif what == "empty":
+        for path in folder.rglob("*.png"):
+            path.unlink()
+    elif what == "reserved":
+        (folder / "circle").rename(folder / "unknown")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("corrupt", "000.png is corrupt"),
+        ("text", "note.jpg is not a JPEG, PNG, WebP or BMP image"),
+        ("one-class", "at least two classes"),
+        ("empty", "empty"),
+        ("reserved", "is reserved"),
+    ],
+)
+def test_bad_data(what: str, message: str, shapes: Path, cli, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    done = cli("train", f"data.path={broken(tmp_path, shapes, what)}", *QUICK, f"run.out={out}", code=2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()[-1]) < 500
+    assert not (out / "1" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["learner.kk=3"], "unknown key 'learner.kk'. Did you mean 'k'?"),
+        (["lerner.k=3"], "unknown section 'lerner'. Did you mean 'learner'?"),
+        (["learner.k=-1"], "learner.k must be at least 0, but is -1"),
+        (["learner.k=many"], "learner.k must be a whole number, but is 'many'"),
+        (["learner.name=ssdd"], "Did you mean 'ssd'?"),
+        (["learner.name=sdmlp", "learner.k=2000"], "learner.k must be at most learner.neurons, but is 2000 of 1000"),
+        (["learner.name=ssd-paper", "learner.top_n=5"], "must give at least learner.k = 10"),
+        (["stream.tasks=9"], "stream.tasks is 9, but there are only 5 classes"),
+        (["run.seed=-1"], "run.seed must be at least 0"),
+        (["data.classes=circle,squore"], "squore"),
+        (["data.path=/does/not/exist"], "/does/not/exist"),
+        (["backbone.path=/does/not/exist"], "is not a backbone package"),
+        (["backbone.onnx=/does/not/exist.onnx"], "/does/not/exist.onnx"),
+        (["justaword"], "section.key=value"),
+        (["--config", "/does/not/exist.yaml"], "/does/not/exist.yaml"),
+        (["--resume", "/does/not/exist"], "/does/not/exist"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_bad_usage(words: list[str], message: str, shapes: Path, cli, tmp_path: Path) -> None:
+    extra = [] if "--resume" in words else [f"run.out={tmp_path / 'runs'}"]
+    if "--resume" not in words and not any(word.startswith("data.path") for word in words):
+        extra.append(f"data.path={shapes}")
+    done = cli("train", *extra, *words, code=2)
+    assert message in done.stderr
+    assert not (tmp_path / "runs").exists()  # nothing is left behind
+
+
+def test_deploy_and_evaluate_refuse_what_is_no_run(cli, tmp_path: Path, trained: Path) -> None:
+    assert "does not exist" in cli("evaluate", tmp_path / "none", code=2).stderr
+    assert "is not a run" in cli("evaluate", tmp_path, code=2).stderr
+    out = tmp_path / "x.ssdedge"
+    cli("deploy", "--target", "jetson", tmp_path, "-o", out, code=2)
+    done = cli("deploy", "--target", "jetsn", trained, "-o", out, code=2)
+    assert "Did you mean 'jetson'?" in done.stderr
+    assert not out.exists()
+
+
+def test_a_damaged_checkpoint_is_refused(trained: Path, cli, tmp_path: Path) -> None:
+    import shutil
+
+    run = Path(shutil.copytree(trained, tmp_path / "1"))
+    arrays, metadata = files.read_tensors(run / "learner.safetensors")
+    arrays["values"][0, 0] = np.nan
+    from safetensors.numpy import save
+
+    (run / "learner.safetensors").write_bytes(save(arrays, {"json": json.dumps(metadata)}))
+    done = cli("evaluate", run, code=5)
+    assert "'values' holds NaN" in done.stderr
+
+
+def test_help_is_quick_and_config_is_a_working_file(cli, shapes: Path, tmp_path: Path) -> None:
+    assert "Usage" in cli("--help").stdout
+    code = "import sys; sys.argv = ['ssd-edge']; import ssd_edge.cli; print('torch' in sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "False"  # PyTorch takes seconds to import on a small box
+    for name in ("ssd", "ssd-paper", "finetune"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(cli("config", "--learner", name).stdout)
+    cli("train", "--config", tmp_path / "ssd.yaml", f"data.path={shapes}", *QUICK, f"run.out={tmp_path / 'runs'}")
+    assert read(tmp_path / "runs" / "1")["learner"] == "ssd"

@@ -1,0 +1,68 @@
+"""The wheel: exactly the three packages with their data, and it works outside the source tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a copy: building leaves files beside the sources
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a git checkout: cannot tell the project's files from others")
+    for name in filter(None, tracked.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", folder]
+    subprocess.run([*map(str, build), str(source)], check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_it_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert {name.split("/")[0] for name in names} == {"ssd_edge", "exporters", "device_runtime"}
+    shipped = "ssd_edge/backbones/shipped/"
+    assert {shipped + name for name in ("backbone.safetensors", "priors.safetensors", "card.json")} <= set(names)
+    for package in ("ssd_edge", "exporters", "device_runtime"):
+        assert f"{package}/py.typed" in names
+        tracked = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
+        assert {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")} == tracked
+    assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 9_000_000
+
+
+def test_it_trains_deploys_and_predicts_outside_the_source_tree(wheel: Path, shapes: Path, tmp_path: Path) -> None:
+    site, work = tmp_path / "site", tmp_path / "work"
+    work.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+
+    def run(*words: object) -> str:
+        env = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "ssd_edge", *map(str, words)], cwd=work, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = "import ssd_edge, exporters, device_runtime as d; print(ssd_edge.__file__, exporters.__file__, d.__file__)"
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    found = subprocess.run([sys.executable, "-c", where], cwd=work, env=env, capture_output=True, text=True, check=True)
+    assert all(path.startswith(str(site)) for path in found.stdout.split())
+    run("train", f"data.path={shapes}", "run.panel=false", "run.baselines=false")
+    run("deploy", "--target", "cpu", "runs/1", "-o", "robot.ssdedge")
+    run("device", "install", "robot.ssdedge", "--root", "root")
+    picture = sorted((shapes / "test" / "stripes").iterdir())[0]
+    answer = json.loads(run("device", "predict", picture, "--root", "root", "--json"))
+    assert answer["predictions"][0]["label"] in {"circle", "cross", "square", "stripes", "triangle"}
