@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -127,7 +126,7 @@ def main() -> None:
     words = parser.parse_args()
     cores = torch.get_num_threads()
     rows = []
-    print(f"{platform.machine()}, torch {torch.__version__}; median of {words.repeats} epochs of {words.samples:,} samples")
+    print(f"torch {torch.__version__}; median of {words.repeats} epochs of {words.samples:,} samples")
     print(f"{'neurons':>8} {'threads':>8} {'dense s':>9} {'touched s':>10} {'ratio':>7} {'difference':>11}")
     for neurons in words.neurons:
         for threads in sorted({1, cores}):

@@ -40,7 +40,7 @@ def main() -> None:
     last, rows = len(dataset.classes) - 1, []
     learner = learners.build({"name": "ssd"}, embedder.dim, embedder.priors)
     codes = torch.cat([learner.features(part) for part in test.split(4096)]).double()
-    print(f"{'new class':>10} {'ridge':>16} {'discriminant':>16} {'unbiased':>16}   (accuracy / recall of the new class)")
+    print(f"{'new class':>10} {'ridge':>16} {'discriminant':>16} {'unbiased':>16}  (accuracy / new class)")
     for shots in [*words.shots, int((labels == last).sum())]:
         few = torch.randperm(int((labels == last).sum()), generator=torch.Generator().manual_seed(0))[:shots]
         index = torch.cat([(labels != last).nonzero().flatten(), (labels == last).nonzero().flatten()[few]])

@@ -41,7 +41,9 @@ class OnnxEmbedder:
         except Exception as error:  # ONNX Runtime raises its own types, which share no public base
             raise EnvironmentUnfitError(f"ONNX Runtime cannot run {path} here ({error}); deploy it again") from error
         self.provider: str = self._session.get_providers()[0]
-        self._input = self._session.get_inputs()[0].name
+        taken = self._session.get_inputs()[0]
+        self._input = taken.name
+        self._batch = taken.shape[0] if isinstance(taken.shape[0], int) else BATCH  # some graphs take one at a time
         self.size, self.dim = size, dim
 
     def embed(self, images: np.ndarray) -> np.ndarray:
@@ -51,8 +53,8 @@ class OnnxEmbedder:
             BundleRefusedError: the graph gives another shape than the bundle says, or NaN.
         """
         parts: Sequence[np.ndarray] = [
-            self._session.run(None, {self._input: np.ascontiguousarray(images[start : start + BATCH])})[0]
-            for start in range(0, len(images), BATCH)
+            self._session.run(None, {self._input: np.ascontiguousarray(images[start : start + self._batch])})[0]
+            for start in range(0, len(images), self._batch)
         ]
         embeddings = np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
         if embeddings.shape != (len(images), self.dim) or embeddings.dtype != np.float32:

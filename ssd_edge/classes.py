@@ -29,7 +29,7 @@ def normalise_name(name: str) -> str:
     if clean.casefold() in RESERVED_NAMES:
         raise InputError(f"the class name '{clean}' is reserved: it answers what was not taught; choose another")
     if len(clean) > MAX_NAME_LENGTH:
-        raise InputError(f"the class name '{clean[:20]}…' has {len(clean)} characters, but at most {MAX_NAME_LENGTH} fit")
+        raise InputError(f"the name '{clean[:20]}…' has {len(clean)} characters, but at most {MAX_NAME_LENGTH} fit")
     # Cc control, Cf format (bidirectional overrides), Cs lone surrogate, Zl/Zp line separators
     bad = next((c for c in clean if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"}), None)
     if bad is not None:
@@ -110,6 +110,6 @@ class ClassRegistry:
             raise BundleRefusedError(f"the class registry is damaged ({error}); restore the file") from error
         if any(entry.id >= registry.next_id or entry.id < 0 for entry in entries):
             raise BundleRefusedError(
-                f"the class registry gives ids {[entry.id for entry in entries][:10]}, but {registry.next_id} as the next"
+                f"the class registry gives ids {[e.id for e in entries][:10]}, but {registry.next_id} as the next"
             )
         return registry

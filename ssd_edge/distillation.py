@@ -10,7 +10,6 @@ gradients comparable over temperatures.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 import torch
@@ -30,7 +29,7 @@ class TopNTable:
     """The neurons whose activations are distilled.
 
     Attributes:
-        indices: int64 ``(n,)``, most frequent first.
+        indices: int64 ``(n,)``, in the order of the selection (most frequent first).
         frequencies: float32 ``(n,)``, share of the last task's samples that activate each.
     """
 
@@ -90,8 +89,7 @@ def select(
         class_counts: ``(r, C)``, activations by class; needed for ``class_entropy``.
         generator: needed for ``random``.
     """
-    neurons = len(frequencies)
-    never = (frequencies == 0) * 1e9  # dead neurons come last
+    neurons, last = len(frequencies), 1e9  # dead neurons come last
     if rule == "all":
         indices = torch.arange(neurons, device=frequencies.device)
     elif rule == "random":
@@ -99,10 +97,11 @@ def select(
     else:
         key = -frequencies
         if rule == "low_entropy":
-            key = activation_entropy(frequencies) + never
+            key = activation_entropy(frequencies) + last * (frequencies == 0)
         elif rule == "class_entropy":
-            share = class_counts / class_counts.sum(1, keepdim=True).clamp_min(1)
-            key = -torch.xlogy(share, share).sum(1) + never
+            total = class_counts.sum(1)  # 0 where only another pass or an earlier task saw the neuron active
+            share = class_counts / total.clamp_min(1)[:, None]
+            key = -torch.xlogy(share, share).sum(1) + last * (total == 0)
         indices = key.sort(stable=True).indices[:n]
     return TopNTable(indices, frequencies[indices].float())
 
@@ -166,7 +165,8 @@ def hidden_loss(
     difference = student - teacher
     scale = 1.0 / batch
     if kind == "normalised_mse":
-        scale = 1.0 / float(teacher.square().sum().clamp_min(1e-12))
+        energy = float(teacher.square().sum())
+        scale = 1.0 / energy if energy else 0.0  # a silent teacher gives nothing to be relative to
     return difference.square().sum() * scale, 2 * difference * scale
 
 
@@ -234,8 +234,3 @@ def count_activations(
         active = (activations.to_dense() > 0).double()
         by_class += active.T @ torch.nn.functional.one_hot(truth, classes).double()
     return by_class if labels is not None else by_class[:, 0]
-
-
-def clip_rate(norms: list[float], clip: float) -> float:
-    """Share of steps whose gradient was longer than the clip."""
-    return sum(norm > clip for norm in norms) / len(norms) if norms else math.nan

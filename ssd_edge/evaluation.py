@@ -15,7 +15,7 @@ from ssd_edge.config import TrainConfig
 from ssd_edge.console import Console
 from ssd_edge.data import Dataset, load
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.training import embed, pick_device, set_threads
+from ssd_edge.training import embed, pick_device, set_threads, with_absolute_paths
 
 
 def embeddings_of(folder: Path, config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, np.ndarray]:
@@ -67,7 +67,7 @@ def evaluate(folder: Path, config: TrainConfig, console: Console) -> dict[str, A
             f"{', '.join(registry.names[:10])}. Leave them out with data.exclude={','.join(unknown[:5])}"
         )
     embedded = embeddings_of(folder, config, dataset, console)
-    own = dataset.own_split or config.data.path == runs.open_folder(folder).data.path
+    own = dataset.own_split or with_absolute_paths(config).data.path == runs.open_folder(folder).data.path
     vectors, labels = embedded["test"], dataset.test_labels
     if not own:
         vectors = np.concatenate([vectors, embedded["train"]])

@@ -35,11 +35,11 @@ def backward_transfer(matrix: Matrix) -> float:
 
 
 def forgetting(matrix: Matrix) -> float:
-    """Mean drop from the best: 1/(T−1) · Σ_{i<T−1} (max_{i≤t} R[t][i] − R[T−1][i]); ≥ 0. 0 for one task."""
+    """Mean drop from the best before: 1/(T−1) · Σ_{i<T−1} (max_{i≤t<T−1} R[t][i] − R[T−1][i]). 0 for one task."""
     last = len(matrix) - 1
     if not last:
         return 0.0
-    drops = (max(matrix[t][i] for t in range(i, last + 1)) - matrix[last][i] for i in range(last))
+    drops = (max(matrix[t][i] for t in range(i, last)) - matrix[last][i] for i in range(last))
     return sum(drops) / last
 
 

@@ -54,7 +54,7 @@ class SDMLP:
     def __init__(self, keys: Tensor, values: Tensor, counters: Tensor, k: int, switch: float) -> None:
         self.keys = unit_rows(keys.clamp_min(0))
         self.values = values.clamp_min(0)
-        self.counters = counters
+        self.counters = counters.clone()  # counted on in place; keys and values are new tensors already
         self.k = k
         self.switch = switch
 

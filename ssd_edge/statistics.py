@@ -43,6 +43,8 @@ class ClassStatistics:
             self.counts.index_add_(0, truth, torch.ones(len(truth), dtype=torch.float64))
             self.sums.index_add_(0, truth, wide)
             self.second += wide.T @ wide
+        # A product XᵀX may be an ulp off symmetric, but only a triangle is saved: a restart must change no bit.
+        self.second = (self.second + self.second.T) / 2
 
     @property
     def means(self) -> Tensor:

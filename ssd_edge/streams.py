@@ -86,7 +86,8 @@ def class_incremental(names: tuple[str, ...], config: StreamConfig, seed: int) -
         InputError: fewer than two classes, or a bad order or number of tasks.
     """
     if len(names) < 2:
-        raise InputError(f"a stream needs at least two classes, but there are {len(names)}: {', '.join(names)}")
+        given = ", ".join(names) or "none"
+        raise InputError(f"a stream needs at least two classes, but there are {len(names)}: {given}")
     order, tasks, start = class_order(names, config.order, seed), [], 0
     for size in task_sizes(len(names), config.tasks):
         tasks.append(tuple(order[start : start + size]))

@@ -58,9 +58,9 @@ class Activations:
         return dense
 
     def matmul(self, values: Tensor) -> Tensor:
-        """a W2: ``(N, r) @ (r, C)`` → ``(N, C)``, touching only the rows of active neurons."""
-        if self.dense is not None:
-            return self.dense @ values
+        """a W2: ``(N, r) @ (r, C)`` → ``(N, C)``, by rows of active neurons while that takes less memory."""
+        if self.dense is not None or len(self.value) * values.shape[1] > self.shape[0] * self.shape[1]:
+            return self.to_dense() @ values
         product = values.new_zeros(self.shape[0], values.shape[1])
         return product.index_add_(0, self.sample, self.value[:, None] * values[self.neuron])
 

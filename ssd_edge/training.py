@@ -329,6 +329,20 @@ class Run:
         return result
 
 
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Paths as they are from anywhere: a run may be resumed or deployed from another folder."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if path and Path(path).exists() else path
+
+    backbone = dataclasses.replace(
+        config.backbone, path=absolute(config.backbone.path), onnx=absolute(config.backbone.onnx)
+    )
+    path = config.data.path
+    data = dataclasses.replace(config.data, path=path if path == "digits" else absolute(path))
+    return dataclasses.replace(config, backbone=backbone, data=data)
+
+
 def start(config: TrainConfig, argv: list[str], console: Console) -> Run:
     """A new run; its folder is made only when configuration, data and backbone have proved usable.
 
@@ -336,6 +350,7 @@ def start(config: TrainConfig, argv: list[str], console: Console) -> Run:
         InputError: bad configuration or data.
     """
     set_threads(config.run.threads)
+    config = with_absolute_paths(config)
     run = Run(config, console)
     folder = runs.new_folder(Path(config.run.out))
     runs.write_config(folder, config)

@@ -59,7 +59,7 @@ def main() -> NoReturn:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
-        hint = str(error)
+        hint = str(error.__cause__ or error)  # click turns the one into the other, and drops its text
         click.echo(f"interrupted{': ' + hint if hint else ''}", err=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # `ssd-edge … | head`

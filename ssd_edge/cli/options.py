@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-CONFIG = click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file; keys given as words win.")
+CONFIG = click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file; words win.")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 

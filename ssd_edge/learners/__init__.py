@@ -11,7 +11,7 @@ import torch
 
 from ssd_edge.config import parse_section
 from ssd_edge.errors import BundleRefusedError, InputError, did_you_mean
-from ssd_edge.learners.base import Learner, Task, TensorSpec
+from ssd_edge.learners.base import BASE_SCHEMA, Learner, Task, TensorSpec
 from ssd_edge.learners.finetune import FineTune
 from ssd_edge.learners.ncm import NCM
 from ssd_edge.learners.ridge import RandomProjectionRidge, Ridge
@@ -72,7 +72,7 @@ def pack(learner: Learner) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(learner.settings).items()
     }
-    reasons = {name: spec.reason for name, spec in learner.schema().items()}
+    reasons = {name: spec.reason for name, spec in {**BASE_SCHEMA, **learner.schema()}.items()}
     metadata = {
         "learner": learner.name,
         "settings": settings,
@@ -92,8 +92,10 @@ def restore(
         BundleRefusedError: metadata or a tensor is not what a learner of that name keeps.
     """
     try:
-        options = {"name": metadata["learner"], **metadata["settings"]}
-        learner = build(options, int(metadata["dim"]), Priors(), int(metadata["seed"]), device)
+        options, dim = {"name": metadata["learner"], **metadata["settings"]}, int(metadata["dim"])
+        if dim < 1:
+            raise ValueError(f"embeddings of {dim} values")
+        learner = build(options, dim, Priors(), int(metadata["seed"]), device)
     except (KeyError, TypeError, ValueError, InputError) as error:
         raise BundleRefusedError(f"the learner's state does not say what it is ({error}); restore the file") from error
     learner.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})

@@ -42,15 +42,20 @@ class Task:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        """Check shapes and values.
+        """Check shapes, types and values.
 
         Raises:
-            InputError: shapes that disagree, no sample, a negative row, NaN or infinity.
+            InputError: shapes that disagree, another type, no sample, a negative row, NaN or infinity.
         """
         if self.embeddings.ndim != 2 or self.labels.shape != self.embeddings.shape[:1]:
             raise InputError(
                 f"a task needs embeddings (N, D) and labels (N,), but has {tuple(self.embeddings.shape)} "
                 f"and {tuple(self.labels.shape)}"
+            )
+        if (self.embeddings.dtype, self.labels.dtype) != (torch.float32, torch.int64):
+            raise InputError(
+                "a task needs embeddings of torch.float32 and labels of torch.int64, but has "
+                f"{self.embeddings.dtype} and {self.labels.dtype}"
             )
         if not len(self.labels):
             raise InputError("a task without samples cannot be learned; give it images")
@@ -72,6 +77,12 @@ class TensorSpec:
     shape: tuple[str | int, ...]
     dtype: str
     reason: str
+
+
+BASE_SCHEMA = {
+    "seen": TensorSpec(("S",), "uint8", "which classes have been taught"),
+    "tasks_learned": TensorSpec((1,), "int64", "position in the random streams"),
+}
 
 
 class Learner(abc.ABC):
@@ -109,7 +120,7 @@ class Learner(abc.ABC):
 
     @abc.abstractmethod
     def schema(self) -> dict[str, TensorSpec]:
-        """Every tensor of the state beyond `seen` and `tasks_learned`."""
+        """Every tensor of the state beyond `BASE_SCHEMA`."""
 
     @abc.abstractmethod
     def _tensors(self) -> dict[str, Tensor]:
@@ -157,9 +168,9 @@ class Learner(abc.ABC):
         return scores.masked_fill(self.seen[: scores.shape[1]] == 0, -torch.inf).argmax(1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors, on the CPU: enough to go on learning or predicting elsewhere."""
-        own = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
-        return {**own, "seen": self.seen, "tasks_learned": torch.tensor([self.tasks_learned])}
+        """All tensors, copied to the CPU: enough to go on learning or predicting elsewhere, whatever comes after."""
+        tensors = {**self._tensors(), "seen": self.seen, "tasks_learned": torch.tensor([self.tasks_learned])}
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave, bit for bit.
@@ -167,14 +178,10 @@ class Learner(abc.ABC):
         Raises:
             BundleRefusedError: a tensor is missing, unknown, or of another shape or dtype.
         """
-        base = {
-            "seen": TensorSpec(("S",), "uint8", "which classes have been taught"),
-            "tasks_learned": TensorSpec((1,), "int64", "position in the random streams"),
-        }
-        check_state(state, {**base, **self.schema()}, {"D": self.dim}, self.name)
+        check_state(state, {**BASE_SCHEMA, **self.schema()}, {"D": self.dim}, self.name)
         self.seen = state["seen"].clone()
         self.tasks_learned = int(state["tasks_learned"][0])
-        self._load({name: tensor.clone() for name, tensor in state.items() if name not in base})
+        self._load({name: tensor.clone() for name, tensor in state.items() if name not in BASE_SCHEMA})
 
     def memory_bytes(self) -> int:
         """Bytes of the state: all that must persist beyond the backbone."""

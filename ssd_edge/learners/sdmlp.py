@@ -61,8 +61,8 @@ class SDMLPLearner(Learner):
         r, generator = settings.neurons, self.generator(purpose=1)
         keys, counters = initial_rows(r, dim, dim, generator, self.dtype), torch.zeros(r, dtype=self.dtype)
         self.switch = settings.switch
-        usable = settings.pretrained and priors.keys is not None and priors.keys.shape == (r, dim)
-        if usable:
+        usable = settings.pretrained and priors.keys is not None and priors.counters is not None
+        if usable and priors.keys.shape == (r, dim):
             keys = torch.from_numpy(priors.keys).to(self.dtype)
             self.switch = settings.switch or float(priors.student.get("switch", 1.0))
             counters = torch.from_numpy(priors.counters).to(self.dtype)
@@ -135,10 +135,11 @@ class SDMLPLearner(Learner):
 
     def scores(self, embeddings: Tensor) -> Tensor:
         inputs = self.prepared(embeddings)
+        logits = self.net.logits(inputs)
         if self.settings.count_in_eval:
             for part in inputs.split(2048):
                 self.net.count(self.net.activate(part, self.net.gamma))
-        return self.net.logits(inputs).float().cpu()
+        return logits.float().cpu()
 
     def schema(self) -> dict[str, TensorSpec]:
         r, number = self.settings.neurons, str(self.dtype).removeprefix("torch.")

@@ -19,7 +19,7 @@ from ssd_edge.statistics import discriminant
 class Settings:
     """Settings of streaming LDA."""
 
-    prior_weight: float = setting(1000.0, "samples that the pretraining covariance counts for; helps few images", minimum=0)
+    prior_weight: float = setting(1000.0, "samples that the pretraining covariance counts for", minimum=0)
 
 
 class SLDA(LinearLearner):

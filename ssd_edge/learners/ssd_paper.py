@@ -5,10 +5,12 @@ What the paper leaves open, the evidence for each reading and what it is worth: 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_edge.config import setting
@@ -36,8 +38,8 @@ from ssd_edge.topk import Activations
 class Settings(sdmlp.Settings):
     """Settings of SSD, beyond SDMLP's."""
 
-    ce_weight: float = setting(0.7, "alpha, of the cross-entropy against the distillation (Eq. 6)", minimum=0.0, maximum=1.0)
-    hidden_weight: float = setting(0.1, "lambda, of hidden against logit distillation (Eq. 6)", minimum=0.0, maximum=1.0)
+    ce_weight: float = setting(0.7, "alpha, of cross-entropy against distillation (Eq. 6)", minimum=0.0, maximum=1.0)
+    hidden_weight: float = setting(0.1, "lambda, of hidden against logits (Eq. 6)", minimum=0.0, maximum=1.0)
     temperature: float = setting(8.0, "T of both distillation losses", above=0.0)
     top_n: str = setting("1.0k", "neurons distilled: a number, a multiple of k ('1.0k') or a fraction of r")
     first_task_weight: Literal["one", "alpha"] = setting("one", "weight of the cross-entropy where there is no teacher")
@@ -59,7 +61,7 @@ class Settings(sdmlp.Settings):
         "end_pass", "where the frequencies come from: one pass at the end of a task, its training, or the counters"
     )
     accumulate_tasks: bool = setting(False, "whether frequencies add up over tasks")
-    teacher: Literal["previous", "ema", "first"] = setting("previous", "which former self teaches; the others keep a copy")
+    teacher: Literal["previous", "ema", "first"] = setting("previous", "which former self; the others keep a copy")
     teacher_decay: float = setting(0.5, "of the averaged teacher, per task", minimum=0.0, maximum=1.0)
     student_init: Literal["continue", "pretrained"] = setting("continue", "what a task starts from")
 
@@ -87,7 +89,6 @@ class SSDPaper(SDMLPLearner):
         self.table = TopNTable(torch.arange(self.n, device=self.device), torch.zeros(self.n, device=self.device))
         self.accumulated = torch.zeros(r, dtype=torch.float64, device=self.device)
         self.accumulated_samples = 0.0
-        self.old = 0  # outputs of classes that earlier tasks taught
         net = self.net
         self.initial = (net.keys.clone(), net.counters.clone()) if settings.student_init == "pretrained" else None
         self.copy: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, counters of a kept teacher
@@ -95,28 +96,29 @@ class SSDPaper(SDMLPLearner):
 
     # ── the teacher ──────────────────────────────────────────────────────────────────────────────────
     def _begin(self, inputs: Tensor, labels: Tensor) -> None:
-        self.running = torch.zeros(self.settings.neurons, dtype=torch.float64, device=self.device)
-        self.counters_before = self.net.counters.clone()
-        self.targets = None
-        if self.tasks_learned == 0:
-            return
         settings, net = self.settings, self.net
-        self.outputs = self._scope(labels)
-        teacher, columns = net, (self.table, self.table)
-        if self.copy is not None:
-            keys, values, counters = self.copy
-            padding = net.values[:, values.shape[1] :]
-            teacher = SDMLP(keys, torch.cat([values, padding], dim=1), counters, net.k, net.switch)
-        if settings.index_mode != "teacher":
-            columns = self._columns(inputs)
-        self.teacher_table, self.student_table = columns
-        before = settings.hidden_source == "before_inhibition"
-        self.targets = teacher_targets(teacher, inputs, self.teacher_table, before)
-        self.slots = self.student_table.slots(settings.neurons)
-        if self.initial is not None:
+        teacher = self._teacher()
+        if self.tasks_learned and self.initial is not None:
             net.keys, net.counters = self.initial[0].clone(), self.initial[1].clone()
-            net.values = net.values.new_zeros(net.values.shape[0], 0)
-            net.grow(max(self.announced, int(labels.max()) + 1, self.targets.logits.shape[1]), self.generator(3))
+            outputs, net.values = net.values.shape[1], net.values[:, :0]
+            net.grow(outputs, self.generator(3))
+        self.running = torch.zeros(settings.neurons, dtype=torch.float64, device=self.device)
+        self.counters_before = net.counters.clone()
+        self.targets = None
+        if self.tasks_learned:
+            self.outputs = self._scope(labels)
+            self.teacher_table, self.student_table = self._columns(inputs)
+            before = settings.hidden_source == "before_inhibition"
+            self.targets = teacher_targets(teacher, inputs, self.teacher_table, before)
+            self.slots = self.student_table.slots(settings.neurons)
+
+    def _teacher(self) -> SDMLP:
+        """The former self that teaches, with the student's outputs; those that a kept one never had are 0."""
+        net = self.net
+        if self.copy is None:
+            return copy.copy(net)
+        keys, values, counters = self.copy
+        return SDMLP(keys, F.pad(values, (0, net.values.shape[1] - values.shape[1])), counters, net.k, net.switch)
 
     def _scope(self, labels: Tensor) -> Tensor | None:
         """Which outputs are distilled; None: all."""
@@ -128,18 +130,20 @@ class SSDPaper(SDMLPLearner):
         return None
 
     def _columns(self, inputs: Tensor) -> tuple[TopNTable, TopNTable]:
-        """The (teacher's, student's) tables under another index mode than the teacher's own."""
+        """The (teacher's, student's) tables of the neurons to distil."""
         mode, mine = self.settings.index_mode, self.table
-        counts = count_activations(self.net, inputs)  # the student is the teacher's copy at this point
+        if mode == "teacher":
+            return mine, mine
+        counts = count_activations(self.net, inputs)  # of the student before its first step
         student = select((counts / len(inputs)).float(), self.n)
         if mode == "rank_matched":
             return mine, student
         if mode == "student":
             return student, student
-        shared = torch.isin(mine.indices, student.indices)
-        indices = mine.indices[shared]
-        if mode == "union" or not len(indices):  # an empty intersection would leave nothing to distil
+        if mode == "union":
             indices = torch.cat([mine.indices, student.indices]).unique()
+        else:  # may be empty: then only the logits are distilled
+            indices = mine.indices[torch.isin(mine.indices, student.indices)]
         table = TopNTable(indices, torch.zeros(len(indices), device=self.device))
         return table, table
 
@@ -163,9 +167,9 @@ class SSDPaper(SDMLPLearner):
         else:
             total = (alpha * gradient).index_add(1, self.outputs, to_logits)
         losses = {"cross_entropy": loss, "logit_distillation": logit_loss}
-        if lam == 0:
-            return losses, total, None, None
         table, taught = self.student_table, self.targets.table(index)
+        if lam == 0 or not len(table.indices):
+            return losses, total, None, None
         weight = (1 - alpha) * lam
         if settings.hidden_source == "before_inhibition":
             scores = x @ self.net.keys[table.indices].T
@@ -254,7 +258,7 @@ class SSDPaper(SDMLPLearner):
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {
             **super()._tensors(),
-            "top_n_indices": self.table.indices.to(torch.uint32),
+            "top_n_indices": self.table.indices.cpu().to(torch.uint32),  # few kernels know uint32
             "top_n_frequencies": self.table.frequencies,
         }
         if self.settings.accumulate_tasks:

@@ -204,7 +204,10 @@ POINTER_3, POINTER_9 = pointer(3), pointer(9)
 POINTER_2_FLIPPED = POINTER_3.replace(b"000003", b"000002")  # one bit away from another intact generation
 
 
-@pytest.mark.parametrize("content", [None, b"", b"000003", b"3\n", b"000003\n", POINTER_3 + b"\n", POINTER_2_FLIPPED, POINTER_9, b"\xff" * 7])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"000003", b"3\n", b"000003\n", POINTER_3 * 2, POINTER_2_FLIPPED, POINTER_9, b"\xff" * 7],
+)
 def test_a_damaged_pointer(root, content):
     (root / "CURRENT").unlink()
     if content is not None:

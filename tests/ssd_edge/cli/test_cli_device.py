@@ -90,7 +90,8 @@ def test_damaged_bundles(bundle: Path, cli, tmp_path: Path) -> None:
     data, chance = bundle.read_bytes(), random.Random(0)
     flipped = bytearray(data)
     flipped[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-    for name, content in (("flipped", bytes(flipped)), ("cut", data[: len(data) // 2]), ("random", chance.randbytes(999))):
+    damaged = {"flipped": bytes(flipped), "cut": data[: len(data) // 2], "random": chance.randbytes(999)}
+    for name, content in damaged.items():
         path = tmp_path / f"{name}.ssdedge"
         path.write_bytes(content)
         done = cli("device", "install", path, "--root", tmp_path / "root", code=5)

@@ -1,0 +1,224 @@
+"""A user's ONNX file: parsed, checked, and freed of what a backbone cannot carry.
+
+Every refusal is one sentence that reads on after "backbone.onnx=FILE: ".
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssd_edge import files
+from ssd_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+    from onnx import GraphProto, ModelProto, ValueInfoProto
+
+MAX_BYTES = 2**31 - 2**20  # protobuf ends at 2 GiB; the rest is for preprocessing and standardisation
+OPSETS = range(13, 21)  # TensorRT 10.3 (JetPack 6) parses up to 20; below 13 its axes are attributes
+OPSET = 18  # what other models are converted to, and what our own export writes
+DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
+_PREFIX = "backbone/"
+_SHOWN = 300  # characters of another library's message
+
+
+def read(path: str | Path) -> bytes:
+    """The bytes of an ONNX file.
+
+    Raises:
+        InputError: missing, a folder, or over 2 GiB.
+    """
+    path = Path(path)
+    if path.is_file():
+        _check_bytes(path.stat().st_size)  # before that much is read
+    return files.read_bytes(path)
+
+
+def parse(data: bytes) -> ModelProto:
+    """A valid model of a supported opset, without functions and metadata; all its names begin with `backbone/`.
+
+    Raises:
+        InputError: it is none, or has external data or operators of other domains.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+    from onnx import inliner
+
+    _check_bytes(len(data))
+    try:
+        model = onnx.ModelProto.FromString(data)
+    except DecodeError as error:
+        raise InputError("it is not an ONNX file, or was cut short") from error
+    if not model.graph.node:  # most short files parse as an empty message
+        raise InputError("it is not an ONNX file, or an empty one: it has no operators")
+    for tensor in _of_type(model, onnx.TensorProto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise InputError(
+                f"its weights ('{tensor.name}') are in another file, but a backbone must be one file; "
+                "export it again with external_data=False"
+            )
+    try:
+        if model.functions:
+            model = inliner.inline_local_functions(model)
+        _check_domains(model)
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, RuntimeError) as error:  # RuntimeError: of the inliner
+        raise InputError(f"it is not a valid ONNX model ({short(error)})") from error
+    model = _with_supported_opset(model)
+    model.ClearField("training_info")
+    model.graph.ClearField("quantization_annotation")  # refers to values by name; not used by any runtime here
+    strip(model)
+    _prefix_names(model.graph)
+    return model
+
+
+def strip(model: ModelProto) -> None:
+    """Drop documentation, metadata and inferred shapes: they hold source paths, and shapes for another batch."""
+    for message in _messages(model):
+        for field in ("doc_string", "metadata_props", "value_info"):
+            if field in message.DESCRIPTOR.fields_by_name:
+                message.ClearField(field)
+
+
+def precision(data: bytes) -> str:
+    """``int8``, ``fp16`` or ``fp32``: the narrowest that a valid model computes in."""
+    import onnx
+
+    model = onnx.ModelProto.FromString(data)
+    if any(node.op_type == "DequantizeLinear" for node in _of_type(model, onnx.NodeProto)):
+        return "int8"
+    narrow = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in _of_type(model, onnx.TensorProto))
+    return "fp16" if narrow else "fp32"
+
+
+def interface(graph: GraphProto) -> tuple[ValueInfoProto, ValueInfoProto]:
+    """Copies of the one input and the one output of a parsed graph.
+
+    Raises:
+        InputError: more than one, or not float32 or float16.
+    """
+    import onnx
+
+    weights = {tensor.name for tensor in graph.initializer}  # before IR version 4 also listed as inputs
+    inputs = [value for value in graph.input if value.name not in weights]
+    for kind, values in (("input", inputs), ("output", graph.output)):
+        if len(values) != 1:
+            listed = ", ".join(map(describe, values)) or "none"
+            raise InputError(f"it has {len(values)} {kind}s, but a backbone has one: {listed}")
+        if element_type(values[0]) not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
+            raise InputError(f"its {kind} must be float32 or float16, but is {describe(values[0])}")
+    return copy.deepcopy(inputs[0]), copy.deepcopy(graph.output[0])
+
+
+def check_input(image: ValueInfoProto, size: int, layout: str) -> None:
+    """Compare the declared input with the configuration.
+
+    Raises:
+        InputError: not images, not three channels, or of another size.
+    """
+    dims = _dims(image)
+    if len(dims) != 4:
+        raise InputError(f"its input must have rank 4, of images, but is {describe(image)}")
+    channels = {"nchw": 1, "nhwc": 3}
+    if dims[channels[layout]] not in (None, 3):
+        other = "nhwc" if layout == "nchw" else "nchw"
+        advice = f"; set backbone.layout={other}" if dims[channels[other]] == 3 else ""
+        raise InputError(
+            f"its input must have 3 channels, but is {describe(image)} with backbone.layout={layout}{advice}"
+        )
+    height, width = dims[2:] if layout == "nchw" else dims[1:3]
+    if not size:
+        advice = f"its input says backbone.size={height}" if height else "set it to the side of its input in pixels"
+        raise InputError(f"backbone.size is missing; {advice}")
+    if height not in (None, size) or width not in (None, size):
+        raise InputError(f"its input is {describe(image)}, but backbone.size is {size} (images are square)")
+
+
+def element_type(value: ValueInfoProto) -> int:
+    """An `onnx.TensorProto.DataType`."""
+    return value.type.tensor_type.elem_type
+
+
+def _dims(value: ValueInfoProto) -> list[int | None]:
+    """None for what is not known before it runs."""
+    return [dim.dim_value or None for dim in value.type.tensor_type.shape.dim]
+
+
+def describe(value: ValueInfoProto) -> str:
+    """E.g. ``'x' float32 (?, 3, 224, 224)``."""
+    import onnx
+
+    kind = onnx.TensorProto.DataType.Name(element_type(value)).lower()
+    shape = ", ".join("?" if dim is None else str(dim) for dim in _dims(value))
+    return f"'{value.name.removeprefix(_PREFIX)}' {'float32' if kind == 'float' else kind} ({shape})"
+
+
+def short(error: BaseException) -> str:
+    """The message of another library as part of a sentence."""
+    return " ".join(str(error).split())[:_SHOWN]
+
+
+def _messages(message: Message) -> Iterator[Message]:
+    """A protobuf message and all within it, also subgraphs in attributes."""
+    from google.protobuf.message import Message
+
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in [value] if isinstance(value, Message) else value:
+                yield from _messages(inner)
+
+
+def _of_type(model: ModelProto, kind: type) -> Iterator[Any]:
+    return (message for message in _messages(model) if isinstance(message, kind))
+
+
+def _check_bytes(size: int) -> None:
+    if size > MAX_BYTES:
+        raise InputError(f"it has {size:,} bytes, but an ONNX file of at most {MAX_BYTES:,} (2 GiB) can be used")
+
+
+def _check_domains(model: ModelProto) -> None:
+    """Nothing but ONNX's own operators: no other runtime, and no TensorRT, has the rest."""
+    import onnx
+
+    nodes = list(_of_type(model, onnx.NodeProto))
+    foreign = sorted({f"{node.domain}.{node.op_type}" for node in nodes if node.domain not in DOMAINS})
+    if foreign:
+        some = ", ".join(foreign[:5])
+        raise InputError(f"it uses operators that are not ONNX's own ({some}); export it without them")
+    used = {node.domain for node in nodes} | {"", "ai.onnx"}
+    kept = [entry for entry in model.opset_import if entry.domain in used]  # exporters name more than they use
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+
+
+def _with_supported_opset(model: ModelProto) -> ModelProto:
+    from onnx import version_converter
+
+    version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if version in OPSETS:
+        return model
+    try:
+        return version_converter.convert_version(model, OPSET)
+    except Exception as error:  # C++ raises what it likes
+        raise InputError(
+            f"its opset {version} is not one of {OPSETS[0]} to {OPSETS[-1]}, and it cannot be converted to {OPSET} "
+            f"({short(error)}); export it with opset {OPSET}"
+        ) from error
+
+
+def _prefix_names(graph: GraphProto) -> None:
+    """Prefix every name in a graph and its subgraphs alike, so that none is one of ours."""
+    import onnx
+
+    named = (onnx.NodeProto, onnx.GraphProto, onnx.TensorProto, onnx.ValueInfoProto)
+    for message in _messages(graph):
+        if isinstance(message, onnx.NodeProto):
+            for names in (message.input, message.output):
+                names[:] = [name and _PREFIX + name for name in names]  # empty: an optional one left out
+        if isinstance(message, named) and message.name:
+            message.name = _PREFIX + message.name

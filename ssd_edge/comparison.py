@@ -1,0 +1,111 @@
+"""What a run is compared with, and how its numbers are printed: the same in the report and on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+DISPLAY = {
+    "ssd": "SSD",
+    "ssd-paper": "SSD (paper)",
+    "sdmlp": "SDMLP",
+    "finetune": "fine-tuning",
+    "ncm": "NCM",
+    "slda": "SLDA",
+    "ridge": "ridge",
+    "rp_ridge": "RanPAC",
+    "joint": "joint",
+}
+ROLES = {"learner": "this run", "baseline": "baseline", "panel": "panel head", "joint": "all data at once"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One line of the comparison; `role` is a key of `ROLES`, `values` has the keys of metrics.json."""
+
+    display: str
+    role: str
+    values: Mapping[str, Any]
+
+
+def compared(metrics: Mapping[str, Any]) -> list[Method]:
+    """The learner, the baselines, the panel's heads and joint training, in this order.
+
+    Within each in the order of `DISPLAY`, whatever that of the file, so that a colour means the same in all reports.
+    A baseline or head that is the learner itself is left out.
+    """
+    known = list(DISPLAY)
+
+    def place(item: tuple[str, Any]) -> int:
+        return known.index(item[0]) if item[0] in known else len(known)
+
+    learner = metrics["learner"]
+    methods = [Method(metrics.get("display") or DISPLAY.get(learner, learner), "learner", metrics)]
+    for key, values in sorted(metrics.get("baselines", {}).items(), key=place):
+        if key != learner:
+            methods.append(Method(values.get("display") or DISPLAY.get(key, key), "baseline", values))
+    for key, accuracy in sorted(metrics.get("panel", {}).items(), key=place):
+        if key != learner:
+            values = {**metrics.get("panel_details", {}).get(key, {}), "average_accuracy": accuracy}
+            role = "joint" if key == "joint" else "panel"
+            methods.append(Method(values.get("display") or DISPLAY.get(key, key), role, values))
+    return sorted(methods, key=lambda method: list(ROLES).index(method.role))
+
+
+def ranked(metrics: Mapping[str, Any]) -> list[Method]:
+    """`compared`, the most accurate first."""
+    return sorted(compared(metrics), key=lambda method: -method.values["average_accuracy"])
+
+
+def lead_note(metrics: Mapping[str, Any]) -> str:
+    """Who is ahead of the learner, in one sentence; empty when nobody is.
+
+    Joint training is no rival, for it sees all classes at once. A lead that prints as 0.0 points is none.
+    """
+    own = metrics["average_accuracy"]
+    rivals = [method for method in ranked(metrics) if method.role in ("baseline", "panel")]
+    leads = [(rival.display, round(100 * (rival.values["average_accuracy"] - own), 1)) for rival in rivals]
+    leads = [(name, lead) for name, lead in leads if lead > 0]
+    if not leads:
+        return ""
+    (first, most), *others = leads
+    also = ", ".join(f"{name} by {lead:.1f}" for name, lead in others)
+    sentence = f"{first} is {most:.1f} points ahead of {compared(metrics)[0].display} on this stream"
+    return f"{sentence} (also ahead: {also})." if also else f"{sentence}."
+
+
+def percent(value: float | None) -> str:
+    """A share as ``73.1 %``, or a dash."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def points(value: float | None, signed: bool = False) -> str:
+    """A difference of shares in percentage points: ``4.2``, signed ``−4.2``, or a dash."""
+    if value is None:
+        return "–"
+    rounded = round(100 * value, 1) + 0.0  # turns -0.0 into 0.0
+    return (f"{rounded:+.1f}" if signed and rounded else f"{rounded:.1f}").replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """``4 ms``, ``0.42 s``, ``12.3 s``, ``3 min 04 s``, ``2 h 05 min``, or a dash."""
+    if seconds is None:
+        return "–"
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float | None) -> str:
+    """Bytes as ``812 B``, ``4.1 kB``, ``12.3 MB`` (powers of 1,000), or a dash."""
+    if count is None:
+        return "–"
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,124 @@
+"""The parity gate: what passes, what is refused, and with which figures."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from exporters.parity import parity
+from ssd_edge.errors import GateRefusedError
+
+IMAGES = np.random.default_rng(2).integers(0, 256, (40, 2, 2, 3), dtype=np.uint8)
+
+
+def graph(batch: int | str = "batch", half: bool = False) -> bytes:
+    """One pixel a feature: uint8 (N, 2, 2, 3) → (N, 12), divided by 255; the weight may be float16."""
+    weights = [
+        numpy_helper.from_array(np.array(255, np.float16 if half else np.float32), "scale"),
+        numpy_helper.from_array(np.array([-1, 12], np.int64), "shape"),
+    ]
+    kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    nodes = [
+        helper.make_node("Cast", ["images"], ["wide"], to=kind),
+        helper.make_node("Div", ["wide", "scale"], ["pixels"]),
+        helper.make_node("Cast", ["pixels"], ["single"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["single", "shape"], ["embeddings"]),
+    ]
+    made = helper.make_graph(
+        nodes,
+        "pixels",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, [batch, 2, 2, 3])],
+        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, [batch, 12])],
+        weights,
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=8).SerializeToString()
+
+
+def embed(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), 12).astype(np.float32) / np.float32(255)
+
+
+class Brightest:
+    """A learner that names the feature that is largest."""
+
+    def predict(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return embeddings.argmax(1)
+
+
+def test_equal_graphs_differ_by_nothing():
+    assert parity(graph(), embed, IMAGES) == {
+        "images": 40,
+        "batch_sizes": [1, 32],
+        "max_difference": 0.0,
+        "min_cosine": 1.0,
+    }
+
+
+def test_a_graph_of_one_image_is_run_image_by_image():
+    assert parity(graph(batch=1), embed, IMAGES)["max_difference"] == 0.0
+
+
+def test_decisions_and_accuracy_are_measured_with_a_learner_and_labels():
+    labels = embed(IMAGES).argmax(1)
+    labels[:10] = (labels[:10] + 1) % 12
+    measured = parity(graph(), embed, IMAGES, Brightest(), labels)
+    assert measured["agreement"] == 1.0
+    assert measured["accuracy"] == {"reference": 0.75, "exported": 0.75}
+
+
+def test_float16_is_held_to_the_limits_of_float16():
+    def rounded(images: np.ndarray) -> np.ndarray:
+        return embed(images) + np.float32(0.003)
+
+    assert 0.005 < parity(graph(half=True), rounded, IMAGES)["max_difference"] < 0.05
+    with pytest.raises(GateRefusedError, match=r"the limit is 0\.001"):
+        parity(graph(), rounded, IMAGES)
+    with pytest.raises(GateRefusedError, match=r"the limit is 0\.05"):
+        parity(graph(half=True), lambda images: embed(images[..., ::-1]), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("reference", "sentence"),
+    [
+        (lambda images: embed(images[..., ::-1]), r"differs by [0-9.]+ standard deviations, but the limit is 0.001"),
+        (lambda images: embed(images) + np.float32(0.001), r"differs by 0.00[0-9]+ standard deviations"),
+        (lambda images: embed(images) * np.float32("nan"), "differs by nan"),
+    ],
+    ids=["colours swapped", "shifted", "NaN"],
+)
+def test_a_graph_that_computes_something_else_is_refused(reference, sentence):
+    with pytest.raises(GateRefusedError, match=sentence) as raised:
+        parity(graph(), reference, IMAGES)
+    assert raised.value.exit_code == 4
+
+
+def test_a_batch_that_is_mixed_up_is_refused():
+    model = onnx.load_from_string(graph())
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "axes"))
+    model.graph.node[-1].output[0] = "flat"
+    model.graph.node.append(helper.make_node("ReduceMean", ["flat", "axes"], ["mean"]))
+    model.graph.node.append(helper.make_node("Sub", ["flat", "mean"], ["embeddings"]))
+    mixed = model.SerializeToString()
+
+    def reference(images: np.ndarray) -> np.ndarray:
+        parts = [embed(images[start : start + 32]) for start in range(0, len(images), 32)]
+        return np.concatenate([part - part.mean(0) for part in parts])
+
+    with pytest.raises(GateRefusedError):  # right in batches of 32, wrong one by one
+        parity(mixed, reference, IMAGES)
+
+
+def test_decisions_that_differ_are_refused_even_if_the_embeddings_hardly_do():
+    class Fickle:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def predict(self, embeddings: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return torch.arange(len(embeddings)) * self.calls
+
+    with pytest.raises(GateRefusedError, match=r"2.50% of the decisions agree, but the limit is 0.99"):
+        parity(graph(), embed, IMAGES, Fickle())

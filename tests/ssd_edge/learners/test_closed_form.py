@@ -1,0 +1,229 @@
+"""The closed-form learners against NumPy, and what they do with a few images beside many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ssd_edge.errors import InputError
+from ssd_edge.learners import Learner, Task, build
+from ssd_edge.learners import ssd as ssd_module
+from ssd_edge.priors import Priors
+from ssd_edge.statistics import discriminant, shrink
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIM = 16
+LINEAR: list[dict[str, Any]] = [
+    {"name": "ssd", "neurons": 60, "top_n": 10},
+    {"name": "ncm"},
+    {"name": "slda"},
+    {"name": "ridge"},
+    {"name": "rp_ridge", "features": 60},
+]
+
+
+def names(options: dict[str, Any]) -> str:
+    return options["name"]
+
+
+def gaussians(counts: dict[int, int], spread: float = 1.0, seed: int = 0) -> Task:
+    """`counts[row]` samples around a mean that belongs to the row."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(10, DIM, generator=torch.Generator().manual_seed(99))
+    labels = torch.tensor([row for row, count in counts.items() for _ in range(count)])
+    return Task(means[labels] + spread * torch.randn(len(labels), DIM, generator=generator), labels)
+
+
+def covariance_prior(scale: float = 1.0) -> Priors:
+    mixing = np.random.default_rng(0).normal(size=(DIM, DIM))
+    return Priors(count=5000, within_covariance=(scale * mixing @ mixing.T / DIM).astype(np.float32))
+
+
+@pytest.mark.parametrize("options", LINEAR, ids=names)
+def test_the_order_of_tasks_and_samples_does_not_matter(options: dict[str, Any]) -> None:
+    whole = gaussians({0: 90, 1: 70, 2: 110, 3: 60})
+    test = gaussians(dict.fromkeys(range(4), 30), seed=5).embeddings
+    learners = []
+    for seed in range(3):
+        learner = build(options, DIM, covariance_prior())
+        order = torch.randperm(330, generator=torch.Generator().manual_seed(seed))
+        for index in order.split([100, 130, 100][seed]):  # also a class spread over tasks
+            learner.learn(Task(whole.embeddings[index], whole.labels[index]))
+        learners.append(learner)
+    for learner in learners[1:]:
+        torch.testing.assert_close(learner.scores(test), learners[0].scores(test), rtol=1e-4, atol=1e-5)
+        if hasattr(learner, "values"):
+            scale = float(learners[0].values.abs().max())
+            torch.testing.assert_close(learner.values, learners[0].values, rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_ncm_is_cosine_to_the_means() -> None:
+    task, test = gaussians({0: 20, 1: 7, 3: 30}), gaussians({0: 10, 1: 10, 3: 10}, seed=1).embeddings
+    learner = build({"name": "ncm"}, DIM, Priors())
+    learner.learn(task)
+    x, y, z = task.embeddings.double().numpy(), task.labels.numpy(), test.double().numpy()
+    means = np.stack([x[y == row].mean(0) for row in (0, 1, 3)])
+    cosine = (z @ means.T) / np.linalg.norm(z, axis=1)[:, None] / np.linalg.norm(means, axis=1)
+    np.testing.assert_allclose(learner.scores(test)[:, [0, 1, 3]], cosine, atol=1e-6)
+    assert learner.predict(test).tolist() == np.array([0, 1, 3])[cosine.argmax(1)].tolist()
+
+
+@pytest.mark.parametrize("weight", [0.0, 50.0, 1000.0])
+def test_slda_is_a_discriminant_with_the_prior_s_covariance_mixed_in(weight: float) -> None:
+    task, test = gaussians({0: 40, 1: 25, 2: 60}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
+    given = covariance_prior()
+    learner = build({"name": "slda", "prior_weight": weight}, DIM, given)
+    learner.learn(task)
+    x, y = task.embeddings.double().numpy(), task.labels.numpy()
+    means = np.stack([x[y == row].mean(0) for row in range(3)])
+    residuals = x - means[y]
+    freedom = len(x) - 3 + weight
+    covariance = (residuals.T @ residuals + weight * given.within_covariance.astype(float)) / freedom
+    inverse = np.linalg.inv(shrink(torch.from_numpy(covariance), freedom).numpy())
+    wanted = test.double().numpy() @ inverse @ means.T - 0.5 * np.einsum("cd,de,ce->c", means, inverse, means)
+    np.testing.assert_allclose(learner.scores(test), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_slda_without_a_prior_ignores_its_weight() -> None:
+    task, test = gaussians({0: 40, 1: 25}), gaussians({0: 9, 1: 9}, seed=1).embeddings
+    scores = []
+    for weight in (0.0, 1000.0):
+        learner = build({"name": "slda", "prior_weight": weight}, DIM, Priors())
+        learner.learn(task)
+        scores.append(learner.scores(test))
+    assert torch.equal(*scores)
+
+
+def test_slda_prior_helps_with_few_images() -> None:
+    """Five images a class say nothing of a lopsided covariance, which the pretraining knows."""
+    generator = torch.Generator().manual_seed(0)
+    widths = torch.logspace(-1, 1, DIM)
+    means = 0.4 * torch.randn(4, DIM, generator=generator) * widths.sqrt()
+
+    def draw(count: int) -> Task:
+        labels = torch.arange(4).repeat(count)
+        return Task(means[labels] + torch.randn(4 * count, DIM, generator=generator) * widths, labels)
+
+    few, test = draw(5), draw(300)
+    accuracy = []
+    for given in (Priors(), Priors(count=9999, within_covariance=torch.diag(widths.square()).numpy())):
+        learner = build({"name": "slda"}, DIM, given)
+        learner.learn(few)
+        accuracy.append(float((learner.predict(test.embeddings) == test.labels).double().mean()))
+    assert accuracy[1] > accuracy[0] + 0.1
+
+
+def test_random_features_are_drawn_again_from_the_seed() -> None:
+    one, same, other = (build({"name": "rp_ridge", "features": 50}, DIM, Priors(), seed) for seed in (4, 4, 5))
+    assert torch.equal(one.projection, same.projection)
+    assert not torch.equal(one.projection, other.projection)
+    assert "projection" not in one.state_dict()
+    features = one.features(gaussians({0: 500}).embeddings)
+    assert float(features.min()) == 0.0
+    assert 0.3 < float((features == 0).double().mean()) < 0.7
+
+
+def test_random_features_separate_what_is_not_linear() -> None:
+    """A class inside another: ridge on the embedding cannot, on random features it can."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(1000) % 2
+    radius = torch.where(labels == 0, 1.0, 3.0)[:, None]
+    task = Task(torch.nn.functional.normalize(torch.randn(1000, 4, generator=generator)) * radius, labels)
+    accuracy = {}
+    for options in ({"name": "ridge"}, {"name": "rp_ridge", "features": 100}):
+        learner = build(options, 4, Priors())
+        learner.learn(task)
+        accuracy[options["name"]] = float((learner.predict(task.embeddings) == labels).double().mean())
+    assert accuracy["ridge"] < 0.65
+    assert accuracy["rp_ridge"] > 0.95
+
+
+# ── ssd ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def few_beside_many(few: int, spread: float) -> tuple[Learner, Tensor, Tensor]:
+    """Four classes of 2000 images, then one of a few; the learner, and unseen images of all five."""
+    learner = build({"name": "ssd", "neurons": 240, "top_n": 10}, DIM, Priors())
+    learner.learn(gaussians(dict.fromkeys(range(4), 2000), spread, seed=1))
+    learner.learn(gaussians({4: few}, spread, seed=2))
+    test = gaussians(dict.fromkeys(range(5), 200), spread, seed=3)
+    return learner, test.embeddings, test.labels
+
+
+def recall(learner: Learner, embeddings: Tensor, labels: Tensor, row: int) -> float:
+    return float((learner.predict(embeddings)[labels == row] == row).double().mean())
+
+
+def test_ssd_predicts_a_class_of_twenty_beside_classes_of_thousands() -> None:
+    learner, embeddings, labels = few_beside_many(20, spread=1.0)
+    assert recall(learner, embeddings, labels, 4) > 0.5
+    assert min(recall(learner, embeddings, labels, row) for row in range(4)) > 0.7
+
+
+def test_ssd_corrects_the_noise_of_a_mean_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
+    corrected = recall(*few_beside_many(5, spread=2.0), 4)
+
+    def biased(*arguments: Any, unbiased: bool) -> tuple[Tensor, Tensor]:
+        return discriminant(*arguments, unbiased=False)
+
+    monkeypatch.setattr(ssd_module, "discriminant", biased)
+    assert recall(*few_beside_many(5, spread=2.0), 4) < 0.5 * corrected
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_ssd_of_hardly_any_images(count: int) -> None:
+    learner = build(LINEAR[0], DIM, Priors())
+    learner.learn(gaussians({0: count, 1: count}, spread=0.1))
+    test = gaussians({0: 50, 1: 50}, spread=0.1, seed=1)
+    assert bool(torch.isfinite(learner.scores(test.embeddings)).all())
+    assert torch.equal(learner.predict(test.embeddings), test.labels)
+
+
+def test_ssd_code_is_top_k_of_signed_unit_inputs() -> None:
+    learner = build({"name": "ssd", "neurons": 60, "top_n": 10}, DIM, Priors())
+    z = gaussians({0: 50}).embeddings
+    u = (z / z.norm(dim=1, keepdim=True) @ learner.keys.T).clamp_min(0)
+    wanted = (u - u.sort(1, descending=True).values[:, 20:21]).clamp_min(0)  # k = 60 // 3
+    torch.testing.assert_close(learner.features(z), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(learner.keys.norm(dim=1), torch.ones(60))
+    assert float(learner.keys.min()) < 0
+
+
+def test_ssd_starts_from_the_keys_of_the_package_where_they_fit() -> None:
+    keys = torch.nn.functional.normalize(torch.randn(60, DIM, generator=torch.Generator().manual_seed(7)))
+    given, options = Priors(code_keys=keys.numpy()), LINEAR[0]
+    assert torch.equal(build(options, DIM, given).keys, keys)
+    drawn = build(options, DIM, Priors()).keys
+    assert torch.equal(build({**options, "keys": "random"}, DIM, given).keys, drawn)
+    assert build({**options, "neurons": 61}, DIM, given).keys.shape == (61, DIM)  # another size: random
+
+
+def test_ssd_top_n_are_the_neurons_most_active_in_the_last_task() -> None:
+    learner = build(LINEAR[0], DIM, Priors())
+    learner.learn(gaussians({0: 50, 1: 50}))
+    last = gaussians({2: 40, 3: 40})
+    learner.learn(last)
+    share = (learner.features(last.embeddings) > 0).double().mean(0)
+    best = sorted(range(60), key=lambda j: (-float(share[j]), j))[:10]
+    assert learner.top_n.indices.tolist() == best
+    torch.testing.assert_close(learner.top_n.frequencies, share[best].float())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"neurons": 100, "k": 100}, r"learner.k .* 100 .* 100"),
+        ({"neurons": 50}, r"learner.top_n .* 100 .* 50"),
+        ({"neurons": 3}, r"learner.neurons must be at least 4, but is 3"),
+        ({"keys": "trained"}, r"learner.keys must be one of pretrained, random"),
+    ],
+    ids=str,
+)
+def test_ssd_settings_that_contradict(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        build({"name": "ssd", **options}, DIM, Priors())

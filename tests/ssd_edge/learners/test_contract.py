@@ -1,0 +1,368 @@
+"""What every learner promises: resume to the last bit, no tensor that grows with the samples, errors in words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners import LEARNERS, Learner, Task, build, pack, restore, top_n_table
+from ssd_edge.learners.base import BASE_SCHEMA
+from ssd_edge.priors import Priors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIM = 12
+SMALL = {"neurons": 48, "k": 4, "epochs": 3, "batch": 16}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ssd": {"name": "ssd", "neurons": 40, "top_n": 10},
+    "ssd-paper": {"name": "ssd-paper", **SMALL},
+    "sdmlp": {"name": "sdmlp", **SMALL},
+    "finetune": {"name": "finetune", "neurons": 20, "epochs": 3, "batch": 16},
+    "ncm": {"name": "ncm"},
+    "slda": {"name": "slda"},
+    "ridge": {"name": "ridge"},
+    "rp_ridge": {"name": "rp_ridge", "features": 30},
+    # settings that add to the state or to what a task draws
+    "paper, averaged teacher": {
+        "name": "ssd-paper", **SMALL, "teacher": "ema", "accumulate_tasks": True, "student_init": "pretrained",
+        "index_mode": "rank_matched",
+    },
+    "paper, first teacher": {
+        "name": "ssd-paper", **SMALL, "teacher": "first", "selection": "random", "outputs": "arriving",
+        "frequency_source": "gaba_counter", "gaba": "keep",
+    },
+    "one-cycle finetune": {
+        "name": "finetune", "neurons": 20, "epochs": 3, "batch": 16, "optimiser": "adamw", "one_cycle": True,
+        "weight_decay": 0.05, "outputs": "arriving",
+    },
+    "ssd, very sparse": {"name": "ssd", "neurons": 40, "top_n": 10, "k": 3, "keys": "random"},
+}  # fmt: skip
+RANDOM = ("ssd", "ssd-paper", "sdmlp", "finetune", "rp_ridge")
+
+
+def priors() -> Priors:
+    """Everything that a backbone package can bring, of the size of the learners above."""
+    generator = np.random.default_rng(0)
+
+    def unit(rows: NDArray) -> NDArray:
+        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+    mixing = generator.normal(size=(DIM, DIM))
+    return Priors(
+        count=1000,
+        within_covariance=(mixing @ mixing.T / DIM).astype(np.float32),
+        keys=unit(np.abs(generator.normal(size=(48, DIM)))),
+        counters=generator.integers(0, 200, 48).astype(np.float32),
+        code_keys=unit(generator.normal(size=(40, DIM))),
+        student={"switch": 100.0},
+    )
+
+
+def make(case: str, seed: int = 0, empty: bool = False) -> Learner:
+    return build(OPTIONS[case], DIM, Priors() if empty else priors(), seed)
+
+
+def task(rows: tuple[int, ...], count: int = 60, seed: int = 0) -> Task:
+    """Well separated Gaussian classes; a row always has the same mean."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor(rows).repeat(-(-count // len(rows)))[:count]
+    means = 4.0 * torch.randn(10, DIM, generator=torch.Generator().manual_seed(99))
+    return Task(means[labels] + torch.randn(count, DIM, generator=generator), labels)
+
+
+def differing(one: Learner, other: Learner) -> list[str]:
+    """Names of state tensors that are not bit-equal."""
+    mine, theirs = pack(one)[0], pack(other)[0]
+    assert mine.keys() == theirs.keys()
+    return [name for name in mine if mine[name].tobytes() != theirs[name].tobytes()]
+
+
+def through_a_file(learner: Learner) -> Learner:
+    """Packed and restored; what has been packed must not move with the learner that goes on."""
+    arrays, metadata = pack(learner)
+    return restore(arrays, json.loads(json.dumps(metadata)))
+
+
+def test_every_learner_is_tested() -> None:
+    assert LEARNERS.keys() <= OPTIONS.keys()
+
+
+# ── the state ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_pack_and_restore_to_the_last_bit(case: str) -> None:
+    learner = make(case)
+    learner.expect(6)
+    test = task((0, 1, 2, 3), seed=7).embeddings
+    for rows in ((0, 1), (2, 3)):
+        learner.learn(task(rows))
+        again = through_a_file(learner)
+        assert differing(learner, again) == []
+        assert learner.scores(test).numpy().tobytes() == again.scores(test).numpy().tobytes()
+        assert torch.equal(learner.predict(test), again.predict(test))
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("tasks", [0, 1, 2])
+def test_a_resumed_learner_goes_on_to_the_last_bit(case: str, tasks: int) -> None:
+    stream = [task((0, 1), 70), task((2, 3), 90), task((1, 5), 50)]
+    learner = make(case)
+    learner.expect(6)
+    for number in range(tasks):
+        learner.learn(stream[number])
+    arrays, metadata = pack(learner)
+    for rest in stream[tasks:]:
+        learner.learn(rest)
+    again = restore(arrays, metadata)
+    for rest in stream[tasks:]:
+        again.learn(rest)
+    assert differing(learner, again) == []
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_nothing_grows_with_the_number_of_samples(case: str) -> None:
+    few, many = make(case), make(case)
+    for learner, count in ((few, 60), (many, 600)):
+        learner.learn(task((0, 1), count))
+        learner.learn(task((2, 3), count))
+    shapes = [{name: (array.shape, array.dtype) for name, array in pack(each)[0].items()} for each in (few, many)]
+    assert shapes[0] == shapes[1]
+    assert few.memory_bytes() == many.memory_bytes()
+    assert few.memory_bytes() == sum(array.nbytes for array in pack(few)[0].values())
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_the_schema_lists_every_tensor_with_its_reason(case: str) -> None:
+    learner = make(case)
+    learner.learn(task((0, 1)))
+    arrays, metadata = pack(learner)
+    specs = {**BASE_SCHEMA, **learner.schema()}
+    assert specs.keys() == arrays.keys() == metadata["reasons"].keys()
+    assert all(len(reason) > 5 for reason in metadata["reasons"].values())
+    for name, spec in specs.items():
+        assert arrays[name].dtype == spec.dtype
+        assert len(spec.shape) == arrays[name].ndim
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_priors_are_not_written_to(case: str) -> None:
+    """Several learners of a run start from the same package."""
+    given, untouched = priors(), priors()
+    learner = build(OPTIONS[case], DIM, given)
+    learner.learn(task((0, 1)))
+    for name in ("within_covariance", "keys", "counters", "code_keys"):
+        assert np.array_equal(getattr(given, name), getattr(untouched, name)), name
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_state_with_a_damaged_tensor_is_refused_by_its_name(case: str) -> None:
+    learner = make(case)
+    learner.learn(task((0, 1)))
+    arrays, metadata = pack(learner)
+    for name, array in arrays.items():
+        other = np.float32 if array.dtype == np.float64 else np.float64
+        without = {key: value for key, value in arrays.items() if key != name}
+        for state in (without, {**arrays, name: array.astype(other)}, {**arrays, name: array[None]}):
+            with pytest.raises(BundleRefusedError, match=f"'{name}'"):
+                restore(state, metadata)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_state_of_classes_that_disagree_is_refused(case: str) -> None:
+    """One class more in one tensor than in the others."""
+    learner = make(case)
+    learner.learn(task((0, 1)))
+    arrays, metadata = pack(learner)
+    specs = learner.schema()
+    wide = [name for name, spec in specs.items() if "C" in spec.shape]
+    assert wide
+    if len(wide) < 2:  # only one tensor has classes: nothing to disagree with
+        return
+    axis = specs[wide[-1]].shape.index("C")
+    array = arrays[wide[-1]]
+    state = {**arrays, wide[-1]: np.concatenate([array, array.take([0], axis)], axis)}
+    with pytest.raises(BundleRefusedError, match=wide[-1]):
+        restore(state, metadata)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_an_unknown_tensor_is_refused(case: str) -> None:
+    arrays, metadata = pack(make(case))
+    with pytest.raises(BundleRefusedError, match=r"unknown \['replay'\]"):
+        restore({**arrays, "replay": np.zeros((60, DIM), np.float32)}, metadata)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learner": "transformer"},
+        {"learner": None},
+        {"settings": {"neurons": "many"}},
+        {"settings": {"no_such_setting": 1}},
+        {"settings": None},
+        {"dim": "wide"},
+        {"dim": -1},
+        {"seed": None},
+    ],
+    ids=str,
+)
+def test_metadata_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
+    arrays, metadata = pack(make("ssd"))
+    with pytest.raises(BundleRefusedError, match="does not say what it is"):
+        restore(arrays, {**metadata, **change})
+
+
+@pytest.mark.parametrize("key", ["learner", "settings", "dim", "seed"])
+def test_metadata_that_lack_a_key_are_refused(key: str) -> None:
+    arrays, metadata = pack(make("ssd"))
+    del metadata[key]
+    with pytest.raises(BundleRefusedError, match=key):
+        restore(arrays, metadata)
+
+
+def test_a_table_that_names_no_neuron_is_refused() -> None:
+    arrays, metadata = pack(make("ssd-paper"))
+    arrays["top_n_indices"][0] = 48
+    with pytest.raises(BundleRefusedError, match="names neuron 48, but there are 48"):
+        restore(arrays, metadata)
+
+
+# ── learning and predicting ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_classes_arrive_unannounced_with_gaps_and_again(case: str) -> None:
+    learner = make(case, empty=True)
+    for rows, seen in (
+        ((0, 1), [1, 1]),
+        ((2, 3), [1, 1, 1, 1]),
+        ((6,), [1, 1, 1, 1, 0, 0, 1]),
+        ((0, 6), [1, 1, 1, 1, 0, 0, 1]),  # more samples of known classes
+        ((4,), [1, 1, 1, 1, 1, 0, 1]),
+    ):
+        told: list[float] = []
+        measured = learner.learn(task(rows), told.append)
+        assert learner.seen.tolist() == seen
+        assert told == sorted(told)
+        assert told[-1] == 1.0
+        assert all(np.isfinite(value) for value in measured.values())
+        predicted = learner.predict(task((0, 1, 2, 3, 4, 5, 6), 70).embeddings)
+        assert set(predicted.tolist()) <= {row for row, taught in enumerate(seen) if taught}
+    assert learner.tasks_learned == 5
+    assert learner.scores(task((0,)).embeddings).shape == (60, 7)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_the_classes_of_one_task_are_told_apart(case: str) -> None:
+    learner = build({**OPTIONS[case], **({"epochs": 30} if "epochs" in OPTIONS[case] else {})}, DIM, priors())
+    learner.learn(task((0, 1, 2), 240))
+    test = task((0, 1, 2), 240, seed=1)
+    assert float((learner.predict(test.embeddings) == test.labels).double().mean()) > 0.9
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_seeds(case: str) -> None:
+    learners = [make(case, seed, empty=True) for seed in (1, 1, 2)]
+    for learner in learners:
+        learner.learn(task((0, 1)))
+        learner.learn(task((2, 3)))
+    assert differing(learners[0], learners[1]) == []
+    drawn = OPTIONS[case]["name"] in RANDOM
+    assert bool(differing(learners[0], learners[2])) == drawn
+
+
+def test_every_task_and_purpose_draws_its_own_numbers() -> None:
+    learner, drawn = make("sdmlp"), []
+    for _ in range(3):
+        drawn += [learner.generator(purpose).initial_seed() for purpose in range(5)]
+        learner.learn(task((0, 1)))
+    assert len(set(drawn)) == 15
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_predicting_changes_nothing_and_takes_any_number(case: str) -> None:
+    learner = make(case)
+    learner.learn(task((0, 1)))
+    before = {name: array.copy() for name, array in pack(learner)[0].items()}
+    test = task((0, 1), 5000, seed=2).embeddings
+    predicted = learner.predict(test)
+    assert predicted.dtype == torch.int64
+    assert predicted.shape == (5000,)
+    assert torch.equal(learner.predict(test[:1]), predicted[:1])
+    assert learner.predict(test[:0]).shape == (0,)
+    assert all(np.array_equal(array, before[name]) for name, array in pack(learner)[0].items())
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_nothing_taught(case: str) -> None:
+    with pytest.raises(InputError, match="nothing has been taught yet"):
+        make(case).predict(torch.zeros(3, DIM))
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_another_dimension(case: str) -> None:
+    learner = make(case)
+    with pytest.raises(InputError, match=r"takes embeddings of 12 values, but was given \(4, 13\)"):
+        learner.learn(Task(torch.zeros(4, 13), torch.zeros(4, dtype=torch.int64)))
+    learner.learn(task((0, 1)))
+    for shape in ((4, 13), (12,), (1, 4, 12)):
+        with pytest.raises(InputError, match="takes embeddings of 12 values"):
+            learner.predict(torch.zeros(shape))
+
+
+ROWS = torch.tensor([0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "labels", "told"),
+    [
+        (torch.zeros(3, DIM), ROWS[:2], r"but has \(3, 12\) and \(2,\)"),
+        (torch.zeros(DIM), ROWS, r"but has \(12,\) and \(3,\)"),
+        (torch.zeros(3, DIM), ROWS[:, None], r"and \(3, 1\)"),
+        (torch.zeros(0, DIM), ROWS[:0], "without samples cannot be learned"),
+        (torch.zeros(3, DIM), ROWS - 2, "rows start at 0, but a label is -2"),
+        (torch.full((3, DIM), torch.nan), ROWS, "NaN or infinity"),
+        (torch.full((3, DIM), torch.inf), ROWS, "NaN or infinity"),
+        (torch.zeros(3, DIM, dtype=torch.float64), ROWS, "but has torch.float64 and torch.int64"),
+        (torch.zeros(3, DIM), ROWS.float(), "but has torch.float32 and torch.float32"),
+    ],
+)
+def test_a_task_that_cannot_be_learned(embeddings: torch.Tensor, labels: torch.Tensor, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        Task(embeddings, labels)
+
+
+@pytest.mark.parametrize("options", [{"name": "sdd"}, {"name": None}, {}], ids=str)
+def test_unknown_learner(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"unknown learner.name .*Known: ssd, ssd-paper"):
+        build(options, DIM, Priors())
+
+
+def test_unknown_setting() -> None:
+    with pytest.raises(InputError, match=r"unknown key 'learner.neuron'. Did you mean 'neurons'"):
+        build({"name": "ssd", "neuron": 5}, DIM, Priors())
+
+
+# ── the Top-n table ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_top_n_table(case: str) -> None:
+    learner = make(case)
+    learner.learn(task((0, 1)))
+    table = top_n_table(learner)
+    if not OPTIONS[case]["name"].startswith("ssd"):
+        assert table is None
+        return
+    assert table["indices"].dtype == np.uint32
+    assert table["frequencies"].dtype == np.float32
+    assert table["indices"].shape == table["frequencies"].shape == (10 if OPTIONS[case]["name"] == "ssd" else 4,)
+    assert len(set(table["indices"].tolist())) == len(table["indices"])
+    assert 0 < table["frequencies"].max() <= 1

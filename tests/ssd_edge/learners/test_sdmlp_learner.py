@@ -1,0 +1,104 @@
+"""SDMLP as a learner: where it starts, what closes its switches, which outputs it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ssd_edge.errors import InputError
+from ssd_edge.learners import Task
+from ssd_edge.learners.sdmlp import SDMLPLearner, Settings
+from ssd_edge.priors import Priors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIM, NEURONS = 10, 64
+SMALL = {"neurons": NEURONS, "k": 4, "epochs": 4, "batch": 16, "shift": 0.0, "lr": 0.3}
+
+
+def task(rows: tuple[int, ...], seed: int = 0) -> Task:
+    generator = torch.Generator().manual_seed(seed)
+    return Task(torch.randn(64, DIM, generator=generator), torch.tensor(rows).repeat(64 // len(rows)))
+
+
+def priors(switch: float = 100.0) -> Priors:
+    """Pretrained keys, a third of whose switches never closed."""
+    keys = np.abs(np.random.default_rng(0).normal(size=(NEURONS, DIM)))
+    counters = np.where(np.arange(NEURONS) % 3, 2 * switch, 0.4 * switch)
+    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    return Priors(keys=unit.astype(np.float32), counters=counters.astype(np.float32), student={"switch": switch})
+
+
+def make(given: Priors, **options: Any) -> SDMLPLearner:
+    return SDMLPLearner(DIM, Settings(**{**SMALL, **options}), given, seed=1)
+
+
+def learned(given: Priors, **options: Any) -> SDMLPLearner:
+    learner = make(given, **options)
+    learner.learn(task((0, 1)))
+    return learner
+
+
+def test_pretrained_keys_start_closed_unless_kept() -> None:
+    given = priors()
+    closed, kept, other = make(given), make(given, gaba="keep"), make(given, pretrained=False)
+    torch.testing.assert_close(closed.net.keys, torch.from_numpy(given.keys))
+    assert closed.net.gamma is None
+    assert torch.equal(kept.net.counters, torch.from_numpy(given.counters))
+    assert float(kept.net.gamma.min()) == pytest.approx(-0.2)
+    assert float(other.net.counters.max()) == 0.0
+    assert not torch.allclose(other.net.keys, closed.net.keys)
+
+
+def test_keys_of_another_size_or_without_counters_are_not_used() -> None:
+    given = priors()
+    for learner in (make(given, neurons=65), make(Priors(keys=given.keys))):
+        assert float(learner.net.counters.max()) == 0.0
+        assert learner.switch == 0.0
+
+
+def test_learners_of_one_package_count_for_themselves() -> None:
+    given = priors()
+    first = learned(given, gaba="keep")
+    assert not torch.equal(first.net.counters, torch.from_numpy(given.counters))
+    assert torch.equal(make(given, gaba="keep").net.counters, torch.from_numpy(priors().counters))
+
+
+def test_switch_comes_from_the_settings_the_package_or_the_first_task() -> None:
+    assert learned(priors(50.0), switch=77.0).switch == 77.0
+    assert learned(priors(50.0)).switch == 50.0
+    learner = learned(Priors())
+    assert learner.switch == 0.5 * 64 * 4
+    learner.learn(Task(torch.zeros(8, DIM), torch.zeros(8, dtype=torch.int64)))
+    assert learner.switch == learner.net.switch == 0.5 * 64 * 4  # a later task does not move it
+
+
+def test_predicting_counts_only_if_asked() -> None:
+    for asked in (False, True):
+        learner = learned(Priors(), count_in_eval=asked, switch=1e6)
+        before, test = learner.net.counters.clone(), task((0, 1), seed=5).embeddings
+        scores = learner.net.logits(learner.prepared(test))
+        assert torch.equal(learner.scores(test), scores)  # counted after, as in the reference code
+        assert torch.equal(learner.net.counters - before, torch.full((NEURONS,), 64.0 * asked))
+
+
+def test_outputs_are_announced_or_arrive() -> None:
+    for outputs, widths in (("announced", (6, 6)), ("arriving", (2, 4))):
+        learner = make(priors(), outputs=outputs)
+        learner.expect(6)
+        for rows, width in zip(((0, 1), (2, 3)), widths, strict=True):
+            learner.learn(task(rows))
+            assert learner.net.values.shape == (NEURONS, width)
+
+
+def test_divergence_is_told() -> None:
+    with pytest.raises(InputError, match=r"SDMLP diverged in epoch \d.*; lower learner.lr \(1e\+38\)"):
+        learned(priors(), lr=1e38, clip=1e38)
+
+
+def test_more_active_neurons_than_there_are() -> None:
+    with pytest.raises(InputError, match=r"learner.k .* 65 .* 64"):
+        make(Priors(), k=65)

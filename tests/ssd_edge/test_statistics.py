@@ -1,0 +1,219 @@
+"""Sufficient statistics against the data that they stand for, solvers against NumPy and scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn.covariance import oas
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import Ridge
+from torch import Tensor
+
+from ssd_edge.statistics import (
+    RIDGE_GRID,
+    ClassStatistics,
+    discriminant,
+    oas_shrinkage,
+    pack_symmetric,
+    ridge,
+    shrink,
+    unpack_symmetric,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def data(count: int = 400, dim: int = 33, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Float32 samples of classes with different means and one lopsided covariance."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=generator)
+    labels[:classes] = torch.arange(classes)
+    means, mixing = torch.randn(classes, dim, generator=generator), torch.randn(dim, dim, generator=generator)
+    return means[labels] + torch.randn(count, dim, generator=generator) @ mixing / 4 + 2, labels
+
+
+def gathered(vectors: Tensor, labels: Tensor) -> ClassStatistics:
+    statistics = ClassStatistics(vectors.shape[1])
+    statistics.add(vectors, labels)
+    return statistics
+
+
+def within(vectors: Tensor, labels: Tensor) -> NDArray:
+    """Residuals around the class means, from the data itself."""
+    x, y = vectors.double().numpy(), labels.numpy()
+    return np.concatenate([x[y == c] - x[y == c].mean(0) for c in np.unique(y)])
+
+
+def test_statistics_are_those_of_the_data() -> None:
+    vectors, labels = data(count=9000)  # more than one inner batch
+    statistics = gathered(vectors, labels)
+    x, y = vectors.double().numpy(), labels.numpy()
+    assert statistics.counts.tolist() == np.bincount(y).tolist()
+    assert statistics.total == 9000
+    np.testing.assert_allclose(statistics.means, [x[y == c].mean(0) for c in range(4)], rtol=1e-12)
+    np.testing.assert_allclose(statistics.second, x.T @ x, rtol=1e-12)
+    residuals = within(vectors, labels)
+    np.testing.assert_allclose(statistics.scatter_within(), residuals.T @ residuals, rtol=1e-8, atol=1e-8)
+
+
+def test_a_class_that_is_left_out_has_no_mean_and_no_scatter() -> None:
+    vectors, labels = data()
+    gap = torch.where(labels == 3, 5, labels)
+    full, sparse = gathered(vectors, labels), gathered(vectors, gap)
+    assert sparse.counts[3:5].tolist() == [0.0, 0.0]
+    assert float(sparse.means[3:5].abs().max()) == 0.0
+    torch.testing.assert_close(sparse.scatter_within(), full.scatter_within())
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31), st.integers(1, 6))
+def test_order_and_tasks_do_not_matter(seed: int, tasks: int) -> None:
+    vectors, labels = data()
+    whole = gathered(vectors, labels)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    parts = ClassStatistics(vectors.shape[1])
+    for index in order.chunk(tasks):
+        parts.add(vectors[index], labels[index])
+    torch.testing.assert_close(parts.counts, whole.counts, rtol=0, atol=0)
+    torch.testing.assert_close(parts.sums, whole.sums, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.second, whole.second, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(ridge(parts)[:2], ridge(whole)[:2], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_the_second_moment_is_symmetric_to_the_last_bit() -> None:
+    """Its upper triangle is all that is saved: otherwise a restart would change the last bits of what follows."""
+    statistics = gathered(*data(count=100))
+    statistics.add(*data(count=77, seed=1))
+    assert torch.equal(statistics.second, statistics.second.T)
+
+
+def test_state_round_trip_is_exact() -> None:
+    statistics = gathered(*data())
+    again = ClassStatistics.from_state(statistics.state())
+    for name in ("counts", "sums", "second"):
+        assert torch.equal(getattr(again, name), getattr(statistics, name))
+    assert statistics.state()["second"].shape == (33 * 34 // 2,)
+
+
+def test_restored_statistics_are_their_own() -> None:
+    state = gathered(*data()).state()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    ClassStatistics.from_state(state).add(*data())
+    assert all(torch.equal(state[name], before[name]) for name in state)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7])
+def test_pack_symmetric(size: int) -> None:
+    matrix = torch.rand(size, size)
+    matrix = matrix + matrix.T
+    packed = pack_symmetric(matrix)
+    assert packed.shape == (size * (size + 1) // 2,)
+    assert torch.equal(unpack_symmetric(packed, size), matrix)
+
+
+# ── shrinkage and the discriminant ───────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("count", [5, 40, 4000])
+def test_shrinkage_is_that_of_scikit_learn(count: int) -> None:
+    x = within(*data(count))
+    wanted, share = oas(x, assume_centered=True)
+    covariance = torch.from_numpy(x.T @ x / len(x))
+    assert oas_shrinkage(covariance, len(x)) == pytest.approx(share, rel=1e-9)
+    np.testing.assert_allclose(shrink(covariance, len(x)), wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [0.0, 1.0, 50.0])
+def test_nothing_known_of_the_covariance_still_gives_an_invertible_one(samples: float) -> None:
+    shrunk = shrink(torch.zeros(5, 5, dtype=torch.float64), samples)
+    assert bool(torch.isfinite(torch.linalg.cholesky(shrunk)).all())
+
+
+class Fixed:
+    """A covariance estimator that has made up its mind."""
+
+    def __init__(self, covariance: NDArray) -> None:
+        self.covariance_ = covariance
+
+    def fit(self, _: NDArray) -> Fixed:
+        return self
+
+
+def test_discriminant_is_that_of_scikit_learn() -> None:
+    vectors, labels = data()
+    statistics = gathered(vectors, labels)
+    covariance = statistics.scatter_within() / (statistics.total - 4)
+    values, bias = discriminant(statistics.means, statistics.counts, covariance, statistics.total, unbiased=False)
+    reference = LinearDiscriminantAnalysis(
+        solver="lsqr", covariance_estimator=Fixed(shrink(covariance, statistics.total).numpy()), priors=[0.25] * 4
+    ).fit(vectors.double().numpy(), labels.numpy())
+    np.testing.assert_allclose(values, reference.coef_.T, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(bias, reference.intercept_ - np.log(0.25), rtol=1e-5)
+
+
+def test_unbiased_takes_off_what_the_noise_of_a_mean_adds() -> None:
+    """E[m̂ᵀΛ⁻¹m̂] = mᵀΛ⁻¹m + tr(Λ⁻¹Σ)/n: over many draws of five samples the corrected bias is the true one."""
+    generator = torch.Generator().manual_seed(0)
+    dim, count = 12, 5
+    covariance = torch.diag(torch.linspace(0.5, 2.0, dim, dtype=torch.float64))
+    mean = torch.linspace(-1, 1, dim, dtype=torch.float64)
+    true = float(-0.5 * mean @ torch.linalg.solve(shrink(covariance, 1e6), mean))
+    draws = torch.randn(4000, count, dim, generator=generator, dtype=torch.float64) @ covariance.sqrt() + mean
+    counts = torch.full((4000,), float(count), dtype=torch.float64)
+    plain, corrected = (discriminant(draws.mean(1), counts, covariance, 1e6, unbiased)[1] for unbiased in (False, True))
+    assert float(corrected.mean()) == pytest.approx(true, abs=0.05)
+    assert float(plain.mean()) == pytest.approx(true - 0.5 * dim / count, abs=0.05)
+
+
+def test_discriminant_never_answers_a_class_without_samples() -> None:
+    means = torch.zeros(2, 3, dtype=torch.float64)
+    _, bias = discriminant(means, torch.tensor([4.0, 0.0]).double(), torch.eye(3).double(), 3.0, unbiased=True)
+    assert bias[1] == -torch.inf
+    assert torch.isfinite(bias[0])
+
+
+# ── ridge ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def generalised_cross_validation(vectors: Tensor, labels: Tensor, penalty: float) -> float:
+    """(RSS/N) / (1 − df/N)² from the hat matrix itself, the bias counted as one degree of freedom."""
+    x, y = vectors.double().numpy(), np.eye(int(labels.max()) + 1)[labels.numpy()]
+    x, y = x - x.mean(0), y - y.mean(0)
+    hat = x @ np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T)
+    total = len(x)
+    return float(((y - hat @ y) ** 2).sum() / total / (1 - (np.trace(hat) + 1) / total) ** 2)
+
+
+@pytest.mark.parametrize(("count", "seed"), [(40, 0), (40, 10), (60, 1), (400, 0), (400, 2)])
+def test_ridge_is_the_direct_solution_at_the_best_penalty_of_the_grid(count: int, seed: int) -> None:
+    vectors, labels = data(count, seed=seed)
+    values, bias, penalty = ridge(gathered(vectors, labels))
+    centred = vectors.double() - vectors.double().mean(0)
+    grid = [relative * float(centred.square().sum()) / vectors.shape[1] for relative in RIDGE_GRID]
+    best = min(grid, key=lambda candidate: generalised_cross_validation(vectors, labels, candidate))
+    assert penalty == pytest.approx(best, rel=1e-6)
+    reference = Ridge(alpha=penalty).fit(vectors.double().numpy(), np.eye(4)[labels.numpy()])
+    np.testing.assert_allclose(values, reference.coef_.T, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(bias, reference.intercept_, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [4, 10, 20])
+def test_ridge_of_fewer_samples_than_features(count: int) -> None:
+    """The criterion is nearly 0/0 there: whatever it picks must be as good as the best and answer its own data."""
+    vectors, labels = data(count, dim=80)
+    values, bias, penalty = ridge(gathered(vectors, labels))
+    scores = [generalised_cross_validation(vectors, labels, penalty * factor) for factor in (1.0, 1e-2, 1e2)]
+    assert scores[0] <= 1.01 * min(scores)
+    assert torch.isfinite(values).all()
+    assert torch.equal((vectors.double() @ values + bias).argmax(1), labels)
+
+
+def test_ridge_of_one_sample() -> None:
+    values, bias, _ = ridge(gathered(torch.ones(1, 3), torch.tensor([0])))
+    assert float(values.abs().max()) == 0.0
+    assert float(bias[0]) == 1.0
