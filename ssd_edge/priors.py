@@ -17,7 +17,7 @@ class Priors:
         within_covariance: ``(D, D)`` float32, of standardised embeddings around their class means.
         keys: ``(r, D)`` float32, non-negative unit rows of an SDMLP pretrained with the settings in `student`.
         counters: ``(r,)`` float32, its GABA counters.
-        code_keys: ``(r, D)`` float32, signed unit rows pretrained for reading out a code of k = r/3 active
+        code_keys: ``(r, D)`` float32, signed unit rows pretrained for reading out a code of k = r/2 active
             neurons; the default learner's keys.
         student: how the keys were pretrained (neurons, k, shift, …).
     """

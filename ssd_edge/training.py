@@ -20,6 +20,7 @@ from torch import Tensor
 from ssd_edge import files, learners, metrics, runs
 from ssd_edge.backbones.embedder import Embedder, open_backbone
 from ssd_edge.classes import ClassRegistry
+from ssd_edge.comparison import DISPLAY
 from ssd_edge.config import TrainConfig, to_tree
 from ssd_edge.console import Console
 from ssd_edge.data import Dataset, cache, load
@@ -32,7 +33,6 @@ from ssd_edge.streams import Stream, class_incremental
 BASELINES = ("ssd-paper", "sdmlp", "finetune")
 PANEL = ("ncm", "slda", "ridge", "rp_ridge")
 JOINT_NAME = "joint"
-DISPLAY = {**{name: kind.display for name, kind in learners.LEARNERS.items()}, JOINT_NAME: JOINT_NAME}
 EMBED_BATCH = 512
 
 

@@ -22,9 +22,10 @@ from ssd_edge.sdmlp import SDMLP, initial_rows, prepare, unit_rows
 
 Say = Callable[[str], None]
 BATCH, CLIP = 128, 1.0
-# Adam's rate, passes and the gain on activations (their logits are tiny without it) for the code keys: chosen on
-# training images of CIFAR-10; more passes gained nothing (docs/backbone.md).
-CODE_LR, CODE_EPOCHS, CODE_GAIN = 3e-3, 3, 10.0
+# For the code keys, chosen on training images of CIFAR-10 (docs/backbone.md): Adam's rate, passes, the gain on
+# activations (logits are tiny without it), and the length of the noise on unit inputs. The backbone knows its own
+# training images too well: without the noise, keys that fit them are no better than random ones.
+CODE_LR, CODE_EPOCHS, CODE_GAIN, CODE_NOISE = 3e-3, 2, 10.0, 1.0
 
 
 def pretrain_student(
@@ -81,7 +82,7 @@ def pretrain_student(
 def pretrain_code_keys(
     embeddings: Tensor, labels: Tensor, classes: int, neurons: int, seed: int, say: Say
 ) -> Tensor:
-    """Signed keys for a read-out of k = r/3 active neurons: what the default learner starts from.
+    """Signed keys for a read-out of k = r/2 active neurons: what the default learner starts from.
 
     Keys begin as pretraining embeddings (landmarks) and are trained with the same Top-K inhibition, but
     without positivity, to tell the pretraining classes apart; rows stay on the unit sphere.
@@ -98,7 +99,8 @@ def pretrain_code_keys(
         Unit rows ``(r, D)``.
     """
     generator = torch.Generator().manual_seed(seed)
-    inputs, k = prepare(embeddings, None), max(1, neurons // 3)
+    inputs, k = prepare(embeddings, None), max(1, neurons // 2)
+    noise = CODE_NOISE / inputs.shape[1] ** 0.5
     landmarks = torch.randperm(len(inputs), generator=generator)[:neurons]
     keys = inputs[landmarks].clone()
     if len(keys) < neurons:  # fewer images than keys
@@ -112,9 +114,11 @@ def pretrain_code_keys(
     for epoch in range(CODE_EPOCHS):
         total, steps = 0.0, 0
         for index in torch.randperm(len(inputs), generator=generator).split(512):
-            u = (inputs[index] @ keys.T).clamp_min(0)
+            x = unit_rows(inputs[index] + noise * torch.randn(len(index), inputs.shape[1], generator=generator))
+            u = (x @ keys.T).clamp_min(0)
             inhibition = u.topk(min(k + 1, neurons), dim=1).values[:, -1:].detach()
-            loss = F.cross_entropy(CODE_GAIN * (u - inhibition).clamp_min(0) @ values, labels[index])
+            logits = CODE_GAIN * (u - inhibition).clamp_min(0) @ values
+            loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()

@@ -38,6 +38,9 @@ class LinearLearner(Learner):
         """Features ``(N, F)`` of embeddings ``(N, D)``."""
         return embeddings
 
+    def observe(self, features: Tensor) -> None:
+        """See the features ``(N, F)`` of a part of the task that is being learned."""
+
     @abc.abstractmethod
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Values ``(F, C)`` and biases ``(C,)`` from the statistics, and measurements."""
@@ -46,7 +49,9 @@ class LinearLearner(Learner):
         self.statistics.grow(int(task.labels.max()) + 1)
         for start in range(0, len(task.labels), BATCH):
             part = slice(start, start + BATCH)
-            self.statistics.add(self.features(task.embeddings[part].to(self.device)), task.labels[part])
+            features = self.features(task.embeddings[part].to(self.device))
+            self.observe(features)
+            self.statistics.add(features, task.labels[part])
             progress(0.9 * start / len(task.labels))
         values, bias, measured = self.solve()
         # contiguous: another memory order would change the last bits of a product after a restart

@@ -22,7 +22,7 @@ from ssd_edge.config import setting
 from ssd_edge.distillation import TopNTable, select
 from ssd_edge.errors import InputError
 from ssd_edge.learners.base import Progress, Task, TensorSpec
-from ssd_edge.learners.linear import BATCH, LinearLearner
+from ssd_edge.learners.linear import LinearLearner
 from ssd_edge.priors import Priors
 from ssd_edge.sdmlp import prepare, unit_rows
 from ssd_edge.statistics import discriminant
@@ -34,8 +34,9 @@ class Settings:
     """Settings of the default learner."""
 
     neurons: int = setting(1000, "r, the number of keys; the state grows with r²/2", minimum=4, maximum=20000)
-    k: int = setting(0, "active neurons at the read-out; 0: a third of r, where accuracy is flat", minimum=0)
+    k: int = setting(0, "active neurons at the read-out; 0: half of r, where accuracy is flat", minimum=0)
     keys: Literal["pretrained", "random"] = setting("pretrained", "random where the backbone brings none of this size")
+    skip: bool = setting(True, "the unit embedding beside the code: what is linear in it needs no neurons")
     top_n: int = setting(100, "neurons listed in the Top-n table", minimum=1)
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class Settings:
 
 
 class SSD(LinearLearner):
-    """Sparse Top-K code of signed unit inputs, values solved in closed form."""
+    """Sparse Top-K code of signed unit inputs, and the inputs themselves; values solved in closed form."""
 
     name: ClassVar[str] = "ssd"
     display: ClassVar[str] = "SSD"
@@ -64,14 +65,17 @@ class SSD(LinearLearner):
             generator = torch.Generator().manual_seed(seed)
             keys = unit_rows(torch.randn(settings.neurons, dim, generator=generator))
         self.keys = keys.to(self.device)
-        self.k = settings.k or max(1, settings.neurons // 3)
+        self.k = settings.k or max(1, settings.neurons // 2)
         self.frequencies = torch.zeros(settings.neurons)
 
     def feature_count(self) -> int:
-        return self.settings.neurons
+        return self.settings.neurons + (self.dim if self.settings.skip else 0)
 
     def features(self, embeddings: Tensor) -> Tensor:
-        return inhibit(prepare(embeddings, None) @ self.keys.T, self.k).to_dense()
+        """The code ``(N, r)``, with the unit embedding behind it: ``(N, r + D)``."""
+        x = prepare(embeddings, None)
+        code = inhibit(x @ self.keys.T, self.k).to_dense()
+        return torch.cat([code, x], dim=1) if self.settings.skip else code
 
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         statistics = self.statistics
@@ -81,12 +85,13 @@ class SSD(LinearLearner):
         return values, bias, {}
 
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
+        self.active = torch.zeros(self.settings.neurons, dtype=torch.int64, device=self.device)
         measured = super()._learn(task, progress)
-        active = torch.zeros(self.settings.neurons, device=self.device)
-        for part in task.embeddings.split(BATCH):
-            active += (self.features(part.to(self.device)) > 0).sum(0)
-        self.frequencies = (active / len(task.labels)).cpu()
+        self.frequencies = (self.active / len(task.labels)).cpu()
         return measured
+
+    def observe(self, features: Tensor) -> None:
+        self.active += (features[:, : self.settings.neurons] > 0).sum(0)
 
     @property
     def top_n(self) -> TopNTable:
