@@ -39,14 +39,14 @@ def comparison_table(results: dict[str, dict]) -> str:
 def device_table(rows: list[dict]) -> str:
     """What a learn on the device gave."""
     lines = [
-        "| images of the new class | it is recognised | old classes | the same, estimated without old images | seconds |",
+        "| images of the new class | new class | old classes | the device's own estimate for them | seconds |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        estimate = row["estimate"]
+        estimate, old = row["estimate"], row["old_accuracy"]
         lines.append(
-            f"| {row['shots']} | {100 * row['trucks']:.1f} % | {100 * row['old before']:.1f} % → "
-            f"{100 * row['old after']:.1f} % | {100 * estimate['accuracy_before']:.1f} % → "
+            f"| {row['images']} | {100 * row['new_accuracy']:.1f} % | {100 * old['before']:.1f} % → "
+            f"{100 * old['after']:.1f} % | {100 * estimate['accuracy_before']:.1f} % → "
             f"{100 * estimate['accuracy_after']:.1f} % | {row['seconds']:.1f} |"
         )
     return "\n".join(lines)

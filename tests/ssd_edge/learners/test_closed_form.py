@@ -187,9 +187,12 @@ def test_ssd_of_hardly_any_images(count: int) -> None:
 def test_ssd_code_is_top_k_of_signed_unit_inputs() -> None:
     learner = build({"name": "ssd", "neurons": 60, "top_n": 10}, DIM, Priors())
     z = gaussians({0: 50}).embeddings
-    u = (z / z.norm(dim=1, keepdim=True) @ learner.keys.T).clamp_min(0)
-    wanted = (u - u.sort(1, descending=True).values[:, 20:21]).clamp_min(0)  # k = 60 // 3
-    torch.testing.assert_close(learner.features(z), wanted, rtol=0, atol=1e-6)
+    x = z / z.norm(dim=1, keepdim=True)
+    u = (x @ learner.keys.T).clamp_min(0)
+    wanted = (u - u.sort(1, descending=True).values[:, 30:31]).clamp_min(0)  # k = 60 // 2
+    torch.testing.assert_close(learner.features(z), torch.cat([wanted, x], dim=1), rtol=0, atol=1e-6)
+    bare = build({"name": "ssd", "neurons": 60, "top_n": 10, "skip": False}, DIM, Priors())
+    torch.testing.assert_close(bare.features(z), wanted, rtol=0, atol=1e-6)
     torch.testing.assert_close(learner.keys.norm(dim=1), torch.ones(60))
     assert float(learner.keys.min()) < 0
 
