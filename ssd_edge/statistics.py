@@ -6,9 +6,12 @@ Nothing here grows with the number of samples.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+PRIOR_GRID = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 RIDGE_GRID = tuple(10.0 ** (e / 2) for e in range(-12, 9))  # λ relative to the mean eigenvalue
 
 
@@ -111,6 +114,34 @@ def shrink(covariance: Tensor, samples: float) -> Tensor:
     variance = max(float(covariance.trace()) / size, 1e-12)
     share = max(share, 1e-6)
     return (1.0 - share) * covariance + share * variance * torch.eye(size, dtype=covariance.dtype)
+
+
+def likeliest_weight(scatter: Tensor, freedom: float, prior: Tensor) -> float:
+    """How many samples a prior covariance should count for: the weight under which the data are likeliest.
+
+    With an inverse-Wishart prior of mean Σ₀ and weight w, Σ's posterior mean is (w Σ₀ + S)/(w + N), and the
+    marginal likelihood of the scatter S is known in closed form: |wΣ₀|^(ν/2) |wΣ₀ + S|^(−(ν+N)/2)
+    Γ_D((ν+N)/2)/Γ_D(ν/2) up to a constant, with ν = w + D + 1.
+
+    Args:
+        scatter: S, within-class, ``(D, D)``.
+        freedom: N, its degrees of freedom.
+        prior: Σ₀, ``(D, D)``, positive definite.
+    """
+    size, best, chosen = prior.shape[0], -float("inf"), PRIOR_GRID[0]
+    log_prior = float(torch.linalg.slogdet(prior).logabsdet)
+    for weight in PRIOR_GRID:
+        before = torch.tensor(weight + size + 1.0, dtype=torch.float64)
+        after = before + freedom
+        evidence = (
+            0.5 * before * (size * math.log(weight) + log_prior)
+            - 0.5 * after * torch.linalg.slogdet(weight * prior + scatter).logabsdet
+            + torch.mvlgamma(after / 2, size)
+            - torch.mvlgamma(before / 2, size)
+        )
+        if float(evidence) > best:
+            best, chosen = float(evidence), weight
+    return chosen
 
 
 def discriminant(

@@ -12,14 +12,14 @@ from ssd_edge.config import setting
 from ssd_edge.learners.base import TensorSpec
 from ssd_edge.learners.linear import LinearLearner
 from ssd_edge.priors import Priors
-from ssd_edge.statistics import discriminant
+from ssd_edge.statistics import discriminant, likeliest_weight, shrink
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of streaming LDA."""
 
-    prior_weight: float = setting(1000.0, "samples that the pretraining covariance counts for", minimum=0)
+    prior_weight: float = setting(-1.0, "samples that the prior covariance counts for; -1: the likeliest", minimum=-1)
 
 
 class SLDA(LinearLearner):
@@ -40,17 +40,19 @@ class SLDA(LinearLearner):
 
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         statistics = self.statistics
-        freedom = max(statistics.total - int((statistics.counts > 0).sum()), 0.0) + self.prior_weight
-        scatter = statistics.scatter_within() + self.prior_weight * self.prior.double()
-        covariance = scatter / max(freedom, 1.0)
-        values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom, unbiased=False)
-        return values, bias, {}
+        scatter, weight = statistics.scatter_within(), self.prior_weight
+        freedom = max(statistics.total - int((statistics.counts > 0).sum()), 0.0)
+        if weight < 0:
+            weight = likeliest_weight(scatter, freedom, shrink(self.prior.double(), float("inf")))
+        covariance = (scatter + weight * self.prior.double()) / max(freedom + weight, 1.0)
+        values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom + weight, unbiased=False)
+        return values, bias, {"prior_weight": weight}
 
     def schema(self) -> dict[str, TensorSpec]:
         return {
             **super().schema(),
             "prior": TensorSpec((self.dim, self.dim), "float32", "within-class covariance from pretraining"),
-            "prior_weight": TensorSpec((1,), "float64", "samples that the prior counts for"),
+            "prior_weight": TensorSpec((1,), "float64", "samples that the prior counts for; -1: the likeliest number"),
         }
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -217,3 +217,38 @@ def test_ridge_of_one_sample() -> None:
     values, bias, _ = ridge(gathered(torch.ones(1, 3), torch.tensor([0])))
     assert float(values.abs().max()) == 0.0
     assert float(bias[0]) == 1.0
+
+
+def test_the_weight_of_a_prior_follows_the_data() -> None:
+    from ssd_edge.statistics import PRIOR_GRID, likeliest_weight
+
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    prior = root @ root.T / 12 + 0.1 * torch.eye(12, dtype=torch.float64)
+    factor = torch.linalg.cholesky(prior)
+    likely = torch.randn(2000, 12, generator=generator, dtype=torch.float64) @ factor.T
+    unlike = torch.randn(2000, 12, generator=generator, dtype=torch.float64) @ torch.linalg.inv(factor)
+    assert likeliest_weight(likely.T @ likely, 2000.0, prior) >= 1000.0
+    assert likeliest_weight(unlike.T @ unlike, 2000.0, prior) == PRIOR_GRID[0]
+
+
+def test_the_evidence_is_the_marginal_likelihood() -> None:
+    """In one dimension the prior is inverse-gamma and the integral can be done numerically."""
+    import numpy as np
+
+    from ssd_edge.statistics import PRIOR_GRID, likeliest_weight
+
+    sigma = np.linspace(0.02, 60, 400_001)
+
+    def integral(weight: float, scatter: float, count: float, mean: float) -> float:
+        shape, scale = (weight + 2) / 2, weight * mean / 2
+        log_prior = shape * np.log(scale) - (shape + 1) * np.log(sigma) - scale / sigma
+        log_prior -= torch.lgamma(torch.tensor(shape, dtype=torch.float64)).item()
+        log_all = log_prior - count / 2 * np.log(sigma) - scatter / (2 * sigma)
+        top = log_all.max()
+        return top + np.log(np.exp(log_all - top).sum())
+
+    for scatter, count, mean in ((30.0, 20.0, 1.0), (60.0, 20.0, 1.0), (21.0, 20.0, 1.0), (400.0, 100.0, 3.0)):
+        wanted = max(PRIOR_GRID, key=lambda w: integral(w, scatter, count, mean))
+        one = torch.tensor([[1.0]], dtype=torch.float64)
+        assert likeliest_weight(scatter * one, count, mean * one) == wanted

@@ -110,12 +110,13 @@ def test_slda_prior_helps_with_few_images() -> None:
         return Task(means[labels] + torch.randn(4 * count, DIM, generator=generator) * widths, labels)
 
     few, test = draw(5), draw(300)
-    accuracy = []
-    for given in (Priors(), Priors(count=9999, within_covariance=torch.diag(widths.square()).numpy())):
-        learner = build({"name": "slda"}, DIM, given)
+    known, accuracy = Priors(count=9999, within_covariance=torch.diag(widths.square()).numpy()), {}
+    for weight in (0.0, 1000.0, -1.0):
+        learner = build({"name": "slda", "prior_weight": weight}, DIM, known)
         learner.learn(few)
-        accuracy.append(float((learner.predict(test.embeddings) == test.labels).double().mean()))
-    assert accuracy[1] > accuracy[0] + 0.1
+        accuracy[weight] = float((learner.predict(test.embeddings) == test.labels).double().mean())
+    assert accuracy[1000.0] > accuracy[0.0] + 0.1
+    assert accuracy[-1.0] > accuracy[0.0] + 0.05  # sixteen degrees of freedom leave the likeliest weight low
 
 
 def test_random_features_are_drawn_again_from_the_seed() -> None:
