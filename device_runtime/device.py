@@ -45,8 +45,8 @@ class Prediction:
     Attributes:
         image: the path, or ``image 0`` … for arrays.
         label: class name.
-        score: softmax of the learner's scores over the classes: its share of belief, 0..1, comparable between
-            images of one generation only.
+        score: softmax of the learner's scores over the classes, 0..1. It ranks the images of one generation; it is
+            no calibrated probability (a discriminant in a thousand dimensions is far too sure of itself).
     """
 
     image: str

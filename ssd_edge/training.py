@@ -330,10 +330,13 @@ class Run:
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Paths as they are from anywhere: a run may be resumed or deployed from another folder."""
+    """Paths as they are from anywhere: a run may be resumed or deployed from another folder or environment."""
 
     def absolute(path: str) -> str:
-        return str(Path(path).absolute()) if path and Path(path).exists() else path
+        for found in (Path(path), Path(os.environ.get("SSD_EDGE_DATA", "")) / path):
+            if path and found.exists():
+                return str(found.absolute())
+        return path
 
     backbone = dataclasses.replace(
         config.backbone, path=absolute(config.backbone.path), onnx=absolute(config.backbone.onnx)

@@ -1,0 +1,59 @@
+"""Every learner trains, deploys, and learns a class on the device that its bundle has never seen."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from device_runtime import Device
+from device_runtime.device import install
+from exporters import packing
+from exporters.onnx_export import export_package
+from ssd_edge import training
+from ssd_edge.backbones.package import BackbonePackage
+from ssd_edge.config import TrainConfig, parse
+from ssd_edge.console import Console
+from ssd_edge.learners import LEARNERS
+
+SHORT = {"epochs": 20}
+QUICK = {"sdmlp": SHORT, "ssd-paper": SHORT, "finetune": SHORT, "rp_ridge": {"features": 200}}
+
+
+@functools.cache
+def exported(identity: str) -> bytes:
+    """One export serves all learners: the backbone is the same."""
+    from ssd_edge.backbones import package
+
+    return export_package(package.load())
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(package: BackbonePackage) -> bytes:
+        return exported(package.identity)
+
+    monkeypatch.setattr(packing, "export_package", export)
+    tree = {
+        "data": {"path": str(shapes), "exclude": ["triangle"]},
+        "run": {"out": str(tmp_path), "panel": False, "baselines": False},
+        "learner": {"name": name, **QUICK.get(name, {})},
+    }
+    run = training.start(parse(TrainConfig, tree), ["test"], Console())
+    metrics = run.execute()
+    assert metrics["learner"] == name
+    packing.deploy(run.folder, "cpu", tmp_path / "x.ssdedge", lambda text: None)
+    install(tmp_path / "root", tmp_path / "x.ssdedge")
+    old, new = sorted((shapes / "test" / "circle").iterdir()), sorted((shapes / "train" / "triangle").iterdir())
+    with Device.open(tmp_path / "root") as device:
+        assert device.learner.name == name
+        before = device.learner.scores(device.embed(old))
+        learned = device.learn("triangle", new)
+        assert device.classes[-1] == "triangle"
+        assert set(learned) >= {"generation", "classes", "held_out", "old_classes", "seconds"}
+        answers = [p.label for p in device.predict(sorted((shapes / "test" / "triangle").iterdir()))]
+        # ridge weighs classes by their size, and here all have forty images
+        assert answers.count("triangle") > len(answers) / 2, answers
+        device.rollback()
+        assert device.learner.scores(device.embed(old)).equal(before)
