@@ -124,7 +124,7 @@ class StudentConfig:
 
     neurons: int = setting(1000, "r, the number of keys", minimum=2)
     k: int = setting(10, "neurons that stay active", minimum=1)
-    shift: float = setting(1.0, "s of the input step ReLU(z - s)")
+    shift: float = setting(0.0, "s of the input step ReLU(z - s)")
     epochs: int = setting(4, "over the pretraining embeddings", minimum=1)
     lr: float = setting(3.0, "plain SGD; at the 0.05 of later tasks, 200 classes need hundreds of epochs", above=0.0)
 

@@ -29,7 +29,7 @@ class Settings:
 
     neurons: int = setting(1000, "r, the number of keys", minimum=2, maximum=1_000_000)
     k: int = setting(10, "neurons that stay active", minimum=1)
-    shift: float = setting(1.0, "s of the input step ReLU(z - s): worth more than any other setting")
+    shift: float = setting(0.0, "s of the input step ReLU(z - s); the keys belong to one s (docs/method.md)")
     epochs: int = setting(40, "passes over a task; with this lr a fifth of the published schedule", minimum=1)
     lr: float = setting(0.5, "plain SGD; 0.05 as published needs the published 2,000 epochs", above=0.0)
     batch: int = setting(128, "samples a step, as published", minimum=1)
