@@ -1,8 +1,8 @@
-"""Regenerate the figures of README.md from docs/results/: the terminal picture and the two tables.
+"""Regenerate the figures of README.md and docs/method.md from docs/results/: a terminal picture and tables.
 
 Usage: python docs/figures.py [--check]
 
-Each result file says which command wrote it. With --check nothing is written; exit code 1 where README is stale.
+Each result file says which command wrote it. With --check nothing is written; exit code 1 where one is stale.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ssd_edge.console import export_svg
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
+ROWS = ("device", "values", "shift", "budget")
 
 
 def comparison_table(results: dict[str, dict]) -> str:
@@ -52,6 +53,32 @@ def device_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def settings_table(rows: list[dict]) -> str:
+    """What settings of the gradient-trained learners are worth, two learners side by side where both were run."""
+    lines = [
+        "| setting | accuracy | backward transfer | just learned |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        name, _, settings = row["settings"].removeprefix("name=").partition(",")
+        settings = ", ".join(part for part in settings.split(",") if not part.startswith("keys_shift"))
+        lines.append(
+            f"| `{name}` {settings} | {row['average_accuracy']:.3f} | {row['backward_transfer']:+.3f} | "
+            f"{row['learning_accuracy']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def values_table(rows: list[dict]) -> str:
+    """Closed-form values: accuracy over all classes / share of the new class recognised."""
+    lines = ["| images of the new class | ridge | discriminant | unbiased (`ssd`) |", "|---|---|---|---|"]
+    for row in rows:
+        found = (row[name] for name in ("ridge", "discriminant", "unbiased"))
+        cells = [f"{one['accuracy']:.3f} / {one['recall']:.3f}" for one in found]
+        lines.append(f"| {row['shots']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def filled(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- /figures:{name} -->)"
@@ -67,12 +94,26 @@ def main() -> None:
         "CIFAR-10, 9 classes": json.loads((DOCS / "results" / "cifar10-nine.json").read_text()),
         "digits, 10 classes": json.loads((DOCS / "results" / "digits.json").read_text()),
     }
-    old = README.read_text(encoding="utf-8")
-    new = filled(old, "table", comparison_table(results))
-    new = filled(new, "device", device_table(json.loads((DOCS / "results" / "device.json").read_text())["rows"]))
+    read = {name: json.loads((DOCS / "results" / f"{name}.json").read_text())["rows"] for name in ROWS}
+    tables = {
+        README: {"table": comparison_table(results), "device": device_table(read["device"])},
+        DOCS / "method.md": {
+            "values": values_table(read["values"]),
+            "shift": settings_table(read["shift"]),
+            "budget": settings_table(read["budget"]),
+        },
+    }
+    stale = []
+    for path, filling in tables.items():
+        old = new = path.read_text(encoding="utf-8")
+        for name, content in filling.items():
+            new = filled(new, name, content)
+        if new != old:
+            stale.append(path.name)
+        if not check:
+            path.write_text(new, encoding="utf-8")
     if check:
-        sys.exit(0 if new == old else "README.md is stale: run python docs/figures.py")
-    README.write_text(new, encoding="utf-8")
+        sys.exit(f"{', '.join(stale)}: stale; run python docs/figures.py" if stale else 0)
     export_svg(results["CIFAR-10, 9 classes"], DOCS / "train.svg")
 
 

@@ -19,9 +19,10 @@ from ssd_edge.cli.device import device
 from ssd_edge.cli.evaluate import evaluate
 from ssd_edge.cli.pretrain import pretrain
 from ssd_edge.cli.train import train
-from ssd_edge.errors import SSDEdgeError
+from ssd_edge.errors import EnvironmentUnfitError, SSDEdgeError
 
 INTERRUPTED = 130
+OPTIONAL = {"torch": "device", "onnxruntime": "device", "onnx": "export", "sklearn": "train", "rich": "train"}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,6 +66,15 @@ def main() -> NoReturn:
     except BrokenPipeError:  # `ssd-edge … | head`
         sys.stderr.close()
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        click.echo(
+            f"error: the package '{error.name}' is needed for this and is not installed; on a PC: pip install "
+            f"'ssd-edge[{OPTIONAL[error.name]}]', on a Jetson take JetPack's own",
+            err=True,
+        )
+        sys.exit(EnvironmentUnfitError.exit_code)
     except Exception:
         traceback.print_exc()
         click.echo("internal error: this is a defect of ssd-edge; please report it with the lines above", err=True)

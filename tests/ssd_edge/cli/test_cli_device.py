@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,22 @@ def test_damaged_bundles(bundle: Path, cli, tmp_path: Path) -> None:
         assert done.stderr.startswith("error: ")
         assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "root" / "CURRENT").exists()
+
+
+@pytest.mark.parametrize(("missing", "extra"), [("torch", "device"), ("onnxruntime", "device")])
+def test_a_missing_package_is_one_sentence(missing: str, extra: str, bundle: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "{missing}":
+            raise ModuleNotFoundError("blocked", name="{missing}")
+sys.meta_path.insert(0, Block())
+sys.argv = ["ssd-edge", "device", "install", {str(bundle)!r}, "--root", {str(tmp_path / "root")!r}]
+from ssd_edge.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    assert f"ssd-edge[{extra}]" in done.stderr
