@@ -18,7 +18,7 @@ from ssd_edge.console import export_svg
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
-ROWS = ("device", "values", "shift", "budget")
+ROWS = ("device", "values", "shift", "budget", "epoch")
 
 
 def comparison_table(results: dict[str, dict]) -> str:
@@ -79,6 +79,15 @@ def values_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def epoch_table(rows: list[dict]) -> str:
+    """One epoch, dense autograd against touched rows."""
+    lines = ["| neurons | threads | dense autograd | touched rows | ratio |", "|---|---|---|---|---|"]
+    for row in rows:
+        dense, touched = row["dense_seconds"], row["touched_seconds"]
+        lines.append(f"| {row['neurons']:,} | {row['threads']} | {dense:.2f} s | {touched:.2f} s | {row['ratio']:.1f}× |")
+    return "\n".join(lines)
+
+
 def filled(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- /figures:{name} -->)"
@@ -101,6 +110,7 @@ def main() -> None:
             "values": values_table(read["values"]),
             "shift": settings_table(read["shift"]),
             "budget": settings_table(read["budget"]),
+            "epoch": epoch_table(read["epoch"]),
         },
     }
     stale = []

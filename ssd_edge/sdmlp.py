@@ -40,6 +40,11 @@ def unit_rows(matrix: Tensor) -> Tensor:
     return matrix / matrix.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
+def _spread(row: Tensor, column: Tensor, value: Tensor, rows: int, columns: int) -> Tensor:
+    """A sparse matrix ``(rows, columns)``; its product with a dense one costs only its entries."""
+    return torch.sparse_coo_tensor(torch.stack([row, column]), value, (rows, columns), check_invariants=False)
+
+
 class SDMLP:
     """The network and its touched-row update. Plain tensors: gradients are closed-form.
 
@@ -128,17 +133,14 @@ class SDMLP:
             position = torch.empty(self.keys.shape[0], dtype=torch.int64, device=x.device)
             position[rows] = torch.arange(len(rows), device=x.device)
             inverse = position[neuron]
-            part = logit_gradient[sample]  # (M, C)
-            hidden = (part * self.values[neuron]).sum(1)
+            hidden = (logit_gradient[sample] * self.values[neuron]).sum(1)  # (M,)
             if activation_gradient is not None:
                 hidden = hidden + activation_gradient
             hidden = hidden * activations.positive
-            value_gradient = part.new_zeros(len(rows), part.shape[1]).index_add_(0, inverse, part * value[:, None])
-            spread = x.new_zeros(len(rows), len(x))  # ∂L/∂z of the touched neurons; then one product with x
-            spread[inverse, sample] = hidden
+            value_gradient = _spread(inverse, sample, value, len(rows), len(x)) @ logit_gradient
+            key_gradient = _spread(inverse, sample, hidden, len(rows), len(x)) @ x
             if score_gradient is not None:
-                spread.index_add_(0, position[score_gradient[0]], score_gradient[1].T)
-            key_gradient = spread @ x
+                key_gradient.index_add_(0, position[score_gradient[0]], score_gradient[1].T @ x)
         norm = float((value_gradient.square().sum() + key_gradient.square().sum()).sqrt())
         rate = lr * min(1.0, clip / (norm + 1e-6))
         self.values[rows] = (self.values[rows] - rate * value_gradient).clamp_min(0)

@@ -109,14 +109,15 @@ def inhibit(scores: Tensor, k: int, gamma: Tensor | None = None) -> Activations:
     """
     count, neurons = scores.shape
     rank = min(k + 1, neurons)
-    u = scores.clamp_min(0)
     if gamma is None and rank - 1 <= DENSE_ABOVE * neurons:
-        top, index = u.topk(rank, dim=1)
+        top, index = scores.topk(rank, dim=1)
+        top = top.clamp_min(0)  # the rectifier, of the few that can be active
         value = top[:, :-1] - top[:, -1:]
         active = value > 0
         sample = torch.arange(count, device=scores.device)[:, None].expand(active.shape)[active]
         value = value[active]
         return Activations((count, neurons), sample, index[:, :-1][active], value, torch.ones_like(value, dtype=bool))
+    u = scores.clamp_min(0)
     inhibition = u.topk(rank, dim=1).values[:, -1:]  # (N, 1), a constant for the gradient
     a = (u - (inhibition if gamma is None else gamma * inhibition)).clamp_min(0)
     active = a > 0
