@@ -103,7 +103,6 @@ def deploy(run: Path, target: str, output: Path, say: Say) -> dict[str, Any]:
     }
     packed = bundle.pack(manifest, {bundle.ROLES[role]: (role, content) for role, content in roles.items()})
     bundle.write(output, packed)
-    say(f"wrote {output}: {len(packed) / 1e6:.1f} MB, {len(state.registry)} classes, for {target}")
     say(f"next, on the device: ssd-edge device install {shlex.quote(output.name)}")
     return {
         "bundle": str(output),
