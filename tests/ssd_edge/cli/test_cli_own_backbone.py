@@ -1,0 +1,57 @@
+"""A user's own ONNX backbone through the whole path: train, deploy, install, learn, predict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+
+
+def own_backbone(path: Path) -> None:
+    """conv 3→32, ReLU, 4×4 average pool: features of oriented edges, in the order (N, 3, 40, 40) → (N, 32·25)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = np.random.default_rng(0).normal(size=(32, 3, 5, 5)).astype(np.float32)
+    weights -= weights.mean(axis=(2, 3), keepdims=True)
+    nodes = [
+        helper.make_node("Conv", ["image", "weights"], ["edges"], pads=[2, 2, 2, 2]),
+        helper.make_node("Relu", ["edges"], ["positive"]),
+        helper.make_node("AveragePool", ["positive"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Flatten", ["pooled"], ["features"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "own",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, 40, 40])],
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", 800])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+
+
+def test_the_whole_path(shapes: Path, cli, tmp_path: Path) -> None:
+    own_backbone(tmp_path / "own.onnx")
+    backbone = ["backbone.onnx=own.onnx", "backbone.size=40"]  # relative: the run must still be deployable elsewhere
+    quick = ["run.panel=false", "run.baselines=false", "data.exclude=triangle", "learner.name=slda"]
+    cli("train", f"data.path={shapes}", *backbone, *quick, cwd=tmp_path)
+    run = tmp_path / "runs" / "1"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["average_accuracy"] > 0.5
+    assert (run / "standardisation.safetensors").exists()
+    told = json.loads(cli("deploy", "--target", "cpu", run, "-o", tmp_path / "own.ssdedge", "--json").stdout)
+    assert len(told["classes"]) == 4
+    (tmp_path / "own.onnx").unlink()  # the bundle holds all that the device needs
+    cli("device", "install", tmp_path / "own.ssdedge", "--root", tmp_path / "root")
+    learned = ["device", "learn", "--label", "triangle", shapes / "train" / "triangle", "--root", tmp_path / "root"]
+    assert "learned 'triangle' from 40 images" in cli(*learned).stdout
+    answer = cli("device", "predict", shapes / "test", "--root", tmp_path / "root", "--json").stdout
+    predictions = json.loads(answer)["predictions"]
+    right = [Path(p["image"]).parent.name == p["label"] for p in predictions]
+    assert sum(right) / len(right) > 0.5
+    done = cli("evaluate", run, code=2)
+    assert "own.onnx" in done.stderr
