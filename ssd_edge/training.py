@@ -199,6 +199,8 @@ class Run:
             if checkpoint is None:
                 learner = learners.build(options, self.embedder.dim, self.embedder.priors, config.run.seed, self.device)
                 learner.expect(len(prepared.names))
+                if learner.note:
+                    console.say(f"{DISPLAY[name]}: {learner.note}")
             else:
                 learner = learners.restore(*checkpoint, device=self.device)
             with console.progress(DISPLAY[name], tasks) as bar:

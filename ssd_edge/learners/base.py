@@ -109,6 +109,7 @@ class Learner(abc.ABC):
         self.device = torch.device(device)
         self.seen = torch.zeros(0, dtype=torch.uint8)  # (C,), 1 where a class has been taught
         self.tasks_learned = 0
+        self.note = ""  # one sentence where the learner could not start as its settings ask; a run prints it
 
     @abc.abstractmethod
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:

@@ -68,6 +68,11 @@ class SDMLPLearner(Learner):
             counters = torch.from_numpy(priors.counters).to(self.dtype)
             if settings.gaba == "close":
                 counters = counters.clamp_min(self.switch)
+            shift = priors.student.get("shift", settings.shift)
+            if shift != settings.shift:
+                self.note = f"its keys were pretrained for shift {shift:g}, not {settings.shift:g} (pretrain --student)"
+        elif settings.pretrained:
+            self.note = f"the backbone brings no {r:,} pretrained keys; random ones are used"
         self.net = SDMLP(
             keys.to(self.device),
             torch.zeros(r, 0, dtype=self.dtype, device=self.device),

@@ -64,6 +64,9 @@ class SSD(LinearLearner):
         else:
             generator = torch.Generator().manual_seed(seed)
             keys = unit_rows(torch.randn(settings.neurons, dim, generator=generator))
+            if settings.keys == "pretrained":
+                wanted = f"{settings.neurons:,} pretrained keys of this kind"
+                self.note = f"the backbone brings no {wanted}; random ones are used"
         self.keys = keys.to(self.device)
         self.k = settings.k or max(1, settings.neurons // 2)
         self.frequencies = torch.zeros(settings.neurons)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ssd_edge.errors import InputError
-from ssd_edge.learners import Task
+from ssd_edge.learners import Task, build
 from ssd_edge.learners.sdmlp import SDMLPLearner, Settings
 from ssd_edge.priors import Priors
 
@@ -102,3 +102,13 @@ def test_divergence_is_told() -> None:
 def test_more_active_neurons_than_there_are() -> None:
     with pytest.raises(InputError, match=r"learner.k .* 65 .* 64"):
         make(Priors(), k=65)
+
+
+def test_keys_of_another_shift_or_size_are_pointed_out() -> None:
+    keys = torch.rand(NEURONS, 8).numpy()
+    given = Priors(keys=keys, counters=torch.ones(NEURONS).numpy(), student={"shift": 0.0, "switch": 1.0})
+    options = {"name": "sdmlp", "neurons": NEURONS, "k": 4}
+    assert build({**options, "shift": 0.0}, 8, given).note == ""
+    assert "pretrained for shift 0, not 1" in build({**options, "shift": 1.0}, 8, given).note
+    assert "random ones are used" in build(options, 9, given).note
+    assert build({**options, "pretrained": False}, 9, given).note == ""
