@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from ssd_edge import learners
-from ssd_edge.distillation import teacher_targets
 from ssd_edge.priors import Priors
 from ssd_edge.runs import environment
 
@@ -83,7 +82,6 @@ def prepare(neurons: int, samples: int) -> tuple:
     second = torch.randn(samples, DIM, generator=generator)
     inputs, labels = learner.prepared(second), torch.arange(samples) % 2 + 2
     learner._begin(inputs, labels)
-    learner.targets = teacher_targets(learner.net, inputs, learner.table)
     order = torch.randperm(samples, generator=generator)
     return learner, inputs, labels, order
 

@@ -69,11 +69,12 @@ def install(root: str | Path, bundle: str | Path) -> Generation:
         BundleRefusedError: the bundle is damaged, or its backbone does not do what it says.
     """
     opened = bundles.read(Path(bundle))
+    facts = _facts(opened)
     contents = {
         "learner.safetensors": opened.read("learner"),
         "statistics.safetensors": opened.read("statistics"),
         "classes.json": opened.read("classes"),
-        "device.json": files.json_bytes(_facts(opened)),
+        "device.json": files.json_bytes(facts),
     }
     if "top_n" in opened.roles:
         contents["top_n.safetensors"] = opened.read("top_n")
@@ -82,7 +83,6 @@ def install(root: str | Path, bundle: str | Path) -> Generation:
     _check(learner, opened.registry, _statistics(*opened.tensors("statistics")))
     with store.writer():
         backbone = store.add_backbone(opened.read("backbone"))
-        facts = _facts(opened)
         embedder = OnnxEmbedder(store.backbone_path(backbone), facts["size"], facts["dim"])
         probe = np.random.default_rng(0).integers(0, 256, (2, facts["size"], facts["size"], 3), dtype=np.uint8)
         learner.predict(torch.from_numpy(embedder.embed(probe)))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssd_edge import files, learners, metrics, runs
 from ssd_edge.backbones.embedder import Embedder, open_backbone
+from ssd_edge.backbones.embedder import standardisation as measure
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.comparison import DISPLAY
 from ssd_edge.config import TrainConfig, to_tree
@@ -118,11 +119,9 @@ def prepare(dataset: Dataset, stream: Stream, embedder: Embedder, embedded: Mapp
     train_tasks = [stream.members(dataset.train_labels, task) for task in range(len(stream.tasks))]
     test_tasks = [stream.members(dataset.test_labels, task) for task in range(len(stream.tasks))]
     if not embedder.standardised:  # later tasks must not be looked at: the first one's statistics stay
-        first = train[train_tasks[0]].astype(np.float64)
-        mu, sigma = first.mean(0), first.std(0)
-        sigma = np.maximum(sigma, 1e-3 * max(float(sigma.max()), 1e-12))
-        standardisation = (mu.astype(np.float32), sigma.astype(np.float32))
-        train, test = ((part - standardisation[0]) / standardisation[1] for part in (train, test))
+        mu, sigma = (part.astype(np.float32) for part in measure(train[train_tasks[0]]))
+        standardisation = (mu, sigma)
+        train, test = ((part - mu) / sigma for part in (train, test))
     return Prepared(
         train=torch.from_numpy(np.ascontiguousarray(train, dtype=np.float32)),
         train_rows=torch.from_numpy(stream.rows(dataset.train_labels)),
@@ -205,8 +204,8 @@ class Run:
                 learner = learners.restore(*checkpoint, device=self.device)
             with console.progress(DISPLAY[name], tasks) as bar:
                 for number in range(len(entry["rows"]), tasks):
-                    began = time.monotonic()
-                    learner.learn(prepared.task(number), lambda share, n=number: bar.update(n, share, ""))
+                    began, task = time.monotonic(), prepared.task(number)
+                    learner.learn(task, lambda share, n=number: bar.update(n, share, ""))
                     seconds = time.monotonic() - began
                     row = self._accuracies(learner, number)
                     last = number + 1 == tasks
@@ -224,7 +223,7 @@ class Run:
                     )
                     if announce:
                         seen = row[: number + 1]
-                        classes = [prepared.names[r] for r in prepared.task(number).rows.tolist()]
+                        classes = [prepared.names[r] for r in task.rows.tolist()]
                         console.task_line(number, tasks, classes, sum(seen) / len(seen), seen, seconds)
             if not announce:
                 console.say(f"{DISPLAY[name]}: average accuracy {metrics.average_accuracy(entry['rows']):.3f}")

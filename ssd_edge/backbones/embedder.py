@@ -62,6 +62,12 @@ def network(package: packages.BackbonePackage) -> EmbeddingNetwork:
     return EmbeddingNetwork(body, torch.from_numpy(package.mu), torch.from_numpy(package.sigma)).eval()
 
 
+def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation ``(D,)`` of raw features ``(N, D)``, float64; a dead feature must not blow up."""
+    mu, sigma = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
+    return mu, np.maximum(sigma, 1e-3 * max(float(sigma.max()), 1e-12))
+
+
 class TorchEmbedder:
     """The backbone of a package, run by PyTorch."""
 

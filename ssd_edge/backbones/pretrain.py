@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ssd_edge.backbones import package as packages
-from ssd_edge.backbones.embedder import TorchEmbedder
+from ssd_edge.backbones.embedder import TorchEmbedder, standardisation
 from ssd_edge.backbones.networks import FEATURES
 from ssd_edge.backbones.package import BackbonePackage
 from ssd_edge.backbones.pretraining import normalise, top1, train_backbone
@@ -17,6 +17,7 @@ from ssd_edge.config import PretrainConfig, to_tree
 from ssd_edge.data import Dataset
 from ssd_edge.errors import InputError
 from ssd_edge.priors import Priors
+from ssd_edge.statistics import ClassStatistics
 
 Say = Callable[[str], None]
 
@@ -36,13 +37,10 @@ def features_of(body: torch.nn.Module, images: torch.Tensor, device: torch.devic
 
 def within_covariance(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Pooled covariance ``(D, D)`` around the class means, divided by N − C."""
-    classes = np.unique(labels)
-    scatter = np.zeros((embeddings.shape[1],) * 2)
-    for label in classes:
-        rows = embeddings[labels == label].astype(np.float64)
-        rows -= rows.mean(0)
-        scatter += rows.T @ rows
-    return scatter / max(1, len(embeddings) - len(classes))
+    statistics = ClassStatistics(embeddings.shape[1])
+    statistics.add(torch.from_numpy(embeddings), torch.from_numpy(labels))
+    freedom = max(1, len(embeddings) - int((statistics.counts > 0).sum()))
+    return (statistics.scatter_within() / freedom).numpy()
 
 
 def pretrain_backbone(
@@ -75,8 +73,7 @@ def pretrain_backbone(
     stored = {name: torch.from_numpy(t.astype(np.float32)) for name, t in packages.compact(weights).items()}
     body.load_state_dict(stored, strict=False)
     features = features_of(body, train, device)
-    mu, sigma = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
-    sigma = np.maximum(sigma, 1e-3 * max(float(sigma.max()), 1e-12))  # a dead feature must not blow up
+    mu, sigma = standardisation(features)
     embeddings = ((features - mu) / sigma).astype(np.float32)
     card = {
         "arch": config.train.arch,
