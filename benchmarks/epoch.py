@@ -28,7 +28,7 @@ DIM, CLASSES, BATCH = 256, 10, 128
 
 def dense_epoch(learner: learners.Learner, inputs: torch.Tensor, labels: torch.Tensor, order: torch.Tensor) -> tuple:
     """What the usual PyTorch code does: every neuron through forward, backward, clip, step, clamp and norm."""
-    settings, targets, table = learner.settings, learner.targets, learner.table.indices
+    settings, targets, table = learner.settings, learner.targets, learner.tables[0].indices
     keys = learner.net.keys.clone().requires_grad_(True)
     values = learner.net.values.clone().requires_grad_(True)
     optimiser = torch.optim.SGD([keys, values], settings.lr)
@@ -43,7 +43,7 @@ def dense_epoch(learner: learners.Learner, inputs: torch.Tensor, labels: torch.T
         inhibition = u.topk(settings.k + 1, dim=1).values[:, -1:].detach()
         a = F.relu(u - inhibition)
         logits = a @ values
-        hidden = divergence(a[:, table], targets.table(index))
+        hidden = divergence(a[:, table], targets.hidden[0].table(index))
         logit = divergence(logits, targets.logits[index])
         loss = alpha * F.cross_entropy(logits, labels[index]) + (1 - alpha) * (lam * hidden + (1 - lam) * logit)
         optimiser.zero_grad()
@@ -59,14 +59,13 @@ def dense_epoch(learner: learners.Learner, inputs: torch.Tensor, labels: torch.T
 
 def touched_epoch(learner: learners.Learner, inputs: torch.Tensor, labels: torch.Tensor, order: torch.Tensor) -> tuple:
     """The learner's own step, as `SDMLPLearner._learn` runs it."""
+    net = learner.net
     for index in order.split(BATCH):
-        x, truth = inputs[index], labels[index]
-        activations = learner.net.activate(x, learner.net.gamma)
-        learner.net.count(activations)
-        logits = activations.matmul(learner.net.values)
-        _, to_logits, to_activations, to_scores = learner._gradients(index, x, truth, logits, activations)
-        settings = learner.settings
-        learner.net.step(x, activations, to_logits, to_activations, settings.lr, settings.clip, to_scores)
+        state = net.forward(inputs[index])
+        net.count(state)
+        logits = state.top.matmul(net.values)
+        components = learner._components(index, inputs[index], labels[index], logits, state)
+        learner._step(components, state, logits, labels[index])
     return learner.net.keys, learner.net.values
 
 
@@ -82,6 +81,7 @@ def prepare(neurons: int, samples: int) -> tuple:
     second = torch.randn(samples, DIM, generator=generator)
     inputs, labels = learner.prepared(second), torch.arange(samples) % 2 + 2
     learner._begin(inputs, labels)
+    learner.moved = learner._moved()
     order = torch.randperm(samples, generator=generator)
     return learner, inputs, labels, order
 
@@ -90,12 +90,12 @@ def measure(neurons: int, samples: int, repeats: int, threads: int) -> dict:
     """Median seconds of both, alternating, each repeat from the same state."""
     torch.set_num_threads(threads)
     learner, inputs, labels, order = prepare(neurons, samples)
-    start = (learner.net.keys.clone(), learner.net.values.clone(), learner.net.counters.clone())
+    start = learner.net
     seconds: dict[str, list[float]] = {"dense": [], "touched": []}
     ends = {}
     for repeat in range(repeats + 1):
         for name, epoch in (("dense", dense_epoch), ("touched", touched_epoch)):
-            learner.net.keys, learner.net.values, learner.net.counters = (tensor.clone() for tensor in start)
+            learner.net = start.copy()
             began = time.perf_counter()
             ends[name] = epoch(learner, inputs, labels, order if repeat else order[: 4 * BATCH])
             if repeat:  # the first round only warms up

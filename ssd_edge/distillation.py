@@ -10,14 +10,15 @@ gradients comparable over temperatures.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_edge.errors import InputError
 from ssd_edge.sdmlp import SDMLP
-from ssd_edge.topk import Activations
 
 Direction = Literal["teacher_student", "student_teacher", "symmetric"]
 HiddenLoss = Literal["kl_softmax", "mse", "normalised_mse", "cosine"]
@@ -171,45 +172,72 @@ def hidden_loss(
 
 
 @dataclasses.dataclass(frozen=True)
-class Targets:
-    """What the teacher answers on the new task's data, computed once; sample i of the task is row i.
+class HiddenTargets:
+    """The teacher's activations of one layer's table neurons on the new task's data; few are not zero.
 
     Attributes:
-        logits: ``(N, C)``.
         slots: int64 ``(N, m)``, table columns of the active table neurons, padded with n.
         activations: ``(N, m)``, padded with 0; m is the most that any sample has.
         width: n.
     """
 
-    logits: Tensor
     slots: Tensor
     activations: Tensor
     width: int
 
     def table(self, index: Tensor) -> Tensor:
-        """The teacher's activations of the table neurons, ``(B, n)``."""
+        """Activations ``(B, n)`` of some samples."""
         table = self.activations.new_zeros(len(index), self.width + 1)
         table.scatter_(1, self.slots[index], self.activations[index])
         return table[:, : self.width]
 
 
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What the teacher answers on the new task's data, computed once; sample i of the task is row i.
+
+    Attributes:
+        logits: ``(N, C)``.
+        hidden: per hidden layer.
+    """
+
+    logits: Tensor
+    hidden: list[HiddenTargets]
+
+
 def teacher_targets(
-    teacher: SDMLP, inputs: Tensor, table: TopNTable, before_inhibition: bool = False, batch: int = 2048
+    teacher: SDMLP, inputs: Tensor, tables: Sequence[TopNTable], before_inhibition: bool = False, batch: int = 2048
 ) -> Targets:
-    """One pass of the teacher over the prepared inputs ``(N, D)`` of the new task; nothing is counted."""
-    gamma, slot, width = teacher.gamma, table.slots(len(teacher.keys)), len(table.indices)
-    logits, tables = [], []
+    """One pass of the teacher over the prepared inputs ``(N, D)`` of the new task; nothing is counted.
+
+    Args:
+        teacher: a former self.
+        inputs: ``(N, D)``.
+        tables: per hidden layer, the neurons to note.
+        before_inhibition: ReLU(z) of them in place of their activations.
+        batch: inputs at a time.
+    """
+    gammas, layers = teacher.gammas, range(len(teacher.layers))
+    slots = [table.slots(len(layer.keys)) for table, layer in zip(tables, teacher.layers, strict=True)]
+    logits: list[Tensor] = []
+    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
     for part in inputs.split(batch):
-        activations = teacher.activate(part, gamma)
-        logits.append(activations.matmul(teacher.values))
-        if before_inhibition:
-            tables.append(_pad((part @ teacher.keys[table.indices].T).clamp_min(0), width))
-        else:
-            tables.append(_pad(activations.columns(slot, width), width))
-    most = max(slots.shape[1] for slots, _ in tables)
-    slots = torch.cat([torch.nn.functional.pad(s, (0, most - s.shape[1]), value=width) for s, _ in tables])
-    values = torch.cat([torch.nn.functional.pad(v, (0, most - v.shape[1])) for _, v in tables])
-    return Targets(torch.cat(logits), slots, values, width)
+        state = teacher.forward(part, gammas)
+        logits.append(state.top.matmul(teacher.values))
+        for number in layers:
+            width = len(tables[number].indices)
+            if before_inhibition:
+                dense = (state.inputs[number] @ teacher.layers[number].keys[tables[number].indices].T).clamp_min(0)
+            else:
+                dense = state.activations[number].columns(slots[number], width)
+            parts[number].append(_pad(dense, width))
+    hidden = []
+    for number in layers:
+        width, most = len(tables[number].indices), max(slot.shape[1] for slot, _ in parts[number])
+        columns = [F.pad(slot, (0, most - slot.shape[1]), value=width) for slot, _ in parts[number]]
+        values = [F.pad(value, (0, most - value.shape[1])) for _, value in parts[number]]
+        hidden.append(HiddenTargets(torch.cat(columns), torch.cat(values), width))
+    return Targets(torch.cat(logits), hidden)
 
 
 def _pad(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -221,16 +249,19 @@ def _pad(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def count_activations(
     net: SDMLP, inputs: Tensor, labels: Tensor | None = None, classes: int = 0, batch: int = 2048
-) -> Tensor:
-    """One counting pass: a, ``(r,)`` activations of each neuron, or by class ``(r, C)`` with labels."""
-    gamma = net.gamma
-    by_class = torch.zeros(len(net.keys), max(1, classes), dtype=torch.float64, device=inputs.device)
+) -> list[Tensor]:
+    """One counting pass: per layer, ``(r,)`` activations of each neuron, or by class ``(r, C)`` with labels."""
+    gammas = net.gammas
+    totals = [
+        torch.zeros(len(layer.keys), max(1, classes), dtype=torch.float64, device=inputs.device)
+        for layer in net.layers
+    ]
     for start in range(0, len(inputs), batch):
-        activations: Activations = net.activate(inputs[start : start + batch], gamma)
-        if labels is None:
-            by_class[:, 0] += activations.counts()
-            continue
-        truth = labels[start : start + batch]
-        active = (activations.to_dense() > 0).double()
-        by_class += active.T @ torch.nn.functional.one_hot(truth, classes).double()
-    return by_class if labels is not None else by_class[:, 0]
+        state = net.forward(inputs[start : start + batch], gammas)
+        for total, activations in zip(totals, state.activations, strict=True):
+            if labels is None:
+                total[:, 0] += activations.counts()
+            else:
+                active = (activations.to_dense() > 0).double()
+                total += active.T @ F.one_hot(labels[start : start + batch], classes).double()
+    return totals if labels is not None else [total[:, 0] for total in totals]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ssd_edge.backbones.package import BackbonePackage
 from ssd_edge.config import StudentConfig
 from ssd_edge.errors import InputError
-from ssd_edge.sdmlp import SDMLP, initial_rows, prepare, unit_rows
+from ssd_edge.sdmlp import SDMLP, Layer, initial_rows, prepare, unit_rows
 
 Say = Callable[[str], None]
 BATCH, CLIP = 128, 1.0
@@ -55,7 +55,7 @@ def pretrain_student(
     values = initial_rows(config.neurons, classes, config.neurons, generator, torch.float32)
     # C = ½ · samples · epochs: while a switch is open its neuron answers every sample, so all can close in time
     switch = max(1.0, 0.5 * config.epochs * len(embeddings))
-    net = SDMLP(keys, values, torch.zeros(config.neurons), config.k, switch)
+    net = SDMLP([Layer(keys, torch.zeros(config.neurons))], values, config.k, switch)
     inputs = prepare(embeddings, config.shift)
     started, accuracy = time.monotonic(), 0.0
     for epoch in range(config.epochs):
@@ -63,12 +63,12 @@ def pretrain_student(
         correct = 0
         for index in order.split(BATCH):
             x, truth = inputs[index], labels[index]
-            activations = net.activate(x, net.gamma)
-            net.count(activations)
-            logits = activations.matmul(net.values)
+            state = net.forward(x)
+            net.count(state)
+            logits = state.top.matmul(net.values)
             gradient = (logits.softmax(1) - F.one_hot(truth, classes)) / len(index)
             correct += int((logits.argmax(1) == truth).sum())
-            net.step(x, activations, gradient, None, config.lr, CLIP)
+            net.apply(net.gradients(state, gradient), config.lr, CLIP)
         accuracy = correct / len(inputs)
         closed = float((net.counters >= switch).float().mean())
         seconds = time.monotonic() - started

@@ -5,7 +5,6 @@ What the paper leaves open, the evidence for each reading and what it is worth: 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any, ClassVar, Literal
 
@@ -26,17 +25,16 @@ from ssd_edge.distillation import (
     teacher_targets,
 )
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.learners import sdmlp
 from ssd_edge.learners.base import TensorSpec
-from ssd_edge.learners.sdmlp import SDMLPLearner
+from ssd_edge.learners.sdmlp import Component, NetworkSettings, SDMLPLearner, name_of
+from ssd_edge.penalties import PenaltySettings
 from ssd_edge.priors import Priors
-from ssd_edge.sdmlp import SDMLP
-from ssd_edge.topk import Activations
+from ssd_edge.sdmlp import SDMLP, Layer, Pass
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(sdmlp.Settings):
-    """Settings of SSD, beyond SDMLP's."""
+class DistillationSettings(NetworkSettings):
+    """Settings of SSD's distillation, and of the network and its training."""
 
     ce_weight: float = setting(0.7, "alpha, of cross-entropy against distillation (Eq. 6)", minimum=0.0, maximum=1.0)
     hidden_weight: float = setting(0.1, "lambda, of hidden against logits (Eq. 6)", minimum=0.0, maximum=1.0)
@@ -73,8 +71,13 @@ class Settings(sdmlp.Settings):
             raise InputError(f"learner.top_n gives {n} neurons, but must give at least learner.k = {self.k}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings(PenaltySettings, DistillationSettings):
+    """Settings of SSD."""
+
+
 class SSDPaper(SDMLPLearner):
-    """SDMLP distilled from its previous self on the Top-n neurons and on the logits."""
+    """SDMLP distilled from its previous self on the Top-n neurons of each hidden layer and on the logits."""
 
     name: ClassVar[str] = "ssd-paper"
     display: ClassVar[str] = "SSD (paper)"
@@ -84,41 +87,45 @@ class SSDPaper(SDMLPLearner):
         self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
     ) -> None:
         super().__init__(dim, settings, priors, seed, device)
-        r = settings.neurons
+        r, layers = settings.neurons, range(settings.layers)
         self.n = r if settings.selection == "all" else parse_top_n(settings.top_n, settings.k, r)
-        self.table = TopNTable(torch.arange(self.n, device=self.device), torch.zeros(self.n, device=self.device))
-        self.accumulated = torch.zeros(r, dtype=torch.float64, device=self.device)
+        self.tables = [self._table(torch.arange(self.n), torch.zeros(self.n)) for _ in layers]
+        self.accumulated = [torch.zeros(r, dtype=torch.float64, device=self.device) for _ in layers]
         self.accumulated_samples = 0.0
-        net = self.net
-        self.initial = (net.keys.clone(), net.counters.clone()) if settings.student_init == "pretrained" else None
-        self.copy: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, counters of a kept teacher
+        self.initial = self.net.copy().layers if settings.student_init == "pretrained" else None
+        self.kept: SDMLP | None = None  # a teacher that is not the previous self
         self.targets: Targets | None = None
+
+    def _table(self, indices: Tensor, frequencies: Tensor) -> TopNTable:
+        return TopNTable(indices.to(self.device), frequencies.to(self.device))
 
     # ── the teacher ──────────────────────────────────────────────────────────────────────────────────
     def _begin(self, inputs: Tensor, labels: Tensor) -> None:
         settings, net = self.settings, self.net
         teacher = self._teacher()
         if self.tasks_learned and self.initial is not None:
-            net.keys, net.counters = self.initial[0].clone(), self.initial[1].clone()
+            net.layers = [Layer(layer.keys.clone(), layer.counters.clone()) for layer in self.initial]
             outputs, net.values = net.values.shape[1], net.values[:, :0]
             net.grow(outputs, self.generator(3))
-        self.running = torch.zeros(settings.neurons, dtype=torch.float64, device=self.device)
-        self.counters_before = net.counters.clone()
+        self.running = [torch.zeros(settings.neurons, dtype=torch.float64, device=self.device) for _ in net.layers]
+        self.counters_before = [layer.counters.clone() for layer in net.layers]
         self.targets = None
         if self.tasks_learned:
             self.outputs = self._scope(labels)
-            self.teacher_table, self.student_table = self._columns(inputs)
+            self.teacher_tables, self.student_tables = self._columns(inputs)
             before = settings.hidden_source == "before_inhibition"
-            self.targets = teacher_targets(teacher, inputs, self.teacher_table, before)
-            self.slots = self.student_table.slots(settings.neurons)
+            self.targets = teacher_targets(teacher, inputs, self.teacher_tables, before)
+            self.slots = [table.slots(settings.neurons) for table in self.student_tables]
 
     def _teacher(self) -> SDMLP:
         """The former self that teaches, with the student's outputs; those that a kept one never had are 0."""
-        net = self.net
-        if self.copy is None:
-            return copy.copy(net)
-        keys, values, counters = self.copy
-        return SDMLP(keys, F.pad(values, (0, net.values.shape[1] - values.shape[1])), counters, net.k, net.switch)
+        net, kept = self.net, self.kept
+        if kept is None:
+            return net.copy()
+        values = F.pad(kept.values, (0, net.values.shape[1] - kept.values.shape[1]))
+        teacher = SDMLP(kept.layers, values, net.k, net.switch, net.inhibition, net.decay_epochs)  # unit keys again
+        teacher.epochs_done = net.epochs_done
+        return teacher
 
     def _scope(self, labels: Tensor) -> Tensor | None:
         """Which outputs are distilled; None: all."""
@@ -129,164 +136,192 @@ class SSDPaper(SDMLPLearner):
             return torch.cat([seen, labels]).unique()
         return None
 
-    def _columns(self, inputs: Tensor) -> tuple[TopNTable, TopNTable]:
-        """The (teacher's, student's) tables of the neurons to distil."""
-        mode, mine = self.settings.index_mode, self.table
+    def _columns(self, inputs: Tensor) -> tuple[list[TopNTable], list[TopNTable]]:
+        """The (teacher's, student's) tables of the neurons to distil, per layer."""
+        mode, mine = self.settings.index_mode, self.tables
         if mode == "teacher":
             return mine, mine
         counts = count_activations(self.net, inputs)  # of the student before its first step
-        student = select((counts / len(inputs)).float(), self.n)
+        student = [select((count / len(inputs)).float(), self.n) for count in counts]
         if mode == "rank_matched":
             return mine, student
         if mode == "student":
             return student, student
-        if mode == "union":
-            indices = torch.cat([mine.indices, student.indices]).unique()
-        else:  # may be empty: then only the logits are distilled
-            indices = mine.indices[torch.isin(mine.indices, student.indices)]
-        table = TopNTable(indices, torch.zeros(len(indices), device=self.device))
-        return table, table
+        both = []
+        for one, other in zip(mine, student, strict=True):
+            if mode == "union":
+                indices = torch.cat([one.indices, other.indices]).unique()
+            else:  # may be empty: then only the logits are distilled
+                indices = one.indices[torch.isin(one.indices, other.indices)]
+            both.append(self._table(indices, torch.zeros(len(indices))))
+        return both, both
 
     # ── the losses ───────────────────────────────────────────────────────────────────────────────────
-    def _gradients(
-        self, index: Tensor, x: Tensor, labels: Tensor, logits: Tensor, activations: Activations
-    ) -> tuple[dict[str, Any], Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    def _components(
+        self, index: Tensor, x: Tensor, labels: Tensor, logits: Tensor, state: Pass
+    ) -> list[Component]:
         settings = self.settings
         loss, gradient = cross_entropy(logits, labels)
         if self.targets is None:
             weight = settings.ce_weight if settings.first_task_weight == "alpha" else 1.0
-            return {"cross_entropy": loss}, weight * gradient, None, None
+            return [Component("cross_entropy", loss, weight, gradient)]
         alpha, lam = settings.ce_weight, settings.hidden_weight
         picked, wanted = logits, self.targets.logits[index]
         if self.outputs is not None:
             picked, wanted = picked[:, self.outputs], wanted[:, self.outputs]
         logit_loss, to_logits = divergence(picked, wanted, settings.temperature, settings.direction)
-        to_logits = (1 - alpha) * (1 - lam) * to_logits
-        if self.outputs is None:
-            total = alpha * gradient + to_logits
-        else:
-            total = (alpha * gradient).index_add(1, self.outputs, to_logits)
-        losses = {"cross_entropy": loss, "logit_distillation": logit_loss}
-        table, taught = self.student_table, self.targets.table(index)
-        if lam == 0 or not len(table.indices):
-            return losses, total, None, None
-        weight = (1 - alpha) * lam
-        if settings.hidden_source == "before_inhibition":
-            scores = x @ self.net.keys[table.indices].T
-            hidden, slope = hidden_loss(
-                scores.clamp_min(0), taught, settings.temperature, settings.hidden, settings.direction
-            )
-            losses["hidden_distillation"] = hidden
-            return losses, total, None, (table.indices, weight * slope * (scores > 0))
-        answered = activations.columns(self.slots, len(table.indices))
-        hidden, slope = hidden_loss(answered, taught, settings.temperature, settings.hidden, settings.direction)
-        losses["hidden_distillation"] = hidden
-        slope = torch.cat([weight * slope, slope.new_zeros(len(slope), 1)], dim=1)  # column n: not in the table
-        if activations.is_dense:
-            column = torch.where(self.slots >= 0, self.slots, len(table.indices))
-            return losses, total, slope[:, column], None
-        column = self.slots[activations.neuron]
-        column = torch.where(column >= 0, column, len(table.indices))
-        return losses, total, slope[activations.sample, column], None
+        if self.outputs is not None:
+            to_logits = torch.zeros_like(logits).index_add_(1, self.outputs, to_logits)
+        components = [
+            Component("cross_entropy", loss, alpha, gradient),
+            Component("logit_distillation", logit_loss, (1 - alpha) * (1 - lam), to_logits),
+        ]
+        if lam and any(len(table.indices) for table in self.student_tables):
+            components.append(self._hidden(index, state, (1 - alpha) * lam))
+        return components
+
+    def _hidden(self, index: Tensor, state: Pass, weight: float) -> Component:
+        """The hidden term: the mean over layers of the distance between table activations."""
+        settings, layers = self.settings, len(self.net.layers)
+        before, loss = settings.hidden_source == "before_inhibition", 0.0
+        to_activations: list[Tensor | None] = [None] * layers
+        to_scores: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        for layer, (table, activations) in enumerate(zip(self.student_tables, state.activations, strict=True)):
+            if not len(table.indices):
+                continue
+            if before:
+                scores = state.inputs[layer] @ self.net.layers[layer].keys[table.indices].T
+                answered = scores.clamp_min(0)
+            else:
+                answered = activations.columns(self.slots[layer], len(table.indices))
+            taught = self.targets.hidden[layer].table(index)
+            part, slope = hidden_loss(answered, taught, settings.temperature, settings.hidden, settings.direction)
+            loss, slope = loss + part / layers, slope / layers
+            if before:
+                to_scores[layer] = (table.indices, slope * (scores > 0))
+            else:
+                to_activations[layer] = self._entries(slope, layer, state)
+        return Component("hidden_distillation", loss, weight, None, to_activations, to_scores)
+
+    def _entries(self, slope: Tensor, layer: int, state: Pass) -> Tensor:
+        """∂L/∂a of table columns ``(B, n)`` as one number per entry of a layer's activations."""
+        activations, slots, outside = state.activations[layer], self.slots[layer], slope.shape[1]
+        slope = F.pad(slope, (0, 1))  # column n: not in the table
+        column = torch.where(slots >= 0, slots, outside)
+        return slope[:, column] if activations.is_dense else slope[activations.sample, column[activations.neuron]]
 
     # ── after a task ─────────────────────────────────────────────────────────────────────────────────
-    def _observe(self, activations: Activations) -> None:
+    def _observe(self, state: Pass) -> None:
         if self.settings.frequency_source == "running":
-            self.running += activations.counts()
+            for total, activations in zip(self.running, state.activations, strict=True):
+                total += activations.counts()
 
     def _end(self, inputs: Tensor, labels: Tensor) -> None:
-        settings, by_class = self.settings, None
-        samples = float(len(inputs))
+        settings, samples = self.settings, float(len(inputs))
+        by_class: list[Tensor | None] = [None] * len(self.net.layers)
+        if settings.selection == "class_entropy":
+            by_class = count_activations(self.net, inputs, labels, int(labels.max()) + 1)
         if settings.frequency_source == "running":
             counts, samples = self.running, samples * settings.epochs
         elif settings.frequency_source == "gaba_counter":
-            counts, samples = (self.net.counters - self.counters_before).double(), samples * settings.epochs
+            layers = zip(self.net.layers, self.counters_before, strict=True)
+            counts = [(layer.counters - before).double() for layer, before in layers]
+            samples *= settings.epochs
         elif settings.selection == "class_entropy":
-            by_class = count_activations(self.net, inputs, labels, int(labels.max()) + 1)
-            counts = by_class.sum(1)
+            counts = [part.sum(1) for part in by_class]
         else:
             counts = count_activations(self.net, inputs)
-        if settings.selection == "class_entropy" and by_class is None:
-            by_class = count_activations(self.net, inputs, labels, int(labels.max()) + 1)
         if settings.accumulate_tasks:
-            self.accumulated += counts
-            self.accumulated_samples += samples
-            counts, samples = self.accumulated, self.accumulated_samples
-        frequencies = (counts / samples).clamp(0, 1).float()
-        self.table = select(frequencies, self.n, settings.selection, by_class, self.generator(purpose=4))
+            counts = [total + new for total, new in zip(self.accumulated, counts, strict=True)]
+            self.accumulated, self.accumulated_samples = counts, self.accumulated_samples + samples
+            samples = self.accumulated_samples
+        generator = self.generator(purpose=4)
+        self.tables = [
+            select((count / samples).clamp(0, 1).float(), self.n, settings.selection, classes, generator)
+            for count, classes in zip(counts, by_class, strict=True)
+        ]
         self.targets = None
         self._keep_teacher()
 
     def _keep_teacher(self) -> None:
-        net, kind = self.net, self.settings.teacher
-        if kind == "previous" or (kind == "first" and self.copy is not None):
+        kind, former = self.settings.teacher, self.kept
+        if kind == "previous" or (kind == "first" and former is not None):
             return
-        now = (net.keys.clone(), net.values.clone(), net.counters.clone())
-        if kind == "ema" and self.copy is not None:
-            decay, missing = self.settings.teacher_decay, net.values.shape[1] - self.copy[1].shape[1]
-            values = torch.cat([self.copy[1], now[1][:, net.values.shape[1] - missing :]], dim=1)
-            former = (self.copy[0], values, self.copy[2])
-            now = tuple(decay * a + (1 - decay) * b for a, b in zip(former, now, strict=True))
-        self.copy = now
+        now = self.net.copy()
+        if kind == "ema" and former is not None:
+            decay = self.settings.teacher_decay
+            old = former.values.shape[1]
+            now.values[:, :old] = decay * former.values + (1 - decay) * now.values[:, :old]
+            for mine, before in zip(now.layers, former.layers, strict=True):
+                mine.keys = decay * before.keys + (1 - decay) * mine.keys
+                mine.counters = decay * before.counters + (1 - decay) * mine.counters
+        self.kept = now
 
     # ── the state ────────────────────────────────────────────────────────────────────────────────────
     @property
     def top_n(self) -> TopNTable:
-        """The neurons that the next task distils."""
-        return TopNTable(self.table.indices.cpu(), self.table.frequencies.cpu())
+        """The neurons of the top layer that the next task distils."""
+        return TopNTable(self.tables[-1].indices.cpu(), self.tables[-1].frequencies.cpu())
 
     def schema(self) -> dict[str, TensorSpec]:
-        r, settings = self.settings.neurons, self.settings
-        number = str(self.dtype).removeprefix("torch.")
-        schema = {
-            **super().schema(),
-            "top_n_indices": TensorSpec((self.n,), "uint32", "the neurons that the next task distils"),
-            "top_n_frequencies": TensorSpec((self.n,), "float32", "how often each was active in the last task"),
-        }
+        r, settings, schema = self.settings.neurons, self.settings, super().schema()
+        for layer in range(settings.layers):
+            indices, frequencies = name_of("top_n_indices", layer), name_of("top_n_frequencies", layer)
+            schema[indices] = TensorSpec((self.n,), "uint32", "the neurons that the next task distils")
+            schema[frequencies] = TensorSpec((self.n,), "float32", "how often each was active in the last task")
+            if settings.accumulate_tasks:
+                reason = "activations over all tasks (accumulate_tasks)"
+                schema[name_of("accumulated", layer)] = TensorSpec((r,), "float64", reason)
         if settings.accumulate_tasks:
-            schema["accumulated"] = TensorSpec((r,), "float64", "activations over all tasks (accumulate_tasks)")
             schema["accumulated_samples"] = TensorSpec((1,), "float64", "samples behind them")
         if self.initial is not None:
-            schema["initial_keys"] = TensorSpec((r, "D"), number, "what every task starts from (student_init)")
-            schema["initial_counters"] = TensorSpec((r,), number, "their GABA counters")
+            for name, spec in self._net_schema("initial_").items():
+                schema[name] = dataclasses.replace(spec, reason="what every task starts from (student_init)")
         if settings.teacher != "previous":
-            schema["teacher_keys"] = TensorSpec((r, "D"), number, "the kept teacher (teacher=first or ema)")
-            schema["teacher_values"] = TensorSpec((r, "P"), number, "its values")
-            schema["teacher_counters"] = TensorSpec((r,), number, "its GABA counters")
+            kept = {**self._net_schema("teacher_"), "teacher_values": TensorSpec((r, "P"), self.number, "")}
+            for name, spec in kept.items():
+                schema[name] = dataclasses.replace(spec, reason="the kept teacher (teacher=first or ema)")
         return schema
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {
-            **super()._tensors(),
-            "top_n_indices": self.table.indices.cpu().to(torch.uint32),  # few kernels know uint32
-            "top_n_frequencies": self.table.frequencies,
-        }
-        if self.settings.accumulate_tasks:
-            tensors["accumulated"] = self.accumulated
+        settings, tensors = self.settings, super()._tensors()
+        for layer, table in enumerate(self.tables):
+            # few kernels know uint32
+            tensors[name_of("top_n_indices", layer)] = table.indices.cpu().to(torch.uint32)
+            tensors[name_of("top_n_frequencies", layer)] = table.frequencies
+            if settings.accumulate_tasks:
+                tensors[name_of("accumulated", layer)] = self.accumulated[layer]
+        if settings.accumulate_tasks:
             tensors["accumulated_samples"] = torch.tensor([self.accumulated_samples], dtype=torch.float64)
         if self.initial is not None:
-            tensors["initial_keys"], tensors["initial_counters"] = self.initial
-        if self.settings.teacher != "previous":
-            net = self.net
-            empty = (torch.zeros_like(net.keys), net.values[:, :0], torch.zeros_like(net.counters))
-            names = ("teacher_keys", "teacher_values", "teacher_counters")
-            tensors.update(zip(names, self.copy or empty, strict=True))
+            tensors.update(self._net_tensors("initial_", self.initial))
+        if settings.teacher != "previous":
+            kept = self.kept
+            if kept is None:  # zeros until there is one
+                kept = self.net.copy()
+                kept.layers = [Layer(layer.keys * 0, layer.counters * 0) for layer in kept.layers]
+                kept.values = kept.values[:, :0]
+            tensors.update(self._net_tensors("teacher_", kept.layers))
+            tensors["teacher_values"] = kept.values
         return tensors
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         super()._load(tensors)
-        indices = tensors["top_n_indices"].to(torch.int64)
-        if len(indices) and int(indices.max()) >= self.settings.neurons:
-            raise BundleRefusedError(
-                f"the Top-n table names neuron {int(indices.max())}, but there are {self.settings.neurons}"
-            )
-        self.table = TopNTable(indices.to(self.device), tensors["top_n_frequencies"].to(self.device))
-        if self.settings.accumulate_tasks:
-            self.accumulated = tensors["accumulated"].to(self.device)
+        settings, self.tables = self.settings, []
+        for layer in range(settings.layers):
+            indices = tensors[name_of("top_n_indices", layer)].to(torch.int64)
+            if len(indices) and int(indices.max()) >= settings.neurons:
+                raise BundleRefusedError(
+                    f"the Top-n table names neuron {int(indices.max())}, but there are {settings.neurons}"
+                )
+            self.tables.append(self._table(indices, tensors[name_of("top_n_frequencies", layer)]))
+            if settings.accumulate_tasks:
+                self.accumulated[layer] = tensors[name_of("accumulated", layer)].to(self.device)
+        if settings.accumulate_tasks:
             self.accumulated_samples = float(tensors["accumulated_samples"][0])
         if self.initial is not None:
-            self.initial = (tensors["initial_keys"].to(self.device), tensors["initial_counters"].to(self.device))
-        if self.settings.teacher != "previous" and self.tasks_learned:
-            self.copy = tuple(
-                tensors[name].to(self.device) for name in ("teacher_keys", "teacher_values", "teacher_counters")
-            )
+            self.initial = self._net_layers("initial_", tensors)
+        if settings.teacher != "previous" and self.tasks_learned:
+            self.kept = self.net.copy()
+            self.kept.layers = self._net_layers("teacher_", tensors)
+            self.kept.values = tensors["teacher_values"].to(self.device)

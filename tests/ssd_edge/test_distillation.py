@@ -22,7 +22,7 @@ from ssd_edge.distillation import (
     teacher_targets,
 )
 from ssd_edge.errors import InputError
-from ssd_edge.sdmlp import SDMLP, initial_rows, prepare
+from ssd_edge.sdmlp import SDMLP, Layer, initial_rows, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,7 +194,7 @@ def network(closed: bool, neurons: int = 48, dim: int = 6) -> tuple[SDMLP, Tenso
     counters = torch.full((neurons,), 8.0) if closed else torch.randint(0, 9, (neurons,), generator=generator)
     inputs = prepare(torch.randn(50, dim, generator=generator, dtype=torch.float64), 0.0)
     inputs[7] = 0.0  # a sample that activates nothing
-    return SDMLP(keys, values, counters.double(), 4, 8.0), inputs
+    return SDMLP([Layer(keys, counters.double())], values, 4, 8.0), inputs
 
 
 def dense_activations(net: SDMLP, inputs: Tensor) -> Tensor:
@@ -209,24 +209,24 @@ def dense_activations(net: SDMLP, inputs: Tensor) -> Tensor:
 def test_targets_are_those_of_a_dense_teacher(closed: bool, before: bool, batch: int) -> None:
     net, inputs = network(closed)
     indices = torch.tensor([3, 40, 0, 17, 21, 5, 30])
-    targets = teacher_targets(net, inputs, TopNTable(indices, torch.zeros(7)), before, batch)
+    targets = teacher_targets(net, inputs, [TopNTable(indices, torch.zeros(7))], before, batch)
     a = dense_activations(net, inputs)
     source = F.relu(inputs @ net.keys.T) if before else a
     index = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(targets.table(index), source[index][:, indices], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(targets.hidden[0].table(index), source[index][:, indices], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(targets.logits, a @ net.values, rtol=1e-12, atol=1e-12)
 
 
 def test_targets_of_a_closed_teacher_are_stored_sparse() -> None:
     net, inputs = network(closed=True)
-    targets = teacher_targets(net, inputs, TopNTable(torch.arange(48), torch.zeros(48)))
-    assert targets.activations.shape[1] <= net.k
+    targets = teacher_targets(net, inputs, [TopNTable(torch.arange(48), torch.zeros(48))])
+    assert targets.hidden[0].activations.shape[1] <= net.k
 
 
 def test_targets_of_an_empty_table() -> None:
     net, inputs = network(closed=True)
-    targets = teacher_targets(net, inputs, TopNTable(torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
-    assert targets.table(torch.arange(9)).shape == (9, 0)
+    targets = teacher_targets(net, inputs, [TopNTable(torch.zeros(0, dtype=torch.int64), torch.zeros(0))])
+    assert targets.hidden[0].table(torch.arange(9)).shape == (9, 0)
     assert targets.logits.shape == (50, 3)
 
 
@@ -236,7 +236,7 @@ def test_counting_pass(closed: bool) -> None:
     labels = torch.arange(50) % 3
     active = dense_activations(net, inputs) > 0
     counters = net.counters.clone()
-    assert torch.equal(count_activations(net, inputs, batch=16), active.sum(0).double())
+    assert torch.equal(count_activations(net, inputs, batch=16)[0], active.sum(0).double())
     by_class = torch.stack([active[labels == c].sum(0) for c in range(4)], dim=1).double()
-    assert torch.equal(count_activations(net, inputs, labels, 4, batch=16), by_class)
+    assert torch.equal(count_activations(net, inputs, labels, 4, batch=16)[0], by_class)
     assert torch.equal(net.counters, counters)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssd_edge.learners import LEARNERS, Learner, Task
 from ssd_edge.priors import Priors
-from ssd_edge.topk import Activations
+from ssd_edge.sdmlp import Pass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,8 +36,13 @@ class Oracle:
         gamma = torch.clip(-1 + 2 * self.counters / self.switch, -1, 1)
         return F.relu(u - gamma * inhibition), u
 
-    def step(self, x: Tensor, labels: Tensor, lr: float, clip: float, distil: Any = None) -> Tensor:
-        """One step; returns the activations that it started from. `distil(logits, a, u)` is added to α·CE."""
+    def step(
+        self, x: Tensor, labels: Tensor, lr: float, clip: float, distil: Any = None, penalty: Any = None
+    ) -> Tensor:
+        """One step; returns the activations that it started from.
+
+        `distil(logits, a, u)` is added to α·CE, `penalty(w1, w2)` to the whole.
+        """
         self.w1.requires_grad_(True)
         self.w2.requires_grad_(True)
         optimiser = torch.optim.SGD([self.w1, self.w2], lr=lr)
@@ -48,6 +53,8 @@ class Oracle:
         if distil is not None:
             alpha, extra = distil(logits, a, u)
             loss = alpha * loss + extra
+        if penalty is not None:
+            loss = loss + penalty(self.w1, self.w2)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([self.w1, self.w2], clip)
@@ -101,8 +108,9 @@ def watched(name: str, dtype: torch.dtype, options: dict[str, Any], switches: st
             self.start = (self.net.keys.clone(), self.net.values.clone(), self.net.counters.clone())
             self.forms = []
 
-        def _observe(self, activations: Activations) -> None:
-            super()._observe(activations)
+        def _observe(self, state: Pass) -> None:
+            super()._observe(state)
+            activations = state.top
             self.forms.append("dense" if activations.is_dense else "sparse")
             self.excited = not activations.is_dense and not bool(activations.positive.all())
             self.last = activations
@@ -132,7 +140,7 @@ def inputs_of(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
     return x / x.norm(dim=1, keepdim=True)
 
 
-def walk(learner: Learner, new: Task, make_distillation: Any = None) -> Oracle:
+def walk(learner: Learner, new: Task, make_distillation: Any = None, penalty: Any = None) -> Oracle:
     """Let the learner learn, then the oracle from the learner's start with the learner's order of samples."""
     generator = learner.generator()
     learner.learn(new)
@@ -141,7 +149,7 @@ def walk(learner: Learner, new: Task, make_distillation: Any = None) -> Oracle:
     for _ in range(settings.epochs):
         for index in torch.randperm(len(x), generator=generator).split(settings.batch):
             distil = make_distillation(index) if make_distillation else None
-            oracle.step(x[index], new.labels[index], settings.lr, settings.clip, distil)
+            oracle.step(x[index], new.labels[index], settings.lr, settings.clip, distil, penalty)
     return oracle
 
 
@@ -192,7 +200,7 @@ def taught(learner: Learner, first: Task, second: Task) -> Any:
     a, _ = teacher.activations(inputs_of(first.embeddings, learner.dtype))
     count = (a > 0).sum(0)
     table = torch.tensor(sorted(range(NEURONS), key=lambda j: (-int(count[j]), j))[: learner.n])
-    assert torch.equal(learner.table.indices, table)
+    assert torch.equal(learner.tables[0].indices, table)
     old, new = first.labels.unique().tolist(), second.labels.unique().tolist()
     outputs = list(range(max(learner.announced, 1 + max(new))))
     scope = {"all": outputs, "old": old, "seen": sorted({*old, *new})}[settings.logit_scope]
@@ -252,7 +260,8 @@ def test_one_step_in_float32(switches: str, seed: int) -> None:
     learner = watched("ssd-paper", torch.float32, {**options, "switch": 800.0}, switches)
     learner.expect(6)
     learner.learn(task(0, seed))
-    teacher = Oracle(*learner.copy, switch=800.0, dtype=torch.float64)
+    kept = learner.kept
+    teacher = Oracle(kept.keys, kept.values, kept.counters, switch=800.0, dtype=torch.float64)
     learner.learn(task(2, seed + 10))
     new, order = task(4, seed + 20, count=BATCH), learner.generator()
     learner.learn(new)
@@ -261,7 +270,7 @@ def test_one_step_in_float32(switches: str, seed: int) -> None:
     oracle = Oracle(*learner.start, switch=800.0, dtype=torch.float64)
     wanted_a, wanted_u = teacher.activations(x)
     answers = (wanted_a @ teacher.w2.T, wanted_a, wanted_u)
-    distil = distillation(learner.settings, learner.teacher_table.indices, answers, list(range(6)))
+    distil = distillation(learner.settings, learner.teacher_tables[0].indices, answers, list(range(6)))
     a = oracle.step(x, labels, learner.settings.lr, learner.settings.clip, distil)
     selected = learner.last.to_dense()
     torch.testing.assert_close(selected.double(), a, rtol=0, atol=1e-6)  # so a neuron of one only is a near tie
@@ -271,3 +280,130 @@ def test_one_step_in_float32(switches: str, seed: int) -> None:
     torch.testing.assert_close(learner.net.keys[same].double(), oracle.w1[same], rtol=0, atol=1e-5)
     torch.testing.assert_close(learner.net.values.double(), oracle.w2.T, rtol=0, atol=1e-5)
     assert float((learner.net.keys - learner.start[0]).abs().max()) > 1e-3
+
+
+# ── penalties ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def importances(oracle: Oracle, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(Ω of W1, Ω of W2) of a task's data, one sample and one class at a time by autograd."""
+    if kind == "l2":
+        return torch.ones_like(oracle.w1), torch.ones_like(oracle.w2)
+    total = [torch.zeros_like(oracle.w1), torch.zeros_like(oracle.w2)]
+    w1, w2 = oracle.w1.clone().requires_grad_(True), oracle.w2.clone().requires_grad_(True)
+    frozen = Oracle(oracle.w1, oracle.w2.T, oracle.counters, oracle.switch, oracle.w1.dtype)
+    for sample in x:
+        frozen.w1, frozen.w2 = w1, w2
+        logits = (frozen.activations(sample[None])[0] @ w2.T)[0]
+        if kind == "mas":
+            gradients = torch.autograd.grad(logits.square().sum(), [w1, w2])
+            parts = [(1.0, gradients)]
+        else:
+            log_p = logits.log_softmax(0)
+            parts = [
+                (float(log_p[y].detach().exp()), torch.autograd.grad(log_p[y], [w1, w2], retain_graph=True))
+                for y in range(len(logits))
+            ]
+        for weight, gradients in parts:
+            for place, gradient in enumerate(gradients):
+                size = gradient.abs() if kind == "mas" else gradient.square()
+                total[place] += weight * size / len(x)
+    return total[0], total[1]
+
+
+PENALTIES = [("ewc", 40.0), ("online_ewc", 40.0), ("mas", 20.0), ("l2", 0.2)]
+
+
+@pytest.mark.parametrize(("kind", "weight"), PENALTIES)
+@pytest.mark.parametrize("name", ["sdmlp", "ssd-paper"])
+def test_penalties_over_three_tasks(name: str, kind: str, weight: float) -> None:
+    """The pull on rows that moved since an anchor, active or not, over tasks whose importances add up or replace."""
+    options = {"epochs": 10, "lr": 0.3, "penalty": kind, "penalty_weight": weight, "penalty_decay": 0.7}
+    if name == "ssd-paper":
+        options |= {"ce_weight": 0.4, "hidden": "mse", "hidden_weight": 0.5}
+    learner = watched(name, torch.float64, options, "closed")
+    learner.expect(6)
+    tasks = [task(0, 1, 96), task(2, 2, 96), task(4, 3, 96)]
+    slots: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []  # of (importances, anchors)
+    learner.learn(tasks[0])
+    for previous, new in zip(tasks, tasks[1:], strict=False):
+        net = learner.net
+        at_anchor = Oracle(net.keys, net.values, net.counters, net.switch, torch.float64)
+        new_one = importances(at_anchor, inputs_of(previous.embeddings, torch.float64), kind)
+        if kind != "ewc" and slots:  # one slot, importances add up behind the newest anchor
+            keep = {"online_ewc": 0.7, "mas": 1.0, "l2": 0.0}[kind]
+            new_one = tuple(keep * old + now for old, now in zip(slots.pop()[0], new_one, strict=True))
+        slots.append((new_one, (net.keys.clone(), net.values.T.clone())))
+
+        def penalty(w1: Tensor, w2: Tensor) -> Tensor:
+            return weight * sum(
+                (omega * (now - then).square()).sum()
+                for both in slots  # noqa: B023  called before the next task
+                for omega, then, now in zip(*both, (w1, w2), strict=True)
+            )
+
+        make = None
+        if name == "ssd-paper":
+            counts = (at_anchor.activations(inputs_of(previous.embeddings, torch.float64))[0] > 0).sum(0)
+            table = torch.tensor(sorted(range(NEURONS), key=lambda j: (-int(counts[j]), j))[: learner.n])  # noqa: B023
+            x = inputs_of(new.embeddings, torch.float64)
+
+            def make(index: Tensor) -> Any:
+                a, u = at_anchor.activations(x[index])  # noqa: B023
+                return distillation(learner.settings, table, (a @ at_anchor.w2.T, a, u), list(range(6)))  # noqa: B023
+
+        oracle = walk(learner, new, make, penalty)
+        assert_same(learner, oracle, 1e-9)
+    free = watched(name, torch.float64, {**options, "penalty": "none", "penalty_weight": -1.0}, "closed")
+    free.expect(6)
+    for each in tasks:
+        free.learn(each)
+    assert float((free.net.values - learner.net.values).abs().max()) > 1e-3  # the penalty did something
+
+
+@pytest.mark.parametrize("quirk", [False, True])
+def test_synaptic_intelligence_along_the_path(quirk: bool) -> None:
+    """SI accumulates −g·Δθ over the real updates, g of the β-softmax cross-entropy alone."""
+    beta, weight, damping = 0.5, 2.0, 0.1
+    options = {
+        "epochs": 5, "lr": 0.3, "penalty": "si", "penalty_weight": weight, "penalty_beta": beta,
+        "si_damping": damping, "si_grad_accumulation_quirk": quirk,
+    }  # fmt: skip
+    learner = watched("sdmlp", torch.float64, options, "closed")
+    learner.expect(6)
+    omega: list[Tensor] | None = None
+    anchor: list[Tensor] = []
+    for new in (task(0, 1, 96), task(2, 2, 96), task(4, 3, 96)):
+        generator = learner.generator()
+        learner.learn(new)
+        oracle = Oracle(*learner.start, switch=learner.net.switch, dtype=torch.float64)
+        x, begin = inputs_of(new.embeddings, torch.float64), [oracle.w1.clone(), oracle.w2.clone()]
+        path = [torch.zeros_like(part) for part in begin]
+        for _ in range(options["epochs"]):
+            for index in torch.randperm(len(x), generator=generator).split(BATCH):
+                w1, w2 = oracle.w1.clone().requires_grad_(True), oracle.w2.clone().requires_grad_(True)
+                twin = Oracle(oracle.w1, oracle.w2.T, oracle.counters, oracle.switch, torch.float64)
+                twin.w1, twin.w2 = w1, w2
+                loss = F.cross_entropy(beta * (twin.activations(x[index])[0] @ w2.T), new.labels[index])
+                slopes = torch.autograd.grad(loss, [w1, w2])
+                before = [oracle.w1.clone(), oracle.w2.clone()]
+
+                def penalty(w1: Tensor, w2: Tensor) -> Tensor:
+                    extra = torch.zeros((), dtype=torch.float64)
+                    if omega is not None:
+                        for part, then, now in zip(omega, anchor, (w1, w2), strict=True):
+                            extra = extra + weight * (part * (now - then).square()).sum()
+                    if quirk:  # its gradient is BATCH · g
+                        for slope, now in zip(slopes, (w1, w2), strict=True):  # noqa: B023
+                            extra = extra + len(index) * (slope * now).sum()  # noqa: B023
+                    return extra
+
+                oracle.step(x[index], new.labels[index], 0.3, 1.0, None, penalty)
+                for part, slope, was, now in zip(path, slopes, before, (oracle.w1, oracle.w2), strict=True):
+                    part -= slope * (now - was)
+        assert_same(learner, oracle, 1e-9)
+        anchor = [oracle.w1.clone(), oracle.w2.clone()]
+        new_omega = [
+            part / ((now - was).square() + damping) for part, now, was in zip(path, anchor, begin, strict=True)
+        ]
+        omega = new_omega if omega is None else [a + b for a, b in zip(omega, new_omega, strict=True)]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssd_edge.topk import DENSE_ABOVE, Activations, gaba, inhibit
+from ssd_edge.topk import DENSE_ABOVE, Activations, decayed_k, gaba, inhibit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,3 +132,45 @@ def test_no_samples(k: int) -> None:
 def test_gaba_rises_with_the_count() -> None:
     counters = torch.tensor([0.0, 25.0, 50.0, 100.0, 1e6])
     assert gaba(counters, 100.0).tolist() == [-1.0, -0.5, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("k", [1, 3, 20, 40])
+def test_a_mask_lets_the_k_largest_positive_scores_pass_unchanged(k: int) -> None:
+    scores = torch.randn(6, 40, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    scores[0] = -1.0  # nothing to pass
+    found = inhibit(scores, k, mask=True)
+    assert found.is_dense == (k > DENSE_ABOVE * 40)
+    wanted = torch.zeros_like(scores)
+    for sample, row in enumerate(scores.tolist()):
+        for neuron in sorted(range(40), key=lambda j: -row[j])[:k]:  # noqa: B023
+            wanted[sample, neuron] = max(row[neuron], 0.0)
+    assert torch.equal(found.to_dense(), wanted)
+    assert torch.equal(found.counts(), (wanted > 0).sum(0))
+    flags = found.dense_positive if found.is_dense else found.spread(found.positive.double()) > 0
+    assert torch.equal(flags, wanted > 0)
+
+
+def test_k_falls_linearly_and_stays() -> None:
+    """int(clip(r − (r − k)·e/E, k, r)) with r = 100, k = 10, E = 4: 100, 77.5, 55, 32.5, then 10."""
+    assert [decayed_k(10, 100, epoch, 4) for epoch in range(7)] == [100, 77, 55, 32, 10, 10, 10]
+    assert decayed_k(10, 100, 0, 0) == 10
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_products_and_norms_are_those_of_the_dense_matrix(dense: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(7, 40, generator=generator, dtype=torch.float64)
+    found = inhibit(scores, 30 if dense else 3)
+    a = found.to_dense()
+    assert found.is_dense == dense
+    torch.testing.assert_close(found.norms(), a.norm(dim=1, keepdim=True))
+    above, beside = torch.randn(40, 5, generator=generator).double(), torch.randn(7, 4, generator=generator).double()
+    entries = torch.randn(7, 40, generator=generator).double() if dense else torch.randn(len(found.value)).double()
+    whole = found.spread(entries)
+    touched = torch.arange(40) if dense else found.neuron.unique()
+    position = torch.full((40,), -1)
+    position[touched] = torch.arange(len(touched))
+    for given, matrix in ((None, a), (entries, whole)):
+        torch.testing.assert_close(found.entries_matmul(given, above), matrix @ above)
+        sums = found.transposed_matmul(given, beside, position, len(touched))
+        torch.testing.assert_close(sums, (matrix.T @ beside)[touched])

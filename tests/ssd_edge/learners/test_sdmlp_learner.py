@@ -112,3 +112,79 @@ def test_keys_of_another_shift_or_size_are_pointed_out() -> None:
     assert "pretrained for shift 0, not 1" in build({**options, "shift": 1.0}, 8, given).note
     assert "random ones are used" in build(options, 9, given).note
     assert build({**options, "pretrained": False}, 9, given).note == ""
+
+
+def test_inhibitions_learn_differently_and_by_their_own_rule() -> None:
+    """`subtract` is the switch closed from the start; a mask passes whole scores, so more than a difference."""
+    closed = learned(priors(), pretrained=False, switch=1e-9)  # every counter is past it after the first batch
+    subtract = learned(priors(), pretrained=False, inhibition="subtract")
+    mask = learned(priors(), pretrained=False, inhibition="mask")
+    assert closed.net.gamma is None
+    assert subtract.net.gamma is None
+    assert float(subtract.net.counters.max()) < 64 * 4  # from the start few neurons answer
+    x = subtract.prepared(task((0, 1), seed=5).embeddings)
+    assert int(subtract.net.activate(x).counts().sum()) <= 4 * len(x)
+    assert int(mask.net.activate(x).counts().sum()) == 4 * len(x)
+    scores = (x @ mask.net.keys.T).topk(4, dim=1)
+    torch.testing.assert_close(mask.net.activate(x).to_dense().gather(1, scores.indices), scores.values)
+
+
+def test_a_falling_k_reaches_its_value_and_is_kept() -> None:
+    """Over the epochs of all tasks: 64 neurons, k = 4, 6 epochs, so 4 epochs of a first task leave it at 24."""
+    learner = make(priors(), inhibition="mask", decay_epochs=6)
+    learner.learn(task((0, 1)))
+    x = learner.prepared(task((0, 1), seed=5).embeddings)
+    active = learner.net.activate(x).counts().sum() / len(x)
+    assert learner.net.epochs_done == 4
+    assert 4 < float(active) <= 24  # int(64 - 60 * 4 / 6); scores of zero are not active
+    learner.learn(task((2, 3)))
+    assert int(learner.net.activate(x).counts().sum()) <= 4 * len(x)
+
+
+def test_a_falling_k_and_a_switch_are_refused_together() -> None:
+    with pytest.raises(InputError, match=r"decay_epochs is 5, but learner.inhibition=gaba"):
+        make(Priors(), decay_epochs=5)
+
+
+def test_two_hidden_layers_learn() -> None:
+    learner = make(priors(), layers=2, epochs=30, inhibition="subtract")
+    apart = 3.0 * torch.eye(2, DIM)
+    given, test = (Task(one.embeddings + apart[one.labels], one.labels) for one in (task((0, 1)), task((0, 1), 5)))
+    learner.learn(given)
+    assert [tuple(layer.keys.shape) for layer in learner.net.layers] == [(NEURONS, DIM), (NEURONS, NEURONS)]
+    assert float((learner.predict(test.embeddings) == test.labels).double().mean()) > 0.85
+
+
+def test_untrained_outputs_exist_once_announced_and_are_the_ones_that_learn() -> None:
+    learner, other = make(priors()), make(priors())
+    learner.expect(6)
+    assert learner.scores(task((0, 1)).embeddings).shape[1] == 6
+    columns = learner.net.values.clone()
+    other.net.grow(6, other.generator(purpose=2))
+    assert torch.equal(columns, other.net.values)
+    learner.expect(6)
+    assert torch.equal(learner.net.values, columns)
+
+
+def test_columns_beyond_the_announced_ones_are_drawn_anew() -> None:
+    learner = make(priors(), lr=1e-30)
+    learner.expect(2)
+    learner.learn(task((0, 3)))
+    values = learner.net.values
+    assert values.shape[1] == 4
+    assert not torch.equal(values[:, 2:], values[:, :2])
+
+
+def test_what_each_loss_term_pulls_is_measured() -> None:
+    learner = make(priors(), penalty="l2", penalty_weight=0.1)
+    learner.expect(4)
+    first, second = learner.learn(task((0, 1))), learner.learn(task((2, 3)))
+    assert "penalty" not in first
+    assert second["penalty"] > 0
+    assert second["penalty_gradient_first"] == 0.0  # at the anchor
+    assert second["penalty_gradient_last"] > 0
+    assert second["cross_entropy_gradient_first"] > 0
+    assert second["cross_entropy_gradient_last"] > 0
+    assert 0 <= second["clipped"] <= 1
+    assert 0 < second["active_neurons"] <= 4
+    assert learner.display == "SDMLP+L2"

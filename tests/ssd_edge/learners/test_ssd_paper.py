@@ -13,14 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_edge.distillation import count_activations, select, teacher_targets
+from ssd_edge.distillation import TopNTable, count_activations, select, teacher_targets
 from ssd_edge.errors import InputError
 from ssd_edge.learners import Learner, Task, build, pack, restore
 from ssd_edge.learners.sdmlp import SDMLPLearner
 from ssd_edge.learners.ssd_paper import Settings, SSDPaper
 from ssd_edge.priors import Priors
-from ssd_edge.sdmlp import SDMLP
-from ssd_edge.topk import Activations
+from ssd_edge.sdmlp import SDMLP, Layer, Pass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,12 +49,12 @@ class Watched(SSDPaper):
     def _begin(self, inputs: Tensor, labels: Tensor) -> None:
         super()._begin(inputs, labels)
         net = self.net
-        self.start = SDMLP(net.keys, net.values, net.counters, net.k, net.switch)
+        self.start = net.copy()
         self.taught, self.inputs, self.steps = self.targets, inputs, []
 
-    def _observe(self, activations: Activations) -> None:
-        super()._observe(activations)
-        self.steps.append(activations.counts())
+    def _observe(self, state: Pass) -> None:
+        super()._observe(state)
+        self.steps.append(state.top.counts())
 
 
 def watched(given: Priors | None = None, **options: Any) -> Watched:
@@ -177,7 +176,7 @@ def test_hidden_distillation_holds_the_activations(source: str) -> None:
     for weight in (0.0, 0.9):
         options = {"ce_weight": 0.01, "hidden_weight": weight, "hidden": "mse", "top_n": "64", "lr": 1.0}
         learner = learned(2, hidden_source=source, **options)
-        table = learner.teacher_table.indices
+        table = learner.teacher_tables[0].indices
         before, after = (
             (learner.inputs @ net.keys[table].T).clamp_min(0)
             if source == "before_inhibition"
@@ -211,13 +210,13 @@ def test_logit_scope_with_gaps_between_rows(scope: str, outputs: list[int] | Non
 def test_index_modes(mode: str, init: str) -> None:
     learner = watched(index_mode=mode, student_init=init, top_n="12", pretrained=False)
     learner.learn(task(TASKS[0]))
-    mine = learner.table.indices.tolist()
+    mine = learner.tables[0].indices.tolist()
     learner.learn(task(TASKS[1]))
     # the student as it stood before its first step on the new data
-    counts = count_activations(learner.start, learner.inputs)
+    counts = count_activations(learner.start, learner.inputs)[0]
     theirs = select((counts / 64).float(), 12).indices.tolist()
     assert mine != theirs
-    tables = learner.teacher_table.indices.tolist(), learner.student_table.indices.tolist()
+    tables = learner.teacher_tables[0].indices.tolist(), learner.student_tables[0].indices.tolist()
     both = [index for index in mine if index in theirs]
     assert tables == {
         "teacher": (mine, mine),
@@ -226,7 +225,7 @@ def test_index_modes(mode: str, init: str) -> None:
         "union": (sorted({*mine, *theirs}),) * 2,
         "intersection": (both, both),
     }[mode]
-    assert len(learner.table.indices) == 12
+    assert len(learner.tables[0].indices) == 12
 
 
 @pytest.mark.parametrize("hidden", ["kl_softmax", "mse", "normalised_mse", "cosine"])
@@ -234,11 +233,11 @@ def test_index_modes(mode: str, init: str) -> None:
 def test_an_empty_intersection_leaves_the_logits(source: str, hidden: str) -> None:
     learner = watched(index_mode="intersection", hidden=hidden, hidden_source=source, hidden_weight=0.5)
     learner.learn(task(TASKS[0]))
-    counts = count_activations(learner.net, learner.prepared(task(TASKS[1]).embeddings))
+    counts = count_activations(learner.net, learner.prepared(task(TASKS[1]).embeddings))[0]
     silent = counts.argsort()[:K]
-    learner.table = type(learner.table)(silent, torch.zeros(K))
+    learner.tables = [TopNTable(silent, torch.zeros(K))]
     measured = learner.learn(task(TASKS[1]))
-    assert len(learner.teacher_table.indices) == 0
+    assert len(learner.teacher_tables[0].indices) == 0
     assert "hidden_distillation" not in measured
     assert measured["logit_distillation"] > 0
 
@@ -248,14 +247,14 @@ def test_an_empty_intersection_leaves_the_logits(source: str, hidden: str) -> No
 
 def shares(learner: Watched, net: SDMLP) -> Tensor:
     """Share of the present task's samples that activate each neuron of a network."""
-    return (count_activations(net, learner.inputs) / len(learner.inputs)).float()
+    return (count_activations(net, learner.inputs)[0] / len(learner.inputs)).float()
 
 
 def test_frequencies_of_the_end_pass_are_those_of_the_trained_network() -> None:
     learner = learned(2, top_n="64")
     wanted = select(shares(learner, learner.net), NEURONS)
-    assert torch.equal(learner.table.indices, wanted.indices)
-    assert torch.equal(learner.table.frequencies, wanted.frequencies)
+    assert torch.equal(learner.tables[0].indices, wanted.indices)
+    assert torch.equal(learner.tables[0].frequencies, wanted.frequencies)
 
 
 @pytest.mark.parametrize("init", ["continue", "pretrained"])
@@ -263,8 +262,8 @@ def test_frequencies_of_the_end_pass_are_those_of_the_trained_network() -> None:
 def test_frequencies_of_the_training(source: str, init: str) -> None:
     learner = learned(2, top_n="64", frequency_source=source, student_init=init, lr=1.0)
     wanted = select((torch.stack(learner.steps).sum(0) / (64 * 4)).float(), NEURONS)
-    assert torch.equal(learner.table.indices, wanted.indices)
-    torch.testing.assert_close(learner.table.frequencies, wanted.frequencies)
+    assert torch.equal(learner.tables[0].indices, wanted.indices)
+    torch.testing.assert_close(learner.tables[0].frequencies, wanted.frequencies)
     assert not torch.equal(wanted.indices, select(shares(learner, learner.net), NEURONS).indices)
 
 
@@ -273,24 +272,24 @@ def test_frequencies_add_up_over_tasks() -> None:
     total, samples = torch.zeros(NEURONS, dtype=torch.float64), 0
     for rows, count in zip(TASKS, (64, 32, 16), strict=True):
         learner.learn(task(rows, count))
-        total, samples = total + count_activations(learner.net, learner.inputs), samples + count
+        total, samples = total + count_activations(learner.net, learner.inputs)[0], samples + count
     wanted = select((total / samples).float(), NEURONS)
-    assert torch.equal(learner.table.indices, wanted.indices)
-    torch.testing.assert_close(learner.table.frequencies, wanted.frequencies)
+    assert torch.equal(learner.tables[0].indices, wanted.indices)
+    torch.testing.assert_close(learner.tables[0].frequencies, wanted.frequencies)
 
 
 @pytest.mark.parametrize("source", ["end_pass", "running"])
 def test_selection_by_class_entropy(source: str) -> None:
     learner = learned(1, selection="class_entropy", frequency_source=source, top_n="6")
-    by_class = count_activations(learner.net, learner.inputs, task(TASKS[0]).labels, 2)
-    chosen = by_class[learner.table.indices]
+    by_class = count_activations(learner.net, learner.inputs, task(TASKS[0]).labels, 2)[0]
+    chosen = by_class[learner.tables[0].indices]
     assert bool((chosen.sum(1) > 0).all())
     assert bool((chosen.min(1).values == 0).all())  # pure neurons exist, so only those are chosen
 
 
 def test_selection_rules_choose_differently() -> None:
     tables = {
-        rule: tuple(learned(1, selection=rule, top_n="8").table.indices.tolist())
+        rule: tuple(learned(1, selection=rule, top_n="8").tables[0].indices.tolist())
         for rule in ("frequency", "low_entropy", "class_entropy", "random", "all")
     }
     assert len(set(tables.values())) == 5
@@ -302,7 +301,7 @@ def test_selection_rules_choose_differently() -> None:
 
 def test_the_previous_self_teaches_and_nothing_of_it_is_kept() -> None:
     learner = learned(1)
-    former = SDMLP(learner.net.keys, learner.net.values, learner.net.counters, K, learner.net.switch)
+    former = learner.net.copy()
     assert not any(name.startswith("teacher") for name in learner.state_dict())
     learner.learn(task(TASKS[1]))
     torch.testing.assert_close(learner.taught.logits[:, :2], former.logits(learner.inputs))
@@ -312,7 +311,8 @@ def test_the_first_self_stays_the_teacher() -> None:
     learner = learned(1, teacher="first")
     first = {name: tensor.clone() for name, tensor in learner.state_dict().items() if name.startswith("teacher")}
     assert torch.equal(first["teacher_keys"], learner.net.keys)
-    former = SDMLP(first["teacher_keys"], first["teacher_values"], first["teacher_counters"], K, learner.net.switch)
+    layers = [Layer(first["teacher_keys"], first["teacher_counters"])]
+    former = SDMLP(layers, first["teacher_values"], K, learner.net.switch)
     for rows in TASKS[1:]:
         learner.learn(task(rows))
         torch.testing.assert_close(learner.taught.logits[:, :2], former.logits(learner.inputs))
@@ -324,7 +324,7 @@ def test_the_first_self_stays_the_teacher() -> None:
 
 def test_the_averaged_teacher_follows_the_student() -> None:
     learner = learned(1, teacher="ema", teacher_decay=0.75)
-    first = SDMLP(learner.net.keys, learner.net.values, learner.net.counters, K, 1.0)
+    first = learner.net.copy()
     learner.learn(task(TASKS[1]))
     state, net = learner.state_dict(), learner.net
     torch.testing.assert_close(state["teacher_keys"], 0.75 * first.keys + 0.25 * net.keys)
@@ -332,7 +332,8 @@ def test_the_averaged_teacher_follows_the_student() -> None:
     torch.testing.assert_close(state["teacher_values"][:, :2], 0.75 * first.values + 0.25 * net.values[:, :2])
     torch.testing.assert_close(state["teacher_values"][:, 2:], net.values[:, 2:])  # new outputs: nothing to average
     learner.learn(task(TASKS[2]))
-    average = SDMLP(*(state[f"teacher_{name}"] for name in ("keys", "values", "counters")), K, net.switch)
+    layers = [Layer(state["teacher_keys"], state["teacher_counters"])]
+    average = SDMLP(layers, state["teacher_values"], K, net.switch)
     torch.testing.assert_close(learner.taught.logits[:, :4], average.logits(learner.inputs))
 
 
@@ -341,7 +342,7 @@ def test_a_student_that_starts_again_from_its_first_keys(given: str) -> None:
     learner = watched(priors() if given == "pretrained" else Priors(), student_init="pretrained")
     keys, counters = learner.net.keys.clone(), learner.net.counters.clone()
     learner.learn(task(TASKS[0]))
-    former = SDMLP(learner.net.keys, learner.net.values, learner.net.counters, K, learner.net.switch)
+    former = learner.net.copy()
     old = learner.net.values.clone()
     learner.learn(task(TASKS[1]))
     torch.testing.assert_close(learner.start.keys, keys)
@@ -349,10 +350,10 @@ def test_a_student_that_starts_again_from_its_first_keys(given: str) -> None:
     assert learner.start.values.shape == (NEURONS, 4)
     assert not torch.equal(learner.start.values[:, :2], old)  # the head is new as well
     # the teacher is the former self all the same
-    wanted = teacher_targets(former, learner.inputs, learner.teacher_table)
+    wanted = teacher_targets(former, learner.inputs, learner.teacher_tables)
     torch.testing.assert_close(learner.taught.logits[:, :2], wanted.logits)
     index = torch.arange(64)
-    torch.testing.assert_close(learner.taught.table(index), wanted.table(index))
+    torch.testing.assert_close(learner.taught.hidden[0].table(index), wanted.hidden[0].table(index))
 
 
 def test_distillation_forgets_less_than_none() -> None:
