@@ -4,8 +4,10 @@ The learner computes closed-form gradients on active neurons and updates touched
 must walk the same path for 200 steps; in float32, one step from equal state must agree.
 """
 
+# ruff: noqa: B023  the functions made in loops are called within their round
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -326,7 +328,7 @@ def test_penalties_over_three_tasks(name: str, kind: str, weight: float) -> None
     tasks = [task(0, 1, 96), task(2, 2, 96), task(4, 3, 96)]
     slots: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []  # of (importances, anchors)
     learner.learn(tasks[0])
-    for previous, new in zip(tasks, tasks[1:], strict=False):
+    for previous, new in itertools.pairwise(tasks):
         net = learner.net
         at_anchor = Oracle(net.keys, net.values, net.counters, net.switch, torch.float64)
         new_one = importances(at_anchor, inputs_of(previous.embeddings, torch.float64), kind)
@@ -338,19 +340,19 @@ def test_penalties_over_three_tasks(name: str, kind: str, weight: float) -> None
         def penalty(w1: Tensor, w2: Tensor) -> Tensor:
             return weight * sum(
                 (omega * (now - then).square()).sum()
-                for both in slots  # noqa: B023  called before the next task
+                for both in slots
                 for omega, then, now in zip(*both, (w1, w2), strict=True)
             )
 
         make = None
         if name == "ssd-paper":
             counts = (at_anchor.activations(inputs_of(previous.embeddings, torch.float64))[0] > 0).sum(0)
-            table = torch.tensor(sorted(range(NEURONS), key=lambda j: (-int(counts[j]), j))[: learner.n])  # noqa: B023
+            table = torch.tensor(sorted(range(NEURONS), key=lambda j: (-int(counts[j]), j))[: learner.n])
             x = inputs_of(new.embeddings, torch.float64)
 
             def make(index: Tensor) -> Any:
-                a, u = at_anchor.activations(x[index])  # noqa: B023
-                return distillation(learner.settings, table, (a @ at_anchor.w2.T, a, u), list(range(6)))  # noqa: B023
+                a, u = at_anchor.activations(x[index])
+                return distillation(learner.settings, table, (a @ at_anchor.w2.T, a, u), list(range(6)))
 
         oracle = walk(learner, new, make, penalty)
         assert_same(learner, oracle, 1e-9)
@@ -394,8 +396,8 @@ def test_synaptic_intelligence_along_the_path(quirk: bool) -> None:
                         for part, then, now in zip(omega, anchor, (w1, w2), strict=True):
                             extra = extra + weight * (part * (now - then).square()).sum()
                     if quirk:  # its gradient is BATCH · g
-                        for slope, now in zip(slopes, (w1, w2), strict=True):  # noqa: B023
-                            extra = extra + len(index) * (slope * now).sum()  # noqa: B023
+                        for slope, now in zip(slopes, (w1, w2), strict=True):
+                            extra = extra + len(index) * (slope * now).sum()
                     return extra
 
                 oracle.step(x[index], new.labels[index], 0.3, 1.0, None, penalty)

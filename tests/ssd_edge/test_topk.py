@@ -142,7 +142,7 @@ def test_a_mask_lets_the_k_largest_positive_scores_pass_unchanged(k: int) -> Non
     assert found.is_dense == (k > DENSE_ABOVE * 40)
     wanted = torch.zeros_like(scores)
     for sample, row in enumerate(scores.tolist()):
-        for neuron in sorted(range(40), key=lambda j: -row[j])[:k]:  # noqa: B023
+        for neuron in sorted(range(40), key=lambda j: -row[j])[:k]:
             wanted[sample, neuron] = max(row[neuron], 0.0)
     assert torch.equal(found.to_dense(), wanted)
     assert torch.equal(found.counts(), (wanted > 0).sum(0))
@@ -170,7 +170,7 @@ def test_products_and_norms_are_those_of_the_dense_matrix(dense: bool) -> None:
     touched = torch.arange(40) if dense else found.neuron.unique()
     position = torch.full((40,), -1)
     position[touched] = torch.arange(len(touched))
-    for given, matrix in ((None, a), (entries, whole)):
-        torch.testing.assert_close(found.entries_matmul(given, above), matrix @ above)
-        sums = found.transposed_matmul(given, beside, position, len(touched))
+    for numbers, matrix in ((None, a), (entries, whole)):
+        torch.testing.assert_close(found.entries_matmul(numbers, above), matrix @ above)
+        sums = found.transposed_matmul(numbers, beside, position, len(touched))
         torch.testing.assert_close(sums, (matrix.T @ beside)[touched])
