@@ -293,6 +293,7 @@ class Device:
             "images": {entry.name: entry.images for entry in self.registry.entries},
             "learned_here": [entry.name for entry in self.registry.entries if entry.origin == "device"],
             "learner": self.learner.name,
+            "replay": self.learner.replay,
             "state_bytes": self.learner.memory_bytes(),
             "provider": self.embedder.provider,
             "bundle": self.facts["name"],

@@ -13,6 +13,7 @@ from typing import Any
 
 from exporters.targets import TARGETS
 from ssd_edge.classes import ClassRegistry
+from ssd_edge.learners import LEARNERS
 
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}  # a backslash would leave them HTML for some readers
 # What means something within a line of Markdown; the last two make links of bare addresses.
@@ -52,7 +53,7 @@ def render(manifest: Mapping[str, Any], registry: ClassRegistry) -> str:
         _backbone(manifest["backbone"]),
         _making(manifest),
         _export(manifest["parity"]),
-        _limits(),
+        _limits(manifest["learner"]),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -159,13 +160,22 @@ def _export(parity: Mapping[str, Any]) -> str:
     )
 
 
-def _limits() -> str:
+def _limits(learner: Mapping[str, Any]) -> str:
+    if LEARNERS[learner["name"]].replay:
+        kept = (
+            "- **Replay**: it holds embeddings of training images, one by one, and of images that it is taught with "
+            "later. They are no pictures, but they are data of the people or things shown."
+        )
+    else:
+        kept = (
+            "- It holds no images, but sums over them: the mean of a class taught with one image is that image's "
+            "embedding."
+        )
     return (
         "## Limits\n\n"
         "- Speed, memory and energy: not measured on a board.\n"
         "- The accuracy holds for images like the test images. Another camera, light or background was not tested.\n"
         "- It was not tested on images of anything but its classes.\n"
-        "- It holds no images, but sums over them: the mean of a class taught with one image is that image's "
-        "embedding.\n"
+        f"{kept}\n"
         "- The bundle's digest says that it is complete, not who made it."
     )

@@ -11,10 +11,14 @@ DISPLAY = {
     "ssd-paper": "SSD (paper)",
     "sdmlp": "SDMLP",
     "finetune": "fine-tuning",
+    "lwf": "LwF",
+    "icarl": "iCaRL (replay)",
     "ncm": "NCM",
     "slda": "SLDA",
     "ridge": "ridge",
     "rp_ridge": "RanPAC",
+    "fecam": "FeCAM",
+    "flymodel": "FlyModel",
     "joint": "joint",
 }
 ROLES = {"learner": "this run", "baseline": "baseline", "panel": "panel head", "joint": "all data at once"}

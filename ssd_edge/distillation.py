@@ -73,6 +73,19 @@ def activation_entropy(frequencies: Tensor) -> Tensor:
     return -(torch.xlogy(frequencies, frequencies) + torch.xlogy(1 - frequencies, 1 - frequencies))
 
 
+def class_entropy(class_counts: Tensor) -> Tensor:
+    """Entropy of the classes that activate a neuron, in nats: −Σ_c q_c ln q_c, float64 ``(r,)``.
+
+    0 is a neuron of a single class, ln C one that answers all alike; a dead neuron has 0 too.
+
+    Args:
+        class_counts: activations by class, ``(r, C)``; q are its rows brought to sum 1.
+    """
+    counts = class_counts.double()
+    share = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    return -torch.xlogy(share, share).sum(1)
+
+
 def select(
     frequencies: Tensor,
     n: int,
@@ -100,9 +113,8 @@ def select(
         if rule == "low_entropy":
             key = activation_entropy(frequencies) + last * (frequencies == 0)
         elif rule == "class_entropy":
-            total = class_counts.sum(1)  # 0 where only another pass or an earlier task saw the neuron active
-            share = class_counts / total.clamp_min(1)[:, None]
-            key = -torch.xlogy(share, share).sum(1) + last * (total == 0)
+            # no count where only another pass or an earlier task saw the neuron active
+            key = class_entropy(class_counts) + last * (class_counts.sum(1) == 0)
         indices = key.sort(stable=True).indices[:n]
     return TopNTable(indices, frequencies[indices].float())
 

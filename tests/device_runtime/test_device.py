@@ -167,6 +167,7 @@ def test_status_and_history_speak_json(root: Path, shapes: Path) -> None:
     assert status["learned_here"] == ["triangle"]
     assert status["images"]["triangle"] == 6
     assert status["provider"] == "CPUExecutionProvider"
+    assert status["replay"] is False
     history = json.loads(json.dumps(device.history()))
     assert [event["event"] for event in history["events"]] == ["install", "learn"]
     assert [entry["number"] for entry in history["generations"]] == [1, 2]

@@ -112,3 +112,10 @@ def test_markup_from_outside_is_text():
 )
 def test_escape(text, escaped):
     assert escape(text) == escaped
+
+
+def test_a_learner_that_stores_samples_is_called_replay():
+    card = render(manifest(learner={"name": "icarl", "settings": {}}), REGISTRY)
+    assert "**Replay**: it holds embeddings of training images" in card
+    assert "It holds no images" not in card
+    assert "Replay" not in render(manifest(), REGISTRY)

@@ -408,4 +408,5 @@ def test_synaptic_intelligence_along_the_path(quirk: bool) -> None:
         new_omega = [
             part / ((now - was).square() + damping) for part, now, was in zip(path, anchor, begin, strict=True)
         ]
-        omega = new_omega if omega is None else [a + b for a, b in zip(omega, new_omega, strict=True)]
+        total = new_omega if omega is None else [a + b for a, b in zip(omega, new_omega, strict=True)]
+        omega = [part.clamp_min(0) for part in total]
