@@ -46,10 +46,10 @@ def setting(
 class DataConfig:
     """Where the images come from."""
 
-    path: str = setting("digits", "folder, archive, CIFAR, MNIST .npz, or 'digits' (from scikit-learn)")
+    path: str = setting("digits", "folder, archive, CIFAR, MNIST, Tiny-ImageNet, .npz, or 'digits' (scikit-learn)")
     test_fraction: float = setting(0.2, "held out of each class without a test split", above=0.0, maximum=0.9)
-    classes: tuple[str, ...] = setting((), "only these classes, by name; empty: all")
-    exclude: tuple[str, ...] = setting((), "leave these classes out")
+    classes: tuple[str, ...] = setting((), "only these: names, or sorted positions as 0:100 (a name wins); empty: all")
+    exclude: tuple[str, ...] = setting((), "leave these classes out; names or positions, as in classes")
     max_per_class: int = setting(0, "at most so many training images a class, seeded; 0: all", minimum=0)
 
 
@@ -71,7 +71,15 @@ class StreamConfig:
     """How the classes arrive."""
 
     tasks: int = setting(0, "0: two classes a task up to 20 classes, else ten even tasks", minimum=0)
-    order: str = setting("seeded", "seeded (by run.seed), sorted (by name), or class numbers: '3,0,1,…'")
+    order: str = setting("seeded", "seeded (by run.seed), sorted (by name), sdmlp-0 … -97, or numbers: '3,0,1,…'")
+    kind: Literal["class_incremental", "repetition", "blurry"] = setting(
+        "class_incremental", "class_incremental: a class comes in its task only; others: docs/cli.md"
+    )
+    online: bool = setting(False, "each sample once: learners that are trained by gradients take one epoch")
+    experiences: int = setting(0, "with repetition, how many; 0: twice the tasks", minimum=0)
+    repetition: float = setting(0.5, "chance that an earlier class comes again in an experience", minimum=0, maximum=1)
+    disjoint: float = setting(0.5, "blurry: N, share of classes that keep to their task", minimum=0, maximum=1)
+    leakage: float = setting(0.1, "blurry: M, share of another class's samples in other tasks", minimum=0, maximum=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +91,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where a kernel runs on it")
     threads: int = setting(0, "of PyTorch; 0: one per core", minimum=0, maximum=1024)
     baselines: bool = setting(True, "also run ssd-paper, sdmlp and finetune on the same stream")
-    panel: bool = setting(True, "also run NCM, SLDA, ridge, random-projection ridge and joint training")
+    panel: bool = setting(True, "also run NCM, SLDA, ridge, RanPAC, FeCAM, FlyModel and joint training")
 
 
 @dataclasses.dataclass(frozen=True)

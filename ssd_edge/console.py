@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ssd_edge.comparison import ROLES, compared, duration, lead_note, percent, points, ranked, size
 from ssd_edge.errors import require
 from ssd_edge.files import write_text
+from ssd_edge.streams import described, step_name
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -33,10 +34,11 @@ _COLD, _WARM = (26, 36, 52), (111, 176, 245)  # of the accuracy matrix: the dark
 class Progress:
     """Shows how far a run is: a live line on a terminal, else a line every `SPARSE_SECONDS`."""
 
-    def __init__(self, console: Console, description: str, total: int, bar: RichProgress | None) -> None:
+    def __init__(self, console: Console, description: str, total: int, step: str, bar: RichProgress | None) -> None:
         self._console = console
         self._description = description
         self._total = total
+        self._step = step
         self._bar = bar
         self._line = bar.add_task(description, total=total, note="") if bar else None
         self._spoke = time.monotonic()
@@ -53,7 +55,7 @@ class Progress:
             self._bar.update(self._line, completed=task_index + share, note=note)
         elif time.monotonic() - self._spoke >= SPARSE_SECONDS:
             self._spoke = time.monotonic()
-            text = f"{self._description}: task {task_index + 1}/{self._total}, {100 * share:.0f} %"
+            text = f"{self._description}: {self._step} {task_index + 1}/{self._total}, {100 * share:.0f} %"
             self._console.say(f"{text}, {note}" if note else text)
 
 
@@ -73,10 +75,10 @@ class Console:
         self._rich.print(text, soft_wrap=True)
 
     @contextlib.contextmanager
-    def progress(self, description: str, total_tasks: int) -> Iterator[Progress]:
+    def progress(self, description: str, total_tasks: int, step: str = "task") -> Iterator[Progress]:
         """Show progress while the block runs; lines written meanwhile appear above the live line."""
         if not self._rich.is_interactive:
-            yield Progress(self, description, total_tasks, None)
+            yield Progress(self, description, total_tasks, step, None)
             return
         from rich import progress
 
@@ -88,7 +90,7 @@ class Console:
             progress.TextColumn("{task.fields[note]}", markup=False),
         )
         with progress.Progress(*columns, console=self._rich, transient=True) as bar:
-            yield Progress(self, description, total_tasks, bar)
+            yield Progress(self, description, total_tasks, step, bar)
 
     def task_line(
         self,
@@ -98,8 +100,9 @@ class Console:
         curve_accuracy: float,
         per_task_accuracies: Sequence[float],
         seconds: float,
+        step: str = "task",
     ) -> None:
-        """One line on a task that has been learned.
+        """One line on a task, or an experience, that has been learned.
 
         Args:
             index: of the task, from 0.
@@ -108,12 +111,13 @@ class Console:
             curve_accuracy: mean accuracy on the tasks seen.
             per_task_accuracies: of each task seen, in order.
             seconds: that it took.
+            step: what to call it.
         """
         from rich.cells import set_cell_size
 
         shown = [f"{100 * accuracy:.0f}" for accuracy in per_task_accuracies]
         each = " ".join(shown[i] if i is not None else "…" for i in _elided(len(shown), 10))
-        number = f"task {index + 1:>{len(str(total))}}/{total}"
+        number = f"{step} {index + 1:>{len(str(total))}}/{total}"
         names = set_cell_size(_shorten(", ".join(classes), 24), 24)
         line = f"{number}  {names}  {duration(seconds):>11}  mean {percent(curve_accuracy):>7} of {each}"
         self._rich.print(line, no_wrap=True, overflow="ellipsis")
@@ -154,34 +158,40 @@ def _rich(stream: TextIO, terminal: bool, record: bool = False) -> RichConsole:
 def _summary(metrics: Mapping[str, Any], width: int) -> list[RenderableType]:
     from rich.text import Text
 
-    tasks = len(metrics["tasks"])
-    name = f"{compared(metrics)[0].display} on {metrics['data']}"
-    heading = f"{name}: {len(metrics['classes'])} classes in {tasks} {'task' if tasks == 1 else 'tasks'}"
+    heading = f"{compared(metrics)[0].display} on {metrics['data']}: {described(metrics)}"
     parts = [Text(heading, style="bold"), "", _matrix(metrics, width), "", _comparison(metrics, width)]
     note = lead_note(metrics)
     return [*parts, "", Text(note, style="yellow")] if note else parts
 
 
 def _matrix(metrics: Mapping[str, Any], width: int) -> Table:
-    """Accuracy in percent; a row after each task, a column for each task's images."""
+    """Accuracy in percent; a row after each task (or experience), a column for each task's images."""
     from rich.text import Text
 
     label = 28  # characters of the first column, which names the task's classes; the others have 6 and a space
-    chosen = _elided(len(metrics["tasks"]), max(3, (width - label) // 7))
-    table = _table("after task", *("…" if task is None else str(task + 1) for task in chosen), padding=0)
+    matrix, tasks = metrics["accuracy_matrix"], metrics["tasks"]
+    introduced = metrics.get("introduced", range(len(tasks)))
+    step, room = step_name(len(tasks), len(matrix)), max(3, (width - label) // 7)
+    columns = _elided(len(tasks), room)
+    table = _table(f"after {step}", *("…" if task is None else str(task + 1) for task in columns), padding=0)
     for drawn in table.columns[1:]:
         drawn.justify, drawn.min_width = "center", 6
-    for row in chosen:
+    rows = _elided(len(matrix), room if step == "task" else 2 * room)
+    for row in rows:
         if row is None:
             table.add_row("…")
             continue
         cells = []
-        for column in chosen:
-            accuracy = None if column is None or column > row else metrics["accuracy_matrix"][row][column]
-            gap = "…" if column is None and row >= len(chosen) // 2 else ""
+        for column in columns:
+            accuracy = None if column is None or introduced[column] > row else matrix[row][column]
+            gap = "…" if column is None and row >= len(rows) // 2 else ""
             cells.append(Text(gap) if accuracy is None else Text(f"{100 * accuracy:.1f}", style=_heat(accuracy)))
-        names = ", ".join(map(str, metrics["tasks"][row]["classes"]))
-        table.add_row(_shorten(f"{row + 1}  {names}", label), *cells)
+        new = [
+            ("" if step == "task" else f"task {task + 1}: ") + ", ".join(map(str, tasks[task]["classes"]))
+            for task, first in enumerate(introduced)
+            if first == row
+        ]
+        table.add_row(_shorten("  ".join([str(row + 1), *new]), label), *cells)
     return table
 
 

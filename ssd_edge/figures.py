@@ -15,6 +15,7 @@ from html import escape
 from typing import Any
 
 from ssd_edge.comparison import Method, compared, percent, points
+from ssd_edge.streams import step_name
 
 FULL = 0.65  # share of colour in a cell from which its number needs the other ink; both then have 4.3 : 1
 
@@ -47,7 +48,7 @@ def _stride(pitch: float, needed: float) -> int:
 
 
 # Lines differ in colour, dash and marker, so that no reader depends on colour. The learner's comes first.
-_DASHES = (None, "7 3", "2 3", "9 3 2 3", "5 2", "1.5 2.5", "12 3", "8 2 2 2 2 2", "4 4")
+_DASHES = (None, "7 3", "2 3", "9 3 2 3", "5 2", "1.5 2.5", "12 3", "8 2 2 2 2 2", "4 4", "14 3 2 3 2 3", "1 4")
 _MARKERS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",  # circle
     "M-3.2 -3.2h6.4v6.4h-6.4z",  # square
@@ -58,6 +59,8 @@ _MARKERS = (
     "M-4.4 -1.6h8.8v3.2h-8.8z",  # bar
     "M-1.6 -4.4h3.2v8.8h-3.2z",  # upright bar
     "M0 -4.6L1.4 -1.4L4.6 0L1.4 1.4L0 4.6L-1.4 1.4L-4.6 0L-1.4 -1.4z",  # star
+    "M-4 -4H4L-4 4H4z",  # hourglass
+    "M-4.2 0L3.2 -4V4z",  # triangle that points to the left
 )
 
 
@@ -76,8 +79,9 @@ def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> lis
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """Where tasks and accuracies lie in a drawing."""
+    """Where tasks (or experiences) and accuracies lie in a drawing."""
 
+    step: str
     tasks: int
     low: float
     high: float
@@ -110,7 +114,7 @@ class _Frame:
         stride = _stride(self.pitch, 26)
         for task in range(stride - 1, self.tasks, stride):
             parts.append(tag("text", str(task + 1), x=self.x(task), y=bottom + 20, text_anchor="middle"))
-        parts.append(tag("text", "tasks learned", x=(left + right) / 2, y=bottom + 40, text_anchor="middle"))
+        parts.append(tag("text", f"{self.step}s learned", x=(left + right) / 2, y=bottom + 40, text_anchor="middle"))
         return "".join(parts)
 
 
@@ -119,7 +123,7 @@ def _line(frame: _Frame, style: int, method: Method, curve: Sequence[tuple[int, 
     marks = [
         tag(
             "path",
-            _title(f"{method.display}, {task + 1} of {frame.tasks} tasks learned: {percent(accuracy)}"),
+            _title(f"{method.display}, {task + 1} of {frame.tasks} {frame.step}s learned: {percent(accuracy)}"),
             d=_MARKERS[style],
             transform=f"translate({frame.x(task):.1f} {frame.y(accuracy):.1f})",
             class_="mark",
@@ -145,17 +149,18 @@ def curves(metrics: Mapping[str, Any], wide: bool) -> str:
     """Accuracy by tasks learned, one line a method, each named at its end; joint training is its end alone.
 
     Args:
-        metrics: of at least two tasks.
+        metrics: of at least two tasks or experiences.
         wide: drawn for a wide screen or for a narrow one: shrinking the wide one would make its text too small.
     """
-    methods, tasks = compared(metrics), len(metrics["tasks"])
+    methods, tasks = compared(metrics), len(metrics["accuracy_matrix"])
     series = []
     for method in methods:
         accuracies = method.values.get("accuracy_curve") or [method.values["average_accuracy"]]
         series.append(list(enumerate(accuracies, tasks - len(accuracies))))
     values = [accuracy for curve in series for _, accuracy in curve]
     high = max(math.ceil(10 * max(values)) / 10, 0.1)
-    frame = _Frame(tasks, min(math.floor(10 * min(values)) / 10, high - 0.1), high, wide)
+    step = step_name(len(metrics["tasks"]), tasks)
+    frame = _Frame(step, tasks, min(math.floor(10 * min(values)) / 10, high - 0.1), high, wide)
 
     ends = [frame.y(curve[-1][1]) for curve in series]
     downwards = sorted(range(len(ends)), key=ends.__getitem__)
@@ -172,8 +177,10 @@ def curves(metrics: Mapping[str, Any], wide: bool) -> str:
 
 def heat_map(metrics: Mapping[str, Any]) -> str:
     """The accuracy matrix. The empty upper half holds the class names, each beside the top of its column."""
-    matrix, count = metrics["accuracy_matrix"], len(metrics["accuracy_matrix"])
-    names = [", ".join(map(str, task["classes"])) for task in metrics["tasks"]]
+    matrix, tasks = metrics["accuracy_matrix"], metrics["tasks"]
+    count, introduced = len(matrix), metrics.get("introduced", range(len(tasks)))
+    step = step_name(len(tasks), count)
+    names = [", ".join(map(str, task["classes"])) for task in tasks]
     numbered = count <= 20  # beyond, a number would not fit into its cell
     if numbered:
         wide, tall = (56, 40) if count <= 6 else (52, 32) if count <= 12 else (36, 26)
@@ -183,11 +190,11 @@ def heat_map(metrics: Mapping[str, Any]) -> str:
     cells, labels, right = [], [], 0.0
     for row in range(count):
         middle = (row + 0.5) * tall + 4.5
-        for column, accuracy in enumerate(matrix[row][: row + 1]):
-            if accuracy is None:
+        for column, accuracy in enumerate(matrix[row]):
+            if accuracy is None or introduced[column] > row:
                 continue
             on = f"{column + 1} ({_shorten(names[column], 40)})" if numbered else column + 1
-            said = _title(f"after task {row + 1}, on task {on}: {percent(accuracy)}")
+            said = _title(f"after {step} {row + 1}, on task {on}: {percent(accuracy)}")
             x, shade = left + column * wide, _shade(accuracy)
             spot = {"x": x, "y": row * tall, "width": wide - 1, "height": tall - 1}
             cells.append(tag("rect", said, **spot, fill_opacity=f"{shade:.2f}"))
@@ -197,16 +204,18 @@ def heat_map(metrics: Mapping[str, Any]) -> str:
                 cells.append(tag("text", text, x=x + wide / 2, y=middle, class_=ink))
         if (row + 1) % stride == 0:
             labels.append(tag("text", f"after {row + 1}", x=left - 8, y=middle, text_anchor="end"))
-            task, start, name = metrics["tasks"][row], left + (row + 1) * wide + 8, _shorten(names[row], 30)
-            said = f"task {row + 1}: {names[row]}; {task.get('train')} training and {task.get('test')} test images"
-            labels.append(tag("text", _title(said), escape(name), x=start, y=middle))
-            advance = sum(13 if unicodedata.east_asian_width(letter) in "WF" else 7.2 for letter in name)
-            right = max(right, start + advance)
-    for column in range(_stride(wide, 20) - 1, count, _stride(wide, 20)):
+    named = _stride(tall * count / len(tasks), 15)
+    for column in range(named - 1, len(tasks), named):
+        task, start, name = tasks[column], left + (column + 1) * wide + 8, _shorten(names[column], 30)
+        said = f"task {column + 1}: {names[column]}; {task.get('train')} training and {task.get('test')} test images"
+        labels.append(tag("text", _title(said), escape(name), x=start, y=(introduced[column] + 0.5) * tall + 4.5))
+        advance = sum(13 if unicodedata.east_asian_width(letter) in "WF" else 7.2 for letter in name)
+        right = max(right, start + advance)
+    for column in range(_stride(wide, 20) - 1, len(tasks), _stride(wide, 20)):
         x = left + (column + 0.5) * wide
         labels.append(tag("text", str(column + 1), x=x, y=count * tall + 17, text_anchor="middle"))
     labels.append(tag("text", "on task", x=left - 8, y=count * tall + 17, text_anchor="end"))
-    width, height = math.ceil(max(right, left + count * wide)), count * tall + 24
+    width, height = math.ceil(max(right, left + len(tasks) * wide)), count * tall + 24
     shape = {"width": width, "height": height, "viewBox": f"0 0 {width} {height}"}
     return tag("svg", tag("g", *cells, class_="cells"), *labels, **shape, role="img", aria_label="Accuracy matrix")
 

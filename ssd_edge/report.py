@@ -9,6 +9,7 @@ from typing import Any
 
 from ssd_edge.comparison import ROLES, compared, duration, lead_note, percent, points, ranked, size
 from ssd_edge.figures import bar, curves, heat_map, scale, tag
+from ssd_edge.streams import described, step_name
 
 MOST_CLASSES = 40  # a longer list of bars is scrolled past, not read
 
@@ -23,10 +24,10 @@ def render(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     Returns:
         A complete HTML document.
     """
-    name, data, tasks = compared(metrics)[0].display, str(metrics["data"]), metrics["tasks"]
-    heading = f"{name} on {data}"
+    name, data, steps = compared(metrics)[0].display, str(metrics["data"]), len(metrics["accuracy_matrix"])
+    heading, step = f"{name} on {data}", step_name(len(metrics["tasks"]), steps)
     facts = [
-        f"{len(metrics['classes'])} classes in {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}",
+        described(metrics),
         f"{metrics['train_images']:,} training and {metrics['test_images']:,} test images ({metrics['split']})",
         f"seed {run.get('seed')}",
     ]
@@ -37,10 +38,10 @@ def render(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         tag("p", escape(" · ".join(facts)), class_="facts"),
         tag("p", escape(note), class_="note") if note else "",
         _cards(metrics),
-        _curves_section(metrics) if len(tasks) > 1 else "",
+        _curves_section(metrics) if steps > 1 else "",
         _section(
             "What is remembered",
-            "Test accuracy in percent: each row is the state after one more task, each column one task’s images. "
+            f"Test accuracy in percent: each row is the state after one more {step}, each column one task’s images. "
             "A column begins where its classes, named beside it, are learned; downwards it shows what becomes of them.",
             tag("div", heat_map(metrics), scale(), class_="scroll"),
         ),
@@ -184,18 +185,18 @@ def _tree(value: Any) -> str:
     return "–" if value is None or value == "" else escape(str(value))
 
 
-# `.s0` … `.s8` are the lines of `figures.curves`. Dark is for screens only: paper stays white.
+# `.s0` … `.s10` are the lines of `figures.curves`. Dark is for screens only: paper stays white.
 _STYLE = """
 :root { color-scheme: light dark;
   --page: #f5f6f8; --card: #fff; --edge: #dde2e8; --ink: #17202b; --soft: #56616f; --accent: #0a56c4; --tint: #e8f0fc;
   --warn: #8a5300; --warn-tint: #fdf3e0; --heat: #08347e; --pale: #000; --full: #fff; --track: #eceff3; --bar: #8291a4;
   --c1: #c2410c; --c2: #8e3fa8; --c3: #8f6400; --c4: #00776c; --c5: #4b5b70; --c6: #3a7d1e; --c7: #b8336f;
-  --c8: #7a4b2a; }
+  --c8: #7a4b2a; --c9: #5a3fc0; --c10: #9c2f2f; }
 @media screen and (prefers-color-scheme: dark) { :root {
   --page: #0d1117; --card: #161b22; --edge: #2b333e; --ink: #e6ebf1; --soft: #9aa7b5; --accent: #6cb2ff;
   --tint: #14263d; --warn: #f0bb62; --warn-tint: #2b2314; --heat: #6fb0f5; --pale: #fff; --full: #000;
   --track: #222a34; --bar: #67788b; --c1: #ff9a6b; --c2: #d7a1ea; --c3: #e0b84a; --c4: #46cdbd; --c5: #a9b8ca;
-  --c6: #8bd672; --c7: #ff8fbb; --c8: #d3a27e; } }
+  --c6: #8bd672; --c7: #ff8fbb; --c8: #d3a27e; --c9: #a99bff; --c10: #ff8a8a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
   Roboto, "Noto Sans", sans-serif; -webkit-text-size-adjust: 100%; }
@@ -229,6 +230,7 @@ svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans",
 .series { --c: var(--accent); }
 .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); } .s4 { --c: var(--c4); }
 .s5 { --c: var(--c5); } .s6 { --c: var(--c6); } .s7 { --c: var(--c7); } .s8 { --c: var(--c8); }
+.s9 { --c: var(--c9); } .s10 { --c: var(--c10); }
 .line, .leader { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
 .leader { stroke-width: 1; opacity: .55; }
 .mark { fill: var(--c); stroke: var(--card); }

@@ -11,24 +11,29 @@ import math
 import torch
 from torch import Tensor
 
+from ssd_edge.errors import InputError
+
 PRIOR_GRID = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 RIDGE_GRID = tuple(10.0 ** (e / 2) for e in range(-12, 9))  # λ relative to the mean eigenvalue
+NO_VARIANCE = 1e-12  # of the mean square: less than this is what rounding leaves of equal samples
 
 
 class ClassStatistics:
-    """Counts, sums and the pooled within-class scatter of embeddings.
+    """Counts, sums and second moments of embeddings.
 
     Attributes:
         counts: float64 ``(C,)``.
         sums: float64 ``(C, D)``; a mean is sums/counts. (The mean of a single image is that image's
             embedding, which is why a class must be taught with at least three.)
-        second: float64 ``(D, D)``, Σ z zᵀ over all samples.
+        per_class: whether second moments are kept class by class, so that a class can be taken out again.
+        moments: float64, Σ z zᵀ over all samples ``(D, D)``, or of each class ``(C, D, D)``.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, per_class: bool = False) -> None:
+        self.per_class = per_class
         self.counts = torch.zeros(0, dtype=torch.float64)
         self.sums = torch.zeros(0, dim, dtype=torch.float64)
-        self.second = torch.zeros(dim, dim, dtype=torch.float64)
+        self.moments = torch.zeros((0, dim, dim) if per_class else (dim, dim), dtype=torch.float64)
 
     def grow(self, classes: int) -> None:
         """Make room for rows up to `classes`."""
@@ -36,6 +41,8 @@ class ClassStatistics:
         if missing > 0:
             self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
             self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.sums.shape[1])])
+            if self.per_class:
+                self.moments = torch.cat([self.moments, self.moments.new_zeros(missing, *self.moments.shape[1:])])
 
     def add(self, vectors: Tensor, labels: Tensor) -> None:
         """Add samples: ``(N, D)`` and their rows, int64 ``(N,)``."""
@@ -45,9 +52,42 @@ class ClassStatistics:
             wide = part.cpu().double()
             self.counts.index_add_(0, truth, torch.ones(len(truth), dtype=torch.float64))
             self.sums.index_add_(0, truth, wide)
-            self.second += wide.T @ wide
+            if self.per_class:
+                for row in truth.unique():
+                    own = wide[truth == row]
+                    self.moments[row] += own.T @ own
+            else:
+                self.moments += wide.T @ wide
         # A product XᵀX may be an ulp off symmetric, but only a triangle is saved: a restart must change no bit.
-        self.second = (self.second + self.second.T) / 2
+        touched = labels.unique() if self.per_class else ...
+        self.moments[touched] = (self.moments[touched] + self.moments[touched].mT) / 2
+
+    def remove(self, row: int) -> None:
+        """Forget the samples of one class; its row stays, empty. With `per_class` only.
+
+        Raises:
+            InputError: second moments are not kept class by class.
+        """
+        if not self.per_class:
+            raise InputError("the second moments of all classes are one sum, from which no class can be taken out")
+        for kept in (self.counts, self.sums, self.moments):
+            kept[row] = 0.0
+
+    def merge(self, other: ClassStatistics, rows: Tensor) -> None:
+        """Add what others have seen: their row i to row ``rows[i]`` of these; both keep the same moments."""
+        if len(rows):
+            self.grow(int(rows.max()) + 1)
+        self.counts.index_add_(0, rows, other.counts)
+        self.sums.index_add_(0, rows, other.sums)
+        if self.per_class:
+            self.moments.index_add_(0, rows, other.moments)
+        else:
+            self.moments += other.moments
+
+    @property
+    def second(self) -> Tensor:
+        """Σ z zᵀ over all samples, ``(D, D)``."""
+        return self.moments.sum(0) if self.per_class else self.moments
 
     @property
     def means(self) -> Tensor:
@@ -64,37 +104,49 @@ class ClassStatistics:
         means = self.means
         return self.second - (means * self.counts[:, None]).T @ means
 
+    def covariance(self, row: int) -> Tensor:
+        """Covariance of one class, ``(D, D)``, divided by n − 1; zero for one sample. With `per_class` only."""
+        count, mean = self.counts[row], self.sums[row] / self.counts[row].clamp_min(1)
+        covariance = (self.moments[row] - count * torch.outer(mean, mean)) / (count - 1).clamp_min(1)
+        mean_square = self.moments[row].diagonal() / count.clamp_min(1)
+        varies = (covariance.diagonal() > NO_VARIANCE * mean_square).double()
+        return covariance * torch.outer(varies, varies)
+
     def state(self) -> dict[str, Tensor]:
-        """Named tensors; the symmetric matrix as its upper triangle."""
-        return {"counts": self.counts, "sums": self.sums, "second": pack_symmetric(self.second)}
+        """Named tensors; symmetric matrices as their upper triangles."""
+        return {"counts": self.counts, "sums": self.sums, "second": pack_symmetric(self.moments)}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> ClassStatistics:
         """Restore; the inverse of `state`, bit for bit."""
-        statistics = cls(state["sums"].shape[1])
+        statistics = cls(state["sums"].shape[1], per_class=state["second"].ndim == 2)
         statistics.counts = state["counts"].clone()
         statistics.sums = state["sums"].clone()
-        statistics.second = unpack_symmetric(state["second"], state["sums"].shape[1])
+        statistics.moments = unpack_symmetric(state["second"], state["sums"].shape[1])
         return statistics
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:
-    """The upper triangle of ``(n, n)`` as ``(n(n+1)/2,)``."""
-    row, column = torch.triu_indices(*matrix.shape)
-    return matrix[row, column].clone()
+    """The upper triangles of ``(…, n, n)`` as ``(…, n(n+1)/2)``."""
+    row, column = torch.triu_indices(*matrix.shape[-2:])
+    return matrix[..., row, column].clone()
 
 
 def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
     """The inverse of `pack_symmetric`."""
-    matrix = packed.new_zeros(size, size)
+    matrix = packed.new_zeros(*packed.shape[:-1], size, size)
     row, column = torch.triu_indices(size, size)
-    matrix[row, column] = packed
-    matrix[column, row] = packed
+    matrix[..., row, column] = packed
+    matrix[..., column, row] = packed
     return matrix
 
 
 def oas_shrinkage(covariance: Tensor, samples: float) -> float:
-    """Share of the identity in the oracle-approximating shrinkage estimate (Chen et al. 2010, Eq. 23).
+    """Share of the identity in the oracle-approximating shrinkage (OAS) estimate of Chen et al. 2010.
+
+    With S the covariance of p dimensions from n samples, (tr S² + tr² S) / ((n + 1)(tr S² − tr² S/p)), at most 1.
+    This is scikit-learn's form; Eq. 23 of the paper has (1 − 2/p) tr S² above and n + 1 − 2/p below, which differs
+    only where p is small.
 
     Args:
         covariance: empirical, ``(D, D)``.
@@ -171,23 +223,45 @@ def discriminant(
     return values, (-0.5 * bias).masked_fill(counts == 0, -torch.inf)
 
 
-def ridge(statistics: ClassStatistics) -> tuple[Tensor, Tensor, float]:
-    """Ridge regression on one-hot targets with an unpenalised bias.
+def ridge(statistics: ClassStatistics, strength: float = 0.0) -> tuple[Tensor, Tensor, float]:
+    """Ridge regression on one-hot targets with an unpenalised bias: min Σ |y − Wᵀz − b|² + λ |W|².
 
-    λ minimises generalised cross-validation (Golub, Heath & Wahba 1979), which needs only the statistics:
-    GCV(λ) = (RSS/N) / (1 − df/N)².
+    Recursive least squares (RLS) over the same samples, started from P = I/λ and with a bias that λ leaves alone,
+    ends at the same solution, in any order of the samples; here nothing is inverted before the end.
+
+    Args:
+        statistics: of the features.
+        strength: λ, on the scale of the summed squares. 0: the λ of a grid that minimises generalised
+            cross-validation (Golub, Heath & Wahba 1979), GCV(λ) = (RSS/N) / (1 − df/N)², from the statistics.
 
     Returns:
-        Values ``(D, C)``, biases ``(C,)`` (float64) and λ.
+        Values ``(D, C)``, biases ``(C,)`` (float64; −∞ for a class without samples) and λ.
     """
     total, counts = statistics.total, statistics.counts
+    if not total:
+        values = statistics.sums.new_zeros(statistics.sums.shape[::-1])
+        return values, torch.full_like(counts, -torch.inf), strength
     centre = statistics.sums.sum(0) / total
     gram = statistics.second - total * torch.outer(centre, centre)
     cross = (statistics.sums - torch.outer(counts, centre)).T  # (D, C)
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues = eigenvalues.clamp_min(0)
     projected = vectors.T @ cross
-    power = projected.square().sum(1)
+    chosen = strength or _cross_validated(eigenvalues, projected, counts)
+    values = vectors @ (projected / (eigenvalues + chosen)[:, None])
+    bias = counts / total - centre @ values
+    return values, bias.masked_fill(counts == 0, -torch.inf), chosen
+
+
+def _cross_validated(eigenvalues: Tensor, projected: Tensor, counts: Tensor) -> float:
+    """The λ of the grid with the least GCV, see `ridge`.
+
+    Args:
+        eigenvalues: of the centred Gram matrix, ``(D,)``, at least 0.
+        projected: the centred cross products on its eigenvectors, ``(D, C)``.
+        counts: ``(C,)``.
+    """
+    total, power = float(counts.sum()), projected.square().sum(1)
     spread = float((counts - counts.square() / total).sum())  # Σ |y − ȳ|²
     scale = max(float(eigenvalues.mean()), 1e-12)
     best, chosen = float("inf"), scale
@@ -201,6 +275,4 @@ def ridge(statistics: ClassStatistics) -> tuple[Tensor, Tensor, float]:
         score = residual / total / (1.0 - freedom / total) ** 2
         if score < best:
             best, chosen = score, penalty
-    values = vectors @ (projected / (eigenvalues + chosen)[:, None])
-    bias = counts / total - centre @ values
-    return values, bias.masked_fill(counts == 0, -torch.inf), chosen
+    return chosen

@@ -1,4 +1,4 @@
-"""A run: images → embeddings → stream → learners → metrics, resumable task by task.
+"""A run: images → embeddings → stream → learners → metrics, resumable experience by experience.
 
 The learner, its baselines and the panel's heads go through the same loop on the same embeddings. Joint
 training, the upper bound, is the one that is given all tasks at once.
@@ -7,6 +7,7 @@ training, the upper bound, is the one that is given all tasks at once.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
 from collections.abc import Mapping
@@ -22,19 +23,21 @@ from ssd_edge.backbones.embedder import Embedder, open_backbone
 from ssd_edge.backbones.embedder import standardisation as measure
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.comparison import DISPLAY
-from ssd_edge.config import TrainConfig, to_tree
+from ssd_edge.config import TrainConfig, parse_section, to_tree
 from ssd_edge.console import Console
 from ssd_edge.data import Dataset, cache, load
 from ssd_edge.errors import EnvironmentUnfitError, InputError
 from ssd_edge.learners.finetune import JOINT, FineTune
+from ssd_edge.penalties import PenaltySettings
 from ssd_edge.report import render
 from ssd_edge.statistics import ClassStatistics
-from ssd_edge.streams import Stream, class_incremental
+from ssd_edge.streams import Stream, extent, make_stream, step_name, stream_name
 
 BASELINES = ("ssd-paper", "sdmlp", "finetune")
-PANEL = ("ncm", "slda", "ridge", "rp_ridge")
+PANEL = ("ncm", "slda", "ridge", "rp_ridge", "fecam", "flymodel")
 JOINT_NAME = "joint"
 EMBED_BATCH = 512
+ONE_PASS = {"epochs": 1, "min_steps": 0}  # settings with which a learner sees each sample of a task once
 
 
 def pick_device(name: str) -> torch.device:
@@ -69,8 +72,9 @@ class Prepared:
         train_rows: learner rows, int64 ``(N,)``.
         test: ``(M, D)``.
         test_rows: ``(M,)``.
-        train_tasks: per task, the indices of its training samples.
-        test_tasks: per task, of its test samples.
+        train_tasks: per experience, the indices of its training samples.
+        test_tasks: per group of classes that are introduced together, of its test samples.
+        introduced: per group, the experience that introduces it.
         names: class names by row.
         standardisation: (mu, sigma) that the first task gave to a backbone without its own; else None.
     """
@@ -81,11 +85,12 @@ class Prepared:
     test_rows: Tensor
     train_tasks: tuple[Tensor, ...]
     test_tasks: tuple[Tensor, ...]
+    introduced: tuple[int, ...]
     names: tuple[str, ...]
     standardisation: tuple[np.ndarray, np.ndarray] | None
 
     def task(self, number: int) -> learners.Task:
-        """Training data of one task."""
+        """Training data of one experience."""
         index = self.train_tasks[number]
         return learners.Task(self.train[index], self.train_rows[index])
 
@@ -114,10 +119,9 @@ def embed(dataset: Dataset, embedder: Embedder, console: Console, use_cache: boo
 
 
 def prepare(dataset: Dataset, stream: Stream, embedder: Embedder, embedded: Mapping[str, np.ndarray]) -> Prepared:
-    """Standardise, translate labels to rows, and cut into tasks."""
+    """Standardise, translate labels to rows, and cut into experiences (training) and groups of classes (test)."""
     train, test, standardisation = embedded["train"], embedded["test"], None
-    train_tasks = [stream.members(dataset.train_labels, task) for task in range(len(stream.tasks))]
-    test_tasks = [stream.members(dataset.test_labels, task) for task in range(len(stream.tasks))]
+    train_tasks = stream.experiences(dataset.train_labels)
     if not embedder.standardised:  # later tasks must not be looked at: the first one's statistics stay
         mu, sigma = (part.astype(np.float32) for part in measure(train[train_tasks[0]]))
         standardisation = (mu, sigma)
@@ -128,18 +132,48 @@ def prepare(dataset: Dataset, stream: Stream, embedder: Embedder, embedded: Mapp
         test=torch.from_numpy(np.ascontiguousarray(test, dtype=np.float32)),
         test_rows=torch.from_numpy(stream.rows(dataset.test_labels)),
         train_tasks=tuple(torch.from_numpy(index) for index in train_tasks),
-        test_tasks=tuple(torch.from_numpy(index) for index in test_tasks),
+        test_tasks=tuple(torch.from_numpy(index) for index in stream.groups(dataset.test_labels)),
+        introduced=stream.introduced,
         names=tuple(dataset.classes[label] for label in stream.order),
         standardisation=standardisation,
     )
 
 
 def options_for(name: str, main: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a baseline: those of the main learner where both are trained by gradients, else defaults."""
+    """Settings of a baseline: those of the main learner where both are trained by gradients, but no penalty."""
     if main["name"] not in BASELINES:
         return {"name": name}
     known = {field.name for field in dataclasses.fields(learners.LEARNERS[name].Settings)}
+    known -= {field.name for field in dataclasses.fields(PenaltySettings)}
     return {"name": name, **{key: value for key, value in main.items() if key in known}}
+
+
+def accuracies(learner: learners.Learner, prepared: Prepared, experience: int) -> list[float | None]:
+    """Accuracy on the test samples of each group of classes after an experience; None where it comes later."""
+
+    def accuracy(index: Tensor) -> float:
+        return float((learner.predict(prepared.test[index]) == prepared.test_rows[index]).double().mean())
+
+    groups = zip(prepared.test_tasks, prepared.introduced, strict=True)
+    return [accuracy(index) if introduced <= experience else None for index, introduced in groups]
+
+
+def once(options: Mapping[str, Any], online: bool) -> dict[str, Any]:
+    """A learner's settings, with a single epoch where the stream is online and the learner makes epochs.
+
+    Raises:
+        InputError: the stream is online, but more passes were asked for; or a wrong setting.
+    """
+    kind = learners.settings_class(options["name"])
+    given = parse_section(kind, {key: value for key, value in options.items() if key != "name"}, "learner")
+    fixed = {key: value for key, value in ONE_PASS.items() if online and hasattr(given, key)}
+    for key, value in fixed.items():
+        if key in options and getattr(given, key) != value:
+            raise InputError(
+                f"learner.{key} is {getattr(given, key)}, but stream.online=true gives each sample once; "
+                "leave one of the two out"
+            )
+    return {**options, **fixed}
 
 
 class Run:
@@ -151,8 +185,10 @@ class Run:
         self.dataset = load(config.data, config.run.seed)
         self.embedder = open_backbone(config.backbone, self.device)
         # fails on a wrong setting before any work is done
-        learners.build(config.learner, self.embedder.dim, self.embedder.priors, config.run.seed)
-        self.stream = class_incremental(self.dataset.classes, config.stream, config.run.seed)
+        options = once(config.learner, config.stream.online)
+        self.settings = learners.build(options, self.embedder.dim, self.embedder.priors, config.run.seed).settings
+        self.stream = make_stream(self.dataset.classes, config.stream, config.run.seed)
+        self.experiences = self.stream.experiences(self.dataset.train_labels)
 
     def attach(self, folder: Path) -> Run:
         """Work in this folder, from whatever progress it holds."""
@@ -161,10 +197,12 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when the run is taken up again."""
+        samples = [indices.tolist() for indices in self.experiences]
         return {
             "data": self.dataset.fingerprint,
             "backbone": self.embedder.identity,
             "tasks": [list(task) for task in self.stream.tasks],
+            "experiences": hashlib.sha256(files.json_bytes(samples)).hexdigest(),
         }
 
     def execute(self) -> dict[str, Any]:
@@ -177,7 +215,8 @@ class Run:
         main = config.learner["name"]
         console.say(
             f"{self.dataset.name}: {len(prepared.train):,} training and {len(prepared.test):,} test images, "
-            f"{len(prepared.names)} classes in {len(prepared.train_tasks)} tasks, order {config.stream.order}"
+            f"{extent(len(prepared.names), len(prepared.test_tasks), len(prepared.train_tasks))}, "
+            f"{stream_name(config.stream.kind, config.stream.online)}, order {config.stream.order}"
         )
         results = {main: self._stream(config.learner, announce=True)}
         others = [*(BASELINES if config.run.baselines else ()), *(PANEL if config.run.panel else ())]
@@ -189,9 +228,11 @@ class Run:
         return self._finish(results, embed_seconds)
 
     def _stream(self, options: Mapping[str, Any], announce: bool) -> dict[str, Any]:
-        """Take one learner through the tasks, from its last checkpoint on."""
+        """Take one learner through the experiences, from its last checkpoint on."""
         prepared, config, console = self.prepared, self.config, self.console
-        name, tasks = options["name"], len(self.prepared.train_tasks)
+        options = once(options, config.stream.online)
+        name, tasks = options["name"], len(prepared.train_tasks)
+        step = step_name(len(prepared.test_tasks), tasks)
         entry = self.progress.entry(name)
         if not entry["done"]:
             checkpoint = self.progress.checkpoint(name)
@@ -199,15 +240,15 @@ class Run:
                 learner = learners.build(options, self.embedder.dim, self.embedder.priors, config.run.seed, self.device)
                 learner.expect(len(prepared.names))
                 if learner.note:
-                    console.say(f"{DISPLAY[name]}: {learner.note}")
+                    console.say(f"{learner.display}: {learner.note}")
             else:
                 learner = learners.restore(*checkpoint, device=self.device)
-            with console.progress(DISPLAY[name], tasks) as bar:
+            with console.progress(learner.display, tasks, step) as bar:
                 for number in range(len(entry["rows"]), tasks):
                     began, task = time.monotonic(), prepared.task(number)
                     learner.learn(task, lambda share, n=number: bar.update(n, share, ""))
                     seconds = time.monotonic() - began
-                    row = self._accuracies(learner, number)
+                    row = accuracies(learner, prepared, number)
                     last = number + 1 == tasks
                     state = learners.pack(learner)
                     if last and announce:
@@ -218,30 +259,27 @@ class Run:
                         rows=[*entry["rows"], row],
                         seconds=entry["seconds"] + seconds,
                         state_bytes=learner.memory_bytes(),
+                        display=learner.display,
                         done=last,
                         **({"class_accuracy": self._class_accuracy(learner)} if last and announce else {}),
                     )
                     if announce:
-                        seen = row[: number + 1]
+                        seen = [accuracy for accuracy in row if accuracy is not None]
                         classes = [prepared.names[r] for r in task.rows.tolist()]
-                        console.task_line(number, tasks, classes, sum(seen) / len(seen), seen, seconds)
+                        console.task_line(number, tasks, classes, sum(seen) / len(seen), seen, seconds, step)
             if not announce:
-                console.say(f"{DISPLAY[name]}: average accuracy {metrics.average_accuracy(entry['rows']):.3f}")
+                result = self._result(name)
+                console.say(f"{result['display']}: average accuracy {result['average_accuracy']:.3f}")
         return self._result(name)
 
     def _result(self, name: str) -> dict[str, Any]:
-        entry = self.progress.entry(name)
-        common = {"display": DISPLAY[name], "seconds": entry["seconds"], "state_bytes": entry["state_bytes"]}
-        return {**metrics.summary(entry["rows"]), **common}
+        rows = self.progress.entry(name)["rows"]
+        return {**metrics.summary(rows, self.prepared.introduced), **self._cost(name)}
 
-    def _accuracies(self, learner: learners.Learner, last: int) -> list[float | None]:
-        """Accuracy on the test samples of each task up to `last`; None for later ones."""
-        predictions = {}
-        for number in range(last + 1):
-            index = self.prepared.test_tasks[number]
-            right = learner.predict(self.prepared.test[index]) == self.prepared.test_rows[index]
-            predictions[number] = float(right.double().mean())
-        return [predictions.get(number) for number in range(len(self.prepared.test_tasks))]
+    def _cost(self, name: str) -> dict[str, Any]:
+        entry = self.progress.entry(name)
+        display = entry.get("display", DISPLAY[name])  # of a learner with a penalty: SDMLP+EWC
+        return {"display": display, "seconds": entry["seconds"], "state_bytes": entry["state_bytes"]}
 
     def _class_accuracy(self, learner: learners.Learner) -> dict[str, float]:
         right = (learner.predict(self.prepared.test) == self.prepared.test_rows).double()
@@ -253,28 +291,20 @@ class Run:
         """All tasks at once: what a network of this size can know of these embeddings."""
         entry, prepared = self.progress.entry(JOINT_NAME), self.prepared
         if not entry["done"]:
-            settings = dataclasses.replace(JOINT, neurons=self.config.learner.get("neurons", JOINT.neurons))
+            neurons = self.settings.neurons if "neurons" in self.config.learner else JOINT.neurons
+            settings = dataclasses.replace(JOINT, neurons=neurons)
             learner = FineTune(self.embedder.dim, settings, self.embedder.priors, self.config.run.seed, self.device)
             began = time.monotonic()
             with self.console.progress(JOINT_NAME, 1) as bar:
                 task = learners.Task(prepared.train, prepared.train_rows)
                 learner.learn(task, lambda share: bar.update(0, share, ""))
-            row = self._accuracies(learner, len(prepared.test_tasks) - 1)
+            row = accuracies(learner, prepared, len(prepared.train_tasks) - 1)
             seconds, size = time.monotonic() - began, learner.memory_bytes()
             self.progress.commit(JOINT_NAME, None, rows=[row], seconds=seconds, state_bytes=size, done=True)
             self.console.say(f"{JOINT_NAME}: average accuracy {sum(row) / len(row):.3f}")
         row = entry["rows"][0]
-        return {
-            "average_accuracy": sum(row) / len(row),
-            "accuracy_matrix": None,
-            "accuracy_curve": None,
-            "average_incremental_accuracy": None,
-            "backward_transfer": None,
-            "forgetting": None,
-            "display": JOINT_NAME,
-            "seconds": entry["seconds"],
-            "state_bytes": entry["state_bytes"],
-        }
+        none = dict.fromkeys(metrics.summary([[0.0]]))  # there was no stream to measure
+        return {**none, "average_accuracy": sum(row) / len(row), **self._cost(JOINT_NAME)}
 
     def _keep(self, learner: learners.Learner, state: tuple[dict[str, np.ndarray], dict[str, Any]]) -> None:
         """Write what a deployment and an evaluation need."""
@@ -298,7 +328,7 @@ class Run:
     def _finish(self, results: dict[str, dict[str, Any]], embed_seconds: float) -> dict[str, Any]:
         """Metrics, report and the run's record, in this order: a run is finished when its record says so."""
         prepared, name = self.prepared, self.config.learner["name"]
-        main = results[name]
+        main, groups = results[name], self.stream.groups(self.dataset.train_labels)
         panel = {other: results[other] for other in (*PANEL, JOINT_NAME) if other in results and other != name}
         result = {
             **main,
@@ -307,12 +337,14 @@ class Run:
             "split": self.dataset.split,
             "classes": list(prepared.names),
             "tasks": [
-                {
-                    "classes": [self.dataset.classes[label] for label in task],
-                    "train": len(prepared.train_tasks[number]),
-                    "test": len(prepared.test_tasks[number]),
-                }
-                for number, task in enumerate(self.stream.tasks)
+                {"classes": [self.dataset.classes[label] for label in task], "train": len(train), "test": len(test)}
+                for task, train, test in zip(self.stream.tasks, groups, prepared.test_tasks, strict=True)
+            ],
+            "stream": {"kind": self.config.stream.kind, "online": self.config.stream.online},
+            "introduced": list(prepared.introduced),
+            "experiences": [
+                {"classes": [prepared.names[row] for row in rows.unique().tolist()], "train": len(rows)}
+                for rows in (prepared.train_rows[index] for index in prepared.train_tasks)
             ],
             "train_images": len(prepared.train),
             "test_images": len(prepared.test),

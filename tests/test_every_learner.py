@@ -18,7 +18,11 @@ from ssd_edge.console import Console
 from ssd_edge.learners import LEARNERS
 
 SHORT = {"epochs": 20}
-QUICK = {"sdmlp": SHORT, "ssd-paper": SHORT, "finetune": SHORT, "rp_ridge": {"features": 200}}
+QUICK = {
+    **dict.fromkeys(("sdmlp", "ssd-paper", "finetune", "lwf", "icarl"), SHORT),
+    "rp_ridge": {"features": 200},
+    "flymodel": {"neurons": 2000, "lr": 0.05},
+}
 
 
 @functools.cache

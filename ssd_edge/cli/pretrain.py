@@ -15,8 +15,11 @@ from ssd_edge.cli.options import CONFIG, OVERRIDES, read_tree
 @click.argument("package", type=click.Path(path_type=Path))
 @CONFIG
 @click.option("--student", is_flag=True, help="Keep PACKAGE's backbone; train only its SDMLP keys anew.")
+@click.option("--classes", metavar="A:B", help="Only these classes: short for data.classes, e.g. 0:100.")
 @OVERRIDES
-def pretrain(package: Path, config_file: Path | None, student: bool, overrides: tuple[str, ...]) -> None:
+def pretrain(
+    package: Path, config_file: Path | None, student: bool, classes: str | None, overrides: tuple[str, ...]
+) -> None:
     """Train a backbone on labelled images and write it to the folder PACKAGE.
 
     \b
@@ -25,11 +28,23 @@ def pretrain(package: Path, config_file: Path | None, student: bool, overrides: 
     ssd-edge pretrain my-backbone --student data.path=FOLDER student.neurons=2000
 
     Then: ssd-edge train backbone.path=my-backbone data.path=…
+
+    On one half of Tiny-ImageNet, with the other half as the stream:
+
+    \b
+    ssd-edge pretrain half --classes 0:100 data.path=tiny-imagenet-200.zip
+    ssd-edge train backbone.path=half data.path=tiny-imagenet-200.zip data.classes=100:200
     """
-    from ssd_edge.config import PretrainConfig, parse
+    from ssd_edge.config import PretrainConfig, merge, parse
     from ssd_edge.errors import InputError
 
-    config = parse(PretrainConfig, read_tree(config_file, overrides))
+    tree = read_tree(config_file, overrides)
+    if classes is not None:
+        given = parse(PretrainConfig, tree).data.classes
+        if given:
+            raise InputError(f"--classes is {classes}, but data.classes is {','.join(given)}; leave one of them out")
+        tree = merge(tree, [f"data.classes={classes}"])
+    config = parse(PretrainConfig, tree)
     if not config.data.path:
         raise InputError("pretrain needs images: data.path=FOLDER (its layout: ssd-edge train --help)")
     if student and not package.exists():

@@ -1,4 +1,4 @@
-"""Labelled images from folders, archives, CIFAR, MNIST and the bundled digits.
+"""Labelled images from folders, archives, CIFAR, MNIST, Tiny-ImageNet and the bundled digits.
 
 `load` is all that a run needs: ``dataset = load(config.data, seed)``, then
 ``for pixels in dataset.train.batches(size): …``. Nothing is decoded before it is asked for.
@@ -111,14 +111,28 @@ def _some(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def _named(word: str, ordered: Sequence[str], name: str) -> Sequence[str]:
+    """The classes that one word of a selection means: the one of this name, or those at positions ``a:b``."""
+    word = normalise_name(word)
+    if word in ordered:
+        return [word]
+    if not re.fullmatch(r"(-?[0-9]{1,9})?:(-?[0-9]{1,9})?", word):
+        raise InputError(f"{name} has no class '{word}'.{did_you_mean(word, ordered)} It has {_some(ordered)}")
+    ends = [int(end) if end else None for end in word.split(":")]
+    found = ordered[slice(*ends)]
+    if not found or any(end is not None and abs(end) > len(ordered) for end in ends):
+        raise InputError(
+            f"the positions '{word}' {'reach beyond' if found else 'hold none of'} the {len(ordered)} classes of "
+            f"{name}; they count from 0, as in 0:{len(ordered)} for all"
+        )
+    return found
+
+
 def _choose(known: Sequence[str], config: DataConfig, name: str) -> tuple[str, ...]:
     """The classes to keep, sorted."""
-    wanted = {normalise_name(word) for word in config.classes}
-    unwanted = {normalise_name(word) for word in config.exclude}
-    for word in sorted(wanted | unwanted):
-        if word not in known:
-            all_known = _some(sorted(known, key=_natural))
-            raise InputError(f"{name} has no class '{word}'.{did_you_mean(word, known)} It has {all_known}")
+    ordered = sorted(known, key=_natural)
+    wanted = {found for word in config.classes for found in _named(word, ordered, name)}
+    unwanted = {found for word in config.exclude for found in _named(word, ordered, name)}
     chosen = tuple(sorted((wanted or set(known)) - unwanted, key=_natural))
     if len(chosen) < 2:
         number = f"only one ({_some(chosen)})" if chosen else "none"

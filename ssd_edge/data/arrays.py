@@ -1,7 +1,6 @@
 """Images that need not be in memory, what every reader returns, and the two sources that are plain arrays.
 
-The readers of folders, archives and CIFAR (`folders`, `cifar`) return a `Source` as well; `data.load` selects
-from it and splits it.
+The other readers (`folders`, `cifar`, `mnist`) return a `Source` as well; `data.load` selects from it and splits it.
 """
 
 from __future__ import annotations
@@ -161,6 +160,22 @@ def labelled_array(pixels: np.ndarray, labels: np.ndarray, kind: str) -> Labelle
     return Labelled(Images(pixels, names), np.asarray(labels, dtype=np.int64))
 
 
+def padded(pixels: np.ndarray) -> np.ndarray:
+    """Grey images of 28 × 28 pixels ``(N, 28, 28)`` in the usual black frame, ``(N, 32, 32)``; others as they are."""
+    # 32 × 32 is what a backbone takes: nothing is blurred by resizing
+    return np.pad(pixels, ((0, 0), (2, 2), (2, 2))) if pixels.shape[1:] == (28, 28) else pixels
+
+
+def numbered(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> Source:
+    """A source of (pixels, labels) pairs whose classes are named by their numbers."""
+    numbers = np.unique(np.concatenate([train[1], test[1]]))
+    parts = (
+        labelled_array(pixels, np.searchsorted(numbers, labels), kind)
+        for kind, (pixels, labels) in (("train", train), ("test", test))
+    )
+    return Source(tuple(str(number) for number in numbers), *parts)
+
+
 def read_digits() -> Source:
     """The 1,797 digits that come with scikit-learn: 8 × 8, grey, without a split of their own.
 
@@ -191,9 +206,7 @@ def _read_part(arrays: Mapping[str, np.ndarray], part: str, path: Path) -> tuple
             f"{path}: y_{part} must be whole numbers of shape ({len(pixels)},), one for each image, "
             f"but is {labels.dtype} of shape {labels.shape}"
         )
-    if pixels.shape[1:] == (28, 28):
-        pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))  # the usual black frame: 32 × 32 without blurring
-    return pixels, labels
+    return padded(pixels), labels
 
 
 def read_npz(path: Path) -> Source:
@@ -213,9 +226,4 @@ def read_npz(path: Path) -> Source:
             train, test = (_read_part(arrays, part, path) for part in ("train", "test"))
     except _DAMAGE as error:
         raise InputError(f"{path} cannot be read as an .npz file ({error}); is it one?") from error
-    numbers = np.unique(np.concatenate([train[1], test[1]]))
-    return Source(
-        tuple(str(number) for number in numbers),
-        labelled_array(train[0], np.searchsorted(numbers, train[1]), "train"),
-        labelled_array(test[0], np.searchsorted(numbers, test[1]), "test"),
-    )
+    return numbered(train, test)

@@ -2,7 +2,8 @@
 
 Layouts: ``train/<class>/…`` with ``test/<class>/…`` (or ``val/``, ``valid/``), or just ``<class>/…``. Class
 folders may hold folders. What is hidden, or no image by its name, is skipped; so are images outside a class.
-A folder or archive in the official format of CIFAR is recognised by its files (see `cifar`).
+A folder or archive in the official format of CIFAR, MNIST or Tiny-ImageNet is recognised by its files (see `cifar`,
+`mnist`, `tiny_imagenet`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import IO
 import numpy as np
 
 from ssd_edge.classes import normalise_name
-from ssd_edge.data import cifar
+from ssd_edge.data import cifar, mnist, tiny_imagenet
 from ssd_edge.data.arrays import MAX_BYTES, Images, Labelled, Source
 from ssd_edge.errors import InputError
 from ssd_edge.files import read_bytes
@@ -51,14 +52,21 @@ _DAMAGE = (
 
 
 def read_folder(folder: Path) -> Source:
-    """Read a folder: CIFAR's own, or one with a folder for each class.
+    """Read a folder: one in an official format, or one with a folder for each class.
 
     Raises:
         InputError: it has no classes, or cannot be read.
     """
     if found := cifar.find(folder):
         return cifar.read({name: read_bytes(found / name) for name in cifar.names_in(found)}, str(found))
-    tree = {path.relative_to(folder).parts: (path, str(path)) for path in walk_images(folder)}
+    if found := mnist.files_in(folder):
+        return mnist.read(found, str(folder))
+    official = tiny_imagenet.find(folder)
+    root = official or folder
+    tree: Tree = {path.relative_to(root).parts: (path, str(path)) for path in walk_images(root)}
+    if official:
+        table = official.joinpath(*tiny_imagenet.ANNOTATIONS)
+        tree = tiny_imagenet.arrange(tree, read_bytes(table), str(table))
     return _by_class(tree, str(folder))
 
 
@@ -88,6 +96,14 @@ def read_archive(path: Path) -> Source:
     others = {parts[-1]: data for parts, data in files.items()}
     if not tree and cifar.recognised(others):
         return cifar.read(others, str(path))
+    numbers = {name: data for name, data in others.items() if name in mnist.SPELLINGS}
+    if not tree and numbers:
+        return mnist.read(numbers, str(path))
+    for table in files:
+        top = table[:-2]
+        if table[-2:] == tiny_imagenet.ANNOTATIONS and any(parts[:-1] == (*top, "val", "images") for parts in tree):
+            inside = {parts[len(top) :]: image for parts, image in tree.items() if parts[: len(top)] == top}
+            return _by_class(tiny_imagenet.arrange(inside, files[table], f"{path.name}: {'/'.join(table)}"), str(path))
     tops = _tops(tree)
     return _by_class((len(tops) == 1 and _below(tree, tops[0])) or tree, str(path))
 
@@ -177,14 +193,21 @@ def _read_tar(data: bytes, path: Path) -> dict[tuple[str, ...], memoryview]:
     return files
 
 
+def _wanted(parts: tuple[str, ...]) -> bool:
+    """Whether a reader may need a file; the others are not unpacked."""
+    name = parts[-1]
+    official = name in cifar.FILES or name in mnist.SPELLINGS or parts[-2:] == tiny_imagenet.ANNOTATIONS
+    return official or is_image_name(name)
+
+
 def _read_zip(path: Path) -> dict[tuple[str, ...], bytes]:
-    """The images, and what may be CIFAR's files, in a zip."""
+    """The images, and what may be a file of an official format, in a zip."""
     files = {}
     total = 0
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             parts = _parts(member.filename.replace("\\", "/"), path)
-            if not parts or member.is_dir() or not (is_image_name(parts[-1]) or parts[-1] in cifar.FILES):
+            if not parts or member.is_dir() or not _wanted(parts):
                 continue
             total += member.file_size
             if total > MAX_BYTES:

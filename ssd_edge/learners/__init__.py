@@ -12,20 +12,28 @@ import torch
 from ssd_edge.config import parse_section
 from ssd_edge.errors import BundleRefusedError, InputError, did_you_mean
 from ssd_edge.learners.base import BASE_SCHEMA, Learner, Task, TensorSpec
+from ssd_edge.learners.fecam import FeCAM
 from ssd_edge.learners.finetune import FineTune
+from ssd_edge.learners.flymodel import FlyModel
+from ssd_edge.learners.icarl import ICaRL
+from ssd_edge.learners.lwf import LwF
 from ssd_edge.learners.ncm import NCM
 from ssd_edge.learners.ridge import RandomProjectionRidge, Ridge
 from ssd_edge.learners.sdmlp import SDMLPLearner
 from ssd_edge.learners.slda import SLDA
 from ssd_edge.learners.ssd import SSD
 from ssd_edge.learners.ssd_paper import SSDPaper
+from ssd_edge.penalties import PenaltySettings
 from ssd_edge.priors import Priors
 
 __all__ = ["LEARNERS", "Learner", "Task", "TensorSpec", "build", "pack", "restore", "settings_class", "top_n_table"]
 
 LEARNERS: dict[str, type[Learner]] = {
     kind.name: kind
-    for kind in (SSD, SSDPaper, SDMLPLearner, FineTune, NCM, SLDA, Ridge, RandomProjectionRidge)
+    for kind in (
+        *(SSD, SSDPaper, SDMLPLearner, FineTune, LwF, ICaRL),
+        *(NCM, SLDA, Ridge, RandomProjectionRidge, FeCAM, FlyModel),
+    )
 }
 
 
@@ -62,6 +70,16 @@ def build(
     """
     values = dict(options)
     kind = _kind(values.pop("name", None))
+    known = {field.name for field in dataclasses.fields(kind.Settings)}
+    penalties = {field.name for field in dataclasses.fields(PenaltySettings)}
+    for key in values:
+        if key in penalties - known:
+            descend = (one for one in LEARNERS.values() if issubclass(one.Settings, PenaltySettings))
+            able = [one.name for one in descend if not one.replay]
+            raise InputError(
+                f"learner.{key} belongs to learners that descend a gradient, and '{kind.name}' does not; leave it "
+                f"out, or take one of {', '.join(able)}"
+            )
     return kind(dim, parse_section(kind.Settings, values, "learner"), priors, seed, device)
 
 

@@ -97,7 +97,8 @@ class Learner(abc.ABC):
     """
 
     name: ClassVar[str]
-    display: ClassVar[str]
+    display: str  # of the class; an instance whose settings change the method may say so in its own
+    replay: ClassVar[bool] = False  # whether it stores samples of earlier tasks; said wherever its name is printed
     Settings: ClassVar[type]
 
     def __init__(
@@ -155,6 +156,68 @@ class Learner(abc.ABC):
         self.seen[task.rows.cpu()] = 1
         self.tasks_learned += 1
         return measured
+
+    def remove(self, row: int) -> None:
+        """Forget one class exactly, as if it had never been taught. The other classes keep their rows.
+
+        Raises:
+            InputError: the class has not been taught, or this learner cannot take one out.
+        """
+        if not 0 <= row < len(self.seen) or not self.seen[row]:
+            taught = ", ".join(map(str, self.seen.nonzero().flatten().tolist())) or "none"
+            raise InputError(f"row {row} has not been taught, so it cannot be taken out; rows taught: {taught}")
+        self._remove(row)
+        self.seen[row] = 0
+
+    def merge(self, other: Learner, rows: Tensor | None = None) -> None:
+        """Add what another learner of the same kind has seen, as if this one had seen it too.
+
+        Args:
+            other: of the same kind and settings; it stays as it is.
+            rows: int64; its row i is row ``rows[i]`` here, and two may become one. None: the same rows.
+
+        Raises:
+            InputError: this learner cannot be merged, or the two disagree in something that must be equal.
+        """
+        mine = self._common()
+        if type(other) is not type(self):
+            raise InputError(f"only learners of one kind can be merged, but these are {self.display}, {other.display}")
+        for what, value in other._common().items():
+            if isinstance(value, Tensor):
+                equal, values = torch.equal(value.cpu(), mine[what].cpu()), ""
+            else:
+                equal, values = value == mine[what], f" ({mine[what]} and {value})"
+            if not equal:
+                raise InputError(
+                    f"two learners that differ in {what}{values} cannot be merged; start both with the same"
+                )
+        rows = torch.arange(len(other.seen)) if rows is None else rows
+        if rows.dtype != torch.int64 or rows.shape != other.seen.shape or bool((rows < 0).any()):
+            raise InputError(
+                f"merging needs a row of at least 0 for each of the other learner's {len(other.seen)} rows, but was "
+                f"given {rows.tolist()}"
+            )
+        self._merge(other, rows)
+        missing = int(rows.max()) + 1 - len(self.seen) if len(rows) else 0
+        self.seen = torch.cat([self.seen, self.seen.new_zeros(max(missing, 0))])
+        self.seen[rows[other.seen == 1]] = 1
+        self.tasks_learned += other.tasks_learned
+
+    def _remove(self, row: int) -> None:
+        raise InputError(f"{self.display} cannot take a class out: what it learned of it is spread over its weights")
+
+    def _common(self) -> dict[str, Any]:
+        """What two learners of this kind must have in common to be merged: by name, a tensor or a plain value."""
+        raise InputError(f"{self.display} cannot be merged: what two of them learned apart does not add up")
+
+    def _shared_settings(self) -> dict[str, Any]:
+        """The least that `_common` holds."""
+        settings = dataclasses.asdict(self.settings)
+        return {"the embedding's size": self.dim, **{f"learner.{key}": value for key, value in settings.items()}}
+
+    def _merge(self, other: Any, rows: Tensor) -> None:
+        """Add the other's state; both have passed `merge`'s checks. Whoever gives `_common` gives this too."""
+        raise NotImplementedError
 
     def predict(self, embeddings: Tensor) -> Tensor:
         """Rows int64 ``(N,)``: the best-scored class among those taught. No task is named.

@@ -74,7 +74,7 @@ class FineTune(Learner):
     """
 
     name: ClassVar[str] = "finetune"
-    display: ClassVar[str] = "fine-tuning"
+    display: str = "fine-tuning"
     with_penalty: ClassVar[str] = "{}"  # its display name when a penalty is set
     Settings: ClassVar[type] = Settings
 

@@ -76,7 +76,7 @@ class ICaRL(FineTune):
     """
 
     name: ClassVar[str] = "icarl"
-    display: ClassVar[str] = "iCaRL (replay)"
+    display: str = "iCaRL (replay)"
     replay: ClassVar[bool] = True  # keeps samples
     Settings: ClassVar[type] = Settings
 

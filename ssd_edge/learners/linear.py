@@ -11,22 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssd_edge.errors import InputError
 from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
 from ssd_edge.priors import Priors
 from ssd_edge.statistics import ClassStatistics
 
 NEVER = -1e30  # the bias of a class without samples; −∞ would not be a valid state
 BATCH = 4096
+PER_CLASS = "keep second moments per class: a class can then be removed exactly, at C times the memory"
+
+
+def statistics_schema(size: int, per_class: bool) -> dict[str, TensorSpec]:
+    """The tensors of `ClassStatistics` over `size` features."""
+    triangle = size * (size + 1) // 2
+    whose = "of each class, upper triangles" if per_class else "all classes, upper triangle"
+    return {
+        "counts": TensorSpec(("C",), "float64", "samples seen of each class"),
+        "sums": TensorSpec(("C", size), "float64", "sum of the features of each class"),
+        "second": TensorSpec(
+            ("C", triangle) if per_class else (triangle,), "float64", f"second moments of the features, {whose}"
+        ),
+    }
 
 
 class LinearLearner(Learner):
-    """Scores are linear in features of the embedding."""
+    """Scores are linear in features of the embedding.
+
+    Two of them merge exactly; with the setting `per_class` a class can also be removed exactly.
+    """
 
     def __init__(
         self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
     ) -> None:
         super().__init__(dim, settings, priors, seed, device)
-        self.statistics = ClassStatistics(self.feature_count())
+        self.statistics = ClassStatistics(self.feature_count(), settings.per_class)
         self.values = torch.zeros(self.feature_count(), 0)
         self.bias = torch.zeros(0)
 
@@ -53,11 +71,31 @@ class LinearLearner(Learner):
             self.observe(features)
             self.statistics.add(features, task.labels[part])
             progress(0.9 * start / len(task.labels))
+        measured = self._update()
+        progress(1.0)
+        return measured
+
+    def _update(self) -> dict[str, float]:
         values, bias, measured = self.solve()
         # contiguous: another memory order would change the last bits of a product after a restart
         self.values, self.bias = values.float().contiguous(), bias.float().clamp_min(NEVER)
-        progress(1.0)
         return measured
+
+    def _remove(self, row: int) -> None:
+        if not self.settings.per_class:
+            raise InputError(
+                f"{self.display} keeps one second moment of all classes, from which none can be taken out; set "
+                "learner.per_class=true and teach the classes anew"
+            )
+        self.statistics.remove(row)
+        self._update()
+
+    def _common(self) -> dict[str, Any]:
+        return self._shared_settings()
+
+    def _merge(self, other: LinearLearner, rows: Tensor) -> None:
+        self.statistics.merge(other.statistics, rows)
+        self._update()
 
     def scores(self, embeddings: Tensor) -> Tensor:
         values, bias = self.values.to(self.device), self.bias.to(self.device)
@@ -65,13 +103,12 @@ class LinearLearner(Learner):
         return torch.cat(parts) if parts else torch.zeros(0, self.values.shape[1])
 
     def schema(self) -> dict[str, TensorSpec]:
-        size = self.feature_count()
+        return self._schema_of(self.feature_count())
+
+    def _schema_of(self, size: int) -> dict[str, TensorSpec]:
+        """`schema` if there were `size` features."""
         return {
-            "counts": TensorSpec(("C",), "float64", "samples seen of each class"),
-            "sums": TensorSpec(("C", size), "float64", "sum of the features of each class"),
-            "second": TensorSpec(
-                (size * (size + 1) // 2,), "float64", "second moments of the features, all classes, upper triangle"
-            ),
+            **statistics_schema(size, self.settings.per_class),
             "values": TensorSpec((size, "C"), "float32", "solved from the statistics"),
             "bias": TensorSpec(("C",), "float32", "solved from the statistics"),
         }

@@ -32,7 +32,7 @@ class LwF(FineTune):
     """Cross-entropy on all outputs, distillation on those of the classes taught before."""
 
     name: ClassVar[str] = "lwf"
-    display: ClassVar[str] = "LwF"
+    display: str = "LwF"
     with_penalty: ClassVar[str] = "LwF+{}"
     Settings: ClassVar[type] = Settings
 

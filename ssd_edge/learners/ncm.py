@@ -18,10 +18,13 @@ class Settings:
 
 
 class NCM(Learner):
-    """argmax_c cos(z, μ_c). The standardised embedding is centred by the pretraining mean, which cosine needs."""
+    """argmax_c cos(z, μ_c). The standardised embedding is centred by the pretraining mean, which cosine needs.
+
+    Removing a class and merging two learners are exact: a class is its own count and sum.
+    """
 
     name: ClassVar[str] = "ncm"
-    display: ClassVar[str] = "NCM"
+    display: str = "NCM"
     Settings: ClassVar[type] = Settings
 
     def __init__(
@@ -32,15 +35,28 @@ class NCM(Learner):
         self.sums = torch.zeros(0, dim, dtype=torch.float64)
 
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
-        missing = int(task.labels.max()) + 1 - len(self.counts)
-        if missing > 0:
-            self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
-            self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.dim)])
         labels = task.labels.cpu()
+        self._grow(int(labels.max()) + 1)
         self.counts += torch.bincount(labels, minlength=len(self.counts))
         self.sums.index_add_(0, labels, task.embeddings.cpu().double())
         progress(1.0)
         return {}
+
+    def _grow(self, classes: int) -> None:
+        missing = max(classes - len(self.counts), 0)
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
+        self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.dim)])
+
+    def _remove(self, row: int) -> None:
+        self.counts[row], self.sums[row] = 0.0, 0.0
+
+    def _common(self) -> dict[str, Any]:
+        return self._shared_settings()
+
+    def _merge(self, other: NCM, rows: Tensor) -> None:
+        self._grow(int(rows.max()) + 1 if len(rows) else 0)
+        self.counts.index_add_(0, rows, other.counts)
+        self.sums.index_add_(0, rows, other.sums)
 
     def scores(self, embeddings: Tensor) -> Tensor:
         means = torch.nn.functional.normalize((self.sums / self.counts.clamp_min(1)[:, None]).float())

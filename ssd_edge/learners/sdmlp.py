@@ -92,7 +92,7 @@ class SDMLPLearner(Learner):
     """The training loop that SSD shares: prepare, activate, cross-entropy, penalty, touched-row step."""
 
     name: ClassVar[str] = "sdmlp"
-    display: ClassVar[str] = "SDMLP"
+    display: str = "SDMLP"
     Settings: ClassVar[type] = Settings
     dtype = torch.float32
 

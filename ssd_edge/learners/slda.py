@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.learners.base import TensorSpec
-from ssd_edge.learners.linear import LinearLearner
+from ssd_edge.learners.linear import PER_CLASS, LinearLearner
 from ssd_edge.priors import Priors
 from ssd_edge.statistics import discriminant, likeliest_weight, shrink
 
@@ -20,13 +20,14 @@ class Settings:
     """Settings of streaming LDA."""
 
     prior_weight: float = setting(-1.0, "samples that the prior covariance counts for; -1: the likeliest", minimum=-1)
+    per_class: bool = setting(False, PER_CLASS)
 
 
 class SLDA(LinearLearner):
     """Class means and one pooled covariance: exact, OAS-shrunk, with the pretraining covariance as a prior."""
 
     name: ClassVar[str] = "slda"
-    display: ClassVar[str] = "SLDA"
+    display: str = "SLDA"
     Settings: ClassVar[type] = Settings
 
     def __init__(
@@ -47,6 +48,10 @@ class SLDA(LinearLearner):
         covariance = (scatter + weight * self.prior.double()) / max(freedom + weight, 1.0)
         values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom + weight, unbiased=False)
         return values, bias, {"prior_weight": weight}
+
+    def _common(self) -> dict[str, Any]:
+        weight = {"the weight of the prior covariance": self.prior_weight}
+        return {**super()._common(), "the prior covariance": self.prior, **weight}
 
     def schema(self) -> dict[str, TensorSpec]:
         return {

@@ -22,7 +22,7 @@ from ssd_edge.config import setting
 from ssd_edge.distillation import TopNTable, select
 from ssd_edge.errors import InputError
 from ssd_edge.learners.base import Progress, Task, TensorSpec
-from ssd_edge.learners.linear import LinearLearner
+from ssd_edge.learners.linear import PER_CLASS, LinearLearner
 from ssd_edge.priors import Priors
 from ssd_edge.sdmlp import prepare, unit_rows
 from ssd_edge.statistics import discriminant
@@ -38,6 +38,7 @@ class Settings:
     keys: Literal["pretrained", "random"] = setting("pretrained", "random where the backbone brings none of this size")
     skip: bool = setting(True, "the unit embedding beside the code: what is linear in it needs no neurons")
     top_n: int = setting(100, "neurons listed in the Top-n table", minimum=1)
+    per_class: bool = setting(False, PER_CLASS)
 
     def __post_init__(self) -> None:
         """Check what one field says against another."""
@@ -48,10 +49,15 @@ class Settings:
 
 
 class SSD(LinearLearner):
-    """Sparse Top-K code of signed unit inputs, and the inputs themselves; values solved in closed form."""
+    """Sparse Top-K code of signed unit inputs, and the inputs themselves; values solved in closed form.
+
+    Attributes:
+        frequencies: share of the last task's samples that each neuron answered, ``(r,)``. They describe that task
+            alone, so removing a class leaves them, and merging takes over none of the other learner's.
+    """
 
     name: ClassVar[str] = "ssd"
-    display: ClassVar[str] = "SSD"
+    display: str = "SSD"
     Settings: ClassVar[type] = Settings
 
     def __init__(
@@ -100,6 +106,9 @@ class SSD(LinearLearner):
     def top_n(self) -> TopNTable:
         """The neurons that answered most often in the last task."""
         return select(self.frequencies, self.settings.top_n)
+
+    def _common(self) -> dict[str, Any]:
+        return {**super()._common(), "the keys": self.keys}
 
     def schema(self) -> dict[str, TensorSpec]:
         neurons = self.settings.neurons

@@ -80,7 +80,7 @@ class SSDPaper(SDMLPLearner):
     """SDMLP distilled from its previous self on the Top-n neurons of each hidden layer and on the logits."""
 
     name: ClassVar[str] = "ssd-paper"
-    display: ClassVar[str] = "SSD (paper)"
+    display: str = "SSD (paper)"
     Settings: ClassVar[type] = Settings
 
     def __init__(

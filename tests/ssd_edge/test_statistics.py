@@ -13,6 +13,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
+from ssd_edge.errors import InputError
 from ssd_edge.statistics import (
     RIDGE_GRID,
     ClassStatistics,
@@ -36,8 +37,8 @@ def data(count: int = 400, dim: int = 33, classes: int = 4, seed: int = 0) -> tu
     return means[labels] + torch.randn(count, dim, generator=generator) @ mixing / 4 + 2, labels
 
 
-def gathered(vectors: Tensor, labels: Tensor) -> ClassStatistics:
-    statistics = ClassStatistics(vectors.shape[1])
+def gathered(vectors: Tensor, labels: Tensor, per_class: bool = False) -> ClassStatistics:
+    statistics = ClassStatistics(vectors.shape[1], per_class)
     statistics.add(vectors, labels)
     return statistics
 
@@ -85,19 +86,68 @@ def test_order_and_tasks_do_not_matter(seed: int, tasks: int) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_the_second_moment_is_symmetric_to_the_last_bit() -> None:
-    """Its upper triangle is all that is saved: otherwise a restart would change the last bits of what follows."""
-    statistics = gathered(*data(count=100))
+@pytest.mark.parametrize("per_class", [False, True])
+def test_second_moments_are_symmetric_to_the_last_bit(per_class: bool) -> None:
+    """An upper triangle is all that is saved: otherwise a restart would change the last bits of what follows."""
+    statistics = gathered(*data(count=100), per_class)
     statistics.add(*data(count=77, seed=1))
-    assert torch.equal(statistics.second, statistics.second.T)
+    assert torch.equal(statistics.moments, statistics.moments.mT)
 
 
-def test_state_round_trip_is_exact() -> None:
-    statistics = gathered(*data())
+@pytest.mark.parametrize(("per_class", "shape"), [(False, (33 * 34 // 2,)), (True, (4, 33 * 34 // 2))])
+def test_state_round_trip_is_exact(per_class: bool, shape: tuple[int, ...]) -> None:
+    statistics = gathered(*data(), per_class)
     again = ClassStatistics.from_state(statistics.state())
-    for name in ("counts", "sums", "second"):
+    assert again.per_class == per_class
+    for name in ("counts", "sums", "moments"):
         assert torch.equal(getattr(again, name), getattr(statistics, name))
-    assert statistics.state()["second"].shape == (33 * 34 // 2,)
+    assert statistics.state()["second"].shape == shape
+
+
+def test_moments_of_each_class_are_those_of_its_data() -> None:
+    vectors, labels = data(count=9000)
+    labels = torch.where(labels == 3, 5, labels)
+    statistics = gathered(vectors, labels, per_class=True)
+    x, y = vectors.double().numpy(), labels.numpy()
+    assert statistics.moments.shape == (6, 33, 33)
+    for row in (0, 1, 2, 5):
+        np.testing.assert_allclose(statistics.covariance(row), np.cov(x[y == row].T), rtol=1e-9, atol=1e-12)
+    assert float(statistics.covariance(4).abs().max()) == 0.0
+    pooled = gathered(vectors, labels)
+    torch.testing.assert_close(statistics.second, pooled.second, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(statistics.scatter_within(), pooled.scatter_within(), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_equal_samples_have_no_covariance(count: int) -> None:
+    """What rounding leaves of the difference of two large numbers is no variance."""
+    vectors, labels = data(count=4)
+    statistics = gathered(vectors[:1].expand(count, -1) * 1000, labels[:1].expand(count), per_class=True)
+    assert float(statistics.covariance(0).abs().max()) == 0.0
+
+
+def test_taking_a_class_out_leaves_the_others_to_the_last_bit() -> None:
+    vectors, labels = data()
+    statistics = gathered(vectors, labels, per_class=True)
+    statistics.remove(2)
+    never = gathered(vectors[labels != 2], labels[labels != 2], per_class=True)
+    for name in ("counts", "sums", "moments"):
+        torch.testing.assert_close(getattr(statistics, name), getattr(never, name), rtol=1e-14, atol=0)
+    with pytest.raises(InputError, match="no class can be taken out"):
+        gathered(vectors, labels).remove(2)
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_merging_adds_and_may_rename(per_class: bool) -> None:
+    """The other's rows 0, 1, 2, 3 are 5, 0, 1 and again 1 here."""
+    one, two, rows = data(), data(count=300, seed=1), torch.tensor([5, 0, 1, 1])
+    merged, other = gathered(*one, per_class), gathered(*two, per_class)
+    before = {name: tensor.clone() for name, tensor in other.state().items()}
+    merged.merge(other, rows)
+    whole = gathered(torch.cat([one[0], two[0]]), torch.cat([one[1], rows[two[1]]]), per_class)
+    for name in ("counts", "sums", "moments"):
+        torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state().items())
 
 
 def test_restored_statistics_are_their_own() -> None:
@@ -114,6 +164,9 @@ def test_pack_symmetric(size: int) -> None:
     packed = pack_symmetric(matrix)
     assert packed.shape == (size * (size + 1) // 2,)
     assert torch.equal(unpack_symmetric(packed, size), matrix)
+    several = torch.stack([matrix, 2 * matrix, 3 * matrix])
+    assert torch.equal(pack_symmetric(several), torch.stack([packed, 2 * packed, 3 * packed]))
+    assert torch.equal(unpack_symmetric(pack_symmetric(several), size), several)
 
 
 # ── shrinkage and the discriminant ───────────────────────────────────────────────────────────────────
@@ -126,6 +179,18 @@ def test_shrinkage_is_that_of_scikit_learn(count: int) -> None:
     covariance = torch.from_numpy(x.T @ x / len(x))
     assert oas_shrinkage(covariance, len(x)) == pytest.approx(share, rel=1e-9)
     np.testing.assert_allclose(shrink(covariance, len(x)), wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dim", "least", "most"), [(3, 1e-2, 1.0), (150, 0.0, 1e-2)])
+def test_shrinkage_leaves_out_terms_of_two_over_p_as_scikit_learn_does(dim: int, least: float, most: float) -> None:
+    """Eq. 23 of Chen et al. as printed: far off with three dimensions, next to nothing with hundreds."""
+    x = np.random.default_rng(0).normal(size=(50, dim)) * np.linspace(1, 4, dim)
+    covariance = x.T @ x / 50
+    square, trace = (covariance**2).sum(), np.trace(covariance)
+    printed = ((1 - 2 / dim) * square + trace**2) / ((51 - 2 / dim) * (square - trace**2 / dim))
+    share = oas_shrinkage(torch.from_numpy(covariance), 50)
+    assert share == pytest.approx(oas(x, assume_centered=True)[1], rel=1e-9)
+    assert least < abs(share - printed) / printed < most
 
 
 @pytest.mark.parametrize("samples", [0.0, 1.0, 50.0])
@@ -217,6 +282,53 @@ def test_ridge_of_one_sample() -> None:
     values, bias, _ = ridge(gathered(torch.ones(1, 3), torch.tensor([0])))
     assert float(values.abs().max()) == 0.0
     assert float(bias[0]) == 1.0
+
+
+@pytest.mark.parametrize("strength", [0.0, 2.5])
+def test_ridge_of_no_sample(strength: float) -> None:
+    statistics = ClassStatistics(3)
+    statistics.grow(2)
+    values, bias, chosen = ridge(statistics, strength)
+    assert values.tolist() == [[0.0, 0.0]] * 3
+    assert bias.tolist() == [-np.inf, -np.inf]
+    assert chosen == strength
+
+
+@pytest.mark.parametrize("strength", [1e-3, 0.7, 300.0])
+def test_ridge_at_a_given_strength_is_that_of_scikit_learn(strength: float) -> None:
+    """Its alpha is this λ: both weigh |W|² against the sum, not the mean, of the squared errors."""
+    vectors, labels = data()
+    values, bias, chosen = ridge(gathered(vectors, labels), strength)
+    assert chosen == strength
+    reference = Ridge(alpha=strength).fit(vectors.double().numpy(), np.eye(4)[labels.numpy()])
+    np.testing.assert_allclose(values, reference.coef_.T, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(bias, reference.intercept_, rtol=1e-6, atol=1e-9)
+
+
+def recursive_least_squares(x: NDArray, targets: NDArray, strength: float) -> tuple[NDArray, NDArray]:
+    """One rank-one (Woodbury) update a sample: K = P x/(1 + xᵀP x), P −= K xᵀP, W += K (y − xᵀW), from P = I/λ.
+
+    The bias is not penalised: it is what centred samples and targets need none of.
+    """
+    centre, level = x.mean(0), targets.mean(0)
+    inverse, weights = np.eye(x.shape[1]) / strength, np.zeros((x.shape[1], targets.shape[1]))
+    for sample, target in zip(x - centre, targets - level, strict=True):
+        gain = inverse @ sample / (1.0 + sample @ inverse @ sample)
+        weights += np.outer(gain, target - sample @ weights)
+        inverse -= np.outer(gain, sample @ inverse)
+    return weights, level - centre @ weights
+
+
+@pytest.mark.parametrize(("count", "strength"), [(20, 0.1), (400, 0.1), (400, 50.0)])
+def test_ridge_is_recursive_least_squares(count: int, strength: float) -> None:
+    """In any order of the samples; also with fewer samples than features."""
+    vectors, labels = data(count)
+    values, bias, _ = ridge(gathered(vectors, labels), strength)
+    order = np.random.default_rng(1).permutation(count)
+    for index in (np.arange(count), order):
+        wanted = recursive_least_squares(vectors.double().numpy()[index], np.eye(4)[labels.numpy()[index]], strength)
+        np.testing.assert_allclose(values, wanted[0], rtol=0, atol=1e-8 * np.abs(wanted[0]).max())
+        np.testing.assert_allclose(bias, wanted[1], rtol=0, atol=1e-8 * np.abs(wanted[1]).max())
 
 
 def test_the_weight_of_a_prior_follows_the_data() -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder, network
 from ssd_edge.backbones.networks import ARCHITECTURES
 from ssd_edge.backbones.pretraining import augment, normalise
+from ssd_edge.cli.pretrain import pretrain
+from ssd_edge.data import Dataset
 from ssd_edge.errors import BundleRefusedError, InputError
 
 TINY = ("train.epochs=2", "train.batch=32", "train.lr=0.05", "student.neurons=64", "student.epochs=2")
@@ -93,6 +96,28 @@ def test_pretrain_needs_data(cli, tmp_path: Path) -> None:
         "pretrain", tmp_path / "x", "--student", "data.path=digits", code=2
     ).stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_pretrain_on_some_classes(made: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def stand_in(package: object, config: object, dataset: Dataset, *_: object) -> None:
+        taken.append(dataset.classes)
+        raise InputError("that is enough")
+
+    monkeypatch.setattr("ssd_edge.backbones.pretrain.retrain_student", stand_in)
+    monkeypatch.setattr("ssd_edge.training.set_threads", lambda count: None)
+    words = [str(made), "--student", f"data.path={shapes}"]
+    for more, message in (
+        (["--classes", "0:2"], "that is enough"),
+        (["--classes", "cross,3:"], "that is enough"),
+        (["--classes", "0:9"], "the positions '0:9' reach beyond the 5 classes of"),
+        (["--classes", "0:2", "data.classes=1:3"], "--classes is 0:2, but data.classes is 1:3; leave one"),
+    ):
+        done = CliRunner().invoke(pretrain, [*words, *more])
+        assert isinstance(done.exception, InputError)
+        assert message in str(done.exception)
+    assert taken == [("circle", "cross"), ("cross", "stripes", "triangle")]
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))

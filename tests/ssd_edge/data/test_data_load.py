@@ -115,6 +115,58 @@ def test_wrong_selections(home: Path) -> None:
         read(home, exclude=tuple(SIZES))
 
 
+@pytest.mark.parametrize(
+    ("words", "chosen"),
+    [
+        (("0:2",), "ant bee"),
+        ((":3",), "ant bee cow"),
+        (("2:",), "cow dog"),
+        (("-2:",), "cow dog"),
+        (("1:-1",), "bee cow"),
+        ((":",), "ant bee cow dog"),
+        (("0:1", "3:4"), "ant dog"),
+        (("dog", "0:2", "1:2"), "ant bee dog"),
+        (("0:4",), "ant bee cow dog"),
+    ],
+)
+def test_positions_among_the_sorted_names(words: tuple[str, ...], chosen: str, home: Path) -> None:
+    data = read(home, classes=words)
+    assert data.classes == tuple(chosen.split())
+    rest = [name for name in SIZES if name not in data.classes]
+    if len(rest) > 1:
+        assert read(home, exclude=words).classes == tuple(rest)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("0:5", r"^the positions '0:5' reach beyond the 4 classes of animals; they count from 0, as in 0:4 for all$"),
+        ("-5:2", r"^the positions '-5:2' reach beyond the 4 classes"),
+        ("4:", r"^the positions '4:' hold none of the 4 classes"),
+        ("2:2", r"^the positions '2:2' hold none of the 4 classes"),
+        ("9:12", r"^the positions '9:12' hold none of the 4 classes"),
+        ("0:1:2", r"^animals has no class '0:1:2'\."),
+        ("1:x", r"^animals has no class '1:x'\."),
+        ("0", r"^animals has no class '0'\."),
+    ],
+)
+def test_positions_that_hold_nothing(word: str, message: str, home: Path) -> None:
+    for key in ("classes", "exclude"):
+        with pytest.raises(InputError, match=message):
+            read(home, **{key: (word,)})
+
+
+def test_positions_follow_the_order_of_the_labels_and_a_name_wins(tmp_path: Path) -> None:
+    for name in ("10", "9", "0:2", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    everything = read(tmp_path).classes
+    assert everything == ("0:2", "9", "10", "b")
+    assert read(tmp_path, classes=("1:3",)).classes == ("9", "10")
+    assert read(tmp_path, classes=("0:2", "b")).classes == ("0:2", "b")  # the class of this name, not two classes
+
+
 def test_fingerprint_follows_the_content(home: Path, tmp_path: Path) -> None:
     def copy(name: str, old: str = "", new: str = "") -> str:
         for split in ("train", "test"):

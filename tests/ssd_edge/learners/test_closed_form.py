@@ -7,10 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import helmert
+from sklearn.covariance import OAS
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from ssd_edge.errors import InputError
 from ssd_edge.learners import Learner, Task, build
+from ssd_edge.learners import ridge as ridge_module
 from ssd_edge.learners import ssd as ssd_module
 from ssd_edge.priors import Priors
 from ssd_edge.statistics import discriminant, shrink
@@ -18,12 +23,13 @@ from ssd_edge.statistics import discriminant, shrink
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIM = 16
-LINEAR: list[dict[str, Any]] = [
+CLOSED_FORM: list[dict[str, Any]] = [
     {"name": "ssd", "neurons": 60, "top_n": 10},
     {"name": "ncm"},
     {"name": "slda"},
     {"name": "ridge"},
     {"name": "rp_ridge", "features": 60},
+    {"name": "fecam"},
 ]
 
 
@@ -44,7 +50,7 @@ def covariance_prior(scale: float = 1.0) -> Priors:
     return Priors(count=5000, within_covariance=(scale * mixing @ mixing.T / DIM).astype(np.float32))
 
 
-@pytest.mark.parametrize("options", LINEAR, ids=names)
+@pytest.mark.parametrize("options", CLOSED_FORM, ids=names)
 def test_the_order_of_tasks_and_samples_does_not_matter(options: dict[str, Any]) -> None:
     whole = gaussians({0: 90, 1: 70, 2: 110, 3: 60})
     test = gaussians(dict.fromkeys(range(4), 30), seed=5).embeddings
@@ -56,7 +62,8 @@ def test_the_order_of_tasks_and_samples_does_not_matter(options: dict[str, Any])
             learner.learn(Task(whole.embeddings[index], whole.labels[index]))
         learners.append(learner)
     for learner in learners[1:]:
-        torch.testing.assert_close(learner.scores(test), learners[0].scores(test), rtol=1e-4, atol=1e-5)
+        scores = learners[0].scores(test)
+        torch.testing.assert_close(learner.scores(test), scores, rtol=0, atol=1e-6 * float(scores.abs().max()))
         if hasattr(learner, "values"):
             scale = float(learners[0].values.abs().max())
             torch.testing.assert_close(learner.values, learners[0].values, rtol=1e-6, atol=1e-6 * scale)
@@ -89,6 +96,25 @@ def test_slda_is_a_discriminant_with_the_prior_s_covariance_mixed_in(weight: flo
     np.testing.assert_allclose(learner.scores(test), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_slda_is_scikit_learn_s_discriminant_with_its_oas_covariance() -> None:
+    """OAS of the N − C independent contrasts within the classes, whose mean square is the pooled covariance."""
+    task, test = gaussians({0: 12, 1: 9, 2: 30}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
+    learner = build({"name": "slda"}, DIM, Priors())
+    learner.learn(task)
+    x, y = task.embeddings.double().numpy(), task.labels.numpy()
+    contrasts = np.concatenate([helmert((y == row).sum()) @ x[y == row] for row in range(3)])
+    assert contrasts.shape == (51 - 3, DIM)
+
+    class Pooled:
+        covariance_ = OAS(assume_centered=True).fit(contrasts).covariance_
+
+        def fit(self, _: Any) -> None: ...
+
+    reference = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=Pooled(), priors=[1 / 3] * 3).fit(x, y)
+    wanted = reference.decision_function(test.double().numpy()) - np.log(1 / 3)
+    np.testing.assert_allclose(learner.scores(test), wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+
+
 def test_slda_without_a_prior_ignores_its_weight() -> None:
     task, test = gaussians({0: 40, 1: 25}), gaussians({0: 9, 1: 9}, seed=1).embeddings
     scores = []
@@ -117,6 +143,40 @@ def test_slda_prior_helps_with_few_images() -> None:
         accuracy[weight] = float((learner.predict(test.embeddings) == test.labels).double().mean())
     assert accuracy[1000.0] > accuracy[0.0] + 0.1
     assert accuracy[-1.0] > accuracy[0.0] + 0.05  # sixteen degrees of freedom leave the likeliest weight low
+
+
+@pytest.mark.parametrize("strength", [0.3, 40.0])
+def test_ridge_learners_at_a_given_strength(strength: float) -> None:
+    task, test = gaussians({0: 40, 1: 25, 2: 60}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
+    for options in ({"name": "ridge"}, {"name": "rp_ridge", "features": 60}):
+        learner = build({**options, "strength": strength}, DIM, Priors())
+        assert learner.learn(task) == {"strength": strength}
+        x, z = (learner.features(each).double().numpy() for each in (task.embeddings, test))
+        wanted = Ridge(alpha=strength).fit(x, np.eye(3)[task.labels.numpy()]).predict(z)
+        np.testing.assert_allclose(learner.scores(test), wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("megabytes", [0.0013, 0.05, 0.4])
+def test_random_features_that_fit_a_memory_budget(megabytes: float, per_class: bool) -> None:
+    settings = {"budget_mb": megabytes, "budget_classes": 6, "per_class": per_class}
+    learner = build({"name": "rp_ridge", "features": 7, **settings}, DIM, Priors())
+    more = {"features": learner.feature_count() + 1, "per_class": per_class}
+    one_more = build({"name": "rp_ridge", **more}, DIM, Priors())
+    for each in (learner, one_more):
+        each.learn(gaussians(dict.fromkeys(range(6), 4)))
+    assert learner.features(torch.zeros(1, DIM)).shape == (1, learner.feature_count())
+    assert learner.memory_bytes() <= megabytes * 1e6 < one_more.memory_bytes()
+
+
+def test_a_memory_budget_is_no_reason_for_endless_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridge_module, "MOST_FEATURES", 30)
+    assert build({"name": "rp_ridge", "budget_mb": 1e7}, DIM, Priors()).feature_count() == 30
+
+
+def test_a_memory_budget_without_room_is_refused() -> None:
+    with pytest.raises(InputError, match=r"learner.budget_mb 0.001 has no room .* 100 classes, which take 0.003732 MB"):
+        build({"name": "rp_ridge", "budget_mb": 0.001}, DIM, Priors())
 
 
 def test_random_features_are_drawn_again_from_the_seed() -> None:
@@ -178,7 +238,7 @@ def test_ssd_corrects_the_noise_of_a_mean_of_five(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_ssd_of_hardly_any_images(count: int) -> None:
-    learner = build(LINEAR[0], DIM, Priors())
+    learner = build(CLOSED_FORM[0], DIM, Priors())
     learner.learn(gaussians({0: count, 1: count}, spread=0.1))
     test = gaussians({0: 50, 1: 50}, spread=0.1, seed=1)
     assert bool(torch.isfinite(learner.scores(test.embeddings)).all())
@@ -200,7 +260,7 @@ def test_ssd_code_is_top_k_of_signed_unit_inputs() -> None:
 
 def test_ssd_starts_from_the_keys_of_the_package_where_they_fit() -> None:
     keys = torch.nn.functional.normalize(torch.randn(60, DIM, generator=torch.Generator().manual_seed(7)))
-    given, options = Priors(code_keys=keys.numpy()), LINEAR[0]
+    given, options = Priors(code_keys=keys.numpy()), CLOSED_FORM[0]
     assert torch.equal(build(options, DIM, given).keys, keys)
     drawn = build(options, DIM, Priors()).keys
     assert torch.equal(build({**options, "keys": "random"}, DIM, given).keys, drawn)
@@ -208,7 +268,7 @@ def test_ssd_starts_from_the_keys_of_the_package_where_they_fit() -> None:
 
 
 def test_ssd_top_n_are_the_neurons_most_active_in_the_last_task() -> None:
-    learner = build(LINEAR[0], DIM, Priors())
+    learner = build(CLOSED_FORM[0], DIM, Priors())
     learner.learn(gaussians({0: 50, 1: 50}))
     last = gaussians({2: 40, 3: 40})
     learner.learn(last)

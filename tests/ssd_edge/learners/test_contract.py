@@ -41,9 +41,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "name": "finetune", "neurons": 20, "epochs": 3, "batch": 16, "optimiser": "adamw", "one_cycle": True,
         "weight_decay": 0.05, "outputs": "arriving",
     },
+    "two hidden layers": {"name": "ssd-paper", **SMALL, "layers": 2, "teacher": "ema", "accumulate_tasks": True},
+    "falling mask": {"name": "sdmlp", **SMALL, "inhibition": "mask", "decay_epochs": 5},
+    "sdmlp, ewc": {"name": "sdmlp", **SMALL, "penalty": "ewc", "layers": 2},
+    "paper, si": {"name": "ssd-paper", **SMALL, "penalty": "si", "outputs": "arriving"},
+    "sdmlp, mas": {"name": "sdmlp", **SMALL, "penalty": "mas"},
+    "finetune, online ewc": {
+        "name": "finetune", "neurons": 20, "epochs": 3, "batch": 16, "penalty": "online_ewc", "layers": 2,
+    },
+    "finetune, si": {"name": "finetune", "neurons": 20, "epochs": 3, "batch": 16, "penalty": "si"},
+    "lwf": {"name": "lwf", "neurons": 20, "epochs": 3, "batch": 16},
+    "lwf, mas": {"name": "lwf", "neurons": 20, "epochs": 3, "batch": 16, "penalty": "mas"},
+    "icarl": {"name": "icarl", "neurons": 20, "epochs": 3, "batch": 16, "memory": 24},
+    "fecam": {"name": "fecam"},
+    "flymodel": {"name": "flymodel", "neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
+    "slda by class": {"name": "slda", "per_class": True},
     "ssd, very sparse": {"name": "ssd", "neurons": 40, "top_n": 10, "k": 3, "keys": "random"},
 }  # fmt: skip
-RANDOM = ("ssd", "ssd-paper", "sdmlp", "finetune", "rp_ridge")
+RANDOM = ("ssd", "ssd-paper", "sdmlp", "finetune", "lwf", "icarl", "rp_ridge", "flymodel")
 
 
 def priors() -> Priors:
