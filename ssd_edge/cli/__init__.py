@@ -18,6 +18,7 @@ from ssd_edge.cli.deploy import deploy
 from ssd_edge.cli.device import device
 from ssd_edge.cli.evaluate import evaluate
 from ssd_edge.cli.pretrain import pretrain
+from ssd_edge.cli.reproduce import reproduce
 from ssd_edge.cli.train import train
 from ssd_edge.errors import EnvironmentUnfitError, SSDEdgeError
 
@@ -40,7 +41,7 @@ def cli() -> None:
     """
 
 
-for command in (train, evaluate, deploy, device, pretrain, config):
+for command in (train, evaluate, deploy, device, pretrain, reproduce, config):
     cli.add_command(command)
 
 

@@ -1,0 +1,73 @@
+"""``ssd-edge reproduce``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("what", nargs=-1, required=True, metavar="WHAT...")
+@click.option(
+    "--budget",
+    type=click.Choice(["smoke", "reduced", "full"]),
+    default="reduced",
+    show_default=True,
+    help="smoke: seconds; reduced: hours on two cores; full: the published schedule, days.",
+)
+@click.option("--orders", type=click.IntRange(1, 5), help="Class orders a system; smoke 1, reduced 3, full 5.")
+@click.option("--workers", type=click.IntRange(1, 256), help="Processes; one per core, or 1 with a GPU.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True, metavar="DIR")
+@click.option("--tiny-backbone", type=click.Path(path_type=Path), metavar="DIR", help="For Split Tiny-ImageNet.")
+@click.option("--page-only", is_flag=True, help="Run nothing; write the page from what is stored.")
+def reproduce(
+    what: tuple[str, ...],
+    budget: str,
+    orders: int | None,
+    workers: int | None,
+    out: Path,
+    tiny_backbone: Path | None,
+    page_only: bool,
+) -> None:
+    """Repeat the paper's experiments, with controls and baselines beside them.
+
+    \b
+    ssd-edge reproduce list                      what there is, and what is stored
+    ssd-edge reproduce T2 --budget smoke         does it run?
+    ssd-edge reproduce T1 T2 controls            shortened schedule, three class orders
+    ssd-edge reproduce all --budget full         the published schedule
+
+    Data sets are looked for under $SSD_EDGE_DATA. Every result is stored in DIR/results/reproduce when it is
+    finished and never computed twice, so an interrupted command goes on where it was. DIR/results.md shows them all.
+    """
+    from ssd_edge.console import Console
+    from ssd_edge.errors import InputError
+    from ssd_edge.reproduction import cells, page, runner
+    from ssd_edge.reproduction.experiments import BUDGETS, chosen, experiments
+
+    if what == ("list",):
+        store = cells.Store(out / runner.RESULTS)
+        for experiment in experiments().values():
+            stored = [(name, *runner.counts(experiment, name, store)) for name in BUDGETS]
+            told = ", ".join(f"{name} {some}/{every}" for name, some, every in stored)
+            size = f"{len(experiment.systems)} systems × {len(experiment.streams)} streams"
+            click.echo(f"{experiment.id:12} {experiment.title}: {size}; stored: {told}")
+        return
+    if "list" in what:
+        raise InputError("list stands alone: ssd-edge reproduce list")
+    picked = chosen(what)
+    if tiny_backbone is not None and not tiny_backbone.is_dir():
+        raise InputError(f"--tiny-backbone {tiny_backbone} is not a folder; make one with: ssd-edge pretrain")
+    console = Console()
+    request = runner.Request(picked, budget, orders, workers or 0, out, tiny_backbone)
+    error = None
+    try:
+        if not page_only:
+            error = runner.run(request, console)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what is finished is stored; the same command goes on from there") from None
+    page.write(out)
+    console.say(f"page: {out / 'results.md'}")
+    if error is not None:
+        raise error

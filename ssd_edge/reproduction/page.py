@@ -1,0 +1,360 @@
+"""results.md and its figures: a function of the stored results and the YAML alone, so it needs neither data nor time.
+
+Nothing in it depends on when or where it is rendered: the same results give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ssd_edge import files
+from ssd_edge.comparison import points
+from ssd_edge.reproduction import cells
+from ssd_edge.reproduction.drawings import figures
+from ssd_edge.reproduction.experiments import BUDGETS, Experiment, budgets, experiments, streams
+from ssd_edge.reproduction.rows import Row, compare, mean, overall, per_task, rows, spread
+
+PAGE, RESULTS, FIGURES = "results.md", Path("results") / "reproduce", Path("results") / "figures"
+BEST_FIRST = ("full", "reduced", "smoke")
+NONE = "–"
+CLOSED_FORM = ("ncm", "slda", "ridge", "rp_ridge", "fecam", "flymodel", "ssd")
+GRADIENT_SSD = "ssd-paper"
+
+
+def write(out: Path) -> None:
+    """Write the page and its figures from what is stored under `out`.
+
+    Raises:
+        BundleRefusedError: a stored result is damaged.
+    """
+    text, drawn = render(cells.Store(out / RESULTS))
+    if drawn:
+        files.make_directory(out / FIGURES)
+        for name, svg in sorted(drawn.items()):
+            files.write_text(out / FIGURES / name, svg)
+    files.make_directory(out)
+    files.write_text(out / PAGE, text)
+
+
+def render(store: cells.Store) -> tuple[str, dict[str, str]]:
+    """The page as Markdown, and its figures: file name → SVG."""
+    drawn: dict[str, str] = {}
+    tables = {experiment.id: _stored(experiment, store) for experiment in experiments().values()}
+    parts = [HEAD, *_lead(tables), *_budgets()]
+    for experiment in experiments().values():
+        parts += _experiment(experiment, tables[experiment.id], drawn)
+    parts += [*_unfinished(store), *_machines(store)]
+    return "\n\n".join(parts) + "\n", drawn
+
+
+HEAD = """# The paper's experiments, repeated
+
+Written by `ssd-edge reproduce` from the files in `results/reproduce`; the same command with `--page-only` writes it
+again. Accuracy is over all test images after the last task, in percent, mean ± standard deviation over class orders
+(how many: in brackets). Test images choose nothing here. The paper's embeddings are a ConvMixer's, trained on
+ImageNet32; those here are the shipped ResNet-9's, trained on Tiny-ImageNet, so compare rows with each other and with
+joint training (a ReLU MLP of as many neurons on all data at once) rather than with the paper's numbers. "SSD" is the
+paper's algorithm, trained by gradients (`ssd-paper`); SSD-Edge's default learner is listed by that name."""
+
+
+Tables = dict[str, dict[str, list[Row]]]  # by stream and budget, longest first
+
+
+def _stored(experiment: Experiment, store: cells.Store) -> Tables:
+    """All rows of the budgets of which something is stored; smoke only where there is nothing else."""
+    found: Tables = {}
+    for stream in experiment.streams:
+        filled: dict[str, list[Row]] = {}
+        for budget in BEST_FIRST:
+            if budget == "smoke" and filled:
+                continue
+            table = rows(experiment, stream, budget, store)
+            if any(row.results and (budget != "full" or not row.shared) for row in table):
+                filled[budget] = table
+        found[stream] = filled or {"reduced": rows(experiment, stream, "reduced", store)}
+    return found
+
+
+def _shown(experiment: Experiment, tables: Tables) -> list[Row]:
+    """What is printed: each system with each budget that it was run with, or once with dashes."""
+    found = []
+    for by_budget in tables.values():
+        for number in range(len(experiment.systems)):
+            stored = [table[number] for table in by_budget.values() if table[number].results]
+            once = {row.length: row for row in stored}
+            found += list(once.values()) or [next(iter(by_budget.values()))[number]]
+    return found
+
+
+# ── the opening ──────────────────────────────────────────────────────────────────────────────────────────
+def _lead(tables: Mapping[str, Tables]) -> list[str]:
+    """On each stream, the best head in closed form against the best row of SSD that was trained by gradients."""
+    best: dict[str, dict[bool, tuple[float, str]]] = {}
+    for experiment in experiments().values():
+        for row in _shown(experiment, tables[experiment.id]):
+            name, accuracy = row.system.learner["name"], mean(row.values("accuracy"))
+            if accuracy is None or row.budget == "smoke" or name not in (*CLOSED_FORM, GRADIENT_SSD):
+                continue
+            closed = name != GRADIENT_SSD
+            said = row.system.name if closed else f"{row.system.name} in {experiment.id}"
+            kinds = best.setdefault(row.stream, {})
+            kinds[closed] = max(kinds.get(closed, (-1.0, "")), (accuracy, said))
+    lines = []
+    for stream, kinds in best.items():
+        if len(kinds) < 2:
+            continue
+        (ours, system), (theirs, head) = kinds[False], kinds[True]
+        lead = theirs - ours
+        verb = "is ahead by" if lead > 0 else "is behind by"
+        lines.append(
+            f"- {streams()[stream].title}: {head} {_percent(theirs)}, SSD at its best ({system}) {_percent(ours)}: "
+            f"the head in closed form {verb} {points(abs(lead))} points"
+        )
+    if not lines:
+        return []
+    text = "Trained by gradients, SSD competes with heads in closed form that see each image once:"
+    return [text + "\n\n" + "\n".join(lines)]
+
+
+def _budgets() -> list[str]:
+    lines = [f"- **{name}**: {' '.join(budgets()[name].why.split())}" for name in reversed(BUDGETS)]
+    return ["Budgets:\n\n" + "\n".join(lines)]
+
+
+# ── one experiment ───────────────────────────────────────────────────────────────────────────────────────
+def _experiment(experiment: Experiment, tables: Tables, drawn: dict[str, str]) -> list[str]:
+    place = f" ({experiment.place})" if experiment.place else ""
+    parts = [f"## {experiment.id}: {experiment.title}{place}"]
+    if experiment.text:
+        parts.append(" ".join(experiment.text.split()))
+    shown = _shown(experiment, tables)
+    notes: dict[str, int] = {}
+    for note in (note for row in shown if row.results for note in row.notes):
+        notes.setdefault(note, len(notes) + 1)
+    makers = {"entropy": _entropy_table, "trace": _trace_table, "backward_transfer": _transfer_table}
+    if experiment.layout == "grid":
+        parts.append(_grid(experiment, shown))
+    else:
+        parts.append(makers.get(experiment.metric, _accuracy_table)(experiment, shown, notes))
+    parts += _footnotes(notes) if experiment.layout == "rows" else []
+    parts += _absent(experiment, shown)
+    parts += _less_forgetting(experiment, tables) if experiment.metric == "backward_transfer" else []
+    parts += _paired(experiment, tables)
+    for stream, by_budget in tables.items():
+        made = figures(experiment, stream, next(iter(by_budget.values())))
+        drawn.update(made)
+        parts += [f"![{experiment.title}, {streams()[stream].title}]({(FIGURES / name).as_posix()})" for name in made]
+    return parts
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [" | ".join(head), "|".join("---" for _ in head), *(" | ".join(cells) for cells in body)]
+    return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
+
+
+def _percent(value: float | None) -> str:
+    return NONE if value is None else points(value)
+
+
+def _with_spread(values: Sequence[float], signed: bool = False) -> str:
+    """``62.1 ± 0.8 (3)``."""
+    if not values:
+        return NONE
+    deviation = spread(values)
+    beside = "" if deviation is None else f" ± {points(deviation)}"
+    return f"{points(mean(values), signed)}{beside} ({len(values)})"
+
+
+def _named(row: Row, notes: dict[str, int]) -> str:
+    """The system with the numbers of its notes."""
+    numbers = [str(notes[note]) for note in row.notes if note in notes] if row.results else []
+    return f"{row.system.name} [{', '.join(numbers)}]" if numbers else row.system.name
+
+
+def _where(experiment: Experiment, row: Row) -> list[str]:
+    return [streams()[row.stream].title] if len(experiment.streams) > 1 else []
+
+
+def _first(experiment: Experiment) -> list[str]:
+    return ["stream"] if len(experiment.streams) > 1 else []
+
+
+def _accuracy_table(experiment: Experiment, shown: Sequence[Row], notes: dict[str, int]) -> str:
+    head = ["ours", "joint", "ours ÷ joint", "BWT", "just learned", "last task", "budget"]
+    printed = ["paper"] if any(row.system.reported for row in shown) else []
+    body = []
+    for row in shown:
+        share = row.share
+        transfer, learned = mean(row.values("backward_transfer")), mean(row.values("learning_accuracy"))
+        paper = [_percent(row.system.reported.get(row.stream)) for _ in printed]
+        body.append([
+            *_where(experiment, row), _named(row, notes), *paper,
+            _with_spread(row.values("accuracy")), _percent(mean(row.oracle)), NONE if share is None else f"{share:.2f}",
+            points(transfer, signed=True), _percent(learned), _percent(mean(row.values("last_task_share"))),
+            row.length,
+        ])  # fmt: skip
+    return _table([*_first(experiment), "system", *printed, *head], body)
+
+
+def _transfer_table(experiment: Experiment, shown: Sequence[Row], notes: dict[str, int]) -> str:
+    head = ["system", "paper's BWT", "our BWT", "just learned", "ours", "budget"]
+    body = [
+        [
+            *_where(experiment, row), _named(row, notes), points(row.system.reported.get(row.stream), signed=True),
+            _with_spread(row.values("backward_transfer"), signed=True), _percent(mean(row.values("learning_accuracy"))),
+            _with_spread(row.values("accuracy")), row.length,
+        ]
+        for row in shown
+    ]  # fmt: skip
+    return _table([*_first(experiment), *head], body)
+
+
+BY_TASK = {
+    "activation_entropy": "Eq. 1, all neurons",
+    "activation_entropy_alive": "Eq. 1, those ever active",
+    "activation_entropy_bound": "bound H(k/r)",
+}
+OVERALL = {"class_entropy": "class entropy", "class_entropy_weighted": "weighted by activity"}
+
+
+def _entropy_table(experiment: Experiment, shown: Sequence[Row], notes: dict[str, int]) -> str:
+    """In nats: Eq. 1 on the data of each task, class entropy on that of all; means over tasks and orders."""
+    body = []
+    for row in shown:
+        results = [one for _, one in sorted(row.results.items())]
+        found = [mean(per_task(results, name)) for name in BY_TASK]
+        found += [mean(overall(results, name)) for name in OVERALL]
+        reported = row.system.reported.get(row.stream)
+        body.append([
+            *_where(experiment, row), _named(row, notes), NONE if reported is None else f"{reported:g}",
+            *(NONE if value is None else f"{value:.4f}" for value in found), row.length,
+        ])  # fmt: skip
+    return _table([*_first(experiment), "system", "paper", *BY_TASK.values(), *OVERALL.values(), "budget"], body)
+
+
+def _trace_table(experiment: Experiment, shown: Sequence[Row], notes: dict[str, int]) -> str:
+    """From the second task on; training accuracy at the end of the last."""
+    head = ["system", "paper", "ours", "lowest cosine", "mean Jaccard", "highest KL", "training accuracy", "budget"]
+    body = []
+    for row in shown:
+        trace = next((one["trace"] for _, one in sorted(row.results.items()) if one.get("trace")), [])
+        later = [point for point in trace if point["task"]]
+        cosines = [point["subnetwork_cosine"] for point in later if point["subnetwork_cosine"] is not None]
+        shared = [point["jaccard"] for point in later if point["jaccard"] is not None]
+        apart = [point["teacher_divergence"] for point in later if point["teacher_divergence"] is not None]
+        found = (min(cosines, default=None), mean(shared), max(apart, default=None))
+        body.append([
+            *_where(experiment, row), _named(row, notes), _percent(row.system.reported.get(row.stream)),
+            _with_spread(row.values("accuracy")), *(NONE if value is None else f"{value:.3f}" for value in found),
+            _percent(trace[-1]["train_accuracy"] if trace else None), row.length,
+        ])  # fmt: skip
+    return _table([*_first(experiment), *head], body)
+
+
+def _grid(experiment: Experiment, shown: Sequence[Row]) -> str:
+    """Systems by streams, accuracy; each with the longest budget that is stored."""
+    best: dict[tuple[str, str], Row] = {}
+    for row in shown:
+        best.setdefault((row.system.name, row.stream), row)
+    columns = [[best[system.name, stream] for system in experiment.systems] for stream in experiment.streams]
+    body = [
+        [system.name, *(_with_spread(column[number].values("accuracy")) for column in columns)]
+        for number, system in enumerate(experiment.systems)
+    ]
+    stored = [[row for row in column if row.results] for column in columns]
+    body.append(["budget", *(", ".join(dict.fromkeys(row.length for row in column)) or NONE for column in stored)])
+    stand_ins = [any(one["stand_in"] for row in column for one in row.results.values()) for column in stored]
+    if any(stand_ins):
+        body.append(["data", *("digits, as a stand-in" if one else "its own" for one in stand_ins)])
+    return _table(["system", *(streams()[stream].title for stream in experiment.streams)], body)
+
+
+def _footnotes(notes: dict[str, int]) -> list[str]:
+    return ["\n".join(f"- [{number}] {note}" for note, number in notes.items())] if notes else []
+
+
+def _absent(experiment: Experiment, shown: Sequence[Row]) -> list[str]:
+    """Streams of which nothing is stored because they need more than data."""
+    names = {row.stream for row in shown} - {row.stream for row in shown if row.results}
+    return [
+        f"{streams()[name].title} was not run: it needs a backbone that has not seen its classes "
+        f"(`ssd-edge pretrain DIR --classes 0:100 data.path={streams()[name].data}`, then `--tiny-backbone DIR`)."
+        for name in experiment.streams
+        if name in names and streams()[name].backbone != "shipped"
+    ]
+
+
+def _less_forgetting(experiment: Experiment, tables: Tables) -> list[str]:
+    """1 − |BWT of the first| / |BWT of the second| of each pair, as the paper counts it."""
+    lines = []
+    for stream, by_budget in tables.items():
+        for budget, table in by_budget.items():
+            transfer = {row.system.name: mean(row.values("backward_transfer")) for row in table}
+            for first, second in experiment.paired:
+                if transfer[first] is None or not transfer[second]:
+                    continue
+                share = 1 - abs(transfer[first]) / abs(transfer[second])
+                what = "less" if share >= 0 else "more"
+                text = f"{first} forgets {points(abs(share))} % {what} than {second} ({budget} budget)"
+                lines.append(f"{streams()[stream].title}: {text}.")
+    return lines
+
+
+def _paired(experiment: Experiment, tables: Tables) -> list[str]:
+    """Differences of accuracy, order by order."""
+    body = []
+    for stream, by_budget in tables.items():
+        for budget, table in by_budget.items():
+            by_name = {row.system.name: row for row in table}
+            for first, second in experiment.paired:
+                found = compare(by_name[first], by_name[second])
+                if not found.differences:
+                    continue
+                body.append([
+                    streams()[stream].title, f"{first} − {second}",
+                    ", ".join(points(value, signed=True) for value in found.differences),
+                    points(mean(found.differences), signed=True),
+                    NONE if found.t is None else f"{found.t:.2f}".replace("-", "−"),
+                    NONE if found.p is None else f"{found.p:.3f}", budget,
+                ])  # fmt: skip
+    if not body:
+        return []
+    head = ["stream", "difference in points", "by class order", "mean", "t", "p, two-sided", "budget"]
+    return ["Paired t-test of accuracy over class orders:", _table(head, body)]
+
+
+# ── the end ──────────────────────────────────────────────────────────────────────────────────────────────
+def _unfinished(store: cells.Store) -> list[str]:
+    """Experiments whose published schedule has not been run, with the command."""
+    body = []
+    for experiment in experiments().values():
+        asked = {}
+        for stream in experiment.streams:
+            for system in experiment.systems:
+                for question in cells.questions(experiment, system, stream, "full"):
+                    asked[question.key()] = question
+        stored = sum(store.find(question) is not None for question in asked.values())
+        if stored < len(asked):
+            command = f"`ssd-edge reproduce {experiment.id} --budget full`"
+            body.append([experiment.id, f"{stored} of {len(asked)}", command])
+    if not body:
+        return []
+    return ["## Not run with the published schedule", _table(["experiment", "cells stored", "command"], body)]
+
+
+def _machines(store: cells.Store) -> list[str]:
+    """Which versions and machines the numbers come from."""
+    found: dict[tuple[str, ...], int] = {}
+    for result in store:
+        told = result["environment"]
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(told["versions"].items()))
+        revision, _, changed = (told["git_sha"] or "a wheel").partition("-")
+        revision = f"{revision[:12]}, changed" if changed else revision[:12]
+        key = (versions, told["machine"], told["device"], str(told["threads"]), revision)
+        found[key] = found.get(key, 0) + 1
+    if not found:
+        return []
+    body = [[*key, str(count)] for key, count in sorted(found.items())]
+    head = ["versions", "machine", "device", "threads", "commit", "cells"]
+    return ["## Where these numbers come from", _table(head, body)]

@@ -1,0 +1,249 @@
+"""Data sets as embeddings, and SDMLP keys pretrained for the settings that the shipped ones were not made for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssd_edge import files
+from ssd_edge.backbones.embedder import Embedder, open_backbone
+from ssd_edge.backbones.student import pretrain_student
+from ssd_edge.config import BackboneConfig, DataConfig, StudentConfig
+from ssd_edge.console import Console
+from ssd_edge.data import Dataset, Images, cache, load
+from ssd_edge.priors import Priors
+from ssd_edge.reproduction.experiments import StreamSource
+from ssd_edge.training import embed
+
+PRETRAINING = "tiny-imagenet32-jpg.tar.xz"
+TINY_CLASSES = ("0:100",)  # that a backbone for Split Tiny-ImageNet may have seen
+SIDE, FRAME = 32, 2  # MNIST's 28 × 28 pixels are read with a black frame
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a learner sees of a data set; stands for its embedder in `training.prepare`.
+
+    Attributes:
+        dataset: labels and class names; its images are no longer needed.
+        embedded: ``train`` and ``test``, float32 ``(N, D)``.
+        identity: of the backbone; ``pixels`` without one.
+        priors: what pretraining knows.
+        notes: sentences for the page.
+        stand_in: whether another data set was taken, because the stream's own is not here.
+    """
+
+    dataset: Dataset
+    embedded: dict[str, np.ndarray]
+    identity: str
+    priors: Priors
+    notes: tuple[str, ...] = ()
+    stand_in: bool = False
+    standardised: bool = True
+
+
+def found(name: str) -> Path | None:
+    """A file or folder under ``$SSD_EDGE_DATA``; None where there is none."""
+    root = os.environ.get("SSD_EDGE_DATA")
+    path = Path(root).expanduser() / name if root else None
+    return path if path is not None and path.exists() else None
+
+
+class Sources:
+    """Opens each data set and backbone once.
+
+    Args:
+        device: where embeddings are computed.
+        console: told what is being done.
+        tiny_backbone: folder of a package pretrained on the first half of Tiny-ImageNet; None: look under
+            ``$SSD_EDGE_DATA/backbones/tiny-100``.
+    """
+
+    def __init__(self, device: torch.device, console: Console, tiny_backbone: Path | None = None) -> None:
+        self.device, self.console = device, console
+        self.tiny_backbone = tiny_backbone or found("backbones/tiny-100")
+        self._embedders: dict[str, Embedder] = {}
+        self._datasets: dict[tuple[str, tuple[str, ...]], Dataset] = {}
+        self._inputs: dict[tuple[Any, ...], Inputs] = {}
+
+    def embedder(self, name: str) -> Embedder:
+        """The backbone of that name, open."""
+        if name not in self._embedders:
+            path = "" if name == "shipped" else str(self.tiny_backbone)
+            self._embedders[name] = open_backbone(BackboneConfig(path=path), self.device)
+        return self._embedders[name]
+
+    def dataset(self, path: str, classes: tuple[str, ...]) -> Dataset:
+        """A data set, read once."""
+        if (path, classes) not in self._datasets:
+            self._datasets[path, classes] = load(DataConfig(path=path, classes=classes), 0)
+        return self._datasets[path, classes]
+
+    def inputs(self, stream: StreamSource, images: tuple[int, ...], may_stand_in: bool) -> Inputs:
+        """What a learner sees of a stream.
+
+        Args:
+            stream: which.
+            images: training and test images a class at most; () all.
+            may_stand_in: whether the bundled digits may take the place of data that is not here.
+
+        Raises:
+            InputError: the data is not here, or damaged.
+        """
+        missing = found(stream.data) is None
+        absent = missing and may_stand_in
+        path, classes = ("digits", ()) if absent else (stream.data, stream.classes)
+        key = (path, classes, images, stream.pixels, stream.backbone)
+        if key not in self._inputs:
+            dataset = self.dataset(path, classes)
+            if images:
+                dataset = subset(dataset, *images)
+            if stream.pixels:
+                made, identity, priors = pixels(dataset), "pixels", Priors()
+            else:
+                embedder = self.embedder("shipped" if absent else stream.backbone)
+                made = embed(dataset, embedder, self.console, True)
+                identity, priors = embedder.identity, embedder.priors
+            empty = Images([], ())
+            light = dataclasses.replace(dataset, train=empty, test=empty)
+            self._inputs[key] = Inputs(light, made, identity, priors, (), absent)
+        inputs = self._inputs[key]
+        note = (f"digits in place of {stream.data}: data not found",) if absent else ()
+        return dataclasses.replace(inputs, notes=note)
+
+    def keys(
+        self, inputs: Inputs, settings: Mapping[str, Any], stream: StreamSource, may_pretrain: bool
+    ) -> tuple[Priors, dict[str, Any] | None, tuple[str, ...]]:
+        """The priors that a learner starts from.
+
+        Args:
+            inputs: of its stream.
+            settings: of the learner; those without ``pretrained`` take the priors as they are.
+            stream: of it.
+            may_pretrain: whether keys may be pretrained here.
+
+        Returns:
+            Priors, how their keys were made (None for a learner that takes none), and sentences for the page.
+        """
+        priors = inputs.priors
+        if not settings.get("pretrained", False):
+            return priors, None, ()
+        neurons, k, shift = settings["neurons"], settings["k"], float(settings["shift"])
+        made = priors.student
+        if priors.keys is not None and (len(priors.keys), made.get("k"), made.get("shift")) == (neurons, k, shift):
+            return priors, {"source": "backbone", **_plain(made)}, ()
+        if priors.keys is None or not may_pretrain or found(PRETRAINING) is None or k >= neurons:
+            fits = priors.keys is not None and len(priors.keys) == neurons
+            kind = f"keys pretrained for k = {made.get('k')}, not {k}" if fits else "random keys"
+            why = "pretraining data not found" if may_pretrain else "none are pretrained for this budget"
+            return priors, {"source": "backbone" if fits else "random"}, (f"{kind}: {why}",)
+        config = StudentConfig(neurons=neurons, k=k, shift=shift)
+        classes = TINY_CLASSES if stream.backbone == "tiny-100" else ()
+        dataset = self.dataset(PRETRAINING, classes)
+        recipe = {**dataclasses.asdict(config), "data": dataset.fingerprint, "seed": 0}
+        asked = {"student": recipe, "backbone": inputs.identity, "torch": torch.__version__}
+        arrays = cache.embeddings(asked, lambda: self._pretrained(config, dataset, stream.backbone))
+        switch = float(arrays["switch"][0])
+        student = {**made, **dataclasses.asdict(config), "switch": switch}
+        priors = dataclasses.replace(priors, keys=arrays["keys"], counters=arrays["counters"], student=student)
+        said = f"r = {neurons:,}, k = {k}" + (f", s = {shift:g}" if shift else "")
+        return priors, {"source": "pretrained here", **recipe}, (f"keys pretrained here for {said}",)
+
+    def _pretrained(self, config: StudentConfig, dataset: Dataset, backbone: str) -> dict[str, np.ndarray]:
+        vectors = torch.from_numpy(embed(dataset, self.embedder(backbone), self.console, True)["train"])
+        labels = torch.from_numpy(dataset.train_labels)
+        said = f"pretraining {config.neurons:,} keys, k = {config.k}"
+        with self.console.progress(said, config.epochs) as bar:
+            done = iter(range(1, config.epochs + 1))
+            keys, counters, switch, _ = pretrain_student(
+                vectors, labels, int(labels.max()) + 1, config, 0, lambda text: bar.update(next(done), 0.0, "")
+            )
+        return {"keys": keys.numpy(), "counters": counters.numpy(), "switch": np.array([switch])}
+
+
+def _plain(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Of how keys were pretrained, what decides them."""
+    return {key: made[key] for key in ("neurons", "k", "shift", "epochs", "lr", "seed") if key in made}
+
+
+def subset(dataset: Dataset, train: int, test: int) -> Dataset:
+    """At most so many training and test images of each class, seeded."""
+
+    def pick(labels: np.ndarray, count: int) -> np.ndarray:
+        parts = [
+            np.random.default_rng([label, 0]).permutation(np.flatnonzero(labels == label))[:count]
+            for label in range(len(dataset.classes))
+        ]
+        return np.sort(np.concatenate(parts))
+
+    kept, held = pick(dataset.train_labels, train), pick(dataset.test_labels, test)
+    digest = files.sha256(files.json_bytes([dataset.fingerprint, train, test]))
+    return dataclasses.replace(
+        dataset,
+        train=dataset.train.take(kept),
+        train_labels=dataset.train_labels[kept],
+        test=dataset.test.take(held),
+        test_labels=dataset.test_labels[held],
+        fingerprint=digest,
+    )
+
+
+def pixels(dataset: Dataset) -> dict[str, np.ndarray]:
+    """The first channel of each image without its frame, in 0..1: ``train`` and ``test``, ``(N, 784)``."""
+    inner = slice(FRAME, SIDE - FRAME)
+    made = {}
+    for part, images in (("train", dataset.train), ("test", dataset.test)):
+        batches = [batch[:, inner, inner, 0].reshape(len(batch), -1) for batch in images.batches(SIDE)]
+        made[part] = np.concatenate(batches).astype(np.float32) / 255
+    return made
+
+
+def write_inputs(folder: Path, inputs: Inputs) -> Path:
+    """Arrays for worker processes: embeddings and labels, named by their content."""
+    dataset = inputs.dataset
+    key = files.sha256(files.json_bytes([dataset.fingerprint, inputs.identity]))[:16]
+    path = folder / f"inputs-{key}.safetensors"
+    if not path.exists():
+        arrays = {
+            **inputs.embedded,
+            "train_labels": dataset.train_labels,
+            "test_labels": dataset.test_labels,
+        }
+        files.write_tensors(path, arrays, {"name": dataset.name, "classes": list(dataset.classes)})
+    return path
+
+
+def read_inputs(path: Path) -> Inputs:
+    """What `write_inputs` wrote, without priors."""
+    arrays, metadata = files.read_tensors(path)
+    empty = Images([], ())
+    dataset = Dataset(
+        metadata["name"], tuple(metadata["classes"]), empty, arrays["train_labels"], empty, arrays["test_labels"],
+        "", "", True,
+    )  # fmt: skip
+    return Inputs(dataset, {"train": arrays["train"], "test": arrays["test"]}, "", Priors())
+
+
+PRIOR_ARRAYS = ("within_covariance", "keys", "counters", "code_keys")
+
+
+def write_priors(folder: Path, priors: Priors) -> Path:
+    """Priors for worker processes, named by their content."""
+    arrays = {name: getattr(priors, name) for name in PRIOR_ARRAYS if getattr(priors, name) is not None}
+    data = files.tensor_bytes(arrays, {"count": priors.count, "student": priors.student})
+    path = folder / f"priors-{files.sha256(data)[:16]}.safetensors"
+    if not path.exists():
+        files.write_bytes(path, data)
+    return path
+
+
+def read_priors(path: Path) -> Priors:
+    """What `write_priors` wrote."""
+    arrays, metadata = files.read_tensors(path)
+    return Priors(count=metadata["count"], student=metadata["student"], **arrays)

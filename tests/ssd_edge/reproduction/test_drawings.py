@@ -1,0 +1,104 @@
+"""Figures of the results page: where their marks lie, read back from the SVG."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from ssd_edge.reproduction import drawings
+from ssd_edge.reproduction.drawings import BOTTOM, LEFT, RIGHT, TOP, Series, lines
+from ssd_edge.reproduction.experiments import System
+from ssd_edge.reproduction.rows import Row
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def row(name: str, accuracy: float, trace: list[dict] | None = None, reported: float | None = None) -> Row:
+    result = {"accuracy": accuracy, "metrics": {}, "trace": trace or []}
+    return Row(System(name, {"name": "ssd-paper"}, reported={"cifar10": reported}), "cifar10", "full", {0: result}, {})
+
+
+def point(task: int, epoch: int, top: list[int]) -> dict:
+    return {"task": task, "epoch": epoch, "train_accuracy": 0.1 * epoch, "test_accuracy": [0.8, 0.4], "top": top}
+
+
+def paths(svg: str) -> list[list[tuple[float, float]]]:
+    """The points of each drawn line that is in colour."""
+    found = [path.get("d") for path in ElementTree.fromstring(svg).iter(f"{SVG}path") if path.get("stroke")]
+    drawn = [way for way in found if "h22" not in way]  # without those of the legend
+    return [[(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", way)] for way in drawn]
+
+
+def words(svg: str) -> list[str]:
+    return [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_lines_span_the_plot() -> None:
+    svg = lines("title & more", [Series("a <b>", [(0, 1.0), (10, 3.0)]), Series("c", [(5, 2.0)])], "epoch", edges=[5])
+    first, second = paths(svg)
+    assert first == [(LEFT, BOTTOM), (RIGHT, TOP)]
+    assert second == [((LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2)]
+    assert {"title & more", "a <b>", "c", "epoch", "10", "3"} <= set(words(svg))
+    edge = next(p for p in ElementTree.fromstring(svg).iter(f"{SVG}path") if p.get("class") == "edge")
+    assert edge.get("d").startswith(f"M{(LEFT + RIGHT) / 2:.1f} ")
+
+
+def test_lines_of_one_value_do_not_divide_by_zero() -> None:
+    assert paths(lines("t", [Series("a", [(1, 0.5), (2, 0.5)])], "x"))[0] == [(LEFT, BOTTOM), (RIGHT, BOTTOM)]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "wanted"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.1, 0.16, None), (3, 3, [3])]
+)
+def test_ticks_are_round_and_inside(low: float, high: float, wanted: list[float] | None) -> None:
+    found = drawings._ticks(low, high)
+    assert all(low <= tick <= high for tick in found)
+    assert 1 <= len(found) <= 7
+    assert wanted is None or found == pytest.approx(wanted)
+
+
+def test_each_task_has_a_line_from_where_it_is_taught() -> None:
+    trace = [point(task, epoch, [1, 2]) for task in (0, 1) for epoch in (1, 2)]
+    drawn = paths(drawings.tasks([row("SSD", 0.6, trace)])[""])
+    assert [len(way) for way in drawn] == [4, 4, 2]  # all tasks, task 0, task 1
+    assert drawn[0][0][1] == pytest.approx(BOTTOM - 0.6 * (BOTTOM - TOP), abs=0.1)  # mean of .8 and .4 on 0..1
+
+
+def test_runs_of_different_length_share_an_axis_of_tasks() -> None:
+    long = [point(task, epoch, [1]) for task in (0, 1) for epoch in (1, 2, 3, 4)]
+    short = [point(task, epoch, [1]) for task in (0, 1) for epoch in (1, 2)]
+    first, second = paths(drawings.training([row("long", 0.6, long), row("short", 0.6, short)])[""])
+    assert first[-1][0] == second[-1][0] == RIGHT
+
+
+def test_a_neuron_keeps_its_colour() -> None:
+    trace = [point(0, 1, [7, 8]), point(0, 2, [8, 7])]
+    svg = ElementTree.fromstring(drawings.neurons([row("SSD", 0.6, trace)])[""])
+    cells = [rect for rect in svg.iter(f"{SVG}rect") if rect.get("class") is None]
+    colours = {title.text.split()[-1]: set() for rect in cells for title in rect}
+    for rect in cells:
+        colours[rect[0].text.split()[-1]].add(rect.get("fill"))
+    assert {name: len(found) for name, found in colours.items()} == {"7": 1, "8": 1}
+    assert colours["7"] != colours["8"]
+
+
+def test_values_are_placed_by_the_number_in_the_name() -> None:
+    svg = drawings.values([row("n = 10", 0.5), row("n = 30", 0.7, reported=0.8)])[""]
+    own, paper = paths(svg)
+    assert own[0][0] == LEFT
+    assert own[1][0] == RIGHT == paper[0][0]
+    assert paper[0][1] == TOP
+    assert drawings.values([Row(System("n = 1", {"name": "ssd"}), "cifar10", "full", {}, {})]) == {}
+
+
+def test_a_surface_has_a_shade_for_each_pair() -> None:
+    rows = [row(f"α = {a}, T = {t}", a * t / 10) for a in (0.3, 0.5) for t in (1, 10)]
+    svg = drawings.surface(rows)[""]
+    assert {"α = 0.3", "α = 0.5", "T = 1", "T = 10", "3.0", "50.0"} <= set(words(svg))
+    rects = [rect for rect in ElementTree.fromstring(svg).iter(f"{SVG}rect") if rect.get("fill-opacity")]
+    shades = [float(rect.get("fill-opacity")) for rect in rects]
+    assert len(shades) == 4
+    assert max(shades) == pytest.approx(0.68)
+    assert min(shades) == pytest.approx(0.08)

@@ -1,0 +1,78 @@
+"""Many cells: which, in what order, and what becomes of an error."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssd_edge.console import Console
+from ssd_edge.reproduction import cells, runner
+from ssd_edge.reproduction.experiments import chosen, streams
+from ssd_edge.reproduction.runner import Request, wanted
+from ssd_edge.reproduction.sources import Sources
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def request_for(*ids: str, budget: str = "smoke", orders: int | None = None, out: Path = Path("out")) -> Request:
+    return Request(chosen(ids), budget, orders, 1, out)
+
+
+def test_every_question_is_asked_once_and_the_first_order_first() -> None:
+    found = wanted(request_for("T1", "T2", "T3", budget="reduced"))
+    keys = [question.key() for question in found]
+    assert len(set(keys)) == len(keys)
+    assert [question.order for question in found] == sorted(question.order for question in found)
+    names = [question.learner["name"] for question in found if question.stream == "cifar10" and question.order == 0]
+    # T1's five systems, of which four are T2's too, T2's three others, and one upper bound for all
+    assert sorted(names) == ["finetune"] * 2 + ["joint"] + ["sdmlp"] * 2 + ["ssd-paper"] * 4
+
+
+def test_each_size_has_its_upper_bound() -> None:
+    found = wanted(request_for("T1", "T2", budget="full", orders=1))
+    bounds = [question.learner["neurons"] for question in found if question.learner["name"] == "joint"]
+    assert sorted(bounds) == [1000] * 3 + [10000] * 3  # on three streams
+
+
+def run(request: Request) -> tuple[object, str]:
+    stream = io.StringIO()
+    error = runner.run(request, Console(stream))
+    return error, stream.getvalue()
+
+
+@pytest.mark.parametrize(("codes", "worst"), [((0, 2, 0), 2), ((5, 2, 0), 5), ((5, 1, 2), 1)])
+def test_a_failed_cell_does_not_stop_the_others(codes: tuple, worst: int, tmp_path: Path, monkeypatch) -> None:
+    left = iter(codes)
+    monkeypatch.setattr(runner, "attempt", lambda job: (next(left), "told", 1.0))
+    error, told = run(request_for("T3", out=tmp_path))
+    assert error.exit_code == worst
+    failed = sum(code > 0 for code in codes)
+    assert str(error) == f"{failed} of 3 cells failed (above); all others are stored"
+    assert told.count("FAILED, told") == failed
+    assert "[3/3]" in told
+
+
+def test_what_needs_another_backbone_is_skipped_and_said(tmp_path: Path, monkeypatch) -> None:
+    stream = streams()["tiny-imagenet"]
+    (tmp_path / stream.data).write_bytes(b"never read")
+    monkeypatch.setenv("SSD_EDGE_DATA", str(tmp_path))
+    error, told = run(request_for("A1", out=tmp_path))
+    assert error is None
+    assert "tiny-imagenet: skipped, because it needs a backbone that has not seen its classes" in told
+    assert "0 cells" in told
+    (tmp_path / "backbones" / "tiny-100").mkdir(parents=True)
+    found = Sources(torch.device("cpu"), Console(io.StringIO()))
+    assert found.tiny_backbone == tmp_path / "backbones" / "tiny-100"
+
+
+def test_counts_are_of_what_is_stored(tmp_path: Path) -> None:
+    (experiment,) = chosen(("T3",))
+    question = cells.questions(experiment, experiment.systems[0], "cifar10", "reduced")[1]
+    made = cells.spec(question, cells.Answerer("data", "backbone"))
+    cells.write(tmp_path / cells.file_name(made), {"spec": made, "stand_in": False})
+    store = cells.Store(tmp_path)
+    assert runner.counts(experiment, "reduced", store) == (1, 6)
+    assert runner.counts(experiment, "full", store) == (0, 10)
