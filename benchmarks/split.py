@@ -26,9 +26,9 @@ from ssd_edge.backbones.student import pretrain_student
 from ssd_edge.config import BackboneConfig, DataConfig, StudentConfig
 from ssd_edge.console import Console
 from ssd_edge.data import load
+from ssd_edge.prepared import embed
 from ssd_edge.priors import Priors
 from ssd_edge.runs import environment
-from ssd_edge.training import embed
 
 TASKS = 5
 

@@ -15,7 +15,8 @@ from ssd_edge.config import TrainConfig
 from ssd_edge.console import Console
 from ssd_edge.data import Dataset, load
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.training import embed, pick_device, set_threads, with_absolute_paths
+from ssd_edge.prepared import embed
+from ssd_edge.training import pick_device, set_threads, with_absolute_paths
 
 
 def embeddings_of(folder: Path, config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, np.ndarray]:

@@ -23,7 +23,10 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-WORKSTATION = ("training", "data", "backbones", "report", "cli", "evaluation", "runs", "console", "reproduction")
+WORKSTATION = (
+    *("training", "prepared", "reproduction", "data", "backbones"),
+    *("report", "cli", "evaluation", "runs", "console"),
+)
 RULES = [
     ("device_runtime", ["exporters", *(f"ssd_edge.{name}" for name in WORKSTATION)]),
     ("ssd_edge/learners", ["exporters", "device_runtime", *(f"ssd_edge.{name}" for name in (*WORKSTATION, "bundle"))]),

@@ -17,9 +17,9 @@ from ssd_edge.backbones.student import pretrain_student
 from ssd_edge.config import BackboneConfig, DataConfig, StudentConfig
 from ssd_edge.console import Console
 from ssd_edge.data import Dataset, Images, cache, load
+from ssd_edge.prepared import embed
 from ssd_edge.priors import Priors
 from ssd_edge.reproduction.experiments import StreamSource
-from ssd_edge.training import embed
 
 PRETRAINING = "tiny-imagenet32-jpg.tar.xz"
 TINY_CLASSES = ("0:100",)  # that a backbone for Split Tiny-ImageNet may have seen
@@ -28,7 +28,7 @@ SIDE, FRAME = 32, 2  # MNIST's 28 × 28 pixels are read with a black frame
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a learner sees of a data set; stands for its embedder in `training.prepare`.
+    """What a learner sees of a data set; stands for its embedder in `prepared.prepare`.
 
     Attributes:
         dataset: labels and class names; its images are no longer needed.

@@ -17,11 +17,12 @@ from ssd_edge.config import StreamConfig
 from ssd_edge.errors import BundleRefusedError
 from ssd_edge.learners.finetune import FineTune
 from ssd_edge.learners.finetune import Settings as FineTuneSettings
+from ssd_edge.prepared import Prepared, prepare
 from ssd_edge.priors import Priors
 from ssd_edge.reproduction import cells, sources
 from ssd_edge.reproduction.traces import Watch, watch
 from ssd_edge.streams import Stream, make_stream
-from ssd_edge.training import JOINT_NAME, Prepared, prepare
+from ssd_edge.training import JOINT_NAME
 
 CHECKPOINT_SECONDS = 20.0  # of learning since the last one: below, doing it again is cheaper than keeping it
 

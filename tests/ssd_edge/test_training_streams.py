@@ -17,6 +17,7 @@ from ssd_edge import figures, files, report, runs, training
 from ssd_edge.cli.train import train
 from ssd_edge.errors import InputError
 from ssd_edge.learners import Task
+from ssd_edge.prepared import Prepared, accuracies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -228,7 +229,7 @@ class Constant:
 
 
 def test_accuracies_and_tasks() -> None:
-    prepared = training.Prepared(
+    prepared = Prepared(
         train=torch.arange(8.0).view(4, 2),
         train_rows=torch.tensor([0, 1, 0, 2]),
         test=torch.zeros(5, 2),
@@ -239,7 +240,7 @@ def test_accuracies_and_tasks() -> None:
         names=("a", "b", "c"),
         standardisation=None,
     )
-    assert [training.accuracies(Constant(), prepared, after) for after in range(3)] == [
+    assert [accuracies(Constant(), prepared, after) for after in range(3)] == [
         [0.5, None],
         [0.5, None],
         [0.5, 0.0],
