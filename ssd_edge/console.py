@@ -43,6 +43,11 @@ class Progress:
         self._line = bar.add_task(description, total=total, note="") if bar else None
         self._spoke = time.monotonic()
 
+    @property
+    def live(self) -> bool:
+        """Whether there is a terminal with a line that moves."""
+        return self._bar is not None
+
     def update(self, task_index: int, share: float, note: str = "") -> None:
         """Say where the run is.
 
@@ -55,7 +60,8 @@ class Progress:
             self._bar.update(self._line, completed=task_index + share, note=note)
         elif time.monotonic() - self._spoke >= SPARSE_SECONDS:
             self._spoke = time.monotonic()
-            text = f"{self._description}: {self._step} {task_index + 1}/{self._total}, {100 * share:.0f} %"
+            number = f"{self._step} {task_index + 1}/{self._total}, " if self._total > 1 else ""
+            text = f"{self._description}: {number}{100 * share:.0f} %"
             self._console.say(f"{text}, {note}" if note else text)
 
 

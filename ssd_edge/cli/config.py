@@ -17,15 +17,16 @@ def config(name: str) -> None:
     ssd-edge train --config my.yaml
     """
     from ssd_edge.config import TrainConfig
-    from ssd_edge.learners import settings_class
+    from ssd_edge.learners import LEARNERS, settings_class
 
+    settings = settings_class(name)()
     defaults = TrainConfig()
     sections = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
     for section, values in sections.items():
         click.echo(f"{section}:")
         if section == "learner":
-            click.echo(f"  name: {name}")
-            values = settings_class(name)()
+            click.echo(f"  name: {name}".ljust(40) + f"  # one of {', '.join(LEARNERS)}")
+            values = settings
         for field in dataclasses.fields(values):
             value = getattr(values, field.name)
             text = f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else _scalar(value)

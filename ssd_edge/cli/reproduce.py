@@ -17,6 +17,7 @@ import click
     help="smoke: seconds; reduced: hours on two cores; full: the published schedule, days.",
 )
 @click.option("--orders", type=click.IntRange(1, 5), help="Class orders a system; smoke 1, reduced 3, full 5.")
+@click.option("--stream", "only", multiple=True, metavar="NAME", help="Only on this stream; may be given several times.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Processes; one per core, or 1 with a GPU.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True, metavar="DIR")
 @click.option("--tiny-backbone", type=click.Path(path_type=Path), metavar="DIR", help="For Split Tiny-ImageNet.")
@@ -25,6 +26,7 @@ def reproduce(
     what: tuple[str, ...],
     budget: str,
     orders: int | None,
+    only: tuple[str, ...],
     workers: int | None,
     out: Path,
     tiny_backbone: Path | None,
@@ -36,6 +38,7 @@ def reproduce(
     ssd-edge reproduce list                      what there is, and what is stored
     ssd-edge reproduce T2 --budget smoke         does it run?
     ssd-edge reproduce T1 T2 controls            shortened schedule, three class orders
+    ssd-edge reproduce T2 --stream cifar10       the main table on one stream
     ssd-edge reproduce all --budget full         the published schedule
 
     Data sets are looked for under $SSD_EDGE_DATA. Every result is stored in DIR/results/reproduce when it is
@@ -44,7 +47,7 @@ def reproduce(
     from ssd_edge.console import Console
     from ssd_edge.errors import InputError
     from ssd_edge.reproduction import cells, page, runner
-    from ssd_edge.reproduction.experiments import BUDGETS, chosen, experiments
+    from ssd_edge.reproduction.experiments import BUDGETS, chosen, experiments, on_streams
 
     if what == ("list",):
         store = cells.Store(out / runner.RESULTS)
@@ -56,7 +59,7 @@ def reproduce(
         return
     if "list" in what:
         raise InputError("list stands alone: ssd-edge reproduce list")
-    picked = chosen(what)
+    picked = on_streams(chosen(what), only)
     if tiny_backbone is not None and not tiny_backbone.is_dir():
         raise InputError(f"--tiny-backbone {tiny_backbone} is not a folder; make one with: ssd-edge pretrain")
     console = Console()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,6 +228,26 @@ def chosen(words: tuple[str, ...]) -> list[Experiment]:
             near = did_you_mean(word.casefold(), by_word)
             raise InputError(f"there is no experiment '{word}'.{near} Known: {', '.join(known)}, list, all")
     return list(found.values())
+
+
+def on_streams(picked: Sequence[Experiment], names: Sequence[str]) -> list[Experiment]:
+    """The experiments on some of their streams; all of them if no stream is named.
+
+    Raises:
+        InputError: an unknown stream, or one that none of the experiments has.
+    """
+    for name in names:
+        if not any(name in experiment.streams for experiment in picked):
+            known = dict.fromkeys(stream for experiment in picked for stream in experiment.streams)
+            raise InputError(
+                f"none of these experiments has a stream '{name}'.{did_you_mean(name, known)} They have {', '.join(known)}"
+            )
+    if not names:
+        return list(picked)
+    cut = [
+        dataclasses.replace(one, streams=tuple(name for name in one.streams if name in names)) for one in picked
+    ]
+    return [experiment for experiment in cut if experiment.streams]
 
 
 @functools.cache

@@ -213,7 +213,8 @@ def _all(jobs: list[Job], workers: int, console: Console) -> list[tuple[int, str
             left = (time.monotonic() - began) / done * (len(jobs) - done)
             status = f"FAILED, {told.strip()}" if code else f"{told} in {duration(seconds)}"
             console.say(f"[{done:>{width}}/{len(jobs)}] {title(job)}: {status}; {duration(left)} left")
-            bar.update(done - 1, 1.0)
+            if bar.live:  # elsewhere the line above says it all
+                bar.update(done - 1, 1.0)
             if code:
                 failures.append((code, told))
     return failures

@@ -120,10 +120,22 @@ def test_progress_in_a_pipe_is_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream.getvalue() == "SSD: task 2/5, 67 %, loss 0.1\nSSD: task 4/5, 33 %\n"
 
 
+def test_progress_of_a_single_thing_counts_no_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with Console(stream).progress("embedding", 1) as progress:
+        now = 11.0
+        progress.update(0, 0.5, "300 images")
+        assert not progress.live
+    assert stream.getvalue() == "embedding: 50 %, 300 images\n"
+
+
 def test_progress_on_a_terminal_is_one_live_line() -> None:
     stream = Terminal()
     console = Console(stream)
     with console.progress("SSD [x]", 2) as progress:
+        assert progress.live
         progress.update(1, 0.5, "loss [0.1]")
         console.say("between")
     written = stream.getvalue()

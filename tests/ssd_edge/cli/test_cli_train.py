@@ -28,7 +28,7 @@ def test_a_run_leaves_everything_that_it_promises(trained: Path, shapes: Path) -
     metrics, record = read(trained), read(trained, "run.json")
     assert metrics["learner"] == "ssd"
     assert set(metrics["baselines"]) == {"ssd-paper", "sdmlp", "finetune"}
-    assert set(metrics["panel"]) == {"ncm", "slda", "ridge", "rp_ridge", "joint"}
+    assert set(metrics["panel"]) == {"ncm", "slda", "ridge", "rp_ridge", "fecam", "flymodel", "joint"}
     assert set(metrics["classes"]) == {"circle", "cross", "square", "stripes"}
     matrix = metrics["accuracy_matrix"]
     assert [len(row) for row in matrix] == [2, 2]

@@ -12,7 +12,17 @@ import pytest
 from ssd_edge import learners
 from ssd_edge.errors import InputError
 from ssd_edge.reproduction import experiments as module
-from ssd_edge.reproduction.experiments import BUDGETS, ORDERS, Experiment, System, chosen, experiments, options, streams
+from ssd_edge.reproduction.experiments import (
+    BUDGETS,
+    ORDERS,
+    Experiment,
+    System,
+    chosen,
+    experiments,
+    on_streams,
+    options,
+    streams,
+)
 from ssd_edge.streams import class_order
 
 MNIST, CIFAR10, CIFAR100 = "mnist-pixels", "cifar10", "cifar100-50x2"
@@ -170,3 +180,12 @@ def test_streams_are_the_papers_and_ours() -> None:
     tasks = {name: source.stream["tasks"] for name, source in streams().items()}
     assert {tasks[name] for name in (CIFAR10, MNIST, "mnist", "cifar10-blurry")} == {5}
     assert (tasks[CIFAR100], tasks["cifar100-10x10"], tasks["tiny-imagenet"]) == (50, 10, 10)
+
+
+def test_some_streams_of_some_experiments() -> None:
+    picked = chosen(["T2", "T4", "panel"])
+    cut = on_streams(picked, ["mnist", "mnist-pixels"])
+    assert {one.id: one.streams for one in cut} == {"T2": ("mnist-pixels",), "panel": ("mnist", "mnist-pixels")}
+    assert on_streams(picked, []) == picked
+    with pytest.raises(InputError, match=r"no.* stream 'mnits'. Did you mean 'mnist'\? They have cifar10, .*tiny"):
+        on_streams(picked, ["mnits"])
