@@ -13,12 +13,25 @@ import re
 import sys
 from pathlib import Path
 
-from ssd_edge.comparison import ranked, size
+from ssd_edge.comparison import percent, points, ranked, size
 from ssd_edge.console import export_svg
+from ssd_edge.reproduction.cells import Store
+from ssd_edge.reproduction.experiments import chosen
+from ssd_edge.reproduction.rows import Row, mean, rows, spread
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
 ROWS = ("device", "values", "shift", "budget", "epoch")
+# docs/what-matters.md: experiments of `ssd-edge reproduce`, at its reduced budget on Split CIFAR-10
+MATTERS = (
+    *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
+    *("controls", "panel"),
+)
+TERMS = {
+    "cross_entropy": "cross-entropy",
+    "logit_distillation": "logits",
+    "hidden_distillation": "hidden",
+}
 
 
 def comparison_table(results: dict[str, dict]) -> str:
@@ -89,6 +102,40 @@ def epoch_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def stored(experiment: str) -> list[Row]:
+    """The rows of an experiment on Split CIFAR-10 of which results are stored."""
+    (one,) = chosen([experiment])
+    return [row for row in rows(one, "cifar10", "reduced", Store(DOCS / "results" / "reproduce")) if row.results]
+
+
+def matters_table(experiment: str) -> str:
+    """What a setting does to accuracy, forgetting, plasticity and the preference for the last task."""
+    lines = ["| | accuracy | BWT | just learned | answers with a class of the last task |", "|---|---|---|---|---|"]
+    for row in stored(experiment):
+        found, deviation = row.values("accuracy"), spread(row.values("accuracy"))
+        beside = f" ± {points(deviation)}" if deviation is not None else ""
+        transfer = points(mean(row.values("backward_transfer")), signed=True)
+        learned, last = (percent(mean(row.values(name))) for name in ("learning_accuracy", "last_task_share"))
+        accuracy = f"{percent(mean(found))}{beside} ({len(found)})"
+        lines.append(f"| {row.system.name} | {accuracy} | {transfer} | {learned} | {last} |")
+    return "\n".join(lines)
+
+
+def pulls_table() -> str:
+    """Norms of the gradient of each weighted term of SSD's loss, in the first and the last epoch of a task."""
+    head = [f"{title}, {when} epoch" for title in TERMS.values() for when in ("first", "last")]
+    lines = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for row in stored("lambda"):
+        found = []
+        for key in (f"{name}_gradient_{when}" for name in TERMS for when in ("first", "last")):
+            # the first task has no teacher
+            taught = [value for one in row.results.values() for value in one["measured"].get(key, [])[1:]]
+            values = [value for value in taught if value is not None]
+            found.append(f"{mean(values):.2g}" if values else "–")
+        lines.append(f"| {row.system.name} | " + " | ".join(found) + " |")
+    return "\n".join(lines)
+
+
 def filled(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- /figures:{name} -->)"
@@ -113,6 +160,7 @@ def main() -> None:
             "budget": settings_table(read["budget"]),
             "epoch": epoch_table(read["epoch"]),
         },
+        DOCS / "what-matters.md": {**{name: matters_table(name) for name in MATTERS}, "pulls": pulls_table()},
     }
     stale = []
     for path, filling in tables.items():

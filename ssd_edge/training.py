@@ -21,7 +21,7 @@ from ssd_edge import files, learners, metrics, runs
 from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.comparison import DISPLAY
-from ssd_edge.config import TrainConfig, parse_section, to_tree
+from ssd_edge.config import TrainConfig, to_tree
 from ssd_edge.console import Console
 from ssd_edge.data import load
 from ssd_edge.errors import EnvironmentUnfitError, InputError
@@ -76,8 +76,7 @@ def once(options: Mapping[str, Any], online: bool) -> dict[str, Any]:
     Raises:
         InputError: the stream is online, but more passes were asked for; or a wrong setting.
     """
-    kind = learners.settings_class(options["name"])
-    given = parse_section(kind, {key: value for key, value in options.items() if key != "name"}, "learner")
+    given = learners.settings_of(options)
     fixed = {key: value for key, value in ONE_PASS.items() if online and hasattr(given, key)}
     for key, value in fixed.items():
         if key in options and getattr(given, key) != value:

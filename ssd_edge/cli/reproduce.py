@@ -17,7 +17,7 @@ import click
     help="smoke: seconds; reduced: hours on two cores; full: the published schedule, days.",
 )
 @click.option("--orders", type=click.IntRange(1, 5), help="Class orders a system; smoke 1, reduced 3, full 5.")
-@click.option("--stream", "only", multiple=True, metavar="NAME", help="Only on this stream; may be given several times.")
+@click.option("--stream", "only", multiple=True, metavar="NAME", help="Only on this stream; may be repeated.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Processes; one per core, or 1 with a GPU.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True, metavar="DIR")
 @click.option("--tiny-backbone", type=click.Path(path_type=Path), metavar="DIR", help="For Split Tiny-ImageNet.")

@@ -26,7 +26,18 @@ from ssd_edge.learners.ssd_paper import SSDPaper
 from ssd_edge.penalties import PenaltySettings
 from ssd_edge.priors import Priors
 
-__all__ = ["LEARNERS", "Learner", "Task", "TensorSpec", "build", "pack", "restore", "settings_class", "top_n_table"]
+__all__ = [
+    "LEARNERS",
+    "Learner",
+    "Task",
+    "TensorSpec",
+    "build",
+    "pack",
+    "restore",
+    "settings_class",
+    "settings_of",
+    "top_n_table",
+]
 
 LEARNERS: dict[str, type[Learner]] = {
     kind.name: kind
@@ -53,20 +64,14 @@ def settings_class(name: str) -> type:
     return _kind(name).Settings
 
 
-def build(
-    options: Mapping[str, Any], dim: int, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-) -> Learner:
-    """A new learner.
+def settings_of(options: Mapping[str, Any]) -> Any:
+    """The checked settings of a learner.
 
     Args:
         options: ``name`` and any of its settings.
-        dim: D of the embeddings.
-        priors: from the backbone package.
-        seed: of everything random in it.
-        device: where it computes.
 
     Raises:
-        InputError: unknown name or setting, wrong type, or out of range.
+        InputError: unknown name or setting, wrong type, or out of range; a penalty where no gradient is descended.
     """
     values = dict(options)
     kind = _kind(values.pop("name", None))
@@ -80,7 +85,26 @@ def build(
                 f"learner.{key} belongs to learners that descend a gradient, and '{kind.name}' does not; leave it "
                 f"out, or take one of {', '.join(able)}"
             )
-    return kind(dim, parse_section(kind.Settings, values, "learner"), priors, seed, device)
+    return parse_section(kind.Settings, values, "learner")
+
+
+def build(
+    options: Mapping[str, Any], dim: int, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
+) -> Learner:
+    """A new learner.
+
+    Args:
+        options: ``name`` and any of its settings.
+        dim: D of the embeddings.
+        priors: from the backbone package.
+        seed: of everything random in it.
+        device: where it computes.
+
+    Raises:
+        InputError: as `settings_of`.
+    """
+    settings = settings_of(options)
+    return _kind(options["name"])(dim, settings, priors, seed, device)
 
 
 def pack(learner: Learner) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -239,9 +239,8 @@ def on_streams(picked: Sequence[Experiment], names: Sequence[str]) -> list[Exper
     for name in names:
         if not any(name in experiment.streams for experiment in picked):
             known = dict.fromkeys(stream for experiment in picked for stream in experiment.streams)
-            raise InputError(
-                f"none of these experiments has a stream '{name}'.{did_you_mean(name, known)} They have {', '.join(known)}"
-            )
+            near = did_you_mean(name, known)
+            raise InputError(f"none of these experiments has a stream '{name}'.{near} They have {', '.join(known)}")
     if not names:
         return list(picked)
     cut = [

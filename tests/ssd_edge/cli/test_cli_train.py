@@ -185,6 +185,7 @@ def test_bad_data(what: str, message: str, shapes: Path, cli, tmp_path: Path) ->
         (["learner.name=ssdd"], "Did you mean 'ssd'?"),
         (["learner.name=sdmlp", "learner.k=2000"], "learner.k must be at most learner.neurons, but is 2000 of 1000"),
         (["learner.name=ssd-paper", "learner.top_n=5"], "must give at least learner.k = 10"),
+        (["learner.name=ridge", "learner.penalty=ewc"], "learners that descend a gradient, and 'ridge' does not"),
         (["stream.tasks=9"], "stream.tasks is 9, but there are only 5 classes"),
         (["run.seed=-1"], "run.seed must be at least 0"),
         (["data.classes=circle,squore"], "squore"),

@@ -381,3 +381,19 @@ def test_top_n_table(case: str) -> None:
     assert table["indices"].shape == table["frequencies"].shape == (10 if OPTIONS[case]["name"] == "ssd" else 4,)
     assert len(set(table["indices"].tolist())) == len(table["indices"])
     assert 0 < table["frequencies"].max() <= 1
+
+
+@pytest.mark.parametrize("name", ["ncm", "slda", "ridge", "rp_ridge", "fecam", "flymodel", "ssd"])
+@pytest.mark.parametrize("key", ["penalty", "penalty_weight", "fisher"])
+def test_a_penalty_needs_a_gradient(name: str, key: str) -> None:
+    value = {"penalty": "ewc", "penalty_weight": 1.0, "fisher": "exact"}[key]
+    with pytest.raises(InputError, match=rf"learner.{key} belongs to .*'{name}' does not; .*sdmlp, finetune, lwf$"):
+        build({"name": name, key: value}, DIM, Priors())
+
+
+def test_replay_is_said_of_the_one_learner_that_stores_samples() -> None:
+    stores = [name for name, kind in LEARNERS.items() if kind.replay]
+    assert stores == ["icarl"]
+    learner = make("icarl")
+    assert "replay" in learner.display
+    assert any(spec.reason.startswith("REPLAY") for spec in learner.schema().values())
