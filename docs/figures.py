@@ -8,6 +8,7 @@ Each result file says which command wrote it. With --check nothing is written; e
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -21,7 +22,7 @@ from ssd_edge.reproduction.rows import Row, mean, rows, spread
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
-ROWS = ("device", "values", "shift", "budget", "epoch")
+ROWS = ("device", "values", "shift", "budget", "epoch", "readout")
 # docs/what-matters.md: experiments of `ssd-edge reproduce`, at its reduced budget on Split CIFAR-10
 MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
@@ -103,21 +104,34 @@ def epoch_table(rows: list[dict]) -> str:
 
 
 def stored(experiment: str) -> list[Row]:
-    """The rows of an experiment on Split CIFAR-10 of which results are stored."""
+    """The rows of an experiment on Split CIFAR-10 of which results are stored, over the class orders that all have."""
     (one,) = chosen([experiment])
-    return [row for row in rows(one, "cifar10", "reduced", Store(DOCS / "results" / "reproduce")) if row.results]
+    found = [row for row in rows(one, "cifar10", "reduced", Store(DOCS / "results" / "reproduce")) if row.results]
+    common = set.intersection(*(set(row.results) for row in found)) if found else set()
+    return [
+        dataclasses.replace(row, results={order: row.results[order] for order in sorted(common)}) for row in found
+    ]
 
 
 def matters_table(experiment: str) -> str:
     """What a setting does to accuracy, forgetting, plasticity and the preference for the last task."""
     lines = ["| | accuracy | BWT | just learned | answers with a class of the last task |", "|---|---|---|---|---|"]
     for row in stored(experiment):
-        found, deviation = row.values("accuracy"), spread(row.values("accuracy"))
+        accuracies, deviation = row.values("accuracy"), spread(row.values("accuracy"))
         beside = f" ± {points(deviation)}" if deviation is not None else ""
+        accuracy = f"{percent(mean(accuracies))}{beside} ({len(accuracies)})"
         transfer = points(mean(row.values("backward_transfer")), signed=True)
         learned, last = (percent(mean(row.values(name))) for name in ("learning_accuracy", "last_task_share"))
-        accuracy = f"{percent(mean(found))}{beside} ({len(found)})"
         lines.append(f"| {row.system.name} | {accuracy} | {transfer} | {learned} | {last} |")
+    return "\n".join(lines)
+
+
+def readout_table(found: list[dict]) -> str:
+    """What a closed-form head reads out of the keys, beside what the trained head finds."""
+    lines = ["| | trained head | closed-form head, same keys | closed-form head, first keys |", "|---|---|---|---|"]
+    for row in found:
+        cells = " | ".join(percent(row[name]) for name in ("own_head", "closed_form_head", "keys_before"))
+        lines.append(f"| {row['system']} | {cells} |")
     return "\n".join(lines)
 
 
@@ -160,7 +174,11 @@ def main() -> None:
             "budget": settings_table(read["budget"]),
             "epoch": epoch_table(read["epoch"]),
         },
-        DOCS / "what-matters.md": {**{name: matters_table(name) for name in MATTERS}, "pulls": pulls_table()},
+        DOCS / "what-matters.md": {
+            **{name: matters_table(name) for name in MATTERS},
+            "pulls": pulls_table(),
+            "readout": readout_table(read["readout"]),
+        },
     }
     stale = []
     for path, filling in tables.items():

@@ -1,0 +1,89 @@
+"""Where SDMLP and SSD forget: in the keys or in the head? Split CIFAR-10 (5 tasks of 2), on held-out training images.
+
+Usage: SSD_EDGE_DATA=FOLDER python benchmarks/readout.py [--json FILE] [--order N]
+
+After the five tasks the trained values are replaced by closed-form ones (a linear discriminant on the sparse code,
+from all training data): what such a head reads out of the final keys is still in them, and what the trained head
+does not find was lost in the head. The same read-out of the keys before the first task says what they began with; an
+SDMLP that is given all classes at once is the upper bound.
+One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from split import TASKS, embeddings
+
+from ssd_edge import learners
+from ssd_edge.backbones.embedder import open_backbone
+from ssd_edge.config import BackboneConfig
+from ssd_edge.runs import environment
+from ssd_edge.statistics import ClassStatistics, discriminant
+
+JOINT = "SDMLP, all classes at once"
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "SDMLP": {"name": "sdmlp"},
+    "SDMLP+EWC": {"name": "sdmlp", "penalty": "ewc"},
+    "SSD": {"name": "ssd-paper", "top_n": "100"},
+    "SSD+EWC": {"name": "ssd-paper", "top_n": "100", "penalty": "ewc"},
+    JOINT: {"name": "sdmlp"},
+}
+
+
+def readout(learner: learners.Learner, train: tuple, test: tuple) -> float:
+    """Accuracy of a discriminant on the code that the learner's present keys give."""
+    net, statistics = learner.net, ClassStatistics(len(learner.net.keys))
+
+    def code(vectors: torch.Tensor) -> torch.Tensor:
+        return net.activate(learner.prepared(vectors)).to_dense()
+
+    vectors, rows = train
+    for part, truth in zip(vectors.split(4096), rows.split(4096), strict=True):
+        statistics.add(code(part), truth)
+    freedom = statistics.total - len(statistics.counts)
+    covariance = statistics.scatter_within() / freedom
+    values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom, unbiased=False)
+    vectors, rows = test
+    return float(((code(vectors).double() @ values + bias).argmax(1) == rows).double().mean())
+
+
+def main() -> None:
+    """Print a line a system; write JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--order", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
+    vectors, labels = embeddings("cifar10-jpg.tar.xz", embedder)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))
+    held_out, train = shuffled[: len(labels) // 5], shuffled[len(labels) // 5 :]
+    row = torch.from_numpy(np.argsort(np.random.default_rng(words.order).permutation(10)))[labels]
+    given, test = (vectors[train], row[train]), (vectors[held_out], row[held_out])
+    rows = []
+    for name, options in SYSTEMS.items():
+        learner = learners.build(options, vectors.shape[1], embedder.priors, words.order)
+        learner.expect(10)
+        before = readout(learner, given, test)
+        for task in range(TASKS):
+            index = train if name == JOINT else train[row[train] // 2 == task]
+            learner.learn(learners.Task(vectors[index], row[index]))
+            if name == JOINT:
+                break
+        own = float((learner.predict(test[0]) == test[1]).double().mean())
+        after = readout(learner, given, test)
+        rows.append({"system": name, "own_head": own, "closed_form_head": after, "keys_before": before})
+        print(f"{name:26} own head {own:.3f}  closed-form head {after:.3f}  on the first keys {before:.3f}", flush=True)
+    if words.json:
+        command = f"python benchmarks/readout.py --order {words.order}"
+        words.json.write_text(json.dumps({"command": command, **environment(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
