@@ -22,7 +22,7 @@ from ssd_edge.reproduction.rows import Row, mean, rows, spread
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
-ROWS = ("device", "values", "shift", "budget", "epoch", "readout")
+ROWS = ("device", "values", "shift", "budget", "epoch", "readout", "mlp-ewc")
 # docs/what-matters.md: experiments of `ssd-edge reproduce`, at its reduced budget on Split CIFAR-10
 MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
@@ -178,6 +178,7 @@ def main() -> None:
             **{name: matters_table(name) for name in MATTERS},
             "pulls": pulls_table(),
             "readout": readout_table(read["readout"]),
+            "mlp-ewc": settings_table(read["mlp-ewc"]),
         },
     }
     stale = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,6 +94,33 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
         if code not in (0, 1):
             assert "Traceback" not in done.stderr, told
         return done
+
+    return run
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    """What the command line says of a mistake: ``refused("train", …, code=2)``.
+
+    The same `main` as in a process of its own, in this one: importing PyTorch anew for each of many mistakes takes a
+    minute.
+    """
+    from ssd_edge.cli import main
+
+    def run(*words: str | Path, code: int) -> str:
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(sys, "argv", ["ssd-edge", *map(str, words)])
+        monkeypatch.chdir(tmp_path)
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        told = capfd.readouterr()
+        assert ended.value.code == code, told
+        assert "Traceback" not in told.err
+        return told.err
 
     return run
 

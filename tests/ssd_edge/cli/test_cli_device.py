@@ -68,7 +68,9 @@ def test_the_path_of_the_readme(root: Path, shapes: Path, cli) -> None:
         (["install", "none.ssdedge"], 2, "none.ssdedge"),
     ],
 )
-def test_bad_input(words: list[str], code: int, message: str, root: Path, shapes: Path, cli, tmp_path: Path) -> None:
+def test_bad_input(
+    words: list[str], code: int, message: str, root: Path, shapes: Path, refused, tmp_path: Path
+) -> None:
     empty, mixed = tmp_path / "EMPTY", tmp_path / "MIXED"
     empty.mkdir()
     mixed.mkdir()
@@ -77,8 +79,7 @@ def test_bad_input(words: list[str], code: int, message: str, root: Path, shapes
     (mixed / "note.jpg").write_text("no image")
     words = [str(tmp_path / word) if word in ("EMPTY", "MIXED") else word for word in words]
     before = sorted(str(path) for path in root.rglob("*"))
-    done = cli("device", *words, "--root", root, code=code)
-    assert message in done.stderr
+    assert message in refused("device", *words, "--root", root, code=code)
     assert sorted(str(path) for path in root.rglob("*")) == before
 
 

@@ -134,6 +134,7 @@ def workers(process: subprocess.Popen) -> list[int]:
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="NOT RUN: no /proc to find workers in")
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_killed_workers_cells_are_done_again(reproduced: tuple[Path, str], tmp_path: Path) -> None:
     process = start(tmp_path / "out")
