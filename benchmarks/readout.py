@@ -16,9 +16,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from split import TASKS, embeddings
+from split import TASKS, embeddings, protocol
 
 from ssd_edge import learners
 from ssd_edge.backbones.embedder import open_backbone
@@ -62,20 +61,16 @@ def main() -> None:
     torch.set_num_threads(1)
     embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
     vectors, labels = embeddings("cifar10-jpg.tar.xz", embedder)
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))
-    held_out, train = shuffled[: len(labels) // 5], shuffled[len(labels) // 5 :]
-    row = torch.from_numpy(np.argsort(np.random.default_rng(words.order).permutation(10)))[labels]
+    train, held_out, row = protocol(labels, words.order)
     given, test = (vectors[train], row[train]), (vectors[held_out], row[held_out])
     rows = []
     for name, options in SYSTEMS.items():
         learner = learners.build(options, vectors.shape[1], embedder.priors, words.order)
         learner.expect(10)
         before = readout(learner, given, test)
-        for task in range(TASKS):
-            index = train if name == JOINT else train[row[train] // 2 == task]
+        parts = [train] if name == JOINT else [train[row[train] // 2 == task] for task in range(TASKS)]
+        for index in parts:
             learner.learn(learners.Task(vectors[index], row[index]))
-            if name == JOINT:
-                break
         own = float((learner.predict(test[0]) == test[1]).double().mean())
         after = readout(learner, given, test)
         rows.append({"system": name, "own_head": own, "closed_form_head": after, "keys_before": before})

@@ -48,11 +48,16 @@ def keys_for(shift: float, embedder: Any) -> Priors:
     return dataclasses.replace(embedder.priors, keys=keys.numpy(), counters=counters.numpy(), student=student)
 
 
+def protocol(labels: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Indices of the training and of the held-out samples, and the learner row of every label in this class order."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))
+    row = torch.from_numpy(np.argsort(np.random.default_rng(order).permutation(10)))[labels]
+    return shuffled[len(labels) // 5 :], shuffled[: len(labels) // 5], row
+
+
 def run(options: dict[str, Any], priors: Priors, vectors: torch.Tensor, labels: torch.Tensor, order: int) -> dict:
     """Take one learner through the five tasks."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))
-    held_out, train = shuffled[: len(labels) // 5], shuffled[len(labels) // 5 :]
-    row = torch.from_numpy(np.argsort(np.random.default_rng(order).permutation(10)))[labels]
+    train, held_out, row = protocol(labels, order)
     learner = learners.build(options, vectors.shape[1], priors, order)
     learner.expect(10)
     began, matrix = time.perf_counter(), []
