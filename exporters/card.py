@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from exporters.targets import TARGETS
+from ssd_edge import targets
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.learners import LEARNERS
 
@@ -78,7 +78,7 @@ def _purpose(manifest: Mapping[str, Any]) -> str:
         f"# {escape(manifest['name'])}\n\n"
         f"Tells images of {len(manifest['classes'])} classes apart, and learns further classes on the device from a "
         "few images of each, without the old images.\n\n"
-        f"Prepared for `{target}`: {TARGETS[target]}. One image is {manifest['backbone']['size']} × "
+        f"Prepared for `{target}`: {targets.get(target).title}. One image is {manifest['backbone']['size']} × "
         f"{manifest['backbone']['size']} pixels, RGB; others are resized.\n\n"
         "It is meant for sorting images like those it was trained and tested on. It is not meant for decisions on "
         "which somebody's safety, health or rights depend."

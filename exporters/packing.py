@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporters import card, targets
+from exporters import card
 from exporters.onnx_export import export_package
 from exporters.parity import Reference, parity
-from ssd_edge import __version__, bundle, data, files, learners, runs
+from ssd_edge import __version__, bundle, data, files, learners, runs, targets
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder
@@ -71,7 +71,7 @@ def deploy(run: Path, target: str, output: Path, say: Say) -> dict[str, Any]:
 
     Args:
         run: its folder.
-        target: one of `targets.TARGETS`.
+        target: one of `targets.targets`, or an alias.
         output: the file to write; an older one is replaced. Its name becomes the name of the bundle.
         say: told what happens and what to do next.
 
@@ -85,7 +85,7 @@ def deploy(run: Path, target: str, output: Path, say: Say) -> dict[str, Any]:
     """
     began = time.monotonic()
     run, output = Path(run), Path(output)
-    targets.check(target)
+    target = targets.get(target).name
     if not output.absolute().parent.is_dir():
         raise InputError(f"the folder of {output} does not exist; create it first")
     if output.is_dir():

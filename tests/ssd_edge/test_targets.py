@@ -1,0 +1,70 @@
+"""The targets: complete, consistent, and named helpfully."""
+
+from __future__ import annotations
+
+import pytest
+
+from ssd_edge import targets
+from ssd_edge.errors import InputError
+
+
+def test_the_boards_of_the_support_matrix_are_there_plainest_first():
+    names = list(targets.targets())
+    assert names[0] == "jetson"
+    assert set(names) == {
+        *("jetson", "jetson-orin-nano", "jetson-orin-nx", "jetson-agx-orin", "jetson-thor", "generic-cuda", "cpu")
+    }
+
+
+@pytest.mark.parametrize("alias", ["orin-nano", "orin-nx", "agx-orin", "thor"])
+def test_boards_are_also_known_without_the_first_word(alias):
+    assert targets.get(alias) is targets.get(f"jetson-{alias}")
+
+
+def test_an_unknown_target_names_the_nearest():
+    with pytest.raises(InputError, match=r"unknown target 'jetson-orin-nxt'. Did you mean 'jetson-orin-nx'\?"):
+        targets.get("jetson-orin-nxt")
+
+
+@pytest.mark.parametrize("name", list(targets.targets()))
+def test_every_target_runs_fp32_and_its_default(name):
+    target = targets.get(name)
+    for precision in ("fp32", target.default_precision):
+        targets.check_precision(target, precision)
+    assert 0 < target.budget_mb < target.memory_mb
+
+
+def test_a_precision_or_opset_that_a_target_lacks_is_refused_with_the_reason():
+    with pytest.raises(InputError, match=r"cpu does not run fp16, because ONNX Runtime has no kernels.*int8, fp32"):
+        targets.check_precision(targets.get("cpu"), "fp16")
+    with pytest.raises(InputError, match=r"opset 23, but the target jetson-thor takes up to 20"):
+        targets.check_opset(targets.get("thor"), 23)
+
+
+@pytest.mark.parametrize(
+    ("version", "bounds", "inside"),
+    [
+        ("10.3.0.30", ("10.3", "10.16"), True),
+        ("10.16.2.10", ("10.3", "10.16"), True),
+        ("10.17.0", ("10.3", "10.16"), False),
+        ("8.6.2", ("10.3", None), False),
+        ("36.4.3", ("36.4", None), True),
+        ("35.6", ("36.4", None), False),
+        ("99", None, True),
+        ("unknown", ("10.3", None), False),
+    ],
+)
+def test_versions_are_compared_by_number(version, bounds, inside):
+    assert targets.within(version, bounds) is inside
+
+
+def test_a_file_that_contradicts_itself_is_found():
+    with pytest.raises(ValueError, match="the target x contradicts itself"):
+        targets._target("x", {**raw(), "default_precision": "fp16"})
+
+
+def raw() -> dict:
+    return {
+        "title": "x", "kind": "cpu", "python": ["3.10", "3.13"], "opset": 20, "memory_mb": 1024,
+        "precisions": ["fp32"], "default_precision": "fp32",
+    }
