@@ -1,24 +1,51 @@
-"""The backbone on the device: uint8 images → standardised embeddings through ONNX Runtime."""
+"""The backbone on the device: uint8 images → standardised embeddings; TensorRT where it can be, else ONNX Runtime."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, require
+from device_runtime.board import usable_cpus
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, require
+
+if TYPE_CHECKING:
+    from device_runtime.generations import Generations
 
 BATCH = 32
 PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")
+ENGINES = "engines"  # folder of a root
+
+Say = Callable[[str], None]
+Probe = tuple[Mapping[str, np.ndarray], Mapping[str, float]]  # see selftest
+
+
+class Embedder(Protocol):
+    """A backbone that runs.
+
+    Attributes:
+        provider: what really runs it.
+        size: side of its input in pixels.
+        dim: D of its embeddings.
+    """
+
+    provider: str
+    size: int
+    dim: int
+
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        """uint8 RGB ``(N, size, size, 3)`` → float32 ``(N, D)``."""
+        ...
 
 
 class OnnxEmbedder:
     """A backbone with preprocessing and standardisation in its graph.
 
     Args:
-        path: the ONNX file.
+        model: the ONNX file, or its bytes.
         size: side of its input in pixels.
         dim: D of its embeddings.
 
@@ -29,17 +56,19 @@ class OnnxEmbedder:
         EnvironmentUnfitError: ONNX Runtime is missing or cannot run the file here.
     """
 
-    def __init__(self, path: Path, size: int, dim: int) -> None:
+    def __init__(self, model: Path | bytes, size: int, dim: int) -> None:
         runtime = require("onnxruntime", "device", "run the backbone")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        options.intra_op_num_threads = usable_cpus()
         # a CUDA build without a usable GPU falls back by itself; what runs is read back below
         wanted = [name for name in PREFERRED if name in runtime.get_available_providers()]
         try:
-            self._session = runtime.InferenceSession(str(path), options, providers=wanted)
+            source = model if isinstance(model, bytes) else str(model)
+            self._session = runtime.InferenceSession(source, options, providers=wanted)
         except Exception as error:  # ONNX Runtime raises its own types, which share no public base
-            raise EnvironmentUnfitError(f"ONNX Runtime cannot run {path} here ({error}); deploy it again") from error
+            name = "the backbone" if isinstance(model, bytes) else model
+            raise EnvironmentUnfitError(f"ONNX Runtime cannot run {name} here ({error}); deploy it again") from error
         self.provider: str = self._session.get_providers()[0]
         taken = self._session.get_inputs()[0]
         self._input = taken.name
@@ -56,12 +85,74 @@ class OnnxEmbedder:
             self._session.run(None, {self._input: np.ascontiguousarray(images[start : start + self._batch])})[0]
             for start in range(0, len(images), self._batch)
         ]
-        embeddings = np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
-        if embeddings.shape != (len(images), self.dim) or embeddings.dtype != np.float32:
-            raise BundleRefusedError(
-                f"the backbone gives {embeddings.dtype} {embeddings.shape}, but the bundle says float32 "
-                f"{(len(images), self.dim)}; deploy it again"
-            )
-        if not np.isfinite(embeddings).all():
-            raise BundleRefusedError("the backbone gives NaN or infinity for an image; deploy it again")
-        return embeddings
+        return checked(np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32), len(images), self.dim)
+
+
+def checked(embeddings: np.ndarray, count: int, dim: int) -> np.ndarray:
+    """What a backbone gave, if it is float32 ``(count, dim)`` and finite.
+
+    Raises:
+        BundleRefusedError: it is not.
+    """
+    if embeddings.shape != (count, dim) or embeddings.dtype != np.float32:
+        raise BundleRefusedError(
+            f"the backbone gives {embeddings.dtype} {embeddings.shape}, but the bundle says float32 "
+            f"{(count, dim)}; deploy it again"
+        )
+    if not np.isfinite(embeddings).all():
+        raise BundleRefusedError("the backbone gives NaN or infinity for an image; deploy it again")
+    return embeddings
+
+
+def open_embedder(
+    store: Generations, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say = lambda text: None
+) -> Embedder:
+    """What runs a root's backbone fastest here: TensorRT with a usable GPU, else ONNX Runtime.
+
+    The engine is taken from the root's cache, or built, which takes minutes on a small board. It is used only when it
+    gives the embeddings of the bundle's probe. That it is not used is said, with the reason.
+
+    Args:
+        store: of the root.
+        backbone: sha256 of the backbone's file.
+        facts: ``size``, ``dim`` and ``precision``.
+        probe: arrays and limits of the bundle's probe.
+        say: told what happens.
+
+    Raises:
+        BundleRefusedError: the backbone's file is missing or damaged.
+        EnvironmentUnfitError: nothing here can run it.
+    """
+    path = store.backbone_path(backbone)
+    if importlib.util.find_spec("tensorrt") is not None:
+        try:
+            return _tensorrt(store.root / ENGINES, path, backbone, facts, probe, say)
+        except (EnvironmentUnfitError, GateRefusedError, BundleRefusedError) as error:
+            say(f"TensorRT is not used, ONNX Runtime is: {error}")
+    return OnnxEmbedder(path, facts["size"], facts["dim"])
+
+
+def _tensorrt(folder: Path, path: Path, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say) -> Embedder:
+    from device_runtime import engine, selftest
+    from device_runtime.tensorrt_api import TensorRT
+    from device_runtime.tensorrt_embedder import TensorRTEmbedder
+
+    api = TensorRT()
+    gpu = engine.gpu_facts()
+    if gpu is None:
+        raise EnvironmentUnfitError("PyTorch finds no GPU that it can use; see ssd-edge doctor")
+    cache = engine.EngineCache(folder)
+    wanted = engine.engine_facts(backbone, facts["precision"], gpu, api.version)
+    plan = cache.get(wanted)
+    if plan is None:
+        say("building the TensorRT engine, once for this board and backbone; it may take minutes")
+        plan = cache.build(path, wanted, say)
+        record = cache.record(wanted)
+        say(f"built the TensorRT engine in {record['seconds']:.0f} s, {record['bytes'] / 1e6:.1f} MB")
+    embedder = TensorRTEmbedder(plan, facts["size"], facts["dim"], api)
+    try:
+        selftest.run(embedder.embed, *probe)
+    except BaseException:
+        embedder.close()  # ONNX Runtime may need that memory
+        raise
+    return embedder
