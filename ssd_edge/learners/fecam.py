@@ -114,7 +114,7 @@ class FeCAM(Learner):
         self.statistics.merge(other.statistics, rows)
         self._solved.clear()
 
-    def _solve(self, row: int) -> tuple[Tensor, Tensor]:
+    def solve(self, row: int) -> tuple[Tensor, Tensor]:
         """The unit mean ``(D,)`` of a class and L⁻ᵀ ``(D, D)``, LLᵀ its correlation matrix: |(x − m) L⁻ᵀ|² is the
         squared distance.
         """
@@ -137,7 +137,7 @@ class FeCAM(Learner):
             part = slice(start, start + BATCH)
             unit = F.normalize(self._transform(embeddings[part].to(self.device)))
             for row in counts.nonzero().flatten().tolist():
-                mean, factor = self._solve(row)
+                mean, factor = self.solve(row)
                 scores[part, row] = -((unit - mean) @ factor).square().sum(1).cpu()
         return scores
 

@@ -1,0 +1,367 @@
+"""head.onnx says what the learner says, in ONNX Runtime, and holds nothing to learn with."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor
+
+from exporters.head import MAX_TOP_K, export_head
+from ssd_edge import onnx_scan
+from ssd_edge.backbones.onnx import open_session
+from ssd_edge.errors import InputError
+from ssd_edge.learners import LEARNERS, Learner, Task, build, pack, restore
+from ssd_edge.learners.linear import NEVER
+from ssd_edge.learners.sdmlp import SDMLPLearner
+from ssd_edge.priors import Priors
+from ssd_edge.topk import inhibit
+
+MODULE = "tensorrt_rtx"
+DIM, ROWS, TAUGHT = 12, 7, (0, 1, 2, 3, 6)
+NAMES = ["one", "two", "three", "four", "not taught", "nor this", "seven"]
+# What float32 gives when the same sums are added up in another order: some ulp of the largest terms, hence relative
+# to the largest score. An error in the graph is orders of magnitude above it.
+ROUNDING = 2e-5
+
+PERCEPTRON = {"neurons": 20, "epochs": 3, "batch": 16}
+SMALL = {"neurons": 48, "k": 4, "epochs": 3, "batch": 16}
+CASES: dict[str, dict[str, Any]] = {
+    "ssd": {"neurons": 40, "top_n": 10},
+    "ssd without skip": {"neurons": 40, "top_n": 10, "skip": False, "keys": "random"},
+    "ssd, k = 1": {"neurons": 40, "top_n": 10, "k": 1},
+    "ssd, k = r - 1": {"neurons": 40, "top_n": 10, "k": 39},
+    "ssd-paper": SMALL,
+    "ssd-paper, k = 1": {**SMALL, "k": 1},
+    "ssd-paper, k = r - 1": {**SMALL, "k": 47},
+    "ssd-paper, half-open switch": {**SMALL, "gaba": "keep", "teacher": "ema", "accumulate_tasks": True},
+    "ssd-paper, three layers": {**SMALL, "layers": 3, "gaba": "keep"},
+    "sdmlp": SMALL,
+    "sdmlp, k = r": {**SMALL, "k": 48, "inhibition": "subtract"},
+    "sdmlp, shifted": {**SMALL, "shift": 0.25, "inhibition": "subtract", "decay_epochs": 9},
+    "sdmlp, masked": {**SMALL, "inhibition": "mask", "layers": 2, "decay_epochs": 7},
+    "sdmlp, closed and counting": {**SMALL, "count_in_eval": True},
+    "finetune": {**PERCEPTRON, "layers": 2},
+    "finetune, ewc": {**PERCEPTRON, "penalty": "ewc"},
+    "lwf": PERCEPTRON,
+    "icarl": {**PERCEPTRON, "memory": 24, "layers": 2},
+    "ncm": {},
+    "slda": {},
+    "ridge": {},
+    "rp_ridge": {"features": 30},
+    "fecam": {},
+    "fecam, tukey": {"tukey": 0.5},
+    "flymodel": {"neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
+    "flymodel, all active": {"neurons": 50, "inputs_per_neuron": 4, "active": 1.0},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_here() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def samples(count: int, rows: tuple[int, ...], seed: int = 0) -> Task:
+    """Gaussian classes that overlap a little; a row always has the same mean."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor(rows).repeat(-(-count // len(rows)))[:count]
+    means = 1.5 * torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(99))
+    return Task(means[labels] + torch.randn(count, DIM, generator=generator), labels)
+
+
+def taught(name: str, options: dict[str, Any], expected: int = 0) -> Learner:
+    """Of two tasks, with a gap in the rows; `expected` classes announced."""
+    rng = np.random.default_rng(0)
+    keys, code_keys = np.abs(rng.normal(size=(48, DIM))), rng.normal(size=(40, DIM))
+    mixing = rng.normal(size=(DIM, DIM))
+    priors = Priors(
+        count=1000,
+        within_covariance=(mixing @ mixing.T / DIM).astype(np.float32),
+        keys=(keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32),
+        counters=rng.integers(0, 200, 48).astype(np.float32),
+        code_keys=(code_keys / np.linalg.norm(code_keys, axis=1, keepdims=True)).astype(np.float32),
+        student={"switch": 300.0},
+    )
+    learner = build({"name": name, **options}, DIM, priors)
+    if expected:
+        learner.expect(expected)
+    for rows in ((0, 1), (2, 3, 6)):
+        learner.learn(samples(60, rows))
+    return learner
+
+
+@pytest.fixture(scope="module")
+def heads() -> dict[str, tuple[Learner, bytes]]:
+    made = {case: taught(case.split(",")[0].split(" ")[0], options) for case, options in CASES.items()}
+    return {case: (learner, export_head(learner, NAMES)) for case, learner in made.items()}
+
+
+def run(head: bytes, embeddings: Tensor) -> np.ndarray:
+    return open_session(head).run(["scores"], {"embeddings": embeddings.numpy()})[0]
+
+
+def compare(learner: Learner, scores: np.ndarray, embeddings: Tensor) -> None:
+    """Equal scores within rounding where taught, never elsewhere; equal answers but for ties within rounding."""
+    known, rows = learner.seen.numpy() == 1, np.arange(len(embeddings))
+    wanted = learner.scores(embeddings)[:, : len(known)].numpy()
+    assert scores.dtype == np.float32
+    assert scores.shape == (len(embeddings), len(known))
+    largest = np.abs(wanted[:, known]).max()
+    np.testing.assert_allclose(scores[:, known], wanted[:, known], rtol=0, atol=ROUNDING * largest)
+    assert (scores[:, ~known] == np.float32(NEVER)).all()
+    answers = learner.predict(embeddings).numpy()
+    lost = wanted[rows, answers] - wanted[rows, scores.argmax(1)]
+    assert (lost <= 2 * ROUNDING * largest).all()
+
+
+def constants(head: bytes) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load_from_string(head).graph.initializer}
+
+
+# ── the scores ───────────────────────────────────────────────────────────────────────────────────────
+def test_the_cases_are_of_all_learners(heads):
+    assert {learner.name for learner, _ in heads.values()} == set(LEARNERS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_are_those_of_the_learner(heads, case):
+    learner, head = heads[case]
+    session = open_session(head)
+    for count in (1, 7, 300):
+        embeddings = samples(count, TAUGHT, seed=count).embeddings
+        (scores,) = session.run(None, {"embeddings": embeddings.numpy()})
+        compare(learner, scores, embeddings)
+    answers = set(scores.argmax(1).tolist())
+    assert answers <= set(TAUGHT)
+    assert len(answers) > 1  # else hardly anything was compared
+    assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_zeros_and_of_extremes(heads, case):
+    """Zeros stay zeros and are not NaN; very short and very long embeddings have a direction too."""
+    learner, head = heads[case]
+    embeddings = samples(5, TAUGHT, seed=3).embeddings
+    embeddings[1] = 0.0
+    embeddings[2] = -1.0  # nothing is left of it behind a rectifier, and all its values are equal
+    embeddings[3] *= 1e-9
+    embeddings[4] *= 1e6
+    scores = run(head, embeddings)
+    for row in range(len(embeddings)):  # one at a time: the tolerance is relative to the largest score
+        compare(learner, scores[[row]], embeddings[[row]])
+
+
+@pytest.mark.parametrize("name", ["ssd", "sdmlp", "flymodel"])
+def test_values_that_tie_in_the_top_k(name):
+    """Every key twice: the k-th and the (k+1)-th value are equal in each sample."""
+    options = {"neurons": 40, "top_n": 10, "k": 5} if name == "ssd" else {**SMALL, "k": 5}
+    learner = taught(name, CASES["flymodel"] if name == "flymodel" else options)
+    embeddings = samples(50, TAUGHT, seed=4).embeddings
+    if isinstance(learner, SDMLPLearner):
+        keys = learner.net.layers[0].keys
+        keys[1::2] = keys[::2]
+        assert (inhibit(learner.prepared(embeddings) @ keys.T, 5).counts().sum()) <= 4 * 50
+    elif name == "ssd":
+        learner.keys[1::2] = learner.keys[::2].clone()
+    else:
+        learner.projection[:, 1::2] = learner.projection[:, ::2].clone()
+        assert ((learner.code(embeddings) > 0).sum(1) > learner.kept).any()  # ties with the last stay
+    compare(learner, run(export_head(learner, NAMES), embeddings), embeddings)
+
+
+def test_a_half_open_switch_is_in_the_graph(heads):
+    learner, head = heads["ssd-paper, half-open switch"]
+    gamma = constants(head)["gamma"]
+    assert ((gamma > -1) & (gamma < 1)).any()
+    np.testing.assert_array_equal(gamma, learner.net.gamma.numpy())
+    assert "gamma" not in constants(heads["ssd-paper"][1])
+
+
+def test_a_mask_lets_no_negative_score_pass():
+    """SDMLP's own keys give none, but a state may hold others."""
+    learner = taught("sdmlp", {**SMALL, "inhibition": "mask"})
+    learner.net.layers[0].keys[:46] *= -1  # fewer than k = 4 scores are left above zero
+    embeddings = samples(20, TAUGHT, seed=8).embeddings
+    compare(learner, run(export_head(learner, NAMES), embeddings), embeddings)
+
+
+@pytest.mark.parametrize("name", ["finetune", "sdmlp", "icarl"])
+def test_outputs_that_were_only_announced_are_left_out(name):
+    learner = taught(name, SMALL if name == "sdmlp" else PERCEPTRON, expected=ROWS + 3)
+    embeddings = samples(40, TAUGHT, seed=5).embeddings
+    assert learner.scores(embeddings).shape == (40, ROWS + 3)
+    compare(learner, run(export_head(learner, NAMES), embeddings), embeddings)
+
+
+@pytest.mark.parametrize("name", ["ncm", "fecam", "flymodel", "ssd"])
+def test_a_class_that_was_taken_out_never_wins(name):
+    options = {"flymodel": CASES["flymodel"], "ssd": {"neurons": 40, "top_n": 10, "per_class": True}}.get(name, {})
+    learner = taught(name, options)
+    embeddings = samples(60, (0, 2), seed=6).embeddings
+    assert 2 in run(export_head(learner, NAMES), embeddings).argmax(1)
+    learner.remove(2)
+    scores = run(export_head(learner, NAMES), embeddings)
+    compare(learner, scores, embeddings)
+    assert 2 not in scores.argmax(1)
+
+
+# ── the file ─────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("case", CASES)
+def test_the_file(heads, case):
+    learner, head = heads[case]
+    model = onnx.load_from_string(head)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    assert {node.domain for node in model.graph.node} == {""}
+    facts = onnx_scan.scan(head, "head.onnx")  # what a device asks of every graph in a bundle
+    (given,), (taken,) = facts.inputs, facts.outputs
+    assert (given.name, given.dtype, given.shape) == ("embeddings", "float32", ("batch", DIM))
+    assert (taken.name, taken.dtype, taken.shape) == ("scores", "float32", ("batch", ROWS))
+    assert all(not node.doc_string for node in model.graph.node)
+    assert not any((model.doc_string, model.graph.doc_string, model.producer_name, model.graph.value_info))
+    kinds = {name: array.dtype.name for name, array in constants(head).items()}
+    others = {name for name, kind in kinds.items() if kind != "float32" and not name.startswith("indices")}
+    assert others == {"taught"}
+    assert open_session(head).get_modelmeta().custom_metadata_map == {
+        "schema": "ssd-edge-head/1",
+        "learner": learner.name,
+        "dim": str(DIM),
+        "classes": json.dumps(NAMES),
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_state_gives_the_same_bytes(heads, case):
+    learner, head = heads[case]
+    before = {name: tensor.numpy().tobytes() for name, tensor in learner.state_dict().items()}
+    assert export_head(restore(*pack(learner)), NAMES) == head
+    assert export_head(learner, NAMES) == head
+    assert {name: tensor.numpy().tobytes() for name, tensor in learner.state_dict().items()} == before
+
+
+def test_no_more_than_predicting_needs(heads):
+    """Of `ssd` keys and values: no statistics; of `icarl` no exemplars and no output layer."""
+    assert {name for name, array in constants(heads["ssd"][1]).items() if array.ndim == 2 and array.size > ROWS} == {
+        *("keys", "output_weight")
+    }
+    learner, head = heads["ssd-paper, half-open switch"]
+    needed = learner.net.keys.numel() + learner.net.values.numel() + len(learner.net.gamma)
+    assert sum(array.size for array in constants(head).values()) < needed + 30
+    exemplars = heads["icarl"][0].exemplars.numpy()
+    rows = np.concatenate([array for array in constants(heads["icarl"][1]).values() if array.shape[1:] == (DIM,)] or
+                          [np.zeros((0, DIM), np.float32)])  # fmt: skip
+    assert not {row.tobytes() for row in rows} & {row.tobytes() for row in exemplars}
+    assert all(len(head) < 30_000 for _, head in heads.values())
+
+
+def test_names_survive_as_they_are():
+    names = ['"quoted"', "<b>&amp;</b>", "日本語 🤖", "back\\slash", "it's", "{}", "Ä"]
+    metadata = open_session(export_head(taught("ncm", {}), names)).get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == names
+
+
+# ── refusals ─────────────────────────────────────────────────────────────────────────────────────────
+def test_another_number_of_names_is_refused():
+    with pytest.raises(InputError, match="has 7 class rows, but 6 names"):
+        export_head(taught("ncm", {}), NAMES[:-1])
+
+
+def test_a_learner_that_knows_nothing_is_refused():
+    with pytest.raises(InputError, match="nothing has been taught"):
+        export_head(build({"name": "ssd", "neurons": 40, "top_n": 10}, DIM, Priors()), [])
+
+
+@pytest.mark.parametrize("name", ["ncm", "finetune", "ssd", "fecam"])
+def test_weights_that_are_not_finite_are_refused(name):
+    learner = taught(name, {"finetune": PERCEPTRON, "ssd": {"neurons": 40, "top_n": 10}}.get(name, {}))
+    if name == "finetune":
+        learner.parameters["output_weight"][0, 0] = torch.nan
+    elif name == "ssd":
+        learner.values[0, 0] = torch.inf
+    elif name == "ncm":
+        learner.sums[0, 0] = torch.nan
+    else:
+        _, factor = learner.solve(0)
+        factor[0, 0] = torch.nan
+    with pytest.raises(InputError, match="hold NaN or infinity"):
+        export_head(learner, NAMES)
+
+
+def test_a_learner_that_changes_as_it_predicts_is_refused():
+    learner = taught("sdmlp", {**SMALL, "layers": 2, "count_in_eval": True})  # the second layer's switches are open
+    with pytest.raises(InputError, match="count_in_eval"):
+        export_head(learner, NAMES)
+
+
+def test_a_learner_of_an_unknown_kind_is_refused(monkeypatch):
+    learner = taught("ncm", {})
+    monkeypatch.setattr(type(learner), "name", "oracle")
+    with pytest.raises(InputError, match="'oracle', only for ssd, ssd-paper"):
+        export_head(learner, NAMES)
+
+
+def test_more_than_one_file_can_hold_is_refused(monkeypatch):
+    learner = taught("fecam", {})
+    monkeypatch.setattr("exporters.head.onnx_file.MAX_BYTES", 4000)
+    with pytest.raises(InputError, match="takes over 4,000 bytes"):
+        export_head(learner, NAMES)
+
+
+LARGE = {"neurons": 4000, "epochs": 1, "batch": 60, "pretrained": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "fits", "too_large", "words"),
+    [
+        ("sdmlp", {**LARGE, "k": 3839}, {**LARGE, "k": 3840}, "3,841 largest of 4,000 .* 3,840; lower learner.k"),
+        (
+            "sdmlp",
+            {**LARGE, "k": 3840, "inhibition": "mask"},
+            {**LARGE, "k": 4, "inhibition": "mask", "decay_epochs": 200},
+            "largest of 4,000 .* 3,840; lower learner.decay_epochs",
+        ),
+        (
+            "flymodel",
+            {"neurons": 3840, "inputs_per_neuron": 4, "active": 1.0},
+            {"neurons": 3841, "inputs_per_neuron": 4, "active": 1.0},
+            "3,841 largest of 3,841 .* 3,840; lower learner.active",
+        ),
+    ],
+)
+def test_more_winners_than_tensorrt_takes_are_refused(name, fits, too_large, words):
+    assert MAX_TOP_K == 3840
+    learner, embeddings = taught(name, fits), samples(5, TAUGHT).embeddings
+    compare(learner, run(export_head(learner, NAMES), embeddings), embeddings)
+    with pytest.raises(InputError, match=words):
+        export_head(taught(name, too_large), NAMES)
+
+
+# ── TensorRT ─────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.skipif(
+    importlib.util.find_spec(MODULE) is None,
+    reason=f"{MODULE} is not installed (x86-64 Linux only): the gate for heads did NOT run",
+)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in ("ssd", "ssd-paper", "ssd-paper, half-open switch", "sdmlp, masked", "fecam", "ncm", "flymodel")
+        else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+)  # fmt: skip
+def test_tensorrt_parses_and_builds_every_head(heads, case):
+    from device_runtime.engine import check_graph
+
+    checked = check_graph(heads[case][1], module=MODULE)
+    assert checked["bytes"] > 0
+    assert checked["input"] == "float"
