@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from device_runtime.device import Device, install
-from exporters.packing import deploy
+from device_runtime.device import Device
+from device_runtime.installation import install
+from exporters.packing import Options, deploy
 from ssd_edge import runs
 from ssd_edge.config import DataConfig
 from ssd_edge.data import load
@@ -39,7 +40,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / "robot.ssdedge"
-        deploy(words.run, "jetson", bundle, lambda text: None)
+        deploy(words.run, Options("jetson"), bundle, lambda text: None)
         install(Path(scratch) / "root", bundle)
         device = Device.open(Path(scratch) / "root")
         size = device.facts["size"]

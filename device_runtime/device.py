@@ -14,7 +14,7 @@ images, or uint8 arrays ``(H, W)`` or ``(H, W, 3)`` in RGB order (OpenCV gives B
 from __future__ import annotations
 
 import dataclasses
-import os
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,17 +24,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from device_runtime.embedder import OnnxEmbedder
+from device_runtime.board import default_root
+from device_runtime.embedder import Embedder, open_embedder
 from device_runtime.generations import Generation, Generations
 from device_runtime.retention import estimate
-from ssd_edge import bundle as bundles
 from ssd_edge import files, images, learners
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.statistics import ClassStatistics
 
+log = logging.getLogger(__name__)
+
 MIN_IMAGES = 3  # the mean of one image is that image's embedding: it would be stored
 HELD_OUT = 5  # one image in five measures what the others taught
+CARRIED = ("device.json", "probe.safetensors")  # from a generation to those that are learned from it
 ImageSource = str | Path | np.ndarray | Image.Image
 
 
@@ -54,64 +57,24 @@ class Prediction:
     score: float
 
 
-def default_root() -> Path:
-    """``$SSD_EDGE_ROOT``, else a folder in the user's data directory."""
-    if named := os.environ.get("SSD_EDGE_ROOT"):
-        return Path(named)
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "ssd-edge" / "device"
-
-
-def install(root: str | Path, bundle: str | Path) -> Generation:
-    """Verify a bundle and make it the current generation of a root (created if need be).
+def restore_statistics(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> ClassStatistics:
+    """The statistics of a bundle or generation; `metadata` is not used, so that what `tensors` gives can be passed.
 
     Raises:
-        InputError: no such bundle.
-        BundleRefusedError: the bundle is damaged, or its backbone does not do what it says.
+        BundleRefusedError: they are damaged.
     """
-    opened = bundles.read(Path(bundle))
-    facts = _facts(opened)
-    contents = {
-        "learner.safetensors": opened.read("learner"),
-        "statistics.safetensors": opened.read("statistics"),
-        "classes.json": opened.read("classes"),
-        "device.json": files.json_bytes(facts),
-    }
-    if "top_n" in opened.roles:
-        contents["top_n.safetensors"] = opened.read("top_n")
-    store = Generations(root)
-    learner = learners.restore(*opened.tensors("learner"))
-    _check(learner, opened.registry, _statistics(*opened.tensors("statistics")))
-    with store.writer():
-        backbone = store.add_backbone(opened.read("backbone"))
-        embedder = OnnxEmbedder(store.backbone_path(backbone), facts["size"], facts["dim"])
-        probe = np.random.default_rng(0).integers(0, 256, (2, facts["size"], facts["size"], 3), dtype=np.uint8)
-        learner.predict(torch.from_numpy(embedder.embed(probe)))
-        info = {"bundle": Path(bundle).name, "bundle_sha256": opened.sha256, "classes": opened.registry.names}
-        return store.commit(contents, info, parent=None, backbone=backbone)
-
-
-def _facts(opened: bundles.Bundle) -> dict[str, Any]:
-    """What a device must know of a bundle besides its tensors."""
-    manifest = opened.manifest
-    backbone = manifest["backbone"]
-    return {
-        "name": manifest.get("name", ""),
-        "size": int(backbone["size"]),
-        "dim": int(backbone["dim"]),
-        "precision": backbone.get("precision", "fp32"),
-        "bundle_sha256": opened.sha256,
-    }
-
-
-def _statistics(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> ClassStatistics:
     try:
         return ClassStatistics.from_state({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})
     except (KeyError, RuntimeError, IndexError) as error:
         raise BundleRefusedError(f"the class statistics are damaged ({error}); deploy the bundle again") from error
 
 
-def _check(learner: learners.Learner, registry: ClassRegistry, statistics: ClassStatistics) -> None:
-    """Parts of one state must speak of the same classes."""
+def check_together(learner: learners.Learner, registry: ClassRegistry, statistics: ClassStatistics) -> None:
+    """Parts of one state must speak of the same classes.
+
+    Raises:
+        BundleRefusedError: they do not.
+    """
     rows = len(registry)
     if len(learner.seen) != rows or len(statistics.counts) != rows:
         raise BundleRefusedError(
@@ -129,7 +92,7 @@ class Device:
 
     def __init__(self, store: Generations) -> None:
         self.store = store
-        self._embedder: OnnxEmbedder | None = None
+        self._embedder: Embedder | None = None
         self._load(store.current())
 
     @classmethod
@@ -151,18 +114,18 @@ class Device:
     def _load(self, generation: Generation) -> None:
         registry = generation.registry
         learner = learners.restore(*generation.tensors("learner.safetensors"))
-        statistics = _statistics(*generation.tensors("statistics.safetensors"))
-        _check(learner, registry, statistics)
+        statistics = restore_statistics(*generation.tensors("statistics.safetensors"))
+        check_together(learner, registry, statistics)
         facts = files.parse_json(generation.read("device.json"), "device.json")
         self.generation, self.registry, self.learner = generation, registry, learner
         self.statistics, self.facts = statistics, facts
 
     @property
-    def embedder(self) -> OnnxEmbedder:
-        """The backbone, started when it is first needed."""
+    def embedder(self) -> Embedder:
+        """The backbone, started when it is first needed; an engine that no longer fits the machine is built anew."""
         if self._embedder is None:
-            path = self.store.backbone_path(self.generation.backbone)
-            self._embedder = OnnxEmbedder(path, self.facts["size"], self.facts["dim"])
+            probe = self.generation.tensors("probe.safetensors")
+            self._embedder = open_embedder(self.store, self.generation.backbone, self.facts, probe, log.warning)
         return self._embedder
 
     @property
@@ -220,7 +183,7 @@ class Device:
             taught = learners.restore(*state)
             labels = torch.full((len(embeddings),), row)
             measured = taught.learn(learners.Task(embeddings, labels))
-            statistics = _statistics(*self.generation.tensors("statistics.safetensors"))
+            statistics = restore_statistics(*self.generation.tensors("statistics.safetensors"))
             retention = estimate(self.learner, taught, statistics)
             statistics.add(embeddings, labels)
             info = {
@@ -255,7 +218,7 @@ class Device:
             "learner.safetensors": files.tensor_bytes(*learners.pack(learner)),
             "statistics.safetensors": files.tensor_bytes(arrays),
             "classes.json": files.json_bytes(registry.to_json()),
-            "device.json": self.generation.read("device.json"),
+            **{name: self.generation.read(name) for name in CARRIED},
         }
         table = learners.top_n_table(learner)
         if table is not None:
@@ -297,6 +260,9 @@ class Device:
             "state_bytes": self.learner.memory_bytes(),
             "provider": self.embedder.provider,
             "bundle": self.facts["name"],
+            "release": self.facts["release"],
+            "signed_by": self.facts["signed_by"],
+            "precision": self.facts["precision"],
             "root": str(self.store.root),
             "warning": self.generation.fallback,
         }

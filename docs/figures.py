@@ -1,4 +1,4 @@
-"""Regenerate the figures of README.md and docs/method.md from docs/results/: a terminal picture and tables.
+"""Regenerate the figures of README.md and docs/ from docs/results/: a terminal picture and tables.
 
 Usage: python docs/figures.py [--check]
 
@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+from ssd_edge import targets
 from ssd_edge.comparison import percent, points, ranked, size
 from ssd_edge.console import export_svg
 from ssd_edge.reproduction.cells import Store
@@ -22,7 +23,7 @@ from ssd_edge.reproduction.rows import Row, mean, rows, spread
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
-ROWS = ("device", "values", "shift", "budget", "epoch", "readout", "mlp-ewc")
+ROWS = ("device", "precision", "values", "shift", "budget", "epoch", "readout", "mlp-ewc")
 # docs/what-matters.md: experiments of `ssd-edge reproduce`, at its reduced budget on Split CIFAR-10
 MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
@@ -63,6 +64,43 @@ def device_table(rows: list[dict]) -> str:
             f"| {row['images']} | {100 * row['new_accuracy']:.1f} % | {100 * old['before']:.1f} % → "
             f"{100 * old['after']:.1f} % | {100 * estimate['accuracy_before']:.1f} % → "
             f"{100 * estimate['accuracy_after']:.1f} % | {row['seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def precision_table(rows: list[dict]) -> str:
+    """What each precision of a backbone changes."""
+    lines = [
+        "| | backbone | engine | smallest cosine | p99 of the difference | drift of a mean | same decision | "
+        "accuracy | one image |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        accuracy = row["accuracy"]
+        cells = (
+            row["precision"],
+            size(row["backbone_bytes"]),
+            size(row["engine_bytes"]),
+            f"{row['min_cosine']:.6f}",
+            f"{row['p99_difference']:.1e} σ",
+            f"{row['drift']['mean_shift']:.1e} σ",
+            f"{100 * row['agreement']:.2f} %",
+            f"{100 * accuracy['reference']:.2f} % → {100 * accuracy['exported']:.2f} %",
+            f"{row['milliseconds']:.2f} ms",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def targets_table() -> str:
+    """The targets, from their files."""
+    lines = ["| target | | TensorRT | precisions, fastest first | default | memory |", "|---|---|---|---|---|---|"]
+    for target in targets.targets().values():
+        names = ", ".join(f"`{name}`" for name in (target.name, *target.aliases))
+        versions = "–" if target.tensorrt is None else " to ".join(filter(None, target.tensorrt))
+        lines.append(
+            f"| {names} | {target.title} | {versions} | {', '.join(target.precisions)} | {target.default_precision} | "
+            f"{target.memory_mb / 1024:g} GiB |"
         )
     return "\n".join(lines)
 
@@ -168,6 +206,7 @@ def main() -> None:
     read = {name: json.loads((DOCS / "results" / f"{name}.json").read_text())["rows"] for name in ROWS}
     tables = {
         README: {"table": comparison_table(results), "device": device_table(read["device"])},
+        DOCS / "deploy.md": {"targets": targets_table(), "precision": precision_table(read["precision"])},
         DOCS / "method.md": {
             "values": values_table(read["values"]),
             "shift": settings_table(read["shift"]),

@@ -18,6 +18,7 @@ from ssd_edge.learners import LEARNERS
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}  # a backslash would leave them HTML for some readers
 # What means something within a line of Markdown; the last two make links of bare addresses.
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>&|#~!$]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+KINDS = ("test", "brought", "synthetic")  # of images that the export was judged on
 _PROVENANCE = {  # key of a backbone's provenance -> what to call it
     "arch": "architecture",
     "file": "file",
@@ -132,7 +133,8 @@ def _making(manifest: Mapping[str, Any]) -> str:
     versions = {**run["versions"], **producer["packages"]}
     return (
         f"## How it was made\n\n{_code(shlex.join(map(str, run['argv'])))}\n\n"
-        f"Finished {manifest['created']}, seed {run['seed']}, {run['threads']} threads on {escape(run['machine'])}. "
+        f"Release {manifest['release']}, finished {manifest['created']}, seed {run['seed']}, {run['threads']} threads "
+        f"on {escape(run['machine'])}. "
         f"SSD-Edge {escape(producer['ssd_edge'])}, commit {escape(producer['git'])}; "
         + ", ".join(f"{escape(package)} {escape(version)}" for package, version in sorted(versions.items()))
         + "."
@@ -140,24 +142,39 @@ def _making(manifest: Mapping[str, Any]) -> str:
 
 
 def _export(parity: Mapping[str, Any]) -> str:
-    header = ("images", "number", "largest difference", "smallest cosine", "same decision", "accuracy before → after")
+    header = (
+        *("images", "number", "smallest cosine", "largest difference", "drift of a mean"),
+        *("same decision", "accuracy before → after"),
+    )
     rows = []
-    for kind, values in parity.items():
+    for kind in KINDS:
+        if kind not in parity:
+            continue
+        values = parity[kind]
         accuracy = values.get("accuracy")
         rows.append(
             (
                 kind,
                 values["images"],
-                f"{values['max_difference']:.1e} σ",
                 f"{values['min_cosine']:.6f}",
+                f"{values['max_difference']:.1e} σ",
+                f"{values['drift']['mean_shift']:.1e} σ",
                 f"{values['agreement']:.1%}",
                 f"{accuracy['reference']:.3f} → {accuracy['exported']:.3f}" if accuracy else "–",
             )
         )
-    return (
-        "## Export\n\nThe exported backbone (ONNX Runtime on a CPU) against the one that the run used:\n\n"
-        + _table(header, rows)
+    text = (
+        f"## Export\n\nThe exported backbone in {escape(parity['precision'])} (ONNX Runtime on a CPU) against the one "
+        "that the run used:\n\n" + _table(header, rows)
     )
+    if calibration := parity.get("calibration"):
+        text += (
+            f"\n\nCalibrated with {calibration['images']} images: {escape(calibration['source'])} "
+            f"(SHA-256 of their pixels {calibration['sha256'][:16]}…)."
+        )
+    for precision, reason in parity.get("refused", {}).items():
+        text += f"\n\nRefused on the way, {escape(precision)}: {escape(reason)}"
+    return text
 
 
 def _limits(learner: Mapping[str, Any]) -> str:
@@ -177,5 +194,6 @@ def _limits(learner: Mapping[str, Any]) -> str:
         "- The accuracy holds for images like the test images. Another camera, light or background was not tested.\n"
         "- It was not tested on images of anything but its classes.\n"
         f"{kept}\n"
-        "- The bundle's digest says that it is complete, not who made it."
+        "- The bundle's digest says that it is complete, not who made it; a signature says whose key vouches for it "
+        "(`ssd-edge inspect`)."
     )

@@ -1,4 +1,8 @@
-"""A backbone package → one ONNX file: pixels in, standardised embeddings out."""
+"""A backbone package → one ONNX file: pixels in, standardised embeddings out.
+
+PyTorch exports the body alone. Preprocessing and standardisation are put around it by the same `compose` that a
+user's own ONNX goes through: every bundle's graph has one shape, and what must stay in fp32 is known by its name.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,11 @@ from collections.abc import Iterator
 import torch
 
 from ssd_edge.backbones.embedder import network
-from ssd_edge.backbones.onnx import EMBEDDINGS, INPUT, finish
+from ssd_edge.backbones.networks import PIXEL_MEAN, PIXEL_STD
+from ssd_edge.backbones.onnx import compose
 from ssd_edge.backbones.onnx_file import OPSET
 from ssd_edge.backbones.package import BackbonePackage
-from ssd_edge.errors import EnvironmentUnfitError, require
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, require
 
 
 def export_package(package: BackbonePackage) -> bytes:
@@ -28,21 +33,21 @@ def export_package(package: BackbonePackage) -> bytes:
 
     Raises:
         EnvironmentUnfitError: onnx or onnxscript is missing, or these versions write another opset.
-        BundleRefusedError: weights that do not fit the architecture.
+        BundleRefusedError: weights that do not fit the architecture, or that give NaN.
     """
     for module in ("onnx", "onnxscript"):
         require(module, "export", "export a backbone")
-    embedding_network = network(package)
+    body = network(package).body
     # In training mode the exporter warns of nothing and exports other numbers.
-    assert not any(module.training for module in embedding_network.modules())
+    assert not any(module.training for module in body.modules())
     size = package.card["size"]
-    images = torch.zeros(2, size, size, 3, dtype=torch.uint8)  # two: a batch of one may be taken for a constant
+    pixels = torch.zeros(2, 3, size, size)  # two: a batch of one may be taken for a constant
     with _quiet():
         program = torch.onnx.export(
-            embedding_network,
-            (images,),
-            input_names=[INPUT],
-            output_names=[EMBEDDINGS],
+            body,
+            (pixels,),
+            input_names=["pixels"],
+            output_names=["features"],
             opset_version=OPSET,
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -56,7 +61,12 @@ def export_package(package: BackbonePackage) -> bytes:
             f"torch {torch.__version__} exported with the opsets {opsets}, but {OPSET} was asked for; "
             "install the versions of constraints.txt"
         )
-    return finish(model, package.identity, size, package.card["dim"])
+    preprocessing = (size, PIXEL_MEAN, PIXEL_STD, "nchw")
+    try:
+        data = model.SerializeToString(deterministic=True)
+        return compose(data, *preprocessing, package.mu, package.sigma, package.identity)
+    except InputError as error:
+        raise BundleRefusedError(f"the backbone package {package.identity} cannot be exported: {error}") from error
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
 """`ssd-edge deploy`: a finished run → one bundle.
 
 Nothing is trained or tuned here. The learner's state goes into the bundle as the run wrote it; the backbone
-is exported and must compute what it computed in the run (`parity`), or nothing is written.
+is exported and must compute what it computed in the run (`ladder`), or nothing is written.
 """
 
 from __future__ import annotations
 
+import calendar
 import dataclasses
+import importlib.util
 import shlex
 import time
 from collections.abc import Callable
@@ -16,183 +18,142 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporters import card
+from device_runtime import profiling
+from exporters import card, finished, ladder, parity
+from exporters.finished import FinishedRun
+from exporters.head import export_head
 from exporters.onnx_export import export_package
-from exporters.parity import Reference, parity
-from ssd_edge import __version__, bundle, data, files, learners, runs, targets
+from exporters.parity import Reference
+from ssd_edge import __version__, bundle, files, learners, targets
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder
-from ssd_edge.backbones.onnx import OnnxEmbedder, compose
-from ssd_edge.classes import ClassRegistry
-from ssd_edge.config import TrainConfig
-from ssd_edge.errors import BundleRefusedError, InputError, SSDEdgeError, require
-from ssd_edge.learners.base import TensorSpec, check_state
+from ssd_edge.backbones.onnx import OnnxEmbedder, compose, open_session, run
+from ssd_edge.errors import GateRefusedError, InputError, require
+from ssd_edge.targets import Target
 
 Say = Callable[[str], None]
 
-SYNTHETIC_IMAGES = 32
-TEST_IMAGES = 256
-# What is taken from each file of a run, with its type.
-_BACKBONE = {"kind": str, "path": str, "identity": str, "size": int, "dim": int, "provenance": dict}
-_RECORD = {"argv": list, "seed": int, "threads": int, "machine": str, "versions": dict}
-_METRICS = {
-    "data": str,
-    "split": str,
-    "train_images": int,
-    "test_images": int,
-    "class_accuracy": dict,
-    "average_accuracy": float,
-    "average_incremental_accuracy": float,
-    "backward_transfer": float,
-    "forgetting": float,
-    "panel": dict,
-}
+PROBE_BYTES = 2**19  # of pixels: 170 images of 32 × 32, 3 of 224 × 224
+PROBE_IMAGES = 8
+PROBE_MARGIN = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """A finished run, read and checked."""
+class Options:
+    """What a user can ask of `deploy`.
 
-    folder: Path
-    config: TrainConfig
-    record: dict[str, Any]  # run.json
-    metrics: dict[str, Any]
-    backbone: dict[str, Any]
-    registry: ClassRegistry
-    learner: learners.Learner
-    states: dict[str, bytes]  # role in the bundle -> file as the run wrote it
+    Attributes:
+        target: one of `targets.targets`, or an alias.
+        precision: one of `ladder.CHOICES`; empty: the target's default.
+        calibration: a folder of images for int8; None: the run's training images.
+        head: also put the learner into the bundle as ``head.onnx``, for hosts that only predict.
+        sign: file of a private key.
+        release: number that a device compares; None: the finish time of the run, in seconds since 1970.
+    """
+
+    target: str
+    precision: str = ""
+    calibration: Path | None = None
+    head: bool = False
+    sign: Path | None = None
+    release: int | None = None
 
 
-def deploy(run: Path, target: str, output: Path, say: Say) -> dict[str, Any]:
+def deploy(folder: Path, options: Options, output: Path, say: Say) -> dict[str, Any]:
     """Write the bundle of a run.
 
-    The same run gives the same bytes again, with the same packages and as long as its data can be read.
+    The same run and options give the same bytes again, with the same packages and as long as its data can be read.
 
     Args:
-        run: its folder.
-        target: one of `targets.targets`, or an alias.
+        folder: of the run.
+        options: see there.
         output: the file to write; an older one is replaced. Its name becomes the name of the bundle.
         say: told what happens and what to do next.
 
     Returns:
-        ``bundle`` (path), ``bytes``, ``sha256``, ``parity``, ``target``, ``classes``, ``seconds``.
+        ``bundle`` (path), ``bytes``, ``sha256``, ``precision``, ``parity``, ``target``, ``classes``, ``release``,
+        ``signed_by`` (key id or None), ``tensorrt`` (what its parser said, or None), ``seconds``.
 
     Raises:
-        InputError: not a run, not finished, its backbone has changed or is gone, unknown target, no such folder.
+        InputError: not a run, not finished, its backbone has changed or is gone, a combination that the target does not
+            run, no such folder.
         BundleRefusedError: a file of the run is damaged.
-        GateRefusedError: the exported backbone does not compute what the run computed.
+        GateRefusedError: the exported backbone does not compute what the run computed, or TensorRT does not take it.
     """
     began = time.monotonic()
-    run, output = Path(run), Path(output)
-    target = targets.get(target).name
+    folder, output = Path(folder), Path(output)
+    target = targets.get(options.target)
+    _check_options(options, target)
     if not output.absolute().parent.is_dir():
         raise InputError(f"the folder of {output} does not exist; create it first")
     if output.is_dir():
         raise InputError(f"{output} is a folder, but a file is needed, e.g. {output / 'robot.ssdedge'}")
-    state = _read(run)
+    sign = None
+    if options.sign is not None:
+        from ssd_edge import signing
+
+        sign = signing.signer(options.sign)
+    state = finished.read(folder)
+    head = export_head(state.learner, state.registry.names) if options.head else None  # before minutes of work
+    images = ladder.samples(state, options.calibration, say)
     say(f"exporting the backbone {state.backbone['identity']}")
-    onnx, reference = _export(state)
-    measured = _parity(state, onnx, reference, say)
-    manifest = _manifest(state, onnx, measured, target, output.stem[: bundle.MAX_TITLE_LENGTH])
+    exported, reference = _export(state)
+    targets.check_opset(target, onnx_file.opset(exported))
+    choice = ladder.choose(exported, reference, state.learner, images, target, options.precision, say)
+    checked = _check_tensorrt(choice.onnx, "backbone", target, say)
+    if head is not None:
+        _check_tensorrt(head, "head", target, say)
+    manifest = _manifest(state, choice, target, options.release, output.stem[: bundle.MAX_TITLE_LENGTH])
     roles = {
         **state.states,
-        "backbone": onnx,
+        "backbone": choice.onnx,
         "classes": files.json_bytes(state.registry.to_json()),
+        "probe": _probe(state, choice),
         "card": card.render(manifest, state.registry).encode(),
     }
-    packed = bundle.pack(manifest, {bundle.ROLES[role]: (role, content) for role, content in roles.items()})
+    if head is not None:
+        roles["head"] = head
+    packed = bundle.pack(manifest, {bundle.ROLES[role]: (role, content) for role, content in roles.items()}, sign)
+    opened = bundle.parse(packed)
+    _check_memory(opened, target, say)
     bundle.write(output, packed)
     say(f"next, on the device: ssd-edge device install {shlex.quote(output.name)}")
     return {
         "bundle": str(output),
         "bytes": len(packed),
         "sha256": files.sha256(packed),
-        "parity": measured,
-        "target": target,
+        "precision": choice.precision,
+        "parity": choice.report,
+        "target": target.name,
         "classes": state.registry.names,
+        "release": manifest["release"],
+        "signed_by": opened.signature.key if opened.signature else None,
+        "tensorrt": checked,
         "seconds": round(time.monotonic() - began, 2),
     }
 
 
-def _read(folder: Path) -> _Run:
-    config = runs.open_folder(folder)
-    record = _read_object(folder / "run.json", {"status": str})
-    if record["status"] != "finished":
-        raise InputError(
-            f"{folder} is not finished; take it up again with: ssd-edge train --resume {shlex.quote(str(folder))}"
-        )
-    needed = ("metrics.json", "backbone.json", "classes.json", "learner.safetensors", "statistics.safetensors")
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        raise InputError(f"{folder} is not a complete run: {', '.join(missing)} missing; restore or train again")
-    roles = [role for role in ("learner", "statistics", "top_n") if (folder / bundle.ROLES[role]).is_file()]
-    states = {role: files.read_bytes(folder / bundle.ROLES[role]) for role in roles}
-    state = _Run(
-        folder=folder,
-        config=config,
-        record=_read_object(folder / "run.json", {**_RECORD, "finished": str}),
-        metrics=_read_object(folder / "metrics.json", {**_METRICS, "baselines": dict, "tasks": list}),
-        backbone=_read_object(folder / "backbone.json", _BACKBONE),
-        registry=ClassRegistry.from_json(files.read_json(folder / "classes.json")),
-        learner=learners.restore(*files.parse_tensors(states["learner"], str(folder / "learner.safetensors"))),
-        states=states,
-    )
-    _check_together(state)
-    return state
+def _check_options(options: Options, target: Target) -> None:
+    """Refuse what cannot be meant, before anything is exported."""
+    if options.precision not in ("", *ladder.CHOICES):
+        raise InputError(f"unknown precision '{options.precision}'; known: {', '.join(ladder.CHOICES)}")
+    wanted = options.precision or target.default_precision
+    if wanted != ladder.AUTO:
+        targets.check_precision(target, wanted)
+        if options.calibration is not None and wanted != "int8":
+            raise InputError(f"--calibration is for int8, but the precision is {wanted}; add --precision int8 or auto")
+    if options.release is not None and options.release < 0:
+        raise InputError(f"--release must be 0 or more, but is {options.release}")
 
 
-def _read_object(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
-    """A JSON object that has these keys.
-
-    Raises:
-        BundleRefusedError: it has not; numbers may be whole where a float is wanted.
-    """
-    value = files.read_json(path)
-    for key, kind in kinds.items():
-        found = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(found, (int, float) if kind is float else kind):
-            raise BundleRefusedError(f"{path} is damaged: '{key}' is {found!r}, not {kind.__name__}; restore it")
-    return value
-
-
-def _check_together(state: _Run) -> None:
-    """Learner, statistics, classes and backbone are of one run."""
-    classes, dim, learner = len(state.registry), state.backbone["dim"], state.learner
-    if (len(learner.seen), learner.dim) != (classes, dim):
-        raise BundleRefusedError(
-            f"{state.folder}: the learner has {len(learner.seen)} classes and embeddings of {learner.dim}, but "
-            f"classes.json and backbone.json say {classes} and {dim}; restore the files of one run"
-        )
-    if learners.top_n_table(learner) is not None and "top_n" not in state.states:
-        raise InputError(f"{state.folder} is not a complete run: top_n.safetensors missing; restore or train again")
-    path = state.folder / "statistics.safetensors"
-    arrays, _ = files.parse_tensors(state.states["statistics"], str(path))
-    schema = {
-        "counts": TensorSpec(("C",), "float64", "samples of each class"),
-        "sums": TensorSpec(("C", "D"), "float64", "sum of the embeddings of each class"),
-        "second": TensorSpec((dim * (dim + 1) // 2,), "float64", "second moments, upper triangle"),
-    }
-    _check_arrays(arrays, schema, {"C": classes, "D": dim}, path)
-
-
-def _check_arrays(
-    arrays: dict[str, np.ndarray], schema: dict[str, TensorSpec], bound: dict[str, int], path: Path
-) -> None:
-    check_state({name: torch.from_numpy(array) for name, array in arrays.items()}, schema, bound, str(path))
-
-
-def _export(state: _Run) -> tuple[bytes, Reference]:
-    """The graph for the bundle, and the embeddings that it must give."""
+def _export(state: FinishedRun) -> tuple[bytes, Reference]:
+    """The graph as it is exported or was brought, and the embeddings that it must give."""
     config = state.config.backbone
     if state.backbone["kind"] == "onnx":
         own = OnnxEmbedder(config)
         _check_identity(state, own.identity)
-        path = state.folder / "standardisation.safetensors"
-        arrays, _ = files.read_tensors(path)
-        schema = {name: TensorSpec(("D",), "float32", "of the features of the first task") for name in ("mu", "sigma")}
-        _check_arrays(arrays, schema, {"D": own.dim}, path)
-        mu, sigma = arrays["mu"], arrays["sigma"]
+        mu, sigma = state.standardisation(own.dim)
         original = onnx_file.read(config.onnx)
         onnx = compose(original, config.size, config.mean, config.std, config.layout, mu, sigma)
         return onnx, lambda images: (own.embed(images) - mu) / sigma
@@ -201,7 +162,7 @@ def _export(state: _Run) -> tuple[bytes, Reference]:
     return export_package(package), TorchEmbedder(package, torch.device("cpu")).embed
 
 
-def _check_identity(state: _Run, found: str) -> None:
+def _check_identity(state: FinishedRun, found: str) -> None:
     stated = state.backbone["identity"]
     if found != stated:
         path = state.backbone["path"] or "that ships with SSD-Edge"
@@ -211,59 +172,69 @@ def _check_identity(state: _Run, found: str) -> None:
         )
 
 
-def _parity(state: _Run, onnx: bytes, reference: Reference, say: Say) -> dict[str, Any]:
-    """Parity on synthetic images, and on test images of the run where its data can still be read."""
-    size, learner = state.backbone["size"], state.learner
-    measured = {"synthetic": parity(onnx, reference, _synthetic(size), learner)}
-    try:
-        images, rows = _test_images(state, size)
-    except InputError as error:
-        say(f"parity on synthetic images only: {error}")
-    else:
-        measured["test"] = parity(onnx, reference, images, learner, rows)
-    for kind, values in measured.items():
-        say(
-            f"parity on {values['images']} {kind} images: largest difference {values['max_difference']:.1e} σ, "
-            f"{values['agreement']:.1%} of the decisions agree"
+def _check_tensorrt(onnx: bytes, what: str, target: Target, say: Say) -> dict[str, Any] | None:
+    """Parse and build as the device will, with NVIDIA's own parser, where it is installed; no GPU is needed."""
+    if target.tensorrt is None:
+        return None
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        say("not checked with TensorRT's parser (on x86-64 Linux: pip install tensorrt-rtx)")
+        return None
+    from device_runtime.engine import check_graph
+
+    checked = check_graph(onnx)
+    size = f"{checked['layers']} layers, {checked['bytes'] / 1e6:.1f} MB"
+    say(f"TensorRT-RTX {checked['version']} takes the {what}: {size}")
+    return checked
+
+
+def _check_memory(opened: bundle.Bundle, target: Target, say: Say) -> None:
+    """Refuse what is too large for the board by far; near the limit the estimate is too rough to refuse anything."""
+    needed = profiling.estimate(opened)["total"]
+    if needed > target.memory_mb:
+        raise InputError(
+            f"learning on the device would take roughly {needed:,.0f} MiB, but the smallest {target.name} has "
+            f"{target.memory_mb:,}; choose a smaller learner (learner.neurons) or backbone, or a larger board"
         )
-    return measured
+    if needed > target.budget_mb:
+        say(
+            f"warning: learning on the device takes roughly {needed:,.0f} MiB, over half of the "
+            f"{target.memory_mb:,} MiB of the smallest {target.name}; measure it: ssd-edge profile"
+        )
 
 
-def _synthetic(size: int) -> np.ndarray:
-    """Seeded noise, half of it in coarse patches: ``(32, size, size, 3)``."""
-    generator = np.random.default_rng(0)
-    half = SYNTHETIC_IMAGES // 2
-    fine = generator.integers(0, 256, (half, size, size, 3), dtype=np.uint8)
-    patches = generator.integers(0, 256, (half, 4, 4, 3), dtype=np.uint8)
-    index = np.arange(size) * 4 // size
-    return np.concatenate([fine, patches[:, index][:, :, index]])
+def _probe(state: FinishedRun, choice: ladder.Choice) -> bytes:
+    """Synthetic images with the embeddings that they must give on the device, and the limits."""
+    size = state.backbone["size"]
+    count = max(2, min(PROBE_IMAGES, PROBE_BYTES // (3 * size**2)))
+    images = ladder.synthetic(size, 2 * count)[count:]  # the patches: they are nearer to photographs than noise
+    embeddings = run(open_session(choice.onnx), images)
+    if not np.isfinite(embeddings).all():
+        raise GateRefusedError("the exported backbone gives NaN or infinity for synthetic images; try --precision fp32")
+    rows = state.learner.predict(torch.from_numpy(embeddings)).numpy()
+    return files.tensor_bytes({"images": images, "embeddings": embeddings, "rows": rows}, _probe_limits(choice))
 
 
-def _test_images(state: _Run, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Some test images, evenly spread over all, and their learner rows.
-
-    Raises:
-        InputError: the data cannot be read any more, or is not that of the run.
-    """
-    try:
-        dataset = data.load(state.config.data, state.config.run.seed)
-        if dataset.fingerprint != state.record.get("identity", {}).get("data"):
-            raise InputError(f"{dataset.name} has changed since the run")
-        chosen = np.linspace(0, len(dataset.test) - 1, min(TEST_IMAGES, len(dataset.test))).astype(np.int64)
-        images = dataset.test.load(chosen, size)
-    except SSDEdgeError as error:
-        raise InputError(f"the run's data cannot be used ({error})") from error
-    rows = np.array([state.registry.row(name) for name in dataset.classes])
-    return images, rows[dataset.test_labels[chosen]]
+def _probe_limits(choice: ladder.Choice) -> dict[str, float]:
+    """What another machine may differ by: what the precision may, or what its rounding does to such images."""
+    allowed, measured = parity.limits(choice.precision), choice.report["synthetic"]
+    return {
+        "min_cosine": max(0.0, min(allowed["min_cosine"], 1 - PROBE_MARGIN * (1 - measured["min_cosine"]))),
+        "max_difference": max(allowed["max_difference"], PROBE_MARGIN * measured["max_difference"]),
+    }
 
 
-def _manifest(state: _Run, onnx: bytes, measured: dict[str, Any], target: str, name: str) -> dict[str, Any]:
+def _manifest(
+    state: FinishedRun, choice: ladder.Choice, target: Target, release: int | None, name: str
+) -> dict[str, Any]:
     record, metrics, backbone = state.record, state.metrics, state.backbone
+    finish = calendar.timegm(time.strptime(record["finished"], finished.TIME))
     _, learner = learners.pack(state.learner)
     exported_with = ("torch", "onnx", "onnxscript", "onnxruntime")
     return {
         "name": name,
         "created": record["finished"],
+        "release": finish if release is None else release,
+        "target": target.name,
         "producer": {
             "ssd_edge": __version__,
             "git": record.get("git_sha") or "unknown",
@@ -271,21 +242,21 @@ def _manifest(state: _Run, onnx: bytes, measured: dict[str, Any], target: str, n
         },
         "backbone": {
             "file": bundle.ROLES["backbone"],
-            "sha256": files.sha256(onnx),
+            "sha256": files.sha256(choice.onnx),
             "size": backbone["size"],
             "dim": backbone["dim"],
-            "precision": onnx_file.precision(onnx),
+            "precision": choice.precision,
+            "opset": onnx_file.opset(choice.onnx),
             "id": backbone["identity"],
             "provenance": backbone["provenance"],
         },
         "learner": {"name": learner["learner"], "settings": learner["settings"]},
         "classes": state.registry.names,
         "metrics": {
-            **{key: metrics[key] for key in _METRICS},
+            **{key: metrics[key] for key in finished.METRICS},
             "tasks": len(metrics["tasks"]),
             "baselines": {other: values["average_accuracy"] for other, values in metrics["baselines"].items()},
         },
-        "parity": measured,
-        "target": target,
-        "run": {key: record[key] for key in _RECORD},
+        "parity": choice.report,
+        "run": {key: record[key] for key in finished.RECORD},
     }

@@ -1,79 +1,89 @@
 """The bundle format: pack, write, read, verify. The specification, with reasons, is docs/bundle.md.
 
-A bundle has exactly one valid byte form. The reader does not look for the hundred ways in which a ZIP can be
-odd: it takes names and data out, packs them again and compares. Whatever differs is refused. That is why
-there is a small writer here instead of `zipfile`, whose output varies with the version of Python.
+The container is in `archive`: it has exactly one valid byte form. Here is what must be in it.
 
 Law: ``read(p).entries == {**entries, "manifest.json": ...}`` after ``write(p, pack(manifest, entries))``.
 """
 
 from __future__ import annotations
 
-import hashlib
+import base64
+import io
 import json
 import re
-import struct
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from reprlib import repr as short  # a message stays one sentence, whatever the file holds
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from ssd_edge import files
+from ssd_edge import archive, files, onnx_scan
+from ssd_edge.archive import FORMAT, SIGNATURE, VERSION
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, InputError
 
-FORMAT = "ssd-edge-bundle"
-VERSION = 1
 MANIFEST = "manifest.json"
 ROLES = {  # role -> the name of its entry
     "backbone": "backbone.onnx",
     "learner": "learner.safetensors",
     "statistics": "statistics.safetensors",
+    "probe": "probe.safetensors",
     "top_n": "top_n.safetensors",
+    "head": "head.onnx",
     "classes": "classes.json",
     "card": "MODEL_CARD.md",
 }
-OPTIONAL_ROLES = frozenset({"top_n"})
+OPTIONAL_ROLES = frozenset({"top_n", "head"})
 
 # The reason of each limit is in docs/bundle.md.
-MAX_ENTRIES = 64
-MAX_BYTES = 2**31
-MAX_JSON_BYTES = 4 * 2**20
-MAX_NAME_LENGTH = 128
+MAX_JSON_BYTES = 2 * 2**20
 MAX_TITLE_LENGTH = 64
+MAX_RELEASE = 2**63
+MAX_PROBE_IMAGES = 64
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+# A plan that TensorRT-RTX 1.7.1 built begins with "vtrt"; at byte 112 follows "ptrt", the mark of the plan itself
+# (kPLAN_MAGIC_TAG), with which the plans of TensorRT begin.
+ENGINE_MARKS = (b"ptrt", b"vtrt")
+
 _CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
-_COMMENT = f"{FORMAT}/{VERSION} sha256:".encode()
-_HEX_LENGTH = 64
-_BLOCK = 1 << 20
+_KEY_ID = re.compile(r"[0-9a-f]{16}")
 _MAX_REASON = 400  # characters
-_OTHER_TOOL = "it does not have the one byte form of docs/bundle.md; another tool may have packed it"
-
-_LOCAL, _CENTRAL, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
-_LOCAL_LENGTH = 30
-_VERSION_NEEDED = 10  # 1.0: stored files
-_MADE_BY = 3 << 8 | _VERSION_NEEDED  # 3 is UNIX: the attributes are a file mode
-_ATTRIBUTES = 0o100644 << 16
-_DATE = 1 << 5 | 1  # 1980-01-01
 
 _SCHEMA = {
     "format": str,
     "version": int,
     "name": str,
     "created": str,
+    "release": int,
+    "target": str,
     "producer": {"ssd_edge": str, "git": str, "packages": dict},
-    "backbone": {"file": str, "sha256": str, "size": int, "dim": int, "precision": str, "id": str},
+    "backbone": {"file": str, "sha256": str, "size": int, "dim": int, "precision": str, "opset": int, "id": str},
     "learner": {"name": str, "settings": dict},
     "classes": [str],
     "files": [{"path": str, "role": str, "size": int, "sha256": str}],
     "metrics": dict,
     "parity": dict,
 }
+
+
+@dataclass(frozen=True)
+class Signature:
+    """An Ed25519 signature over the bytes of manifest.json. Only its form has been checked: see `signing.check`.
+
+    Attributes:
+        key: id of the key, 16 hexadecimal digits.
+        value: 64 bytes.
+    """
+
+    key: str
+    value: bytes
+
+    def to_bytes(self) -> bytes:
+        """The entry ``manifest.sig``."""
+        text = base64.b64encode(self.value).decode()
+        return files.json_bytes({"algorithm": "ed25519", "key": self.key, "signature": text})
 
 
 @dataclass(frozen=True)
@@ -84,11 +94,13 @@ class Bundle:
         manifest: the parsed manifest.json.
         entries: name → data, of all entries.
         sha256: digest of the whole file, what ``sha256sum`` prints.
+        signature: that of the manifest, not verified; None where it has none.
     """
 
     manifest: dict[str, Any]
     entries: dict[str, bytes]
     sha256: str
+    signature: Signature | None = None
 
     @property
     def roles(self) -> dict[str, str]:
@@ -99,7 +111,7 @@ class Bundle:
         """The data of the entry with this role.
 
         Raises:
-            InputError: this bundle has none; of the roles in `ROLES`, only ``top_n`` can be missing.
+            InputError: this bundle has none; of the roles in `ROLES`, only those in `OPTIONAL_ROLES` can be missing.
         """
         if role not in self.roles:
             raise InputError(f"this bundle has no entry for '{role}'; it has: {', '.join(self.roles)}")
@@ -115,12 +127,17 @@ class Bundle:
         return ClassRegistry.from_json(json.loads(self.read("classes")))
 
 
-def pack(manifest: Mapping[str, Any], entries: Mapping[str, tuple[str, bytes]]) -> bytes:
+def pack(
+    manifest: Mapping[str, Any],
+    entries: Mapping[str, tuple[str, bytes]],
+    sign: Callable[[bytes], bytes] | None = None,
+) -> bytes:
     """The bytes of a bundle: a function of its arguments only, whatever their order.
 
     Args:
         manifest: that of docs/bundle.md without ``format``, ``version`` and ``files``, which are added.
         entries: name → (role, data), of everything but the manifest.
+        sign: the bytes of manifest.json → those of manifest.sig, see `signing.signer`; None makes an unsigned bundle.
 
     Raises:
         BundleRefusedError: `read` would refuse the result, e.g. because of a NaN in a weight.
@@ -134,11 +151,13 @@ def pack(manifest: Mapping[str, Any], entries: Mapping[str, tuple[str, bytes]]) 
     ]
     contents = {path: data for path, (_, data) in entries.items()}
     contents[MANIFEST] = files.json_bytes({**manifest, "format": FORMAT, "version": VERSION, "files": listed})
-    _check_size(sum(map(len, contents.values())))  # before sizes are put into 32 bits
-    _check_names(contents)
+    if sign is not None:
+        contents[SIGNATURE] = sign(contents[MANIFEST])
+    archive.check_size(sum(map(len, contents.values())))  # before sizes are put into 32 bits
+    archive.check_names(contents)
     _check_contents(contents)
-    data = b"".join(_canonical(contents))
-    _check_size(len(data))
+    data = b"".join(archive.blocks(contents))
+    archive.check_size(len(data))
     return data
 
 
@@ -157,7 +176,7 @@ def write(path: str | Path, data: bytes) -> None:
 
 
 def read(path: str | Path) -> Bundle:
-    """Read a bundle and verify all of it.
+    """Read a bundle and verify all of it, but for the signature: only its form is checked, see `signing.check`.
 
     Raises:
         InputError: no such file, a folder, or it cannot be read.
@@ -179,148 +198,57 @@ def read(path: str | Path) -> Bundle:
         raise BundleRefusedError(f"{path} is refused: {reason}") from error
 
 
+def parse(data: bytes) -> Bundle:
+    """`read` of bytes, such as `pack` returns.
+
+    Raises:
+        BundleRefusedError: like `read`.
+    """
+    return _read(io.BytesIO(data))
+
+
 def _read(stream: BinaryIO) -> Bundle:
-    size = stream.seek(0, 2)
-    _check_size(size)
-    digest = _check_digest(stream, size)
+    digest = archive.check_digest(stream)
     try:
-        entries = _split(stream, size)
-        _check_names(entries)
-        # The file may change while it is read: compared, checked and used is what is in memory.
-        stream.seek(0)
-        if not all(stream.read(len(block)) == block for block in _canonical(entries)) or stream.read(1):
-            raise BundleRefusedError(f"it is complete, but {_OTHER_TOOL}")
-        return Bundle(_check_contents(entries), entries, digest)
+        entries = archive.unpack(stream)
+        return Bundle(_check_contents(entries), entries, digest, _signature(entries))
     except RecursionError as error:
         raise BundleRefusedError("its JSON is nested too deeply") from error
     except BundleRefusedError as error:
         raise BundleRefusedError(f"{error} (a new one is built by: ssd-edge deploy)") from error
 
 
-def _check_size(size: int) -> None:
-    if size > MAX_BYTES:
-        raise BundleRefusedError(f"it has {size} bytes, but a bundle has at most {MAX_BYTES}")
-
-
-def _check_digest(stream: BinaryIO, size: int) -> str:
-    """Compare the digest in the archive comment with the bytes before it; returns that of the whole file."""
-    stream.seek(max(0, size - len(_COMMENT) - _HEX_LENGTH))
-    comment = stream.read()
-    if version := re.match(rf"{FORMAT}/([0-9]{{1,4}}) ".encode(), comment):
-        _check_version(int(version[1]))
-    if not comment.startswith(_COMMENT):
-        what = "it is empty" if size == 0 else "it is not a bundle, or was cut short or appended to"
-        raise BundleRefusedError(f"{what} (no '{_COMMENT.decode()}…' at its end); copy or build it again")
-    stated = comment[len(_COMMENT) :]
-    digest = hashlib.sha256()
-    stream.seek(0)
-    left = size - _HEX_LENGTH
-    while left > 0 and (block := stream.read(min(_BLOCK, left))):
-        digest.update(block)
-        left -= len(block)
-    found = digest.hexdigest().encode()
-    if stated != found:
-        raise BundleRefusedError(
-            f"it is damaged (it states sha256 {stated[:12].decode('ascii', 'replace')}…, "
-            f"but its bytes give {found[:12].decode()}…); copy or build it again"
-        )
-    digest.update(stated)
-    return digest.hexdigest()
-
-
-def _check_version(version: int) -> None:
-    if version != VERSION:
-        advice = "; upgrade SSD-Edge on this machine" if version > VERSION else ""
-        raise BundleRefusedError(f"it has format version {version}; this SSD-Edge reads {VERSION}{advice}")
-
-
-def _split(stream: BinaryIO, size: int) -> dict[str, bytes]:
-    """Name → data by the local headers. Only lengths and names are read; `_read` compares the rest."""
-    entries: dict[str, bytes] = {}
-    stream.seek(0)
-    while True:
-        header = stream.read(_LOCAL_LENGTH)
-        if header[:4] in (_CENTRAL, _END):
-            return entries
-        if header[:4] != _LOCAL or len(header) < _LOCAL_LENGTH:
-            raise BundleRefusedError(f"no entry begins at byte {stream.tell() - len(header)}: {_OTHER_TOOL}")
-        data_length, _, name_length = struct.unpack_from("<IIH", header, 18)
-        name = stream.read(name_length).decode("ascii", "backslashreplace")
-        if len(entries) == MAX_ENTRIES:
-            raise BundleRefusedError(f"it has more than {MAX_ENTRIES} entries")
-        if data_length > size - stream.tell():
-            raise BundleRefusedError(f"its entry {short(name)} is longer than the file")
-        if name in entries:
-            raise BundleRefusedError(f"its entry {short(name)} is there twice")
-        entries[name] = stream.read(data_length)
-
-
-def _canonical(entries: Mapping[str, bytes]) -> Iterator[bytes]:
-    """The one byte form of these entries, in blocks."""
-    digest = hashlib.sha256()
-    for block in _body(entries):
-        digest.update(block)
-        yield block
-    yield digest.hexdigest().encode()
-
-
-def _body(entries: Mapping[str, bytes]) -> Iterator[bytes]:
-    """All of it before the digest's hex digits."""
-    directory, offset = [], 0
-    for path in sorted(entries):
-        name, data = path.encode("ascii"), entries[path]
-        common = struct.pack(
-            "<HHHHHIIIHH",
-            *(_VERSION_NEEDED, 0, 0, 0, _DATE),  # flags, method "stored" and time are zero
-            *(zlib.crc32(data), len(data), len(data), len(name), 0),
-        )
-        yield _LOCAL + common + name
-        for start in range(0, len(data), _BLOCK):
-            yield data[start : start + _BLOCK]
-        place = struct.pack("<HHHII", 0, 0, 0, _ATTRIBUTES, offset)
-        directory.append(_CENTRAL + struct.pack("<H", _MADE_BY) + common + place + name)
-        offset += _LOCAL_LENGTH + len(name) + len(data)
-    central = b"".join(directory)
-    yield central
-    count, comment_length = len(directory), len(_COMMENT) + _HEX_LENGTH
-    end = struct.pack("<HHHHIIH", 0, 0, count, count, len(central), offset, comment_length)
-    yield _END + end + _COMMENT
-
-
-def _check_names(entries: Mapping[str, bytes]) -> None:
-    if len(entries) > MAX_ENTRIES:
-        raise BundleRefusedError(f"it has {len(entries)} entries, but a bundle has at most {MAX_ENTRIES}")
-    folded = {name.lower(): name for name in entries}
-    for name in entries:
-        if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
-            raise BundleRefusedError(
-                f"the name of its entry {short(name)} is not allowed: it is absolute, hidden, goes up, "
-                f"is longer than {MAX_NAME_LENGTH} or has other characters than A-Z a-z 0-9 . _ - /"
-            )
-        other = folded[name.lower()]
-        if other != name:
-            raise BundleRefusedError(f"its entries {short(name)} and {short(other)} differ only in case")
-        for folder in PurePosixPath(name.lower()).parents:
-            if str(folder) in folded:
-                raise BundleRefusedError(f"its entry {short(name)} lies in another entry, not in a folder")
-
-
 def _check_contents(entries: Mapping[str, bytes]) -> dict[str, Any]:
     """Check the manifest, and every entry against it; returns the manifest."""
     if MANIFEST not in entries:
         raise BundleRefusedError(f"it has no {MANIFEST}")
-    parsed = {path: _parse_json(path, data) for path, data in entries.items() if path.endswith(".json")}
-    manifest = parsed[MANIFEST]
+    manifest = _parse_json(MANIFEST, entries[MANIFEST])
     _check_manifest(manifest)
+    _signature(entries)
     _check_files(manifest, entries)
     _check_roles(manifest, entries)
     for path, data in entries.items():
-        if path.endswith(".safetensors"):
-            files.parse_tensors(data, f"its {path}")
-    names, stated = ClassRegistry.from_json(parsed[ROLES["classes"]]).names, manifest["classes"]
+        if data.startswith(ENGINE_MARKS):
+            raise BundleRefusedError(f"its {path} is a compiled TensorRT engine; a device builds its own from the ONNX")
+        if path.endswith(".json") and path != MANIFEST:
+            _parse_json(path, data)
+    _check_classes(manifest, entries)
+    for path, data in entries.items():
+        if path.endswith(".onnx"):
+            facts = onnx_scan.scan(data, f"its {path}")
+            if path == ROLES["backbone"]:
+                _check_backbone(manifest["backbone"], facts)
+        elif path.endswith(".safetensors"):
+            tensors = files.parse_tensors(data, f"its {path}")
+            if path == ROLES["probe"]:
+                _check_probe(manifest, *tensors)
+    return manifest
+
+
+def _check_classes(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
+    names, stated = ClassRegistry.from_json(json.loads(entries[ROLES["classes"]])).names, manifest["classes"]
     if names != stated:
         raise BundleRefusedError(f"its classes are {short(names)}, but {MANIFEST} says {short(stated)}")
-    return manifest
 
 
 def _parse_json(path: str, data: bytes) -> Any:
@@ -336,17 +264,41 @@ def _parse_json(path: str, data: bytes) -> Any:
     return value
 
 
+def _signature(entries: Mapping[str, bytes]) -> Signature | None:
+    """The entry manifest.sig, when there is one. A signature is only taken in the form that `Signature` writes."""
+    data = entries.get(SIGNATURE)
+    if data is None:
+        return None
+    wrong = BundleRefusedError(f"its {SIGNATURE} does not have the form of docs/bundle.md")
+    if len(data) > 200:  # it has 165
+        raise wrong
+    try:
+        stated = json.loads(data)
+        found = Signature(stated["key"], base64.b64decode(stated["signature"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise wrong from error
+    if type(found.key) is not str or not _KEY_ID.fullmatch(found.key) or len(found.value) != 64:
+        raise wrong
+    if found.to_bytes() != data:
+        raise wrong
+    return found
+
+
 def _check_manifest(manifest: Any) -> None:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BundleRefusedError(f"its {MANIFEST} does not say that its format is '{FORMAT}'")
     if type(manifest.get("version")) is int:
-        _check_version(manifest["version"])
+        archive.check_version(manifest["version"])
     _check_types(manifest, _SCHEMA, MANIFEST)
-    name, created = manifest["name"], manifest["created"]
-    if not (0 < len(name) <= MAX_TITLE_LENGTH and name.isprintable()):
-        raise BundleRefusedError(f"its name {short(name)} needs 1 to {MAX_TITLE_LENGTH} printable characters")
-    if not _CREATED.fullmatch(created):
-        raise BundleRefusedError(f"its time {short(created)} is not of the form 2026-11-21T04:33:00Z")
+    for key in ("name", "target"):
+        if not (0 < len(manifest[key]) <= MAX_TITLE_LENGTH and manifest[key].isprintable()):
+            raise BundleRefusedError(
+                f"its {key} {short(manifest[key])} needs 1 to {MAX_TITLE_LENGTH} printable characters"
+            )
+    if not _CREATED.fullmatch(manifest["created"]):
+        raise BundleRefusedError(f"its time {short(manifest['created'])} is not of the form 2026-11-21T04:33:00Z")
+    if not 0 <= manifest["release"] < MAX_RELEASE:
+        raise BundleRefusedError(f"its release is {short(manifest['release'])}, but must be 0 or more, below 2^63")
     size, dim = manifest["backbone"]["size"], manifest["backbone"]["dim"]
     if min(size, dim) < 1:
         raise BundleRefusedError(f"its backbone has size {size} and dim {dim}, but both must be at least 1")
@@ -367,9 +319,9 @@ def _check_types(value: Any, schema: Any, where: str) -> None:
 
 
 def _check_files(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
-    """``files`` lists every entry but the manifest, in order, with its size and digest."""
+    """``files`` lists every entry but the manifest and its signature, in order, with its size and digest."""
     listed = [item["path"] for item in manifest["files"]]
-    present = sorted(set(entries) - {MANIFEST})
+    present = sorted(set(entries) - {MANIFEST, SIGNATURE})
     for path in sorted(set(listed) - set(present)):
         raise BundleRefusedError(f"its {MANIFEST} lists {short(path)}, but there is no such entry")
     for path in sorted(set(present) - set(listed)):
@@ -395,6 +347,58 @@ def _check_roles(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> N
         by_role[role] = path
     for role in sorted(ROLES.keys() - OPTIONAL_ROLES - by_role.keys()):
         raise BundleRefusedError(f"it has no entry with the role '{role}' ({ROLES[role]})")
+    for role in sorted(OPTIONAL_ROLES - by_role.keys()):
+        if ROLES[role] in entries:
+            raise BundleRefusedError(f"its entry {ROLES[role]} needs the role '{role}'")
     path, stated = ROLES["backbone"], manifest["backbone"]
     if stated["file"] != path or stated["sha256"] != files.sha256(entries[path]):
         raise BundleRefusedError(f"its {path} is not the backbone that {MANIFEST} names (file, sha256)")
+
+
+def _check_backbone(stated: Mapping[str, Any], facts: onnx_scan.Facts) -> None:
+    """The graph is the one that the manifest describes: its opset, pixels in, embeddings out."""
+    path = ROLES["backbone"]
+    if facts.opset != stated["opset"]:
+        raise BundleRefusedError(f"its {path} has opset {facts.opset}, but {MANIFEST} says {short(stated['opset'])}")
+    size, dim = stated["size"], stated["dim"]
+    for side, values, dtype, shape in (
+        ("takes", facts.inputs, "uint8", (None, size, size, 3)),
+        ("gives", facts.outputs, "float32", (None, dim)),
+    ):
+        if not (len(values) == 1 and values[0].dtype == dtype and _fits(values[0].shape, shape)):
+            found = ", ".join(f"{short(v.name)} {v.dtype} {short(v.shape)}" for v in values[:3]) or "nothing"
+            needed = ", ".join(map(str, shape[1:]))
+            raise BundleRefusedError(f"its {path} {side} {found}, not {dtype} of shape (N, {needed})")
+
+
+def _fits(found: tuple[int | str | None, ...] | None, wanted: tuple[int | None, ...]) -> bool:
+    """No number in a graph's shape contradicts; what it leaves open is found out by the probe."""
+    if found is None:
+        return True
+    if len(found) != len(wanted):
+        return False
+    return all(type(a) is not int or b is None or a == b for a, b in zip(found, wanted, strict=True))
+
+
+def _check_probe(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray], metadata: Any) -> None:
+    """Images, the embeddings that they must give, and the rows that the learner then answers."""
+    path, size, dim = ROLES["probe"], manifest["backbone"]["size"], manifest["backbone"]["dim"]
+    images = arrays.get("images")
+    count = len(images) if images is not None and images.ndim == 4 else 0
+    if not 1 <= count <= MAX_PROBE_IMAGES:
+        raise BundleRefusedError(f"its {path} has {count} images, but needs 1 to {MAX_PROBE_IMAGES}")
+    wanted = {
+        "images": ("uint8", (count, size, size, 3)),
+        "embeddings": ("float32", (count, dim)),
+        "rows": ("int64", (count,)),
+    }
+    found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
+    if found != wanted:
+        raise BundleRefusedError(f"its {path} has {short(found)}, but needs {short(wanted)}")
+    rows, classes = arrays["rows"], len(manifest["classes"])
+    if classes and not (rows.min() >= 0 and rows.max() < classes):
+        raise BundleRefusedError(f"its {path} names rows {rows.min()} to {rows.max()}, but there are {classes} classes")
+    for key, low, high in (("min_cosine", -1, 1), ("max_difference", 0, 1e9)):
+        limit = metadata.get(key) if isinstance(metadata, dict) else None
+        if type(limit) not in (int, float) or not low <= limit <= high:
+            raise BundleRefusedError(f"its {path} needs '{key}' in its metadata, {low} to {high:g}, not {short(limit)}")

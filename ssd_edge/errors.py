@@ -48,13 +48,14 @@ class SlowerProviderError(SSDEdgeError):
     exit_code = 6
 
 
-def require(module: str, extra: str, purpose: str) -> ModuleType:
+def require(module: str, extra: str, purpose: str, install: str = "") -> ModuleType:
     """Import an optional package where it is used.
 
     Args:
         module: import name, e.g. ``"onnxruntime"``.
         extra: the extra of this distribution that installs it, e.g. ``"device"``.
         purpose: completes "is needed to …".
+        install: what to install in place of the extra, which on a Jetson would bring PyPI's PyTorch along.
 
     Raises:
         EnvironmentUnfitError: in one sentence, with the command that installs it.
@@ -64,7 +65,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     except (ImportError, OSError) as error:  # a missing shared library raises OSError
         raise EnvironmentUnfitError(
             f"the package '{module}' is needed to {purpose} and cannot be imported ({error}); "
-            f"install it with: pip install 'ssd-edge[{extra}]'"
+            f"install it with: pip install {install or repr(f'ssd-edge[{extra}]')}"
         ) from error
 
 

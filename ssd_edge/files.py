@@ -28,6 +28,12 @@ from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputErro
 fault_hook: Callable[[str, Path], None] | None = None
 
 TEMPORARY_PREFIX = ".tmp-"
+# A state has some ten tensors, a backbone some hundred; each takes some hundred bytes of the header.
+MAX_TENSOR_HEADER, MAX_TENSORS = 2**20, 4096
+MAX_TENSOR_SIDES, MAX_TENSOR_SIDE = 8, 2**31
+# What NumPy holds without further packages.
+_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "U32": 4, "I32": 4, "F32": 4}
+_ITEM_BYTES |= {"U64": 8, "I64": 8, "F64": 8}
 _JSON_KEY = "json"  # one metadata key only: safetensors keeps several in an unspecified order
 
 
@@ -179,26 +185,63 @@ def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any] 
 def parse_tensors(data: bytes, what: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read what `tensor_bytes` wrote.
 
+    The header is checked before the library sees it: what it claims must be what is there, byte by byte.
+
     Args:
         data: the file's bytes.
         what: the file's name, for the error.
 
     Raises:
-        BundleRefusedError: not safetensors, cut short, or with NaN or infinity in a tensor.
+        BundleRefusedError: not safetensors, cut short, over a limit, or with NaN or infinity in a tensor.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
+        metadata = json.loads(_tensor_header(data).get("__metadata__", {}).get(_JSON_KEY, "{}"))
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata = json.loads(header.get("__metadata__", {}).get(_JSON_KEY, "{}"))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleRefusedError(f"{what} is not a valid safetensors file ({error}); restore it") from error
     for name, tensor in tensors.items():
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
             raise BundleRefusedError(f"{what}: the tensor '{name}' holds NaN or infinity; restore the file")
     return tensors, metadata
+
+
+def _tensor_header(data: bytes) -> dict[str, Any]:
+    """The header of a safetensors file, when it says the truth; else a ValueError, KeyError or TypeError."""
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= min(MAX_TENSOR_HEADER, len(data) - 8):
+        raise ValueError(f"a header of {length} bytes, but {len(data)} in all, and at most {MAX_TENSOR_HEADER}")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a name is there twice")
+        return dict(pairs)
+
+    header = json.loads(data[8 : 8 + length], object_pairs_hook=once)
+    tensors = [value for name, value in header.items() if name != "__metadata__"]
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"{len(tensors)} tensors, but at most {MAX_TENSORS}")
+    at = 0
+    for tensor in sorted(tensors, key=lambda item: item["data_offsets"]):
+        dtype, shape, (begin, end) = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+        if dtype not in _ITEM_BYTES:
+            raise ValueError(f"the type {dtype!r:.20}; known: {', '.join(_ITEM_BYTES)}")
+        size = _ITEM_BYTES[dtype]
+        for side in shape:
+            # also next to a zero: NumPy multiplies all sides, in 64 bits
+            if type(side) is not int or not 0 <= side <= MAX_TENSOR_SIDE or len(shape) > MAX_TENSOR_SIDES:
+                raise ValueError(f"a shape of {len(shape)} sides, with the side {side!r:.20}")
+            size *= side
+        if type(begin) is not int or begin != at or type(end) is not int or end != at + size:
+            raise ValueError(f"a tensor at {begin!r:.20} to {end!r:.20} that needs {size:.3g} bytes from {at}")
+        if dtype == "BOOL" and data[8 + length + begin : 8 + length + end].strip(b"\0\1"):
+            raise ValueError("a truth value that is neither 0 nor 1")
+        at = end
+    if 8 + length + at != len(data):
+        raise ValueError(f"tensors of {at} bytes, but {len(data) - 8 - length} are there")
+    return header
 
 
 def write_tensors(

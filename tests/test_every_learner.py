@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from device_runtime import Device
-from device_runtime.device import install
+from device_runtime.installation import install
 from exporters import packing
 from exporters.onnx_export import export_package
 from ssd_edge import training
@@ -47,7 +47,7 @@ def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch
     run = training.start(parse(TrainConfig, tree), ["test"], Console())
     metrics = run.execute()
     assert metrics["learner"] == name
-    packing.deploy(run.folder, "cpu", tmp_path / "x.ssdedge", lambda text: None)
+    packing.deploy(run.folder, packing.Options("cpu"), tmp_path / "x.ssdedge", lambda text: None)
     install(tmp_path / "root", tmp_path / "x.ssdedge")
     old, new = sorted((shapes / "test" / "circle").iterdir()), sorted((shapes / "train" / "triangle").iterdir())
     with Device.open(tmp_path / "root") as device:

@@ -114,6 +114,7 @@ def compose(
     layout: str,
     mu: np.ndarray | None = None,
     sigma: np.ndarray | None = None,
+    name: str = "",
 ) -> bytes:
     """Preprocessing, the user's network and standardisation as one self-contained ONNX model.
 
@@ -129,6 +130,7 @@ def compose(
         layout: ``nchw`` or ``nhwc``, of its input.
         mu: ``(D,)``, mean of the features; without mu and sigma raw features are given.
         sigma: ``(D,)``, their standard deviation.
+        name: identity of the backbone for the metadata; else the one of `identity`.
 
     Returns:
         A model with the input `images`, uint8 ``(batch, size, size, 3)``, and the output `embeddings`, or
@@ -186,7 +188,7 @@ def compose(
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(result, types.FLOAT, [batch, dim]))
     try:
-        return finish(model, identity(model_bytes, size, mean, std, layout), size, dim)
+        return finish(model, name or identity(model_bytes, size, mean, std, layout), size, dim)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InputError(f"its shapes or types contradict each other ({onnx_file.short(error)})") from error
 
@@ -216,6 +218,7 @@ def finish(model: ModelProto, name: str, size: int, dim: int) -> bytes:
         "layout": "NHWC",
         "colour_order": "RGB",
         "output": output.name,
+        "precision": onnx_file.model_precision(model),
     }
     onnx.helper.set_model_props(model, properties)
     # the oldest version that has the opset, for the sake of older runtimes on devices

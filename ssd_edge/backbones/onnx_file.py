@@ -54,7 +54,7 @@ def parse(data: bytes) -> ModelProto:
         raise InputError("it is not an ONNX file, or was cut short") from error
     if not model.graph.node:  # most short files parse as an empty message
         raise InputError("it is not an ONNX file, or an empty one: it has no operators")
-    for tensor in _of_type(model, onnx.TensorProto):
+    for tensor in messages_of(model, onnx.TensorProto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise InputError(
                 f"its weights ('{tensor.name}') are in another file, but a backbone must be one file; "
@@ -87,11 +87,25 @@ def precision(data: bytes) -> str:
     """``int8``, ``fp16`` or ``fp32``: the narrowest that a valid model computes in."""
     import onnx
 
-    model = onnx.ModelProto.FromString(data)
-    if any(node.op_type == "DequantizeLinear" for node in _of_type(model, onnx.NodeProto)):
+    return model_precision(onnx.ModelProto.FromString(data))
+
+
+def model_precision(model: ModelProto) -> str:
+    """`precision` of a parsed model."""
+    import onnx
+
+    if any(node.op_type == "DequantizeLinear" for node in messages_of(model, onnx.NodeProto)):
         return "int8"
-    narrow = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in _of_type(model, onnx.TensorProto))
+    narrow = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in messages_of(model, onnx.TensorProto))
     return "fp16" if narrow else "fp32"
+
+
+def opset(data: bytes) -> int:
+    """The version of the standard operators in a valid model."""
+    import onnx
+
+    versions = onnx.ModelProto.FromString(data).opset_import
+    return next(entry.version for entry in versions if entry.domain in ("", "ai.onnx"))
 
 
 def interface(graph: GraphProto) -> tuple[ValueInfoProto, ValueInfoProto]:
@@ -172,7 +186,8 @@ def _messages(message: Message) -> Iterator[Message]:
                 yield from _messages(inner)
 
 
-def _of_type(model: ModelProto, kind: type) -> Iterator[Any]:
+def messages_of(model: ModelProto, kind: type) -> Iterator[Any]:
+    """All nodes, graphs or tensors of a model (by the class of the message), also those within subgraphs."""
     return (message for message in _messages(model) if isinstance(message, kind))
 
 
@@ -185,7 +200,7 @@ def _check_domains(model: ModelProto) -> None:
     """Nothing but ONNX's own operators: no other runtime, and no TensorRT, has the rest."""
     import onnx
 
-    nodes = list(_of_type(model, onnx.NodeProto))
+    nodes = list(messages_of(model, onnx.NodeProto))
     foreign = sorted({f"{node.domain}.{node.op_type}" for node in nodes if node.domain not in DOMAINS})
     if foreign:
         some = ", ".join(foreign[:5])

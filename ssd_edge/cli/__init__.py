@@ -14,16 +14,27 @@ import click
 
 from ssd_edge import __version__
 from ssd_edge.cli.config import config
-from ssd_edge.cli.deploy import deploy
+from ssd_edge.cli.deploy import deploy, push
 from ssd_edge.cli.device import device
+from ssd_edge.cli.doctor import doctor
 from ssd_edge.cli.evaluate import evaluate
+from ssd_edge.cli.inspect import inspect
+from ssd_edge.cli.keys import keys
 from ssd_edge.cli.pretrain import pretrain
+from ssd_edge.cli.profile import profile
+from ssd_edge.cli.receive import receive
 from ssd_edge.cli.reproduce import reproduce
 from ssd_edge.cli.train import train
+from ssd_edge.cli.verify import verify
 from ssd_edge.errors import EnvironmentUnfitError, SSDEdgeError
 
 INTERRUPTED = 130
-OPTIONAL = {"torch": "device", "onnxruntime": "device", "onnx": "export", "sklearn": "train", "rich": "train"}
+OPTIONAL = {
+    **dict.fromkeys(("torch", "onnxruntime", "cryptography"), "device"),
+    "onnx": "export",
+    "sklearn": "train",
+    "rich": "train",
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,6 +45,7 @@ def cli() -> None:
     \b
     On a workstation:  ssd-edge train data.path=FOLDER
                        ssd-edge deploy --target jetson runs/1 -o robot.ssdedge
+                       ssd-edge push robot.ssdedge user@camera-3
     On the device:     ssd-edge device install robot.ssdedge
                        ssd-edge device learn --label gear photos/
                        ssd-edge device predict frame.jpg
@@ -41,8 +53,12 @@ def cli() -> None:
     """
 
 
-for command in (train, evaluate, deploy, device, pretrain, reproduce, config):
+for command in (
+    *(train, evaluate, deploy, push, device, inspect, verify, profile, doctor, keys),
+    *(pretrain, reproduce, config),
+):
     cli.add_command(command)
+device.add_command(receive)
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:
@@ -58,7 +74,8 @@ def main() -> NoReturn:
         error.show()
         sys.exit(2)
     except SSDEdgeError as error:
-        click.echo(f"error: {error}", err=True)
+        # names in it may come from a stranger's file: no escape codes from there to the terminal
+        click.echo("".join(c if c.isprintable() or c == "\n" else "?" for c in f"error: {error}"), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
         hint = str(error.__cause__ or error)  # click turns the one into the other, and drops its text

@@ -32,22 +32,53 @@ def _open(root: Path | None) -> Any:
     return opened
 
 
+def _root(root: Path | None) -> Path:
+    from device_runtime.board import default_root
+
+    return default_root() if root is None else root
+
+
 @device.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--allow-downgrade", is_flag=True, help="Take a lower release than the highest that was installed.")
 @ROOT
 @JSON
-def install(bundle: Path, root: Path | None, as_json: bool) -> None:
-    """Verify BUNDLE and make it the current generation."""
-    from device_runtime.device import default_root
-    from device_runtime.device import install as put
+def install(bundle: Path, allow_downgrade: bool, root: Path | None, as_json: bool) -> None:
+    """Verify BUNDLE, test it on this machine, and make it the current generation."""
+    from device_runtime.installation import install as put
 
-    root = default_root() if root is None else root
-    generation = put(root, bundle)
+    root = _root(root)
+    generation = put(root, bundle, allow_downgrade=allow_downgrade, say=lambda text: click.echo(text, err=True))
     names = generation.registry.names
     if as_json:
-        print_json({"generation": generation.number, "classes": names, "root": str(root)})
+        print_json({"generation": generation.number, "classes": names, "root": str(root), **generation.info})
     else:
         click.echo(f"generation {generation.number} in {root}: {len(names)} classes: {', '.join(names)}")
+
+
+@device.command()
+@click.argument("key", required=False, type=click.Path(path_type=Path), metavar="[FILE.pub]")
+@click.option("--remove", metavar="ID", help="No longer trust the key with this id.")
+@ROOT
+@JSON
+def trust(key: Path | None, remove: str | None, root: Path | None, as_json: bool) -> None:
+    """From now on install only what a trusted key has signed; without FILE.pub, list the trusted keys."""
+    from device_runtime import installation
+
+    root = _root(root)
+    if key is not None and remove is not None:
+        raise click.UsageError("give a key to trust, or --remove an id, not both")
+    if key is not None:
+        installation.trust(root, key)
+    if remove is not None:
+        installation.distrust(root, remove)
+    known = installation.trusted(root)
+    if as_json:
+        print_json({"trusted": known, "root": str(root)})
+    elif known:
+        click.echo(f"{root} takes only bundles signed by: {', '.join(known)}")
+    else:
+        click.echo(f"no key is trusted in {root}: any valid bundle is installed, signed or not")
 
 
 @device.command()
@@ -124,7 +155,7 @@ def status(root: Path | None, as_json: bool) -> None:
     for key, value in result.items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} ({count})" for name, count in value.items())
-        if value != "":
+        if value not in ("", None):
             click.echo(f"{key:13} {', '.join(value) if isinstance(value, list) else value}")
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from device_runtime import Device
-from device_runtime.device import install
+from device_runtime.installation import install
 from device_runtime.retention import SAMPLES, estimate, pseudo_embeddings
 from ssd_edge import files, learners
 from ssd_edge.errors import BundleRefusedError, InputError
@@ -189,12 +189,14 @@ def test_a_bundle_whose_parts_disagree_is_refused(bundle: Path, tmp_path: Path) 
     from ssd_edge.classes import ClassRegistry
 
     opened = bundles.read(bundle)
-    registry = ClassRegistry().add("one").add("two")
+    registry = ClassRegistry()
+    for name in ("one", "two", "three", "four", "five"):
+        registry = registry.add(name)
     entries = {path: (role, opened.entries[path]) for role, path in opened.roles.items()}
     entries["classes.json"] = ("classes", files.json_bytes(registry.to_json()))
     manifest = {key: value for key, value in opened.manifest.items() if key not in ("files", "format", "version")}
     bundles.write(tmp_path / "odd.ssdedge", bundles.pack({**manifest, "classes": registry.names}, entries))
-    with pytest.raises(BundleRefusedError, match="the registry names 2 classes, but the learner knows 4"):
+    with pytest.raises(BundleRefusedError, match="the registry names 5 classes, but the learner knows 4"):
         install(tmp_path / "root", tmp_path / "odd.ssdedge")
     assert not (tmp_path / "root" / "CURRENT").exists()
 

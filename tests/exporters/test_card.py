@@ -39,8 +39,18 @@ def manifest(**changes) -> dict:
             "baselines": {"finetune": 0.35},
         },
         "parity": {
-            "synthetic": {"images": 32, "max_difference": 3e-6, "min_cosine": 1.0, "agreement": 1.0},
+            "precision": "int8",
+            "calibration": {"images": 64, "sha256": "0" * 64, "source": "a folder of the user"},
+            "refused": {"fp16": "<b>too</b> far"},
+            "synthetic": {
+                "images": 32,
+                "max_difference": 3e-6,
+                "min_cosine": 1.0,
+                "agreement": 1.0,
+                "drift": {"mean_shift": 1e-6, "spread": 1.0},
+            },
         },
+        "release": 7,
         "target": "jetson",
         "run": {
             "argv": ["ssd-edge", "train", "data.path=my shapes"],
@@ -79,6 +89,14 @@ def test_it_says_how_it_was_made_and_what_was_not_measured():
     assert "\n    ssd-edge train 'data.path=my shapes'\n" in card
     assert "seed 7, 2 threads" in card
     assert "not measured on a board" in card
+
+
+def test_it_says_how_the_precision_was_reached():
+    card = render(manifest(), REGISTRY)
+    assert "in int8 (ONNX Runtime on a CPU)" in card
+    assert "Calibrated with 64 images: a folder of the user" in card
+    assert "Refused on the way, fp16: &lt;b&gt;too&lt;/b&gt; far" in card
+    assert "Release 7, finished 2026-11-21" in card
 
 
 def test_markup_from_outside_is_text():

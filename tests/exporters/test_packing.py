@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from exporters import packing
-from exporters.packing import deploy
+from exporters.packing import Options, deploy
 from ssd_edge import bundle, data, files, learners, runs
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder
@@ -23,7 +23,7 @@ from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
 def deployed(package_run, tmp_path_factory) -> tuple[Path, dict, list[str]]:
     """A bundle, what `deploy` returned, and what it said."""
     path, said = tmp_path_factory.mktemp("bundle") / "robot.ssdedge", []
-    return path, deploy(package_run, "jetson", path, said.append), said
+    return path, deploy(package_run, Options("jetson"), path, said.append), said
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def edit(path: Path, **changes) -> None:
     files.write_json(path, {**json.loads(path.read_bytes()), **changes})
 
 
-def quietly(run_folder: Path, output: Path, target: str = "cpu") -> dict:
-    return deploy(run_folder, target, output, lambda line: None)
+def quietly(run_folder: Path, output: Path, target: str = "cpu", **options) -> dict:
+    return deploy(run_folder, Options(target, **options), output, lambda line: None)
 
 
 def digits(run_folder: Path, size: int) -> np.ndarray:
@@ -65,8 +65,9 @@ def test_the_manifest_says_what_it_is_and_how_it_came_about(deployed, package):
     assert manifest["learner"]["settings"]["neurons"] == 60
     assert manifest["run"]["argv"] == ["ssd-edge", "train", "data.path=digits"]
     assert manifest["metrics"]["panel"] == {"ncm": 0.71, "joint": 0.93}
-    described = {key: manifest["backbone"][key] for key in ("id", "size", "dim", "precision")}
-    assert described == {"id": package.identity, "size": 32, "dim": 256, "precision": "fp32"}
+    described = {key: manifest["backbone"][key] for key in ("id", "size", "dim", "precision", "opset")}
+    assert described == {"id": package.identity, "size": 32, "dim": 256, "precision": "fp16", "opset": 18}
+    assert manifest["release"] == 1795235580  # when the run finished: 2026-11-21T04:33:00Z
 
 
 def test_bundle_and_run_predict_the_same(deployed, package_run, package):
@@ -74,7 +75,7 @@ def test_bundle_and_run_predict_the_same(deployed, package_run, package):
     images = digits(package_run, 32)
     embeddings = run(open_session(read.read("backbone")), images)
     wanted = TorchEmbedder(package, torch.device("cpu")).embed(images)
-    np.testing.assert_allclose(embeddings, wanted, atol=1e-3)
+    np.testing.assert_allclose(embeddings, wanted, atol=0.05)  # standard deviations; it is fp16
     there = learners.restore(*read.tensors("learner"))
     here = learners.restore(*files.read_tensors(package_run / "learner.safetensors"))
     predicted = there.predict(torch.from_numpy(embeddings))
@@ -84,16 +85,18 @@ def test_bundle_and_run_predict_the_same(deployed, package_run, package):
 
 def test_states_are_those_of_the_run_byte_for_byte(deployed, package_run):
     read = bundle.read(deployed[0])
-    assert sorted(read.roles) == sorted(bundle.ROLES)
+    assert set(read.roles) == set(bundle.ROLES) - {"head"}
     for role in ("learner", "statistics", "top_n"):
         assert read.read(role) == (package_run / bundle.ROLES[role]).read_bytes()
 
 
 def test_parity_is_measured_on_synthetic_and_on_test_images(deployed):
     parity = deployed[1]["parity"]
+    assert parity["precision"] == "fp16"
     assert parity["synthetic"]["images"] == 32
-    assert parity["test"]["agreement"] == 1.0
-    assert parity["test"]["accuracy"]["reference"] == parity["test"]["accuracy"]["exported"] > 0.8  # rows, not labels
+    assert parity["test"]["agreement"] >= 0.99
+    assert parity["test"]["accuracy"]["reference"] > 0.8  # rows, not labels
+    assert abs(parity["test"]["accuracy"]["exported"] - parity["test"]["accuracy"]["reference"]) <= 0.01
 
 
 def test_the_next_command_is_named(deployed):
@@ -102,7 +105,7 @@ def test_the_next_command_is_named(deployed):
 
 def test_a_run_gives_the_same_bytes_again(deployed, package_run, tmp_path):
     path = tmp_path / "robot.ssdedge"
-    deploy(package_run, "jetson", path, lambda line: None)
+    quietly(package_run, path, "jetson")
     assert path.read_bytes() == deployed[0].read_bytes()
 
 
@@ -146,8 +149,8 @@ def test_without_the_runs_data_synthetic_images_must_do_and_that_is_said(own_run
         config = (own_run / "config.yaml").read_text()
         (own_run / "config.yaml").write_text(config.replace("path: digits", "path: gone"))
     said = []
-    measured = deploy(own_run, "cpu", tmp_path / "own.ssdedge", said.append)["parity"]
-    assert list(measured) == ["synthetic"]
+    measured = deploy(own_run, Options("cpu"), tmp_path / "own.ssdedge", said.append)["parity"]
+    assert set(measured) == {"precision", "synthetic"}
     told = "digits has changed since the run" if reason == "has changed" else "there is no data set at"
     assert any(line.startswith("parity on synthetic images only") and told in line for line in said)
 

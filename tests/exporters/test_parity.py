@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.parity import parity
+from exporters.parity import failures, limits, measure, parity
 from ssd_edge.errors import GateRefusedError
 
 IMAGES = np.random.default_rng(2).integers(0, 256, (40, 2, 2, 3), dtype=np.uint8)
@@ -52,8 +54,12 @@ def test_equal_graphs_differ_by_nothing():
     assert parity(graph(), embed, IMAGES) == {
         "images": 40,
         "batch_sizes": [1, 32],
+        "nonfinite": 0,
         "max_difference": 0.0,
+        "p99_difference": 0.0,
         "min_cosine": 1.0,
+        "mean_cosine": 1.0,
+        "drift": {"mean_shift": 0.0, "spread": 1.0},
     }
 
 
@@ -74,7 +80,7 @@ def test_float16_is_held_to_the_limits_of_float16():
         return embed(images) + np.float32(0.003)
 
     assert 0.005 < parity(graph(half=True), rounded, IMAGES)["max_difference"] < 0.05
-    with pytest.raises(GateRefusedError, match=r"the limit is 0\.001"):
+    with pytest.raises(GateRefusedError, match=r"the limit is 0\.0005"):
         parity(graph(), rounded, IMAGES)
     with pytest.raises(GateRefusedError, match=r"the limit is 0\.05"):
         parity(graph(half=True), lambda images: embed(images[..., ::-1]), IMAGES)
@@ -83,9 +89,9 @@ def test_float16_is_held_to_the_limits_of_float16():
 @pytest.mark.parametrize(
     ("reference", "sentence"),
     [
-        (lambda images: embed(images[..., ::-1]), r"differs by [0-9.]+ standard deviations, but the limit is 0.001"),
+        (lambda images: embed(images[..., ::-1]), r"differs by [0-9.]+ standard deviations, but the limit is 0.0005"),
         (lambda images: embed(images) + np.float32(0.001), r"differs by 0.00[0-9]+ standard deviations"),
-        (lambda images: embed(images) * np.float32("nan"), "differs by nan"),
+        (lambda images: embed(images) * np.float32("nan"), "40 of 40 images give NaN or infinity"),
     ],
     ids=["colours swapped", "shifted", "NaN"],
 )
@@ -122,3 +128,63 @@ def test_decisions_that_differ_are_refused_even_if_the_embeddings_hardly_do():
 
     with pytest.raises(GateRefusedError, match=r"2.50% of the decisions agree, but the limit is 0.99"):
         parity(graph(), embed, IMAGES, Fickle())
+
+
+class Wrong:
+    """A learner that is right about the reference and errs on the first `errors` images of the graph."""
+
+    def __init__(self, errors: int) -> None:
+        self.errors, self.asked = errors, False
+
+    def predict(self, embeddings: torch.Tensor) -> torch.Tensor:
+        rows = torch.zeros(len(embeddings), dtype=torch.int64)
+        rows[: self.errors if self.asked else 0] = 1
+        self.asked = True
+        return rows
+
+
+def test_a_single_near_tie_may_fall_either_way_but_not_two():
+    labels = np.zeros(40, np.int64)
+    passed = parity(graph(), embed, IMAGES, Wrong(1), labels)
+    assert (passed["agreement"], passed["accuracy"]) == (0.975, {"reference": 1.0, "exported": 0.975})
+    report = measure(graph(), embed, IMAGES, Wrong(2), labels)
+    assert failures(report, "fp32") == [
+        "95.00% of the decisions agree, but the limit is 0.99",
+        "accuracy drops from 1.0000 to 0.9500, but the limit is 0.01",
+    ]
+    assert failures(report, "int8") == ["accuracy drops from 1.0000 to 0.9500, but the limit is 0.01"]
+
+
+def test_accuracy_that_rises_is_no_failure():
+    labels = np.ones(40, np.int64)
+    report = measure(graph(), embed, IMAGES, Wrong(2), labels)
+    assert report["accuracy"] == {"reference": 0.0, "exported": 0.05}
+    assert failures(report, "int8") == []
+
+
+def test_drift_of_each_dimension_is_measured():
+    def drifted(images: np.ndarray) -> np.ndarray:
+        found = embed(images)
+        found[:, 3] = 1.25 * (found[:, 3] - found[:, 3].mean()) + found[:, 3].mean()
+        found[:, 5] += 0.2 * found.std()
+        found[:, 7] = 0.5  # dead: has no spread to compare
+        return found
+
+    one = measure(graph(), drifted, IMAGES)["drift"]
+    assert one["spread"] == pytest.approx(1.25, abs=0.01)
+    assert one["mean_shift"] == pytest.approx(0.2, abs=0.05)
+
+
+def test_measuring_does_not_refuse_and_a_report_is_json():
+    report = measure(graph(), lambda images: embed(images) * np.float32("inf"), IMAGES, Brightest())
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["nonfinite"] == 40
+    assert len(failures(report, "int8")) >= 3
+
+
+def test_limits_widen_down_the_ladder():
+    for name in limits("fp32"):
+        values = [limits(precision)[name] for precision in ("fp32", "fp16", "int8")]
+        assert values == sorted(values, reverse=name.startswith("min_"))
+    limits("fp32")["min_cosine"] = 0  # a copy
+    assert limits("fp32")["min_cosine"] == 0.9999

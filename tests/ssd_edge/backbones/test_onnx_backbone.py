@@ -102,6 +102,7 @@ def test_the_composed_graph_has_one_typed_input_and_output_and_says_what_it_is()
         "size": "8",
         "dim": "5",
         "layout": "NHWC",
+        "precision": "fp32",
         "colour_order": "RGB",
         "output": "embeddings",
     }

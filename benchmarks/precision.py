@@ -1,0 +1,89 @@
+"""Deploy a run in every precision: what each changes in embeddings, decisions, size and time.
+
+Usage: SSD_EDGE_DATA=FOLDER python benchmarks/precision.py RUN [--json FILE]
+
+Accuracy is that of the run's learner on all of its test images; cosine, difference and drift are over the same images,
+against the embeddings that the run was made with. Milliseconds are medians of one image through ONNX Runtime on this
+machine's CPU, the precisions taking turns; they say nothing about a GPU. The engine is built by TensorRT-RTX, which
+needs no GPU for that and cannot run it without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporters import finished, parity
+from exporters.packing import Options, deploy
+from ssd_edge import bundle, data, runs
+from ssd_edge.backbones import package as packages
+from ssd_edge.backbones.embedder import TorchEmbedder
+from ssd_edge.backbones.onnx import open_session
+from ssd_edge.training import set_threads
+
+PRECISIONS = ("fp32", "fp16", "int8")
+REPEATS = 200
+
+
+def main() -> None:
+    """Print the table; write JSON if asked to."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--json", type=Path)
+    words = parser.parse_args()
+    set_threads(0)
+    run = finished.read(words.run)
+    dataset = data.load(run.config.data, run.config.run.seed)
+    images = dataset.test.load(np.arange(len(dataset.test)), run.backbone["size"])
+    labels = np.array([run.registry.row(name) for name in dataset.classes])[dataset.test_labels]
+    path = run.config.backbone.path
+    wanted = TorchEmbedder(packages.load(Path(path) if path else None), torch.device("cpu")).embed(images)
+    rows, graphs = [], {}
+    for precision in PRECISIONS:
+        row, graphs[precision] = _deploy(words.run, precision)
+        measured = parity.measure(graphs[precision], lambda _: wanted, images, run.learner, labels)
+        rows.append({**row, **measured})
+    times = _times(list(graphs.values()), images)
+    for row, milliseconds in zip(rows, times, strict=True):
+        row["milliseconds"] = milliseconds
+        shown = {key: row[key] for key in ("precision", "backbone_bytes", "min_cosine", "max_difference", "agreement")}
+        print(shown, row["accuracy"], f"{milliseconds:.2f} ms")
+    if words.json:
+        result = {"command": "python benchmarks/precision.py RUN", **runs.environment(), "rows": rows}
+        words.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _deploy(run: Path, precision: str) -> tuple[dict[str, Any], bytes]:
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "robot.ssdedge"
+        result = deploy(run, Options("jetson", precision=precision), output, lambda text: None)
+        graph = bundle.read(output).read("backbone")
+    engine = result["tensorrt"]["bytes"] if importlib.util.find_spec("tensorrt_rtx") else None
+    row = {"precision": precision, "seconds": result["seconds"], "bundle_bytes": result["bytes"]}
+    return {**row, "backbone_bytes": len(graph), "engine_bytes": engine}, graph
+
+
+def _times(graphs: list[bytes], images: np.ndarray) -> list[float]:
+    """Median milliseconds of one image, the graphs taking turns so that a busy machine is busy for all."""
+    sessions = [open_session(graph) for graph in graphs]
+    taken: list[list[float]] = [[] for _ in sessions]
+    for turn in range(REPEATS):
+        image = images[turn % len(images)][None]
+        for session, times in zip(sessions, taken, strict=True):
+            began = time.perf_counter()
+            session.run(None, {session.get_inputs()[0].name: image})
+            times.append(time.perf_counter() - began)
+    return [round(1e3 * float(np.median(times[REPEATS // 10 :])), 3) for times in taken]
+
+
+if __name__ == "__main__":
+    main()

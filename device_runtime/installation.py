@@ -1,0 +1,177 @@
+"""A bundle becomes the current generation of a root, when everything that can be checked before has been.
+
+In this order: the bundle itself, the signature, the release, that its parts fit together, the free disk, and at last
+the self-test on what will really run here (`selftest`). Until then the old generation stays current.
+
+::
+
+    ROOT/trusted/<key id>.pub      public keys; as soon as there is one, an unsigned bundle is refused
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from device_runtime import selftest
+from device_runtime.device import check_together, restore_statistics
+from device_runtime.embedder import open_embedder
+from device_runtime.generations import Generation, Generations
+from ssd_edge import bundle as bundles
+from ssd_edge import files, learners, signing
+from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
+
+TRUSTED = "trusted"
+# Decisions on the probe's images, whose patches are of no class: near-ties may fall otherwise, a wrong learner differs
+# in most.
+MIN_AGREEMENT = 0.75
+
+Say = Callable[[str], None]
+
+
+def install(
+    root: str | Path, bundle: str | Path, *, allow_downgrade: bool = False, say: Say = lambda text: None
+) -> Generation:
+    """Verify a bundle, test it on this machine, and make it the current generation of a root (created if need be).
+
+    Args:
+        root: the device's state.
+        bundle: the file.
+        allow_downgrade: take a lower release than the highest that was installed here.
+        say: told what happens: an engine is built, what runs the backbone, and how near it comes to the bundle's
+            embeddings.
+
+    Raises:
+        InputError: no such bundle.
+        BundleRefusedError: the bundle is damaged, not signed by a trusted key, or older than what was installed.
+        GateRefusedError: its backbone or learner computes something else here than where it was packed.
+        EnvironmentUnfitError: a key is trusted, but `cryptography` is not installed; or the backbone cannot run here.
+    """
+    opened = bundles.read(Path(bundle))
+    store = Generations(root)
+    signed_by = _check_signature(store.root, opened)
+    facts = _facts(opened, signed_by)
+    learner = learners.restore(*opened.tensors("learner"))
+    check_together(learner, opened.registry, restore_statistics(*opened.tensors("statistics")))
+    contents = {
+        "learner.safetensors": opened.read("learner"),
+        "statistics.safetensors": opened.read("statistics"),
+        "classes.json": opened.read("classes"),
+        "probe.safetensors": opened.read("probe"),
+        "device.json": files.json_bytes(facts),
+    }
+    if "top_n" in opened.roles:
+        contents["top_n.safetensors"] = opened.read("top_n")
+    with store.writer():
+        if not allow_downgrade:
+            _check_release(store, facts["release"], bundle)
+        backbone = store.add_backbone(opened.read("backbone"))
+        arrays, limits = opened.tensors("probe")
+        embedder = open_embedder(store, backbone, facts, (arrays, limits), say)
+        tested = selftest.run(embedder.embed, arrays, limits)
+        tested["agreement"] = _check_learner(learner, embedder.embed(arrays["images"]), arrays["rows"])
+        say(
+            f"self-test on {tested['images']} images with {embedder.provider}: cosine {tested['min_cosine']:.6f}, "
+            f"largest difference {tested['max_difference']:.1e} σ, {tested['agreement']:.0%} of the decisions agree"
+        )
+        info = {
+            "bundle": Path(bundle).name,
+            "bundle_sha256": opened.sha256,
+            "classes": opened.registry.names,
+            "release": facts["release"],
+            "signed_by": signed_by,
+            "provider": embedder.provider,
+            "self_test": tested,
+        }
+        return store.commit(contents, info, parent=None, backbone=backbone)
+
+
+def _facts(opened: bundles.Bundle, signed_by: str | None) -> dict[str, Any]:
+    """What a device must know of a bundle besides its tensors."""
+    manifest = opened.manifest
+    backbone = manifest["backbone"]
+    return {
+        **{key: manifest[key] for key in ("name", "release", "target")},
+        **{key: backbone[key] for key in ("size", "dim", "precision")},
+        "bundle_sha256": opened.sha256,
+        "signed_by": signed_by,
+    }
+
+
+def _check_signature(root: Path, opened: bundles.Bundle) -> str | None:
+    """The id of the trusted key that signed it; None where no key is trusted."""
+    folder = root / TRUSTED
+    if not any(folder.glob("*.pub")):
+        return None
+    return signing.check(opened, signing.trusted(folder))
+
+
+def _check_release(store: Generations, release: int, name: str | Path) -> None:
+    """Refuse a release below the highest that was installed: an old bundle's signature is as good as a new one's."""
+    try:
+        installed = store.list()
+    except InputError:  # nothing is installed yet
+        return
+    known = [entry["info"]["release"] for entry in installed if entry["intact"] and "release" in entry["info"]]
+    try:
+        current = files.parse_json(store.current().read("device.json"), "device.json")
+        known.append(current["release"])
+    except BundleRefusedError:  # nothing intact to compare with: a new bundle is the way out
+        pass
+    if known and release < max(known):
+        raise BundleRefusedError(
+            f"{name} is release {release}, but release {max(known)} was installed here; to go back: "
+            "--allow-downgrade, or ssd-edge device rollback"
+        )
+
+
+def _check_learner(learner: learners.Learner, embeddings: np.ndarray, rows: np.ndarray) -> float:
+    """Share of the probe's images that the learner decides as it did where the bundle was packed."""
+    scores = learner.scores(torch.from_numpy(embeddings))
+    agreement = float((scores.argmax(1).numpy() == rows).mean()) if scores.shape[1] else 1.0
+    if not bool(torch.isfinite(scores).all()) or agreement < MIN_AGREEMENT:
+        raise GateRefusedError(
+            f"the learner decides {agreement:.0%} of the probe's images as it did where it was packed, but at least "
+            f"{MIN_AGREEMENT:.0%} are needed; nothing was changed. Deploy the run again"
+        )
+    return round(agreement, 4)
+
+
+def trust(root: str | Path, key: str | Path) -> str:
+    """From now on only bundles signed by a trusted key are installed; adds this one, and returns its id.
+
+    Args:
+        root: the device's state.
+        key: file of a public key (``ssd-edge keys new``).
+
+    Raises:
+        InputError: no public key in that file.
+    """
+    identity = signing.key_id(signing.load_public(Path(key)))
+    folder = Path(root) / TRUSTED
+    files.make_directory(folder)
+    files.write_bytes(folder / f"{identity}.pub", files.read_bytes(Path(key)))
+    return identity
+
+
+def distrust(root: str | Path, identity: str) -> None:
+    """Take a trusted key out; without the last one, unsigned bundles are installed again.
+
+    Raises:
+        InputError: it is not trusted; lists those that are.
+    """
+    known = trusted(root)
+    if identity not in known:
+        raise InputError(f"no key {identity} is trusted in {root}; trusted: {', '.join(known) or 'none'}")
+    path = Path(root) / TRUSTED / f"{identity}.pub"
+    path.unlink()
+    files.fsync_directory(path.parent)
+
+
+def trusted(root: str | Path) -> list[str]:
+    """Ids of the trusted keys."""
+    return sorted(path.stem for path in (Path(root) / TRUSTED).glob("*.pub"))

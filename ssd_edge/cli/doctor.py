@@ -1,0 +1,62 @@
+"""``ssd-edge doctor``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import textwrap
+from pathlib import Path
+
+import click
+
+from ssd_edge.cli.device import ROOT
+from ssd_edge.cli.options import JSON, print_json
+from ssd_edge.errors import EnvironmentUnfitError
+
+WIDTH = 100
+COLOURS = {"ok": "green", "note": None, "warning": "yellow", "unfit": "red"}
+
+
+@click.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@ROOT
+@JSON
+def doctor(bundle: Path | None, root: Path | None, as_json: bool) -> None:
+    """What this machine has, and whether it is fit: for a device, or for BUNDLE. Exit code 3 if it is unfit."""
+    from device_runtime.board import describe
+    from device_runtime.doctor import examine, verdict
+    from ssd_edge.bundle import read
+
+    board = describe()  # before the packages that are examined take memory
+    checks = examine(read(bundle) if bundle else None, root, board)
+    told = verdict(checks)
+    if as_json:
+        print_json(
+            {
+                "verdict": told,
+                "fit": told == "fit",
+                "checks": [dataclasses.asdict(check) for check in checks],
+                "machine": board.to_json(),
+            }
+        )
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            mark = click.style(f"{check.state:7}", fg=COLOURS[check.state])
+            click.echo(f"{mark}  {check.name:{width}}  {_indented(printable(check.found), width + 11)}")
+            if check.fix:
+                click.echo(f"{'':{width + 11}}{_indented(f'-> {printable(check.fix)}', width + 11)}")
+        click.echo(told)
+    if told != "fit":
+        sys.exit(EnvironmentUnfitError.exit_code)  # without a sentence: the table has said it
+
+
+def printable(text: str) -> str:
+    """One line without control codes: bundles and drivers have their say in it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
+def _indented(text: str, margin: int) -> str:
+    """Wrapped, all lines but the first moved to the right; words, which may be paths, stay whole."""
+    lines = textwrap.wrap(text, WIDTH - margin, break_long_words=False, break_on_hyphens=False)
+    return f"\n{'':{margin}}".join(lines)

@@ -1,0 +1,51 @@
+"""``ssd-edge keys …``: keys for signing bundles."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from ssd_edge.cli.options import JSON, print_json
+
+
+@click.group()
+def keys() -> None:
+    """Make and show keys for signing bundles."""
+
+
+@keys.command()
+@click.argument("name")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path(), help="Of the two files [default: here].")
+@JSON
+def new(name: str, folder: Path, as_json: bool) -> None:
+    """Make NAME.key, which signs and stays secret, and NAME.pub, which devices trust."""
+    from ssd_edge import signing
+
+    private, public = signing.new_key(folder, name)
+    identity = signing.key_id(signing.load_public(public))
+    if as_json:
+        print_json({"id": identity, "private": str(private), "public": str(public)})
+        return
+    click.echo(f"key {identity}")
+    click.echo(f"  private  {private} (without a password: whoever has it can sign; keep a copy in a safe place)")
+    click.echo(f"  public   {public}")
+    click.echo(f"next, here:          ssd-edge deploy … --sign {shlex.quote(str(private))}")
+    click.echo(f"next, on the device: ssd-edge device trust {shlex.quote(public.name)}")
+
+
+@keys.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.pub|FILE.key")
+@JSON
+def show(file: Path, as_json: bool) -> None:
+    """Print the id of a key."""
+    from ssd_edge import files, signing
+
+    private = b"PRIVATE KEY-----" in files.read_bytes(file)
+    public = signing.load_private(file).public_key() if private else signing.load_public(file)
+    identity = signing.key_id(public)
+    if as_json:
+        print_json({"id": identity, "kind": "private" if private else "public"})
+    else:
+        click.echo(identity)

@@ -1,0 +1,309 @@
+"""What is in an ONNX file, and whether a device may give it to its runtime; without the `onnx` package.
+
+A runtime follows what a model asks for: it opens other files for weights, loads plug-ins for foreign operators and
+starts engines that somebody else compiled. None of it is needed here, so a model that asks for it is refused before a
+runtime sees it. The rules, with reasons, are in docs/bundle.md.
+
+Protobuf lets one file be written, and read, in several ways: repeated singular fields are merged, unknown ones are
+skipped, numbers may be padded. A scanner and a runtime could then see two different models. So only the plain form is
+taken, the one that every exporter writes, and what is left has one meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from reprlib import repr as short
+
+from ssd_edge.errors import BundleRefusedError
+
+MAX_NODES = 5_000
+MAX_FIELDS = 250_000
+MAX_DEPTH = 64
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_PLAIN = {"int": (_VARINT,), "float": (_FIXED32,), "double": (_FIXED64,), "bytes": (_BYTES,)}
+
+# Message → its fields as number:type, of onnx.proto 1.23. A star is `repeated`; numbers may then be packed.
+_SCHEMA = {
+    "model": "1:int 2:bytes 3:bytes 4:bytes 5:int 6:bytes 7:graph 8:opset* 14:pair*",
+    "graph": "1:node* 2:bytes 5:tensor* 10:bytes 11:value* 12:value* 13:value* 14:annotation* 15:sparse* 16:pair*",
+    "node": "1:bytes* 2:bytes* 3:bytes 4:bytes 5:attribute* 6:bytes 7:bytes 8:bytes 9:pair*",
+    "attribute": (
+        "1:bytes 2:float 3:int 4:bytes 5:tensor 6:graph 7:float* 8:int* 9:bytes* 10:tensor* 11:graph* 13:bytes "
+        "14:type 15:type* 20:int 22:sparse 23:sparse*"
+    ),
+    "tensor": (
+        "1:int* 2:int 4:float* 5:int* 6:bytes* 7:int* 8:bytes 9:bytes 10:double* 11:int* 12:bytes 13:pair* 14:int "
+        "16:pair*"
+    ),
+    "sparse": "1:tensor 2:tensor 3:int*",
+    "pair": "1:bytes 2:bytes",
+    "annotation": "1:bytes 2:pair*",
+    "opset": "1:bytes 2:int",
+    "value": "1:bytes 2:type 3:bytes 4:pair*",
+    "type": "1:array 4:element 5:map 6:bytes 8:array 9:element",
+    "array": "1:int 2:shape",
+    "element": "1:type",
+    "map": "1:int 2:type",
+    "shape": "1:dimension*",
+    "dimension": "1:int 2:bytes 3:bytes",
+}
+# What onnx.proto has besides, and no model of a bundle needs.
+_REFUSED = {
+    ("model", 20): "training information",
+    ("model", 25): "local functions",
+    ("model", 26): "a configuration of several devices",
+    ("node", 10): "a configuration of several devices",
+    ("attribute", 21): "a reference to a function's attribute",
+    ("tensor", 3): "a tensor in segments",
+    ("type", 7): "an opaque type",
+}
+_ONE_OF = {"type": (1, 4, 5, 8, 9), "dimension": (1, 2)}
+_DTYPES = (
+    *("undefined", "float32", "uint8", "int8", "uint16", "int16", "int32", "int64", "string", "bool", "float16"),
+    *("float64", "uint32", "uint64", "complex64", "complex128", "bfloat16"),
+)
+_OWN_DOMAINS = (b"", b"ai.onnx")  # two spellings of one
+_OP_TYPE = re.compile(rb"[A-Za-z][A-Za-z0-9_]{0,63}")
+
+# Number → values of one message, flat: an integer, or begin and end of bytes and submessages. Lists of numbers and
+# names are not kept.
+Fields = dict[int, array]
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output: a dimension is a number, a name, or None where the file leaves it open."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `scan` found.
+
+    Attributes:
+        opset: version of ONNX's own operators.
+        nodes: their number, subgraphs included.
+        op_types: their types, each once, sorted.
+        inputs: of the graph, without those that have an initial value.
+        outputs: of the graph.
+        metadata: ``metadata_props`` of the model.
+    """
+
+    opset: int
+    nodes: int
+    op_types: tuple[str, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    metadata: dict[str, str]
+
+
+def _compile(fields: str) -> dict[int, tuple[tuple[int, ...], str | None, bool]]:
+    """Number → wire types that fit, name of the submessage or None, whether it may be there several times."""
+    table = {}
+    for field in fields.split():
+        number, kind = field.split(":")
+        repeated = kind.endswith("*")
+        kind = kind.rstrip("*")
+        wires = _PLAIN.get(kind, (_BYTES,))
+        if repeated and wires != (_BYTES,):
+            wires = (*wires, _BYTES)
+        table[int(number)] = (wires, None if kind in _PLAIN else kind, repeated)
+    return table
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >> 63 else number
+
+
+_TABLES = {message: _compile(fields) for message, fields in _SCHEMA.items()}
+
+
+def scan(data: bytes, what: str) -> Facts:
+    """Check an ONNX file; time and memory are bounded, and weights are skipped, not copied.
+
+    Args:
+        data: the file.
+        what: its name, for the error.
+
+    Raises:
+        BundleRefusedError: not ONNX, ambiguous, too large, or it asks for more than its own graph of ONNX's own
+            operators; in one sentence.
+    """
+    # ONNX Runtime takes bytes with this mark for its own format, whatever else they are.
+    if data[4:8] == b"ORTM":
+        raise BundleRefusedError(f"{what} has the mark of ONNX Runtime's own format ('ORTM' at byte 4)")
+    return _Scanner(data, what).run()
+
+
+class _Scanner:
+    def __init__(self, data: bytes, what: str) -> None:
+        self._data = data
+        self._what = what
+        self._fields_read = 0
+        self._nodes = 0
+        self._op_types: set[str] = set()
+
+    def _refuse(self, reason: str) -> BundleRefusedError:
+        return BundleRefusedError(f"{self._what} {reason}; only a plain ONNX model may be in a bundle")
+
+    def run(self) -> Facts:
+        model = self._fields("model", 0, len(self._data))
+        if 1 not in model or 7 not in model:
+            raise self._refuse("is not an ONNX model: it has no " + ("ir_version" if 1 not in model else "graph"))
+        opset = self._opset(model)
+        # A stack of its own: Python's would end in a RecursionError that depends on the caller.
+        stack = [self._inside("model", model)]
+        while stack:
+            message, fields = next(stack[-1], (None, None))
+            if message is None:
+                stack.pop()
+                continue
+            if len(stack) > MAX_DEPTH:
+                raise self._refuse(f"is nested deeper than {MAX_DEPTH} messages")
+            if message == "node":
+                self._node(fields)
+            elif message == "tensor":
+                self._tensor(fields)
+            stack.append(self._inside(message, fields))
+        if self._nodes == 0:
+            raise self._refuse("has no nodes")
+        graph = self._one("graph", model, 7)
+        initial = {self._text(fields, 8) for fields in self._each("tensor", graph, 5)}
+        inputs = [self._value(fields) for fields in self._each("value", graph, 11)]
+        outputs = [self._value(fields) for fields in self._each("value", graph, 12)]
+        pairs = [(self._text(pair, 1), self._text(pair, 2)) for pair in self._each("pair", model, 14)]
+        if len(dict(pairs)) != len(pairs):
+            raise self._refuse("has a key twice in its metadata")
+        given = tuple(value for value in inputs if value.name not in initial)
+        return Facts(opset, self._nodes, tuple(sorted(self._op_types)), given, tuple(outputs), dict(pairs))
+
+    def _node(self, node: Fields) -> None:
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            raise self._refuse(f"has more than {MAX_NODES} nodes")
+        op_type, domain = self._raw(node, 4), self._raw(node, 7)
+        if op_type == b"EPContext":
+            raise self._refuse("has an EPContext node: an engine that was compiled elsewhere")
+        if domain not in _OWN_DOMAINS:
+            raise self._refuse(f"has the operator {short(op_type)} of the foreign domain {short(domain)}")
+        if not _OP_TYPE.fullmatch(op_type):
+            raise self._refuse(f"has a node whose operator is {short(op_type)}")
+        self._op_types.add(op_type.decode())
+
+    def _tensor(self, tensor: Fields) -> None:
+        # Any other number than 0: runtimes cut it to 32 bits, and 1 is EXTERNAL.
+        if 13 in tensor or (14 in tensor and tensor[14][0] != 0):
+            raise self._refuse(f"keeps the weights of {short(self._raw(tensor, 8))} in another file")
+
+    def _opset(self, model: Fields) -> int:
+        imports = list(self._each("opset", model, 8))
+        for fields in imports:
+            if self._raw(fields, 1) not in _OWN_DOMAINS:
+                raise self._refuse(f"needs operators of the foreign domain {short(self._raw(fields, 1))}")
+        if len(imports) != 1:
+            raise self._refuse(f"names ONNX's operators {len(imports)} times, not once")
+        version = imports[0][2][0] if 2 in imports[0] else 0
+        if not 1 <= version < 2**31:
+            raise self._refuse(f"names opset {version}")
+        return version
+
+    def _value(self, value: Fields) -> Value:
+        name = self._text(value, 1)
+        kind = self._one("type", value, 2)
+        if 1 not in kind:
+            raise self._refuse(f"has an input or output {short(name)} that is not a tensor")
+        kind = self._one("array", kind, 1)
+        number = kind[1][0] if 1 in kind else 0
+        shape = None
+        if 2 in kind:
+            shape = tuple(
+                _signed(dimension[1][0]) if 1 in dimension else self._text(dimension, 2) or None
+                for dimension in self._each("dimension", self._one("shape", kind, 2), 1)
+            )
+        return Value(name, _DTYPES[number] if number < len(_DTYPES) else f"type {number}", shape)
+
+    def _inside(self, message: str, fields: Fields) -> Iterator[tuple[str, Fields]]:
+        """The submessages of a message, each with its kind."""
+        for number in fields:
+            inner = _TABLES[message][number][1]
+            if inner is not None:
+                for one in self._each(inner, fields, number):
+                    yield inner, one
+
+    def _one(self, message: str, fields: Fields, number: int) -> Fields:
+        return next(self._each(message, fields, number), {})
+
+    def _each(self, message: str, fields: Fields, number: int) -> Iterator[Fields]:
+        spans = fields.get(number, ())
+        return (self._fields(message, spans[at], spans[at + 1]) for at in range(0, len(spans), 2))
+
+    def _raw(self, fields: Fields, number: int) -> bytes:
+        if number not in fields:
+            return b""
+        start, end = fields[number]
+        return self._data[start:end]
+
+    def _text(self, fields: Fields, number: int) -> str:
+        try:
+            return self._raw(fields, number).decode()
+        except UnicodeDecodeError as error:
+            raise self._refuse(f"has a name that is not UTF-8 ({error})") from error
+
+    def _fields(self, message: str, start: int, end: int) -> Fields:
+        """What one message says; its submessages are not looked into."""
+        found: Fields = {}
+        table, at = _TABLES[message], start
+        while at < end:
+            self._fields_read += 1
+            if self._fields_read > MAX_FIELDS:
+                raise self._refuse(f"has more than {MAX_FIELDS} fields")
+            tag, at = self._varint(at, end)
+            number, wire = tag >> 3, tag & 7
+            if number not in table:
+                known = _REFUSED.get((message, number), f"an unknown field, {short(number)}, in its {message}")
+                raise self._refuse(f"has {known}" if at > 2 else "is not an ONNX model")
+            wires, inner, repeated = table[number]
+            if wire not in wires:
+                raise self._refuse(f"has wire type {wire} in field {number} of its {message}, not {wires[0]}")
+            if number in found and not repeated:
+                raise self._refuse(f"has field {number} of a {message} twice, which readers merge or drop")
+            if number not in found:
+                found[number] = array("Q")
+            values: tuple[int, ...] = ()
+            if wire == _VARINT:
+                value, at = self._varint(at, end)
+                values = (value,)
+            elif wire == _BYTES:
+                length, at = self._varint(at, end)
+                values = (at, at + length)
+                at += length
+            else:
+                at += 4 if wire == _FIXED32 else 8
+            if at > end:
+                raise self._refuse(f"ends within field {number} of its {message}")
+            if inner is not None or not repeated:
+                found[number].extend(values)
+        if sum(number in found for number in _ONE_OF.get(message, ())) > 1:
+            raise self._refuse(f"has a {message} that says two things, of which readers take the last")
+        return found
+
+    def _varint(self, at: int, end: int) -> tuple[int, int]:
+        """A number in its shortest form, at most 64 bits; and where the next field begins."""
+        data, value, shift = self._data, 0, 0
+        while at < end and shift < 64:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                if (byte == 0 and shift) or value >> 64:
+                    break
+                return value, at
+            shift += 7
+        raise self._refuse(f"has a broken number at byte {at}")

@@ -1,0 +1,107 @@
+"""Tiny bundles made by hand: 8 × 8 pixels, six features, three classes, nearest class mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from ssd_edge import bundle, files, learners
+from ssd_edge.classes import ClassRegistry
+from ssd_edge.priors import Priors
+from ssd_edge.statistics import ClassStatistics
+
+SIZE, DIM, CLASSES = 8, 6, ("cup", "nut", "screw")
+
+
+def tiny_backbone() -> bytes:
+    """The mean colour of each quarter of rows, mixed: images → embeddings."""
+    weight = np.random.default_rng(3).standard_normal((3, DIM)).astype(np.float32) / 64
+    nodes = [
+        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "axes"], ["colour"], keepdims=0),
+        helper.make_node("Sub", ["colour", "grey"], ["centred"]),
+        helper.make_node("MatMul", ["centred", "weight"], ["embeddings"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])],
+        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["batch", DIM])],
+        [
+            numpy_helper.from_array(np.array([1, 2]), "axes"),
+            numpy_helper.from_array(np.float32(127.5), "grey"),
+            numpy_helper.from_array(weight, "weight"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString(deterministic=True)
+
+
+def tiny_embed(images: np.ndarray) -> np.ndarray:
+    """What `tiny_backbone` computes."""
+    weight = np.random.default_rng(3).standard_normal((3, DIM)).astype(np.float32) / 64
+    return (images.astype(np.float32).mean((1, 2)) - np.float32(127.5)) @ weight
+
+
+TinyBundle = Callable[..., bytes]
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle() -> TinyBundle:
+    """``tiny_bundle(release=1, sign=None, shift=0.0, roll=0, target="cpu")`` → bytes of a bundle.
+
+    `shift` spoils the probe's embeddings, `roll` its decisions.
+    """
+    rng = np.random.default_rng(0)
+    colours = np.array([(220, 30, 30), (30, 220, 30), (30, 30, 220)])
+    pixels = np.clip(colours[np.arange(60) % 3][:, None, None] + rng.normal(0, 20, (60, SIZE, SIZE, 3)), 0, 255)
+    labels = torch.arange(60) % 3
+    vectors = torch.from_numpy(tiny_embed(pixels.astype(np.uint8)))
+    learner = learners.build({"name": "ncm"}, DIM, Priors())
+    learner.learn(learners.Task(vectors, labels))
+    statistics = ClassStatistics(DIM)
+    statistics.add(vectors, labels)
+    registry = ClassRegistry()
+    for name in CLASSES:
+        registry = registry.add(name, images=20)
+    backbone = tiny_backbone()
+    probe = pixels[:4].astype(np.uint8)
+    wanted = tiny_embed(probe)
+    rows = learner.predict(torch.from_numpy(wanted)).numpy()
+
+    def make(
+        release: int = 1, sign: Any = None, shift: float = 0.0, roll: int = 0, target: str = "cpu", **changes: Any
+    ) -> bytes:
+        arrays = {"images": probe, "embeddings": wanted + np.float32(shift), "rows": np.roll(rows, roll)}
+        entries = {
+            "backbone": backbone,
+            "learner": files.tensor_bytes(*learners.pack(learner)),
+            "statistics": files.tensor_bytes({name: t.numpy() for name, t in statistics.state().items()}),
+            "classes": files.json_bytes(registry.to_json()),
+            "probe": files.tensor_bytes(arrays, {"min_cosine": 0.9999, "max_difference": 1e-3}),
+            "card": b"# tiny\n",
+        }
+        described = {"size": SIZE, "dim": DIM, "precision": "fp32", "opset": 18, "id": "tiny"}
+        manifest = {
+            "name": "tiny",
+            "created": "2026-11-21T04:33:00Z",
+            "release": release,
+            "target": target,
+            "producer": {"ssd_edge": "0.1.0", "git": "unknown", "packages": {}},
+            "backbone": {"file": "backbone.onnx", "sha256": files.sha256(backbone), **described},
+            "learner": {"name": "ncm", "settings": {}},
+            "classes": registry.names,
+            "metrics": {},
+            "parity": {},
+            **changes,
+        }
+        return bundle.pack(manifest, {bundle.ROLES[role]: (role, data) for role, data in entries.items()}, sign)
+
+    return make

@@ -1,0 +1,239 @@
+"""``keys``, ``inspect`` and ``verify``: what is shown, what is refused, and that strangers write no control codes."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from ssd_edge import bundle, files, signing
+from ssd_edge.classes import ClassRegistry
+from ssd_edge.cli.inspect import inspect
+from ssd_edge.cli.keys import keys
+from ssd_edge.cli.verify import verify
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
+
+pytest.importorskip("cryptography")
+hand = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "by_hand.py")))
+
+
+def run(command: click.Command, *words: str | Path) -> str:
+    """Standard output of a command that must succeed."""
+    result = CliRunner().invoke(command, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def put(tmp_path: Path) -> Callable[..., Path]:
+    """put(data) → the path of a bundle with these bytes; by default the tiny one."""
+
+    def write(data: bytes | None = None, name: str = "robot.ssdedge") -> Path:
+        path = tmp_path / name
+        path.write_bytes(bundle.pack(*hand.parts()) if data is None else data)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    return signing.new_key(tmp_path / "keys", "lab")[0]
+
+
+def identity(key: Path) -> str:
+    return signing.key_id(signing.load_public(key.with_suffix(".pub")))
+
+
+def test_keys(tmp_path):
+    shown = run(keys, "new", "lab", "--folder", tmp_path / "a b")
+    private, public = tmp_path / "a b" / "lab.key", tmp_path / "a b" / "lab.pub"
+    own = identity(private)
+    assert shown.splitlines()[0] == f"key {own}"
+    assert str(public) in shown
+    assert f"next, here:          ssd-edge deploy … --sign '{private}'" in shown
+    assert "next, on the device: ssd-edge device trust lab.pub" in shown
+    assert run(keys, "show", private) == run(keys, "show", public) == f"{own}\n"
+    assert json.loads(run(keys, "show", private, "--json")) == {"id": own, "kind": "private"}
+    told = json.loads(run(keys, "new", "other", "--folder", tmp_path, "--json"))
+    assert told == {
+        "id": identity(tmp_path / "other.key"),
+        "private": str(tmp_path / "other.key"),
+        "public": str(tmp_path / "other.pub"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("new", "lab", "--folder", "KEYS"), r"lab\.key exists, and a key is not overwritten"),
+        (("new", "../lab"), "the name of a key has 1 to 64 characters"),
+        (("show", "none.pub"), r"none\.pub does not exist"),
+        (("show", "OPEN"), "run: chmod 600"),
+        (("show", "TEXT"), "holds no public key in PEM"),
+    ],
+)
+def test_keys_refuse(tmp_path, key, words, message):
+    opened, text = tmp_path / "open.key", tmp_path / "text.pub"
+    opened.write_bytes(key.read_bytes())
+    opened.chmod(0o644)
+    text.write_text("hello")
+    places = {"KEYS": key.parent, "OPEN": opened, "TEXT": text}
+    with pytest.raises(InputError, match=message):
+        run(keys, *(places.get(word, word) for word in words))
+
+
+def test_inspect(put, key):
+    path = put()
+    shown = run(inspect, path)
+    for line in (
+        "name        robot",
+        "release     7",
+        "created     2026-11-21T04:33:00Z",
+        "target      jetson",
+        "signature   unsigned",
+        "learner     ssd: k 10",
+        "classes     2: cup, schraube ß",
+        "backbone    test: 8 x 8 pixels to 3 values, fp32, opset 18",
+        "  takes     images uint8 (batch, 8, 8, 3)",
+        "  gives     embeddings float32 (batch, 3)",
+        "  operators 3 nodes: Cast Mul ReduceMean",
+        "accuracy    0.5 on average",
+        "  panel     ncm 0.4",
+        "parity      none",
+        "             8  MODEL_CARD.md  card",
+    ):
+        assert line in shown.splitlines()
+    assert files.sha256(path.read_bytes()) in shown
+    signed = put(bundle.pack(*hand.parts(), signing.signer(key)))
+    assert f"signature   names the key {identity(key)}; not checked here" in run(inspect, signed)
+    told = json.loads(run(inspect, signed, "--json"))
+    assert told["signature"] == identity(key)
+    assert (told["release"], told["classes"], told["sha256"]) == (7, ["cup", "schraube ß"], bundle.read(signed).sha256)
+    assert told["graphs"]["backbone"]["inputs"][0] == {
+        "name": "images",
+        "dtype": "uint8",
+        "shape": ["batch", 8, 8, 3],
+    }
+
+
+def test_inspect_shows_a_head_and_says_where_it_stops(put):
+    names = [f"class {number}" for number in range(25)]
+    registry = ClassRegistry()
+    for name in names:
+        registry = registry.add(name)
+    whole = {**hand.contents(), "classes.json": files.json_bytes(registry.to_json()), "head.onnx": hand.onnx()}
+    parity = {"images": {"cosine": 0.99999, "drift": {"spread": 1.5}}}
+    manifest = {**json.loads(whole["manifest.json"]), "classes": names, "parity": parity}
+    manifest["files"].append({"path": "head.onnx", "role": "head", "size": 0, "sha256": ""})
+    whole = hand.relisted({**whole, "manifest.json": files.json_bytes(manifest)})
+    shown = run(inspect, put(hand.sealed(whole)))
+    assert "class 19 … and 5 more" in shown
+    assert "class 20" not in shown
+    assert "head        opset 18" in shown
+    assert "  images    cosine 0.99999, drift.spread 1.5" in shown
+
+
+HOSTILE = "\x1b[2J\x9b1m\u202e\r\n"
+
+
+def hostile_bundle() -> bytes:
+    """Control codes wherever a maker may write freely."""
+    whole = hand.contents()
+    manifest = json.loads(whole["manifest.json"])
+    graph = hand.onnx(model=hand.field(14, hand.field(1, HOSTILE) + hand.field(2, HOSTILE)))
+    graph = graph.replace(b"\x0a\x06images", b"\x0a\x06im\x1b[2J").replace(b"\x12\x05batch", b"\x12\x05b\x1b[2J")
+    manifest["backbone"] |= {"id": HOSTILE, "precision": HOSTILE * 100}
+    settings = {HOSTILE: HOSTILE, "deep": {HOSTILE: [HOSTILE]}, "big": 10**400}
+    manifest["learner"] = {"name": HOSTILE, "settings": settings}
+    manifest["metrics"] = {"average_accuracy": HOSTILE, "panel": {HOSTILE: HOSTILE}, "data": [HOSTILE]}
+    manifest["parity"] = {HOSTILE: {HOSTILE: {HOSTILE: HOSTILE}}}
+    manifest["producer"]["packages"] = {HOSTILE: HOSTILE}
+    manifest["files"] = [
+        {**item, "role": HOSTILE if item["path"] == "notes.txt" else item["role"]}
+        for item in [*manifest["files"], {"path": "notes.txt", "role": "x", "size": 0, "sha256": ""}]
+    ]
+    whole |= {"notes.txt": b"", "backbone.onnx": graph, "manifest.json": files.json_bytes(manifest)}
+    return hand.sealed(hand.relisted(whole))
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+@pytest.mark.parametrize("command", [inspect, verify])
+def test_strangers_write_no_control_codes(put, command, words):
+    path = put(hostile_bundle())
+    assert "\x1b" in bundle.read(path).manifest["learner"]["name"]
+    shown = run(command, path, *words)
+    assert all(letter.isprintable() or letter == "\n" for letter in shown)
+    if words:
+        assert shown.isascii()
+        assert json.loads(shown)["bundle"] == str(path)
+
+
+def test_class_names_with_control_codes_are_no_names(put):
+    registry = {"next_id": 1, "classes": [{"id": 0, "name": HOSTILE, "origin": "base", "images": 1}]}
+    with pytest.raises(BundleRefusedError, match="the class registry is damaged") as caught:
+        run(inspect, put(hand.with_entry("classes.json", files.json_bytes(registry))))
+    assert str(caught.value).isprintable()
+
+
+def test_verify(put, key):
+    shown = run(verify, put()).splitlines()
+    assert shown[0].startswith("whole      robot, release 7, sha256 ")
+    assert shown[1] == "signature  unsigned: nobody vouches for it"
+    assert shown[2].startswith("probe      2 images with CPUExecutionProvider: cosine 1.000000, largest diff")
+    signed = put(bundle.pack(*hand.parts(), signing.signer(key)))
+    assert f"signature  names the key {identity(key)}, not checked: give that key with" in run(verify, signed)
+    public = key.with_suffix(".pub")
+    other = signing.new_key(key.parent, "other")[1]
+    assert f"signature  signed by {identity(key)}" in run(verify, signed, "--key", other, "--key", public).splitlines()
+    told = json.loads(run(verify, signed, "--key", public, "--json"))
+    assert (told["signed_by"], told["signature"], told["release"]) == (identity(key), identity(key), 7)
+    assert told["probe"]["images"] == 2
+    assert told["probe_not_run"] is None
+
+
+def test_verify_refuses(put, key):
+    public, plain = key.with_suffix(".pub"), put()
+    with pytest.raises(BundleRefusedError, match="is not signed, but must be by"):
+        run(verify, plain, "--key", public)
+    signed = put(bundle.pack(*hand.parts(), signing.signer(key)))
+    other = signing.new_key(key.parent, "other")[1]
+    with pytest.raises(BundleRefusedError, match="signed with the key"):
+        run(verify, signed, "--key", other)
+    whole = hand.relisted({**hand.contents(signed.read_bytes()), "MODEL_CARD.md": b"# another\n"})
+    with pytest.raises(BundleRefusedError, match="the signature of the bundle 'robot' is not that of its manifest"):
+        run(verify, put(hand.sealed(whole)), "--key", public)
+    with pytest.raises(InputError, match="holds a private key"):
+        run(verify, signed, "--key", key)
+    with pytest.raises(BundleRefusedError, match="it is damaged"):
+        run(verify, put(bundle.pack(*hand.parts()).replace(b"# robot", b"# Robot")))
+
+
+def test_a_backbone_that_computes_something_else_is_refused(put):
+    wrong = hand.probe(embeddings=("F32", [2, 3], [1.0, -2.0, 3.0, 4.0, 5.0, 6.0]))
+    with pytest.raises(BundleRefusedError, match="computes something else here than where it was packed"):
+        run(verify, put(hand.with_entry("probe.safetensors", wrong)))
+
+
+def test_a_backbone_that_cannot_run_is_one_printable_line(put):
+    nodes = [hand.node("Nonsense", ["images"], ["embeddings"], hand.field(3, HOSTILE))]
+    with pytest.raises(EnvironmentUnfitError, match="ONNX Runtime cannot run the backbone") as caught:
+        run(verify, put(hand.with_entry("backbone.onnx", hand.onnx(nodes=nodes))))
+    assert str(caught.value).isprintable()
+
+
+def test_without_onnx_runtime_it_says_that_nothing_was_run(put, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    shown = run(verify, put())
+    assert "probe      not run: the package 'onnxruntime' is needed to run the probe" in shown
+    told: dict[str, Any] = json.loads(run(verify, put(), "--json"))
+    assert told["probe"] is None
+    assert "onnxruntime" in told["probe_not_run"]
