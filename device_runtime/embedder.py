@@ -30,11 +30,13 @@ class Embedder(Protocol):
         provider: what really runs it.
         size: side of its input in pixels.
         dim: D of its embeddings.
+        engine: what was noted when its TensorRT engine was built (`EngineCache.record`); None without one.
     """
 
     provider: str
     size: int
     dim: int
+    engine: Mapping[str, Any] | None
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """uint8 RGB ``(N, size, size, 3)`` → float32 ``(N, D)``."""
@@ -55,6 +57,8 @@ class OnnxEmbedder:
     Raises:
         EnvironmentUnfitError: ONNX Runtime is missing or cannot run the file here.
     """
+
+    engine: Mapping[str, Any] | None = None
 
     def __init__(self, model: Path | bytes, size: int, dim: int) -> None:
         runtime = require("onnxruntime", "device", "run the backbone")
@@ -144,12 +148,15 @@ def _tensorrt(folder: Path, path: Path, backbone: str, facts: Mapping[str, Any],
     cache = engine.EngineCache(folder)
     wanted = engine.engine_facts(backbone, facts["precision"], gpu, api.version)
     plan = cache.get(wanted)
+    built = plan is None
     if plan is None:
         say("building the TensorRT engine, once for this board and backbone; it may take minutes")
         plan = cache.build(path, wanted, say)
-        record = cache.record(wanted)
-        say(f"built the TensorRT engine in {record['seconds']:.0f} s, {record['bytes'] / 1e6:.1f} MB")
     embedder = TensorRTEmbedder(plan, facts["size"], facts["dim"], api)
+    embedder.engine = record = cache.record(wanted)
+    if built:
+        told = ", ".join(f"{key} {value}" for key, value in record["layers"].items())
+        say(f"built the TensorRT engine in {record['seconds']:.0f} s: {record['bytes'] / 1e6:.1f} MB; layers: {told}")
     try:
         selftest.run(embedder.embed, *probe)
     except BaseException:

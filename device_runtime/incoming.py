@@ -102,7 +102,7 @@ class Incoming:
     """The folder ``ROOT/incoming``: entries by their digest, complete and verified, or partial."""
 
     def __init__(self, root: Path) -> None:
-        self.folder, self._backbones = root / "incoming", root / "backbones"
+        self.folder, self._root = root / "incoming", root
         files.make_directory(self.folder)
 
     @contextlib.contextmanager
@@ -131,7 +131,8 @@ class Incoming:
 
     def find(self, digest: str, size: int) -> Path | None:
         """Where an entry is already, complete and undamaged: here, or installed."""
-        for path in (self.folder / digest, self._backbones / f"{digest}.onnx"):
+        installed = (self._root / "backbones" / f"{digest}.onnx", *self._root.glob("generations/*/*"))
+        for path in (self.folder / digest, *installed):
             with contextlib.suppress(OSError):
                 if path.stat().st_size == size and files.sha256_file(path) == digest:
                     return path

@@ -86,6 +86,7 @@ def install(
             "signed_by": signed_by,
             "provider": embedder.provider,
             "self_test": tested,
+            **({"engine": dict(embedder.engine)} if embedder.engine else {}),
         }
         return store.commit(contents, info, parent=None, backbone=backbone)
 

@@ -160,6 +160,7 @@ def profile(
         "machine": {"title": board.title, **board.to_json()},
         "versions": {"python": platform.python_version(), **_versions()},
         "provider": embedder.provider,
+        "engine": dict(embedder.engine) if embedder.engine else None,
         **measured,
         "bytes": {
             "bundle": Path(path).stat().st_size,

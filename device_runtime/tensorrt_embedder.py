@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,14 @@ class TensorRTEmbedder:
 
     Attributes:
         provider: e.g. ``TensorRT 10.3.0 (Orin)``.
+        engine: see `Embedder`; set by whoever took the engine from its cache.
 
     Raises:
         EnvironmentUnfitError: TensorRT or PyTorch cannot use the GPU, or another TensorRT built the engine.
         BundleRefusedError: the engine takes or gives other shapes than the bundle says.
     """
+
+    engine: Mapping[str, Any] | None = None
 
     def __init__(
         self, plan: Path | bytes, size: int, dim: int, api: TensorRT | None = None, cuda: Any = None

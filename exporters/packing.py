@@ -9,7 +9,6 @@ from __future__ import annotations
 import calendar
 import dataclasses
 import importlib.util
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +68,7 @@ def deploy(folder: Path, options: Options, output: Path, say: Say) -> dict[str, 
         folder: of the run.
         options: see there.
         output: the file to write; an older one is replaced. Its name becomes the name of the bundle.
-        say: told what happens and what to do next.
+        say: told what happens.
 
     Returns:
         ``bundle`` (path), ``bytes``, ``sha256``, ``precision``, ``parity``, ``target``, ``classes``, ``release``,
@@ -118,7 +117,6 @@ def deploy(folder: Path, options: Options, output: Path, say: Say) -> dict[str, 
     opened = bundle.parse(packed)
     _check_memory(opened, target, say)
     bundle.write(output, packed)
-    say(f"next, on the device: ssd-edge device install {shlex.quote(output.name)}")
     return {
         "bundle": str(output),
         "bytes": len(packed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ def deploy(
     click.echo(f"{output}: {what}, release {result['release']}, {signed}")
     if push is not None:
         _tell_pushed(result["push"], push)
+    else:
+        path = shlex.quote(str(output))
+        _say(f"next: ssd-edge push {path} USER@HOST; or copy it, and on the device: ssd-edge device install {path}")
 
 
 @click.command()

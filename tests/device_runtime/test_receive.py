@@ -124,6 +124,16 @@ def test_an_installed_backbone_and_what_came_before_are_not_asked_for(root):
     assert peer.asked == {files.sha256(b"{}\n"): 0, files.sha256(b""): 0}
 
 
+def test_nor_is_what_a_generation_holds(root):
+    folder = root / "generations" / "000003"
+    folder.mkdir(parents=True)
+    (folder / "learner.safetensors").write_bytes(ENTRIES["learner.safetensors"])
+    peer = Peer(offered(ENTRIES), ENTRIES)
+    assert serve(root, peer) == 0
+    assert files.sha256(ENTRIES["learner.safetensors"]) not in peer.asked
+    assert (root / "installed").read_bytes() == b"".join(archive.blocks(ENTRIES))
+
+
 def test_a_damaged_backbone_is_asked_for_again(root):
     digest = files.sha256(ENTRIES["backbone.onnx"])
     (root / "backbones").mkdir(parents=True)

@@ -99,10 +99,6 @@ def test_parity_is_measured_on_synthetic_and_on_test_images(deployed):
     assert abs(parity["test"]["accuracy"]["exported"] - parity["test"]["accuracy"]["reference"]) <= 0.01
 
 
-def test_the_next_command_is_named(deployed):
-    assert deployed[2][-1] == "next, on the device: ssd-edge device install robot.ssdedge"
-
-
 def test_a_run_gives_the_same_bytes_again(deployed, package_run, tmp_path):
     path = tmp_path / "robot.ssdedge"
     quietly(package_run, path, "jetson")
