@@ -32,7 +32,7 @@ import torch
 from exporters.precision import element_types
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.onnx import batch_size, open_session, run
-from ssd_edge.errors import GateRefusedError, require
+from ssd_edge.errors import require
 from ssd_edge.learners import Learner
 
 ALONE = 8  # images that are also run one by one
@@ -77,28 +77,6 @@ _LIMITS = {
 def limits(precision: str) -> dict[str, float]:
     """What a graph of this precision may differ by, by the names that `failures` reads."""
     return dict(_LIMITS[precision])
-
-
-def parity(
-    onnx_bytes: bytes,
-    reference: Reference,
-    images: np.ndarray,
-    learner: Learner | None = None,
-    labels: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """`measure`, and refuse what differs by more than rounding.
-
-    Raises:
-        GateRefusedError: with the first figure that is over its limit.
-    """
-    report = measure(onnx_bytes, reference, images, learner, labels)
-    problems = failures(report, onnx_file.precision(onnx_bytes))
-    if problems:
-        raise GateRefusedError(
-            f"the exported backbone does not compute what the run computed: {problems[0]}; "
-            "nothing was written. Please report it with the run's run.json and the versions of torch and onnxruntime"
-        )
-    return report
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the method."""
+"""Fixtures of the tests of the method and the bundle format."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+from ssd_edge import bundle
+from ssd_edge.errors import BundleRefusedError
 
 
 @pytest.fixture(scope="module")
@@ -15,3 +18,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def refusal(tmp_path):
+    """refusal(data) → the message with which these bytes are refused."""
+    path = tmp_path / "robot.ssdedge"
+
+    def read(data: bytes) -> str:
+        path.unlink(missing_ok=True)  # replacing the content of a file would wait for the disk each time
+        path.write_bytes(data)
+        with pytest.raises(BundleRefusedError) as caught:
+            bundle.read(path)
+        head, message = str(caught.value).split(" is refused: ", 1)
+        assert head == str(path)
+        assert message.isprintable()
+        assert len(message) <= 400
+        return message
+
+    return read

@@ -24,25 +24,6 @@ hand = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("by_hand.py
 contents, parts, resealed, sealed = hand.contents, hand.parts, hand.resealed, hand.sealed
 
 
-@pytest.fixture
-def refusal(tmp_path):
-    """refusal(data) → the message with which these bytes are refused."""
-    path = tmp_path / "robot.ssdedge"
-
-    def read(data: bytes) -> str:
-        path.unlink(missing_ok=True)  # replacing the content of a file would wait for the disk each time
-        path.write_bytes(data)
-        with pytest.raises(BundleRefusedError) as caught:
-            bundle.read(path)
-        head, message = str(caught.value).split(" is refused: ", 1)
-        assert head == str(path)
-        assert message.isprintable()
-        assert len(message) <= 400
-        return message
-
-    return read
-
-
 def test_golden_bytes():
     data = bundle.pack(*parts())
     # version needed; no flags, stored, 00:00:00, 1980-01-01; CRC-32; length, twice; lengths of name, extra

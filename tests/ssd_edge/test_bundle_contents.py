@@ -17,25 +17,6 @@ hand = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("by_hand.py
 contents, parts, sealed = hand.contents, hand.parts, hand.sealed
 
 
-@pytest.fixture
-def refusal(tmp_path):
-    """refusal(data) → the message with which these bytes are refused."""
-    path = tmp_path / "robot.ssdedge"
-
-    def read(data: bytes) -> str:
-        path.unlink(missing_ok=True)  # replacing the content of a file would wait for the disk each time
-        path.write_bytes(data)
-        with pytest.raises(BundleRefusedError) as caught:
-            bundle.read(path)
-        head, message = str(caught.value).split(" is refused: ", 1)
-        assert head == str(path)
-        assert message.isprintable()
-        assert len(message) <= 400
-        return message
-
-    return read
-
-
 BACKBONE = parts()[0]["backbone"]
 
 
