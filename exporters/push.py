@@ -33,6 +33,7 @@ from ssd_edge.errors import (
     InputError,
     SlowerProviderError,
     SSDEdgeError,
+    printable,
 )
 
 ENVIRONMENT = "SSD_EDGE_SSH"
@@ -268,7 +269,7 @@ def _number(value: Any) -> int:
 def _clean(text: Any) -> str:
     """One sentence from the device: no line breaks or escape codes from there, and no end."""
     text = text.decode("utf-8", "replace").strip() if isinstance(text, bytes) else str(text)
-    return "".join(c if c.isprintable() else "?" for c in text[:MAX_SENTENCE])
+    return printable(text[:MAX_SENTENCE])
 
 
 class _Remote:

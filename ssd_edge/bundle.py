@@ -22,7 +22,7 @@ import numpy as np
 from ssd_edge import archive, files, onnx_scan
 from ssd_edge.archive import FORMAT, SIGNATURE, VERSION
 from ssd_edge.classes import ClassRegistry
-from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.errors import BundleRefusedError, InputError, printable
 
 MANIFEST = "manifest.json"
 ROLES = {  # role -> the name of its entry
@@ -194,7 +194,7 @@ def read(path: str | Path) -> Bundle:
         raise InputError(f"the bundle {path} cannot be read: {reason}; check the path") from error
     except BundleRefusedError as error:
         # Whoever made the file chose the names in it: no line breaks or escape codes from there, and no end.
-        reason = "".join(c if c.isprintable() else "?" for c in str(error))[:_MAX_REASON]
+        reason = printable(str(error))[:_MAX_REASON]
         raise BundleRefusedError(f"{path} is refused: {reason}") from error
 
 

@@ -69,6 +69,11 @@ def require(module: str, extra: str, purpose: str, install: str = "") -> ModuleT
         ) from error
 
 
+def printable(text: str) -> str:
+    """Text with `?` for what is no letter: a stranger's words must bring no escape codes to a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?``, or an empty string when nothing known is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

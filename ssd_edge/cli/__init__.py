@@ -26,7 +26,7 @@ from ssd_edge.cli.receive import receive
 from ssd_edge.cli.reproduce import reproduce
 from ssd_edge.cli.train import train
 from ssd_edge.cli.verify import verify
-from ssd_edge.errors import EnvironmentUnfitError, SSDEdgeError
+from ssd_edge.errors import EnvironmentUnfitError, SSDEdgeError, printable
 
 INTERRUPTED = 130
 OPTIONAL = {
@@ -75,7 +75,7 @@ def main() -> NoReturn:
         sys.exit(2)
     except SSDEdgeError as error:
         # names in it may come from a stranger's file: no escape codes from there to the terminal
-        click.echo("".join(c if c.isprintable() or c == "\n" else "?" for c in f"error: {error}"), err=True)
+        click.echo("\n".join(map(printable, f"error: {error}".split("\n"))), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
         hint = str(error.__cause__ or error)  # click turns the one into the other, and drops its text

@@ -11,7 +11,7 @@ import click
 
 from ssd_edge.cli.device import ROOT
 from ssd_edge.cli.options import JSON, print_json
-from ssd_edge.errors import EnvironmentUnfitError
+from ssd_edge.errors import EnvironmentUnfitError, printable
 
 WIDTH = 100
 COLOURS = {"ok": "green", "note": None, "warning": "yellow", "unfit": "red"}
@@ -43,20 +43,16 @@ def doctor(bundle: Path | None, root: Path | None, as_json: bool) -> None:
         width = max(len(check.name) for check in checks)
         for check in checks:
             mark = click.style(f"{check.state:7}", fg=COLOURS[check.state])
-            click.echo(f"{mark}  {check.name:{width}}  {_indented(printable(check.found), width + 11)}")
+            click.echo(f"{mark}  {check.name:{width}}  {_indented(check.found, width + 11)}")
             if check.fix:
-                click.echo(f"{'':{width + 11}}{_indented(f'-> {printable(check.fix)}', width + 11)}")
+                click.echo(f"{'':{width + 11}}{_indented(f'-> {check.fix}', width + 11)}")
         click.echo(told)
     if told != "fit":
         sys.exit(EnvironmentUnfitError.exit_code)  # without a sentence: the table has said it
 
 
-def printable(text: str) -> str:
-    """One line without control codes: bundles and drivers have their say in it."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
-
-
 def _indented(text: str, margin: int) -> str:
     """Wrapped, all lines but the first moved to the right; words, which may be paths, stay whole."""
+    text = printable(" ".join(text.split()))  # bundles and drivers have their say in it
     lines = textwrap.wrap(text, WIDTH - margin, break_long_words=False, break_on_hyphens=False)
     return f"\n{'':{margin}}".join(lines)

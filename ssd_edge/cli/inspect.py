@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ssd_edge.cli.options import JSON
+from ssd_edge.errors import printable
 
 if TYPE_CHECKING:
     from ssd_edge.bundle import Bundle
@@ -44,7 +45,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     click.echo("entries")
     roles = {path: role for role, path in opened.roles.items()}
     for path in sorted(opened.entries):
-        click.echo(f"{len(opened.entries[path]):>14,}  {path}  {printable(roles.get(path, ''))}".rstrip())
+        click.echo(f"{len(opened.entries[path]):>14,}  {path}  {shown(roles.get(path, ''))}".rstrip())
 
 
 def print_strangers_json(value: Any) -> None:
@@ -52,10 +53,10 @@ def print_strangers_json(value: Any) -> None:
     click.echo(json.dumps(value, allow_nan=False))
 
 
-def printable(value: Any) -> str:
+def shown(value: Any) -> str:
     """One line of what a bundle's maker wrote: no control codes, and no end of it."""
     text = value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
-    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    line = printable(" ".join(text.split()))
     return line if len(line) <= MAX_TEXT else line[:MAX_TEXT] + "…"
 
 
@@ -83,22 +84,22 @@ def _line(label: str, text: str) -> str:
 def _lines(path: Path, opened: Bundle, graphs: Mapping[str, Facts]) -> Iterator[tuple[str, str]]:
     manifest = opened.manifest
     learner, backbone, metrics, names = (manifest[key] for key in ("learner", "backbone", "metrics", "classes"))
-    yield "name", printable(manifest["name"])
-    yield "file", f"{printable(str(path))}, {path.stat().st_size:,} bytes"
+    yield "name", shown(manifest["name"])
+    yield "file", f"{shown(str(path))}, {path.stat().st_size:,} bytes"
     yield "sha256", opened.sha256
     yield "release", str(manifest["release"])
     yield "created", manifest["created"]
-    yield "target", printable(manifest["target"])
+    yield "target", shown(manifest["target"])
     key = signed_with(opened)
     yield "signature", f"names the key {key}; not checked here, see ssd-edge verify" if key else "unsigned"
-    yield "learner", f"{printable(learner['name'])}: {_pairs(learner['settings'])}"
+    yield "learner", f"{shown(learner['name'])}: {_pairs(learner['settings'])}"
     more = f" … and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
     yield "classes", f"{len(names)}: {', '.join(map(printable, names[:MAX_CLASSES]))}{more}"
     size = backbone["size"]
     yield (
         "backbone",
-        f"{printable(backbone['id'])}: {size} x {size} pixels to {backbone['dim']} values, "
-        f"{printable(backbone['precision'])}, opset {backbone['opset']}",
+        f"{shown(backbone['id'])}: {size} x {size} pixels to {backbone['dim']} values, "
+        f"{shown(backbone['precision'])}, opset {backbone['opset']}",
     )
     for role, facts in graphs.items():
         if role != "backbone":
@@ -113,23 +114,23 @@ def _lines(path: Path, opened: Bundle, graphs: Mapping[str, Facts]) -> Iterator[
     parts = {key: value for key, value in manifest["parity"].items() if isinstance(value, dict)}
     yield "parity", _pairs({key: value for key, value in manifest["parity"].items() if key not in parts})
     for key, part in parts.items():
-        yield f"  {printable(key)[: MARGIN - 3]}", _pairs(dict(_flat(part)))
+        yield f"  {shown(key)[: MARGIN - 3]}", _pairs(dict(_flat(part)))
 
 
 def _value(value: Value) -> str:
     sides = ["?" if side is None else str(side) for side in value.shape or ()]
     shape = f"({', '.join(sides)})" if value.shape is not None else "of any shape"
-    return printable(f"{value.name} {value.dtype} {shape}")
+    return shown(f"{value.name} {value.dtype} {shape}")
 
 
 def _accuracy(metrics: Mapping[str, Any]) -> str:
     average = metrics.get("average_accuracy")
-    rest = [f"{key} {printable(metrics[key])}" for key in ("forgetting", "test_images", "data") if key in metrics]
-    return ", ".join([f"{printable(average)} on average" if average is not None else "not stated", *rest])
+    rest = [f"{key} {shown(metrics[key])}" for key in ("forgetting", "test_images", "data") if key in metrics]
+    return ", ".join([f"{shown(average)} on average" if average is not None else "not stated", *rest])
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{printable(key)} {printable(value)}" for key, value in values.items()) or "none"
+    return ", ".join(f"{shown(key)} {shown(value)}" for key, value in values.items()) or "none"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ import click
 
 from ssd_edge.cli.device import ROOT
 from ssd_edge.cli.options import JSON, print_json
+from ssd_edge.errors import printable
 
 MIB = 2**20
 
@@ -46,10 +47,11 @@ def lines(result: dict[str, Any]) -> list[str]:
     threads = result["threads"]
     plural = "s" if result["batch"] > 1 else ""
     told = [
-        f"{_shown(about['name'])}: {about['learner']}, {about['classes']} classes, {about['precision']} for "
-        f"{_shown(about['target'])}; {about['size']} × {about['size']} pixels to {about['dim']} features",
-        f"measured on {_shown(machine['title'])}, with {result['provider']}",
+        f"{printable(about['name'])}: {about['learner']}, {about['classes']} classes, {about['precision']} for "
+        f"{printable(about['target'])}; {about['size']} × {about['size']} pixels to {about['dim']} features",
+        f"measured on {printable(machine['title'])}, with {result['provider']}",
         f"  {versions}; threads: backbone {threads['backbone']}, learner {threads['learner']}",
+        *([_engine(result["engine"])] if result["engine"] else []),
         "",
         f"{'milliseconds':44}{'p50':>9}{'p90':>9}{'p99':>9}",
     ]
@@ -85,14 +87,14 @@ def lines(result: dict[str, Any]) -> list[str]:
     return told
 
 
+def _engine(record: dict[str, Any]) -> str:
+    layers = ", ".join(f"{key} {value}" for key, value in record["layers"].items())
+    return f"  engine: {_mib(record['bytes'])}, built in {_seconds(record['seconds'])}; layers: {layers}"
+
+
 def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
 
 
 def _mib(size: int) -> str:
     return f"{size / MIB:.2f} MiB"
-
-
-def _shown(text: Any) -> str:
-    """Without control codes: names in a bundle come from strangers."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(text))

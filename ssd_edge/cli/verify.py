@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssd_edge.cli.inspect import print_strangers_json, printable, signed_with
+from ssd_edge.cli.inspect import print_strangers_json, shown, signed_with
 from ssd_edge.cli.options import JSON
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, require
 
@@ -41,7 +41,7 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
             }
         )
         return
-    click.echo(f"whole      {printable(manifest['name'])}, release {manifest['release']}, sha256 {opened.sha256}")
+    click.echo(f"whole      {shown(manifest['name'])}, release {manifest['release']}, sha256 {opened.sha256}")
     if signer:
         click.echo(f"signature  signed by {signer}")
     elif stated:
@@ -86,10 +86,7 @@ def _probe(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:
     from device_runtime.embedder import OnnxEmbedder
 
     described = opened.manifest["backbone"]
-    try:
-        embedder = OnnxEmbedder(opened.read("backbone"), described["size"], described["dim"])
-    except EnvironmentUnfitError as error:  # ONNX Runtime quotes names from the graph
-        raise EnvironmentUnfitError(printable(str(error))) from error
+    embedder = OnnxEmbedder(opened.read("backbone"), described["size"], described["dim"])
     try:
         found = selftest.run(embedder.embed, *opened.tensors("probe"))
     except GateRefusedError as error:  # here nothing is to be installed: it is the bundle that is wrong

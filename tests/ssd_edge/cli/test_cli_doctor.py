@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from device_runtime import board as boards
 from device_runtime import doctor as examination
 from device_runtime.board import Board
-from ssd_edge.cli.doctor import doctor, printable
+from ssd_edge.cli.doctor import _indented, doctor
 from ssd_edge.cli.profile import lines, profile
 from ssd_edge.errors import BundleRefusedError, InputError
 
@@ -90,7 +90,7 @@ main()
 
 
 def test_what_others_wrote_cannot_steer_the_terminal() -> None:
-    assert printable("a\x1b[2Jb\nc  d") == "a?[2Jb c d"
+    assert _indented("a\x1b[2Jb\nc  d", 4) == "a?[2Jb c d"
 
 
 def test_a_profile(bundle: Path, tmp_path: Path) -> None:
