@@ -115,8 +115,12 @@ def _bundle(at: Situation) -> Examined:
         yield Check("target", "warning", told, "upgrade SSD-Edge on this machine")
         return
     problem = _misplaced(at, target)
+    strange = target.kind == "jetson" and board.jetson and board.model and target.board not in board.model
     if problem:
         yield Check("target", "unfit", *problem)
+    elif strange and target.name != "jetson":  # makers of carriers write there what they like
+        told = f"{target.name}, but which module this is cannot be told from: {board.model}"
+        yield Check("target", "warning", told, "ssd-edge deploy --target jetson, which is for all of them")
     elif target.kind == "jetson" and not board.jetson:
         told = f"{target.name}, but this is no Jetson: what counts for it is not seen here, ONNX Runtime runs it"
         yield Check("target", "warning", told)
@@ -135,9 +139,9 @@ def _misplaced(at: Situation, target: targets.Target) -> tuple[str, str] | None:
     board = at.board
     if target.kind != "jetson" or not board.jetson:
         return None
-    if board.model and target.board not in board.model:
-        named = [t.name for t in targets.targets().values() if t.kind == "jetson" and t.board in board.model]
-        right = max(named, key=len, default="cpu")  # the longest name is the most particular
+    others = (t.name for t in targets.targets().values() if t.kind == "jetson" and t.name != "jetson")
+    right = next((name for name in others if targets.get(name).board in board.model), target.name)
+    if target.name not in ("jetson", right):
         return f"{target.name}, but this is: {board.model}", f"ssd-edge deploy --target {right}"
     if board.l4t and not targets.within(board.l4t, target.l4t):
         oldest = target.l4t[0]

@@ -36,7 +36,8 @@ def train(config_file: Path | None, resume: Path | None, overrides: tuple[str, .
     config = parse(TrainConfig, tree)
     from ssd_edge import training
 
-    run = training.resume(resume, console) if resume else training.start(config, sys.argv, console)
+    words = ["ssd-edge", *sys.argv[1:]]  # not where it is installed: a bundle tells what was run to strangers
+    run = training.resume(resume, console) if resume else training.start(config, words, console)
     console.say(f"{run.folder}: {'resumed' if resume else 'started'}")
     try:
         result = run.execute()

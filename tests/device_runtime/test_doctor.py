@@ -272,6 +272,15 @@ def test_a_tensorrt_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch, tm
     assert "libnvinfer.so.10" in found(examine(root=tmp_path, board=PC), "tensorrt", "note").found
 
 
+@pytest.mark.parametrize(("target", "state"), [("jetson", "ok"), ("orin-nx", "warning")])
+def test_a_board_that_calls_itself_otherwise_is_not_refused(
+    jetson: Any, tmp_path: Path, made: Any, target: str, state: str
+) -> None:
+    board = dataclasses.replace(NANO, model="Acme Vision Box 3")
+    found_here = found(examine(made(target=target), tmp_path, board), "target", state)
+    assert state == "ok" or "cannot be told from: Acme Vision Box 3" in found_here.found
+
+
 @pytest.mark.parametrize(
     ("board", "target", "message", "fix"),
     [
