@@ -12,7 +12,7 @@ import torch
 
 from exporters import packing
 from exporters.packing import Options, deploy
-from ssd_edge import bundle, data, files, learners, runs
+from ssd_edge import bundle, data, files, learners, runs, signing
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder
 from ssd_edge.backbones.onnx import OnnxEmbedder, open_session, run
@@ -258,3 +258,82 @@ def test_an_export_that_computes_something_else_is_refused_and_the_old_bundle_st
     with pytest.raises(GateRefusedError, match=r"differs by .* standard deviations.*nothing was written"):
         quietly(own_run, path)
     assert path.read_bytes() == b"old"
+
+
+# What is asked for besides
+
+
+def test_the_head_answers_what_the_learner_answers(onnx_run, tmp_path):
+    path = tmp_path / "own.ssdedge"
+    quietly(onnx_run, path, head=True)
+    read = bundle.read(path)
+    arrays, _ = read.tensors("probe")
+    (scores,) = open_session(read.read("head")).run(None, {"embeddings": arrays["embeddings"]})
+    assert scores.argmax(1).tolist() == arrays["rows"].tolist()
+
+
+def test_a_key_signs_and_the_release_is_the_users(onnx_run, tmp_path):
+    private, public = signing.new_key(tmp_path, "ours")
+    path = tmp_path / "own.ssdedge"
+    returned = quietly(onnx_run, path, sign=private, release=12)
+    read = bundle.read(path)
+    keys = {signing.key_id(signing.load_public(public)): signing.load_public(public)}
+    assert signing.check(read, keys) == returned["signed_by"]
+    assert read.manifest["release"] == returned["release"] == 12
+
+
+def test_the_probe_holds_what_the_graph_gives_and_what_it_may_differ_by(deployed):
+    read = bundle.read(deployed[0])
+    arrays, limits = read.tensors("probe")
+    assert arrays["images"].shape == (8, 32, 32, 3)
+    np.testing.assert_array_equal(arrays["embeddings"], run(open_session(read.read("backbone")), arrays["images"]))
+    synthetic = read.manifest["parity"]["synthetic"]
+    assert limits["max_difference"] >= max(0.05, synthetic["max_difference"])
+    assert 0.9 < limits["min_cosine"] <= 0.9995
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"precision": "fp8"}, "unknown precision 'fp8'; known: auto, fp32, fp16, int8"),
+        ({"precision": "fp16"}, "the target cpu does not run fp16"),
+        ({"calibration": Path("photos")}, "--calibration is for int8, but the precision is fp32"),
+        ({"release": -1}, "--release must be 0 or more, but is -1"),
+        ({"sign": Path("none.key")}, "none.key does not exist"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_the_export(onnx_run, tmp_path, monkeypatch, options, sentence):
+    monkeypatch.setattr(packing, "_export", None)
+    with pytest.raises(InputError, match=sentence):
+        quietly(onnx_run, tmp_path / "b", **options)
+
+
+def test_what_is_too_large_for_the_board_is_refused_and_what_is_large_is_said(onnx_run, tmp_path, monkeypatch):
+    path, said = tmp_path / "own.ssdedge", []
+    monkeypatch.setattr(packing.profiling, "estimate", lambda opened: {"total": 2049.0})
+    with pytest.raises(InputError, match="roughly 2,049 MiB, but the smallest cpu has 2,048; choose a smaller"):
+        quietly(onnx_run, path)
+    assert not path.exists()
+    monkeypatch.setattr(packing.profiling, "estimate", lambda opened: {"total": 1025.0})
+    deploy(onnx_run, Options("cpu"), path, said.append)
+    assert said[-1].startswith("warning: learning on the device takes roughly 1,025 MiB, over half of the 2,048")
+
+
+def test_a_graph_that_tensorrt_does_not_take_is_refused(onnx_run, tmp_path, monkeypatch):
+    def refuse(onnx):
+        raise GateRefusedError("TensorRT-RTX cannot parse the graph")
+
+    pytest.importorskip("tensorrt_rtx", reason="NOT TESTED: pip install tensorrt-rtx")
+    monkeypatch.setattr("device_runtime.engine.check_graph", refuse)
+    with pytest.raises(GateRefusedError, match="cannot parse"):
+        quietly(onnx_run, tmp_path / "b", "jetson", precision="fp32")
+    assert not (tmp_path / "b").exists()
+    quietly(onnx_run, tmp_path / "b")  # the CPU does not ask TensorRT
+
+
+def test_without_tensorrt_rtx_it_says_that_the_graph_was_not_checked(onnx_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name: None)
+    said = []
+    returned = deploy(onnx_run, Options("jetson", precision="fp32"), tmp_path / "b", said.append)
+    assert returned["tensorrt"] is None
+    assert any(line.startswith("not checked with TensorRT's parser") for line in said)
