@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +90,25 @@ class Device:
         generation: the current one.
     """
 
-    def __init__(self, store: Generations) -> None:
-        self.store = store
+    def __init__(self, store: Generations, strict: bool = False) -> None:
+        self.store, self.strict = store, strict
         self._embedder: Embedder | None = None
         self._load(store.current())
 
     @classmethod
-    def open(cls, root: str | Path | None = None) -> Device:
+    def open(cls, root: str | Path | None = None, strict: bool = False) -> Device:
         """Open a root that a bundle was installed in.
+
+        Args:
+            root: the device's state; None: `default_root`.
+            strict: refuse to run the backbone on something slower than what its target is prepared for
+                (`SlowerProviderError`, when it is first needed); else that is logged as a warning.
 
         Raises:
             InputError: nothing is installed there.
             BundleRefusedError: every generation is damaged.
         """
-        return cls(Generations(default_root() if root is None else root))
+        return cls(Generations(default_root() if root is None else root), strict)
 
     def __enter__(self) -> Device:
         return self
@@ -125,7 +130,9 @@ class Device:
         """The backbone, started when it is first needed; an engine that no longer fits the machine is built anew."""
         if self._embedder is None:
             probe = self.generation.tensors("probe.safetensors")
-            self._embedder = open_embedder(self.store, self.generation.backbone, self.facts, probe, log.warning)
+            self._embedder = open_embedder(
+                self.store, self.generation.backbone, self.facts, probe, log.warning, self.strict
+            )
         return self._embedder
 
     @property
@@ -155,41 +162,51 @@ class Device:
         ]
 
     def learn(self, label: str, sources: Sequence[ImageSource]) -> dict[str, Any]:
-        """Teach a class that was not known before, from its images alone, and commit a generation.
+        """`learn_all` of one class."""
+        return self.learn_all({label: sources})
+
+    def learn_all(self, images: Mapping[str, Sequence[ImageSource]]) -> dict[str, Any]:
+        """Teach classes, new or known, from their new images alone, and commit one generation.
 
         A fifth of the images is held out, a copy of the learner is taught with the rest and measured on it;
         then the learner itself is taught with all of them, so that none is wasted.
 
         Args:
-            label: the new name.
-            sources: at least three images.
+            images: name → images; at least three of a new class.
 
         Returns:
-            generation, classes, images, held-out accuracy, the estimate for the old classes, seconds.
+            generation, classes, label (the names), images (their number), taught (name, images, whether it was new and
+            accuracy on its held-out images), held_out accuracy over all, the estimate for the old classes, seconds.
 
         Raises:
-            InputError: bad or known name, too few images, or one that cannot be read; nothing is changed.
+            InputError: a bad name, no or too few images, or one that cannot be read; nothing is changed.
         """
         started = time.monotonic()
         with self.store.writer():  # from reading to committing: nobody else can commit in between
             self._load(self.store.current())
-            registry = self.registry.add(label, "device", len(sources))
-            if len(sources) < MIN_IMAGES:
-                raise InputError(f"a class needs at least {MIN_IMAGES} images, but '{label}' has {len(sources)}")
-            embeddings = self.embed(sources)
-            row = len(self.registry)
-            accuracy, held_out = self._held_out(embeddings, row)
-            state = self.generation.tensors("learner.safetensors")
-            taught = learners.restore(*state)
-            labels = torch.full((len(embeddings),), row)
+            registry, lessons = _lessons(self.registry, images)
+            embeddings = self.embed([source for lesson in lessons for source in lesson.sources])
+            labels = torch.cat([torch.full((len(lesson.sources),), lesson.row) for lesson in lessons])
+            held_out = self._held_out(embeddings, labels)
+            taught = learners.restore(*self.generation.tensors("learner.safetensors"))
             measured = taught.learn(learners.Task(embeddings, labels))
             statistics = restore_statistics(*self.generation.tensors("statistics.safetensors"))
             retention = estimate(self.learner, taught, statistics)
             statistics.add(embeddings, labels)
+            right = torch.cat(list(held_out.values())).double()
             info = {
-                "label": registry.names[row],
-                "images": len(sources),
-                "held_out": {"images": held_out, "accuracy": round(accuracy, 4)},
+                "label": ", ".join(lesson.name for lesson in lessons),
+                "images": len(embeddings),
+                "held_out": {"images": len(right), "accuracy": _share(right)},
+                "taught": [
+                    {
+                        "label": lesson.name,
+                        "images": len(lesson.sources),
+                        "new": lesson.new,
+                        "held_out": {"images": len(held_out[lesson.row]), "accuracy": _share(held_out[lesson.row])},
+                    }
+                    for lesson in lessons
+                ],
                 "old_classes": retention,
                 "seconds": round(time.monotonic() - started, 3),
                 "measured": {key: float(value) for key, value in measured.items()},
@@ -200,15 +217,37 @@ class Device:
             self._load(generation)
         return {"generation": generation.number, "classes": self.classes, **info}
 
-    def _held_out(self, embeddings: torch.Tensor, row: int) -> tuple[float, int]:
-        """Accuracy on a fifth of the new images, of a copy taught with the others, and how many that is."""
-        order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(self.generation.number))
-        count = max(1, len(order) // HELD_OUT)
+    def _held_out(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Row → whether each of a fifth of its images is recognised by a copy taught with the others, bool ``(n,)``."""
+        generator = torch.Generator().manual_seed(self.generation.number)
+        held = torch.zeros(len(labels), dtype=torch.bool)
+        for row in labels.unique():
+            own = (labels == row).nonzero().flatten()
+            count = len(own) // HELD_OUT or int(len(own) >= MIN_IMAGES)
+            held[own[torch.randperm(len(own), generator=generator)[:count]]] = True
+        if not held.any():
+            return {int(row): held[:0] for row in labels.unique()}
         copy = learners.restore(*self.generation.tensors("learner.safetensors"))
-        part = embeddings[order[count:]]
-        copy.learn(learners.Task(part, torch.full((len(part),), row)))
-        right = copy.predict(embeddings[order[:count]]) == row
-        return float(right.double().mean()), count
+        copy.learn(learners.Task(embeddings[~held], labels[~held]))
+        right = copy.predict(embeddings[held]) == labels[held]
+        return {int(row): right[labels[held] == row] for row in labels.unique()}
+
+    def rename(self, label: str, new: str) -> dict[str, Any]:
+        """Give a class another name, and commit a generation; what was learned stays as it is.
+
+        Raises:
+            InputError: no such class, or the new name is bad or taken.
+        """
+        with self.store.writer():
+            self._load(self.store.current())
+            registry = self.registry.rename(label, new)
+            contents = {name: self.generation.read(name) for name in self.generation.files}
+            contents["classes.json"] = files.json_bytes(registry.to_json())
+            row = self.registry.row(label)
+            info = {"renamed": [self.classes[row], registry.names[row]]}
+            generation = self.store.commit(contents, info, parent=self.generation.number)
+            self._load(generation)
+        return {"generation": generation.number, "classes": self.classes, **info}
 
     def _contents(
         self, learner: learners.Learner, statistics: ClassStatistics, registry: ClassRegistry
@@ -275,6 +314,46 @@ class Device:
             "generations": list(self.store.list()),
             "events": list(self.store.journal()),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lesson:
+    """What one class is taught with."""
+
+    name: str
+    row: int
+    new: bool
+    sources: Sequence[ImageSource]
+
+
+def _lessons(
+    registry: ClassRegistry, images: Mapping[str, Sequence[ImageSource]]
+) -> tuple[ClassRegistry, list[_Lesson]]:
+    """The registry after learning, and what is to be learned.
+
+    Raises:
+        InputError: nothing to learn, a bad name, one that is there twice, or too few images.
+    """
+    if not images:
+        raise InputError("there is nothing to learn: no class was given")
+    lessons: list[_Lesson] = []
+    for label, sources in images.items():
+        row, count = registry.row(label), len(sources)
+        new, needed = row is None, MIN_IMAGES if row is None else 1
+        if count < needed:
+            kind = "new class" if new else "known class"
+            raise InputError(f"a {kind} needs at least {needed} images, but '{label}' has {count}")
+        if any(lesson.row == row for lesson in lessons):
+            raise InputError(f"the class '{label}' is given twice; give all of its images at once")
+        registry = registry.add(label, "device", count) if new else registry.taught(label, count)
+        row = len(registry) - 1 if new else row
+        lessons.append(_Lesson(registry.names[row], row, new, sources))
+    return registry, lessons
+
+
+def _share(right: torch.Tensor) -> float | None:
+    """Share of what is true; None of nothing."""
+    return round(float(right.double().mean()), 4) if len(right) else None
 
 
 def _pixels(source: ImageSource, name: str, size: int) -> np.ndarray:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from device_runtime.board import usable_cpus
-from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, require
+from ssd_edge import targets
+from ssd_edge.errors import (
+    BundleRefusedError,
+    EnvironmentUnfitError,
+    GateRefusedError,
+    SlowerProviderError,
+    require,
+)
 
 if TYPE_CHECKING:
     from device_runtime.generations import Generations
@@ -109,7 +116,12 @@ def checked(embeddings: np.ndarray, count: int, dim: int) -> np.ndarray:
 
 
 def open_embedder(
-    store: Generations, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say = lambda text: None
+    store: Generations,
+    backbone: str,
+    facts: Mapping[str, Any],
+    probe: Probe,
+    say: Say = lambda text: None,
+    strict: bool = False,
 ) -> Embedder:
     """What runs a root's backbone fastest here: TensorRT with a usable GPU, else ONNX Runtime.
 
@@ -119,21 +131,45 @@ def open_embedder(
     Args:
         store: of the root.
         backbone: sha256 of the backbone's file.
-        facts: ``size``, ``dim`` and ``precision``.
+        facts: ``size``, ``dim``, ``precision`` and ``target``.
         probe: arrays and limits of the bundle's probe.
         say: told what happens.
+        strict: refuse what is slower than what the target is prepared for; else that is said.
 
     Raises:
         BundleRefusedError: the backbone's file is missing or damaged.
         EnvironmentUnfitError: nothing here can run it.
+        SlowerProviderError: under `strict`.
     """
-    path = store.backbone_path(backbone)
+    path, reason = store.backbone_path(backbone), ""
+    found: Embedder | None = None
     if importlib.util.find_spec("tensorrt") is not None:
         try:
-            return _tensorrt(store.root / ENGINES, path, backbone, facts, probe, say)
+            found = _tensorrt(store.root / ENGINES, path, backbone, facts, probe, say)
         except (EnvironmentUnfitError, GateRefusedError, BundleRefusedError) as error:
-            say(f"TensorRT is not used, ONNX Runtime is: {error}")
-    return OnnxEmbedder(path, facts["size"], facts["dim"])
+            reason = f": {error}"
+    found = found or OnnxEmbedder(path, facts["size"], facts["dim"])
+    wanted = _prepared_for(facts["target"])
+    if _speed(found.provider) < _speed(wanted):
+        told = f"{found.provider} runs the backbone, slower than {wanted}, for which {facts['target']} stands{reason}"
+        if strict:
+            raise SlowerProviderError(f"{told}; see ssd-edge doctor, or leave --strict out")
+        say(f"warning: {told}")
+    elif reason:
+        say(f"TensorRT is not used, ONNX Runtime is{reason}")
+    return found
+
+
+def _prepared_for(target: str) -> str:
+    """What should run on a target; on one of a newer version, anything."""
+    known = targets.targets().get(target)
+    return {"jetson": "TensorRT", "cuda": "CUDAExecutionProvider"}.get(known.kind if known else "", PREFERRED[-1])
+
+
+def _speed(provider: str) -> int:
+    """The larger, the faster."""
+    order = (PREFERRED[-1], *PREFERRED[-2::-1], "TensorRT")
+    return max((place for place, name in enumerate(order) if provider.startswith(name)), default=0)
 
 
 def _tensorrt(folder: Path, path: Path, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say) -> Embedder:

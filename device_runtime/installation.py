@@ -34,13 +34,19 @@ Say = Callable[[str], None]
 
 
 def install(
-    root: str | Path, bundle: str | Path, *, allow_downgrade: bool = False, say: Say = lambda text: None
+    root: str | Path,
+    bundle: str | Path,
+    *,
+    allow_downgrade: bool = False,
+    strict: bool = False,
+    say: Say = lambda text: None,
 ) -> Generation:
     """Verify a bundle, test it on this machine, and make it the current generation of a root (created if need be).
 
     Args:
         root: the device's state.
         bundle: the file.
+        strict: refuse it where something slower would run it than its target is prepared for.
         allow_downgrade: take a lower release than the highest that was installed here.
         say: told what happens: an engine is built, what runs the backbone, and how near it comes to the bundle's
             embeddings.
@@ -49,6 +55,7 @@ def install(
         InputError: no such bundle.
         BundleRefusedError: the bundle is damaged, not signed by a trusted key, or older than what was installed.
         GateRefusedError: its backbone or learner computes something else here than where it was packed.
+        SlowerProviderError: under `strict`.
         EnvironmentUnfitError: a key is trusted, but `cryptography` is not installed; or the backbone cannot run here.
     """
     opened = bundles.read(Path(bundle))
@@ -71,7 +78,7 @@ def install(
             _check_release(store, facts["release"], bundle)
         backbone = store.add_backbone(opened.read("backbone"))
         arrays, limits = opened.tensors("probe")
-        embedder = open_embedder(store, backbone, facts, (arrays, limits), say)
+        embedder = open_embedder(store, backbone, facts, (arrays, limits), say, strict)
         tested = selftest.run(embedder.embed, arrays, limits)
         tested["agreement"] = _check_learner(learner, embedder.embed(arrays["images"]), arrays["rows"])
         say(

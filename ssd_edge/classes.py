@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.errors import BundleRefusedError, InputError, did_you_mean
 
 MAX_NAME_LENGTH = 64
 RESERVED_NAMES = frozenset({"unknown"})
@@ -82,6 +82,38 @@ class ClassRegistry:
             raise InputError(f"the class '{clean}' exists already; choose another name. Known: {', '.join(self.names)}")
         entry = ClassEntry(self.next_id, clean, origin, images)
         return ClassRegistry((*self.entries, entry), self.next_id + 1)
+
+    def rename(self, name: str, new: str) -> ClassRegistry:
+        """A registry in which one class has another name; its id and row stay.
+
+        Raises:
+            InputError: no such class, or the new name is bad or taken.
+        """
+        row, clean = self._known(name), normalise_name(new)
+        if self.row(clean) not in (None, row):
+            raise InputError(f"the class '{clean}' exists already; choose another name. Known: {', '.join(self.names)}")
+        return self._with(row, name=clean)
+
+    def taught(self, name: str, images: int) -> ClassRegistry:
+        """A registry in which one class was taught with so many images more.
+
+        Raises:
+            InputError: no such class.
+        """
+        row = self._known(name)
+        return self._with(row, images=self.entries[row].images + images)
+
+    def _known(self, name: str) -> int:
+        row = self.row(name)
+        if row is None:
+            hint = did_you_mean(name, self.names)
+            raise InputError(f"no class '{name}' is known.{hint} Known: {', '.join(self.names) or 'none'}")
+        return row
+
+    def _with(self, row: int, **changes: Any) -> ClassRegistry:
+        entries = list(self.entries)
+        entries[row] = replace(entries[row], **changes)
+        return ClassRegistry(entries, self.next_id)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value from which `from_json` restores an equal registry."""

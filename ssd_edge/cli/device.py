@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ssd_edge.cli.options import JSON, print_json
+from ssd_edge.errors import InputError
 
 ROOT = click.option(
     "--root",
@@ -18,15 +19,20 @@ ROOT = click.option(
 )
 
 
+STRICT = click.option(
+    "--strict", is_flag=True, help="Refuse to run the backbone on something slower than its target is prepared for."
+)
+
+
 @click.group()
 def device() -> None:
     """Install a bundle, predict, learn new classes, undo."""
 
 
-def _open(root: Path | None) -> Any:
+def _open(root: Path | None, strict: bool = False) -> Any:
     from device_runtime.device import Device
 
-    opened = Device.open(root)
+    opened = Device.open(root, strict)
     if opened.generation.fallback:
         click.echo(f"warning: {opened.generation.fallback}", err=True)
     return opened
@@ -41,14 +47,17 @@ def _root(root: Path | None) -> Path:
 @device.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--allow-downgrade", is_flag=True, help="Take a lower release than the highest that was installed.")
+@STRICT
 @ROOT
 @JSON
-def install(bundle: Path, allow_downgrade: bool, root: Path | None, as_json: bool) -> None:
+def install(bundle: Path, allow_downgrade: bool, strict: bool, root: Path | None, as_json: bool) -> None:
     """Verify BUNDLE, test it on this machine, and make it the current generation."""
     from device_runtime.installation import install as put
 
     root = _root(root)
-    generation = put(root, bundle, allow_downgrade=allow_downgrade, say=lambda text: click.echo(text, err=True))
+    generation = put(
+        root, bundle, allow_downgrade=allow_downgrade, strict=strict, say=lambda text: click.echo(text, err=True)
+    )
     names = generation.registry.names
     if as_json:
         print_json({"generation": generation.number, "classes": names, "root": str(root), **generation.info})
@@ -83,14 +92,15 @@ def trust(key: Path | None, remove: str | None, root: Path | None, as_json: bool
 
 @device.command()
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@STRICT
 @ROOT
 @JSON
-def predict(sources: tuple[Path, ...], root: Path | None, as_json: bool) -> None:
+def predict(sources: tuple[Path, ...], strict: bool, root: Path | None, as_json: bool) -> None:
     """Name the class of each IMAGE (files, or folders of them)."""
     from ssd_edge.images import image_files
 
     paths = image_files(sources)
-    opened = _open(root)
+    opened = _open(root, strict)
     started = time.monotonic()
     predictions = opened.predict(paths)
     seconds = time.monotonic() - started
@@ -103,29 +113,71 @@ def predict(sources: tuple[Path, ...], root: Path | None, as_json: bool) -> None
 
 
 @device.command()
-@click.option("--label", required=True, help="Name of the new class.")
-@click.argument("source", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER...")
+@click.option("--label", help="Name of the class, new or known [default: each folder in a FOLDER is a class].")
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER...")
+@STRICT
 @ROOT
 @JSON
-def learn(label: str, source: tuple[Path, ...], root: Path | None, as_json: bool) -> None:
-    """Teach a new class from a FOLDER of images (or single files); no old image is needed."""
+def learn(label: str | None, sources: tuple[Path, ...], strict: bool, root: Path | None, as_json: bool) -> None:
+    """Teach classes from FOLDERs of images (or single files); no old image is needed.
+
+    \b
+    ssd-edge device learn --label gear photos/       one class, from all images in photos/
+    ssd-edge device learn photos/                    a class a folder: photos/gear/, photos/nut/, …
+    """
     from ssd_edge.classes import normalise_name
     from ssd_edge.images import image_files
 
-    label = normalise_name(label)
-    paths = image_files(source)
-    result = _open(root).learn(label, paths)
+    if label is not None:
+        images = {normalise_name(label): image_files(sources)}
+    else:
+        images = {name: image_files(folders) for name, folders in _class_folders(sources).items()}
+    result = _open(root, strict).learn_all(images)
     if as_json:
         print_json(result)
         return
-    held, old = result["held_out"], result["old_classes"]
-    click.echo(f"generation {result['generation']}: learned '{result['label']}' from {result['images']} images")
-    click.echo(f"  held out      {held['accuracy']:.3f} of {held['images']} new images right (taught with the others)")
-    click.echo(
-        f"  old classes   {old['accuracy_before']:.3f} -> {old['accuracy_after']:.3f} "
-        "(an estimate from class statistics)"
-    )
-    click.echo(f"  {result['seconds']:.1f} s; undo with: ssd-edge device rollback")
+    old = result["old_classes"]
+    click.echo(f"generation {result['generation']}: learned {result['images']} images in {result['seconds']:.1f} s")
+    for taught in result["taught"]:
+        held = taught["held_out"]
+        found = "" if held["accuracy"] is None else f"; {held['accuracy']:.3f} of {held['images']} held out recognised"
+        kind = "new" if taught["new"] else "known before"
+        click.echo(f"  {taught['label']}: {taught['images']} images, {kind}{found}")
+    if old["accuracy_before"] is not None:
+        click.echo(
+            f"  old classes: {old['accuracy_before']:.3f} -> {old['accuracy_after']:.3f} "
+            "(an estimate from class statistics)"
+        )
+    click.echo("  undo with: ssd-edge device rollback")
+
+
+def _class_folders(sources: tuple[Path, ...]) -> dict[str, list[Path]]:
+    """Class name → folders of that name, below any of the sources."""
+    from ssd_edge.classes import normalise_name
+
+    found: dict[str, list[Path]] = {}
+    for source in sources:
+        folders = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
+        if not folders:
+            raise InputError(f"{source} has no folders, of which each would be a class; name the class: --label NAME")
+        for folder in folders:
+            found.setdefault(normalise_name(folder.name), []).append(folder)
+    return found
+
+
+@device.command()
+@click.argument("label")
+@click.argument("new")
+@ROOT
+@JSON
+def rename(label: str, new: str, root: Path | None, as_json: bool) -> None:
+    """Give the class LABEL the name NEW; what was learned stays as it is."""
+    result = _open(root).rename(label, new)
+    if as_json:
+        print_json(result)
+    else:
+        was, now = result["renamed"]
+        click.echo(f"generation {result['generation']}: '{was}' is called '{now}'")
 
 
 @device.command()
@@ -174,5 +226,7 @@ def history(root: Path | None, as_json: bool) -> None:
         what = f"install {info.get('bundle')}"
         if "label" in info:
             what = f"learn '{info['label']}', {info['images']} images"
+        elif "renamed" in info:
+            what = "rename '{}' to '{}'".format(*info["renamed"])
         note = "" if entry["intact"] else f"  DAMAGED: {entry['problem']}"
         click.echo(f"{mark} {entry['number']:3}  {entry['created_utc']}  {what if entry['intact'] else ''}{note}")

@@ -83,7 +83,6 @@ def test_images_may_be_paths_arrays_or_pil(root: Path, shapes: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "count", "message"),
     [
-        ("circle", 5, "the class 'circle' exists already"),
         ("unknown", 5, "is reserved"),
         ("new", 2, "needs at least 3 images, but 'new' has 2"),
         ("", 5, "a class name is empty"),

@@ -15,7 +15,7 @@ from device_runtime import embedder, engine, tensorrt_api, tensorrt_embedder
 from device_runtime.embedder import OnnxEmbedder, open_embedder
 from device_runtime.generations import Generations
 from ssd_edge import bundle
-from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, SlowerProviderError
 
 
 @pytest.fixture
@@ -27,8 +27,9 @@ def opened(tiny_bundle, tmp_path):
         backbone = store.add_backbone(read.read("backbone"))
     arrays, limits = read.tensors("probe")
 
-    def run(say=lambda text: None):
-        return open_embedder(store, backbone, read.manifest["backbone"], (arrays, limits), say)
+    def run(say=lambda text: None, target="cpu", strict=False):
+        facts = {**read.manifest["backbone"], "target": target}
+        return open_embedder(store, backbone, facts, (arrays, limits), say, strict)
 
     run.arrays = arrays
     return run
@@ -134,6 +135,27 @@ def test_tensorrt_without_a_gpu_is_told(opened, tensorrt):
     said = []
     assert opened(said.append).provider == "CPUExecutionProvider"
     assert "PyTorch finds no GPU that it can use" in said[-1]
+
+
+@pytest.mark.parametrize(("target", "wanted"), [("jetson", "TensorRT"), ("generic-cuda", "CUDAExecutionProvider")])
+def test_what_is_slower_than_the_target_stands_for_is_told_or_refused(opened, target, wanted):
+    said = []
+    assert opened(said.append, target).provider == "CPUExecutionProvider"
+    told = f"CPUExecutionProvider runs the backbone, slower than {wanted}, for which {target} stands"
+    assert said == [f"warning: {told}"]
+    with pytest.raises(SlowerProviderError, match=told):
+        opened(target=target, strict=True)
+
+
+def test_what_is_as_fast_passes_under_strict(opened, tensorrt):
+    for target in ("jetson", "generic-cuda", "cpu", "a target of a newer version"):
+        assert opened(target=target, strict=True).provider.startswith("TensorRT")
+
+
+def test_the_reason_is_told_with_the_refusal(opened, tensorrt):
+    tensorrt.failure = EnvironmentUnfitError("no memory")
+    with pytest.raises(SlowerProviderError, match="stands: no memory; see ssd-edge doctor"):
+        opened(target="jetson", strict=True)
 
 
 def test_a_damaged_backbone_is_not_run_by_anything(opened, tmp_path):

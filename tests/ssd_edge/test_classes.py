@@ -92,3 +92,22 @@ ENTRY = {"id": 0, "name": "a", "origin": "base", "images": 1}
 def test_damaged_json(value: Any) -> None:
     with pytest.raises(BundleRefusedError, match=r"the class registry (is damaged|gives ids)"):
         ClassRegistry.from_json(value)
+
+
+def test_a_renamed_class_keeps_its_id_and_row():
+    registry = ClassRegistry().add("cup", images=3).add("nut").rename("cup", " mug ")
+    assert registry.names == ["mug", "nut"]
+    assert registry.entries[0] == ClassEntry(0, "mug", "base", 3)
+    assert registry.add("cup").entries[2].id == 2
+    assert registry.rename("mug", "mug").names == ["mug", "nut"]
+    with pytest.raises(InputError, match="the class 'nut' exists already"):
+        registry.rename("mug", "nut")
+    with pytest.raises(InputError, match=r"no class 'nutt' is known\. Did you mean 'nut'\? Known: mug, nut"):
+        registry.rename("nutt", "bolt")
+
+
+def test_images_of_a_known_class_add_up():
+    registry = ClassRegistry().add("cup", images=3).taught("cup", 4)
+    assert registry.entries[0].images == 7
+    with pytest.raises(InputError, match="no class 'nut' is known"):
+        registry.taught("nut", 1)

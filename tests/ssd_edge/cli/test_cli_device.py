@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ssd_edge.cli.device import _class_folders
+
 
 @pytest.fixture(scope="module")
 def root(bundle: Path, cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,8 +43,8 @@ def test_the_path_of_the_readme(root: Path, shapes: Path, cli) -> None:
     assert learned["old_classes"]["kind"].startswith("estimate")
     after = predict()
     assert sum(p["label"] == "triangle" for p in after["predictions"]) >= 10
-    told = cli("device", "learn", "--label", "triangle", shapes / "train" / "triangle", *at, code=2)
-    assert "exists already" in told.stderr
+    told = cli("device", "learn", "--strict", "--label", "more", shapes / "train" / "triangle", *at, code=6)
+    assert "slower than TensorRT, for which jetson stands" in told.stderr
     status = json.loads(cli("device", "status", *at, "--json").stdout)
     assert (status["generation"], status["classes"][-1]) == (2, "triangle")
     rolled = json.loads(cli("device", "rollback", *at, "--json").stdout)
@@ -55,6 +57,14 @@ def test_the_path_of_the_readme(root: Path, shapes: Path, cli) -> None:
     assert "circle" in cli("device", "predict", shapes / "test" / "circle", *at).stdout
 
 
+def test_folders_of_one_name_are_one_class(tmp_path: Path) -> None:
+    for place in ("one/gear", "one/nut", "two/gear"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "one" / "note.txt").write_text("no folder")
+    found = _class_folders((tmp_path / "one", tmp_path / "two"))
+    assert found == {"gear": [tmp_path / "one/gear", tmp_path / "two/gear"], "nut": [tmp_path / "one/nut"]}
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -63,6 +73,9 @@ def test_the_path_of_the_readme(root: Path, shapes: Path, cli) -> None:
         (["learn", "--label", "unknown", "EMPTY"], 2, "is reserved"),
         (["learn", "--label", "new", "EMPTY"], 2, "EMPTY"),
         (["learn", "--label", "new", "MIXED"], 2, "note.jpg"),
+        (["learn", "EMPTY"], 2, "has no folders, of which each would be a class"),
+        (["rename", "none", "new"], 2, "no class 'none' is known"),
+        (["rename", "circle", "cross"], 2, "the class 'cross' exists already"),
         (["rollback", "9"], 2, "available generations: 1"),
         (["rollback", "x"], 2, "x"),
         (["install", "none.ssdedge"], 2, "none.ssdedge"),

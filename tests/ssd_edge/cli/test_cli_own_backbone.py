@@ -49,7 +49,7 @@ def test_the_whole_path(shapes: Path, cli, tmp_path: Path) -> None:
     (tmp_path / "own.onnx").unlink()  # the bundle holds all that the device needs
     cli("device", "install", tmp_path / "own.ssdedge", "--root", tmp_path / "root")
     learned = ["device", "learn", "--label", "triangle", shapes / "train" / "triangle", "--root", tmp_path / "root"]
-    assert "learned 'triangle' from 40 images" in cli(*learned).stdout
+    assert "triangle: 40 images, new" in cli(*learned).stdout
     answer = cli("device", "predict", shapes / "test", "--root", tmp_path / "root", "--json").stdout
     predictions = json.loads(answer)["predictions"]
     right = [Path(p["image"]).parent.name == p["label"] for p in predictions]

@@ -1,0 +1,124 @@
+"""What a device learns at once: several classes, more of a known one, and another name; on a tiny bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from device_runtime import Device
+from device_runtime.installation import install
+from ssd_edge.errors import InputError, SlowerProviderError
+
+COLOURS = {"cup": (220, 30, 30), "wedge": (220, 220, 30), "bolt": (20, 20, 20)}
+
+
+def photos(name: str, count: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng([seed, len(name)])
+    noisy = np.array(COLOURS[name]) + rng.normal(0, 20, (count, 8, 8, 3))
+    return list(np.clip(noisy, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def root(tiny_bundle, tmp_path: Path) -> Path:
+    (tmp_path / "tiny.ssdedge").write_bytes(tiny_bundle())
+    install(tmp_path / "root", tmp_path / "tiny.ssdedge")
+    return tmp_path / "root"
+
+
+def labels(device: Device, name: str) -> set[str]:
+    return {prediction.label for prediction in device.predict(photos(name, 10, seed=9))}
+
+
+def test_several_classes_are_one_generation(root):
+    device = Device.open(root)
+    result = device.learn_all({"wedge": photos("wedge", 10), "bolt": photos("bolt", 5)})
+    assert result["generation"] == 2
+    assert result["classes"] == ["cup", "nut", "screw", "wedge", "bolt"]
+    assert (result["label"], result["images"]) == ("wedge, bolt", 15)
+    assert [(one["label"], one["images"], one["new"]) for one in result["taught"]] == [
+        ("wedge", 10, True),
+        ("bolt", 5, True),
+    ]
+    assert [one["held_out"] for one in result["taught"]] == [
+        {"images": 2, "accuracy": 1.0},
+        {"images": 1, "accuracy": 1.0},
+    ]
+    assert result["held_out"] == {"images": 3, "accuracy": 1.0}
+    for name in COLOURS:
+        assert labels(device, name) == {name}
+    assert Device.open(root).status()["images"] == {"cup": 20, "nut": 20, "screw": 20, "wedge": 10, "bolt": 5}
+
+
+def test_more_images_of_a_known_class_move_it(root):
+    device = Device.open(root)
+    before = device.learner.state_dict()["sums"][0]
+    result = device.learn("cup", photos("cup", 1))  # one is enough: the class has others
+    assert result["classes"] == ["cup", "nut", "screw"]
+    assert result["taught"][0] == {
+        "label": "cup",
+        "images": 1,
+        "new": False,
+        "held_out": {"images": 0, "accuracy": None},
+    }
+    assert not device.learner.state_dict()["sums"][0].equal(before)
+    assert device.status()["images"]["cup"] == 21
+    assert device.statistics.counts.tolist() == [21, 20, 20]
+    assert device.status()["learned_here"] == []
+    device.rollback()
+    assert device.learner.state_dict()["sums"][0].equal(before)
+
+
+def test_new_and_known_may_be_learned_together(root):
+    device = Device.open(root)
+    result = device.learn_all({"cup": photos("cup", 4), "wedge": photos("wedge", 4)})
+    assert [one["new"] for one in result["taught"]] == [False, True]
+    assert labels(device, "wedge") == {"wedge"}
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        ({}, "there is nothing to learn"),
+        ({"wedge": 2}, "a new class needs at least 3 images, but 'wedge' has 2"),
+        ({"cup": 0}, "a known class needs at least 1 images, but 'cup' has 0"),
+        ({"cup": 3, " cup": 3}, "the class ' cup' is given twice"),
+        ({"wedge": 3, "wedge ": 3}, "the class 'wedge ' is given twice"),
+        ({"unknown": 3}, "reserved"),
+    ],
+)
+def test_what_cannot_be_learned_changes_nothing(root, images, sentence):
+    device = Device.open(root)
+    with pytest.raises(InputError, match=sentence):
+        device.learn_all({name: photos("cup", count) for name, count in images.items()})
+    assert Device.open(root).generation.number == 1
+
+
+def test_a_class_is_renamed_and_nothing_else(root):
+    device = Device.open(root)
+    before = device.learner.scores(device.embed(photos("cup", 5)))
+    result = device.rename("cup", "mug")
+    assert (result["generation"], result["renamed"]) == (2, ["cup", "mug"])
+    assert labels(device, "cup") == {"mug"}
+    assert device.learner.scores(device.embed(photos("cup", 5))).equal(before)
+    assert device.history()["generations"][-1]["info"] == {"renamed": ["cup", "mug"]}
+    with pytest.raises(InputError, match="no class 'cup' is known"):
+        device.rename("cup", "x")
+    device.rollback()
+    assert "cup" in device.classes
+
+
+def test_strict_refuses_what_is_slower_than_the_target_is_prepared_for(root, tiny_bundle, tmp_path, caplog):
+    assert Device.open(root, strict=True).predict(photos("cup", 1))  # of a bundle for the CPU
+    path = tmp_path / "jetson.ssdedge"
+    path.write_bytes(tiny_bundle(target="jetson"))
+    with pytest.raises(SlowerProviderError, match="CPUExecutionProvider runs the backbone, slower") as raised:
+        install(tmp_path / "strict", path, strict=True)
+    assert raised.value.exit_code == 6
+    assert not (tmp_path / "strict" / "CURRENT").exists()
+    install(root, path)
+    assert Device.open(root).predict(photos("cup", 1))
+    assert "warning: CPUExecutionProvider runs the backbone" in caplog.text
+    with pytest.raises(SlowerProviderError):
+        Device.open(root, strict=True).predict(photos("cup", 1))
