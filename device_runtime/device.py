@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,23 +23,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from device_runtime import lessons
 from device_runtime.board import default_root
 from device_runtime.embedder import Embedder, open_embedder
 from device_runtime.generations import Generation, Generations
+from device_runtime.lessons import ImageSource
 from device_runtime.retention import estimate
-from ssd_edge import files, images, learners
+from ssd_edge import files, learners
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.statistics import ClassStatistics
 
 log = logging.getLogger(__name__)
 
-MIN_IMAGES = 3  # the mean of one image is that image's embedding: it would be stored
-HELD_OUT = 5  # one image in five measures what the others taught
 CARRIED = ("device.json", "probe.safetensors")  # from a generation to those that are learned from it
-ImageSource = str | Path | np.ndarray | Image.Image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +49,13 @@ class Prediction:
         label: class name.
         score: softmax of the learner's scores over the classes, 0..1. It ranks the images of one generation; it is
             no calibrated probability (a discriminant in a thousand dimensions is far too sure of itself).
+        generation: that answered.
     """
 
     image: str
     label: str
     score: float
+    generation: int
 
 
 def restore_statistics(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> ClassStatistics:
@@ -83,16 +84,39 @@ def check_together(learner: learners.Learner, registry: ClassRegistry, statistic
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class State:
+    """One generation, opened.
+
+    Attributes:
+        generation: as it was committed.
+        registry: its classes.
+        learner: restored; not to be taught.
+        statistics: of the embeddings of its classes.
+        facts: device.json.
+    """
+
+    generation: Generation
+    registry: ClassRegistry
+    learner: learners.Learner
+    statistics: ClassStatistics
+    facts: dict[str, Any]
+
+
 class Device:
     """The state of a root, opened. Make one with `Device.open`.
 
+    Any number of threads may predict while one learns: an answer is wholly that of the generation before or wholly that
+    of the one after. Learning, renaming and rolling back take turns, also among processes; who comes second is refused.
+
     Attributes:
-        generation: the current one.
+        state: the generation that answers; replaced as a whole.
     """
 
     def __init__(self, store: Generations, strict: bool = False) -> None:
         self.store, self.strict = store, strict
-        self._embedder: Embedder | None = None
+        self._starting = threading.Lock()
+        self._embedders: dict[str, Embedder] = {}  # by backbone; the one of `state`
         self._load(store.current())
 
     @classmethod
@@ -114,7 +138,7 @@ class Device:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._embedder = None
+        self._embedders = {}
 
     def _load(self, generation: Generation) -> None:
         registry = generation.registry
@@ -122,18 +146,61 @@ class Device:
         statistics = restore_statistics(*generation.tensors("statistics.safetensors"))
         check_together(learner, registry, statistics)
         facts = files.parse_json(generation.read("device.json"), "device.json")
-        self.generation, self.registry, self.learner = generation, registry, learner
-        self.statistics, self.facts = statistics, facts
+        self.state = State(generation, registry, learner, statistics, facts)
+        with self._starting:
+            running = self._embedders.get(generation.backbone)
+            self._embedders = {} if running is None else {generation.backbone: running}
+
+    def refresh(self) -> bool:
+        """Take over what another process has committed; whether there was something new.
+
+        Raises:
+            BundleRefusedError: every generation is damaged.
+        """
+        generation = self.store.current()
+        if generation == self.generation:
+            return False
+        self._load(generation)
+        return True
+
+    @property
+    def generation(self) -> Generation:
+        """The one that answers."""
+        return self.state.generation
+
+    @property
+    def registry(self) -> ClassRegistry:
+        """Its classes."""
+        return self.state.registry
+
+    @property
+    def learner(self) -> learners.Learner:
+        """Its learner; not to be taught."""
+        return self.state.learner
+
+    @property
+    def statistics(self) -> ClassStatistics:
+        """Of the embeddings of its classes."""
+        return self.state.statistics
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its bundle said besides tensors."""
+        return self.state.facts
 
     @property
     def embedder(self) -> Embedder:
         """The backbone, started when it is first needed; an engine that no longer fits the machine is built anew."""
-        if self._embedder is None:
-            probe = self.generation.tensors("probe.safetensors")
-            self._embedder = open_embedder(
-                self.store, self.generation.backbone, self.facts, probe, log.warning, self.strict
-            )
-        return self._embedder
+        return self._embedder_of(self.state)
+
+    def _embedder_of(self, state: State) -> Embedder:
+        backbone = state.generation.backbone
+        with self._starting:
+            if backbone not in self._embedders:
+                probe = state.generation.tensors("probe.safetensors")
+                found = open_embedder(self.store, backbone, state.facts, probe, log.warning, self.strict)
+                self._embedders = {backbone: found}
+            return self._embedders[backbone]
 
     @property
     def classes(self) -> list[str]:
@@ -146,18 +213,23 @@ class Device:
         Raises:
             InputError: an image cannot be read; the sentence names it.
         """
-        size = self.facts["size"]
-        pixels = [_pixels(source, f"image {number}", size) for number, source in enumerate(sources)]
+        return self._embed(self.state, sources)
+
+    def _embed(self, state: State, sources: Sequence[ImageSource]) -> torch.Tensor:
+        size = state.facts["size"]
+        pixels = [lessons.pixels(source, f"image {number}", size) for number, source in enumerate(sources)]
         stacked = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
-        return torch.from_numpy(self.embedder.embed(stacked))
+        return torch.from_numpy(self._embedder_of(state).embed(stacked))
 
     def predict(self, sources: Sequence[ImageSource]) -> list[Prediction]:
         """The best class of each image."""
-        scores = self.learner.scores(self.embed(sources))[:, : len(self.registry)]
+        state = self.state  # one for the whole answer: another thread may replace it at any time
+        classes = state.registry.names
+        scores = state.learner.scores(self._embed(state, sources))[:, : len(classes)]
         share, row = scores.softmax(1).max(1) if len(scores) else (torch.zeros(0), torch.zeros(0))
         names = [str(s) if isinstance(s, str | Path) else f"image {n}" for n, s in enumerate(sources)]
         return [
-            Prediction(name, self.classes[int(r)], float(s))
+            Prediction(name, classes[int(r)], float(s), state.generation.number)
             for name, r, s in zip(names, row, share, strict=True)
         ]
 
@@ -184,29 +256,17 @@ class Device:
         started = time.monotonic()
         with self.store.writer():  # from reading to committing: nobody else can commit in between
             self._load(self.store.current())
-            registry, lessons = _lessons(self.registry, images)
-            embeddings = self.embed([source for lesson in lessons for source in lesson.sources])
-            labels = torch.cat([torch.full((len(lesson.sources),), lesson.row) for lesson in lessons])
-            held_out = self._held_out(embeddings, labels)
-            taught = learners.restore(*self.generation.tensors("learner.safetensors"))
+            registry, plan = lessons.plan(self.registry, images)
+            embeddings = self.embed([source for lesson in plan for source in lesson.sources])
+            labels = torch.cat([torch.full((len(lesson.sources),), lesson.row) for lesson in plan])
+            held_out = lessons.held_out(self._fresh_learner(), embeddings, labels, seed=self.generation.number)
+            taught = self._fresh_learner()
             measured = taught.learn(learners.Task(embeddings, labels))
             statistics = restore_statistics(*self.generation.tensors("statistics.safetensors"))
             retention = estimate(self.learner, taught, statistics)
             statistics.add(embeddings, labels)
-            right = torch.cat(list(held_out.values())).double()
             info = {
-                "label": ", ".join(lesson.name for lesson in lessons),
-                "images": len(embeddings),
-                "held_out": {"images": len(right), "accuracy": _share(right)},
-                "taught": [
-                    {
-                        "label": lesson.name,
-                        "images": len(lesson.sources),
-                        "new": lesson.new,
-                        "held_out": {"images": len(held_out[lesson.row]), "accuracy": _share(held_out[lesson.row])},
-                    }
-                    for lesson in lessons
-                ],
+                **lessons.report(plan, held_out),
                 "old_classes": retention,
                 "seconds": round(time.monotonic() - started, 3),
                 "measured": {key: float(value) for key, value in measured.items()},
@@ -217,20 +277,9 @@ class Device:
             self._load(generation)
         return {"generation": generation.number, "classes": self.classes, **info}
 
-    def _held_out(self, embeddings: torch.Tensor, labels: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Row → whether each of a fifth of its images is recognised by a copy taught with the others, bool ``(n,)``."""
-        generator = torch.Generator().manual_seed(self.generation.number)
-        held = torch.zeros(len(labels), dtype=torch.bool)
-        for row in labels.unique():
-            own = (labels == row).nonzero().flatten()
-            count = len(own) // HELD_OUT or int(len(own) >= MIN_IMAGES)
-            held[own[torch.randperm(len(own), generator=generator)[:count]]] = True
-        if not held.any():
-            return {int(row): held[:0] for row in labels.unique()}
-        copy = learners.restore(*self.generation.tensors("learner.safetensors"))
-        copy.learn(learners.Task(embeddings[~held], labels[~held]))
-        right = copy.predict(embeddings[held]) == labels[held]
-        return {int(row): right[labels[held] == row] for row in labels.unique()}
+    def _fresh_learner(self) -> learners.Learner:
+        """A copy of the current one, to be taught."""
+        return learners.restore(*self.generation.tensors("learner.safetensors"))
 
     def rename(self, label: str, new: str) -> dict[str, Any]:
         """Give a class another name, and commit a generation; what was learned stays as it is.
@@ -282,8 +331,6 @@ class Device:
                 hint = f"name one of: {', '.join(others)}" if others else "it is the only one"
                 raise InputError(f"generation {current.number} was installed, not learned, so it has no parent; {hint}")
             generation = self.store.set_current(number, "rollback", {"from": current.number})
-            if generation.backbone != self.generation.backbone:
-                self._embedder = None
             self._load(generation)
         return {"generation": generation.number, "classes": self.classes, "from": current.number}
 
@@ -314,51 +361,3 @@ class Device:
             "generations": list(self.store.list()),
             "events": list(self.store.journal()),
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Lesson:
-    """What one class is taught with."""
-
-    name: str
-    row: int
-    new: bool
-    sources: Sequence[ImageSource]
-
-
-def _lessons(
-    registry: ClassRegistry, images: Mapping[str, Sequence[ImageSource]]
-) -> tuple[ClassRegistry, list[_Lesson]]:
-    """The registry after learning, and what is to be learned.
-
-    Raises:
-        InputError: nothing to learn, a bad name, one that is there twice, or too few images.
-    """
-    if not images:
-        raise InputError("there is nothing to learn: no class was given")
-    lessons: list[_Lesson] = []
-    for label, sources in images.items():
-        row, count = registry.row(label), len(sources)
-        new, needed = row is None, MIN_IMAGES if row is None else 1
-        if count < needed:
-            kind = "new class" if new else "known class"
-            raise InputError(f"a {kind} needs at least {needed} images, but '{label}' has {count}")
-        if any(lesson.row == row for lesson in lessons):
-            raise InputError(f"the class '{label}' is given twice; give all of its images at once")
-        registry = registry.add(label, "device", count) if new else registry.taught(label, count)
-        row = len(registry) - 1 if new else row
-        lessons.append(_Lesson(registry.names[row], row, new, sources))
-    return registry, lessons
-
-
-def _share(right: torch.Tensor) -> float | None:
-    """Share of what is true; None of nothing."""
-    return round(float(right.double().mean()), 4) if len(right) else None
-
-
-def _pixels(source: ImageSource, name: str, size: int) -> np.ndarray:
-    if isinstance(source, np.ndarray):
-        return images.from_array(source, size)
-    if isinstance(source, Image.Image):
-        return images.to_array(source, name, size)
-    return images.decode(files.read_bytes(Path(source)), str(source), size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class TensorRTEmbedder:
     ) -> None:
         api = api or TensorRT()
         self._cuda = cuda or Cuda()
+        self._turn = threading.Lock()
         self._engine: Engine | None = api.load(plan if isinstance(plan, bytes) else files.read_bytes(plan))
         engine = self._engine
         self.size, self.dim = size, dim
@@ -108,9 +110,10 @@ class TensorRTEmbedder:
                 "was given; decode them with ssd_edge.images"
             )
         embeddings = np.empty((len(images), self.dim), np.float32)
-        for start in range(0, len(images), engine.max_batch):
-            part = images[start : start + engine.max_batch]
-            embeddings[start : start + len(part)] = self._run(engine, part)
+        with self._turn:  # one place in memory for all threads
+            for start in range(0, len(images), engine.max_batch):
+                part = images[start : start + engine.max_batch]
+                embeddings[start : start + len(part)] = self._run(engine, part)
         return checked(embeddings, len(images), self.dim)
 
     def _run(self, engine: Engine, part: np.ndarray) -> np.ndarray:

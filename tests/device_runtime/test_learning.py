@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from device_runtime import Device
+from device_runtime.generations import Generations
 from device_runtime.installation import install
-from ssd_edge.errors import InputError, SlowerProviderError
+from ssd_edge.errors import EnvironmentUnfitError, InputError, SlowerProviderError
 
 COLOURS = {"cup": (220, 30, 30), "wedge": (220, 220, 30), "bolt": (20, 20, 20)}
 
@@ -122,3 +124,64 @@ def test_strict_refuses_what_is_slower_than_the_target_is_prepared_for(root, tin
     assert "warning: CPUExecutionProvider runs the backbone" in caplog.text
     with pytest.raises(SlowerProviderError):
         Device.open(root, strict=True).predict(photos("cup", 1))
+
+
+def test_readers_never_see_half_a_state_while_another_thread_learns(root):
+    device = Device.open(root)
+    probes = photos("cup", 3, seed=5) + photos("wedge", 3, seed=5)
+    answers: dict[int, set[tuple]] = {}
+    problems: list[BaseException] = []
+    done = threading.Event()
+
+    def read() -> None:
+        try:
+            while not done.is_set():
+                found = device.predict(probes)
+                (number,) = {one.generation for one in found}
+                answers.setdefault(number, set()).add(tuple((one.label, one.score) for one in found))
+        except BaseException as error:
+            problems.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(8)]
+    for reader in readers:
+        reader.start()
+    for turn in range(6):
+        device.learn("wedge" if turn == 0 else f"class {turn}", photos("wedge" if turn == 0 else "bolt", 4, seed=turn))
+    device.rollback(1)
+    done.set()
+    for reader in readers:
+        reader.join(30)
+    assert not problems
+    assert len(answers) > 2
+    assert all(len(seen) == 1 for seen in answers.values())  # one answer a generation, to the last bit
+    for number, seen in answers.items():
+        expected = Device(OneGeneration(device.store.root, number)).predict(probes)
+        assert seen == {tuple((one.label, one.score) for one in expected)}
+
+
+class OneGeneration(Generations):
+    """A root of which one generation is taken for the current one."""
+
+    def __init__(self, root: Path, number: int) -> None:
+        super().__init__(root)
+        self.number = number
+
+    def current(self):
+        return self.get(self.number)
+
+
+def test_what_another_process_commits_is_taken_over_when_asked(root):
+    here, there = Device.open(root), Device.open(root)
+    assert here.refresh() is False
+    there.learn("wedge", photos("wedge", 4))
+    assert labels(here, "wedge") != {"wedge"}
+    assert here.refresh() is True
+    assert labels(here, "wedge") == {"wedge"}
+    assert here.refresh() is False
+
+
+def test_who_learns_second_is_refused_and_the_first_goes_on(root):
+    first, second = Device.open(root), Device.open(root)
+    with first.store.writer(), pytest.raises(EnvironmentUnfitError, match="another process is writing"):
+        second.learn("wedge", photos("wedge", 4))
+    assert second.learn("wedge", photos("wedge", 4))["generation"] == 2
