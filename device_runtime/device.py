@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 CARRIED = ("device.json", "probe.safetensors")  # from a generation to those that are learned from it
 
 
+NOTHING_KNOWN = {"kind": "no class was known before", "accuracy_before": None, "accuracy_after": None, "drop": 0.0}
+
+
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """One answer.
@@ -225,6 +228,8 @@ class Device:
         """The best class of each image."""
         state = self.state  # one for the whole answer: another thread may replace it at any time
         classes = state.registry.names
+        if not classes:
+            raise InputError("this device knows no class yet; teach it one: ssd-edge device learn --label NAME FOLDER")
         scores = state.learner.scores(self._embed(state, sources))[:, : len(classes)]
         share, row = scores.softmax(1).max(1) if len(scores) else (torch.zeros(0), torch.zeros(0))
         names = [str(s) if isinstance(s, str | Path) else f"image {n}" for n, s in enumerate(sources)]
@@ -263,7 +268,7 @@ class Device:
             taught = self._fresh_learner()
             measured = taught.learn(learners.Task(embeddings, labels))
             statistics = restore_statistics(*self.generation.tensors("statistics.safetensors"))
-            retention = estimate(self.learner, taught, statistics)
+            retention = estimate(self.learner, taught, statistics) if len(self.registry) else NOTHING_KNOWN
             statistics.add(embeddings, labels)
             info = {
                 **lessons.report(plan, held_out),

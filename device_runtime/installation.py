@@ -139,8 +139,10 @@ def _check_release(store: Generations, release: int, name: str | Path) -> None:
 
 def _check_learner(learner: learners.Learner, embeddings: np.ndarray, rows: np.ndarray) -> float:
     """Share of the probe's images that the learner decides as it did where the bundle was packed."""
+    if not len(learner.seen):  # deployed without classes: there is nothing to decide yet
+        return 1.0
     scores = learner.scores(torch.from_numpy(embeddings))
-    agreement = float((scores.argmax(1).numpy() == rows).mean()) if scores.shape[1] else 1.0
+    agreement = float((scores.argmax(1).numpy() == rows).mean())
     if not bool(torch.isfinite(scores).all()) or agreement < MIN_AGREEMENT:
         raise GateRefusedError(
             f"the learner decides {agreement:.0%} of the probe's images as it did where it was packed, but at least "

@@ -281,14 +281,15 @@ def footprint(path: str | Path, root: Path) -> dict[str, float]:
     found["loaded"] = _resident("VmRSS")
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (NEW_IMAGES, embedder.size, embedder.size, 3), dtype=np.uint8)
-    learner.predict(torch.from_numpy(embedder.embed(pixels[:1])))
+    learner.scores(torch.from_numpy(embedder.embed(pixels[:1])))
     found["predicted"] = _resident("VmRSS")
     rows = torch.full((NEW_IMAGES,), len(opened.registry))
     task = learners.Task(torch.from_numpy(embedder.embed(pixels)), rows)
     copies = [learners.restore(*opened.tensors("learner")) for _ in range(2)]  # one for held-out images
     for copy in copies:
         copy.learn(task)
-    retention.estimate(learner, copies[0], restore_statistics(*opened.tensors("statistics")))
+    if len(opened.registry):
+        retention.estimate(learner, copies[0], restore_statistics(*opened.tensors("statistics")))
     found["learned"] = _resident("VmRSS")
     return {**found, "peak": _resident("VmHWM")}
 

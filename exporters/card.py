@@ -31,6 +31,12 @@ _PROVENANCE = {  # key of a backbone's provenance -> what to call it
 }
 
 
+_NO_CLASS = (
+    "## Classes\n\nNone: everything is taught on the device. No accuracy can be told before; `ssd-edge device learn` "
+    "measures it on images that it holds out."
+)
+
+
 def escape(text: Any) -> str:
     """Text that Markdown and HTML show as it is, on one line."""
     line = " ".join(str(text).split())
@@ -49,8 +55,7 @@ def render(manifest: Mapping[str, Any], registry: ClassRegistry) -> str:
     """
     sections = [
         _purpose(manifest),
-        _classes(manifest["metrics"], registry),
-        _accuracy(manifest),
+        *([_classes(manifest["metrics"], registry), _accuracy(manifest)] if len(registry) else [_NO_CLASS]),
         _backbone(manifest["backbone"]),
         _making(manifest),
         _export(manifest["parity"]),
@@ -77,8 +82,8 @@ def _purpose(manifest: Mapping[str, Any]) -> str:
     target = manifest["target"]
     return (
         f"# {escape(manifest['name'])}\n\n"
-        f"Tells images of {len(manifest['classes'])} classes apart, and learns further classes on the device from a "
-        "few images of each, without the old images.\n\n"
+        f"Tells images of {len(manifest['classes']) or 'no'} classes apart, and learns further classes on the device "
+        "from a few images of each, without the old images.\n\n"
         f"Prepared for `{target}`: {targets.get(target).title}. One image is {manifest['backbone']['size']} × "
         f"{manifest['backbone']['size']} pixels, RGB; others are resized.\n\n"
         "It is meant for sorting images like those it was trained and tested on. It is not meant for decisions on "
@@ -159,7 +164,7 @@ def _export(parity: Mapping[str, Any]) -> str:
                 f"{values['min_cosine']:.6f}",
                 f"{values['max_difference']:.1e} σ",
                 f"{values['drift']['mean_shift']:.1e} σ",
-                f"{values['agreement']:.1%}",
+                f"{values['agreement']:.1%}" if "agreement" in values else "–",
                 f"{accuracy['reference']:.3f} → {accuracy['exported']:.3f}" if accuracy else "–",
             )
         )

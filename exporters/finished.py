@@ -16,6 +16,8 @@ from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import TrainConfig
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.base import TensorSpec, check_state
+from ssd_edge.priors import Priors
+from ssd_edge.statistics import ClassStatistics
 
 # What is taken from each file of a run, with its type.
 _BACKBONE = {"kind": str, "path": str, "identity": str, "size": int, "dim": int, "provenance": dict}
@@ -66,6 +68,19 @@ class FinishedRun:
         schema = {name: TensorSpec(("D",), "float32", "of the features of the first task") for name in ("mu", "sigma")}
         _check_arrays(arrays, schema, {"D": dim}, path)
         return arrays["mu"], arrays["sigma"]
+
+
+def emptied(run: FinishedRun, priors: Priors) -> FinishedRun:
+    """The same run before its first task: its backbone, and its learner as it was built, without any class."""
+    _, described = learners.pack(run.learner)
+    options = {"name": described["learner"], **described["settings"]}
+    learner = learners.build(options, run.learner.dim, priors, described["seed"])
+    statistics = {name: tensor.numpy() for name, tensor in ClassStatistics(learner.dim).state().items()}
+    states = {"learner": files.tensor_bytes(*learners.pack(learner)), "statistics": files.tensor_bytes(statistics)}
+    table = learners.top_n_table(learner)
+    if table is not None:
+        states["top_n"] = files.tensor_bytes(table, {"learner": learner.name})
+    return dataclasses.replace(run, registry=ClassRegistry(), learner=learner, states=states)
 
 
 def read(folder: Path) -> FinishedRun:

@@ -100,14 +100,20 @@ def samples(run: FinishedRun, folder: Path | None, say: Say) -> Samples:
 
 
 def choose(
-    onnx: bytes, reference: parity.Reference, learner: Learner, images: Samples, target: Target, wanted: str, say: Say
+    onnx: bytes,
+    reference: parity.Reference,
+    learner: Learner | None,
+    images: Samples,
+    target: Target,
+    wanted: str,
+    say: Say,
 ) -> Choice:
     """The graph in the wanted precision, if it computes what the run computed.
 
     Args:
         onnx: as it was exported, or brought by the user: then it may be narrow already, and stays as it is.
         reference: the embeddings that the run was made with.
-        learner: of the run.
+        learner: of the run; None: its decisions are not compared.
         images: of `samples`.
         target: that it is for.
         wanted: one of `CHOICES`; empty: the target's default. ``auto`` takes the fastest that passes.
@@ -149,7 +155,7 @@ class _Ladder:
     """The steps, each measured on the same images; the reference is computed once."""
 
     def __init__(
-        self, onnx: bytes, reference: parity.Reference, learner: Learner, images: Samples, say: Say
+        self, onnx: bytes, reference: parity.Reference, learner: Learner | None, images: Samples, say: Say
     ) -> None:
         self.onnx, self.learner, self.images, self.say = onnx, learner, images, say
         self.wanted = {kind: reference(pixels) for kind, (pixels, _) in images.judged.items()}
@@ -196,7 +202,8 @@ class _Ladder:
 
 def _told(measured: dict[str, Any]) -> str:
     words = [f"cosine {measured['min_cosine']:.6f}", f"largest difference {measured['max_difference']:.1e} σ"]
-    words.append(f"{measured['agreement']:.1%} of the decisions agree")
+    if "agreement" in measured:
+        words.append(f"{measured['agreement']:.1%} of the decisions agree")
     if accuracy := measured.get("accuracy"):
         words.append(f"accuracy {accuracy['reference']:.3f} → {accuracy['exported']:.3f}")
     return ", ".join(words)

@@ -29,6 +29,7 @@ from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder
 from ssd_edge.backbones.onnx import OnnxEmbedder, compose, open_session, run
 from ssd_edge.errors import GateRefusedError, InputError, require
+from ssd_edge.priors import Priors
 from ssd_edge.targets import Target
 
 Say = Callable[[str], None]
@@ -48,6 +49,7 @@ class Options:
         calibration: a folder of images for int8; None: the run's training images.
         head: also put the learner into the bundle as ``head.onnx``, for hosts that only predict.
         sign: file of a private key.
+        empty: leave out all that was learned: every class is taught on the device.
         release: number that a device compares; None: the finish time of the run, in seconds since 1970.
     """
 
@@ -56,6 +58,7 @@ class Options:
     calibration: Path | None = None
     head: bool = False
     sign: Path | None = None
+    empty: bool = False
     release: int | None = None
 
 
@@ -97,9 +100,12 @@ def deploy(folder: Path, options: Options, output: Path, say: Say) -> dict[str, 
     head = export_head(state.learner, state.registry.names) if options.head else None  # before minutes of work
     images = ladder.samples(state, options.calibration, say)
     say(f"exporting the backbone {state.backbone['identity']}")
-    exported, reference = _export(state)
+    exported, reference, priors = _export(state)
+    if options.empty:
+        state = finished.emptied(state, priors)
     targets.check_opset(target, onnx_file.opset(exported))
-    choice = ladder.choose(exported, reference, state.learner, images, target, options.precision, say)
+    learner = None if options.empty else state.learner
+    choice = ladder.choose(exported, reference, learner, images, target, options.precision, say)
     checked = _check_tensorrt(choice.onnx, "backbone", target, say)
     if head is not None:
         _check_tensorrt(head, "head", target, say)
@@ -141,12 +147,14 @@ def _check_options(options: Options, target: Target) -> None:
         targets.check_precision(target, wanted)
         if options.calibration is not None and wanted != "int8":
             raise InputError(f"--calibration is for int8, but the precision is {wanted}; add --precision int8 or auto")
+    if options.head and options.empty:
+        raise InputError("--head is a learner that only predicts, but with --classes none it knows nothing; drop one")
     if options.release is not None and options.release < 0:
         raise InputError(f"--release must be 0 or more, but is {options.release}")
 
 
-def _export(state: FinishedRun) -> tuple[bytes, Reference]:
-    """The graph as it is exported or was brought, and the embeddings that it must give."""
+def _export(state: FinishedRun) -> tuple[bytes, Reference, Priors]:
+    """The graph as it is exported or was brought, the embeddings that it must give, and what pretraining knows."""
     config = state.config.backbone
     if state.backbone["kind"] == "onnx":
         own = OnnxEmbedder(config)
@@ -154,10 +162,10 @@ def _export(state: FinishedRun) -> tuple[bytes, Reference]:
         mu, sigma = state.standardisation(own.dim)
         original = onnx_file.read(config.onnx)
         onnx = compose(original, config.size, config.mean, config.std, config.layout, mu, sigma)
-        return onnx, lambda images: (own.embed(images) - mu) / sigma
+        return onnx, lambda images: (own.embed(images) - mu) / sigma, own.priors
     package = packages.load(Path(config.path) if config.path else None)
     _check_identity(state, package.identity)
-    return export_package(package), TorchEmbedder(package, torch.device("cpu")).embed
+    return export_package(package), TorchEmbedder(package, torch.device("cpu")).embed, package.priors
 
 
 def _check_identity(state: FinishedRun, found: str) -> None:
@@ -208,7 +216,9 @@ def _probe(state: FinishedRun, choice: ladder.Choice) -> bytes:
     embeddings = run(open_session(choice.onnx), images)
     if not np.isfinite(embeddings).all():
         raise GateRefusedError("the exported backbone gives NaN or infinity for synthetic images; try --precision fp32")
-    rows = state.learner.predict(torch.from_numpy(embeddings)).numpy()
+    rows = np.full(len(images), -1)  # of no class
+    if len(state.registry):
+        rows = state.learner.predict(torch.from_numpy(embeddings)).numpy()
     return files.tensor_bytes({"images": images, "embeddings": embeddings, "rows": rows}, _probe_limits(choice))
 
 
@@ -250,7 +260,9 @@ def _manifest(
         },
         "learner": {"name": learner["learner"], "settings": learner["settings"]},
         "classes": state.registry.names,
-        "metrics": {
+        "metrics": {}
+        if not len(state.registry)  # they are of a learner that is not in here
+        else {
             **{key: metrics[key] for key in finished.METRICS},
             "tasks": len(metrics["tasks"]),
             "baselines": {other: values["average_accuracy"] for other, values in metrics["baselines"].items()},

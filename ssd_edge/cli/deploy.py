@@ -37,6 +37,13 @@ ALLOW_DOWNGRADE = click.option("--allow-downgrade", is_flag=True, help="Let the 
     help="Images for int8 [default: training images of the run].",
 )
 @click.option("--head", is_flag=True, help="Add the learner as head.onnx, for hosts that only predict.")
+@click.option(
+    "--classes",
+    type=click.Choice(["all", "none"]),
+    default="all",
+    show_default=True,
+    help="none: leave out what was learned; every class is taught on the device.",
+)
 @click.option("--sign", type=click.Path(path_type=Path), metavar="FILE", help="Private key (ssd-edge keys new).")
 @click.option("--release", type=int, metavar="N", help="A device refuses a lower one [default: when the run finished].")
 @click.option("--push", metavar="USER@HOST[:ROOT]", help="Send it over ssh, check it there, and switch over.")
@@ -44,7 +51,14 @@ ALLOW_DOWNGRADE = click.option("--allow-downgrade", is_flag=True, help="Let the 
 @ALLOW_DOWNGRADE
 @JSON
 def deploy(
-    run: Path, output: Path, push: str | None, push_command: str, allow_downgrade: bool, as_json: bool, **asked: Any
+    run: Path,
+    output: Path,
+    classes: str,
+    push: str | None,
+    push_command: str,
+    allow_downgrade: bool,
+    as_json: bool,
+    **asked: Any,
 ) -> None:
     """Export a finished RUN's backbone to ONNX, check it, and pack a bundle for a device.
 
@@ -59,7 +73,7 @@ def deploy(
     from exporters.packing import Options
     from exporters.packing import deploy as pack
 
-    result = pack(run, Options(**asked), output, _say)
+    result = pack(run, Options(**asked, empty=classes == "none"), output, _say)
     if push is not None:
         result["push"] = _push(output, push, push_command, allow_downgrade)
     if as_json:

@@ -38,6 +38,10 @@ def _open(root: Path | None, strict: bool = False) -> Any:
     return opened
 
 
+def _listed(names: list[str]) -> str:
+    return f"{len(names)} classes: {', '.join(names)}" if names else "no classes yet; teach one: ssd-edge device learn"
+
+
 def _root(root: Path | None) -> Path:
     from device_runtime.board import default_root
 
@@ -62,7 +66,7 @@ def install(bundle: Path, allow_downgrade: bool, strict: bool, root: Path | None
     if as_json:
         print_json({"generation": generation.number, "classes": names, "root": str(root), **generation.info})
     else:
-        click.echo(f"generation {generation.number} in {root}: {len(names)} classes: {', '.join(names)}")
+        click.echo(f"generation {generation.number} in {root}: {_listed(names)}")
 
 
 @device.command()
@@ -192,7 +196,7 @@ def rollback(generation: int | None, root: Path | None, as_json: bool) -> None:
     else:
         names = result["classes"]
         was = f"generation {result['generation']} (was {result['from']})"
-        click.echo(f"{was}: {len(names)} classes: {', '.join(names)}")
+        click.echo(f"{was}: {_listed(names)}")
 
 
 @device.command()

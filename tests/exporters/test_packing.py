@@ -337,3 +337,23 @@ def test_without_tensorrt_rtx_it_says_that_the_graph_was_not_checked(onnx_run, t
     returned = deploy(onnx_run, Options("jetson", precision="fp32"), tmp_path / "b", said.append)
     assert returned["tensorrt"] is None
     assert any(line.startswith("not checked with TensorRT's parser") for line in said)
+
+
+def test_without_classes_nothing_that_was_learned_is_in_it(package_run, deployed, tmp_path):
+    path = tmp_path / "blank.ssdedge"
+    returned = quietly(package_run, path, empty=True)
+    read = bundle.read(path)
+    assert read.manifest["classes"] == returned["classes"] == read.registry.names == []
+    assert read.manifest["metrics"] == {}
+    arrays, metadata = read.tensors("learner")
+    whole, _ = bundle.read(deployed[0]).tensors("learner")
+    np.testing.assert_array_equal(arrays["keys"], whole["keys"])  # of pretraining, which every learner starts with
+    assert metadata["settings"] == bundle.read(deployed[0]).manifest["learner"]["settings"]
+    assert arrays["values"].shape[1] == 0
+    assert not read.tensors("statistics")[0]["second"].any()
+    assert "agreement" not in read.manifest["parity"]["test"]
+    card = read.read("card").decode()
+    assert "None: everything is taught on the device" in card
+    assert "## Accuracy" not in card
+    with pytest.raises(InputError, match="--head is a learner that only predicts"):
+        quietly(package_run, path, empty=True, head=True)
