@@ -28,11 +28,11 @@ from device_runtime import lessons
 from device_runtime.board import default_root
 from device_runtime.embedder import Embedder, open_embedder
 from device_runtime.generations import Generation, Generations
+from device_runtime.guard import Limits, judge
 from device_runtime.lessons import ImageSource
-from device_runtime.retention import estimate
 from ssd_edge import files, learners
 from ssd_edge.classes import ClassRegistry
-from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
 from ssd_edge.statistics import ClassStatistics
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 CARRIED = ("device.json", "probe.safetensors")  # from a generation to those that are learned from it
 
 
+KEEP = 10  # generations; those in use and the last installed one stay whatever their age
 NOTHING_KNOWN = {"kind": "no class was known before", "accuracy_before": None, "accuracy_after": None, "drop": 0.0}
 
 
@@ -85,6 +86,14 @@ def check_together(learner: learners.Learner, registry: ClassRegistry, statistic
             f"the registry names {rows} classes, but the learner knows {len(learner.seen)} and the statistics "
             f"{len(statistics.counts)}; deploy the bundle again"
         )
+
+
+def prune(store: Generations) -> None:
+    """Delete what is older than the newest `KEEP` generations, after a commit; with the root held for writing."""
+    try:
+        store.prune(KEEP)
+    except EnvironmentUnfitError as error:  # the commit has happened, and the next one tries again
+        log.warning("old generations were not deleted: %s", error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +229,7 @@ class Device:
 
     def _embed(self, state: State, sources: Sequence[ImageSource]) -> torch.Tensor:
         size = state.facts["size"]
-        pixels = [lessons.pixels(source, f"image {number}", size) for number, source in enumerate(sources)]
+        pixels = [lessons.pixels(source, lessons.name_of(source, n), size) for n, source in enumerate(sources)]
         stacked = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
         return torch.from_numpy(self._embedder_of(state).embed(stacked))
 
@@ -232,7 +241,7 @@ class Device:
             raise InputError("this device knows no class yet; teach it one: ssd-edge device learn --label NAME FOLDER")
         scores = state.learner.scores(self._embed(state, sources))[:, : len(classes)]
         share, row = scores.softmax(1).max(1) if len(scores) else (torch.zeros(0), torch.zeros(0))
-        names = [str(s) if isinstance(s, str | Path) else f"image {n}" for n, s in enumerate(sources)]
+        names = [lessons.name_of(source, number) for number, source in enumerate(sources)]
         return [
             Prediction(name, classes[int(r)], float(s), state.generation.number)
             for name, r, s in zip(names, row, share, strict=True)
@@ -242,7 +251,9 @@ class Device:
         """`learn_all` of one class."""
         return self.learn_all({label: sources})
 
-    def learn_all(self, images: Mapping[str, Sequence[ImageSource]]) -> dict[str, Any]:
+    def learn_all(
+        self, images: Mapping[str, Sequence[ImageSource]], limits: Limits | None = None
+    ) -> dict[str, Any]:
         """Teach classes, new or known, from their new images alone, and commit one generation.
 
         A fifth of the images is held out, a copy of the learner is taught with the rest and measured on it;
@@ -250,13 +261,16 @@ class Device:
 
         Args:
             images: name → images; at least three of a new class.
+            limits: of what it may cost the old classes; None: the defaults of `guard.Limits`.
 
         Returns:
             generation, classes, label (the names), images (their number), taught (name, images, whether it was new and
-            accuracy on its held-out images), held_out accuracy over all, the estimate for the old classes, seconds.
+            accuracy on its held-out images), held_out accuracy over all, the estimate for the old classes, warnings
+            (sentences for the operator), suspects (images that they speak of), seconds.
 
         Raises:
             InputError: a bad name, no or too few images, or one that cannot be read; nothing is changed.
+            GateRefusedError: the device would forget more than `limits` allow, or answer nonsense; nothing is changed.
         """
         started = time.monotonic()
         with self.store.writer():  # from reading to committing: nobody else can commit in between
@@ -268,17 +282,22 @@ class Device:
             taught = self._fresh_learner()
             measured = taught.learn(learners.Task(embeddings, labels))
             statistics = restore_statistics(*self.generation.tensors("statistics.safetensors"))
-            retention = estimate(self.learner, taught, statistics) if len(self.registry) else NOTHING_KNOWN
+            names = [lessons.name_of(source, n) for n, source in enumerate(s for one in plan for s in one.sources)]
+            judgement = judge(self.learner, taught, statistics, embeddings, labels, registry, limits, names)
+            judgement.check()
             statistics.add(embeddings, labels)
             info = {
                 **lessons.report(plan, held_out),
-                "old_classes": retention,
+                "old_classes": judgement.retention or NOTHING_KNOWN,
+                "warnings": judgement.warnings,
+                "suspects": judgement.suspects,
                 "seconds": round(time.monotonic() - started, 3),
                 "measured": {key: float(value) for key, value in measured.items()},
             }
             generation = self.store.commit(
                 self._contents(taught, statistics, registry), info, parent=self.generation.number
             )
+            prune(self.store)
             self._load(generation)
         return {"generation": generation.number, "classes": self.classes, **info}
 
@@ -300,6 +319,7 @@ class Device:
             row = self.registry.row(label)
             info = {"renamed": [self.classes[row], registry.names[row]]}
             generation = self.store.commit(contents, info, parent=self.generation.number)
+            prune(self.store)
             self._load(generation)
         return {"generation": generation.number, "classes": self.classes, **info}
 
@@ -321,8 +341,8 @@ class Device:
     def rollback(self, number: int | None = None) -> dict[str, Any]:
         """Return to an earlier generation: the one that this was learned from, or any by its number.
 
-        Predictions are then those of that generation, bit for bit. Nothing is deleted: the later generation
-        can be returned to as well.
+        Predictions are then those of that generation, bit for bit. The later generation stays, and can be returned to
+        as well, until `KEEP` newer ones have been committed.
 
         Raises:
             InputError: there is none to return to, or the number does not exist.

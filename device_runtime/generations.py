@@ -5,14 +5,14 @@
     ROOT/backbones/<sha256>.onnx   shared by generations; written once
     ROOT/generations/000001/       generation.json and the files that it lists; never changed
     ROOT/CURRENT                   "000001", a space, a check sum of it, and a newline
-    ROOT/journal.jsonl             one event a line: install, learn, rollback, recovered
+    ROOT/journal.jsonl             one event a line: install, learn, rollback, pruned, recovered, repaired
     ROOT/.lock                     held by the one writer; readers take no lock
 
 A commit writes a temporary folder, gives it its name, then replaces CURRENT: that rename is the commit.
 A cut before it leaves the old generation current (and perhaps a complete folder that never was), after it the
 new one. The journal comes last; what a cut took from it, the next writer adds. No state is read from it: it
 is for people, keeps its numbers from being used again, and says where to look first for a stand-in.
-All generations are kept; what will delete old ones must spare CURRENT.
+Generations are kept until `Generations.prune` deletes old ones. Nothing depends on the clock.
 """
 
 from __future__ import annotations
@@ -25,75 +25,22 @@ import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from device_runtime import fsck, pruning
+from device_runtime.generation import RECORD, VERSION, Generation, check_damage, open_generation, sealed
+from device_runtime.journal import Journal, utc
 from ssd_edge import files
-from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
 
-VERSION = 1
-RECORD = "generation.json"
-_UTC = "%Y-%m-%dT%H:%M:%SZ"
+_BLOCK = 4096  # bytes
 _NUMBER = re.compile(r"[0-9]{6}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """One committed state, verified when it was opened; a file is verified again when it is read.
-
-    Attributes:
-        number: 1, 2, …; never used twice in a root.
-        parent: the generation it was learned from; None for an installed one.
-        origin: ``install`` or ``learn``.
-        created_utc: the wall clock at the commit; a device without a clock battery starts in 1970.
-        backbone: sha256 of the backbone whose embeddings it understands.
-        info: what the caller of `Generations.commit` gave.
-        files: name → {"size", "sha256"}.
-        path: its folder.
-        fallback: empty, or one sentence: why this one stands in for the current one. Show it.
-    """
-
-    number: int
-    parent: int | None
-    origin: str
-    created_utc: str
-    backbone: str
-    info: dict[str, Any]
-    files: dict[str, dict[str, Any]]
-    path: Path
-    fallback: str = ""
-
-    def read(self, name: str) -> bytes:
-        """The bytes of a file of this generation.
-
-        Raises:
-            InputError: it has no file of that name.
-            BundleRefusedError: the file is missing or not what was committed.
-        """
-        if name not in self.files:
-            raise InputError(f"{self.path} has no file '{name}'; it has: {', '.join(sorted(self.files))}")
-        path, stated = self.path / name, self.files[name]["sha256"]
-        data = _read_member(path)
-        if (found := files.sha256(data)) != stated:
-            raise BundleRefusedError(f"{path} is damaged: its sha256 is {found[:12]}…, not {stated[:12]}…")
-        return data
-
-    def tensors(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Arrays and metadata of a safetensors file; raises like `read`, also on NaN or infinity."""
-        return files.parse_tensors(self.read(name), str(self.path / name))
-
-    @property
-    def registry(self) -> ClassRegistry:
-        """The classes, in the order of the learner's rows."""
-        return ClassRegistry.from_json(json.loads(self.read("classes.json")))
 
 
 class Generations:
@@ -109,6 +56,7 @@ class Generations:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self._writing = False
+        self._journal = Journal(self.root / "journal.jsonl")
         self._install = f"ssd-edge device install BUNDLE --root {root}"
 
     def current(self) -> Generation:
@@ -123,11 +71,11 @@ class Generations:
             BundleRefusedError: neither it nor an older one is intact.
         """
         self._check_installed()
-        number = self._pointer()
+        number = self.pointer()
         problem = "" if number else f"{self.root / 'CURRENT'} is missing or damaged"
-        for candidate in self._candidates(number):
+        for candidate in self.candidates(number):
             try:
-                generation = self._open(candidate)
+                generation = self.open(candidate)
             except BundleRefusedError as error:
                 problem = problem or str(error)
                 continue
@@ -148,19 +96,22 @@ class Generations:
         """
         self._check_installed()
         try:
-            return self._open(number)
+            return self.open(number)
         except BundleRefusedError as error:
-            raise InputError(f"{error}; available generations: {self._intact()}") from error
+            pruned = [event.get("generations") for event in self.journal() if event.get("event") == "pruned"]
+            gone = any(number in numbers for numbers in pruned if isinstance(numbers, list))
+            told = f"generation {number} was pruned" if gone and number not in self.numbers() else error
+            raise InputError(f"{told}; available generations: {self._intact()}") from error
 
     def list(self) -> Sequence[dict[str, Any]]:
         """A summary of each generation (a damaged one: ``intact`` False, ``problem``); raises like `get`."""
         self._check_installed()
         summaries = []
-        for number in self._numbers():
-            summary = {"number": number, "current": number == self._pointer(), "intact": True, "problem": ""}
+        for number in self.numbers():
+            summary = {"number": number, "current": number == self.pointer(), "intact": True, "problem": ""}
             summary |= dict.fromkeys(("parent", "origin", "created_utc", "backbone", "info"))
             try:
-                generation = self._open(number)
+                generation = self.open(number)
                 summary |= {key: getattr(generation, key) for key in summary if hasattr(generation, key)}
             except BundleRefusedError as error:
                 summary |= {"intact": False, "problem": str(error)}
@@ -169,13 +120,7 @@ class Generations:
 
     def journal(self) -> Sequence[dict[str, Any]]:
         """The events, in order; a line that cannot be read (cut short, damaged) is left out."""
-        events = []
-        for line in self._journal_bytes().splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                event = json.loads(line)
-                if type(event["seq"]) is int and type(event["generation"]) is int:
-                    events.append(event)
-        return events
+        return self._journal.events()
 
     def backbone_path(self, sha256: str) -> Path:
         """The file of a backbone, after its bytes have been compared with its name.
@@ -187,6 +132,7 @@ class Generations:
         try:
             found = files.sha256_file(path)
         except OSError as error:
+            check_damage(path, error)
             found = error.strerror
         if found != sha256:
             raise BundleRefusedError(f"{path} is missing or damaged ({found}); run: {self._install}")
@@ -199,18 +145,13 @@ class Generations:
         Raises:
             EnvironmentUnfitError: someone else is writing, or the root is not writable.
         """
-        for folder in ("generations", "backbones"):
-            files.make_directory(self.root / folder)
-        lock = self._lock()
-        try:
+        with self._locked():
             self._recover()
             self._writing = True
-            yield
-        finally:
-            self._writing = False
-            # Closing alone would not release it while a child that was forked meanwhile has it open.
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            os.close(lock)
+            try:
+                yield
+            finally:
+                self._writing = False
 
     def add_backbone(self, data: bytes) -> str:
         """Store a backbone unless it is there, intact; returns its sha256."""
@@ -235,7 +176,7 @@ class Generations:
 
         Raises:
             BundleRefusedError: the parent or the backbone is missing or damaged.
-            EnvironmentUnfitError: the disk is full, read-only or forbidden.
+            EnvironmentUnfitError: the disk is read-only or forbidden, or has less free than twice the generation.
         """
         self._check_writing()
         if bad := [name for name in contents if not _FILE_NAME.fullmatch(name) or name == RECORD]:
@@ -244,30 +185,36 @@ class Generations:
             raise ValueError("either a parent or a backbone is needed")
         if backbone is not None:
             self.backbone_path(backbone)
-        journalled = [event["generation"] for event in self.journal()]  # also CURRENT's: see _recover
-        number = max([0, *self._numbers(), *journalled]) + 1
+        journalled = [event["generation"] for event in self.journal()]
+        number = max([self.pointer() or 0, *self.numbers(), *journalled]) + 1
         body = {
             "version": VERSION,
             "number": number,
             "parent": parent,
             "origin": "install" if parent is None else "learn",
-            "created_utc": time.strftime(_UTC, time.gmtime()),
-            "backbone": backbone or self._open(parent).backbone,
+            "created_utc": utc(),
+            "backbone": backbone or self.open(parent).backbone,
             "info": info,
             "files": {n: {"size": len(data), "sha256": files.sha256(data)} for n, data in contents.items()},
         }
-        final = self.root / "generations" / f"{number:06d}"
+        self._check_room([*map(len, contents.values()), len(sealed(body))])
+        final = self.folder(number)
         temporary = final.with_name(files.TEMPORARY_PREFIX + final.name)
         try:
             files.make_directory(temporary)
             for name, data in contents.items():
                 files.write_bytes(temporary / name, data)
-            files.write_bytes(temporary / RECORD, _sealed(body))
+            files.write_bytes(temporary / RECORD, sealed(body))
             files.commit_directory(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # after a failure: a full disk must not stay full
-        self._switch(number, body["origin"], parent=parent, info=info)
-        return self._open(number)
+        try:
+            self._switch(number, body["origin"], parent=parent, info=info)
+        except (EnvironmentUnfitError, OSError):
+            with contextlib.suppress(EnvironmentUnfitError, OSError):
+                pruning.remove(final)  # it has never been current, and a full disk must not stay full
+            raise
+        return self.open(number)
 
     def set_current(self, number: int, event: str = "rollback", info: dict | None = None) -> Generation:
         """Make an existing generation the current one.
@@ -280,15 +227,85 @@ class Generations:
         self._switch(number, event, info=info or {})
         return generation
 
-    def _numbers(self) -> Sequence[int]:
+    def prune(self, keep: int = 5, budget_bytes: int | None = None) -> pruning.Pruned:
+        """Delete old generations, oldest first, and the backbones that no generation refers to any more.
+
+        What is used now, what would stand in for it, the last installed one and the one with the highest number
+        always stay. Call it after a commit: before, the backbone of an installation would be one that nobody needs.
+
+        Args:
+            keep: so many of the newest intact ones stay, and damaged ones between them.
+            budget_bytes: of generations and backbones; above it, more are deleted than `keep` alone asks for.
+                Where even what must stay is larger, a warning is logged.
+
+        Raises:
+            InputError: nothing is installed, or `keep` or the budget is out of range.
+            BundleRefusedError: no generation is fit for use; nothing is deleted.
+            EnvironmentUnfitError: the disk is read-only or forbidden; what is deleted by then is journalled.
+        """
+        self._check_writing()
+        plan = pruning.plan(self, keep, budget_bytes)
+        gone: list[Path] = []
+        try:
+            for path in plan.paths:
+                pruning.remove(path)
+                gone.append(path)
+        finally:
+            if gone:
+                numbers = [int(path.name) for path in gone if path.parent.name == "generations"]
+                backbones = [path.stem for path in gone if path.parent.name == "backbones"]
+                told = f"generations {', '.join(map(str, numbers)) or 'none'} are pruned"
+                self._tell(told, "pruned", plan.pointer, generations=numbers, backbones=backbones)
+        if budget_bytes is not None and plan.pruned.left_bytes > budget_bytes:
+            told = "what must stay in %s takes %d bytes, more than the budget of %d"
+            log.warning(told, self.root, plan.pruned.left_bytes, budget_bytes)
+        return plan.pruned
+
+    def fsck(self, repair: bool = False) -> Sequence[fsck.Finding]:
+        """Verify every file of the store: CURRENT, generations, backbones, journal; and find what should not be there.
+
+        Args:
+            repair: remove what cuts left behind, complete the journal, and point CURRENT to the generation that
+                stands in; where no older one is intact, to the next newer. Nothing that is intact is deleted.
+
+        Raises:
+            InputError: nothing is installed.
+            EnvironmentUnfitError: with `repair`: someone else is writing, or the root is not writable.
+        """
+        if not repair:
+            return fsck.check(self)
+        if self._writing:
+            raise RuntimeError("repair outside of 'with generations.writer():', which already repairs some of it")
+        if not self.root.is_dir():
+            self._check_installed()
+        with self._locked():
+            before = fsck.check(self)
+            self._recover()
+            opened = pruning.opened(self)
+            if self.pointer() not in opened and opened:
+                pointer = self.pointer()
+                best = next((n for n in self.candidates(pointer) if n in opened), min(opened))
+                self._switch(best, "repaired", info={"from": pointer})
+            for path in fsck.unused_backbones(self, opened):
+                pruning.remove(path)
+            self._journal.drop_unreadable()
+            left = {(one.path, one.problem) for one in fsck.check(self)}
+        return [dataclasses.replace(one, repaired=(one.path, one.problem) not in left) for one in before]
+
+    def numbers(self) -> Sequence[int]:
+        """The numbers of the generations that have a folder, whatever is in it; ascending."""
         return sorted(int(p.name) for p in self.root.glob("generations/*") if _NUMBER.fullmatch(p.name))
+
+    def folder(self, number: int) -> Path:
+        """The folder of a generation."""
+        return self.root / "generations" / f"{number:06d}"
+
+    def backbones(self) -> Sequence[Path]:
+        """The files of all backbones."""
+        return sorted(p for p in self.root.glob("backbones/*.onnx") if _DIGEST.fullmatch(p.stem))
 
     def _intact(self) -> str:
         return ", ".join(str(item["number"]) for item in self.list() if item["intact"]) or "none"
-
-    def _journal_bytes(self) -> bytes:
-        path = self.root / "journal.jsonl"
-        return files.read_bytes(path) if path.exists() else b""
 
     def _check_installed(self) -> None:
         # A first install that was cut may have left a generation, but neither of these.
@@ -299,44 +316,41 @@ class Generations:
         if not self._writing:
             raise RuntimeError("call this inside 'with generations.writer():'")
 
-    def _pointer(self) -> int | None:
-        """The number in CURRENT, or None when the file is missing or damaged."""
-        with contextlib.suppress(OSError):
-            content = (self.root / "CURRENT").read_bytes()
-            number = int(content[:6]) if _NUMBER.fullmatch(content[:6].decode("ascii", "replace")) else 0
-            return number if content == _pointer_bytes(number) else None
-        return None
+    def _check_room(self, sizes: Sequence[int]) -> None:
+        """Refuse a generation with files of these sizes, bytes, unless twice that is free."""
+        # Every file takes whole blocks; so do its folder, CURRENT and the next line of the journal.
+        needed = 2 * (sum(-(-size // _BLOCK) for size in sizes) + 3) * _BLOCK
+        if (free := shutil.disk_usage(self.root).free) < needed:
+            raise EnvironmentUnfitError(
+                f"a new generation needs {needed} bytes of free disk, twice its size, but {self.root} has {free}; free "
+                "some space; nothing was written"
+            )
 
-    def _candidates(self, number: int | None) -> Sequence[int]:
+    def pointer(self) -> int | None:
+        """The number in CURRENT, or None when the file is missing or damaged."""
+        path = self.root / "CURRENT"
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            check_damage(path, error)
+            return None
+        number = int(content[:6]) if _NUMBER.fullmatch(content[:6].decode("ascii", "replace")) else 0
+        return number if content == _pointer_bytes(number) else None
+
+    def candidates(self, number: int | None) -> Sequence[int]:
         """`number`, then what may stand in for it, best first: see `current`."""
         events = self.journal()
         if not number:
-            number = events[-1]["generation"] if events else max(self._numbers(), default=0)
+            number = events[-1]["generation"] if events else max(self.numbers(), default=0)
         parents = {e["generation"]: e["parent"] for e in events if type(e.get("parent")) is int}
         order = [number]
         while parents.get(order[-1], order[-1]) < order[-1]:  # "<": no cycle, whatever the journal says
             order.append(parents[order[-1]])
-        return order + [n for n in reversed(self._numbers()) if n < number and n not in order]
+        return order + [n for n in reversed(self.numbers()) if n < number and n not in order]
 
-    def _open(self, number: int) -> Generation:
-        """Read and verify a generation; refused is what is missing, damaged, or of a newer version."""
-        path = self.root / "generations" / f"{number:06d}"
-        raw = _read_member(path / RECORD)
-        try:
-            record = json.loads(raw)
-            body = {key: value for key, value in record.items() if key != "digest"}
-            if _sealed(body) != raw:
-                raise ValueError("it does not match its own digest")
-            if (version := body.pop("version", None)) != VERSION:
-                raise ValueError(f"it has version {version}, but this SSD-Edge reads {VERSION}; upgrade it")
-            if body.get("number") != number:
-                raise ValueError(f"it is of generation {body.get('number')}")
-            generation = Generation(**body, path=path)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise BundleRefusedError(f"{path / RECORD} is refused: {error}") from error
-        for name in generation.files:
-            generation.read(name)
-        return generation
+    def open(self, number: int) -> Generation:
+        """Read and verify a generation; raises like `open_generation`."""
+        return open_generation(self.folder(number), number)
 
     def _lock(self) -> int:
         path = self.root / ".lock"
@@ -356,51 +370,50 @@ class Generations:
             os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         return handle
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        for folder in ("generations", "backbones"):
+            files.make_directory(self.root / folder)
+        lock = self._lock()
+        try:
+            yield
+        finally:
+            # Closing alone would not release it while a child that was forked meanwhile has it open.
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
+
     def _recover(self) -> None:
         """Clear what a cut has left behind, and complete the journal."""
         for folder in (self.root, self.root / "generations", self.root / "backbones"):
             for path in folder.glob(f"{files.TEMPORARY_PREFIX}*"):
                 if path.is_dir() and not path.is_symlink():
-                    files.remove_directory(path)
+                    shutil.rmtree(path, ignore_errors=True)
                 else:
-                    path.unlink()
-        events, pointer = self.journal(), self._pointer()
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+        events, pointer = self.journal(), self.pointer()
         if pointer and (not events or events[-1]["generation"] != pointer):
-            self._append("recovered", pointer)
+            self._tell(f"generation {pointer} is current", "recovered", pointer)
 
     def _switch(self, number: int, event: str, **fields: Any) -> None:
         """The commit. Once CURRENT has been replaced it has happened, so a later failure must not deny it."""
         json.dumps(fields, allow_nan=False)  # what cannot be journalled is found before, not after
-        files.write_bytes(self.root / "CURRENT", _pointer_bytes(number))
         try:
-            self._append(event, number, **fields)
+            files.write_bytes(self.root / "CURRENT", _pointer_bytes(number))
         except (EnvironmentUnfitError, OSError) as error:
-            log.warning("generation %d is current, but the journal lacks it for now: %s", number, error)
+            if self.pointer() != number:
+                raise
+            log.warning("generation %d is current, but a power cut now may take it back: %s", number, error)
+        self._tell(f"generation {number} is current", event, number, **fields)
 
-    def _append(self, event: str, number: int, **fields: Any) -> None:
-        path = self.root / "journal.jsonl"
-        if not (self._journal_bytes() or b"\n").endswith(b"\n"):
-            files.append_line(path, "")  # ends the line that a cut left incomplete
-        seq = max((earlier["seq"] for earlier in self.journal()), default=0) + 1
-        now = time.strftime(_UTC, time.gmtime())
-        line = {"seq": seq, "untrusted_time": now, "event": event, "generation": number, **fields}
-        files.append_line(path, json.dumps(line, allow_nan=False))
+    def _tell(self, what: str, event: str, number: int, **fields: Any) -> None:
+        try:
+            self._journal.append(event, number, **fields)
+        except (EnvironmentUnfitError, OSError) as error:
+            log.warning("%s, but the journal lacks it for now: %s", what, error)
 
 
 def _pointer_bytes(number: int) -> bytes:
     """The content of CURRENT. The check sum is there so that a flipped bit cannot name another generation."""
     digits = f"{number:06d}".encode()
     return digits + b" " + files.sha256(digits)[:16].encode() + b"\n"
-
-
-def _sealed(body: Mapping[str, Any]) -> bytes:
-    """The one byte form of a generation.json: any flipped bit makes it another one."""
-    return files.json_bytes({**body, "digest": files.sha256(files.json_bytes(body))})
-
-
-def _read_member(path: Path) -> bytes:
-    """A file that must be there: that it cannot be read is damage, not a user's mistake."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BundleRefusedError(f"{path} cannot be read: {error.strerror}") from error

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from device_runtime import selftest
-from device_runtime.device import check_together, restore_statistics
+from device_runtime.device import check_together, prune, restore_statistics
 from device_runtime.embedder import open_embedder
 from device_runtime.generations import Generation, Generations
 from ssd_edge import bundle as bundles
@@ -95,7 +95,9 @@ def install(
             "self_test": tested,
             **({"engine": dict(embedder.engine)} if embedder.engine else {}),
         }
-        return store.commit(contents, info, parent=None, backbone=backbone)
+        generation = store.commit(contents, info, parent=None, backbone=backbone)
+        prune(store)
+        return generation
 
 
 def _facts(opened: bundles.Bundle, signed_by: str | None) -> dict[str, Any]:
@@ -125,6 +127,9 @@ def _check_release(store: Generations, release: int, name: str | Path) -> None:
     except InputError:  # nothing is installed yet
         return
     known = [entry["info"]["release"] for entry in installed if entry["intact"] and "release" in entry["info"]]
+    # also those that were pruned
+    events = [event.get("info") for event in store.journal() if event.get("event") == "install"]
+    known += [info["release"] for info in events if isinstance(info, dict) and type(info.get("release")) is int]
     try:
         current = files.parse_json(store.current().read("device.json"), "device.json")
         known.append(current["release"])

@@ -104,6 +104,11 @@ def _share(right: torch.Tensor) -> dict[str, Any]:
     return {"images": len(right), "accuracy": accuracy}
 
 
+def name_of(source: ImageSource, number: int) -> str:
+    """The path of an image, or its place among those given."""
+    return str(source) if isinstance(source, str | Path) else f"image {number}"
+
+
 def pixels(source: ImageSource, name: str, size: int) -> np.ndarray:
     """An image at the backbone's size, uint8 RGB ``(size, size, 3)``; `name` is that of what has no path.
 

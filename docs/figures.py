@@ -92,6 +92,31 @@ def precision_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def retention_table(found: dict) -> str:
+    """How near the estimated drop of the old classes comes to the true one, by spread of the stand-ins."""
+    lines = [
+        "| spread | correlation | largest under-estimate | largest over-estimate | learns decided wrongly at 0.1 |",
+        "|---|---|---|---|---|",
+    ]
+    for factor, fit in found["fit"].items():
+        shown = f"**{factor}**" if float(factor) == found["shipped_spread"] else factor
+        under, over = (points(fit[f"largest_{side}_estimate"]) for side in ("under", "over"))
+        wrong = f"{fit['wrong_at_0.1']} of {found['learns']}"
+        lines.append(f"| {shown} | {fit['correlation']:.3f} | {under} points | {over} points | {wrong} |")
+    return "\n".join(lines)
+
+
+def guard_table(folders: dict) -> str:
+    """How often the guard speaks up about new images, by their number."""
+    lines = ["| images | a new class | a known class under another name | a quarter shows a known class |"]
+    lines.append("|---|---|---|---|")
+    kinds = ("clean: any warning", "double: found", "mixed: found")
+    for count, found in folders.items():
+        shares = (found[key] / found["folders of a kind"] for key in kinds)
+        lines.append(f"| {count} | " + " | ".join(map(percent, shares)) + " |")
+    return "\n".join(lines)
+
+
 def targets_table() -> str:
     """The targets, from their files."""
     lines = ["| target | | TensorRT | precisions, fastest first | default | memory |", "|---|---|---|---|---|---|"]
@@ -207,6 +232,10 @@ def main() -> None:
     tables = {
         README: {"table": comparison_table(results), "device": device_table(read["device"])},
         DOCS / "deploy.md": {"targets": targets_table(), "precision": precision_table(read["precision"])},
+        DOCS / "device.md": {
+            "retention": retention_table(json.loads((DOCS / "results" / "retention.json").read_text())),
+            "guard": guard_table(json.loads((DOCS / "results" / "guard.json").read_text())["folders"]),
+        },
         DOCS / "method.md": {
             "values": values_table(read["values"]),
             "shift": settings_table(read["shift"]),

@@ -58,6 +58,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
             errno.ENOTDIR: "a part of the path is a file, not a folder",
             errno.ENOENT: "its folder does not exist: create it first",
             errno.EISDIR: "a folder has this name: choose another",
+            errno.EIO: "the disk reports an error: it may be failing",
         }.get(error.errno or 0)
         if reason is None:
             raise

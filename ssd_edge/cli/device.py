@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ssd_edge.cli.options import JSON, print_json
-from ssd_edge.errors import InputError
+from ssd_edge.errors import BundleRefusedError, InputError
 
 ROOT = click.option(
     "--root",
@@ -119,16 +119,31 @@ def predict(sources: tuple[Path, ...], strict: bool, root: Path | None, as_json:
 @device.command()
 @click.option("--label", help="Name of the class, new or known [default: each folder in a FOLDER is a class].")
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER...")
+@click.option(
+    "--max-forgetting",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    show_default=True,
+    help="Refuse to learn what would lower the old classes' accuracy by more, as estimated; a share.",
+)
 @STRICT
 @ROOT
 @JSON
-def learn(label: str | None, sources: tuple[Path, ...], strict: bool, root: Path | None, as_json: bool) -> None:
+def learn(
+    label: str | None,
+    sources: tuple[Path, ...],
+    max_forgetting: float,
+    strict: bool,
+    root: Path | None,
+    as_json: bool,
+) -> None:
     """Teach classes from FOLDERs of images (or single files); no old image is needed.
 
     \b
     ssd-edge device learn --label gear photos/       one class, from all images in photos/
     ssd-edge device learn photos/                    a class a folder: photos/gear/, photos/nut/, …
     """
+    from device_runtime.guard import Limits
     from ssd_edge.classes import normalise_name
     from ssd_edge.images import image_files
 
@@ -136,7 +151,9 @@ def learn(label: str | None, sources: tuple[Path, ...], strict: bool, root: Path
         images = {normalise_name(label): image_files(sources)}
     else:
         images = {name: image_files(folders) for name, folders in _class_folders(sources).items()}
-    result = _open(root, strict).learn_all(images)
+    result = _open(root, strict).learn_all(images, Limits(max_forgetting))
+    for warning in result["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
     if as_json:
         print_json(result)
         return
@@ -234,3 +251,27 @@ def history(root: Path | None, as_json: bool) -> None:
             what = "rename '{}' to '{}'".format(*info["renamed"])
         note = "" if entry["intact"] else f"  DAMAGED: {entry['problem']}"
         click.echo(f"{mark} {entry['number']:3}  {entry['created_utc']}  {what if entry['intact'] else ''}{note}")
+
+
+@device.command()
+@click.option("--repair", is_flag=True, help="Remove leftovers, complete the journal, point to an intact generation.")
+@ROOT
+@JSON
+def fsck(repair: bool, root: Path | None, as_json: bool) -> None:
+    """Look for damage in the device's state; no intact generation is ever deleted. Exit code 5 if some is left."""
+    import dataclasses
+
+    from device_runtime.generations import Generations
+
+    root = _root(root)
+    found = Generations(root).fsck(repair)
+    left = [finding for finding in found if finding.severity == "damage" and not finding.repaired]
+    if as_json:
+        print_json({"root": str(root), "findings": [{**dataclasses.asdict(f), "path": str(f.path)} for f in found]})
+    for finding in [] if as_json else found:
+        mark = "repaired" if finding.repaired else finding.severity
+        click.echo(f"{mark:9} {finding.path}: {finding.problem}")
+    if left:
+        raise BundleRefusedError(f"{len(left)} damaged parts in {root}; the device uses the newest intact generation")
+    if not as_json:
+        click.echo(f"{root} is sound")

@@ -9,60 +9,21 @@ import itertools
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from device_runtime.generations import Generation, Generations
+from device_runtime.generations import Generations
 from ssd_edge import files
-from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
 
-CLASSES = ClassRegistry().add("cup")
-BACKBONE = b"an ONNX file"
-
-
-def state(value: float) -> dict[str, bytes]:
-    """The files of a tiny generation."""
-    return {
-        "learner.safetensors": files.tensor_bytes({"w": np.float32([value])}, {"name": "ssd"}),
-        "classes.json": files.json_bytes(CLASSES.to_json()),
-    }
-
-
-def install(store: Generations, value: float = 0.0) -> Generation:
-    """Commit a generation as `ssd-edge device install` does."""
-    with store.writer():
-        return store.commit(state(value), {}, None, store.add_backbone(BACKBONE))
-
-
-def learn(store: Generations, value: float) -> Generation:
-    """Commit a generation as `ssd-edge device learn` does: `value` is what it learned."""
-    with store.writer():
-        return store.commit(state(value), {"value": value}, store.current().number)
-
-
-def roll_back(store: Generations, number: int) -> Generation:
-    """Return to a generation as `ssd-edge device rollback` does."""
-    with store.writer():
-        return store.set_current(number)
-
-
-def value(generation: Generation) -> float:
-    """What `state` was given."""
-    return float(generation.tensors("learner.safetensors")[0]["w"][0])
-
-
-def flip(path: Path, bit: int = 50) -> None:
-    """Flip one bit of a file."""
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.unlink()  # replacing the content of a file would wait for the disk
-    path.write_bytes(bytes(data))
+STORE = runpy.run_path(str(Path(__file__).with_name("store_standins.py")))
+BACKBONE, state, install, learn = STORE["BACKBONE"], STORE["state"], STORE["install"], STORE["learn"]
+roll_back, value, flip = STORE["roll_back"], STORE["value"], STORE["flip"]
 
 
 @pytest.fixture(autouse=True)

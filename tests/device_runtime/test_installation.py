@@ -110,6 +110,18 @@ def test_neither_a_rollback_nor_a_learned_generation_lowers_the_bar(put, root):
         put(release=1)
 
 
+def test_nor_does_pruning(put, root):
+    put(release=2)
+    for _ in range(12):
+        put(release=3)
+    put(release=1, allow_downgrade=True)
+    for _ in range(12):
+        put(release=1, allow_downgrade=True)
+    assert len(list((root / "generations").iterdir())) <= 12
+    with pytest.raises(BundleRefusedError, match="release 2, but release 3 was installed"):
+        put(release=2)
+
+
 def test_with_a_trusted_key_only_what_it_signed_is_installed(put, root, keys):
     private, public = keys("ours")
     stranger, _ = keys("stranger")

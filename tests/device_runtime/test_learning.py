@@ -10,8 +10,9 @@ import pytest
 
 from device_runtime import Device
 from device_runtime.generations import Generations
+from device_runtime.guard import Limits
 from device_runtime.installation import install
-from ssd_edge.errors import EnvironmentUnfitError, InputError, SlowerProviderError
+from ssd_edge.errors import EnvironmentUnfitError, GateRefusedError, InputError, SlowerProviderError
 
 COLOURS = {"cup": (220, 30, 30), "wedge": (220, 220, 30), "bolt": (20, 20, 20)}
 
@@ -95,6 +96,20 @@ def test_what_cannot_be_learned_changes_nothing(root, images, sentence):
     with pytest.raises(InputError, match=sentence):
         device.learn_all({name: photos("cup", count) for name, count in images.items()})
     assert Device.open(root).generation.number == 1
+
+
+def test_what_would_make_it_forget_is_refused_and_changes_nothing(root):
+    device = Device.open(root)
+    before = device.predict(photos("cup", 5))
+    with pytest.raises(GateRefusedError, match=r"nothing was changed: .*'cup' loses most") as raised:
+        device.learn("mug", photos("cup", 20, seed=1))
+    assert raised.value.exit_code == 4
+    assert device.predict(photos("cup", 5)) == before
+    assert Device.open(root).generation.number == 1
+    result = device.learn_all({"mug": photos("cup", 20, seed=1)}, Limits(max_forgetting=0.5))
+    assert "'mug' looks like 'cup'" in result["warnings"][0]
+    assert result["old_classes"]["worst"]["label"] == "cup"
+    assert device.history()["generations"][-1]["info"]["warnings"] == result["warnings"]
 
 
 def test_a_class_is_renamed_and_nothing_else(root):

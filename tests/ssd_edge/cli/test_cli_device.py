@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from ssd_edge.cli.device import _class_folders
+from ssd_edge.cli.device import _class_folders, device
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,16 @@ def test_the_path_of_the_readme(root: Path, shapes: Path, cli) -> None:
     for verb in ("status", "history"):
         assert cli("device", verb, *at).stdout.strip()
     assert "circle" in cli("device", "predict", shapes / "test" / "circle", *at).stdout
+
+
+def test_fsck_tells_what_is_damaged(root: Path, refused, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(root, tmp_path / "copy"))
+    sound = CliRunner().invoke(device, ["fsck", "--root", str(copy)])
+    assert (sound.exit_code, sound.output) == (0, f"{copy} is sound\n")
+    (copy / "generations" / "000001" / "classes.json").write_text("{}")
+    found = json.loads(CliRunner().invoke(device, ["fsck", "--json", "--root", str(copy)]).output)["findings"]
+    assert any("classes.json" in finding["problem"] or "classes.json" in finding["path"] for finding in found)
+    assert "damaged parts in" in refused("device", "fsck", "--root", copy, code=5)
 
 
 def test_folders_of_one_name_are_one_class(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""The journal of a store: one event a line, appended and never changed. It is for people; no state is read from it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssd_edge import files
+
+_UTC = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def utc() -> str:
+    """The wall clock, for people: a device without a clock battery starts in 1970, and one may be set back."""
+    return time.strftime(_UTC, time.gmtime())
+
+
+class Journal:
+    """``ROOT/journal.jsonl``. Events are ordered by ``seq`` alone: 1, 2, …, whatever the clock says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def events(self) -> Sequence[dict[str, Any]]:
+        """The events, in order; a line that cannot be read (cut short, damaged) is left out."""
+        return [event for _, event in self.lines() if event is not None]
+
+    def lines(self) -> Sequence[tuple[bytes, dict[str, Any] | None]]:
+        """Every line that is not empty, with its event; None for one that cannot be read."""
+        found = []
+        for line in self._bytes().splitlines():
+            event = None
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                value = json.loads(line)
+                if type(value["seq"]) is int and type(value["generation"]) is int:
+                    event = value
+            if line:
+                found.append((line, event))
+        return found
+
+    def is_whole(self) -> bool:
+        """Whether the last line ends as it should."""
+        return (self._bytes() or b"\n").endswith(b"\n")
+
+    def append(self, event: str, number: int, **fields: Any) -> None:
+        """Add an event about a generation.
+
+        Raises:
+            EnvironmentUnfitError: the disk is full, read-only or forbidden.
+        """
+        if not self.is_whole():
+            files.append_line(self.path, "")  # ends the line that a cut left incomplete
+        seq = max((earlier["seq"] for earlier in self.events()), default=0) + 1
+        line = {"seq": seq, "untrusted_time": utc(), "event": event, "generation": number, **fields}
+        files.append_line(self.path, json.dumps(line, allow_nan=False))
+
+    def drop_unreadable(self) -> None:
+        """Write the journal anew without the lines that cannot be read."""
+        lines = self.lines()
+        if not self.is_whole() or any(event is None for _, event in lines):
+            files.write_bytes(self.path, b"".join(line + b"\n" for line, event in lines if event is not None))
+
+    def _bytes(self) -> bytes:
+        return files.read_bytes(self.path) if self.path.exists() else b""
