@@ -1,0 +1,189 @@
+"""What tells an unknown image from a known one: AUROC and FPR at 95 % TPR of several scores, and the thresholds' rates.
+
+Usage: SSD_EDGE_DATA=FOLDER python benchmarks/unknown.py RUN [--json FILE]
+
+RUN is a finished run on nine classes of CIFAR-10 (examples/cifar10.yaml); unknown are all test images of the tenth
+(near) and of CIFAR-100 (far; some of its classes, like pickup_truck and bus, are near too). The score was chosen by the
+column "chosen": for four pairs of the nine classes, learner and statistics were made anew without the pair from four
+fifths of the training images, and told the rest of them apart. No test image had a part in that.
+TPR: the share of known images that pass, rightly recognised or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from device_runtime.unknown import Rejector
+from ssd_edge import files, learners
+from ssd_edge.backbones.embedder import open_backbone
+from ssd_edge.classes import ClassRegistry
+from ssd_edge.config import BackboneConfig, DataConfig
+from ssd_edge.console import Console
+from ssd_edge.data import load
+from ssd_edge.prepared import embed
+from ssd_edge.runs import environment
+from ssd_edge.statistics import ClassStatistics, shrink
+from ssd_edge.training import set_threads
+
+PAIRS = (("automobile", "dog"), ("ship", "cat"), ("horse", "frog"), ("bird", "airplane"))
+IMAGES = (3, 5, 10, 20, 100, 500)
+SEEDS = 5
+
+
+def scores_of(learner: learners.Learner, statistics: ClassStatistics, vectors: Tensor) -> dict[str, Tensor]:
+    """Every score of embeddings ``(N, D)`` for the class that the learner predicts; higher is more known."""
+    classes = len(statistics.counts)
+    logits = torch.cat([learner.scores(part) for part in vectors.split(4096)])[:, :classes].double()
+    rows, wide = logits.argmax(1), vectors.double()
+    samples = statistics.total - classes
+    centre = statistics.sums.sum(0) / statistics.total
+    everything = statistics.second / statistics.total - torch.outer(centre, centre)
+
+    def squared(points: Tensor, covariance: Tensor) -> Tensor:
+        factor = torch.linalg.cholesky(covariance)
+        return torch.linalg.solve_triangular(factor, points.T, upper=False).square().sum(0)
+
+    own = squared(wide - statistics.means[rows], shrink(statistics.scatter_within() / samples, samples))
+    background = squared(wide - centre, shrink(everything, statistics.total))
+    best = logits.topk(2).values
+    return {
+        "max softmax": logits.softmax(1).amax(1),
+        "max logit": logits.amax(1),
+        "energy": logits.logsumexp(1),
+        "logit margin": best[:, 0] - best[:, 1],
+        "Mahalanobis": -own,
+        "relative Mahalanobis": background - own,
+        "whitened cosine": Rejector.fit(statistics).score(vectors, rows).double(),
+    }
+
+
+def compared(known: Tensor, unknown: Tensor) -> dict[str, float]:
+    """AUROC, and the share of the unknown above the fifth percentile of the known."""
+    below = torch.searchsorted(known.sort().values, unknown.contiguous())  # how many known ones each is above
+    auroc = 1 - below.double().mean() / len(known)
+    return {"auroc": float(auroc), "fpr95": float((unknown >= np.quantile(known.numpy(), 0.05)).double().mean())}
+
+
+def chosen_on(vectors: Tensor, labels: Tensor, names: list[str], embedder) -> dict[str, dict[str, float]]:
+    """The column "chosen": means over `PAIRS`."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))
+    held, kept = shuffled[: len(labels) // 5], shuffled[len(labels) // 5 :]
+    found: dict[str, list[dict[str, float]]] = {}
+    for pair in PAIRS:
+        out = torch.tensor([names.index(name) for name in pair])
+        row = torch.full((len(names),), -1)
+        row[[n for n in range(len(names)) if n not in out]] = torch.arange(len(names) - 2)
+        taught = kept[~torch.isin(labels[kept], out)]
+        learner = learners.build({"name": "ssd"}, embedder.dim, embedder.priors)
+        learner.learn(learners.Task(vectors[taught], row[labels[taught]]))
+        statistics = ClassStatistics(embedder.dim)
+        statistics.add(vectors[taught], row[labels[taught]])
+        unknown = torch.isin(labels[held], out)
+        for name, score in scores_of(learner, statistics, vectors[held]).items():
+            found.setdefault(name, []).append(compared(score[~unknown], score[unknown]))
+    return {name: {key: float(np.mean([one[key] for one in many])) for key in many[0]} for name, many in found.items()}
+
+
+def blank_frames(size: int) -> dict[str, np.ndarray]:
+    """What a broken or covered camera gives, uint8 ``(N, size, size, 3)``."""
+    rng = np.random.default_rng(0)
+    one_colour = rng.integers(0, 256, (200, 1, 1, 3))
+    return {
+        "black": np.zeros((1, size, size, 3), np.uint8),
+        "white": np.full((1, size, size, 3), 255, np.uint8),
+        "one colour": np.broadcast_to(one_colour, (200, size, size, 3)).astype(np.uint8),
+        "noise": rng.integers(0, 256, (200, size, size, 3)).astype(np.uint8),
+    }
+
+
+def after_teaching(
+    rejector: Rejector, statistics: ClassStatistics, taught: Tensor, test: Tensor, others: Tensor
+) -> list[dict[str, float]]:
+    """A new class from few images: the share of its test images, and of all others, that would pass as it."""
+    rows, new = [], len(statistics.counts)
+    for count in IMAGES:
+        passed = []
+        for seed in range(SEEDS):
+            few = taught[torch.randperm(len(taught), generator=torch.Generator().manual_seed(seed))[:count]]
+            after = ClassStatistics.from_state(statistics.state())
+            after.add(few, torch.full((count,), new))
+            with_new = rejector.with_class(new, after, few)
+            passed.append(
+                [
+                    float(with_new.known(part, torch.full((len(part),), new))[0].double().mean())
+                    for part in (test, others)
+                ]
+            )
+        own, foreign = np.mean(passed, axis=0)
+        worst = min(one[0] for one in passed)
+        rows.append({"images": count, "accepted": own, "accepted_worst": worst, "others_accepted": foreign})
+        print(f"taught with {count:3}: {own:.3f} of its test images pass (worst of {SEEDS}: {worst:.3f}), "
+              f"others taken for it: {foreign:.3f}")  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Print the tables; write JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--json", type=Path)
+    words = parser.parse_args()
+    set_threads(0)
+    embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
+    ten, hundred = (load(DataConfig(path=f"cifar{n}-jpg.tar.xz"), 0) for n in (10, 100))
+    vectors = {part: torch.from_numpy(array) for part, array in embed(ten, embedder, Console(), True).items()}
+    far = torch.from_numpy(embed(hundred, embedder, Console(), True)["test"])
+    learner = learners.restore(*files.read_tensors(words.run / "learner.safetensors"))
+    arrays, _ = files.read_tensors(words.run / "statistics.safetensors")
+    statistics = ClassStatistics.from_state({name: torch.from_numpy(array) for name, array in arrays.items()})
+    names = ClassRegistry.from_json(files.read_json(words.run / "classes.json")).names
+    (new,) = [name for name in ten.classes if name not in names]
+    row = torch.tensor([names.index(name) if name in names else -1 for name in ten.classes])
+    train, test = row[torch.from_numpy(ten.train_labels)], row[torch.from_numpy(ten.test_labels)]
+    old, near = vectors["test"][test >= 0], vectors["test"][test < 0]
+
+    chosen = chosen_on(vectors["train"][train >= 0], train[train >= 0], names, embedder)
+    parts = {"known": old, "near": near, "far": far}
+    scores = {part: scores_of(learner, statistics, array) for part, array in parts.items()}
+    print(f"{'AUROC / FPR95':22}{'chosen':>15}{new:>15}{'CIFAR-100':>15}")
+    table = {}
+    for name in chosen:
+        table[name] = {
+            "chosen": chosen[name],
+            **{part: compared(scores["known"][name], scores[part][name]) for part in ("near", "far")},
+        }
+        print(f"{name:22}" + "".join(f"{one['auroc']:9.3f}/{one['fpr95']:.3f}" for one in table[name].values()))
+
+    rejector = Rejector.fit(statistics)
+    passes = rejector.known(old, test[test >= 0])[0].double()
+    by_class = {name: float(passes[test[test >= 0] == n].mean()) for n, name in enumerate(names)}
+    rates = {part: float(rejector.known(v, learner.predict(v))[0].double().mean()) for part, v in parts.items()}
+    print(f"pass, of thresholds for {rejector.rate:.2f}: own class {float(passes.mean()):.3f} (classes "
+          f"{min(by_class.values()):.3f}..{max(by_class.values()):.3f}); as predicted: "
+          + ", ".join(f"{part} {rate:.3f}" for part, rate in rates.items()))  # fmt: skip
+    blank = {kind: torch.from_numpy(embedder.embed(pixels)) for kind, pixels in blank_frames(embedder.size).items()}
+    blank_rates = {kind: float(rejector.known(v, learner.predict(v))[0].double().mean()) for kind, v in blank.items()}
+    print("pass, of frames without anything: " + ", ".join(f"{kind} {rate:.3f}" for kind, rate in blank_rates.items()))
+    taught = after_teaching(rejector, statistics, vectors["train"][train < 0], near, old)
+    if words.json:
+        record = {
+            "command": "python benchmarks/unknown.py RUN (RUN: ssd-edge train --config examples/cifar10.yaml)",
+            **environment(),
+            "unknown": {"near": new, "far": "CIFAR-100"},
+            "images": {part: len(array) for part, array in parts.items()},
+            "scores": table,
+            "thresholds": {"rate": rejector.rate, "own_class": float(passes.mean()), "by_class": by_class, **rates},
+            "blank_frames": blank_rates,
+            "new_class": taught,
+        }
+        words.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
