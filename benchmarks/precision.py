@@ -26,9 +26,9 @@ from ssd_edge import bundle, data, runs
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder
 from ssd_edge.backbones.onnx import open_session
+from ssd_edge.targets import PRECISIONS
 from ssd_edge.training import set_threads
 
-PRECISIONS = ("fp32", "fp16", "int8")
 REPEATS = 200
 
 

@@ -276,13 +276,14 @@ class Device:
         with self.store.writer():  # from reading to committing: nobody else can commit in between
             self._load(self.store.current())
             registry, plan = lessons.plan(self.registry, images)
-            embeddings = self.embed([source for lesson in plan for source in lesson.sources])
+            sources = [source for lesson in plan for source in lesson.sources]
+            embeddings = self.embed(sources)
             labels = torch.cat([torch.full((len(lesson.sources),), lesson.row) for lesson in plan])
             held_out = lessons.held_out(self._fresh_learner(), embeddings, labels, seed=self.generation.number)
             taught = self._fresh_learner()
             measured = taught.learn(learners.Task(embeddings, labels))
             statistics = restore_statistics(*self.generation.tensors("statistics.safetensors"))
-            names = [lessons.name_of(source, n) for n, source in enumerate(s for one in plan for s in one.sources)]
+            names = [lessons.name_of(source, number) for number, source in enumerate(sources)]
             judgement = judge(self.learner, taught, statistics, embeddings, labels, registry, limits, names)
             judgement.check()
             statistics.add(embeddings, labels)
@@ -294,12 +295,7 @@ class Device:
                 "seconds": round(time.monotonic() - started, 3),
                 "measured": {key: float(value) for key, value in measured.items()},
             }
-            generation = self.store.commit(
-                self._contents(taught, statistics, registry), info, parent=self.generation.number
-            )
-            prune(self.store)
-            self._load(generation)
-        return {"generation": generation.number, "classes": self.classes, **info}
+            return self._commit(self._contents(taught, statistics, registry), info)
 
     def _fresh_learner(self) -> learners.Learner:
         """A copy of the current one, to be taught."""
@@ -318,9 +314,13 @@ class Device:
             contents["classes.json"] = files.json_bytes(registry.to_json())
             row = self.registry.row(label)
             info = {"renamed": [self.classes[row], registry.names[row]]}
-            generation = self.store.commit(contents, info, parent=self.generation.number)
-            prune(self.store)
-            self._load(generation)
+            return self._commit(contents, info)
+
+    def _commit(self, contents: dict[str, bytes], info: dict[str, Any]) -> dict[str, Any]:
+        """Make a generation of the current one, and answer with it from now on; with the root held for writing."""
+        generation = self.store.commit(contents, info, parent=self.generation.number)
+        prune(self.store)
+        self._load(generation)
         return {"generation": generation.number, "classes": self.classes, **info}
 
     def _contents(

@@ -17,7 +17,7 @@ from pathlib import Path
 from device_runtime import runtimes
 from device_runtime.board import MIB, Board, default_root, describe, disk_free_mb, nearest_folder
 from device_runtime.profiling import estimate
-from device_runtime.runtimes import Check, Examined, Situation, trusted_keys
+from device_runtime.runtimes import TRUSTED, Check, Examined, Situation, trusted_keys
 from ssd_edge import files, targets
 from ssd_edge.bundle import Bundle
 from ssd_edge.errors import EnvironmentUnfitError, InputError, SSDEdgeError
@@ -163,7 +163,7 @@ def _signature(at: Situation) -> Examined:
         yield Check("signature", "note", f"{told} no key is trusted in {at.root}: any valid bundle is taken")
         return
     try:
-        identity = signing.check(at.bundle, signing.trusted(at.root / "trusted"))
+        identity = signing.check(at.bundle, signing.trusted(at.root / TRUSTED))
     except EnvironmentUnfitError as error:
         yield Check("signature", "unfit", f"cannot be checked: {error}", at.fix("cryptography"))
     except SSDEdgeError as error:

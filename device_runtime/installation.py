@@ -21,11 +21,11 @@ from device_runtime import selftest
 from device_runtime.device import check_together, prune, restore_statistics
 from device_runtime.embedder import open_embedder
 from device_runtime.generations import Generation, Generations
+from device_runtime.runtimes import TRUSTED, trusted_keys
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners, signing
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
 
-TRUSTED = "trusted"
 # Decisions on the probe's images, whose patches are of no class: near-ties may fall otherwise, a wrong learner differs
 # in most.
 MIN_AGREEMENT = 0.75
@@ -114,10 +114,9 @@ def _facts(opened: bundles.Bundle, signed_by: str | None) -> dict[str, Any]:
 
 def _check_signature(root: Path, opened: bundles.Bundle) -> str | None:
     """The id of the trusted key that signed it; None where no key is trusted."""
-    folder = root / TRUSTED
-    if not any(folder.glob("*.pub")):
+    if not trusted_keys(root):
         return None
-    return signing.check(opened, signing.trusted(folder))
+    return signing.check(opened, signing.trusted(root / TRUSTED))
 
 
 def _check_release(store: Generations, release: int, name: str | Path) -> None:
@@ -189,4 +188,4 @@ def distrust(root: str | Path, identity: str) -> None:
 
 def trusted(root: str | Path) -> list[str]:
     """Ids of the trusted keys."""
-    return sorted(path.stem for path in (Path(root) / TRUSTED).glob("*.pub"))
+    return [path.stem for path in trusted_keys(Path(root))]

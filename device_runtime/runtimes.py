@@ -18,6 +18,7 @@ from device_runtime.embedder import PREFERRED
 from ssd_edge import targets
 from ssd_edge.bundle import Bundle
 
+TRUSTED = "trusted"  # folder of a root
 STATES = ("ok", "note", "warning", "unfit")
 OLDEST_TORCH, OLDEST_ONNXRUNTIME = "2.3", "1.17"  # as in pyproject.toml
 # ONNX: y = Conv(x, w), both inputs float32 (1, 1, 3, 3). A convolution, because that is what needs cuDNN.
@@ -85,7 +86,7 @@ Examined = Iterator[Check]
 
 def trusted_keys(root: Path) -> list[Path]:
     """Files of the keys that sign what a device takes."""
-    return sorted((root / "trusted").glob("*.pub"))
+    return sorted((root / TRUSTED).glob("*.pub"))
 
 
 def check_packages(at: Situation) -> Examined:

@@ -17,6 +17,13 @@ from ssd_edge.errors import GateRefusedError
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (P, size, size, 3) → float32 (P, D)
 
 
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Cosine of each pair of rows ``(P, D)``, in float64; of a zero row: 0."""
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return (one * other).sum(1) / np.maximum(lengths, np.finfo(np.float64).tiny)
+
+
 def compare(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:
     """Smallest cosine of two rows, and largest difference in standard deviations of `wanted`; both ``(P, D)``.
 
@@ -25,10 +32,8 @@ def compare(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:
     if wanted.shape != found.shape or not np.isfinite(found).all():
         return -1.0, float("inf")
     one, other = wanted.astype(np.float64), found.astype(np.float64)
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    tiny = np.finfo(np.float64).tiny
-    cosine = float(((one * other).sum(1) / np.maximum(lengths, tiny)).min(initial=1.0))
-    return cosine, float(np.abs(one - other).max(initial=0.0) / max(float(one.std()), tiny))
+    deviation = max(float(one.std()), np.finfo(np.float64).tiny)
+    return float(cosines(wanted, found).min(initial=1.0)), float(np.abs(one - other).max(initial=0.0) / deviation)
 
 
 def run(embed: Embed, arrays: Mapping[str, np.ndarray], limits: Mapping[str, float]) -> dict[str, Any]:

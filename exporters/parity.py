@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from device_runtime.selftest import cosines
 from exporters.precision import element_types
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.onnx import batch_size, open_session, run
@@ -114,8 +115,8 @@ def measure(
     wanted, batched, alone = (np.nan_to_num(part, posinf=0, neginf=0) for part in (wanted, batched, alone))
     deviation = max(float(wanted.std()), np.finfo(np.float32).tiny)
     differences = np.abs(batched - wanted) / deviation
-    cosines = _cosines(wanted, batched)
-    differences[broken], cosines[broken] = _WORST, -1
+    similar = cosines(wanted, batched)
+    differences[broken], similar[broken] = _WORST, -1
     single = np.abs(alone - wanted[:ALONE]).max() / deviation
     report: dict[str, Any] = {
         "images": len(images),
@@ -123,8 +124,8 @@ def measure(
         "nonfinite": int(broken.sum()),
         "max_difference": _short(max(differences.max(), single)),
         "p99_difference": _short(np.percentile(differences, 99)),
-        "min_cosine": round(float(min(cosines.min(), _cosines(wanted[:ALONE], alone).min())), 7),
-        "mean_cosine": round(float(cosines.mean()), 7),
+        "min_cosine": round(float(min(similar.min(), cosines(wanted[:ALONE], alone).min())), 7),
+        "mean_cosine": round(float(similar.mean()), 7),
         "drift": _drift(wanted, batched, deviation),
     }
     if learner is not None:
@@ -219,12 +220,6 @@ def _drift(wanted: np.ndarray, found: np.ndarray, deviation: float) -> dict[str,
     ratio = after[live] / before[live]
     spread = max(ratio.max(initial=1.0), 1 / max(ratio.min(initial=1.0), 1 / _WORST))
     return {"mean_shift": _short(shift), "spread": round(float(min(spread, _WORST)), 4)}
-
-
-def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    return (one * other).sum(1) / np.maximum(lengths, np.finfo(np.float64).tiny)
 
 
 def _short(value: float) -> float:

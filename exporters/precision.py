@@ -32,12 +32,12 @@ from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.onnx import INPUT, batch_size, finish, open_session
 from ssd_edge.errors import InputError, require
 from ssd_edge.images import decode, image_files
+from ssd_edge.targets import PRECISIONS
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
     from onnxruntime.quantization import CalibrationDataReader
 
-PRECISIONS = ("fp32", "fp16", "int8")
 MIN_CALIBRATION_IMAGES = 16
 _PURPOSE = "convert a backbone"
 _OURS = ("before/", "after/")

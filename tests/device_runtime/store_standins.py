@@ -41,6 +41,15 @@ def roll_back(store: Generations, number: int) -> Generation:
         return store.set_current(number)
 
 
+def three(root: Path) -> Generations:
+    """1.0 installed, 2.0 and 3.0 learned one from the other."""
+    store = Generations(root)
+    install(store, 1.0)
+    learn(store, 2.0)
+    learn(store, 3.0)
+    return store
+
+
 def value(generation: Generation) -> float:
     """What `state` was given."""
     return float(generation.tensors("learner.safetensors")[0]["w"][0])

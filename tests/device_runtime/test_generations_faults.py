@@ -39,11 +39,7 @@ def _quick(monkeypatch, request):
 @pytest.fixture
 def store(tmp_path):
     """1 → 2 → 3."""
-    store = Generations(tmp_path / "root")
-    install(store, 1.0)
-    learn(store, 2.0)
-    learn(store, 3.0)
-    return store
+    return STORE["three"](tmp_path / "root")
 
 
 @pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])

@@ -26,10 +26,7 @@ def _quick(monkeypatch):
 @pytest.fixture
 def store(tmp_path):
     """1.0 → 2.0 → 3.0; nothing is wrong with it."""
-    store = Generations(tmp_path / "root")
-    install(store, 1.0)
-    learn(store, 2.0)
-    learn(store, 3.0)
+    store = STORE["three"](tmp_path / "root")
     assert store.fsck() == []
     return store
 
