@@ -16,32 +16,31 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from device_runtime import lessons
+from device_runtime import lessons, teaching
 from device_runtime.board import default_root
+from device_runtime.budget import Budget, Meter, Watcher
 from device_runtime.embedder import Embedder, open_embedder
 from device_runtime.generations import Generation, Generations
-from device_runtime.guard import Limits, judge
+from device_runtime.guard import Limits
+from device_runtime.knowledge import Knowledge
 from device_runtime.lessons import ImageSource
+from device_runtime.unknown import UNKNOWN
 from ssd_edge import files, learners
 from ssd_edge.classes import ClassRegistry
-from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
+from ssd_edge.errors import EnvironmentUnfitError, InputError
 from ssd_edge.statistics import ClassStatistics
 
 log = logging.getLogger(__name__)
 
-CARRIED = ("device.json", "probe.safetensors")  # from a generation to those that are learned from it
-
-
 KEEP = 10  # generations; those in use and the last installed one stay whatever their age
-NOTHING_KNOWN = {"kind": "no class was known before", "accuracy_before": None, "accuracy_after": None, "drop": 0.0}
+AT_ONCE = 64  # images that are decoded before they are embedded: 10 MB of 224 × 224 pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,42 +49,43 @@ class Prediction:
 
     Attributes:
         image: the path, or ``image 0`` … for arrays.
-        label: class name.
-        score: softmax of the learner's scores over the classes, 0..1. It ranks the images of one generation; it is
-            no calibrated probability (a discriminant in a thousand dimensions is far too sure of itself).
+        label: class name, or ``unknown``.
+        score: softmax of the learner's scores over the classes, 0..1, of `nearest`. It ranks the images of one
+            generation; it is no calibrated probability (a discriminant in a thousand dimensions is far too sure).
         generation: that answered.
+        nearest: the class that it was taken for, also where it is not near enough to be called that.
+        margin: by how much it is nearer than that class asks for, a difference of cosines; below 0 it is ``unknown``.
     """
 
     image: str
     label: str
     score: float
     generation: int
+    nearest: str
+    margin: float
 
 
-def restore_statistics(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> ClassStatistics:
-    """The statistics of a bundle or generation; `metadata` is not used, so that what `tensors` gives can be passed.
+@dataclasses.dataclass(frozen=True)
+class State:
+    """One generation, opened."""
 
-    Raises:
-        BundleRefusedError: they are damaged.
+    generation: Generation
+    known: Knowledge
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What `Device.observe` found.
+
+    Attributes:
+        predictions: one an image.
+        embeddings: float32 ``(N, D)``.
+        state: that answered.
     """
-    try:
-        return ClassStatistics.from_state({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})
-    except (KeyError, RuntimeError, IndexError) as error:
-        raise BundleRefusedError(f"the class statistics are damaged ({error}); deploy the bundle again") from error
 
-
-def check_together(learner: learners.Learner, registry: ClassRegistry, statistics: ClassStatistics) -> None:
-    """Parts of one state must speak of the same classes.
-
-    Raises:
-        BundleRefusedError: they do not.
-    """
-    rows = len(registry)
-    if len(learner.seen) != rows or len(statistics.counts) != rows:
-        raise BundleRefusedError(
-            f"the registry names {rows} classes, but the learner knows {len(learner.seen)} and the statistics "
-            f"{len(statistics.counts)}; deploy the bundle again"
-        )
+    predictions: list[Prediction]
+    embeddings: torch.Tensor
+    state: State
 
 
 def prune(store: Generations) -> None:
@@ -94,25 +94,6 @@ def prune(store: Generations) -> None:
         store.prune(KEEP)
     except EnvironmentUnfitError as error:  # the commit has happened, and the next one tries again
         log.warning("old generations were not deleted: %s", error)
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """One generation, opened.
-
-    Attributes:
-        generation: as it was committed.
-        registry: its classes.
-        learner: restored; not to be taught.
-        statistics: of the embeddings of its classes.
-        facts: device.json.
-    """
-
-    generation: Generation
-    registry: ClassRegistry
-    learner: learners.Learner
-    statistics: ClassStatistics
-    facts: dict[str, Any]
 
 
 class Device:
@@ -153,15 +134,13 @@ class Device:
         self._embedders = {}
 
     def _load(self, generation: Generation) -> None:
-        registry = generation.registry
-        learner = learners.restore(*generation.tensors("learner.safetensors"))
-        statistics = restore_statistics(*generation.tensors("statistics.safetensors"))
-        check_together(learner, registry, statistics)
-        facts = files.parse_json(generation.read("device.json"), "device.json")
-        self.state = State(generation, registry, learner, statistics, facts)
+        self._use(State(generation, Knowledge.read(generation.read)))
+
+    def _use(self, state: State) -> None:
+        self.state = state
         with self._starting:
-            running = self._embedders.get(generation.backbone)
-            self._embedders = {} if running is None else {generation.backbone: running}
+            running = self._embedders.get(state.generation.backbone)
+            self._embedders = {} if running is None else {state.generation.backbone: running}
 
     def refresh(self) -> bool:
         """Take over what another process has committed; whether there was something new.
@@ -183,22 +162,22 @@ class Device:
     @property
     def registry(self) -> ClassRegistry:
         """Its classes."""
-        return self.state.registry
+        return self.state.known.registry
 
     @property
     def learner(self) -> learners.Learner:
         """Its learner; not to be taught."""
-        return self.state.learner
+        return self.state.known.learner
 
     @property
     def statistics(self) -> ClassStatistics:
         """Of the embeddings of its classes."""
-        return self.state.statistics
+        return self.state.known.statistics
 
     @property
     def facts(self) -> dict[str, Any]:
         """What its bundle said besides tensors."""
-        return self.state.facts
+        return self.state.known.facts
 
     @property
     def embedder(self) -> Embedder:
@@ -209,8 +188,9 @@ class Device:
         backbone = state.generation.backbone
         with self._starting:
             if backbone not in self._embedders:
-                probe = state.generation.tensors("probe.safetensors")
-                found = open_embedder(self.store, backbone, state.facts, probe, log.warning, self.strict)
+                known = state.known
+                probe = files.parse_tensors(known.probe, "probe.safetensors")
+                found = open_embedder(self.store, backbone, known.facts, probe, log.warning, self.strict)
                 self._embedders = {backbone: found}
             return self._embedders[backbone]
 
@@ -227,79 +207,100 @@ class Device:
         """
         return self._embed(self.state, sources)
 
-    def _embed(self, state: State, sources: Sequence[ImageSource]) -> torch.Tensor:
-        size = state.facts["size"]
-        pixels = [lessons.pixels(source, lessons.name_of(source, n), size) for n, source in enumerate(sources)]
-        stacked = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
-        return torch.from_numpy(self._embedder_of(state).embed(stacked))
+    def _embed(
+        self, state: State, sources: Sequence[ImageSource], progress: Callable[[float], Any] = lambda share: None
+    ) -> torch.Tensor:
+        size, embedder = state.known.facts["size"], self._embedder_of(state)
+        parts = []
+        for start in range(0, len(sources), AT_ONCE):
+            some = sources[start : start + AT_ONCE]
+            pixels = [lessons.pixels(one, lessons.name_of(one, start + n), size) for n, one in enumerate(some)]
+            parts.append(torch.from_numpy(embedder.embed(np.stack(pixels))))
+            progress((start + len(some)) / len(sources))
+        return torch.cat(parts) if parts else torch.zeros(0, state.known.facts["dim"])
 
-    def predict(self, sources: Sequence[ImageSource]) -> list[Prediction]:
-        """The best class of each image."""
+    def observe(self, sources: Sequence[ImageSource], reject: bool = True) -> Observation:
+        """What each image shows, with its embedding, all by one generation.
+
+        Args:
+            sources: images.
+            reject: answer `UNKNOWN` for what is not near enough to any class; else every image is of some class.
+
+        Raises:
+            InputError: an image cannot be read, or this device knows no class yet.
+        """
         state = self.state  # one for the whole answer: another thread may replace it at any time
-        classes = state.registry.names
+        classes = state.known.registry.names
         if not classes:
             raise InputError("this device knows no class yet; teach it one: ssd-edge device learn --label NAME FOLDER")
-        scores = state.learner.scores(self._embed(state, sources))[:, : len(classes)]
-        share, row = scores.softmax(1).max(1) if len(scores) else (torch.zeros(0), torch.zeros(0))
-        names = [lessons.name_of(source, number) for number, source in enumerate(sources)]
-        return [
-            Prediction(name, classes[int(r)], float(s), state.generation.number)
-            for name, r, s in zip(names, row, share, strict=True)
+        embeddings = self._embed(state, sources)
+        scores = state.known.learner.scores(embeddings)[:, : len(classes)]
+        share, rows = scores.softmax(1).max(1) if len(scores) else (torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+        near, margins = state.known.rejector.known(embeddings, rows)
+        answers = zip(sources, rows.tolist(), share.tolist(), near.tolist(), margins.tolist(), strict=True)
+        found = [
+            Prediction(
+                lessons.name_of(source, number),
+                classes[row] if passes or not reject else UNKNOWN,
+                score,
+                state.generation.number,
+                classes[row],
+                margin,
+            )
+            for number, (source, row, score, passes, margin) in enumerate(answers)
         ]
+        return Observation(found, embeddings, state)
 
-    def learn(self, label: str, sources: Sequence[ImageSource]) -> dict[str, Any]:
+    def predict(self, sources: Sequence[ImageSource], reject: bool = True) -> list[Prediction]:
+        """The best class of each image, or `UNKNOWN`; arguments and errors as `observe`."""
+        return self.observe(sources, reject).predictions
+
+    def learn(self, label: str, sources: Sequence[ImageSource], **options: Any) -> dict[str, Any]:
         """`learn_all` of one class."""
-        return self.learn_all({label: sources})
+        return self.learn_all({label: sources}, **options)
 
     def learn_all(
-        self, images: Mapping[str, Sequence[ImageSource]], limits: Limits | None = None
+        self,
+        images: Mapping[str, Sequence[ImageSource]],
+        limits: Limits | None = None,
+        budget: Budget | None = None,
+        watcher: Watcher | None = None,
     ) -> dict[str, Any]:
         """Teach classes, new or known, from their new images alone, and commit one generation.
-
-        A fifth of the images is held out, a copy of the learner is taught with the rest and measured on it;
-        then the learner itself is taught with all of them, so that none is wasted.
 
         Args:
             images: name → images; at least three of a new class.
             limits: of what it may cost the old classes; None: the defaults of `guard.Limits`.
+            budget: of time and memory; None: no limits.
+            watcher: told how far it is.
 
         Returns:
             generation, classes, label (the names), images (their number), taught (name, images, whether it was new and
             accuracy on its held-out images), held_out accuracy over all, the estimate for the old classes, warnings
-            (sentences for the operator), suspects (images that they speak of), seconds.
+            (sentences for the operator), suspects (images that they speak of), seconds, peak_mb (of the process while
+            it learned, MiB; None: not known), measured (by the learner).
 
         Raises:
             InputError: a bad name, no or too few images, or one that cannot be read; nothing is changed.
-            GateRefusedError: the device would forget more than `limits` allow, or answer nonsense; nothing is changed.
+            GateRefusedError: the device would forget more than `limits` allow, answer nonsense, or need more than the
+                budget; nothing is changed.
         """
-        started = time.monotonic()
+        meter = Meter(budget, watcher)
         with self.store.writer():  # from reading to committing: nobody else can commit in between
-            self._load(self.store.current())
-            registry, plan = lessons.plan(self.registry, images)
-            sources = [source for lesson in plan for source in lesson.sources]
-            embeddings = self.embed(sources)
-            labels = torch.cat([torch.full((len(lesson.sources),), lesson.row) for lesson in plan])
-            held_out = lessons.held_out(self._fresh_learner(), embeddings, labels, seed=self.generation.number)
-            taught = self._fresh_learner()
-            measured = taught.learn(learners.Task(embeddings, labels))
-            statistics = restore_statistics(*self.generation.tensors("statistics.safetensors"))
-            names = [lessons.name_of(source, number) for number, source in enumerate(sources)]
-            judgement = judge(self.learner, taught, statistics, embeddings, labels, registry, limits, names)
-            judgement.check()
-            statistics.add(embeddings, labels)
-            info = {
-                **lessons.report(plan, held_out),
-                "old_classes": judgement.retention or NOTHING_KNOWN,
-                "warnings": judgement.warnings,
-                "suspects": judgement.suspects,
-                "seconds": round(time.monotonic() - started, 3),
-                "measured": {key: float(value) for key, value in measured.items()},
-            }
-            return self._commit(self._contents(taught, statistics, registry), info)
+            state = self._latest()
 
-    def _fresh_learner(self) -> learners.Learner:
-        """A copy of the current one, to be taught."""
-        return learners.restore(*self.generation.tensors("learner.safetensors"))
+            def embed(sources: Sequence[ImageSource], progress: Callable[[float], Any]) -> torch.Tensor:
+                return self._embed(state, sources, progress)
+
+            known, report = teaching.teach(state.known, images, embed, state.generation.number, limits, meter)
+            return self._commit(known, report)
+
+    def _latest(self) -> State:
+        """The state to make the next one of; with the root held for writing."""
+        generation = self.store.current()
+        if generation != self.state.generation:
+            self._load(generation)
+        return self.state
 
     def rename(self, label: str, new: str) -> dict[str, Any]:
         """Give a class another name, and commit a generation; what was learned stays as it is.
@@ -308,35 +309,18 @@ class Device:
             InputError: no such class, or the new name is bad or taken.
         """
         with self.store.writer():
-            self._load(self.store.current())
-            registry = self.registry.rename(label, new)
-            contents = {name: self.generation.read(name) for name in self.generation.files}
-            contents["classes.json"] = files.json_bytes(registry.to_json())
-            row = self.registry.row(label)
-            info = {"renamed": [self.classes[row], registry.names[row]]}
-            return self._commit(contents, info)
+            known = self._latest().known
+            registry = known.registry.rename(label, new)
+            row = known.registry.row(label)
+            return self._commit(known.replace(registry=registry), {"renamed": [self.classes[row], registry.names[row]]})
 
-    def _commit(self, contents: dict[str, bytes], info: dict[str, Any]) -> dict[str, Any]:
+    def _commit(self, known: Knowledge, info: dict[str, Any]) -> dict[str, Any]:
         """Make a generation of the current one, and answer with it from now on; with the root held for writing."""
+        contents, again = known.reread()
         generation = self.store.commit(contents, info, parent=self.generation.number)
         prune(self.store)
-        self._load(generation)
+        self._use(State(generation, again))
         return {"generation": generation.number, "classes": self.classes, **info}
-
-    def _contents(
-        self, learner: learners.Learner, statistics: ClassStatistics, registry: ClassRegistry
-    ) -> dict[str, bytes]:
-        arrays = {name: tensor.numpy() for name, tensor in statistics.state().items()}
-        contents = {
-            "learner.safetensors": files.tensor_bytes(*learners.pack(learner)),
-            "statistics.safetensors": files.tensor_bytes(arrays),
-            "classes.json": files.json_bytes(registry.to_json()),
-            **{name: self.generation.read(name) for name in CARRIED},
-        }
-        table = learners.top_n_table(learner)
-        if table is not None:
-            contents["top_n.safetensors"] = files.tensor_bytes(table, {"learner": learner.name})
-        return contents
 
     def rollback(self, number: int | None = None) -> dict[str, Any]:
         """Return to an earlier generation: the one that this was learned from, or any by its number.

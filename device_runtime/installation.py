@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from device_runtime import selftest
-from device_runtime.device import check_together, prune, restore_statistics
+from device_runtime.device import prune
 from device_runtime.embedder import open_embedder
 from device_runtime.generations import Generation, Generations
+from device_runtime.knowledge import Knowledge, restore_statistics
 from device_runtime.runtimes import TRUSTED, trusted_keys
+from device_runtime.unknown import Rejector
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners, signing
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
@@ -62,17 +64,7 @@ def install(
     store = Generations(root)
     signed_by = _check_signature(store.root, opened)
     facts = _facts(opened, signed_by)
-    learner = learners.restore(*opened.tensors("learner"))
-    check_together(learner, opened.registry, restore_statistics(*opened.tensors("statistics")))
-    contents = {
-        "learner.safetensors": opened.read("learner"),
-        "statistics.safetensors": opened.read("statistics"),
-        "classes.json": opened.read("classes"),
-        "probe.safetensors": opened.read("probe"),
-        "device.json": files.json_bytes(facts),
-    }
-    if "top_n" in opened.roles:
-        contents["top_n.safetensors"] = opened.read("top_n")
+    known = _known(opened, facts)
     with store.writer():
         if not allow_downgrade:
             _check_release(store, facts["release"], bundle)
@@ -80,7 +72,7 @@ def install(
         arrays, limits = opened.tensors("probe")
         embedder = open_embedder(store, backbone, facts, (arrays, limits), say, strict)
         tested = selftest.run(embedder.embed, arrays, limits)
-        tested["agreement"] = _check_learner(learner, embedder.embed(arrays["images"]), arrays["rows"])
+        tested["agreement"] = _check_learner(known.learner, embedder.embed(arrays["images"]), arrays["rows"])
         say(
             f"self-test on {tested['images']} images with {embedder.provider}: cosine {tested['min_cosine']:.6f}, "
             f"largest difference {tested['max_difference']:.1e} σ, {tested['agreement']:.0%} of the decisions agree"
@@ -95,7 +87,7 @@ def install(
             "self_test": tested,
             **({"engine": dict(embedder.engine)} if embedder.engine else {}),
         }
-        generation = store.commit(contents, info, parent=None, backbone=backbone)
+        generation = store.commit(known.contents(), info, parent=None, backbone=backbone)
         prune(store)
         return generation
 
@@ -110,6 +102,22 @@ def _facts(opened: bundles.Bundle, signed_by: str | None) -> dict[str, Any]:
         "bundle_sha256": opened.sha256,
         "signed_by": signed_by,
     }
+
+
+def _known(opened: bundles.Bundle, facts: dict[str, Any]) -> Knowledge:
+    """What a bundle knows, with thresholds for what is none of its classes."""
+    statistics = restore_statistics(opened.tensors("statistics")[0])
+    known = Knowledge(
+        opened.registry,
+        learners.restore(*opened.tensors("learner")),
+        statistics,
+        Rejector.fit(statistics),
+        facts,
+        opened.read("probe"),
+        opened.read("card"),
+    )
+    known.check()
+    return known
 
 
 def _check_signature(root: Path, opened: bundles.Bundle) -> str | None:

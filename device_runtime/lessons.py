@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ssd_edge import files, images
+from ssd_edge import images
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import InputError
 from ssd_edge.learners import Learner, Task
+from ssd_edge.learners.base import Progress
 
 MIN_IMAGES = 3  # of a new class: the mean of one image is that image's embedding, and would be stored
 HELD_OUT = 5  # one image in five measures what the others taught
@@ -31,9 +32,7 @@ class Lesson:
     sources: Sequence[ImageSource]
 
 
-def plan(
-    registry: ClassRegistry, given: Mapping[str, Sequence[ImageSource]]
-) -> tuple[ClassRegistry, list[Lesson]]:
+def plan(registry: ClassRegistry, given: Mapping[str, Sequence[ImageSource]]) -> tuple[ClassRegistry, list[Lesson]]:
     """The registry after learning, and what is to be learned.
 
     Raises:
@@ -56,7 +55,9 @@ def plan(
     return registry, lessons
 
 
-def held_out(copy: Learner, embeddings: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[int, torch.Tensor]:
+def held_out(
+    copy: Learner, embeddings: torch.Tensor, labels: torch.Tensor, seed: int, progress: Progress | None = None
+) -> dict[int, torch.Tensor]:
     """Whether a fifth of each class's images is recognised by a learner that is taught with the others.
 
     Args:
@@ -64,6 +65,7 @@ def held_out(copy: Learner, embeddings: torch.Tensor, labels: torch.Tensor, seed
         embeddings: ``(N, D)``.
         labels: rows, int64 ``(N,)``.
         seed: of the choice.
+        progress: of the teaching.
 
     Returns:
         Row → bool ``(n,)``, empty where a class has too few images.
@@ -76,7 +78,7 @@ def held_out(copy: Learner, embeddings: torch.Tensor, labels: torch.Tensor, seed
         held[own[torch.randperm(len(own), generator=generator)[:count]]] = True
     if not held.any():
         return {int(row): held[:0] for row in labels.unique()}
-    copy.learn(Task(embeddings[~held], labels[~held]))
+    copy.learn(Task(embeddings[~held], labels[~held]), progress)
     right = copy.predict(embeddings[held]) == labels[held]
     return {int(row): right[labels[held] == row] for row in labels.unique()}
 
@@ -113,10 +115,12 @@ def pixels(source: ImageSource, name: str, size: int) -> np.ndarray:
     """An image at the backbone's size, uint8 RGB ``(size, size, 3)``; `name` is that of what has no path.
 
     Raises:
-        InputError: it cannot be read; the sentence names it.
+        InputError: it cannot be read, or is nothing that could be an image; the sentence names it.
     """
     if isinstance(source, np.ndarray):
-        return images.from_array(source, size)
+        return images.from_array(source, size, name)
     if isinstance(source, Image.Image):
         return images.to_array(source, name, size)
-    return images.decode(files.read_bytes(Path(source)), str(source), size)
+    if not isinstance(source, str | Path):
+        raise InputError(f"{name} is a {type(source).__name__}, but a path, a PIL image or a uint8 array is needed")
+    return images.decode(images.read(source), str(source), size)

@@ -270,7 +270,7 @@ def footprint(path: str | Path, root: Path) -> dict[str, float]:
     import torch
 
     from device_runtime import retention
-    from device_runtime.device import restore_statistics
+    from device_runtime.knowledge import restore_statistics
     from ssd_edge import learners
 
     with contextlib.suppress(ImportError, OSError):
@@ -289,7 +289,7 @@ def footprint(path: str | Path, root: Path) -> dict[str, float]:
     for copy in copies:
         copy.learn(task)
     if len(opened.registry):
-        retention.estimate(learner, copies[0], restore_statistics(*opened.tensors("statistics")))
+        retention.estimate(learner, copies[0], restore_statistics(opened.tensors("statistics")[0]))
     found["learned"] = _resident("VmRSS")
     return {**found, "peak": _resident("VmHWM")}
 

@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
-from ssd_edge.cli.options import JSON, print_json
+from ssd_edge.cli.options import JSON, ROOT, STRICT, listed, open_device, print_json, progress_line
 from ssd_edge.errors import BundleRefusedError, InputError
-
-ROOT = click.option(
-    "--root",
-    type=click.Path(path_type=Path),
-    envvar="SSD_EDGE_ROOT",
-    help="The device's state [default: $SSD_EDGE_ROOT, else a folder in the user's data directory].",
-)
-
-
-STRICT = click.option(
-    "--strict", is_flag=True, help="Refuse to run the backbone on something slower than its target is prepared for."
-)
 
 
 @click.group()
 def device() -> None:
     """Install a bundle, predict, learn new classes, undo."""
-
-
-def _open(root: Path | None, strict: bool = False) -> Any:
-    from device_runtime.device import Device
-
-    opened = Device.open(root, strict)
-    if opened.generation.fallback:
-        click.echo(f"warning: {opened.generation.fallback}", err=True)
-    return opened
-
-
-def _listed(names: list[str]) -> str:
-    return f"{len(names)} classes: {', '.join(names)}" if names else "no classes yet; teach one: ssd-edge device learn"
 
 
 def _root(root: Path | None) -> Path:
@@ -66,7 +41,7 @@ def install(bundle: Path, allow_downgrade: bool, strict: bool, root: Path | None
     if as_json:
         print_json({"generation": generation.number, "classes": names, "root": str(root), **generation.info})
     else:
-        click.echo(f"generation {generation.number} in {root}: {_listed(names)}")
+        click.echo(f"generation {generation.number} in {root}: {listed(names)}")
 
 
 @device.command()
@@ -96,24 +71,26 @@ def trust(key: Path | None, remove: str | None, root: Path | None, as_json: bool
 
 @device.command()
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@click.option("--always-answer", is_flag=True, help="Name the nearest class of every image, never 'unknown'.")
 @STRICT
 @ROOT
 @JSON
-def predict(sources: tuple[Path, ...], strict: bool, root: Path | None, as_json: bool) -> None:
-    """Name the class of each IMAGE (files, or folders of them)."""
+def predict(sources: tuple[Path, ...], always_answer: bool, strict: bool, root: Path | None, as_json: bool) -> None:
+    """Name the class of each IMAGE (files, or folders of them), or 'unknown'."""
     from ssd_edge.images import image_files
 
     paths = image_files(sources)
-    opened = _open(root, strict)
+    opened = open_device(root, strict)
     started = time.monotonic()
-    predictions = opened.predict(paths)
+    predictions = opened.predict(paths, reject=not always_answer)
     seconds = time.monotonic() - started
     if as_json:
-        rows = [{"image": p.image, "label": p.label, "score": p.score} for p in predictions]
+        rows = [dataclasses.asdict(p) for p in predictions]
         print_json({"generation": opened.generation.number, "predictions": rows, "seconds": seconds})
         return
     for p in predictions:
-        click.echo(f"{p.score:6.3f}  {p.label}  {p.image}")
+        nearest = "" if p.label == p.nearest else f" (nearest: {p.nearest})"
+        click.echo(f"{p.score:6.3f}  {p.label}{nearest}  {p.image}")
 
 
 @device.command()
@@ -126,6 +103,8 @@ def predict(sources: tuple[Path, ...], strict: bool, root: Path | None, as_json:
     show_default=True,
     help="Refuse to learn what would lower the old classes' accuracy by more, as estimated; a share.",
 )
+@click.option("--budget-seconds", type=float, help="Time for it; learning by gradients then stops early.")
+@click.option("--budget-mb", type=float, help="Memory for it (MiB of the whole process); over it, it is refused.")
 @STRICT
 @ROOT
 @JSON
@@ -133,6 +112,8 @@ def learn(
     label: str | None,
     sources: tuple[Path, ...],
     max_forgetting: float,
+    budget_seconds: float | None,
+    budget_mb: float | None,
     strict: bool,
     root: Path | None,
     as_json: bool,
@@ -143,22 +124,28 @@ def learn(
     ssd-edge device learn --label gear photos/       one class, from all images in photos/
     ssd-edge device learn photos/                    a class a folder: photos/gear/, photos/nut/, …
     """
+    from device_runtime.budget import Budget
     from device_runtime.guard import Limits
     from ssd_edge.classes import normalise_name
     from ssd_edge.images import image_files
+
+    budget = Budget(budget_seconds, budget_mb)
 
     if label is not None:
         images = {normalise_name(label): image_files(sources)}
     else:
         images = {name: image_files(folders) for name, folders in _class_folders(sources).items()}
-    result = _open(root, strict).learn_all(images, Limits(max_forgetting))
+    with progress_line() as watcher:
+        result = open_device(root, strict).learn_all(images, Limits(max_forgetting), budget, watcher)
     for warning in result["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     if as_json:
         print_json(result)
         return
     old = result["old_classes"]
-    click.echo(f"generation {result['generation']}: learned {result['images']} images in {result['seconds']:.1f} s")
+    memory = "" if result["peak_mb"] is None else f", {result['peak_mb']} MiB of memory at most"
+    took = f"{result['seconds']:.1f} s{memory}"
+    click.echo(f"generation {result['generation']}: learned {result['images']} images in {took}")
     for taught in result["taught"]:
         held = taught["held_out"]
         found = "" if held["accuracy"] is None else f"; {held['accuracy']:.3f} of {held['images']} held out recognised"
@@ -193,7 +180,7 @@ def _class_folders(sources: tuple[Path, ...]) -> dict[str, list[Path]]:
 @JSON
 def rename(label: str, new: str, root: Path | None, as_json: bool) -> None:
     """Give the class LABEL the name NEW; what was learned stays as it is."""
-    result = _open(root).rename(label, new)
+    result = open_device(root).rename(label, new)
     if as_json:
         print_json(result)
     else:
@@ -207,13 +194,13 @@ def rename(label: str, new: str, root: Path | None, as_json: bool) -> None:
 @JSON
 def rollback(generation: int | None, root: Path | None, as_json: bool) -> None:
     """Return to the generation before the last learn, or to GENERATION."""
-    result = _open(root).rollback(generation)
+    result = open_device(root).rollback(generation)
     if as_json:
         print_json(result)
     else:
         names = result["classes"]
         was = f"generation {result['generation']} (was {result['from']})"
-        click.echo(f"{was}: {_listed(names)}")
+        click.echo(f"{was}: {listed(names)}")
 
 
 @device.command()
@@ -221,7 +208,7 @@ def rollback(generation: int | None, root: Path | None, as_json: bool) -> None:
 @JSON
 def status(root: Path | None, as_json: bool) -> None:
     """What this device is and knows."""
-    result = _open(root).status()
+    result = open_device(root).status()
     if as_json:
         print_json(result)
         return
@@ -237,7 +224,7 @@ def status(root: Path | None, as_json: bool) -> None:
 @JSON
 def history(root: Path | None, as_json: bool) -> None:
     """Every generation and what made it."""
-    result = _open(root).history()
+    result = open_device(root).history()
     if as_json:
         print_json(result)
         return
@@ -259,8 +246,6 @@ def history(root: Path | None, as_json: bool) -> None:
 @JSON
 def fsck(repair: bool, root: Path | None, as_json: bool) -> None:
     """Look for damage in the device's state; no intact generation is ever deleted. Exit code 5 if some is left."""
-    import dataclasses
-
     from device_runtime.generations import Generations
 
     root = _root(root)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.device import ROOT
-from ssd_edge.cli.options import JSON, print_json
+from ssd_edge.cli.options import JSON, ROOT, print_json
 from ssd_edge.errors import EnvironmentUnfitError, printable
 
 WIDTH = 100

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,15 @@ import click
 CONFIG = click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file; words win.")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+ROOT = click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    envvar="SSD_EDGE_ROOT",
+    help="The device's state [default: $SSD_EDGE_ROOT, else a folder in the user's data directory].",
+)
+STRICT = click.option(
+    "--strict", is_flag=True, help="Refuse to run the backbone on something slower than its target is prepared for."
+)
 
 
 def read_tree(config_file: Path | None, overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -23,3 +35,35 @@ def read_tree(config_file: Path | None, overrides: tuple[str, ...]) -> dict[str,
 def print_json(value: Any) -> None:
     """One JSON object on standard output."""
     click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def open_device(root: Path | None, strict: bool = False) -> Any:
+    """The device in a root; a generation that stands in for a damaged one is said."""
+    from device_runtime.device import Device
+
+    opened = Device.open(root, strict)
+    if opened.generation.fallback:
+        click.echo(f"warning: {opened.generation.fallback}", err=True)
+    return opened
+
+
+def listed(names: list[str]) -> str:
+    """What classes a device knows, for people."""
+    return f"{len(names)} classes: {', '.join(names)}" if names else "no classes yet; teach one: ssd-edge device learn"
+
+
+@contextlib.contextmanager
+def progress_line() -> Iterator[Callable[[str, float, float | None], None] | None]:
+    """One line on a terminal that says how far a learn is, and is gone afterwards; None where nobody watches."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+
+    def tell(stage: str, share: float, left: float | None) -> None:
+        remaining = "" if left is None or left < 1 else f", about {left:.0f} s left"
+        click.echo(f"\r\033[K{stage} {share:.0%}{remaining}", nl=False, err=True)
+
+    try:
+        yield tell
+    finally:
+        click.echo("\r\033[K", nl=False, err=True)

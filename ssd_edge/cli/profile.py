@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from ssd_edge.cli.device import ROOT
-from ssd_edge.cli.options import JSON, print_json
+from ssd_edge.cli.options import JSON, ROOT, print_json
 from ssd_edge.errors import printable
 
 MIB = 2**20
