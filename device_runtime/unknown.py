@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from statistics import NormalDist
 
 import numpy as np
@@ -110,6 +111,38 @@ class Rejector:
             row, statistics, embeddings, known
         )
 
+    def without_rows(self, rows: Iterable[int]) -> Rejector:
+        """After classes are gone: those above move up, no bit of theirs changes.
+
+        Raises:
+            InputError: there is no row of that number.
+        """
+        left_out, classes = set(rows), len(self.thresholds)
+        self._check_rows(left_out, classes)
+        kept = torch.tensor([row for row in range(classes) if row not in left_out], dtype=torch.int64)
+        return dataclasses.replace(self, directions=self.directions[kept], thresholds=self.thresholds[kept])
+
+    def refitted(self, row: int, statistics: ClassStatistics) -> Rejector:
+        """After the statistics of a class changed without its images at hand, as where another has joined it.
+
+        Direction and threshold of this row are those that statistics alone give; the other rows and W stay, but where
+        nothing was known before, W is fitted anew.
+
+        Args:
+            row: of the class, new or known.
+            statistics: as they are now. Without samples of the class, nothing is taken for it any more.
+
+        Raises:
+            InputError: there is no such row in the statistics.
+        """
+        self._check_rows({row}, len(statistics.counts))
+        if not bool(self.directions.any()):
+            return Rejector.fit(statistics, self.rate)
+        grown = self._grown(max(row + 1, len(self.thresholds)), statistics)
+        directions, thresholds = grown.directions.clone(), grown.thresholds.clone()
+        directions[row], thresholds[row] = self._of_row(row, statistics)
+        return dataclasses.replace(self, directions=directions, thresholds=thresholds)
+
     def known(self, embeddings: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each embedding is like the class that it was taken for.
 
@@ -183,6 +216,12 @@ class Rejector:
             raise InputError(f"embeddings must have shape (N, {dim}), but have {tuple(embeddings.shape)}")
         if not bool(torch.isfinite(embeddings).all()):
             raise InputError("an embedding holds NaN or infinity; check the image and the backbone")
+
+    @staticmethod
+    def _check_rows(rows: set[int], classes: int) -> None:
+        wrong = [row for row in sorted(rows) if not 0 <= row < classes]
+        if wrong:
+            raise InputError(f"there are {classes} rows, so there is no row {wrong[0]}; name one from 0 on")
 
     def _grown(self, classes: int, statistics: ClassStatistics) -> Rejector:
         """With the rows from here to `classes` taken from statistics; those before are not touched."""

@@ -48,7 +48,7 @@ class ClassEntry:
 
 
 class ClassRegistry:
-    """The classes of a learner, in the order of its rows. Immutable: `add` returns a new registry."""
+    """The classes of a learner, in the order of its rows. Immutable: what changes it returns a new registry."""
 
     def __init__(self, entries: Iterable[ClassEntry] = (), next_id: int | None = None) -> None:
         self.entries = tuple(entries)
@@ -89,7 +89,7 @@ class ClassRegistry:
         Raises:
             InputError: no such class, or the new name is bad or taken.
         """
-        row, clean = self._known(name), normalise_name(new)
+        row, clean = self.row_of(name), normalise_name(new)
         if self.row(clean) not in (None, row):
             raise InputError(f"the class '{clean}' exists already; choose another name. Known: {', '.join(self.names)}")
         return self._with(row, name=clean)
@@ -100,10 +100,35 @@ class ClassRegistry:
         Raises:
             InputError: no such class.
         """
-        row = self._known(name)
+        row = self.row_of(name)
         return self._with(row, images=self.entries[row].images + images)
 
-    def _known(self, name: str) -> int:
+    def without(self, name: str) -> ClassRegistry:
+        """A registry without one class: rows above it move up, and its id is given to no other.
+
+        Raises:
+            InputError: no such class.
+        """
+        row = self.row_of(name)
+        return ClassRegistry(self.entries[:row] + self.entries[row + 1 :], self.next_id)
+
+    def joined(self, name: str, into: str) -> ClassRegistry:
+        """A registry in which the images of one class count as those of another, and its own name is gone.
+
+        Raises:
+            InputError: one of the two is not known, or both are the same.
+        """
+        row, kept = self.row_of(name), self.row_of(into)
+        if row == kept:
+            raise InputError(f"the class '{self.names[row]}' cannot be joined with itself; name two classes")
+        return self.taught(into, self.entries[row].images).without(name)
+
+    def row_of(self, name: str) -> int:
+        """The row of a known name.
+
+        Raises:
+            InputError: no such class.
+        """
         row = self.row(name)
         if row is None:
             hint = did_you_mean(name, self.names)

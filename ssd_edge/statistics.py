@@ -7,6 +7,7 @@ Nothing here grows with the number of samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -62,16 +63,89 @@ class ClassStatistics:
         touched = labels.unique() if self.per_class else ...
         self.moments[touched] = (self.moments[touched] + self.moments[touched].mT) / 2
 
-    def remove(self, row: int) -> None:
-        """Forget the samples of one class; its row stays, empty. With `per_class` only.
+    def remove(self, row: int, approximately: bool = False) -> bool:
+        """Forget the samples of one class; its row stays, empty.
+
+        One sum of all second moments does not say which part of it is this class's. What `approximately` takes out
+        of it is n μμᵀ + (n − 1) W, W the pooled within-class covariance: what a class of that size and mean adds on
+        average. W is the same afterwards, so what the class has said of it stays.
+
+        Args:
+            row: of the class.
+            approximately: whether that will do where second moments are not kept class by class.
+
+        Returns:
+            Whether nothing of the class is left: with `per_class`, or if it had one sample or was the only class.
 
         Raises:
-            InputError: second moments are not kept class by class.
+            InputError: second moments are not kept class by class, and an approximation was not asked for.
         """
-        if not self.per_class:
+        if not (self.per_class or approximately):
             raise InputError("the second moments of all classes are one sum, from which no class can be taken out")
-        for kept in (self.counts, self.sums, self.moments):
+        count, total = float(self.counts[row]), self.total
+        if self.per_class:
+            for kept in (self.counts, self.sums, self.moments):
+                kept[row] = 0.0
+        elif count:
+            scatter, freedom = self.scatter_within(), self.freedom
+            self.counts[row], self.sums[row] = 0.0, 0.0
+            # put together from its parts, not subtracted: nothing can turn negative, and of no class 0 is left
+            moments = (self.freedom / freedom if freedom else 0.0) * scatter + self._scatter_of_means()
+            self.moments = (moments + moments.mT) / 2
+        return self.per_class or count <= 1 or count == total
+
+    def join(self, row: int, into: int) -> None:
+        """Count the samples of one class as those of another; its row stays, empty.
+
+        Raises:
+            InputError: both are one row.
+        """
+        if row == into:
+            raise InputError(f"row {row} cannot be joined with itself; name two rows")
+        for kept in (self.counts, self.sums, *((self.moments,) if self.per_class else ())):
+            kept[into] += kept[row]
             kept[row] = 0.0
+
+    def subtract(self, other: ClassStatistics, rows: Tensor) -> None:
+        """Take out what others have seen: the inverse of `merge`, but for rounding.
+
+        Args:
+            other: keeps the same moments.
+            rows: int64; its row i is row ``rows[i]`` of these. Where it has no samples that does not matter.
+
+        Raises:
+            InputError: these hold fewer samples of a class than the other; nothing has changed then.
+        """
+        known = other.counts > 0
+        rows = rows[known]
+        self.counts = counts_without(self.counts, other.counts[known], rows)
+        empty = self.counts == 0
+        self.sums = self.sums.index_add(0, rows, -other.sums[known])
+        self.sums[empty] = 0.0  # rounding leaves no exact 0
+        if self.per_class:
+            self.moments = self.moments.index_add(0, rows, -other.moments[known])
+            self.moments[empty] = 0.0
+        else:
+            self.moments = torch.zeros_like(self.moments) if empty.all() else self.moments - other.moments
+
+    def without_rows(self, rows: Iterable[int]) -> ClassStatistics:
+        """A copy without some empty rows; those above move up.
+
+        Raises:
+            InputError: a row holds samples, or there is none of that number.
+        """
+        left_out = set(rows)
+        held = [row for row in sorted(left_out) if not 0 <= row < len(self.counts) or self.counts[row]]
+        if held:
+            raise InputError(
+                f"of {len(self.counts)} rows only empty ones can be left out, but rows {held} are not; remove or join "
+                "their classes first"
+            )
+        kept = torch.tensor([row for row in range(len(self.counts)) if row not in left_out], dtype=torch.int64)
+        fewer = ClassStatistics(self.sums.shape[1], self.per_class)
+        fewer.counts, fewer.sums = self.counts[kept], self.sums[kept]
+        fewer.moments = self.moments[kept] if self.per_class else self.moments.clone()
+        return fewer
 
     def merge(self, other: ClassStatistics, rows: Tensor) -> None:
         """Add what others have seen: their row i to row ``rows[i]`` of these; both keep the same moments."""
@@ -99,10 +173,19 @@ class ClassStatistics:
         """Number of samples."""
         return float(self.counts.sum())
 
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of `scatter_within`: samples less classes that have some."""
+        return self.total - int((self.counts > 0).sum())
+
     def scatter_within(self) -> Tensor:
         """Σ (z − μ_y)(z − μ_y)ᵀ, ``(D, D)``: exact, from the sums alone."""
+        return self.second - self._scatter_of_means()
+
+    def _scatter_of_means(self) -> Tensor:
+        """Σ_c n_c μ_c μ_cᵀ, ``(D, D)``."""
         means = self.means
-        return self.second - (means * self.counts[:, None]).T @ means
+        return (means * self.counts[:, None]).T @ means
 
     def covariance(self, row: int) -> Tensor:
         """Covariance of one class, ``(D, D)``, divided by n − 1; zero for one sample. With `per_class` only."""
@@ -124,6 +207,29 @@ class ClassStatistics:
         statistics.sums = state["sums"].clone()
         statistics.moments = unpack_symmetric(state["second"], state["sums"].shape[1])
         return statistics
+
+
+def counts_without(counts: Tensor, taken: Tensor, rows: Tensor) -> Tensor:
+    """The samples that are left of each class, float64 ``(C,)``.
+
+    Args:
+        counts: before, float64 ``(C,)``.
+        taken: how many are taken out, above 0, float64 ``(N,)``.
+        rows: of which classes, int64 ``(N,)``; one may come more than once.
+
+    Raises:
+        InputError: more of a class than there are.
+    """
+    missing = int(rows.max()) + 1 - len(counts) if len(rows) else 0
+    counts = torch.cat([counts, counts.new_zeros(max(missing, 0))])
+    left = counts.index_add(0, rows, -taken)
+    if bool((left < 0).any()):
+        row = int(left.argmin())
+        raise InputError(
+            f"what was never added cannot be subtracted: row {row} has {counts[row]:.0f} samples, the other "
+            f"{counts[row] - left[row]:.0f}; subtract from what was taught or merged with the other"
+        )
+    return left
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from ssd_edge.config import parse_section
 from ssd_edge.errors import BundleRefusedError, InputError, did_you_mean
 from ssd_edge.learners.base import BASE_SCHEMA, Learner, Task, TensorSpec
+from ssd_edge.learners.editing import without_rows
 from ssd_edge.learners.fecam import FeCAM
 from ssd_edge.learners.finetune import FineTune
 from ssd_edge.learners.flymodel import FlyModel
@@ -37,6 +38,7 @@ __all__ = [
     "settings_class",
     "settings_of",
     "top_n_table",
+    "without_rows",
 ]
 
 LEARNERS: dict[str, type[Learner]] = {

@@ -18,7 +18,9 @@ from torch import Tensor
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.priors import Priors
 
-Progress = Callable[[float], None]  # told the share of the present task that is done, 0..1
+# Told the share of the present task that is done, 0..1. Where it answers True, a learner that goes over its task
+# several times stops after the present epoch and ends the task as if that had been the last one.
+Progress = Callable[[float], bool | None]
 
 DTYPES = {
     "float32": torch.float32,
@@ -68,6 +70,11 @@ class Task:
     def rows(self) -> Tensor:
         """The rows that occur, ascending."""
         return self.labels.unique()
+
+
+# Letters of a shape that count classes: a row of the learner is a place on such an axis. C is all of them, S those up
+# to the last one taught, P those of a former self. Every other letter has nothing to do with classes.
+CLASS_AXES = frozenset("CSP")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +147,10 @@ class Learner(abc.ABC):
 
         Args:
             task: embeddings and rows; rows never seen before are new classes.
-            progress: told the share done.
+            progress: told the share done; see `Progress`.
 
         Returns:
-            Measurements, e.g. losses; keys depend on the learner.
+            Measurements, e.g. losses; keys depend on the learner. ``epochs``: how many a learner with epochs went over.
 
         Raises:
             InputError: the embeddings have another dimension, or the learner diverged.
@@ -157,16 +164,41 @@ class Learner(abc.ABC):
         self.tasks_learned += 1
         return measured
 
-    def remove(self, row: int) -> None:
-        """Forget one class exactly, as if it had never been taught. The other classes keep their rows.
+    def remove(self, row: int, approximately: bool = False) -> bool:
+        """Forget one class, as if it had never been taught. The other classes keep their rows.
+
+        Args:
+            row: of the class.
+            approximately: where it cannot be taken out exactly, take out what can be: of one second moment of all
+                classes what such a class adds on average, of a trained network the class's output. What the shared
+                numbers have learned from its samples stays.
+
+        Returns:
+            Whether it was exact; always without `approximately`.
 
         Raises:
             InputError: the class has not been taught, or this learner cannot take one out.
         """
-        if not 0 <= row < len(self.seen) or not self.seen[row]:
-            taught = ", ".join(map(str, self.seen.nonzero().flatten().tolist())) or "none"
-            raise InputError(f"row {row} has not been taught, so it cannot be taken out; rows taught: {taught}")
-        self._remove(row)
+        self._check_taught(row, "taken out")
+        exact = self._remove(row, approximately)
+        self.seen[row] = 0
+        return exact
+
+    def join(self, row: int, into: int) -> None:
+        """Count what one class was taught with as taught to another, as if both had had one row from the start.
+
+        Args:
+            row: untaught from now on.
+            into: the class that stays.
+
+        Raises:
+            InputError: either has not been taught, both are the same, or this learner cannot join two.
+        """
+        for each in (row, into):
+            self._check_taught(each, "joined")
+        if row == into:
+            raise InputError(f"row {row} cannot be joined with itself; name two rows")
+        self._join(row, into)
         self.seen[row] = 0
 
     def merge(self, other: Learner, rows: Tensor | None = None) -> None:
@@ -179,32 +211,42 @@ class Learner(abc.ABC):
         Raises:
             InputError: this learner cannot be merged, or the two disagree in something that must be equal.
         """
-        mine = self._common()
-        if type(other) is not type(self):
-            raise InputError(f"only learners of one kind can be merged, but these are {self.display}, {other.display}")
-        for what, value in other._common().items():
-            if isinstance(value, Tensor):
-                equal, values = torch.equal(value.cpu(), mine[what].cpu()), ""
-            else:
-                equal, values = value == mine[what], f" ({mine[what]} and {value})"
-            if not equal:
-                raise InputError(
-                    f"two learners that differ in {what}{values} cannot be merged; start both with the same"
-                )
-        rows = torch.arange(len(other.seen)) if rows is None else rows
-        if rows.dtype != torch.int64 or rows.shape != other.seen.shape or bool((rows < 0).any()):
-            raise InputError(
-                f"merging needs a row of at least 0 for each of the other learner's {len(other.seen)} rows, but was "
-                f"given {rows.tolist()}"
-            )
+        rows = self._check_same(other, rows, "merged")
         self._merge(other, rows)
         missing = int(rows.max()) + 1 - len(self.seen) if len(rows) else 0
         self.seen = torch.cat([self.seen, self.seen.new_zeros(max(missing, 0))])
         self.seen[rows[other.seen == 1]] = 1
         self.tasks_learned += other.tasks_learned
 
-    def _remove(self, row: int) -> None:
-        raise InputError(f"{self.display} cannot take a class out: what it learned of it is spread over its weights")
+    def subtract(self, other: Learner, rows: Tensor | None = None) -> None:
+        """Take out what another learner has seen: the inverse of `merge`, but for rounding.
+
+        Two learners that went on from a common one and are merged have seen its samples twice; without them once they
+        have seen all that either has.
+
+        Args:
+            other: what this one contains, as by `merge`; it stays as it is.
+            rows: int64; its row i is row ``rows[i]`` here. None: the same rows.
+
+        Raises:
+            InputError: as `merge`, or this learner has fewer samples of a class than the other; it is unchanged then.
+        """
+        rows = self._check_same(other, rows, "subtracted")
+        left = self._subtract(other, rows)
+        self.seen[left == 0] = 0
+        self.tasks_learned = max(self.tasks_learned - other.tasks_learned, 0)
+
+    def _remove(self, row: int, approximately: bool) -> bool:
+        raise InputError(
+            f"{self.display} cannot take a class out: what it learned of it is spread over its weights; take it out "
+            "approximately, which blanks its output alone"
+        )
+
+    def _join(self, row: int, into: int) -> None:
+        raise InputError(
+            f"{self.display} cannot join two classes: what it learned of them is spread over its weights; take one "
+            "out approximately and teach its images again as the other"
+        )
 
     def _common(self) -> dict[str, Any]:
         """What two learners of this kind must have in common to be merged: by name, a tensor or a plain value."""
@@ -218,6 +260,45 @@ class Learner(abc.ABC):
     def _merge(self, other: Any, rows: Tensor) -> None:
         """Add the other's state; both have passed `merge`'s checks. Whoever gives `_common` gives this too."""
         raise NotImplementedError
+
+    def _subtract(self, other: Any, rows: Tensor) -> Tensor:
+        """Take out the other's state, and say how many samples are left of each row ``(C,)``; else as `_merge`."""
+        raise NotImplementedError
+
+    def _check_taught(self, row: int, done: str) -> None:
+        if not 0 <= row < len(self.seen) or not self.seen[row]:
+            taught = ", ".join(map(str, self.seen.nonzero().flatten().tolist())) or "none"
+            raise InputError(f"row {row} has not been taught, so it cannot be {done}; rows taught: {taught}")
+
+    def _check_same(self, other: Learner, rows: Tensor | None, done: str) -> Tensor:
+        """Check that two learners may be merged or subtracted; the other's rows as they are called here."""
+        mine = self._common()
+        if type(other) is not type(self):
+            raise InputError(f"only learners of one kind can be {done}, but these are {self.display}, {other.display}")
+        for what, value in other._common().items():
+            if isinstance(value, Tensor):
+                equal, values = torch.equal(value.cpu(), mine[what].cpu()), ""
+            else:
+                equal, values = value == mine[what], f" ({mine[what]} and {value})"
+            if not equal:
+                raise InputError(
+                    f"two learners that differ in {what}{values} cannot be {done}; start both with the same"
+                )
+        rows = torch.arange(len(other.seen)) if rows is None else rows
+        if rows.dtype != torch.int64 or rows.shape != other.seen.shape or bool((rows < 0).any()):
+            raise InputError(
+                f"what is to be {done} needs a row of at least 0 for each of the other learner's {len(other.seen)} "
+                f"rows, but was given {rows.tolist()}"
+            )
+        return rows
+
+    def _renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:  # noqa: B027  most hold no such number
+        """Change in a state whatever names rows, or counts them, by a number.
+
+        Args:
+            tensors: of the state; changed.
+            rows: that are left out, int64, ascending; those above move up.
+        """
 
     def predict(self, embeddings: Tensor) -> Tensor:
         """Rows int64 ``(N,)``: the best-scored class among those taught. No task is named.

@@ -1,7 +1,7 @@
 """FeCAM (Goswami et al. 2023): the nearest class mean by a Mahalanobis distance of each class's own.
 
 Nothing is trained. Each class keeps its count, its sum and its second moments, so that classes can be removed and
-learners merged exactly, and no class changes what another has learned.
+joined and learners merged and subtracted exactly, and no class changes what another has learned.
 """
 
 from __future__ import annotations
@@ -103,9 +103,13 @@ class FeCAM(Learner):
         progress(1.0)
         return {}
 
-    def _remove(self, row: int) -> None:
-        self.statistics.remove(row)
+    def _remove(self, row: int, approximately: bool) -> bool:
         self._solved.pop(row, None)
+        return self.statistics.remove(row)
+
+    def _join(self, row: int, into: int) -> None:
+        self.statistics.join(row, into)
+        self._solved.clear()
 
     def _common(self) -> dict[str, Any]:
         return self._shared_settings()
@@ -113,6 +117,11 @@ class FeCAM(Learner):
     def _merge(self, other: FeCAM, rows: Tensor) -> None:
         self.statistics.merge(other.statistics, rows)
         self._solved.clear()
+
+    def _subtract(self, other: FeCAM, rows: Tensor) -> Tensor:
+        self.statistics.subtract(other.statistics, rows)
+        self._solved.clear()
+        return self.statistics.counts
 
     def solve(self, row: int) -> tuple[Tensor, Tensor]:
         """The unit mean ``(D,)`` of a class and L⁻ᵀ ``(D, D)``, LLᵀ its correlation matrix: |(x − m) L⁻ᵀ|² is the

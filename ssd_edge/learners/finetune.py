@@ -18,6 +18,7 @@ from torch import Tensor
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
 from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.editing import blank
 from ssd_edge.penalties import DISPLAY, Penalty, PenaltySettings, Slot
 from ssd_edge.priors import Priors
 
@@ -191,7 +192,8 @@ class FineTune(Learner):
         """Learn one task.
 
         Returns:
-            Each term of the loss, its mean over the last epoch; and the value of the penalty after it.
+            Each term of the loss, its mean over the last epoch; the value of the penalty after it; and ``epochs``,
+            how many there were.
         """
         settings, generator = self.settings, self.generator()
         self._grow(max(self.announced, int(task.labels.max()) + 1))
@@ -229,7 +231,9 @@ class FineTune(Learner):
                     measured["penalty"] = float(self.penalty.value(self.parameters))
                 if not all(math.isfinite(value) for value in measured.values()):
                     raise InputError(f"{self.display} diverged in epoch {epoch + 1}; lower learner.lr ({settings.lr})")
-                progress((epoch + 1) / epochs)
+                measured["epochs"] = float(epoch + 1)
+                if progress((epoch + 1) / epochs):
+                    break
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
@@ -264,6 +268,12 @@ class FineTune(Learner):
             penalty.track(name, gradient, parameters[name].detach() - old)
         return losses
 
+    def _remove(self, row: int, approximately: bool) -> bool:
+        if not approximately:
+            return super()._remove(row, approximately)
+        blank(self, row)
+        return False
+
     # ── predicting, and the state ────────────────────────────────────────────────────────────────────
     @torch.no_grad()
     def scores(self, embeddings: Tensor) -> Tensor:
@@ -291,6 +301,9 @@ class FineTune(Learner):
             **self.penalty.tensors(self.parameters),
             "announced": torch.tensor([self.announced]),
         }
+
+    def _renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
+        tensors["announced"] -= (rows < self.announced).sum()
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         self.announced = int(tensors["announced"][0])

@@ -37,8 +37,8 @@ class FlyModel(Learner):
     sample upwards (linear between order statistics) stay, ties with it too; the greatest becomes 1.
 
     W is clipped once a task. As nothing is ever subtracted, that is min(1, the sum over all samples), whatever the
-    order; so two learners of one seed merge exactly, and a class, which is its own row, is removed exactly. The
-    neurons' inputs are drawn again from the seed and are not part of the state.
+    order; so two learners of one seed merge exactly, and classes, which are rows of their own, are joined and removed
+    exactly. The neurons' inputs are drawn again from the seed and are not part of the state.
 
     Raises:
         InputError: a neuron has more inputs than the embedding has values.
@@ -91,7 +91,13 @@ class FlyModel(Learner):
         missing = max(classes - len(self.weights), 0)
         self.weights = torch.cat([self.weights, self.weights.new_zeros(missing, self.settings.neurons)])
 
-    def _remove(self, row: int) -> None:
+    def _remove(self, row: int, approximately: bool) -> bool:
+        self.weights[row] = 0.0
+        return True
+
+    def _join(self, row: int, into: int) -> None:
+        # Clipped or not before: min(1, min(1, a) + min(1, b)) = min(1, a + b), as neither is negative
+        self.weights[into] = (self.weights[into] + self.weights[row]).clamp_max(1.0)
         self.weights[row] = 0.0
 
     def _common(self) -> dict[str, Any]:
@@ -100,6 +106,12 @@ class FlyModel(Learner):
     def _merge(self, other: FlyModel, rows: Tensor) -> None:
         self._grow(int(rows.max()) + 1 if len(rows) else 0)
         self.weights = self.weights.index_add(0, rows, other.weights).clamp_max(1.0)
+
+    def _subtract(self, other: FlyModel, rows: Tensor) -> Tensor:
+        raise InputError(
+            f"{self.display} cannot subtract another: its weights end at 1, and a sum that was cut off there cannot be "
+            "taken apart; teach one learner after the other instead"
+        )
 
     def scores(self, embeddings: Tensor) -> Tensor:
         weights = self.weights.T.to(self.device)

@@ -148,12 +148,22 @@ class ICaRL(FineTune):
             else:
                 chosen[row] = self.exemplars[self.exemplar_rows == row][:share]
         held = torch.cat(list(chosen.values()))
-        self.exemplars = torch.zeros_like(self.exemplars)
-        self.exemplars[: len(held)] = held
-        self.exemplar_rows = torch.full_like(self.exemplar_rows, -1)
         counts = torch.tensor([len(part) for part in chosen.values()], device=self.device)
-        self.exemplar_rows[: len(held)] = torch.tensor(list(chosen), device=self.device).repeat_interleave(counts)
+        self._keep(held, torch.tensor(list(chosen), device=self.device).repeat_interleave(counts))
+
+    def _keep(self, exemplars: Tensor, rows: Tensor) -> None:
+        """Let these be the memory: embeddings ``(n, D)`` of the classes in `rows` ``(n,)``, n at most `memory`."""
+        self.exemplars = torch.zeros_like(self.exemplars)
+        self.exemplars[: len(exemplars)] = exemplars
+        self.exemplar_rows = torch.full_like(self.exemplar_rows, -1)
+        self.exemplar_rows[: len(rows)] = rows
         self._average()
+
+    def _remove(self, row: int, approximately: bool) -> bool:
+        exact = super()._remove(row, approximately)
+        others = (self.exemplar_rows >= 0) & (self.exemplar_rows != row)
+        self._keep(self.exemplars[others], self.exemplar_rows[others])
+        return exact
 
     def _average(self) -> None:
         """Means of the exemplars by the present network."""
@@ -180,6 +190,10 @@ class ICaRL(FineTune):
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**super()._tensors(), "exemplars": self.exemplars, "exemplar_rows": self.exemplar_rows}
+
+    def _renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
+        super()._renumber(tensors, rows)
+        tensors["exemplar_rows"] -= torch.searchsorted(rows, tensors["exemplar_rows"])  # -1 stays -1
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         super()._load(tensors)

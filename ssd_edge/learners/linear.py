@@ -37,7 +37,8 @@ def statistics_schema(size: int, per_class: bool) -> dict[str, TensorSpec]:
 class LinearLearner(Learner):
     """Scores are linear in features of the embedding.
 
-    Two of them merge exactly; with the setting `per_class` a class can also be removed exactly.
+    Two of them merge and subtract exactly, and two classes join exactly; with the setting `per_class` a class can also
+    be removed exactly.
     """
 
     def __init__(
@@ -81,13 +82,18 @@ class LinearLearner(Learner):
         self.values, self.bias = values.float().contiguous(), bias.float().clamp_min(NEVER)
         return measured
 
-    def _remove(self, row: int) -> None:
-        if not self.settings.per_class:
+    def _remove(self, row: int, approximately: bool) -> bool:
+        if not (self.settings.per_class or approximately):
             raise InputError(
-                f"{self.display} keeps one second moment of all classes, from which none can be taken out; set "
-                "learner.per_class=true and teach the classes anew"
+                f"{self.display} keeps one second moment of all classes, from which none can be taken out; take it "
+                "out approximately, or set learner.per_class=true and teach the classes anew"
             )
-        self.statistics.remove(row)
+        exact = self.statistics.remove(row, approximately)
+        self._update()
+        return exact
+
+    def _join(self, row: int, into: int) -> None:
+        self.statistics.join(row, into)
         self._update()
 
     def _common(self) -> dict[str, Any]:
@@ -96,6 +102,11 @@ class LinearLearner(Learner):
     def _merge(self, other: LinearLearner, rows: Tensor) -> None:
         self.statistics.merge(other.statistics, rows)
         self._update()
+
+    def _subtract(self, other: LinearLearner, rows: Tensor) -> Tensor:
+        self.statistics.subtract(other.statistics, rows)
+        self._update()
+        return self.statistics.counts
 
     def scores(self, embeddings: Tensor) -> Tensor:
         values, bias = self.values.to(self.device), self.bias.to(self.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
 from ssd_edge.priors import Priors
+from ssd_edge.statistics import counts_without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Settings:
 class NCM(Learner):
     """argmax_c cos(z, μ_c). The standardised embedding is centred by the pretraining mean, which cosine needs.
 
-    Removing a class and merging two learners are exact: a class is its own count and sum.
+    Removing or joining classes and merging or subtracting learners are exact: a class is its own count and sum.
     """
 
     name: ClassVar[str] = "ncm"
@@ -47,8 +48,14 @@ class NCM(Learner):
         self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
         self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.dim)])
 
-    def _remove(self, row: int) -> None:
+    def _remove(self, row: int, approximately: bool) -> bool:
         self.counts[row], self.sums[row] = 0.0, 0.0
+        return True
+
+    def _join(self, row: int, into: int) -> None:
+        for kept in (self.counts, self.sums):
+            kept[into] += kept[row]
+            kept[row] = 0.0
 
     def _common(self) -> dict[str, Any]:
         return self._shared_settings()
@@ -57,6 +64,13 @@ class NCM(Learner):
         self._grow(int(rows.max()) + 1 if len(rows) else 0)
         self.counts.index_add_(0, rows, other.counts)
         self.sums.index_add_(0, rows, other.sums)
+
+    def _subtract(self, other: NCM, rows: Tensor) -> Tensor:
+        known = other.counts > 0
+        self.counts = counts_without(self.counts, other.counts[known], rows[known])
+        self.sums = self.sums.index_add(0, rows[known], -other.sums[known])
+        self.sums[self.counts == 0] = 0.0  # rounding leaves no exact 0
+        return self.counts
 
     def scores(self, embeddings: Tensor) -> Tensor:
         means = torch.nn.functional.normalize((self.sums / self.counts.clamp_min(1)[:, None]).float())

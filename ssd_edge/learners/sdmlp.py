@@ -17,6 +17,7 @@ from ssd_edge.config import setting
 from ssd_edge.distillation import cross_entropy
 from ssd_edge.errors import InputError
 from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.editing import blank
 from ssd_edge.penalties import DISPLAY, Penalty, PenaltySettings, Slot
 from ssd_edge.priors import Priors
 from ssd_edge.sdmlp import SDMLP, Gradients, Layer, Pass, initial_rows, prepare
@@ -154,6 +155,7 @@ class SDMLPLearner(Learner):
         self.penalty.begin(self.parameters())
         self.moved = self._moved()
         measured: dict[str, float] = {}
+        self.epochs_before = net.epochs_done
         for epoch in range(settings.epochs):
             order = torch.randperm(len(labels), generator=generator).to(self.device)
             totals: dict[str, float] = {}
@@ -176,7 +178,9 @@ class SDMLPLearner(Learner):
             if self.penalty.active:
                 totals["penalty"] = float(self.penalty.value(self.parameters()))
             measured.update(totals)
-            progress((epoch + 1) / settings.epochs)
+            measured["epochs"] = float(epoch + 1)
+            if progress((epoch + 1) / settings.epochs):
+                break
         self._end(inputs, labels)
         self.penalty.consolidate(self.parameters(), inputs, self.linearise, generator=self.generator(purpose=6))
         return measured
@@ -242,6 +246,12 @@ class SDMLPLearner(Learner):
         """The terms of the loss of a batch; a name occurs once."""
         loss, gradient = cross_entropy(logits, labels)
         return [Component("cross_entropy", loss, 1.0, gradient)]
+
+    def _remove(self, row: int, approximately: bool) -> bool:
+        if not approximately:
+            return super()._remove(row, approximately)
+        blank(self, row)
+        return False
 
     # ── penalties ────────────────────────────────────────────────────────────────────────────────────
     def parameters(self) -> dict[str, Tensor]:
@@ -363,6 +373,9 @@ class SDMLPLearner(Learner):
             "epochs_done": torch.tensor([self.net.epochs_done]),
             **self.penalty.tensors(self.parameters()),
         }
+
+    def _renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
+        tensors["announced"] -= (rows < self.announced).sum()
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         self.switch, self.announced = float(tensors["switch"][0]), int(tensors["announced"][0])

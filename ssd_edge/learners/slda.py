@@ -42,7 +42,7 @@ class SLDA(LinearLearner):
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         statistics = self.statistics
         scatter, weight = statistics.scatter_within(), self.prior_weight
-        freedom = max(statistics.total - int((statistics.counts > 0).sum()), 0.0)
+        freedom = statistics.freedom
         if weight < 0:
             weight = likeliest_weight(scatter, freedom, shrink(self.prior.double(), float("inf")))
         covariance = (scatter + weight * self.prior.double()) / max(freedom + weight, 1.0)

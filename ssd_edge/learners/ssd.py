@@ -88,7 +88,7 @@ class SSD(LinearLearner):
 
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         statistics = self.statistics
-        freedom = max(statistics.total - int((statistics.counts > 0).sum()), 1.0)
+        freedom = max(statistics.freedom, 1.0)
         covariance = statistics.scatter_within() / freedom
         values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom, unbiased=True)
         return values, bias, {}

@@ -218,15 +218,16 @@ class SSDPaper(SDMLPLearner):
 
     def _end(self, inputs: Tensor, labels: Tensor) -> None:
         settings, samples = self.settings, float(len(inputs))
+        epochs = self.net.epochs_done - self.epochs_before  # fewer than set where the task was stopped
         by_class: list[Tensor | None] = [None] * len(self.net.layers)
         if settings.selection == "class_entropy":
             by_class = count_activations(self.net, inputs, labels, int(labels.max()) + 1)
         if settings.frequency_source == "running":
-            counts, samples = self.running, samples * settings.epochs
+            counts, samples = self.running, samples * epochs
         elif settings.frequency_source == "gaba_counter":
             layers = zip(self.net.layers, self.counters_before, strict=True)
             counts = [(layer.counters - before).double() for layer, before in layers]
-            samples *= settings.epochs
+            samples *= epochs
         elif settings.selection == "class_entropy":
             counts = [part.sum(1) for part in by_class]
         else:

@@ -272,3 +272,52 @@ def test_what_cannot_be_calibrated_is_refused():
     statistics.sums[0, 0] = torch.nan
     with pytest.raises(InputError, match="NaN"):
         Rejector.fit(statistics)
+
+
+def test_rows_that_are_left_out_change_no_bit_of_the_others():
+    world = World()
+    rejector = Rejector.fit(world.statistics([200] * 4))
+    fewer = rejector.without_rows([1, 2])
+    fresh = world.draw(3, 50)
+    assert fewer.thresholds.tolist() == rejector.thresholds[[0, 3]].tolist()
+    assert torch.equal(fewer.known(fresh, rows(fresh, 1))[1], rejector.known(fresh, rows(fresh, 3))[1])
+    assert len(rejector.thresholds) == 4
+    assert len(rejector.without_rows(range(4)).thresholds) == 0
+    for row in (-1, 4):
+        with pytest.raises(InputError, match=f"there are 4 rows, so there is no row {row}"):
+            rejector.without_rows([0, row])
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_a_joined_class_is_refitted_and_nothing_else(per_class):
+    world = World()
+    statistics = world.statistics([200, 40, 200, 30], per_class)
+    rejector = Rejector.fit(statistics)
+    assert world.accepted(rejector, 1, of=3) < 0.3
+    statistics.join(3, 1)
+    joined = rejector.refitted(1, statistics)
+    assert min(world.accepted(joined, 1), world.accepted(joined, 1, of=3)) > 0.7
+    for name in ("thresholds", "directions"):
+        before, after = rejector.state()[name], joined.state()[name]
+        assert after[[0, 2, 3]].tobytes() == before[[0, 2, 3]].tobytes()
+        assert after[1].tobytes() != before[1].tobytes()
+    assert joined.state()["whitening"].tobytes() == rejector.state()["whitening"].tobytes()
+    assert joined.refitted(1, statistics).state()["thresholds"].tobytes() == joined.state()["thresholds"].tobytes()
+    emptied = joined.refitted(3, statistics)
+    assert float(emptied.thresholds[3]) == NEVER
+    for row in (-1, 4):
+        with pytest.raises(InputError, match=f"there are 4 rows, so there is no row {row}"):
+            rejector.refitted(row, statistics)
+
+
+def test_a_class_that_statistics_bring_along_is_fitted_like_the_others():
+    world = World(classes=6)
+    statistics = world.statistics([200] * 4)
+    rejector = Rejector.fit(statistics)
+    for row in (4, 5):
+        statistics.add(world.draw(row, 30), rows(torch.zeros(30, 1), row))
+    grown = rejector.refitted(5, statistics)
+    assert torch.equal(grown.thresholds[:4], rejector.thresholds)
+    assert min(world.accepted(grown, row) for row in range(6)) > 0.8
+    nothing = Rejector.fit(ClassStatistics(DIM)).refitted(2, statistics).state()
+    assert all(array.tobytes() == nothing[name].tobytes() for name, array in Rejector.fit(statistics).state().items())

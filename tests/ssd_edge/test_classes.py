@@ -111,3 +111,28 @@ def test_images_of_a_known_class_add_up():
     assert registry.entries[0].images == 7
     with pytest.raises(InputError, match="no class 'nut' is known"):
         registry.taught("nut", 1)
+
+
+def test_a_class_that_goes_makes_room_but_not_its_id():
+    registry = ClassRegistry().add("cup", images=3).add("nut").add("gear").without(" nut ")
+    assert registry.names == ["cup", "gear"]
+    assert registry.entries[1] == ClassEntry(2, "gear")
+    assert registry.without("gear").add("bolt").entries[1].id == 3
+    assert registry.without("cup").without("gear").names == []
+    with pytest.raises(InputError, match="no class 'nut' is known"):
+        registry.without("nut")
+
+
+def test_joined_classes_are_one_with_the_images_of_both():
+    registry = ClassRegistry().add("mug", images=3).add("nut", images=9).add("cup", "device", images=4)
+    assert registry.joined("mug", " cup ").entries == (
+        ClassEntry(1, "nut", "base", 9),
+        ClassEntry(2, "cup", "device", 7),
+    )
+    assert registry.joined("cup", "mug").entries == (ClassEntry(0, "mug", "base", 7), ClassEntry(1, "nut", "base", 9))
+    assert registry.joined("cup", "mug").add("cup").entries[2].id == 3
+    with pytest.raises(InputError, match="the class 'cup' cannot be joined with itself"):
+        registry.joined("cup", "cup ")
+    for pair in (("cups", "nut"), ("nut", "cups")):
+        with pytest.raises(InputError, match=r"no class 'cups' is known.*Did you mean 'cup'"):
+            registry.joined(*pair)

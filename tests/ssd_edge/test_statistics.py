@@ -137,6 +137,103 @@ def test_taking_a_class_out_leaves_the_others_to_the_last_bit() -> None:
         gathered(vectors, labels).remove(2)
 
 
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 4), st.integers(1, 6), st.integers(0, 99))
+def test_an_approximate_removal_keeps_the_pooled_covariance(counts: list[int], row: int, dim: int, seed: int) -> None:
+    row %= len(counts)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    vectors = 30 * torch.randn(len(counts), dim, generator=generator)[labels]
+    vectors += torch.randn(len(labels), dim, generator=generator)
+    statistics = ClassStatistics(dim)
+    statistics.grow(len(counts))
+    if len(labels):
+        statistics.add(vectors, labels)
+    before, freedom = statistics.scatter_within(), statistics.freedom
+    exact = statistics.remove(row, approximately=True)
+    assert exact == (counts[row] <= 1 or counts[row] == sum(counts))
+    moments, scale = statistics.moments, 1e-12 * float(vectors.double().square().sum()) + 1e-300
+    assert torch.equal(moments, moments.mT)
+    assert float(torch.linalg.eigvalsh(moments).min()) >= -scale
+    assert statistics.counts.tolist() == [0 if c == row else count for c, count in enumerate(counts)]
+    if not statistics.counts.any():
+        assert not moments.any()
+    elif statistics.freedom:
+        torch.testing.assert_close(
+            statistics.scatter_within() / statistics.freedom, before / freedom, rtol=0, atol=scale
+        )
+    else:  # one sample a class, which is its mean: nothing lies around it
+        torch.testing.assert_close(statistics.scatter_within(), torch.zeros_like(before), rtol=0, atol=scale)
+    if exact:
+        never = ClassStatistics(dim)
+        if (labels != row).any():
+            never.add(vectors[labels != row], labels[labels != row])
+        torch.testing.assert_close(moments, never.moments, rtol=0, atol=scale)
+
+
+def test_the_samples_of_a_class_without_any_are_none() -> None:
+    vectors, labels = data()
+    statistics = gathered(vectors, torch.where(labels == 2, 5, labels))
+    before = statistics.moments.clone()
+    assert statistics.remove(2, approximately=True)
+    assert torch.equal(statistics.moments, before)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.booleans(), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=6))
+def test_joined_classes_were_always_one(per_class: bool, joins: list[tuple[int, int]]) -> None:
+    """Also those that are joined on, and rows that hold nothing any more."""
+    vectors, labels = data(classes=5)
+    statistics, now = gathered(vectors, labels, per_class), torch.arange(5)
+    for row, into in joins:
+        if row == into:
+            with pytest.raises(InputError, match=f"row {row} cannot be joined with itself"):
+                statistics.join(row, into)
+        else:
+            statistics.join(row, into)
+            now[now == row] = into
+    direct = gathered(vectors, now[labels], per_class)
+    direct.grow(5)
+    for name in ("counts", "sums", "moments"):
+        torch.testing.assert_close(getattr(statistics, name), getattr(direct, name), rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_subtracting_leaves_what_the_others_have_not_seen(per_class: bool) -> None:
+    """The other's rows 0, 1, 2, 3 are 5, 0, 1 and again 1 here; its row 4 is empty, so that its place means nothing."""
+    one, two, rows = data(), data(count=300, seed=1), torch.tensor([5, 0, 1, 1, 70])
+    statistics, other = gathered(*one, per_class), gathered(*two, per_class)
+    statistics.merge(other, rows[:4])
+    other.grow(5)
+    statistics.subtract(other, rows)
+    never = gathered(*one, per_class)
+    never.grow(6)
+    assert torch.equal(statistics.counts, never.counts)
+    assert not statistics.sums[5].any()
+    assert torch.equal(statistics.moments, statistics.moments.mT)
+    for name in ("sums", "moments"):
+        torch.testing.assert_close(getattr(statistics, name), getattr(never, name), rtol=1e-10, atol=1e-10)
+    state = {name: tensor.clone() for name, tensor in statistics.state().items()}
+    with pytest.raises(InputError, match=r"row 5 has 0 samples, the other \d+; subtract from what was taught"):
+        statistics.subtract(other, rows)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in statistics.state().items())
+    statistics.subtract(statistics, torch.arange(6))
+    assert not any(tensor.any() for tensor in statistics.state().values())
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_only_empty_rows_are_left_out(per_class: bool) -> None:
+    vectors, labels = data()
+    statistics = gathered(vectors, torch.tensor([0, 2, 3, 5])[labels], per_class)
+    with pytest.raises(InputError, match=r"of 6 rows only empty ones can be left out, but rows \[2, 6\] are not"):
+        statistics.without_rows([1, 2, 6])
+    fewer, direct = statistics.without_rows([4, 1]), gathered(vectors, labels, per_class)
+    for name in ("counts", "sums", "moments"):
+        assert torch.equal(getattr(fewer, name), getattr(direct, name))
+    fewer.add(vectors, labels)
+    assert statistics.total == len(labels)
+
+
 @pytest.mark.parametrize("per_class", [False, True])
 def test_merging_adds_and_may_rename(per_class: bool) -> None:
     """The other's rows 0, 1, 2, 3 are 5, 0, 1 and again 1 here."""

@@ -1,4 +1,4 @@
-"""Removing a class and merging learners: exactly what a learner knows that was taught only the rest, or all of it."""
+"""Removing and joining classes, merging and subtracting learners: exactly what a learner knows that was taught so."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ssd_edge.errors import InputError
@@ -84,7 +86,7 @@ def test_a_class_that_is_taken_out_was_never_taught(case: str, row: int) -> None
     """Also the last row, and a class that came in two tasks."""
     learner, rest = taught(case, STREAM), [other for other in range(4) if other != row]
     learner.scores(TEST)
-    learner.remove(row)
+    assert learner.remove(row, approximately=row == 1)
     never = taught(case, [without(task, row) for task in STREAM])
     assert_same(learner, never, rest)
     assert learner.seen.tolist() == [int(other != row) for other in range(4)]
@@ -146,6 +148,33 @@ def test_nothing_is_taken_out_of_a_pooled_second_moment(case: str) -> None:
     assert all(np.array_equal(array, before[name]) for name, array in pack(learner)[0].items())
 
 
+@pytest.mark.parametrize("case", POOLED)
+def test_out_of_a_pooled_second_moment_a_class_is_taken_approximately(case: str) -> None:
+    """Means and counts are exact; of the covariance what the class has said stays, which changes few answers."""
+    learner, pooled = taught(case, STREAM), taught(case, STREAM).statistics
+    assert learner.remove(1, approximately=True) is False
+    assert learner.seen.tolist() == [1, 0, 1, 1]
+    never = taught(case, [without(task, 1) for task in STREAM])
+    assert torch.equal(learner.statistics.counts, never.statistics.counts)
+    torch.testing.assert_close(learner.statistics.means, never.statistics.means, rtol=1e-12, atol=1e-12)
+    kept, before = (s.scatter_within() / s.freedom for s in (learner.statistics, pooled))
+    torch.testing.assert_close(kept, before, rtol=1e-9, atol=1e-9)
+    answers = learner.predict(TEST)
+    assert 1 not in answers
+    assert float((answers == never.predict(TEST)).double().mean()) > 0.9
+    again = restore(*pack(learner))
+    assert again.scores(TEST).numpy().tobytes() == learner.scores(TEST).numpy().tobytes()
+    for row in (0, 2):
+        assert learner.remove(row, approximately=True) is False
+    assert learner.remove(3, approximately=True) is True
+    assert not learner.statistics.moments.any()
+    assert not learner.values.any()
+    assert (learner.bias == NEVER).all()
+    for task in STREAM:
+        learner.learn(task)
+    assert_same(learner, taught(case, STREAM), [0, 1, 2, 3])
+
+
 @pytest.mark.parametrize("name", POOLED)
 def test_second_moments_by_class_predict_the_same(name: str) -> None:
     pooled = taught(name, STREAM)
@@ -162,9 +191,77 @@ def test_what_is_spread_over_weights_can_neither_be_taken_out_nor_merged(name: s
     shown = re.escape(learner.display)
     with pytest.raises(InputError, match=f"{shown} cannot take a class out: .* spread over its weights"):
         learner.remove(0)
+    with pytest.raises(InputError, match=f"{shown} cannot join two classes: .* teach its images again as the other"):
+        learner.join(0, 1)
     assert learner.seen.tolist() == [1, 1]
-    with pytest.raises(InputError, match=f"{shown} cannot be merged"):
-        learner.merge(learner)
+    for edit in (learner.merge, learner.subtract):
+        with pytest.raises(InputError, match=f"{shown} cannot be merged"):
+            edit(learner)
+
+
+# ── joining ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize(("row", "into"), [(1, 0), (0, 3)])
+def test_two_that_are_joined_were_taught_as_one(case: str, row: int, into: int) -> None:
+    """In two tasks, in the same one and in others; and both go on together."""
+    learner, rows = taught(case, STREAM), torch.arange(6)
+    rows[row] = into
+    learner.scores(TEST)
+    learner.join(row, into)
+    rest = [other for other in range(4) if other != row]
+    assert_same(learner, taught(case, [renamed(task, rows) for task in STREAM]), rest)
+    assert learner.seen.tolist() == [int(other != row) for other in range(4)]
+    again = restore(*pack(learner))
+    assert again.scores(TEST).numpy().tobytes() == learner.scores(TEST).numpy().tobytes()
+    last = draw({into: 10, 5: 20}, seed=5)
+    again.learn(last)
+    assert_same(again, taught(case, [*(renamed(task, rows) for task in STREAM), last]), [*rest, 5])
+
+
+def test_weights_that_were_clipped_are_joined_as_if_they_had_not_been() -> None:
+    """min(1, min(1, a) + min(1, b)) is min(1, a + b) where neither is negative."""
+    learner, rows = taught("flymodel", STREAM, lr=0.2), torch.tensor([0, 0, 2, 3])
+    assert ((learner.weights == 1).sum(1) > 3).all()
+    learner.join(1, 0)
+    never = taught("flymodel", [renamed(task, rows) for task in STREAM], lr=0.2)
+    torch.testing.assert_close(learner.weights, never.weights, rtol=0, atol=1e-6)
+
+
+def test_only_two_classes_that_were_taught_can_be_joined() -> None:
+    learner = taught("ncm", [draw({0: 9, 2: 9})])
+    for row, into in ((1, 0), (0, 1), (3, 0), (0, -1)):
+        with pytest.raises(InputError, match=r"has not been taught, so it cannot be joined; rows taught: 0, 2"):
+            learner.join(row, into)
+    with pytest.raises(InputError, match="row 2 cannot be joined with itself"):
+        learner.join(2, 2)
+    assert learner.seen.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("case", ["ncm", "slda", "flymodel", "fecam"])
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3)), max_size=5))
+def test_any_removals_and_joins(case: str, edits: list[tuple[bool, int, int]]) -> None:
+    """Each sample counts for the row that its class has become in the end, or for none."""
+    learner, now = taught(case, STREAM), torch.arange(4)
+    for remove, row, into in edits:
+        left = [one for one in (row, into) if one in now]
+        if remove and row in left:
+            assert learner.remove(row)
+            now[now == row] = -1
+        elif row != into and len(left) == 2:
+            learner.join(row, into)
+            now[now == row] = into
+    tasks = [
+        renamed(without(task, *(now == -1).nonzero().flatten().tolist()), now)
+        for task in STREAM
+        if (now[task.labels] >= 0).any()
+    ]
+    rest = sorted({row for row in now.tolist() if row >= 0})
+    assert learner.seen.nonzero().flatten().tolist() == rest
+    if rest:
+        assert_same(learner, taught(case, tasks), rest)
 
 
 # ── merging ──────────────────────────────────────────────────────────────────────────────────────────
@@ -262,9 +359,9 @@ def test_the_seed_of_learners_that_draw_nothing_may_differ(case: str) -> None:
 
 def test_learners_of_other_priors_kinds_or_sizes_are_not_merged() -> None:
     slda = make("slda")
-    for given, told in ((priors(2.0), "the prior covariance cannot"), (Priors(), "the prior covariance cannot")):
+    for known, told in ((priors(2.0), "the prior covariance cannot"), (Priors(), "the prior covariance cannot")):
         with pytest.raises(InputError, match=told):
-            slda.merge(build(BY_CLASS["slda"], DIM, given))
+            slda.merge(build(BY_CLASS["slda"], DIM, known))
     with pytest.raises(InputError, match="only learners of one kind can be merged, but these are SLDA, ridge"):
         slda.merge(make("ridge"))
     with pytest.raises(InputError, match="only learners of one kind"):
@@ -285,3 +382,90 @@ def test_the_table_of_ssd_describes_the_own_last_task_whatever_is_edited() -> No
     learner.merge(taught("ssd", STREAM[1:]))
     learner.remove(0)
     assert torch.equal(learner.frequencies, before)
+
+
+# ── subtracting ──────────────────────────────────────────────────────────────────────────────────────
+
+
+SUBTRACT = [case for case in ALL if case != "flymodel"]
+
+
+def assert_near(learner: Learner, other: Learner, rows: list[int]) -> None:
+    """As `assert_same`, with the rounding that the difference of two large sums leaves."""
+    mine, theirs = learner.scores(TEST)[:, rows], other.scores(TEST)[:, rows]
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
+    assert torch.equal(learner.predict(TEST), other.predict(TEST))
+
+
+@pytest.mark.parametrize("case", SUBTRACT)
+def test_what_two_have_in_common_counts_once_when_they_are_merged(case: str) -> None:
+    """One goes on with known classes and its own new class 4, the other with a new one that it calls 4, too."""
+    base = STREAM[:2]
+    one, two = draw({0: 12, 4: 18}, seed=5), draw({1: 9, 2: 11, 4: 14}, seed=6)
+    places = torch.tensor([0, 1, 2, 3, 5])
+    learner, other, common = taught(case, [*base, one]), taught(case, [*base, two]), taught(case, base)
+    before = pack(common)[0]
+    learner.merge(other, places)
+    learner.subtract(common)
+    wanted = taught(case, [*base, one, renamed(two, places)])
+    assert_near(learner, wanted, list(range(6)))
+    assert learner.seen.tolist() == [1] * 6
+    assert learner.tasks_learned == wanted.tasks_learned == 4
+    assert all(np.array_equal(array, before[name]) for name, array in pack(common)[0].items())
+    again = restore(*pack(learner))
+    assert again.scores(TEST).numpy().tobytes() == learner.scores(TEST).numpy().tobytes()
+
+
+@pytest.mark.parametrize("case", SUBTRACT)
+def test_subtracting_undoes_merging(case: str) -> None:
+    """The other's class 1 is class 3 here, its class 2 is class 5, and its row 0, untaught, is none."""
+    rows = torch.tensor([99, 3, 5])
+    learner, other = taught(case, STREAM), taught(case, [draw({1: 30, 2: 20}, seed=4)])
+    learner.merge(other, rows.where(rows != 99, torch.tensor(0)))
+    learner.subtract(other, rows)
+    assert learner.seen.tolist() == [1, 1, 1, 1, 0, 0]
+    assert learner.tasks_learned == 3
+    assert_near(learner, taught(case, STREAM), [0, 1, 2, 3])
+    learner.subtract(taught(case, STREAM))
+    assert not learner.seen.any()
+    assert not any(pack(learner)[0][name].any() for name in ("counts", "sums"))
+    if isinstance(learner, LinearLearner):
+        assert not learner.statistics.moments.any()
+
+
+@pytest.mark.parametrize("case", ["ncm", "fecam", "slda", "slda, pooled"])
+def test_nothing_is_left_of_a_row_whose_sums_were_rounded_otherwise(case: str) -> None:
+    big, small = draw({1: 20}), draw({1: 20}, seed=1)
+    big = Task(1e12 * big.embeddings, big.labels)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    both = Task(torch.cat([big.embeddings, small.embeddings])[order], torch.cat([big.labels, small.labels]))
+    learner, other = taught(case, [big, small]), taught(case, [both])
+    state = pack(other)[0]
+    assert not np.array_equal(pack(learner)[0]["sums"], state["sums"])
+    learner.subtract(other)
+    assert not any(pack(learner)[0][name].any() for name in state.keys() & {"counts", "sums", "second", "seen"})
+
+
+@pytest.mark.parametrize("case", SUBTRACT)
+def test_what_was_never_added_cannot_be_subtracted(case: str) -> None:
+    learner = taught(case, STREAM)
+    before = pack(learner)[0]
+    for task, told in ((draw({2: 41}), "row 2 has 40 samples, the other 41"), (draw({6: 3}), "row 6 has 0 .* other 3")):
+        with pytest.raises(InputError, match=f"never added cannot be subtracted: {told}"):
+            learner.subtract(taught(case, [task]))
+    with pytest.raises(InputError, match="row 1 has 40 samples, the other 60"):  # of two classes together
+        learner.subtract(taught(case, [draw({0: 30, 1: 30})]), torch.tensor([1, 1]))
+    assert all(np.array_equal(array, before[name]) for name, array in pack(learner)[0].items())
+
+
+def test_subtracting_asks_for_what_merging_asks_for() -> None:
+    with pytest.raises(InputError, match=r"differ in learner.strength \(0.0 and 3.0\) cannot be subtracted"):
+        taught("ridge", STREAM).subtract(taught("ridge", STREAM, strength=3.0))
+    with pytest.raises(InputError, match="only learners of one kind can be subtracted"):
+        taught("ridge", STREAM).subtract(taught("slda", STREAM))
+    with pytest.raises(
+        InputError, match=r"to be subtracted needs a row of at least 0 for each .* 4 rows, but was given"
+    ):
+        taught("ncm", STREAM).subtract(taught("ncm", STREAM), torch.tensor([0, 1]))
+    with pytest.raises(InputError, match="FlyModel cannot subtract another: its weights end at 1"):
+        taught("flymodel", STREAM).subtract(taught("flymodel", STREAM[:1]))

@@ -68,7 +68,7 @@ def test_only_the_first_step_of_a_task_is_that_of_fine_tuning() -> None:
 
 def test_the_first_task_is_fine_tuning() -> None:
     learner = make(epochs=2)
-    assert learner.learn(task((0, 1))).keys() == {"cross_entropy"}
+    assert learner.learn(task((0, 1))).keys() == {"cross_entropy", "epochs"}
 
 
 def test_it_forgets_less_than_without_distillation() -> None:
@@ -106,4 +106,4 @@ def test_with_a_penalty() -> None:
     learner = make(epochs=3, penalty="ewc", penalty_weight=10.0)
     assert (learner.display, make().display) == ("LwF+EWC", "LwF")
     learner.learn(task((0, 1)))
-    assert learner.learn(task((2, 3))).keys() == {"cross_entropy", "distillation", "penalty"}
+    assert learner.learn(task((2, 3))).keys() == {"cross_entropy", "distillation", "penalty", "epochs"}

@@ -1,0 +1,272 @@
+"""Rows that are left out of any learner, classes blanked in a trained network, and learning that is stopped early."""
+
+from __future__ import annotations
+
+import functools
+import typing
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ssd_edge.errors import InputError
+from ssd_edge.learners import LEARNERS, Learner, Task, build, pack, restore, without_rows
+from ssd_edge.learners.base import BASE_SCHEMA, CLASS_AXES
+from ssd_edge.penalties import PenaltySettings
+from ssd_edge.priors import Priors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIM = 10
+KEYS = {"neurons": 30, "k": 4, "epochs": 3, "batch": 16}
+RELU = {"neurons": 16, "epochs": 3, "batch": 16}
+PENALTIES = ("ewc", "online_ewc", "si", "mas", "l2")
+TRAINED: dict[str, dict[str, Any]] = {
+    "sdmlp": {"name": "sdmlp", **KEYS, "switch": 40.0},
+    "ssd-paper": {"name": "ssd-paper", **KEYS, "switch": 40.0},
+    "finetune": {"name": "finetune", **RELU},
+    "lwf": {"name": "lwf", **RELU},
+}
+TRAINED |= {
+    f"{name}, {penalty}": {**TRAINED[name], "penalty": penalty, "penalty_weight": 0.1}
+    for name in tuple(TRAINED)
+    for penalty in PENALTIES
+}
+TRAINED |= {
+    "icarl": {"name": "icarl", **RELU, "memory": 24},
+    "two layers, ewc": {**TRAINED["ssd-paper, ewc"], "layers": 2},
+    "arriving, si": {**TRAINED["finetune"], "penalty": "si", "outputs": "arriving"},
+    "averaged teacher": {**TRAINED["ssd-paper"], "teacher": "ema", "accumulate_tasks": True},
+    "first teacher": {
+        **TRAINED["ssd-paper"], "teacher": "first", "student_init": "pretrained", "outputs": "arriving",
+        "frequency_source": "running",
+    },
+    "counted": {**TRAINED["ssd-paper"], "frequency_source": "gaba_counter", "accumulate_tasks": True},
+    "falling k": {**TRAINED["sdmlp"], "inhibition": "mask", "decay_epochs": 5},
+}  # fmt: skip
+CLOSED: dict[str, dict[str, Any]] = {
+    "ncm": {"name": "ncm"},
+    "fecam": {"name": "fecam"},
+    "flymodel": {"name": "flymodel", "neurons": 40, "inputs_per_neuron": 4, "active": 0.1},
+    **{
+        f"{name}{', by class' * per_class}": {"name": name, "per_class": per_class, **small}
+        for name, small in (
+            ("slda", {}),
+            ("ridge", {}),
+            ("rp_ridge", {"features": 30}),
+            ("ssd", {"neurons": 20, "top_n": 5}),
+        )
+        for per_class in (False, True)
+    },
+}
+CASES = {**TRAINED, **CLOSED}
+TEST = torch.randn(200, DIM, generator=torch.Generator().manual_seed(7)) * 3
+
+
+def task(rows: tuple[int, ...], count: int = 30, seed: int = 0) -> Task:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor(rows).repeat(count)[:count]
+    means = 3.0 * torch.randn(10, DIM, generator=torch.Generator().manual_seed(99))
+    return Task(means[labels] + torch.randn(count, DIM, generator=generator), labels)
+
+
+@functools.cache
+def taught_once(case: str, announced: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    learner = build(CASES[case], DIM, Priors())
+    learner.expect(announced)
+    learner.learn(task((0, 1, 4)))
+    learner.learn(task((2, 4)))
+    return pack(learner)
+
+
+def taught(case: str, announced: int = 7) -> Learner:
+    """Of rows 0, 1, 2 and 4; 3 lies between them, and from 5 on there is none or what was announced."""
+    return restore(*taught_once(case, announced))
+
+
+def test_every_learner_is_here() -> None:
+    """With every penalty that there is; and no letter of a shape counts classes unnoticed."""
+    assert {options["name"] for options in CASES.values()} == LEARNERS.keys()
+    known = typing.get_args(typing.get_type_hints(PenaltySettings)["penalty"])
+    assert {"none", *PENALTIES} == set(known)
+    for case in CASES:
+        letters = {
+            symbol for spec in taught(case).schema().values() for symbol in spec.shape if isinstance(symbol, str)
+        }
+        assert letters <= {"D", *CLASS_AXES}
+
+
+# ── rows that are left out ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("announced", [0, 7])
+def test_the_others_answer_as_before(case: str, announced: int) -> None:
+    """Row 3 was never taught and 1 is taken out; what was 0, 2, 4 is then 0, 1, 2."""
+    learner = taught(case, announced)
+    learner.remove(1, approximately=True)
+    before = pack(learner)[0]
+    fewer = without_rows(learner, [3, 1])
+    assert all(np.array_equal(array, before[name]) for name, array in pack(learner)[0].items())
+    assert fewer.seen.tolist() == [1, 1, 1]
+    places = torch.tensor([0, -1, 1, -1, 2])
+    assert torch.equal(fewer.predict(TEST), places[learner.predict(TEST)])
+    scores, kept = fewer.scores(TEST), [row for row in range(learner.scores(TEST).shape[1]) if row not in (1, 3)]
+    assert scores.shape[1] == len(kept)
+    torch.testing.assert_close(scores, learner.scores(TEST)[:, kept], rtol=1e-5, atol=1e-5)
+    # every tensor is the one before, to the last bit, without these rows where it has rows
+    specs, after = {**BASE_SCHEMA, **learner.schema()}, pack(fewer)[0]
+    for name, spec in specs.items():
+        wanted = before[name]
+        for axis, symbol in enumerate(spec.shape):
+            if symbol in CLASS_AXES:
+                wanted = np.delete(wanted, [row for row in (1, 3) if row < wanted.shape[axis]], axis)
+        if name not in ("announced", "exemplar_rows", "penalty_constant"):
+            assert after[name].tobytes() == wanted.tobytes(), name
+    if "announced" in after:
+        assert int(after["announced"][0]) == (announced - 2 if announced and before["announced"][0] else 0)
+    if "exemplar_rows" in after:
+        assert set(after["exemplar_rows"].tolist()) <= {-1, 0, 1, 2}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_goes_on_learning_and_survives_a_restart(case: str) -> None:
+    learner = taught(case)
+    learner.remove(0, approximately=True)
+    fewer = without_rows(learner, [0, 3])  # 1, 2, 4 are 0, 1, 2
+    again = restore(*pack(fewer))
+    for one in (fewer, again):
+        measured = one.learn(task((2, 5)))
+        assert all(np.isfinite(value) for value in measured.values())
+    assert pack(fewer)[0].keys() == pack(again)[0].keys()
+    assert all(array.tobytes() == pack(again)[0][name].tobytes() for name, array in pack(fewer)[0].items())
+    assert fewer.seen.tolist() == [1, 1, 1, 0, 0, 1]
+    outputs = fewer.scores(TEST).shape[1]
+    assert outputs == 6  # of seven that were announced two have gone, so that nothing grows back
+    assert set(fewer.predict(TEST).tolist()) <= {0, 1, 2, 5}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_rows_that_are_not_taught_can_be_left_out(case: str) -> None:
+    learner = taught(case)
+    classes = learner.scores(TEST).shape[1]
+    with pytest.raises(InputError, match=r"rows \[2, 4\] are taught, so they cannot be left out; remove or join"):
+        without_rows(learner, [3, 2, 4])
+    for row in (-1, classes):
+        with pytest.raises(InputError, match=rf"there are {classes} rows, so rows \[{row}\] cannot be left out"):
+            without_rows(learner, [row])
+    same = without_rows(learner, [])
+    assert all(array.tobytes() == pack(same)[0][name].tobytes() for name, array in pack(learner)[0].items())
+
+
+@pytest.mark.parametrize("case", ["finetune, l2", "sdmlp, mas", "ssd-paper, online_ewc", "lwf, si"])
+def test_a_penalty_of_one_anchor_loses_the_part_of_the_rows_that_go(case: str) -> None:
+    """After the same steps it has the value of the other rows' quadratics, from nothing at the anchor."""
+    learner, blanked = taught(case), taught(case)
+    blanked.remove(4, approximately=True)
+    for one in (learner, without_rows(learner, [3, 5, 6]), blanked, without_rows(blanked, [4])):
+        parameters = one.parameters() if callable(one.parameters) else one.parameters
+        at_anchor = float(one.penalty.value(parameters))
+        moved = {name: parameter + 0.25 for name, parameter in parameters.items()}
+        quadratics = sum(float((one.penalty.importance[name].double() * 0.0625).sum()) for name in moved)
+        wanted = one.penalty.weight * quadratics
+        assert at_anchor == pytest.approx(0, abs=1e-5 * wanted)
+        assert float(one.penalty.value(moved)) == pytest.approx(wanted, rel=1e-4)
+
+
+# ── blanking ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_a_trained_class_is_blanked_and_the_rest_stays(case: str) -> None:
+    learner = taught(case)
+    scores = learner.scores(TEST)
+    with pytest.raises(InputError, match=r"cannot take a class out: .* spread over its weights; take it out approxim"):
+        learner.remove(4)
+    assert learner.remove(4, approximately=True) is False
+    assert learner.seen.tolist() == [1, 1, 1, 0, 0]
+    others = [0, 1, 2, 3, 5, 6][: scores.shape[1] - 1]
+    torch.testing.assert_close(learner.scores(TEST)[:, others], scores[:, others], rtol=1e-6, atol=1e-6)
+    for name, spec in learner.schema().items():  # no number of its output is left, also not with a former self
+        for axis, symbol in enumerate(spec.shape):
+            tensor = learner.state_dict()[name]
+            if symbol in CLASS_AXES and tensor.shape[axis] > 4:
+                assert not tensor.select(axis, 4).any(), name
+    again = restore(*pack(learner))
+    assert again.scores(TEST).numpy().tobytes() == learner.scores(TEST).numpy().tobytes()
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_a_blanked_class_does_not_come_back_by_itself(case: str) -> None:
+    """No penalty, former self or sample restores it while others are learned, but it can be taught again."""
+    learner = build({**CASES[case], "epochs": 25}, DIM, Priors())
+    own = task((4,), 60, seed=3).embeddings
+    learner.learn(task((0, 1, 4), 90))
+    # what is redrawn or distilled to nothing rises a little; a class that is known has some nine tenths
+    learner.remove(4, approximately=True)
+    learner.learn(task((0, 2), 60))
+    assert 4 not in learner.predict(own)
+    outputs = learner.scores(own)
+    if CASES[case]["name"] != "icarl":
+        assert float(outputs.softmax(1)[:, 4].mean()) < 0.5
+    learner.learn(task((1, 4), 60))
+    assert float((learner.predict(own) == 4).double().mean()) > 0.6
+
+
+def test_the_exemplars_of_a_class_go_with_it() -> None:
+    learner = taught("icarl")
+    kept = learner.exemplars[(learner.exemplar_rows >= 0) & (learner.exemplar_rows != 4)]
+    learner.remove(4, approximately=True)
+    assert learner.exemplar_rows.tolist() == sorted(learner.exemplar_rows.tolist(), key=lambda row: row % 99)
+    assert 4 not in learner.exemplar_rows
+    assert torch.equal(learner.exemplars[: len(kept)], kept)
+    assert not learner.exemplars[len(kept) :].any()
+    assert learner.mean_rows.tolist() == [0, 1, 2]
+    learner = without_rows(taught("icarl"), [3, 5])
+    assert learner.exemplar_rows.unique().tolist() == learner.mean_rows.tolist() == [0, 1, 2, 3]
+    learner.remove(1, approximately=True)
+    assert without_rows(learner, [1]).exemplar_rows.unique().tolist() == [-1, 0, 1, 2]
+
+
+# ── stopping early ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_stopped_early_it_is_one_that_was_set_to_fewer_epochs(case: str, epochs: int) -> None:
+    """To the last bit, also in what ends a task; and it is restored and learns on like that one."""
+    stopped, short = (build({**CASES[case], "epochs": count}, DIM, Priors()) for count in (9, epochs))
+    told: list[float] = []
+
+    def enough(share: float) -> bool:
+        told.append(share)
+        return len(told) == epochs
+
+    for rows in ((0, 1), (1, 3)):
+        told.clear()
+        measured = stopped.learn(task(rows), enough)
+        assert short.learn(task(rows))["epochs"] == measured["epochs"] == float(epochs)
+        assert told == [(done + 1) / 9 for done in range(epochs)]
+        mine, theirs = pack(stopped)[0], pack(short)[0]
+        assert all(array.tobytes() == theirs[name].tobytes() for name, array in mine.items())
+    assert set(stopped.predict(TEST).tolist()) <= {0, 1, 3}
+    again = restore(*pack(stopped))
+    assert again.learn(task((2, 4)))["epochs"] == 9.0
+    assert again.seen.tolist() == [1, 1, 1, 1, 1]
+
+
+def test_a_one_cycle_schedule_is_simply_stopped() -> None:
+    options = {**CASES["finetune"], "optimiser": "adamw", "one_cycle": True, "min_steps": 12}
+    learner = build(options, DIM, Priors())
+    assert learner.learn(task((0, 1)), lambda share: share >= 0.3)["epochs"] == 2.0  # of six, by `min_steps`
+    assert set(learner.predict(TEST).tolist()) <= {0, 1}
+    assert restore(*pack(learner)).learn(task((0, 1)))["epochs"] == 6.0
+
+
+@pytest.mark.parametrize("case", CLOSED)
+def test_what_needs_one_pass_is_not_stopped(case: str) -> None:
+    stopped, whole = (build(CASES[case], DIM, Priors()) for _ in range(2))
+    assert "epochs" not in stopped.learn(task((0, 1)), lambda share: True)
+    whole.learn(task((0, 1)))
+    assert torch.equal(stopped.scores(TEST), whole.scores(TEST))
