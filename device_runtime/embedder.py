@@ -1,16 +1,26 @@
-"""The backbone on the device: uint8 images → standardised embeddings; TensorRT where it can be, else ONNX Runtime."""
+"""The backbone on the device: uint8 images → standardised embeddings, by what is fastest of what gives the right ones.
+
+The ladder: TensorRT with an engine of our own; ONNX Runtime with its TensorRT provider, with CUDA, on the processor.
+Everything on a GPU must first give the embeddings of the bundle's probe (`selftest`); what does not is not used, and
+that is said. ONNX Runtime lists providers that do not start, and would go on with another one in silence: which one
+runs is read back, and its own falling back is switched off.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from device_runtime.board import usable_cpus
-from ssd_edge import targets
+from ssd_edge import files, onnx_scan, targets
 from ssd_edge.errors import (
     BundleRefusedError,
     EnvironmentUnfitError,
@@ -23,8 +33,13 @@ if TYPE_CHECKING:
     from device_runtime.generations import Generations
 
 BATCH = 32
-PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")
+TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
+LADDER = (TENSORRT, CUDA, CPU)  # of ONNX Runtime, fastest first
+PREFERRED = (CUDA, CPU)  # what the doctor makes compute; TensorRT it examines by itself
 ENGINES = "engines"  # folder of a root
+OF_ONNXRUNTIME = "onnxruntime"  # folder in it, of the engines that ONNX Runtime builds
+# TensorRT's library, which ONNX Runtime's provider of that name needs, in the version that it was built for
+NVINFER = ("libnvinfer.so.10", "libnvinfer.so.11", "libnvinfer.so.8")
 
 Say = Callable[[str], None]
 Probe = tuple[Mapping[str, np.ndarray], Mapping[str, float]]  # see selftest
@@ -57,30 +72,48 @@ class OnnxEmbedder:
         model: the ONNX file, or its bytes.
         size: side of its input in pixels.
         dim: D of its embeddings.
+        provider: of ONNX Runtime; what of the graph it does not take, those after it in `LADDER` run.
+        settings: of the provider.
 
     Attributes:
         provider: the execution provider that really runs, checked after creation.
 
     Raises:
-        EnvironmentUnfitError: ONNX Runtime is missing or cannot run the file here.
+        EnvironmentUnfitError: ONNX Runtime is missing or cannot run the file here, or not with this provider.
     """
 
     engine: Mapping[str, Any] | None = None
 
-    def __init__(self, model: Path | bytes, size: int, dim: int) -> None:
+    def __init__(
+        self,
+        model: Path | bytes,
+        size: int,
+        dim: int,
+        provider: str = CPU,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         runtime = require("onnxruntime", "device", "run the backbone")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = usable_cpus()
-        # a CUDA build without a usable GPU falls back by itself; what runs is read back below
-        wanted = [name for name in PREFERRED if name in runtime.get_available_providers()]
+        available = runtime.get_available_providers()
+        others = [name for name in LADDER[LADDER.index(provider) + 1 :] if name in available]
         try:
             source = model if isinstance(model, bytes) else str(model)
-            self._session = runtime.InferenceSession(source, options, providers=wanted)
+            wanted = [(provider, dict(settings or {})), *others]
+            # falling back by itself it prints on standard output, where a caller may be writing JSON
+            self._session = runtime.InferenceSession(source, options, providers=wanted, enable_fallback=0)
+            self._session.disable_fallback()  # also while it runs, in versions that do not know the word above
         except Exception as error:  # ONNX Runtime raises its own types, which share no public base
             name = "the backbone" if isinstance(model, bytes) else model
-            raise EnvironmentUnfitError(f"ONNX Runtime cannot run {name} here ({error}); deploy it again") from error
+            raise EnvironmentUnfitError(
+                f"ONNX Runtime cannot run {name} here ({_line(error)}); deploy it again"
+            ) from error
         self.provider: str = self._session.get_providers()[0]
+        if self.provider != provider:
+            raise EnvironmentUnfitError(
+                f"ONNX Runtime lists {provider}, but {self.provider} would run; see ssd-edge doctor"
+            )
         taken = self._session.get_inputs()[0]
         self._input = taken.name
         self._batch = taken.shape[0] if isinstance(taken.shape[0], int) else BATCH  # some graphs take one at a time
@@ -91,11 +124,16 @@ class OnnxEmbedder:
 
         Raises:
             BundleRefusedError: the graph gives another shape than the bundle says, or NaN.
+            EnvironmentUnfitError: the provider fails, e.g. for lack of memory on the GPU.
         """
-        parts: Sequence[np.ndarray] = [
-            self._session.run(None, {self._input: np.ascontiguousarray(images[start : start + self._batch])})[0]
-            for start in range(0, len(images), self._batch)
-        ]
+        try:
+            parts: Sequence[np.ndarray] = [
+                self._session.run(None, {self._input: np.ascontiguousarray(images[start : start + self._batch])})[0]
+                for start in range(0, len(images), self._batch)
+            ]
+        except Exception as error:
+            told = f"{self.provider} of ONNX Runtime cannot run the backbone ({_line(error)}); see ssd-edge doctor"
+            raise EnvironmentUnfitError(told) from error
         return checked(np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32), len(images), self.dim)
 
 
@@ -125,8 +163,8 @@ def open_embedder(
 ) -> Embedder:
     """What runs a root's backbone fastest here: TensorRT with a usable GPU, else ONNX Runtime.
 
-    The engine is taken from the root's cache, or built, which takes minutes on a small board. It is used only when it
-    gives the embeddings of the bundle's probe. That it is not used is said, with the reason.
+    Engines are taken from the root's cache, or built, which takes minutes on a small board. What runs on a GPU is used
+    only when it gives the embeddings of the bundle's probe; else the next is tried, and that is said, with the reason.
 
     Args:
         store: of the root.
@@ -141,35 +179,121 @@ def open_embedder(
         EnvironmentUnfitError: nothing here can run it.
         SlowerProviderError: under `strict`.
     """
-    path, reason = store.backbone_path(backbone), ""
-    found: Embedder | None = None
-    if importlib.util.find_spec("tensorrt") is not None:
+    path = store.backbone_path(backbone)
+    failed: dict[str, str] = {}
+    for name, start in _ladder(store.root / ENGINES, path, backbone, facts, probe, say):
         try:
-            found = _tensorrt(store.root / ENGINES, path, backbone, facts, probe, say)
+            found = start()
+            break
         except (EnvironmentUnfitError, GateRefusedError, BundleRefusedError) as error:
-            reason = f": {error}"
-    found = found or OnnxEmbedder(path, facts["size"], facts["dim"])
+            if name == CPU:  # the last
+                raise
+            failed[name] = str(error)  # the error itself would hold what was started, and its memory
+    reason = "; ".join(f"{name}: {error}" if name in LADDER else error for name, error in failed.items())
     wanted = _prepared_for(facts["target"])
     if _speed(found.provider) < _speed(wanted):
-        told = f"{found.provider} runs the backbone, slower than {wanted}, for which {facts['target']} stands{reason}"
+        told = f"{found.provider} runs the backbone, slower than {wanted}, for which {facts['target']} stands"
+        told += f": {reason}" if reason else ""
         if strict:
             raise SlowerProviderError(f"{told}; see ssd-edge doctor, or leave --strict out")
         say(f"warning: {told}")
     elif reason:
-        say(f"TensorRT is not used, ONNX Runtime is{reason}")
+        verb = "is" if len(failed) == 1 else "are"
+        say(f"{' and '.join(failed)} {verb} not used, {found.provider} is: {reason}")
     return found
 
 
 def _prepared_for(target: str) -> str:
     """What should run on a target; on one of a newer version, anything."""
     known = targets.targets().get(target)
-    return {"jetson": "TensorRT", "cuda": "CUDAExecutionProvider"}.get(known.kind if known else "", PREFERRED[-1])
+    return {"jetson": "TensorRT", "cuda": CUDA}.get(known.kind if known else "", CPU)
 
 
 def _speed(provider: str) -> int:
     """The larger, the faster."""
-    order = (PREFERRED[-1], *PREFERRED[-2::-1], "TensorRT")
+    order = (*reversed(LADDER), "TensorRT")
     return max((place for place, name in enumerate(order) if provider.startswith(name)), default=0)
+
+
+def _ladder(
+    folder: Path, path: Path, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say
+) -> Iterator[tuple[str, Callable[[], Embedder]]]:
+    """What may run the backbone here, fastest first: its name, and what starts it."""
+    from device_runtime import engine, selftest
+
+    size, dim = facts["size"], facts["dim"]
+
+    def tested(provider: str, settings: Mapping[str, Any]) -> Embedder:
+        embedder = OnnxEmbedder(path, size, dim, provider, settings)
+        selftest.run(embedder.embed, *probe)
+        return embedder
+
+    if importlib.util.find_spec("tensorrt") is not None:
+        yield "TensorRT", lambda: _tensorrt(folder, path, backbone, facts, probe, say)
+    available = require("onnxruntime", "device", "run the backbone").get_available_providers()
+    if TENSORRT in available and (version := _nvinfer()) and (gpu := engine.gpu_facts()) is not None:
+        made = engine.engine_facts(backbone, facts["precision"], gpu, version, module="onnxruntime")
+        yield TENSORRT, lambda: tested(TENSORRT, _engines_of_onnxruntime(folder, path, made, facts, say))
+    if CUDA in available:
+        yield CUDA, lambda: tested(CUDA, {})
+    yield CPU, lambda: OnnxEmbedder(path, size, dim)
+
+
+def _nvinfer() -> str:
+    """Version of TensorRT's library; empty without it: ONNX Runtime lists its TensorRT provider all the same."""
+    for name in NVINFER:
+        with contextlib.suppress(OSError, AttributeError):
+            return str(ctypes.CDLL(name).getInferLibVersion())
+    return ""
+
+
+def _engines_of_onnxruntime(
+    folder: Path, path: Path, made: Mapping[str, Any], facts: Mapping[str, Any], say: Say
+) -> dict[str, Any]:
+    """Settings of ONNX Runtime's TensorRT provider, which builds and keeps engines by itself.
+
+    It may not notice that an engine was built for something else. They lie in a folder of their own for each backbone,
+    GPU, driver, TensorRT and ONNX Runtime (`made`), and those of others are removed.
+    """
+    import onnxruntime
+
+    from device_runtime import engine
+    from device_runtime.tensorrt_api import BATCHES, WORKSPACE
+
+    made = {**made, "onnxruntime": onnxruntime.__version__}
+    own = folder / OF_ONNXRUNTIME / engine.fingerprint(made)[:16]
+    if not folder.exists():
+        files.make_directory(folder)
+        folder.chmod(0o700)
+    engine.EngineCache(folder).get(made)  # refuses a folder that others may write to: an engine is a program
+    for other in own.parent.glob("*"):
+        if other != own:
+            shutil.rmtree(other, ignore_errors=True)
+    if not any(own.glob("*.engine")):
+        files.make_directory(own)
+        say("ONNX Runtime builds a TensorRT engine, once for this board and backbone; it may take minutes")
+    settings = {
+        "trt_max_workspace_size": WORKSPACE,
+        # what the graph says and no more: half precision where it is in fp32 would be another network
+        "trt_fp16_enable": facts["precision"] == "fp16",
+        "trt_int8_enable": facts["precision"] == "int8",
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": os.fspath(own),
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": os.fspath(own),
+    }
+    taken = onnx_scan.scan(files.read_bytes(path), path.name).inputs[0]
+    if taken.shape is not None and not isinstance(taken.shape[0], int):
+        # else it builds for the batch that comes first, and anew, for minutes, when a larger one comes
+        for bound, batch in zip(("min", "opt", "max"), BATCHES, strict=True):
+            shape = "x".join(map(str, (batch, facts["size"], facts["size"], 3)))
+            settings[f"trt_profile_{bound}_shapes"] = f"{taken.name}:{shape}"
+    return settings
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message; drivers write paragraphs."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _tensorrt(folder: Path, path: Path, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say) -> Embedder:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ssd_edge import images
 from ssd_edge.errors import InputError, require
-from ssd_edge.files import read_bytes
 from ssd_edge.images import decode, from_array
 
 MAX_BYTES = 2 << 30  # what is read into memory at once: an archive, an .npz
@@ -124,7 +124,7 @@ class Images:
 
     def _encoded(self, index: int) -> bytes | memoryview:
         item = self._items[index]
-        return read_bytes(item) if isinstance(item, Path) else item
+        return images.read(item) if isinstance(item, Path) else item
 
     def _decode(self, index: int, size: int) -> np.ndarray:
         if isinstance(self._items, np.ndarray):

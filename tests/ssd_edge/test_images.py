@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import socket
 import struct
+import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ssd_edge import images
 from ssd_edge.errors import InputError
 from ssd_edge.images import MAX_PIXELS, decode, from_array, image_files, is_image_name
 
@@ -258,3 +264,139 @@ def test_links_to_folders(tmp_path: Path) -> None:
     (tmp_path / "real" / "loop").symlink_to(tmp_path / "all")
     with pytest.raises(InputError, match=r"is a link to a folder that holds it"):
         image_files([tmp_path / "all"])
+
+
+def test_only_files_are_read(tmp_path: Path) -> None:
+    """A pipe would be waited for, a device read for ever."""
+    folder = tmp_path / "photos"
+    (folder / "folder.jpg").mkdir(parents=True)
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "zero.jpg").symlink_to("/dev/zero")
+    (folder / "linked.jpg").symlink_to(folder / "pipe.jpg")
+    (folder / "broken.jpg").symlink_to(folder / "nothing")
+    (folder / "itself.jpg").symlink_to(folder / "itself.jpg")
+    (folder / "there.jpg").symlink_to(folder / "back.jpg")
+    (folder / "back.jpg").symlink_to(folder / "there.jpg")
+    with open(folder / "holes.jpg", "wb") as stream:
+        stream.truncate(2**31)
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listening:
+        listening.bind(os.path.relpath(folder / "socket.jpg"))
+        told = {}
+        for path in [*images.walk_images(folder), folder / "folder.jpg"]:
+            with pytest.raises(InputError) as refused:
+                images.read(path)
+            told[path.name] = str(refused.value).removeprefix(f"{path} ")
+    circle = "cannot be read (Too many levels of symbolic links); remove it or check the path"
+    assert told == {
+        "back.jpg": circle,
+        "broken.jpg": "does not exist; check the path",
+        "folder.jpg": "is a folder, but a file is needed",
+        "holes.jpg": f"has {2**31:,} bytes, but at most 67,108,864 are read of an image; make it smaller",
+        "itself.jpg": circle,
+        "linked.jpg": "is a pipe, but a file is needed; remove it",
+        "pipe.jpg": "is a pipe, but a file is needed; remove it",
+        "socket.jpg": "is a socket, but a file is needed; remove it",
+        "there.jpg": circle,
+        "zero.jpg": "is a device, but a file is needed; remove it",
+    }
+
+
+def test_a_path_that_is_none(tmp_path: Path) -> None:
+    for path in ("a\0b.jpg", "x" * 300 + ".jpg", "/".join(["x" * 200] * 30) + ".jpg"):
+        with pytest.raises(InputError, match="cannot be read"):
+            images.read(path)
+
+
+def test_a_file_that_becomes_a_pipe_when_it_was_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, look = tmp_path / "x.jpg", os.stat
+    path.write_bytes(b"a file")
+
+    def then_replaced(*arguments: Any, **options: Any) -> os.stat_result:
+        found = look(*arguments, **options)
+        path.unlink()
+        os.mkfifo(path)
+        return found
+
+    monkeypatch.setattr(images.os, "stat", then_replaced)
+    with pytest.raises(InputError, match="is a pipe"):
+        images.read(path)
+
+
+def test_what_may_not_be_read(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a user who is not root cannot become another one")
+    folder = tmp_path / "photos"
+    folder.mkdir(mode=0o700)
+    (folder / "x.jpg").write_bytes(b"\x89PNG")
+    os.seteuid(65534)
+    try:
+        with pytest.raises(InputError, match=r"x\.jpg may not be read: permission denied"):
+            images.read(folder / "x.jpg")
+        with pytest.raises(InputError, match=r"the folder .*photos cannot be read \(Permission denied\)"):
+            list(images.walk_images(folder))
+    finally:
+        os.seteuid(0)
+
+
+def test_folders_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty folders with two links each to the next are 2 ** 30; folders within one another are more than a stack."""
+    monkeypatch.setattr(images, "MAX_LINKED", 300)
+    for number in range(30):
+        (tmp_path / "twice" / str(number)).mkdir(parents=True)
+        for name in "ab":
+            (tmp_path / "twice" / str(number) / name).symlink_to(tmp_path / "twice" / str(number + 1))
+    with pytest.raises(InputError, match="links lead to more than 300 folders"):
+        images.image_files([tmp_path / "twice" / "0"])
+    stack = [tmp_path / "deep"]
+    while len(stack) < 400:
+        stack.append(stack[-1] / "d")
+    for deep in stack:
+        deep.mkdir()
+    (stack[-1] / "x.jpg").touch()
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(300)  # the usual 1000, and as many folders, would take seconds
+    try:
+        assert images.image_files([stack[0]]) == [stack[-1] / "x.jpg"]
+    finally:
+        sys.setrecursionlimit(limit)
+    (stack[-1] / "x.jpg").unlink()
+    for deep in reversed(stack):  # pytest would remove them by recursion
+        deep.rmdir()
+
+
+@pytest.mark.parametrize("band", [100, 3000])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_large_images_are_converted_in_bands_to_the_same_pixels(
+    monkeypatch: pytest.MonkeyPatch, band: int, orientation: int
+) -> None:
+    rng = np.random.default_rng(orientation)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for mode in ("RGBA", "P", "I;16"):
+        height, width = (int(side) for side in rng.integers(20, 150, 2))
+        if mode == "I;16":
+            image = Image.fromarray(rng.integers(0, 65536, (height, width)).astype(np.uint16))
+        else:
+            image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8)).convert(mode)
+        data = encoded(image, exif=exif)
+        whole = decode(data, "a", 8)
+        with monkeypatch.context() as patched:
+            patched.setattr(images, "_BAND", band)
+            assert (decode(data, "a", 8) == whole).all()
+
+
+def test_reducing_gives_the_pixels_of_pillows_own_resize() -> None:
+    rng = np.random.default_rng(0)
+    for height, width in [(200, 300), (47, 251), (24, 1000), (71, 72)]:
+        colour = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        wanted = Image.fromarray(colour).resize((8, 8), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        assert (from_array(colour, 8) == np.asarray(wanted)).all()
+
+
+def test_a_decoders_own_words_are_shortened_to_one_printable_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AttributeError("two\nlines \x1b[31m" + "x" * 500)
+
+    monkeypatch.setattr(images.Image, "open", fail)
+    with pytest.raises(InputError, match=r"^a is corrupt and cannot be decoded \(two lines \?\[31mx{85}\); remove it$"):
+        decode(b"data", "a", 8)
