@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from device_runtime import lessons, teaching
+from device_runtime import editing, exchange, lessons, pruning, teaching
 from device_runtime.board import default_root
 from device_runtime.budget import Budget, Meter, Watcher
 from device_runtime.embedder import Embedder, open_embedder
@@ -31,15 +31,16 @@ from device_runtime.generations import Generation, Generations
 from device_runtime.guard import Limits
 from device_runtime.knowledge import Knowledge
 from device_runtime.lessons import ImageSource
+from device_runtime.trust import check_signature
 from device_runtime.unknown import UNKNOWN
+from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
 from ssd_edge.classes import ClassRegistry
-from ssd_edge.errors import EnvironmentUnfitError, InputError
+from ssd_edge.errors import InputError
 from ssd_edge.statistics import ClassStatistics
 
 log = logging.getLogger(__name__)
 
-KEEP = 10  # generations; those in use and the last installed one stay whatever their age
 AT_ONCE = 64  # images that are decoded before they are embedded: 10 MB of 224 × 224 pixels
 
 
@@ -86,14 +87,6 @@ class Observation:
     predictions: list[Prediction]
     embeddings: torch.Tensor
     state: State
-
-
-def prune(store: Generations) -> None:
-    """Delete what is older than the newest `KEEP` generations, after a commit; with the root held for writing."""
-    try:
-        store.prune(KEEP)
-    except EnvironmentUnfitError as error:  # the commit has happened, and the next one tries again
-        log.warning("old generations were not deleted: %s", error)
 
 
 class Device:
@@ -314,11 +307,89 @@ class Device:
             row = known.registry.row(label)
             return self._commit(known.replace(registry=registry), {"renamed": [self.classes[row], registry.names[row]]})
 
+    def forget(self, label: str, exactly: bool = False, limits: Limits | None = None) -> dict[str, Any]:
+        """Take a class out, and commit a generation. Older generations still know it, until they are pruned.
+
+        Args:
+            label: of the class.
+            exactly: refuse where the learner cannot be as if it had never been taught the class.
+            limits: of what it may cost the other classes; None: the defaults of `guard.Limits`.
+
+        Returns:
+            generation, classes, forgot (the label), images (that it was taught with), exact, left (what of it stays, a
+            sentence; empty if exact), the estimate for the other classes, warnings.
+
+        Raises:
+            InputError: no such class; or not exactly, where that is asked for.
+            GateRefusedError: the others would be recognised less often than `limits` allow.
+        """
+        with self.store.writer():
+            return self._commit(*editing.forget(self._latest().known, label, exactly, limits))
+
+    def merge_labels(self, labels: Sequence[str], into: str, limits: Limits | None = None) -> dict[str, Any]:
+        """Make one class of several, as if they had been taught under one name, and commit a generation.
+
+        Args:
+            labels: of the classes, at least two with `into`.
+            into: name of the one class: one of theirs, another known one, or a new name.
+            limits: as for `forget`.
+
+        Returns:
+            generation, classes, merged_labels, into, the estimate for all classes, warnings.
+
+        Raises:
+            InputError: no such class, or the learner cannot do that; names those who can.
+            GateRefusedError: they would be recognised less often than `limits` allow.
+        """
+        with self.store.writer():
+            return self._commit(*editing.merge_labels(self._latest().known, labels, into, limits))
+
+    def export(self, path: str | Path, key: str | Path | None = None) -> dict[str, Any]:
+        """Write what this device knows as a bundle, for another device or as a backup.
+
+        Args:
+            path: of the bundle; its name becomes that of the bundle.
+            key: file of a private key to sign it with; None: unsigned.
+
+        Returns:
+            bundle, bytes, sha256, generation, classes, signed_by.
+
+        Raises:
+            InputError: the path is a folder, or there is no such key.
+        """
+        return exchange.export(self.store, self.state.generation, self.state.known, Path(path), key)
+
+    def merge(self, path: str | Path, limits: Limits | None = None) -> dict[str, Any]:
+        """Learn what another device has learned since both installed one bundle, from what that one has exported.
+
+        The state is then what one device would know that had been taught both; classes are one where their names are.
+        Both keep going from what they know: to go on together, export the merged state and install it on both.
+
+        Args:
+            path: of the bundle that the other device has exported.
+            limits: of what it may cost the classes that this device knows; None: the defaults of `guard.Limits`.
+
+        Returns:
+            generation, classes, merged (id of the other's installation), taught (label, images, whether it was new),
+            the estimate for the old classes, warnings.
+
+        Raises:
+            InputError: no such file; the two have not started from one bundle; something would count twice; or the
+                learner cannot be merged. Nothing is changed.
+            BundleRefusedError: the bundle is damaged, or not signed by a trusted key where there is one.
+            GateRefusedError: the device would forget more than `limits` allow.
+        """
+        opened = bundles.read(Path(path))
+        check_signature(self.store.root, opened)
+        with self.store.writer():
+            known = self._latest().known
+            return self._commit(*exchange.merge(known, exchange.base_of(self.store, known), opened, limits))
+
     def _commit(self, known: Knowledge, info: dict[str, Any]) -> dict[str, Any]:
         """Make a generation of the current one, and answer with it from now on; with the root held for writing."""
         contents, again = known.reread()
         generation = self.store.commit(contents, info, parent=self.generation.number)
-        prune(self.store)
+        pruning.tidy(self.store)
         self._use(State(generation, again))
         return {"generation": generation.number, "classes": self.classes, **info}
 
@@ -326,7 +397,7 @@ class Device:
         """Return to an earlier generation: the one that this was learned from, or any by its number.
 
         Predictions are then those of that generation, bit for bit. The later generation stays, and can be returned to
-        as well, until `KEEP` newer ones have been committed.
+        as well, until `pruning.KEEP` newer ones have been committed.
 
         Raises:
             InputError: there is none to return to, or the number does not exist.
@@ -363,10 +434,11 @@ class Device:
         }
 
     def history(self) -> dict[str, Any]:
-        """Every generation and every event, oldest first; JSON values."""
+        """Every generation, with what made it in words, and every event, oldest first; JSON values."""
+        generations = [{**entry, "what": editing.described(entry["info"] or {})} for entry in self.store.list()]
         return {
             "generation": self.generation.number,
             "classes": self.classes,
-            "generations": list(self.store.list()),
+            "generations": generations,
             "events": list(self.store.journal()),
         }

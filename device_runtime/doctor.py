@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from device_runtime import runtimes
+from device_runtime import runtimes, trust
 from device_runtime.board import MIB, Board, default_root, describe, disk_free_mb, nearest_folder
 from device_runtime.profiling import estimate
-from device_runtime.runtimes import TRUSTED, Check, Examined, Situation, trusted_keys
+from device_runtime.runtimes import Check, Examined, Situation
 from ssd_edge import files, targets
 from ssd_edge.bundle import Bundle
 from ssd_edge.errors import EnvironmentUnfitError, InputError, SSDEdgeError
@@ -155,15 +155,14 @@ def _misplaced(at: Situation, target: targets.Target) -> tuple[str, str] | None:
 def _signature(at: Situation) -> Examined:
     if at.bundle is None:
         return
-    from ssd_edge import signing
 
     signature = getattr(at.bundle, "signature", None)
-    if not trusted_keys(at.root):
+    if not trust.keys(at.root):
         told = "signed, but" if signature else "unsigned, and"
         yield Check("signature", "note", f"{told} no key is trusted in {at.root}: any valid bundle is taken")
         return
     try:
-        identity = signing.check(at.bundle, signing.trusted(at.root / TRUSTED))
+        identity = trust.check_signature(at.root, at.bundle)
     except EnvironmentUnfitError as error:
         yield Check("signature", "unfit", f"cannot be checked: {error}", at.fix("cryptography"))
     except SSDEdgeError as error:

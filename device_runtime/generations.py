@@ -261,6 +261,11 @@ class Generations:
             log.warning(told, self.root, plan.pruned.left_bytes, budget_bytes)
         return plan.pruned
 
+    def shorten_journal(self, keep: int) -> None:
+        """`Journal.shorten`; with `writer`."""
+        self._check_writing()
+        self._journal.shorten(keep)
+
     def fsck(self, repair: bool = False) -> Sequence[fsck.Finding]:
         """Verify every file of the store: CURRENT, generations, backbones, journal; and find what should not be there.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,6 +136,40 @@ def judge(
             retention = _forgetting(answers, registry, limits, warnings, refusals)
             agreement = _agreement(before, after, embeddings)
     return Judgement(retention, agreement, warnings, refusals, suspects)
+
+
+def judge_edit(
+    before: Learner,
+    after: Learner,
+    statistics: ClassStatistics,
+    registry: ClassRegistry,
+    limits: Limits | None = None,
+    renumbered: Mapping[int, int] | None = None,
+) -> Judgement:
+    """Look at an edit before it is committed, for which there are no new images.
+
+    Args:
+        before: the state before it.
+        after: the state after it, its classes still in the same rows.
+        statistics: of the classes that should still be told apart, those rows too.
+        registry: names of these rows.
+        limits: what is put up with; None: the defaults.
+        renumbered: row → row that counts as the same class now.
+    """
+    warnings: list[str] = []
+    refusals = _numbers(after, torch.zeros(0, after.dim))
+    retention: dict[str, Any] = {}
+    if not refusals and statistics.total and bool(after.seen.any()):
+        answers = ask(before, after, statistics)
+        if not answers.finite:
+            refusals.append("the edited learner gives NaN or infinity; roll back to an earlier generation")
+        else:
+            same = torch.arange(len(before.seen))
+            for row, now in (renumbered or {}).items():
+                same[row] = now
+            told = Answers(same[answers.rows], same[answers.before], same[answers.after], answers.finite)
+            retention = _forgetting(told, registry, limits or Limits(), warnings, refusals)
+    return Judgement(retention, None, warnings, refusals, [])
 
 
 def _numbers(after: Learner, embeddings: Tensor) -> list[str]:

@@ -2,14 +2,11 @@
 
 In this order: the bundle itself, the signature, the release, that its parts fit together, the free disk, and at last
 the self-test on what will really run here (`selftest`). Until then the old generation stays current.
-
-::
-
-    ROOT/trusted/<key id>.pub      public keys; as soon as there is one, an unsigned bundle is refused
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from device_runtime import selftest
-from device_runtime.device import prune
+from device_runtime import pruning, selftest
 from device_runtime.embedder import open_embedder
 from device_runtime.generations import Generation, Generations
 from device_runtime.knowledge import Knowledge, restore_statistics
-from device_runtime.runtimes import TRUSTED, trusted_keys
+from device_runtime.trust import check_signature
 from device_runtime.unknown import Rejector
 from ssd_edge import bundle as bundles
-from ssd_edge import files, learners, signing
+from ssd_edge import files, learners
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
 
 # Decisions on the probe's images, whose patches are of no class: near-ties may fall otherwise, a wrong learner differs
@@ -62,7 +58,7 @@ def install(
     """
     opened = bundles.read(Path(bundle))
     store = Generations(root)
-    signed_by = _check_signature(store.root, opened)
+    signed_by = check_signature(store.root, opened)
     facts = _facts(opened, signed_by)
     known = _known(opened, facts)
     with store.writer():
@@ -88,7 +84,7 @@ def install(
             **({"engine": dict(embedder.engine)} if embedder.engine else {}),
         }
         generation = store.commit(known.contents(), info, parent=None, backbone=backbone)
-        prune(store)
+        pruning.tidy(store)
         return generation
 
 
@@ -101,6 +97,11 @@ def _facts(opened: bundles.Bundle, signed_by: str | None) -> dict[str, Any]:
         **{key: backbone[key] for key in ("size", "dim", "precision")},
         "bundle_sha256": opened.sha256,
         "signed_by": signed_by,
+        "installation": secrets.token_hex(8),
+        "merged": [],  # installations whose learning has been merged since
+        "manifest": {
+            key: value for key, value in manifest.items() if key not in ("format", "version", "files", "device")
+        },
     }
 
 
@@ -118,13 +119,6 @@ def _known(opened: bundles.Bundle, facts: dict[str, Any]) -> Knowledge:
     )
     known.check()
     return known
-
-
-def _check_signature(root: Path, opened: bundles.Bundle) -> str | None:
-    """The id of the trusted key that signed it; None where no key is trusted."""
-    if not trusted_keys(root):
-        return None
-    return signing.check(opened, signing.trusted(root / TRUSTED))
 
 
 def _check_release(store: Generations, release: int, name: str | Path) -> None:
@@ -161,39 +155,3 @@ def _check_learner(learner: learners.Learner, embeddings: np.ndarray, rows: np.n
             f"{MIN_AGREEMENT:.0%} are needed; nothing was changed. Deploy the run again"
         )
     return round(agreement, 4)
-
-
-def trust(root: str | Path, key: str | Path) -> str:
-    """From now on only bundles signed by a trusted key are installed; adds this one, and returns its id.
-
-    Args:
-        root: the device's state.
-        key: file of a public key (``ssd-edge keys new``).
-
-    Raises:
-        InputError: no public key in that file.
-    """
-    identity = signing.key_id(signing.load_public(Path(key)))
-    folder = Path(root) / TRUSTED
-    files.make_directory(folder)
-    files.write_bytes(folder / f"{identity}.pub", files.read_bytes(Path(key)))
-    return identity
-
-
-def distrust(root: str | Path, identity: str) -> None:
-    """Take a trusted key out; without the last one, unsigned bundles are installed again.
-
-    Raises:
-        InputError: it is not trusted; lists those that are.
-    """
-    known = trusted(root)
-    if identity not in known:
-        raise InputError(f"no key {identity} is trusted in {root}; trusted: {', '.join(known) or 'none'}")
-    path = Path(root) / TRUSTED / f"{identity}.pub"
-    path.unlink()
-    files.fsync_directory(path.parent)
-
-
-def trusted(root: str | Path) -> list[str]:
-    """Ids of the trusted keys."""
-    return [path.stem for path in trusted_keys(Path(root))]

@@ -64,5 +64,18 @@ class Journal:
         if not self.is_whole() or any(event is None for _, event in lines):
             files.write_bytes(self.path, b"".join(line + b"\n" for line, event in lines if event is not None))
 
+    def shorten(self, keep: int) -> None:
+        """Drop older events once there are twice as many as are to be kept: a journal must not fill a disk in years.
+
+        Args:
+            keep: so many of the newest stay, and every installation: the highest release that was installed is known
+                from them.
+        """
+        lines = self.lines()
+        if len(lines) >= 2 * keep:
+            old = [line for line, event in lines[:-keep] if event is not None and event.get("event") == "install"]
+            kept = old + [line for line, _ in lines[-keep:]]
+            files.write_bytes(self.path, b"".join(line + b"\n" for line in kept))
+
     def _bytes(self) -> bytes:
         return files.read_bytes(self.path) if self.path.exists() else b""

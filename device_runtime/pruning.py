@@ -7,6 +7,7 @@ of its files goes: whenever the power is cut, what has a name is whole.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,11 @@ from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputErro
 
 if TYPE_CHECKING:
     from device_runtime.generations import Generation, Generations
+
+KEEP = 10  # generations; those in use and the last installed one stay whatever their age
+EVENTS = 1000  # of the journal: a year of three learns a day; its installations stay whatever their age
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,15 @@ class Plan:
     pointer: int
     pruned: Pruned
     paths: tuple[Path, ...]
+
+
+def tidy(store: Generations) -> None:
+    """Delete what is older than the newest `KEEP` generations, after a commit; with the root held for writing."""
+    try:
+        store.prune(KEEP)
+        store.shorten_journal(EVENTS)
+    except EnvironmentUnfitError as error:  # the commit has happened, and the next one tries again
+        log.warning("old generations were not deleted: %s", error)
 
 
 def plan(store: Generations, keep: int, budget_bytes: int | None) -> Plan:

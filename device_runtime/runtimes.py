@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from device_runtime import trust
 from device_runtime.board import Board
 from device_runtime.embedder import PREFERRED
 from ssd_edge import targets
 from ssd_edge.bundle import Bundle
 
-TRUSTED = "trusted"  # folder of a root
 STATES = ("ok", "note", "warning", "unfit")
 OLDEST_TORCH, OLDEST_ONNXRUNTIME = "2.3", "1.17"  # as in pyproject.toml
 # ONNX: y = Conv(x, w), both inputs float32 (1, 1, 3, 3). A convolution, because that is what needs cuDNN.
@@ -82,11 +82,6 @@ class Situation:
 
 
 Examined = Iterator[Check]
-
-
-def trusted_keys(root: Path) -> list[Path]:
-    """Files of the keys that sign what a device takes."""
-    return sorted((root / TRUSTED).glob("*.pub"))
 
 
 def check_packages(at: Situation) -> Examined:
@@ -210,7 +205,7 @@ def check_backbone(at: Situation) -> Examined:
 
 def check_cryptography(at: Situation) -> Examined:
     package, problem = _import("cryptography")
-    keys = len(trusted_keys(at.root))
+    keys = len(trust.keys(at.root))
     if package is not None:
         yield Check("cryptography", "ok", str(package.__version__))
     elif keys:

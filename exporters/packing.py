@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from device_runtime import profiling
-from exporters import card, finished, ladder, parity
+from exporters import finished, ladder, parity
 from exporters.finished import FinishedRun
 from exporters.head import export_head
 from exporters.onnx_export import export_package
 from exporters.parity import Reference
-from ssd_edge import __version__, bundle, files, learners, targets
+from ssd_edge import __version__, bundle, card, files, learners, targets
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder

@@ -64,6 +64,29 @@ def render(manifest: Mapping[str, Any], registry: ClassRegistry) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+CHANGED = "## Since it was deployed"
+
+
+def amended(card: str, registry: ClassRegistry, events: Iterable[str]) -> str:
+    """A card with what a device did to the bundle's classes, in place of such a section that it has.
+
+    Args:
+        card: of the bundle as it was deployed.
+        registry: the classes now.
+        events: what happened on the device, in sentences, oldest first.
+    """
+    before = card.split(f"\n{CHANGED}\n")[0].rstrip("\n")
+    rows = [(escape(entry.name), f"{entry.images:,}", _ORIGINS.get(entry.origin, "")) for entry in registry.entries]
+    told = "".join(f"- {escape(event)}\n" for event in events) or "- nothing\n"
+    return (
+        f"{before}\n\n{CHANGED}\n\nWhat stands above is about the bundle as it was deployed: its accuracy is not that "
+        f"of the classes below. On a device:\n\n{told}\n" + _table(("class now", "images", "taught"), rows) + "\n"
+    )
+
+
+_ORIGINS = {"base": "before it was deployed", "device": "on a device"}
+
+
 def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]

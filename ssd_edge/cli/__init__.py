@@ -16,6 +16,7 @@ from ssd_edge import __version__
 from ssd_edge.cli.config import config
 from ssd_edge.cli.deploy import deploy, push
 from ssd_edge.cli.device import device
+from ssd_edge.cli.device_edit import export, forget, merge, merge_labels, rename
 from ssd_edge.cli.doctor import doctor
 from ssd_edge.cli.evaluate import evaluate
 from ssd_edge.cli.inspect import inspect
@@ -58,7 +59,8 @@ for command in (
     *(pretrain, reproduce, config),
 ):
     cli.add_command(command)
-device.add_command(receive)
+for command in (rename, forget, merge_labels, export, merge, receive):
+    device.add_command(command)
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

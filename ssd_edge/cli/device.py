@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from ssd_edge.cli.options import JSON, ROOT, STRICT, listed, open_device, print_json, progress_line
-from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.errors import BundleRefusedError, InputError, printable
 
 
 @click.group()
@@ -51,16 +51,16 @@ def install(bundle: Path, allow_downgrade: bool, strict: bool, root: Path | None
 @JSON
 def trust(key: Path | None, remove: str | None, root: Path | None, as_json: bool) -> None:
     """From now on install only what a trusted key has signed; without FILE.pub, list the trusted keys."""
-    from device_runtime import installation
+    from device_runtime import trust as keyring
 
     root = _root(root)
     if key is not None and remove is not None:
         raise click.UsageError("give a key to trust, or --remove an id, not both")
     if key is not None:
-        installation.trust(root, key)
+        keyring.trust(root, key)
     if remove is not None:
-        installation.distrust(root, remove)
-    known = installation.trusted(root)
+        keyring.distrust(root, remove)
+    known = keyring.trusted(root)
     if as_json:
         print_json({"trusted": known, "root": str(root)})
     elif known:
@@ -90,7 +90,7 @@ def predict(sources: tuple[Path, ...], always_answer: bool, strict: bool, root: 
         return
     for p in predictions:
         nearest = "" if p.label == p.nearest else f" (nearest: {p.nearest})"
-        click.echo(f"{p.score:6.3f}  {p.label}{nearest}  {p.image}")
+        click.echo(f"{p.score:6.3f}  {p.label}{nearest}  {printable(p.image)}")
 
 
 @device.command()
@@ -138,7 +138,7 @@ def learn(
     with progress_line() as watcher:
         result = open_device(root, strict).learn_all(images, Limits(max_forgetting), budget, watcher)
     for warning in result["warnings"]:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(f"warning: {printable(warning)}", err=True)
     if as_json:
         print_json(result)
         return
@@ -171,21 +171,6 @@ def _class_folders(sources: tuple[Path, ...]) -> dict[str, list[Path]]:
         for folder in folders:
             found.setdefault(normalise_name(folder.name), []).append(folder)
     return found
-
-
-@device.command()
-@click.argument("label")
-@click.argument("new")
-@ROOT
-@JSON
-def rename(label: str, new: str, root: Path | None, as_json: bool) -> None:
-    """Give the class LABEL the name NEW; what was learned stays as it is."""
-    result = open_device(root).rename(label, new)
-    if as_json:
-        print_json(result)
-    else:
-        was, now = result["renamed"]
-        click.echo(f"generation {result['generation']}: '{was}' is called '{now}'")
 
 
 @device.command()
@@ -230,14 +215,8 @@ def history(root: Path | None, as_json: bool) -> None:
         return
     for entry in result["generations"]:
         mark = "*" if entry["current"] else " "
-        info = entry["info"] or {}
-        what = f"install {info.get('bundle')}"
-        if "label" in info:
-            what = f"learn '{info['label']}', {info['images']} images"
-        elif "renamed" in info:
-            what = "rename '{}' to '{}'".format(*info["renamed"])
         note = "" if entry["intact"] else f"  DAMAGED: {entry['problem']}"
-        click.echo(f"{mark} {entry['number']:3}  {entry['created_utc']}  {what if entry['intact'] else ''}{note}")
+        click.echo(f"{mark} {entry['number']:3}  {entry['created_utc']}  {entry['what']}{note}")
 
 
 @device.command()

@@ -33,8 +33,9 @@ def read_tree(config_file: Path | None, overrides: tuple[str, ...]) -> dict[str,
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on standard output."""
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """One JSON object on standard output; what UTF-8 cannot say (a file's name may be any bytes) as JSON escapes."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    click.echo(text.encode("utf-8", "backslashreplace").decode())
 
 
 def open_device(root: Path | None, strict: bool = False) -> Any:

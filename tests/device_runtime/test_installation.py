@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from device_runtime import Device, installation
+from device_runtime import Device, trust
 from device_runtime.installation import install
 from ssd_edge import signing
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, InputError
@@ -125,15 +125,15 @@ def test_nor_does_pruning(put, root):
 def test_with_a_trusted_key_only_what_it_signed_is_installed(put, root, keys):
     private, public = keys("ours")
     stranger, _ = keys("stranger")
-    identity = installation.trust(root, public)
-    assert installation.trusted(root) == [identity]
+    identity = trust.trust(root, public)
+    assert trust.trusted(root) == [identity]
     with pytest.raises(BundleRefusedError, match="not signed"):
         put()
     with pytest.raises(BundleRefusedError, match=identity):
         put(sign=signing.signer(stranger))
     assert nothing_is_current(root)
     assert put(sign=signing.signer(private)).info["signed_by"] == identity
-    installation.distrust(root, identity)
+    trust.distrust(root, identity)
     assert put().info["signed_by"] is None
 
 
@@ -145,7 +145,7 @@ def test_without_a_trusted_key_a_signature_is_not_required_and_not_claimed(put, 
 def test_a_trusted_key_without_cryptography_is_a_refusal_not_a_skip(put, root, keys, monkeypatch):
     private, public = keys("ours")
     sign = signing.signer(private)
-    installation.trust(root, public)
+    trust.trust(root, public)
     for name in [name for name in sys.modules if name.split(".")[0] == "cryptography"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)
@@ -155,15 +155,15 @@ def test_a_trusted_key_without_cryptography_is_a_refusal_not_a_skip(put, root, k
 
 
 def test_distrusting_a_key_that_is_not_trusted_names_those_that_are(root, keys):
-    identity = installation.trust(root, keys("ours")[1])
+    identity = trust.trust(root, keys("ours")[1])
     with pytest.raises(InputError, match=f"no key 0123 is trusted in .*trusted: {identity}"):
-        installation.distrust(root, "0123")
+        trust.distrust(root, "0123")
 
 
 def test_what_is_no_public_key_is_not_trusted(root, keys, tmp_path):
     (tmp_path / "x.pub").write_text("ssh-ed25519 AAAA")
     with pytest.raises(InputError, match=r"x\.pub"):
-        installation.trust(root, tmp_path / "x.pub")
+        trust.trust(root, tmp_path / "x.pub")
     with pytest.raises(InputError):  # a private key is none, and must not be copied to a device
-        installation.trust(root, keys("ours")[0])
-    assert installation.trusted(root) == []
+        trust.trust(root, keys("ours")[0])
+    assert trust.trusted(root) == []

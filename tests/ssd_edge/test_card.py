@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from exporters.card import escape, render
+from ssd_edge.card import escape, render
 from ssd_edge.classes import ClassRegistry
 
 REGISTRY = ClassRegistry().add("cup", images=1200).add("<script>alert(1)</script>", images=3)
