@@ -69,6 +69,7 @@ class Meter:
         self._watcher, self._clock = watcher, clock
         self._began = self._since = clock()
         self._stage, self._told, self._until = "", -math.inf, math.inf
+        self._asked = False
         self._resets = _reset_peak()
 
     @property
@@ -84,6 +85,7 @@ class Meter:
 
     def stage(self, name: str, share: float = 1.0) -> None:
         """Begin a part that may take this share of the time that is left."""
+        self._end()
         self._stage, self._since, self._told = name, self._clock(), -math.inf
         left = math.inf if self.budget.seconds is None else self.budget.seconds - self.seconds
         self._until = self._since + share * left
@@ -100,9 +102,12 @@ class Meter:
             self._told = now
             left = (now - self._since) * (1 - share) / share if share > 0 else None
             self._watcher(self._stage, share, left)
-        over = now >= self._until and share < 1
-        self.stopped = self.stopped or over
-        return over
+        self._asked = now >= self._until and share < 1
+        return self._asked
+
+    def _end(self) -> None:
+        """What was asked to stop, and told of no more that it did, has stopped."""
+        self.stopped, self._asked = self.stopped or self._asked, False
 
     def check_embedding(self, share: float) -> None:
         """`tick` for what cannot be done by half.
@@ -118,7 +123,7 @@ class Meter:
                 f"embedding these images takes about {needed:.1f} s here, but the budget is {seconds:g} s; give fewer "
                 "images or more time. Nothing was changed"
             )
-        self.stopped = False  # embedding has not been stopped
+        self._asked = False  # it cannot
 
     def check_memory(self, more: int = 0) -> None:
         """Refuse to go on with more memory than the budget allows.
@@ -142,6 +147,7 @@ class Meter:
 
     def warnings(self) -> list[str]:
         """What is to be said about the budget, in sentences."""
+        self._end()
         limit, told = self.budget.seconds, []
         if self.stopped:
             told.append(f"learning was stopped early to keep the budget of {limit:g} s; teach again with more time")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from device_runtime import editing, exchange, lessons, pruning, teaching
+from device_runtime import editing, exchange, lessons, pruning, service, teaching
 from device_runtime.board import default_root
 from device_runtime.budget import Budget, Meter, Watcher
 from device_runtime.embedder import Embedder, open_embedder
@@ -415,7 +415,9 @@ class Device:
         return {"generation": generation.number, "classes": self.classes, "from": current.number}
 
     def status(self) -> dict[str, Any]:
-        """What this device is and knows; JSON values."""
+        """What this device is and knows, how the machine is, and what `watch` last saw; JSON values."""
+        from device_runtime.watch import watched
+
         return {
             "generation": self.generation.number,
             "classes": self.classes,
@@ -429,7 +431,10 @@ class Device:
             "release": self.facts["release"],
             "signed_by": self.facts["signed_by"],
             "precision": self.facts["precision"],
+            "installation": self.facts["installation"],
             "root": str(self.store.root),
+            "machine": service.vitals(self.store.root),
+            "watched": watched(self.store.root),
             "warning": self.generation.fallback,
         }
 

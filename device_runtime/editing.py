@@ -66,13 +66,14 @@ def merge_labels(
     others = [row for row in rows if row != target]
     if target is None or not others:
         raise InputError(f"'{into}' can only be merged with other classes; name at least one besides it")
-    learner = copy_of(known.learner)
+    renamed, learner = registry, copy_of(known.learner)
     statistics = ClassStatistics.from_state(known.statistics.state())
     for row in others:
         learner.join(row, target)
         statistics.join(row, target)
         registry = registry.joined(known.registry.names[row], into)
-    cost = judged(known, learner, known.statistics, limits, dict.fromkeys(others, target))
+    now = known.replace(registry=renamed)
+    cost = judged(now, learner, known.statistics, limits, dict.fromkeys(others, target))
     report = {
         "merged_labels": [known.registry.names[row] for row in rows],
         "into": registry.names[registry.row_of(into)],

@@ -219,6 +219,44 @@ def filled(text: str, name: str, content: str) -> str:
     return re.sub(pattern, lambda match: match[1] + content + "\n" + match[2], text, flags=re.DOTALL)
 
 
+def unknown_table(found: dict) -> str:
+    """How well each score tells what was never taught from what was."""
+    lines = ["| score | another vehicle (truck): AUROC, FPR95 | CIFAR-100: AUROC, FPR95 |", "|---|---|---|"]
+    for name, row in found["scores"].items():
+        mark = "**" if name == "whitened cosine" else ""
+        cells = " | ".join(f"{row[kind]['auroc']:.3f}, {row[kind]['fpr95']:.3f}" for kind in ("near", "far"))
+        lines.append(f"| {mark}{name}{mark} | {cells} |")
+    return "\n".join(lines)
+
+
+def drift_table(found: dict) -> str:
+    """What the drift monitor says of changed images, by their number."""
+    counts = next(iter(found["shifts"].values()))["images"]
+    heads = [f"after {int(count):,}" for count in counts]
+    lines = [f"| change | {' | '.join(heads)} | directions alone, from the start | `unknown` |"]
+    lines.append("|---" * (len(heads) + 3) + "|")
+    for name, row in found["shifts"].items():
+        cells = []
+        for one in row["images"].values():
+            level, share = max(one["levels"].items(), key=lambda item: item[1])
+            cells.append(f"{one['psi']:.2f} {level}" + (f" ({percent(share)})" if share < 1 else ""))
+        alone = one["psi_directions_from_start"]  # after the most images
+        lines.append(f"| {name} | {' | '.join(cells)} | {alone:.2f} | {percent(row['unknown'])} |")
+    return "\n".join(lines)
+
+
+def alarms_table(found: dict) -> str:
+    """How often images that have not changed are called moderate or drifted."""
+    lines = ["| unchanged images | compared with | moderate | drifted | mean, largest index |", "|---|---|---|---|---|"]
+    kinds = {"from_start": "the bundle", "after_first_window": "the bundle and the first 1,000"}
+    for count, by_kind in found["false_alarms"].items():
+        for kind, words in kinds.items():
+            one = by_kind[kind]
+            alarms = " | ".join(f"{100 * one[level]:.2f} %" for level in ("moderate", "drifted"))
+            lines.append(f"| {int(count):,} | {words} | {alarms} | {one['mean_psi']:.3f}, {one['largest_psi']:.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Write the picture and the tables, or check that they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -228,14 +266,17 @@ def main() -> None:
         "CIFAR-10, 9 classes": json.loads((DOCS / "results" / "cifar10-nine.json").read_text()),
         "digits, 10 classes": json.loads((DOCS / "results" / "digits.json").read_text()),
     }
+    drift = json.loads((DOCS / "results" / "drift.json").read_text())
     read = {name: json.loads((DOCS / "results" / f"{name}.json").read_text())["rows"] for name in ROWS}
     tables = {
         README: {"table": comparison_table(results), "device": device_table(read["device"])},
         DOCS / "deploy.md": {"targets": targets_table(), "precision": precision_table(read["precision"])},
         DOCS / "device.md": {
+            "unknown": unknown_table(json.loads((DOCS / "results" / "unknown.json").read_text())),
             "retention": retention_table(json.loads((DOCS / "results" / "retention.json").read_text())),
             "guard": guard_table(json.loads((DOCS / "results" / "guard.json").read_text())["folders"]),
         },
+        DOCS / "service.md": {"drift": drift_table(drift), "drift-alarms": alarms_table(drift)},
         DOCS / "method.md": {
             "values": values_table(read["values"]),
             "shift": settings_table(read["shift"]),

@@ -17,6 +17,7 @@ from ssd_edge.cli.config import config
 from ssd_edge.cli.deploy import deploy, push
 from ssd_edge.cli.device import device
 from ssd_edge.cli.device_edit import export, forget, merge, merge_labels, rename
+from ssd_edge.cli.device_watch import watch
 from ssd_edge.cli.doctor import doctor
 from ssd_edge.cli.evaluate import evaluate
 from ssd_edge.cli.inspect import inspect
@@ -59,7 +60,7 @@ for command in (
     *(pretrain, reproduce, config),
 ):
     cli.add_command(command)
-for command in (rename, forget, merge_labels, export, merge, receive):
+for command in (watch, rename, forget, merge_labels, export, merge, receive):
     device.add_command(command)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, STRICT, listed, open_device, print_json, progress_line
+from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, STRICT, listed, open_device, print_json, progress_line
 from ssd_edge.errors import BundleRefusedError, InputError, printable
 
 
@@ -95,14 +98,12 @@ def predict(sources: tuple[Path, ...], always_answer: bool, strict: bool, root: 
 
 @device.command()
 @click.option("--label", help="Name of the class, new or known [default: each folder in a FOLDER is a class].")
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER...")
-@click.option(
-    "--max-forgetting",
-    type=click.FloatRange(0, 1),
-    default=0.1,
-    show_default=True,
-    help="Refuse to learn what would lower the old classes' accuracy by more, as estimated; a share.",
+@click.argument(
+    "sources", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True), metavar="FOLDER..."
 )
+@click.option("--frames", type=click.IntRange(1), default=20, show_default=True, help="Frames to take of a stream (-).")
+@click.option("--every", type=click.FloatRange(0), default=0.2, show_default=True, help="Seconds between two of them.")
+@MAX_FORGETTING
 @click.option("--budget-seconds", type=float, help="Time for it; learning by gradients then stops early.")
 @click.option("--budget-mb", type=float, help="Memory for it (MiB of the whole process); over it, it is refused.")
 @STRICT
@@ -111,6 +112,8 @@ def predict(sources: tuple[Path, ...], always_answer: bool, strict: bool, root: 
 def learn(
     label: str | None,
     sources: tuple[Path, ...],
+    frames: int,
+    every: float,
     max_forgetting: float,
     budget_seconds: float | None,
     budget_mb: float | None,
@@ -123,6 +126,7 @@ def learn(
     \b
     ssd-edge device learn --label gear photos/       one class, from all images in photos/
     ssd-edge device learn photos/                    a class a folder: photos/gear/, photos/nut/, …
+    ffmpeg -i CAMERA -f mjpeg - | ssd-edge device learn --label gear -    frames of a stream of JPEGs
     """
     from device_runtime.budget import Budget
     from device_runtime.guard import Limits
@@ -131,12 +135,21 @@ def learn(
 
     budget = Budget(budget_seconds, budget_mb)
 
-    if label is not None:
+    opened = open_device(root, strict)
+    images: dict[str, Any]
+    if "-" in map(str, sources):
+        if label is None or len(sources) > 1:
+            raise click.UsageError("a stream (-) shows one class and is the only source; name the class: --label NAME")
+        from device_runtime.frames import take
+
+        stream = io.FileIO(sys.stdin.fileno(), closefd=False)
+        images = {normalise_name(label): take(stream, frames, every, opened.facts["size"])}
+    elif label is not None:
         images = {normalise_name(label): image_files(sources)}
     else:
         images = {name: image_files(folders) for name, folders in _class_folders(sources).items()}
     with progress_line() as watcher:
-        result = open_device(root, strict).learn_all(images, Limits(max_forgetting), budget, watcher)
+        result = opened.learn_all(images, Limits(max_forgetting), budget, watcher)
     for warning in result["warnings"]:
         click.echo(f"warning: {printable(warning)}", err=True)
     if as_json:
@@ -197,11 +210,31 @@ def status(root: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
+    result["images"] = [f"{name} ({count})" for name, count in result["images"].items()]
+    result |= {"machine": _machine(result["machine"]), "watched": _watched(result["watched"])}
     for key, value in result.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} ({count})" for name, count in value.items())
-        if value not in ("", None):
+        if value not in ("", None, []):
             click.echo(f"{key:13} {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _machine(vitals: dict[str, Any]) -> list[str]:
+    """How the machine is, in a few words; what it does not tell is left out."""
+    told = [f"{vitals['available_mb']:,} MiB of memory free"]
+    if vitals["disk_free_mb"] is not None:
+        told.append(f"{vitals['disk_free_mb']:,} MiB of disk free")
+    if vitals["hottest"] is not None:
+        told.append(f"{vitals['hottest']:.0f} °C at most")
+    return told + [f"power mode {vitals['power_mode']}"] * bool(vitals["power_mode"])
+
+
+def _watched(seen: dict[str, Any] | None) -> list[str]:
+    """What `device watch` last noted, in a few words."""
+    if seen is None:
+        return ["nothing yet: ssd-edge device watch"]
+    index = "" if seen["psi"] is None else f" (PSI {seen['psi']:.3f})"
+    rejected = "" if seen["reject_rate"] is None else f", {seen['reject_rate']:.1%} of them unknown"
+    age = "before this boot" if seen["age"] is None else f"{seen['age']:.0f} s ago"
+    return [f"drift {seen['level']}{index}", f"{seen['images']} images of late{rejected}", f"noted {age}"]
 
 
 @device.command()

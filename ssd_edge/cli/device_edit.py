@@ -7,16 +7,8 @@ from typing import Any
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, listed, open_device, print_json
+from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, listed, open_device, print_json
 from ssd_edge.errors import printable
-
-MAX_FORGETTING = click.option(
-    "--max-forgetting",
-    type=click.FloatRange(0, 1),
-    default=0.1,
-    show_default=True,
-    help="Refuse what would lower the other classes' accuracy by more, as estimated; a share.",
-)
 
 
 @click.command()
@@ -36,9 +28,7 @@ def rename(label: str, new: str, root: Path | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("label")
-@click.option(
-    "--exactly", is_flag=True, help="Refuse where it cannot be as if it had never been taught."
-)
+@click.option("--exactly", is_flag=True, help="Refuse where it cannot be as if it had never been taught.")
 @MAX_FORGETTING
 @ROOT
 @JSON

@@ -24,6 +24,14 @@ STRICT = click.option(
     "--strict", is_flag=True, help="Refuse to run the backbone on something slower than its target is prepared for."
 )
 
+MAX_FORGETTING = click.option(
+    "--max-forgetting",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    show_default=True,
+    help="Refuse what would lower the other classes' accuracy by more, as estimated; a share.",
+)
+
 
 def read_tree(config_file: Path | None, overrides: tuple[str, ...]) -> dict[str, Any]:
     """The plain values of a YAML file with words over it."""

@@ -9,6 +9,7 @@ import pytest
 
 from device_runtime import Device, budget
 from device_runtime.budget import Budget, Meter
+from device_runtime.guard import Limits
 from device_runtime.installation import install
 from ssd_edge.errors import GateRefusedError, InputError
 
@@ -53,9 +54,9 @@ def test_a_stage_ends_at_its_share_of_the_time_left():
     assert not meter.stopped
     clock.now = 6.0  # 2 + half of the 8 that were left
     assert meter.tick(0.6)
+    meter.stage("learning", 0.5)
     assert meter.stopped
     assert "stopped early" in meter.warnings()[0]
-    meter.stage("learning", 0.5)
     clock.now = 7.9
     assert not meter.tick(0.1)
 
@@ -68,6 +69,29 @@ def test_what_is_done_has_not_been_stopped():
     assert not meter.tick(1.0)
     assert not meter.stopped
     assert meter.warnings() == ["it took 3.0 s, longer than the budget of 1 s: it could not be stopped"]
+
+
+def test_what_goes_on_when_asked_to_stop_has_not_been_stopped():
+    clock = Clock()
+    meter = Meter(Budget(seconds=1), clock=clock)
+    meter.stage("learning")
+    clock.now = 2.0
+    assert meter.tick(0.9)
+    assert not meter.tick(1.0)  # what is solved in closed form does not ask
+    assert "stopped early" not in " ".join(meter.warnings())
+
+
+def test_learning_by_gradients_stops_early(tiny_bundle, tmp_path):
+    (tmp_path / "tuned.ssdedge").write_bytes(tiny_bundle(learner="finetune"))
+    install(tmp_path / "root", tmp_path / "tuned.ssdedge")
+    device = Device.open(tmp_path / "root")
+    everything = Limits(max_forgetting=1)
+    free = device.learn("wedge", photos(10), limits=everything)
+    device.rollback()
+    short = device.learn("wedge", photos(10), limits=everything, budget=Budget(seconds=1e-3))
+    assert short["measured"]["epochs"] == 1 < free["measured"]["epochs"]
+    assert any("stopped early" in warning for warning in short["warnings"])
+    assert not any("stopped early" in warning for warning in free["warnings"])
 
 
 def test_without_a_limit_nothing_stops():

@@ -216,3 +216,13 @@ def test_the_retention_estimate_tells_a_spoiled_learner_from_a_good_one() -> Non
     spoiled.learn(learners.Task(vectors, labels.roll(1)))
     assert estimate(good, good, statistics)["drop"] == 0.0
     assert estimate(good, spoiled, statistics)["drop"] > 0.7
+
+
+def test_the_example_runs(bundle: Path, capsys: pytest.CaptureFixture) -> None:
+    import runpy
+
+    example = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "device.py"))
+    example["main"](bundle)
+    told = capsys.readouterr().out
+    assert "a red thing: a red thing" in told
+    assert "as it was installed: " in told

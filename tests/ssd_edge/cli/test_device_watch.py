@@ -1,0 +1,61 @@
+"""``ssd-edge device watch``: what it refuses. What it does is tested in tests/device_runtime/test_watch.py."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ssd_edge.cli.device_watch import _Stop, watch
+from ssd_edge.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """Log handlers and signals belong to the process."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for handler in handlers:  # else they would be closed
+        root.removeHandler(handler)
+    yield
+    root.handlers[:], root.level = handlers, level
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Missing argument 'FOLDER|-'"),
+        (["FOLDER", "--every", "-1"], "-1.0 is not in the range"),
+        (["FOLDER", "--every", "soon"], "'soon' is not a valid float"),
+        (["-", "--existing"], "--existing is for a folder"),
+    ],
+)
+def test_bad_words(words: list[str], message: str, tmp_path: Path) -> None:
+    words = [str(tmp_path) if word == "FOLDER" else word for word in words]
+    done = CliRunner().invoke(watch, [*words, "--root", str(tmp_path / "none")])
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_no_device_yet(tmp_path: Path) -> None:
+    done = CliRunner().invoke(watch, [str(tmp_path), "--root", str(tmp_path / "none")])
+    assert isinstance(done.exception, InputError)
+    assert "no bundle is installed" in str(done.exception)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_first_signal_asks_the_second_interrupts() -> None:
+    stop = _Stop()
+    stop.listen()
+    assert not stop.asked
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.asked
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
