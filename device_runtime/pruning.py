@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,8 @@ from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputErro
 if TYPE_CHECKING:
     from device_runtime.generations import Generation, Generations
 
-KEEP = 10  # generations; those in use and the last installed one stay whatever their age
+KEEP = 10  # generations, unless $SSD_EDGE_KEEP says otherwise; those in use and the last installed one stay anyway
+MIB = 2**20
 EVENTS = 1000  # of the journal: a year of three learns a day; its installations stay whatever their age
 
 log = logging.getLogger(__name__)
@@ -52,12 +54,27 @@ class Plan:
 
 
 def tidy(store: Generations) -> None:
-    """Delete what is older than the newest `KEEP` generations, after a commit; with the root held for writing."""
+    """Delete old generations and events after a commit; with the root held for writing.
+
+    The newest ``$SSD_EDGE_KEEP`` generations stay (`KEEP`), as many of them as ``$SSD_EDGE_DISK_MB`` has room for.
+    """
+    keep, budget = _number("SSD_EDGE_KEEP"), _number("SSD_EDGE_DISK_MB")
     try:
-        store.prune(KEEP)
+        store.prune(keep or KEEP, budget and budget * MIB)
         store.shorten_journal(EVENTS)
     except EnvironmentUnfitError as error:  # the commit has happened, and the next one tries again
         log.warning("old generations were not deleted: %s", error)
+
+
+def _number(name: str) -> int | None:
+    """A whole number above 0 from the environment; what is none is said and left out, as the commit has happened."""
+    text = os.environ.get(name, "")
+    if not text:
+        return None
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    log.warning("%s is %r, but must be a whole number above 0; it is left out", name, text)
+    return None
 
 
 def plan(store: Generations, keep: int, budget_bytes: int | None) -> Plan:

@@ -374,3 +374,33 @@ def test_the_journal_does_not_grow_for_ever(device, monkeypatch):
     assert [event["seq"] for event in events] == sorted({event["seq"] for event in events})
     assert files.sha256(device.generation.read("learner.safetensors"))
     assert device.generation.number == 31
+
+
+def renamed(device: Device, times: int) -> list[int]:
+    for number in range(times):
+        device.rename(("cup", "mug")[number % 2], ("mug", "cup")[number % 2])
+    return list(device.store.numbers())
+
+
+def test_how_many_generations_stay_can_be_chosen(device, monkeypatch):
+    monkeypatch.setenv("SSD_EDGE_KEEP", "3")
+    assert renamed(device, 8) == [1, 7, 8, 9]  # the installed one too
+
+
+def test_generations_keep_within_a_disk_budget(device, monkeypatch):
+    size = sum(path.stat().st_size for path in device.store.folder(1).iterdir())
+    monkeypatch.setattr("device_runtime.pruning.MIB", 6 * size)
+    backbone = sum(path.stat().st_size for path in device.store.backbones())
+    monkeypatch.setenv("SSD_EDGE_DISK_MB", "1")
+    numbers = renamed(device, 10)
+    kept = sum(path.stat().st_size for number in numbers for path in device.store.folder(number).iterdir())
+    assert kept + backbone <= 6 * size
+    assert 3 <= len(numbers) <= 5
+    assert numbers[0] == 1
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
+def test_a_limit_that_is_none_is_said(device, monkeypatch, caplog, value):
+    monkeypatch.setenv("SSD_EDGE_KEEP", value)
+    assert renamed(device, 1) == [1, 2]
+    assert "must be a whole number above 0" in caplog.text
