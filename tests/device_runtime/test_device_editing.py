@@ -395,7 +395,7 @@ def test_generations_keep_within_a_disk_budget(device, monkeypatch):
     numbers = renamed(device, 10)
     kept = sum(path.stat().st_size for number in numbers for path in device.store.folder(number).iterdir())
     assert kept + backbone <= 6 * size
-    assert 3 <= len(numbers) <= 5
+    assert 3 <= len(numbers) < 8  # of eleven
     assert numbers[0] == 1
 
 
