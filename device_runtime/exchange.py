@@ -7,7 +7,7 @@ that had been taught both. It is refused where that would not be true.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +140,7 @@ def merge(
         other: what the other one has exported.
         limits: of what it may cost the classes that this device knows.
     """
-    theirs = other.manifest.get("device")
-    _check_lineage(known, theirs)
-    assert isinstance(theirs, dict)
+    theirs = _lineage(known, other.manifest)
     registry, base_registry = known.registry, base.registry
     for place, registries in (("on this device", registry), ("there", other.registry)):
         ids = {entry.id for entry in registries.entries}
@@ -186,16 +184,16 @@ def merge(
     return after, {**report, **judged(known, learner, known.statistics, limits)}
 
 
-def _check_lineage(known: Knowledge, theirs: Any) -> None:
-    """Both must have started from one bundle, and nothing may be counted twice."""
+def _lineage(known: Knowledge, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Where another device's state comes from: both must have started from one bundle, and nothing may count twice."""
+    theirs, ours = manifest.get("device"), known.facts
     if not isinstance(theirs, dict):
         raise InputError("that bundle was not exported by a device; on the other one: ssd-edge device export FILE")
-    ours = known.facts
     try:
         installation, merged, started = str(theirs["installation"]), list(theirs["merged"]), theirs["bundle_sha256"]
     except (KeyError, TypeError) as error:
         raise BundleRefusedError(f"that bundle does not say where it comes from ({error}); export it again") from error
-    if started != ours["bundle_sha256"]:
+    if started != ours["bundle_sha256"] or manifest["backbone"]["sha256"] != ours["manifest"]["backbone"]["sha256"]:
         raise InputError(
             f"that device started from the bundle {str(started)[:12]}…, this one from {ours['bundle_sha256'][:12]}…; "
             "only what was learned since one common bundle can be merged. Install one on both first"
@@ -206,3 +204,4 @@ def _check_lineage(known: Knowledge, theirs: Any) -> None:
             f"what was learned in installation {', '.join(sorted(twice))} is known here already and would count twice; "
             "to go on from the merged state, export it and install it on both"
         )
+    return {"installation": installation, "merged": [str(one) for one in merged]}
