@@ -73,6 +73,11 @@ class State:
     generation: Generation
     known: Knowledge
 
+    @classmethod
+    def read(cls, generation: Generation) -> State:
+        """Raises like `Knowledge.read`."""
+        return cls(generation, Knowledge.read(generation.read))
+
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
@@ -102,8 +107,10 @@ class Device:
     def __init__(self, store: Generations, strict: bool = False) -> None:
         self.store, self.strict = store, strict
         self._starting = threading.Lock()
+        # From reading or moving CURRENT to answering by it; else one that has read it before a commit would go back.
+        self._following = threading.Lock()
         self._embedders: dict[str, Embedder] = {}  # by backbone; the one of `state`
-        self._load(store.current())
+        self._use(store.read_current(State.read))
 
     @classmethod
     def open(cls, root: str | Path | None = None, strict: bool = False) -> Device:
@@ -126,9 +133,6 @@ class Device:
     def __exit__(self, *exception: object) -> None:
         self._embedders = {}
 
-    def _load(self, generation: Generation) -> None:
-        self._use(State(generation, Knowledge.read(generation.read)))
-
     def _use(self, state: State) -> None:
         self.state = state
         with self._starting:
@@ -141,11 +145,11 @@ class Device:
         Raises:
             BundleRefusedError: every generation is damaged.
         """
-        generation = self.store.current()
-        if generation == self.generation:
-            return False
-        self._load(generation)
-        return True
+        with self._following:
+            if self.store.current() == self.generation:
+                return False
+            self._use(self.store.read_current(State.read))
+            return True
 
     @property
     def generation(self) -> Generation:
@@ -290,9 +294,7 @@ class Device:
 
     def _latest(self) -> State:
         """The state to make the next one of; with the root held for writing."""
-        generation = self.store.current()
-        if generation != self.state.generation:
-            self._load(generation)
+        self.refresh()
         return self.state
 
     def rename(self, label: str, new: str) -> dict[str, Any]:
@@ -388,9 +390,10 @@ class Device:
     def _commit(self, known: Knowledge, info: dict[str, Any]) -> dict[str, Any]:
         """Make a generation of the current one, and answer with it from now on; with the root held for writing."""
         contents, again = known.reread()
-        generation = self.store.commit(contents, info, parent=self.generation.number)
-        pruning.tidy(self.store)
-        self._use(State(generation, again))
+        with self._following:
+            generation = self.store.commit(contents, info, parent=self.generation.number)
+            pruning.tidy(self.store)
+            self._use(State(generation, again))
         return {"generation": generation.number, "classes": self.classes, **info}
 
     def rollback(self, number: int | None = None) -> dict[str, Any]:
@@ -410,8 +413,9 @@ class Device:
                 others = [str(g["number"]) for g in self.store.list() if g["number"] != current.number]
                 hint = f"name one of: {', '.join(others)}" if others else "it is the only one"
                 raise InputError(f"generation {current.number} was installed, not learned, so it has no parent; {hint}")
-            generation = self.store.set_current(number, "rollback", {"from": current.number})
-            self._load(generation)
+            with self._following:
+                generation = self.store.set_current(number, "rollback", {"from": current.number})
+                self._use(State.read(generation))
         return {"generation": generation.number, "classes": self.classes, "from": current.number}
 
     def status(self) -> dict[str, Any]:

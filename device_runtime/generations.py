@@ -25,9 +25,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from device_runtime import fsck, pruning
 from device_runtime.generation import RECORD, VERSION, Generation, check_damage, open_generation, sealed
@@ -36,9 +36,12 @@ from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
 
 _BLOCK = 4096  # bytes
+_TRIES = 5  # of a reader; each but the last needs ten commits of another process while one generation is read
 _NUMBER = re.compile(r"[0-9]{6}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +72,43 @@ class Generations:
         Raises:
             InputError: nothing is installed.
             BundleRefusedError: neither it nor an older one is intact.
+            EnvironmentUnfitError: other processes replaced it again and again while it was read.
+        """
+        return self.read_current(lambda generation: generation)
+
+    def read_current(self, read: Callable[[Generation], T]) -> T:
+        """What `read` makes of `current`, of one generation whatever other processes commit meanwhile.
+
+        A reader takes no lock: what it has found in CURRENT can be pruned before it has read the files. That is no
+        damage, so it begins again wherever CURRENT has moved on.
+
+        Raises:
+            InputError: nothing is installed.
+            BundleRefusedError: neither the current one nor an older one is intact; or what `read` raises.
+            EnvironmentUnfitError: CURRENT moved on every time.
         """
         self._check_installed()
-        number = self.pointer()
+        for _ in range(_TRIES):
+            number = self.pointer()
+            try:
+                generation = self._standing_in(number)
+                found = read(generation)
+            except BundleRefusedError:
+                if self.pointer() == number:
+                    raise
+                continue
+            if generation.fallback and self.pointer() != number:
+                continue
+            if generation.fallback:
+                log.warning(generation.fallback)
+            return found
+        raise EnvironmentUnfitError(
+            f"the generation in {self.root} was replaced {_TRIES} times while it was read; another process writes "
+            "there without a pause: try again when it is done"
+        )
+
+    def _standing_in(self, number: int | None) -> Generation:
+        """The generation in CURRENT, or the one in its place; see `current`."""
         problem = "" if number else f"{self.root / 'CURRENT'} is missing or damaged"
         for candidate in self.candidates(number):
             try:
@@ -79,10 +116,9 @@ class Generations:
             except BundleRefusedError as error:
                 problem = problem or str(error)
                 continue
-            if problem:
-                problem += f"; generation {candidate} is used instead"
-                log.warning(problem)
-            return dataclasses.replace(generation, fallback=problem)
+            return dataclasses.replace(
+                generation, fallback=problem and f"{problem}; generation {candidate} is used instead"
+            )
         raise BundleRefusedError(
             f"{problem}, and no older generation is intact (newer: {self._intact()}); choose one with "
             f"ssd-edge device rollback, or run: {self._install}"
@@ -114,6 +150,8 @@ class Generations:
                 generation = self.open(number)
                 summary |= {key: getattr(generation, key) for key in summary if hasattr(generation, key)}
             except BundleRefusedError as error:
+                if not self.folder(number).exists():  # it has been pruned meanwhile
+                    continue
                 summary |= {"intact": False, "problem": str(error)}
             summaries.append(summary)
         return summaries
@@ -150,6 +188,10 @@ class Generations:
             self._writing = True
             try:
                 yield
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._sweep()  # an interrupt may come anywhere, also while something is tidied up
+                raise
             finally:
                 self._writing = False
 
@@ -206,13 +248,12 @@ class Generations:
                 files.write_bytes(temporary / name, data)
             files.write_bytes(temporary / RECORD, sealed(body))
             files.commit_directory(temporary, final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # after a failure: a full disk must not stay full
-        try:
             self._switch(number, body["origin"], parent=parent, info=info)
-        except (EnvironmentUnfitError, OSError):
+        except BaseException:  # also an interrupt; after a failure: a full disk must not stay full
             with contextlib.suppress(EnvironmentUnfitError, OSError):
-                pruning.remove(final)  # it has never been current, and a full disk must not stay full
+                shutil.rmtree(temporary, ignore_errors=True)
+                if self.pointer() != number and final.exists():  # it has never been current
+                    pruning.remove(final)
             raise
         return self.open(number)
 
@@ -387,8 +428,8 @@ class Generations:
             fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
 
-    def _recover(self) -> None:
-        """Clear what a cut has left behind, and complete the journal."""
+    def _sweep(self) -> None:
+        """Remove temporary files and folders; with the root locked, they are nobody's."""
         for folder in (self.root, self.root / "generations", self.root / "backbones"):
             for path in folder.glob(f"{files.TEMPORARY_PREFIX}*"):
                 if path.is_dir() and not path.is_symlink():
@@ -396,6 +437,10 @@ class Generations:
                 else:
                     with contextlib.suppress(OSError):
                         path.unlink()
+
+    def _recover(self) -> None:
+        """Clear what a cut has left behind, and complete the journal."""
+        self._sweep()
         events, pointer = self.journal(), self.pointer()
         if pointer and (not events or events[-1]["generation"] != pointer):
             self._tell(f"generation {pointer} is current", "recovered", pointer)

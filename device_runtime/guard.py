@@ -164,7 +164,7 @@ def judge_edit(
         if not answers.finite:
             refusals.append("the edited learner gives NaN or infinity; roll back to an earlier generation")
         else:
-            same = torch.arange(len(before.seen))
+            same = torch.arange(max(len(before.seen), len(after.seen)))  # a merge adds rows
             for row, now in (renumbered or {}).items():
                 same[row] = now
             told = Answers(same[answers.rows], same[answers.before], same[answers.after], answers.finite)

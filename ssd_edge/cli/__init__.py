@@ -68,11 +68,23 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _comes_from_interrupt(error: BaseException | None) -> bool:
+    """Whether an interrupt led to it: a library that is just being loaded turns one into an ImportError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def main() -> NoReturn:
     """Run the command line; a user's mistake ends in one sentence, never in a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        cli.main(standalone_mode=False)
+        try:
+            cli.main(standalone_mode=False)
+        except Exception as error:
+            if not isinstance(error, click.Abort) and _comes_from_interrupt(error):
+                raise KeyboardInterrupt from None
+            raise
     except click.ClickException as error:
         error.show()
         sys.exit(2)

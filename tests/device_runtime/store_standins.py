@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +76,64 @@ def prune(store: Generations, keep: int = 2, budget: int | None = None) -> Prune
 def contents(generation: Generation) -> dict[str, bytes]:
     """Every file of a generation, verified."""
     return {name: generation.read(name) for name in generation.files}
+
+
+# ── for a Device: tiny pictures, and bundles that differ in their backbone ───────────────────────────
+COLOURS = {
+    "cup": (220, 30, 30),
+    "nut": (30, 220, 30),
+    "screw": (30, 30, 220),
+    "wedge": (220, 220, 30),
+    "bolt": (20, 20, 20),
+    "gear": (220, 30, 220),
+}
+
+
+def photos(name: str, count: int, seed: int = 0) -> list[np.ndarray]:
+    """Noisy pictures in the colour of a class, uint8 ``(8, 8, 3)``; the first three are those of the tiny bundles."""
+    rng = np.random.default_rng([seed, list(COLOURS).index(name)])
+    noisy = np.array(COLOURS[name]) + rng.normal(0, 20, (count, 8, 8, 3))
+    return list(np.clip(noisy, 0, 255).astype(np.uint8))
+
+
+def with_backbone(bundle: bytes, version: int) -> bytes:
+    """A bundle with another file as its backbone, which computes the same."""
+    import onnx
+
+    from ssd_edge import bundle as bundles
+
+    opened = bundles.parse(bundle)
+    model = onnx.load_from_string(opened.read("backbone"))
+    model.model_version = version
+    entries = {name: (role, opened.entries[name]) for role, name in opened.roles.items()}
+    name = opened.roles["backbone"]
+    entries[name] = ("backbone", model.SerializeToString(deterministic=True))
+    manifest = {key: value for key, value in opened.manifest.items() if key not in ("format", "version", "files")}
+    manifest["backbone"] = {**manifest["backbone"], "sha256": files.sha256(entries[name][1])}
+    return bundles.pack(manifest, entries)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder in memory where there is one, and one thread: many small files, many small products."""
+    import torch
+
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield folder
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(folder)
+
+
+def leftovers(root: Path) -> list[Path]:
+    """What a cut leaves, and the next writer removes."""
+    return sorted(root.rglob(f"{files.TEMPORARY_PREFIX}*"))
+
+
+def disk_bytes(root: Path) -> int:
+    """Of all files below a folder."""
+    return sum(path.lstat().st_size for path in root.rglob("*") if path.is_file())

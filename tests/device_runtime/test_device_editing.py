@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,20 +16,9 @@ from ssd_edge import bundle as bundles
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
 
-COLOURS = {
-    "cup": (220, 30, 30),
-    "nut": (30, 220, 30),
-    "screw": (30, 30, 220),
-    "wedge": (220, 220, 30),
-    "bolt": (20, 20, 20),
-}
+STORE = runpy.run_path(str(Path(__file__).with_name("store_standins.py")))
+photos, COLOURS = STORE["photos"], ("cup", "nut", "screw", "wedge", "bolt")
 ANY = Limits(max_forgetting=1.0)
-
-
-def photos(name: str, count: int, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng([seed, len(name)])
-    noisy = np.array(COLOURS[name]) + rng.normal(0, 20, (count, 8, 8, 3))
-    return list(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
 @pytest.fixture
