@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from ssd_edge.reproduction.rows import Row, mean, rows, spread
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
-ROWS = ("device", "precision", "values", "shift", "budget", "epoch", "readout", "mlp-ewc")
+ROWS = ("device", "readers", "precision", "values", "shift", "budget", "epoch", "readout", "mlp-ewc")
 # docs/what-matters.md: experiments of `ssd-edge reproduce`, at its reduced budget on Split CIFAR-10
 MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
     *("controls", "panel"),
 )
+QUIET = 0.1  # cores that others kept busy: more is a machine with other work
 TERMS = {
     "cross_entropy": "cross-entropy",
     "logit_distillation": "logits",
@@ -114,6 +116,48 @@ def guard_table(folders: dict) -> str:
     for count, found in folders.items():
         shares = (found[key] / found["folders of a kind"] for key in kinds)
         lines.append(f"| {count} | " + " | ".join(map(percent, shares)) + " |")
+    return "\n".join(lines)
+
+
+def field_table(found: dict) -> str:
+    """Five new classes taught one after another: time, memory, and what is then recognised."""
+    lines = [
+        "| class | seconds, in process | as a command | with other work beside it | memory | its test images: right | "
+        "called `unknown` | the nine | true drop | estimated |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    in_process = [one["company"] for one in found["processes"]]
+    for row in found["rows"]:
+        own, nine, company = row["own"]["then"], row["nine"]["right"], row["command_company"]
+        commands = list(zip(row["command_seconds"], company, strict=True))
+        alone, beside = ([s for s, cores in commands if (cores < QUIET) == quiet] for quiet in (True, False))
+        teaching = [s for s, cores in zip(row["seconds"], in_process, strict=True) if cores < QUIET]
+        cells = (
+            *(row["label"], f"{statistics.median(teaching):.1f}", f"{statistics.median(alone):.1f}"),
+            f"up to {max(beside):.1f}" if beside else "–",
+            f"{max(row['command_peak_mb'])} MiB",
+            *(percent(own["right"]), percent(own["unknown"])),
+            f"{percent(nine[0])} → {percent(nine[1])}",
+            *(points(drop, signed=True) for drop in (nine[0] - nine[1], row["estimate"]["drop"])),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def readers_table(rows: list[dict]) -> str:
+    """How long a prediction takes beside learning, and whether any was wrong; medians over rounds."""
+    lines = ["| | predictions | p50 | p99 | slowest | wrong or failed | other work |", "|---" * 7 + "|"]
+    where = {"thread": "a thread of the same process", "process": "processes of their own"}
+    for row in rows:
+        for name, title in (("without", "no learn"), ("learning", "20 learns")):
+            found = [one[name] for one in row["rounds"]]
+            p50, p99, slowest = (statistics.median(one[key] for one in found) for key in ("p50", "p99", "max"))
+            ratio = f" ({row['ratio']:.1f}×)" if name == "learning" else ""
+            bad = sum(one["wrong"] + len(one["failures"]) for one in found)
+            title = f"{title}, {where[row['learner']]}" if name == "learning" else title
+            cells = (f"{sum(one['answers'] for one in found):,}", f"{p50:.1f} ms", f"{p99:.1f} ms{ratio}")
+            others = f"{statistics.median(one['company'] for one in found):.1f} cores"
+            lines.append(f"| {title} | {' | '.join(cells)} | {slowest:.0f} ms | {bad} | {others} |")
     return "\n".join(lines)
 
 
@@ -275,6 +319,8 @@ def main() -> None:
             "unknown": unknown_table(json.loads((DOCS / "results" / "unknown.json").read_text())),
             "retention": retention_table(json.loads((DOCS / "results" / "retention.json").read_text())),
             "guard": guard_table(json.loads((DOCS / "results" / "guard.json").read_text())["folders"]),
+            "field": field_table(json.loads((DOCS / "results" / "field.json").read_text())),
+            "readers": readers_table(read["readers"]),
         },
         DOCS / "service.md": {"drift": drift_table(drift), "drift-alarms": alarms_table(drift)},
         DOCS / "method.md": {
