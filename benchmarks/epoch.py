@@ -1,143 +1,62 @@
-"""One epoch of SSD (distilling task), touched rows against dense autograd, side by side in one run.
+"""Epochs of SSD (distilling task): dense autograd, touched rows in PyTorch and the compiled epoch, side by side.
 
-Usage: python benchmarks/epoch.py [--neurons 1000 10000] [--samples 10000] [--repeats 3] [--json FILE]
+Usage: [SSD_EDGE_DATA=FOLDER] python benchmarks/epoch.py [--quick] [--json FILE]
 
-Both start from the same state, see the same batches and the same cached teacher targets, and minimise the same
-loss (alpha 0.7, lambda 0.1, T 8, Top-n); D = 256, 10 classes, k = 10, batch 128, GABA closed. Inputs are random
-embeddings, so that no data is needed. Printed: median seconds of an epoch with its spread, the ratio, and how
-far the two end states differ (float32 rounding, plus samples whose Top-K flips on it).
+`ssd-edge bench --full`, on embeddings of CIFAR-10 where SSD_EDGE_DATA has it (classes 2 and 3 of the training images,
+after 0 and 1; accuracy on test images), else on the clustered Gaussian ones of `ssd_edge.benching`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import statistics
-import time
+import os
+import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from ssd_edge import learners
-from ssd_edge.priors import Priors
-from ssd_edge.runs import environment
-
-DIM, CLASSES, BATCH = 256, 10, 128
+from ssd_edge import benching
+from ssd_edge.cli.bench import lines
+from ssd_edge.learners import Task
 
 
-def dense_epoch(learner: learners.Learner, inputs: torch.Tensor, labels: torch.Tensor, order: torch.Tensor) -> tuple:
-    """What the usual PyTorch code does: every neuron through forward, backward, clip, step, clamp and norm."""
-    settings, targets, table = learner.settings, learner.targets, learner.tables[0].indices
-    keys = learner.net.keys.clone().requires_grad_(True)
-    values = learner.net.values.clone().requires_grad_(True)
-    optimiser = torch.optim.SGD([keys, values], settings.lr)
-    alpha, lam, temperature = settings.ce_weight, settings.hidden_weight, settings.temperature
+def cifar() -> tuple[Task, Task, Task]:
+    """Two tasks of two classes and their test images, as the shipped backbone sees them."""
+    from ssd_edge.backbones.embedder import open_backbone
+    from ssd_edge.config import BackboneConfig, DataConfig
+    from ssd_edge.console import Console
+    from ssd_edge.data import load
+    from ssd_edge.prepared import embed
 
-    def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        log_q, p = F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
-        return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
+    dataset = load(DataConfig(path="cifar10-jpg.tar.xz"), 0)
+    embedded = embed(dataset, open_backbone(BackboneConfig(), torch.device("cpu")), Console(), True)
 
-    for index in order.split(BATCH):
-        u = F.relu(inputs[index] @ keys.T)
-        inhibition = u.topk(settings.k + 1, dim=1).values[:, -1:].detach()
-        a = F.relu(u - inhibition)
-        logits = a @ values
-        hidden = divergence(a[:, table], targets.hidden[0].table(index))
-        logit = divergence(logits, targets.logits[index])
-        loss = alpha * F.cross_entropy(logits, labels[index]) + (1 - alpha) * (lam * hidden + (1 - lam) * logit)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([keys, values], settings.clip)
-        optimiser.step()
-        with torch.no_grad():
-            values.clamp_(min=0)
-            keys.clamp_(min=0)
-            keys.div_(keys.norm(dim=1, keepdim=True).clamp_min(1e-12))
-    return keys.detach(), values.detach()
+    def task(part: str, labels: torch.Tensor, rows: range) -> Task:
+        index = torch.isin(labels, torch.tensor(rows)).nonzero().flatten()
+        return Task(torch.from_numpy(embedded[part])[index], labels[index])
 
-
-def touched_epoch(learner: learners.Learner, inputs: torch.Tensor, labels: torch.Tensor, order: torch.Tensor) -> tuple:
-    """The learner's own step, as `SDMLPLearner._learn` runs it."""
-    net = learner.net
-    for index in order.split(BATCH):
-        state = net.forward(inputs[index])
-        net.count(state)
-        logits = state.top.matmul(net.values)
-        components = learner._components(index, inputs[index], labels[index], logits, state)
-        learner._step(components, state, logits, labels[index])
-    return learner.net.keys, learner.net.values
-
-
-def prepare(neurons: int, samples: int) -> tuple:
-    """A learner with one task behind it and the teacher's targets of the next in hand."""
-    generator = torch.Generator().manual_seed(0)
-    top_n = min(neurons, 1000) if neurons > 1000 else 10
-    options = {"name": "ssd-paper", "neurons": neurons, "epochs": 1, "switch": 1.0, "top_n": str(top_n)}
-    learner = learners.build(options, DIM, Priors())
-    learner.expect(CLASSES)
-    first = learners.Task(torch.randn(samples, DIM, generator=generator), torch.arange(samples) % 2)
-    learner.learn(first)
-    second = torch.randn(samples, DIM, generator=generator)
-    inputs, labels = learner.prepared(second), torch.arange(samples) % 2 + 2
-    learner._begin(inputs, labels)
-    learner.moved = learner._moved()
-    order = torch.randperm(samples, generator=generator)
-    return learner, inputs, labels, order
-
-
-def measure(neurons: int, samples: int, repeats: int, threads: int) -> dict:
-    """Median seconds of both, alternating, each repeat from the same state."""
-    torch.set_num_threads(threads)
-    learner, inputs, labels, order = prepare(neurons, samples)
-    start = learner.net
-    seconds: dict[str, list[float]] = {"dense": [], "touched": []}
-    ends = {}
-    for repeat in range(repeats + 1):
-        for name, epoch in (("dense", dense_epoch), ("touched", touched_epoch)):
-            learner.net = start.copy()
-            began = time.perf_counter()
-            ends[name] = epoch(learner, inputs, labels, order if repeat else order[: 4 * BATCH])
-            if repeat:  # the first round only warms up
-                seconds[name].append(time.perf_counter() - began)
-    dense, touched = (statistics.median(seconds[name]) for name in ("dense", "touched"))
-    drift = max(float((a - b).abs().max()) for a, b in zip(ends["dense"], ends["touched"], strict=True))
-    return {
-        "neurons": neurons,
-        "samples": samples,
-        "threads": threads,
-        "dense_seconds": dense,
-        "touched_seconds": touched,
-        "spread": {name: [min(times), max(times)] for name, times in seconds.items()},
-        "ratio": dense / touched,
-        "largest_difference": drift,
-    }
+    train, test = (torch.from_numpy(labels) for labels in (dataset.train_labels, dataset.test_labels))
+    return task("train", train, range(2)), task("train", train, range(2, 4)), task("test", test, range(4))
 
 
 def main() -> None:
     """Print the table; write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--neurons", type=int, nargs="+", default=[1000, 10000])
-    parser.add_argument("--samples", type=int, default=10000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a quarter of the epochs, and no larger networks")
     parser.add_argument("--json", type=Path)
     words = parser.parse_args()
-    cores = torch.get_num_threads()
-    rows = []
-    print(f"torch {torch.__version__}; median of {words.repeats} epochs of {words.samples:,} samples")
-    print(f"{'neurons':>8} {'threads':>8} {'dense s':>9} {'touched s':>10} {'ratio':>7} {'difference':>11}")
-    for neurons in words.neurons:
-        for threads in sorted({1, cores}):
-            row = measure(neurons, words.samples, words.repeats, threads)
-            rows.append(row)
-            print(
-                f"{neurons:8,} {threads:8} {row['dense_seconds']:9.2f} {row['touched_seconds']:10.2f} "
-                f"{row['ratio']:6.1f}x {row['largest_difference']:11.1e}",
-                flush=True,
-            )
+    real = bool(os.environ.get("SSD_EDGE_DATA"))
+    size = dataclasses.replace(benching.FULL, epochs=10, curve=()) if words.quick else benching.FULL
+    result = benching.bench(size, lambda text: print(text, file=sys.stderr), cifar() if real else None)
+    print("\n".join(lines(result)))
     if words.json:
-        result = {"command": f"python benchmarks/epoch.py --samples {words.samples} --repeats {words.repeats}"}
-        words.json.write_text(json.dumps({**result, **environment(), "rows": rows}, indent=2) + "\n")
+        about = {
+            "command": "python benchmarks/epoch.py" + " --quick" * words.quick,
+            "data": "embeddings of CIFAR-10" if real else "clustered Gaussian embeddings",
+        }
+        words.json.write_text(json.dumps({**about, **result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -201,13 +201,35 @@ def values_table(rows: list[dict]) -> str:
 
 
 def epoch_table(rows: list[dict]) -> str:
-    """One epoch, dense autograd against touched rows."""
-    lines = ["| neurons | threads | dense autograd | touched rows | ratio |", "|---|---|---|---|---|"]
+    """One epoch, and a whole task, of one network in three ways."""
+    lines = [
+        "| neurons | threads | dense autograd | touched rows | compiled | compiled, second half | whole task |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        dense, touched = row["dense_seconds"], row["touched_seconds"]
-        seconds = f"{dense:.2f} s | {touched:.2f} s"
-        lines.append(f"| {row['neurons']:,} | {row['threads']} | {seconds} | {row['ratio']:.1f}× |")
+        one = (1, row["seconds"], _milliseconds(row["second_half"]), row["ratio"])
+        every = (row["threads"], row["seconds_all_threads"], "", row["ratio_all_threads"])
+        for threads, seconds, late, ratio in (one, every):
+            cells = " | ".join(_milliseconds(seconds[name]["median"]) for name in ("dense", "touched", "compiled"))
+            lines.append(f"| {row['neurons']:,} | {threads} | {cells} | {late} | {ratio:.1f}× |")
     return "\n".join(lines)
+
+
+def growth_table(curve: list[dict]) -> str:
+    """The compiled epoch as the network grows."""
+    lines = [
+        "| neurons | first epoch | second half | scores alone | ratio | neurons evaluated for every sample |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in curve:
+        cells = " | ".join(_milliseconds(row[name]) for name in ("first_epoch", "second_half", "scores"))
+        share = row["second_half"] / row["scores"]
+        lines.append(f"| {row['neurons']:,} | {cells} | {share:.2f} | {row['evaluated']:,} |")
+    return "\n".join(lines)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f} ms"
 
 
 def stored(experiment: str) -> list[Row]:
@@ -327,7 +349,10 @@ def main() -> None:
             "values": values_table(read["values"]),
             "shift": settings_table(read["shift"]),
             "budget": settings_table(read["budget"]),
+        },
+        DOCS / "speed.md": {
             "epoch": epoch_table(read["epoch"]),
+            "growth": growth_table(json.loads((DOCS / "results" / "epoch.json").read_text())["curve"]),
         },
         DOCS / "what-matters.md": {
             **{name: matters_table(name) for name in MATTERS},

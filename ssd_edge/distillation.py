@@ -24,6 +24,8 @@ Direction = Literal["teacher_student", "student_teacher", "symmetric"]
 HiddenLoss = Literal["kl_softmax", "mse", "normalised_mse", "cosine"]
 Selection = Literal["frequency", "low_entropy", "class_entropy", "random", "all"]
 
+SCORES = 2**20  # held at a time in passes over a task: 4 MiB
+
 
 @dataclasses.dataclass(frozen=True)
 class TopNTable:
@@ -218,7 +220,11 @@ class Targets:
 
 
 def teacher_targets(
-    teacher: SDMLP, inputs: Tensor, tables: Sequence[TopNTable], before_inhibition: bool = False, batch: int = 2048
+    teacher: SDMLP,
+    inputs: Tensor,
+    tables: Sequence[TopNTable],
+    before_inhibition: bool = False,
+    batch: int | None = None,
 ) -> Targets:
     """One pass of the teacher over the prepared inputs ``(N, D)`` of the new task; nothing is counted.
 
@@ -227,13 +233,13 @@ def teacher_targets(
         inputs: ``(N, D)``.
         tables: per hidden layer, the neurons to note.
         before_inhibition: ReLU(z) of them in place of their activations.
-        batch: inputs at a time.
+        batch: inputs at a time; None: as many as have `SCORES` scores.
     """
     gammas, layers = teacher.gammas, range(len(teacher.layers))
     slots = [table.slots(len(layer.keys)) for table, layer in zip(tables, teacher.layers, strict=True)]
     logits: list[Tensor] = []
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
-    for part in inputs.split(batch):
+    for part in inputs.split(batch or _portion(teacher)):
         state = teacher.forward(part, gammas)
         logits.append(state.top.matmul(teacher.values))
         for number in layers:
@@ -252,6 +258,11 @@ def teacher_targets(
     return Targets(torch.cat(logits), hidden)
 
 
+def _portion(net: SDMLP) -> int:
+    """Inputs at a time in a pass over a task, so that memory does not grow with the width of the network."""
+    return max(1, SCORES // max(len(layer.keys) for layer in net.layers))
+
+
 def _pad(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Dense ``(B, n)`` → columns and values of its non-zero entries, padded to the most of any row."""
     most = max(1, int((table > 0).sum(1).max())) if len(table) else 1
@@ -260,10 +271,10 @@ def _pad(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def count_activations(
-    net: SDMLP, inputs: Tensor, labels: Tensor | None = None, classes: int = 0, batch: int = 2048
+    net: SDMLP, inputs: Tensor, labels: Tensor | None = None, classes: int = 0, batch: int | None = None
 ) -> list[Tensor]:
     """One counting pass: per layer, ``(r,)`` activations of each neuron, or by class ``(r, C)`` with labels."""
-    gammas = net.gammas
+    gammas, batch = net.gammas, batch or _portion(net)
     totals = [
         torch.zeros(len(layer.keys), max(1, classes), dtype=torch.float64, device=inputs.device)
         for layer in net.layers

@@ -32,8 +32,10 @@ def prepare(embeddings: Tensor, shift: float | None) -> Tensor:
         embeddings: standardised, ``(N, D)``.
         shift: s; None: the embedding stays signed and is only brought to unit length.
     """
-    x = embeddings if shift is None else (embeddings - shift).clamp_min(0)
-    return x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    if shift is None:
+        return unit_rows(embeddings)
+    x = (embeddings - shift).clamp_min_(0)  # a task may be large: one copy of it is enough
+    return x.div_(x.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def initial_rows(rows: int, columns: int, fan_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from ssd_edge import __version__
+from ssd_edge.cli.bench import bench
 from ssd_edge.cli.config import config
 from ssd_edge.cli.deploy import deploy, push
 from ssd_edge.cli.device import device
@@ -56,7 +57,7 @@ def cli() -> None:
 
 
 for command in (
-    *(train, evaluate, deploy, push, device, inspect, verify, profile, doctor, keys),
+    *(train, evaluate, deploy, push, device, inspect, verify, profile, bench, doctor, keys),
     *(pretrain, reproduce, config),
 ):
     cli.add_command(command)

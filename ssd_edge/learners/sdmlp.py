@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ssd_edge import epoch as epochs
 from ssd_edge.config import setting
 from ssd_edge.distillation import cross_entropy
 from ssd_edge.errors import InputError
@@ -46,6 +47,9 @@ class NetworkSettings:
     switch: float = setting(0.0, "C, activations that close a switch; 0: half of samples x epochs of a task", minimum=0)
     count_in_eval: bool = setting(False, "whether predicting advances the switches too, as SDMLP's code does")
     outputs: Literal["announced", "arriving"] = setting("announced", "announced: later classes are negatives too")
+    engine: Literal["auto", "torch", "compiled"] = setting(
+        "auto", "what runs an epoch; auto: compiled where numba is there, the loss is plain and the task long enough"
+    )
 
     def __post_init__(self) -> None:
         """Check what one field says against another."""
@@ -156,22 +160,19 @@ class SDMLPLearner(Learner):
         self.moved = self._moved()
         measured: dict[str, float] = {}
         self.epochs_before = net.epochs_done
+        fast = epochs.start(net, settings, epochs.known_terms(self), inputs, labels)
         for epoch in range(settings.epochs):
             order = torch.randperm(len(labels), generator=generator).to(self.device)
-            totals: dict[str, float] = {}
-            for number, index in enumerate(order.split(settings.batch)):
-                state = net.forward(inputs[index])
-                net.count(state)
-                self._observe(state)
-                logits = state.top.matmul(net.values)
-                components = self._components(index, inputs[index], labels[index], logits, state)
-                if not number and epoch in (0, settings.epochs - 1):
-                    when = "first" if epoch == 0 else "last"
-                    measured.update(self._norms(components, state, when))
-                values = self._step(components, state, logits, labels[index])
-                values.update({part.name: float(part.loss) for part in components})
-                for name, value in values.items():
-                    totals[name] = totals.get(name, 0.0) + value * len(index) / len(labels)
+            if epoch in (0, settings.epochs - 1):
+                when = "first" if epoch == 0 else "last"
+                measured.update(self._norms(*self._batch(order[: settings.batch], inputs, labels)[:2], when))
+            if fast is not None and fast.ready():
+                totals, counts = fast.run(order)
+                self._counted([counts])
+            else:
+                if fast is not None:
+                    fast.drop()
+                totals = self._epoch(order, inputs, labels)
             net.epochs_done += 1
             if not all(math.isfinite(value) for value in totals.values()):
                 raise InputError(f"{self.display} diverged in epoch {epoch + 1}; lower learner.lr ({settings.lr})")
@@ -184,6 +185,25 @@ class SDMLPLearner(Learner):
         self._end(inputs, labels)
         self.penalty.consolidate(self.parameters(), inputs, self.linearise, generator=self.generator(purpose=6))
         return measured
+
+    def _batch(self, index: Tensor, inputs: Tensor, labels: Tensor) -> tuple[list[Component], Pass, Tensor]:
+        """The terms of the loss of some samples, the forward pass behind them, and its logits."""
+        state = self.net.forward(inputs[index])
+        logits = state.top.matmul(self.net.values)
+        return self._components(index, inputs[index], labels[index], logits, state), state, logits
+
+    def _epoch(self, order: Tensor, inputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """One pass over a task; the means over it of what its steps report."""
+        totals: dict[str, float] = {}
+        for index in order.split(self.settings.batch):
+            components, state, logits = self._batch(index, inputs, labels)
+            self.net.count(state)
+            self._observe(state)
+            values = self._step(components, state, logits, labels[index])
+            values.update({part.name: float(part.loss) for part in components})
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0.0) + value * len(index) / len(labels)
+        return totals
 
     def _step(self, components: list[Component], state: Pass, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """One update; the gradient's norm, whether it was clipped, and the mean number of active neurons."""
@@ -237,8 +257,15 @@ class SDMLPLearner(Learner):
     def _observe(self, state: Pass) -> None:
         """At each step of training."""
 
+    def _counted(self, counts: list[Tensor]) -> None:
+        """After an epoch whose steps nobody could observe: activations of each neuron in it, per layer ``(r,)``."""
+
     def _end(self, inputs: Tensor, labels: Tensor) -> None:
         """After the last step of a task."""
+
+    def _terms(self) -> epochs.Terms | None:
+        """What `_components` gives, as the compiled epoch takes it; None where that knows no such loss."""
+        return epochs.Terms(1.0)
 
     def _components(
         self, index: Tensor, x: Tensor, labels: Tensor, logits: Tensor, state: Pass

@@ -24,6 +24,7 @@ from ssd_edge.distillation import (
     select,
     teacher_targets,
 )
+from ssd_edge.epoch import Terms
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.base import TensorSpec
 from ssd_edge.learners.sdmlp import Component, NetworkSettings, SDMLPLearner, name_of
@@ -120,8 +121,8 @@ class SSDPaper(SDMLPLearner):
     def _teacher(self) -> SDMLP:
         """The former self that teaches, with the student's outputs; those that a kept one never had are 0."""
         net, kept = self.net, self.kept
-        if kept is None:
-            return net.copy()
+        if kept is None:  # it has answered before the first step; only another start would change it before
+            return net if self.initial is None else net.copy()
         values = F.pad(kept.values, (0, net.values.shape[1] - kept.values.shape[1]))
         teacher = SDMLP(kept.layers, values, net.k, net.switch, net.inhibition, net.decay_epochs)  # unit keys again
         teacher.epochs_done = net.epochs_done
@@ -210,11 +211,36 @@ class SSDPaper(SDMLPLearner):
         column = torch.where(slots >= 0, slots, outside)
         return slope[:, column] if activations.is_dense else slope[activations.sample, column[activations.neuron]]
 
+    def _terms(self) -> Terms | None:
+        settings, targets = self.settings, self.targets
+        if targets is None:
+            return Terms(settings.ce_weight if settings.first_task_weight == "alpha" else 1.0)
+        alpha, lam = settings.ce_weight, settings.hidden_weight
+        hidden = bool(lam and len(self.student_tables[0].indices))
+        as_published = settings.hidden == "kl_softmax" and settings.hidden_source == "after_inhibition"
+        if settings.direction != "teacher_student" or len(self.slots) > 1 or (hidden and not as_published):
+            return None
+        return Terms(
+            cross_entropy=alpha,
+            logits=targets.logits,
+            logit_weight=(1 - alpha) * (1 - lam),
+            outputs=self.outputs,
+            hidden=targets.hidden[0] if hidden else None,
+            hidden_weight=(1 - alpha) * lam if hidden else 0.0,
+            slots=self.slots[0],
+            temperature=settings.temperature,
+        )
+
     # ── after a task ─────────────────────────────────────────────────────────────────────────────────
     def _observe(self, state: Pass) -> None:
         if self.settings.frequency_source == "running":
             for total, activations in zip(self.running, state.activations, strict=True):
                 total += activations.counts()
+
+    def _counted(self, counts: list[Tensor]) -> None:
+        if self.settings.frequency_source == "running":
+            for total, new in zip(self.running, counts, strict=True):
+                total += new
 
     def _end(self, inputs: Tensor, labels: Tensor) -> None:
         settings, samples = self.settings, float(len(inputs))
