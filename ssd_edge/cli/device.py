@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,9 @@ from ssd_edge.errors import BundleRefusedError, InputError, printable
 @click.group()
 def device() -> None:
     """Install a bundle, predict, learn new classes, undo."""
+    # PyTorch reads it when it is loaded: its threads else spin while they wait for each other, and a learn beside other
+    # work takes several times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _root(root: Path | None) -> Path:

@@ -1,0 +1,39 @@
+"""Two threads of one `Device`: one looks for what others have committed while the other commits."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from device_runtime.device import Device
+from device_runtime.generations import Generation
+from device_runtime.installation import install
+
+
+def test_who_has_read_before_a_commit_does_not_go_back(tmp_path: Path, tiny_bundle) -> None:
+    bundle = tmp_path / "tiny.ssdedge"
+    bundle.write_bytes(tiny_bundle())
+    install(tmp_path / "root", bundle)
+    device = Device.open(tmp_path / "root")
+    has_read, may_go_on = threading.Event(), threading.Event()
+    current = device.store.current
+
+    def slow() -> Generation:
+        generation = current()
+        if threading.current_thread() is looking:
+            has_read.set()
+            may_go_on.wait(30)
+        return generation
+
+    device.store.current = slow
+    looking = threading.Thread(target=device.refresh)
+    writing = threading.Thread(target=device.rename, args=("nut", "bolt"))
+    looking.start()
+    assert has_read.wait(30)
+    writing.start()
+    writing.join(1.0)  # without the lock it commits now, and what was read is the generation before
+    may_go_on.set()
+    looking.join(30)
+    writing.join(30)
+    assert device.generation.number == current().number == 2
+    assert "bolt" in device.classes
