@@ -24,7 +24,7 @@ from ssd_edge.reproduction.rows import Row, mean, rows, spread
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
-ROWS = ("device", "readers", "precision", "values", "shift", "budget", "epoch", "readout", "mlp-ewc")
+ROWS = ("device", "readers", "precision", "values", "shift", "budget", "epoch", "few", "readout", "mlp-ewc")
 # docs/what-matters.md: experiments of `ssd-edge reproduce`, at its reduced budget on Split CIFAR-10
 MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
@@ -285,6 +285,15 @@ def filled(text: str, name: str, content: str) -> str:
     return re.sub(pattern, lambda match: match[1] + content + "\n" + match[2], text, flags=re.DOTALL)
 
 
+def few_table(rows: list[dict]) -> str:
+    """What more epochs over few images give, and take."""
+    lines = ["| epochs | seconds | accuracy |", "|---|---|---|"]
+    for row in rows:
+        accuracies = " / ".join(percent(one) for one in row["accuracy"])
+        lines.append(f"| {row['epochs']:,} | {max(row['seconds']):.2f} | {accuracies} |")
+    return "\n".join(lines)
+
+
 def unknown_table(found: dict) -> str:
     """How well each score tells what was never taught from what was."""
     lines = ["| score | another vehicle (truck): AUROC, FPR95 | CIFAR-100: AUROC, FPR95 |", "|---|---|---|"]
@@ -353,6 +362,7 @@ def main() -> None:
         DOCS / "speed.md": {
             "epoch": epoch_table(read["epoch"]),
             "growth": growth_table(json.loads((DOCS / "results" / "epoch.json").read_text())["curve"]),
+            "few": few_table(read["few"]),
         },
         DOCS / "what-matters.md": {
             **{name: matters_table(name) for name in MATTERS},

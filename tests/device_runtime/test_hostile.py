@@ -180,7 +180,7 @@ def many(count: int, root: Path, tmp_path: Path) -> Counter[str]:
 
 
 def test_mutants_are_used_or_refused(root, tmp_path):
-    outcomes = many(400, root, tmp_path)
+    outcomes = many(250, root, tmp_path)
     for way in ("file", "image", "predict", "learn"):
         assert outcomes[f"{way}: used"] > 0, outcomes
         assert outcomes[f"{way}: refused"] > 0, outcomes

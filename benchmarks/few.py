@@ -1,0 +1,65 @@
+"""Learn two new classes from 50 images each with `ssd-paper` at 10,000 neurons: seconds and accuracy by epochs.
+
+Usage: SSD_EDGE_DATA=FOLDER python benchmarks/few.py [--json FILE]
+
+As on a device: embeddings are given, the two classes before them had 5,000 images each, and the compiled epoch runs.
+Accuracy is over the test images of all four classes; two draws of the 50.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from epoch import cifar
+
+from ssd_edge import benching, learners
+from ssd_edge.priors import Priors
+from ssd_edge.runs import environment
+
+IMAGES, DRAWS, EPOCHS = 50, 2, (40, 200, 500, 1000, 2000)
+OPTIONS = {"name": "ssd-paper", "neurons": 10_000, "inhibition": "subtract", "engine": "compiled", "lr": 0.5}
+
+
+def learner(epochs: int) -> learners.Learner:
+    """A new one for ten announced classes."""
+    made = learners.build({**OPTIONS, "epochs": epochs}, benching.DIM, Priors())
+    made.expect(benching.CLASSES)
+    return made
+
+
+def main() -> None:
+    """Print the table; write JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    words = parser.parse_args()
+    first, second, test = cifar()
+    benching.warm_up()
+    before = learner(40)
+    before.learn(first)
+    state, rows = before.state_dict(), []
+    classes = second.labels.unique().tolist()
+    for epochs in EPOCHS:
+        row: dict = {"epochs": epochs, "seconds": [], "accuracy": []}
+        for draw in range(DRAWS):
+            generator = torch.Generator().manual_seed(draw)
+            of = [(second.labels == one).nonzero().flatten() for one in classes]
+            index = torch.cat([own[torch.randperm(len(own), generator=generator)[:IMAGES]] for own in of])
+            device = learner(epochs)
+            device.load_state_dict(state)
+            began = time.perf_counter()
+            device.learn(learners.Task(second.embeddings[index], second.labels[index]))
+            row["seconds"].append(time.perf_counter() - began)
+            row["accuracy"].append(float((device.predict(test.embeddings) == test.labels).double().mean()))
+        rows.append(row)
+        print(f"{epochs:6,} epochs  {max(row['seconds']):6.2f} s  {row['accuracy']}", flush=True)
+    if words.json:
+        found = {"command": "python benchmarks/few.py", **environment(), "rows": rows}
+        words.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
