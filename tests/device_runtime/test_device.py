@@ -105,6 +105,7 @@ def test_a_corrupt_image_is_named_and_changes_nothing(root: Path, shapes: Path, 
     assert Device.open(root).generation.number == 1
 
 
+@pytest.mark.slow  # by default test_killed.py, on smaller states
 def test_a_cut_at_any_step_of_a_learn_leaves_a_committed_generation(root: Path, shapes: Path) -> None:
     paths, seen = pictures(shapes, "triangle", "train")[:10], []
     probe = pictures(shapes, "triangle") + pictures(shapes, "circle")

@@ -68,6 +68,16 @@ def test_a_merge_through_the_command_line(bundle: Path, root: Path, shapes: Path
     assert "triangle: 40 images, new" in told
 
 
+def test_an_answer_can_be_asked_for_always(root: Path, shapes: Path) -> None:
+    images = shapes / "test" / "triangle"
+    asked = [json.loads(run(root, "predict", images, *more, "--json").stdout) for more in ((), ("--always-answer",))]
+    rejecting, always = (one["predictions"] for one in asked)
+    assert "unknown" in {one["label"] for one in rejecting}
+    assert [one["label"] for one in always] == [one["nearest"] for one in rejecting]
+    told = run(root, "predict", images).stdout
+    assert "unknown (nearest: " in told
+
+
 def test_status_tells_how_the_machine_is(root: Path) -> None:
     told = run(root, "status").stdout
     assert "MiB of memory free" in told
