@@ -111,7 +111,7 @@ def after_teaching(
         passed = []
         for seed in range(SEEDS):
             few = taught[torch.randperm(len(taught), generator=torch.Generator().manual_seed(seed))[:count]]
-            after = ClassStatistics.from_state(statistics.state())
+            after = statistics.copy()
             after.add(few, torch.full((count,), new))
             with_new = rejector.with_class(new, after, few)
             passed.append(

@@ -7,14 +7,14 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+from device_runtime.board import MIB
 from device_runtime.service import rss_mb
 from ssd_edge.errors import GateRefusedError, InputError
+from ssd_edge.memory import reset_peak, resident
 
 log = logging.getLogger(__name__)
 
-MIB = 2**20
 TRIAL = 0.4  # of the time that is left after embedding: the rest is for learning from all images, and for the guard
 RESERVE = 0.8  # of the time that is left: learning ends there, so that the guard and the commit have theirs
 
@@ -70,7 +70,7 @@ class Meter:
         self._began = self._since = clock()
         self._stage, self._told, self._until = "", -math.inf, math.inf
         self._asked = False
-        self._resets = _reset_peak()
+        self._resets = reset_peak()
 
     @property
     def seconds(self) -> float:
@@ -80,7 +80,7 @@ class Meter:
     @property
     def peak_mb(self) -> int | None:
         """The most memory that the process has held during the learn, MiB; None where the system does not say."""
-        peak = _peak_mb()
+        peak = resident("VmHWM") // MIB
         return peak if self._resets and peak else None
 
     def stage(self, name: str, share: float = 1.0) -> None:
@@ -154,22 +154,3 @@ class Meter:
         if limit is not None and self.seconds > limit:
             told.append(f"it took {self.seconds:.1f} s, longer than the budget of {limit:g} s: it could not be stopped")
         return told
-
-
-def _reset_peak(process: Path = Path("/proc/self")) -> bool:
-    """Let the system's count of peak memory begin anew; whether it does."""
-    try:
-        (process / "clear_refs").write_text("5", encoding="ascii")  # proc(5)
-    except OSError:
-        return False
-    return True
-
-
-def _peak_mb(process: Path = Path("/proc/self")) -> int:
-    try:
-        for line in (process / "status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) // 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return 0

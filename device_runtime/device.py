@@ -14,6 +14,7 @@ images, or uint8 arrays ``(H, W)`` or ``(H, W, 3)`` in RGB order (OpenCV gives B
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -146,10 +147,10 @@ class Device:
             BundleRefusedError: every generation is damaged.
         """
         with self._following:
-            if self.store.current() == self.generation:
-                return False
-            self._use(self.store.read_current(State.read))
-            return True
+            state = self.store.read_current(lambda found: None if found == self.generation else State.read(found))
+            if state is not None:
+                self._use(state)
+            return state is not None
 
     @property
     def generation(self) -> Generation:
@@ -285,12 +286,8 @@ class Device:
         meter = Meter(budget, watcher)
         with self.store.writer():  # from reading to committing: nobody else can commit in between
             state = self._latest()
-
-            def embed(sources: Sequence[ImageSource], progress: Callable[[float], Any]) -> torch.Tensor:
-                return self._embed(state, sources, progress)
-
-            known, report = teaching.teach(state.known, images, embed, state.generation.number, limits, meter)
-            return self._commit(known, report)
+            embed = functools.partial(self._embed, state)
+            return self._commit(*teaching.teach(state.known, images, embed, state.generation.number, limits, meter))
 
     def _latest(self) -> State:
         """The state to make the next one of; with the root held for writing."""

@@ -33,7 +33,7 @@ def forget(known: Knowledge, label: str, exactly: bool, limits: Limits | None) -
     row = known.registry.row_of(label)
     learner = copy_of(known.learner)
     exact = learner.remove(row, approximately=not exactly)
-    statistics = ClassStatistics.from_state(known.statistics.state())
+    statistics = known.statistics.copy()
     statistics.remove(row, approximately=True)  # of no answer, but of the guard and the thresholds for 'unknown'
     left = "" if exact else _LEFT_IN_THE_COVARIANCE if isinstance(learner, LinearLearner) else _LEFT_IN_THE_WEIGHTS
     report = {
@@ -67,7 +67,7 @@ def merge_labels(
     if target is None or not others:
         raise InputError(f"'{into}' can only be merged with other classes; name at least one besides it")
     renamed, learner = registry, copy_of(known.learner)
-    statistics = ClassStatistics.from_state(known.statistics.state())
+    statistics = known.statistics.copy()
     for row in others:
         learner.join(row, target)
         statistics.join(row, target)

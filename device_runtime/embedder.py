@@ -262,10 +262,7 @@ def _engines_of_onnxruntime(
 
     made = {**made, "onnxruntime": onnxruntime.__version__}
     own = folder / OF_ONNXRUNTIME / engine.fingerprint(made)[:16]
-    if not folder.exists():
-        files.make_directory(folder)
-        folder.chmod(0o700)
-    engine.EngineCache(folder).get(made)  # refuses a folder that others may write to: an engine is a program
+    engine.EngineCache(folder).make_folder()
     for other in own.parent.glob("*"):
         if other != own:
             shutil.rmtree(other, ignore_errors=True)

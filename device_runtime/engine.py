@@ -177,9 +177,7 @@ class EngineCache:
                     self._remove(self._path(facts))
         return None
 
-    def build(
-        self, onnx: str | Path, facts: Facts, say: Say = lambda text: None, timeout: float = TIMEOUT
-    ) -> Path:
+    def build(self, onnx: str | Path, facts: Facts, say: Say = lambda text: None, timeout: float = TIMEOUT) -> Path:
         """Build the engine with these facts in a process of its own; or take it, if another process just did.
 
         Args:
@@ -197,7 +195,7 @@ class EngineCache:
             BundleRefusedError: the file is not the one of the facts.
         """
         deadline = time.monotonic() + timeout
-        self._make_folder()
+        self.make_folder()
         with self._lock(say, deadline, timeout):
             plan = self._path(facts)
             if self._unusable(facts) is None:
@@ -285,7 +283,12 @@ class EngineCache:
             raise EnvironmentUnfitError(f"the folder of TensorRT engines, {self.folder}, {problem}; remove it")
         return True
 
-    def _make_folder(self) -> None:
+    def make_folder(self) -> None:
+        """Make sure that it is there and that nobody else may write to it: an engine is a program.
+
+        Raises:
+            EnvironmentUnfitError: it cannot be made, belongs to another user, or others may write to it.
+        """
         files.make_directory(self.folder.parent)
         try:
             with contextlib.suppress(FileExistsError):

@@ -6,7 +6,6 @@ that had been taught both. It is refused where that would not be true.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,12 @@ import torch
 from device_runtime.editing import described, judged
 from device_runtime.generations import Generation, Generations
 from device_runtime.guard import Limits
+from device_runtime.journal import utc
 from device_runtime.knowledge import Knowledge, restore_statistics
 from device_runtime.teaching import copy_of
 from ssd_edge import bundle as bundles
 from ssd_edge import card, files, learners
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.statistics import ClassStatistics
-
-TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def export(
@@ -97,13 +94,13 @@ def pack(
         sign: as for `bundle.pack`.
     """
     manifest = dict(known.facts["manifest"])
-    _, described = learners.pack(known.learner)
+    _, learner = learners.pack(known.learner)
     contents = known.contents()
     entries = {role: contents[path] for role, path in bundles.ROLES.items() if path in contents}
     manifest.update(
         name=name[: bundles.MAX_TITLE_LENGTH],
-        created=time.strftime(TIME, time.gmtime()),
-        learner={"name": described["learner"], "settings": described["settings"]},
+        created=utc(),
+        learner={"name": learner["learner"], "settings": learner["settings"]},
         classes=known.registry.names,
         device={
             "generation": generation,
@@ -172,7 +169,7 @@ def merge(
     learner = copy_of(known.learner)
     learner.merge(learners.restore(*other.tensors("learner")), to_here)
     learner.subtract(base.learner, base_to_here)
-    statistics = ClassStatistics.from_state(known.statistics.state())
+    statistics = known.statistics.copy()
     statistics.merge(restore_statistics(other.tensors("statistics")[0]), to_here)
     statistics.subtract(base.statistics, base_to_here)
     rejector = known.rejector

@@ -130,11 +130,9 @@ def judge(
     agreement = None
     if not refusals and statistics.total:
         answers = ask(before, after, statistics)
-        if not answers.finite:
-            refusals.append("the taught learner gives NaN or infinity for old classes; teach again with other images")
-        else:
-            retention = _forgetting(answers, registry, limits, warnings, refusals)
-            agreement = _agreement(before, after, embeddings)
+        broken = "the taught learner gives NaN or infinity for old classes; teach again with other images"
+        retention = _forgetting(answers, registry, limits, warnings, refusals, broken)
+        agreement = _agreement(before, after, embeddings) if answers.finite else None
     return Judgement(retention, agreement, warnings, refusals, suspects)
 
 
@@ -161,14 +159,12 @@ def judge_edit(
     retention: dict[str, Any] = {}
     if not refusals and statistics.total and bool(after.seen.any()):
         answers = ask(before, after, statistics)
-        if not answers.finite:
-            refusals.append("the edited learner gives NaN or infinity; roll back to an earlier generation")
-        else:
-            same = torch.arange(max(len(before.seen), len(after.seen)))  # a merge adds rows
-            for row, now in (renumbered or {}).items():
-                same[row] = now
-            told = Answers(same[answers.rows], same[answers.before], same[answers.after], answers.finite)
-            retention = _forgetting(told, registry, limits or Limits(), warnings, refusals)
+        same = torch.arange(max(len(before.seen), len(after.seen)))  # a merge adds rows
+        for row, now in (renumbered or {}).items():
+            same[row] = now
+        told = Answers(same[answers.rows], same[answers.before], same[answers.after], answers.finite)
+        broken = "the edited learner gives NaN or infinity; roll back to an earlier generation"
+        retention = _forgetting(told, registry, limits or Limits(), warnings, refusals, broken)
     return Judgement(retention, None, warnings, refusals, [])
 
 
@@ -188,9 +184,17 @@ def _numbers(after: Learner, embeddings: Tensor) -> list[str]:
 
 
 def _forgetting(
-    answers: Answers, registry: ClassRegistry, limits: Limits, warnings: list[str], refusals: list[str]
+    answers: Answers,
+    registry: ClassRegistry,
+    limits: Limits,
+    warnings: list[str],
+    refusals: list[str],
+    broken: str,
 ) -> dict[str, Any]:
-    """The retention estimate with its worst class; adds to the sentences."""
+    """The retention estimate with its worst class; adds to the sentences, `broken` where the answers are no numbers."""
+    if not answers.finite:
+        refusals.append(broken)
+        return {}
     retention: dict[str, Any] = dict(answers.summary())
     classes = answers.per_class()
     row, old, new = max(classes, key=lambda entry: entry[1] - entry[2])

@@ -16,7 +16,6 @@ import io
 import json
 import math
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from ssd_edge import bundle as bundles
 from ssd_edge import files, images, targets
 from ssd_edge.bundle import Bundle
 from ssd_edge.errors import EnvironmentUnfitError, InputError
+from ssd_edge.memory import resident
 
 PERCENTILES = (50, 90, 99)
 NEW_IMAGES = 20  # of the class that is learned
@@ -295,9 +295,7 @@ def footprint(path: str | Path, root: Path) -> dict[str, float]:
 
 
 def _resident(field: str) -> float:
-    text = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)
-    return round(int(found[1]) / 1024, 1) if found else 0.0
+    return round(resident(field) / MIB, 1)
 
 
 def _footprint_of_child(path: str | Path, root: Path) -> dict[str, float]:

@@ -15,7 +15,6 @@ from device_runtime.knowledge import Knowledge
 from device_runtime.lessons import ImageSource
 from device_runtime.unknown import Rejector
 from ssd_edge import learners
-from ssd_edge.statistics import ClassStatistics
 
 NOTHING_KNOWN = {"kind": "no class was known before", "accuracy_before": None, "accuracy_after": None, "drop": 0.0}
 COPIES = 2  # of the learner's state that are held beside the one that answers: the one taught, and its tensors packed
@@ -83,7 +82,7 @@ def _remember(
     known: Knowledge, plan: Sequence[lessons.Lesson], embeddings: torch.Tensor, labels: torch.Tensor
 ) -> Knowledge:
     """With the statistics of the new images, and thresholds for the classes that they are of."""
-    statistics = ClassStatistics.from_state(known.statistics.state())
+    statistics = known.statistics.copy()
     statistics.add(embeddings, labels)
     rejector = known.rejector
     if rejector.outgrown(statistics):  # a device that began without classes knows by now how embeddings spread

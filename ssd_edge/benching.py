@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_edge import epoch, learners
+from ssd_edge.memory import PROCESS, reset_peak, resident
 from ssd_edge.priors import Priors
 from ssd_edge.runs import environment
 
@@ -305,7 +306,7 @@ def warm_up() -> float | None:
 
 def memory(neurons: int, samples: int) -> dict[str, float] | None:
     """MiB that learning a task takes beyond the learner and its embeddings, in a process of its own; Linux only."""
-    if not Path("/proc/self/clear_refs").exists():
+    if not (PROCESS / "clear_refs").exists():
         return None
     code = f"from ssd_edge import benching; benching._print_memory({neurons}, {samples})"
     # what is freed goes back at once: else the peak depends on what the allocator happens to keep
@@ -315,10 +316,6 @@ def memory(neurons: int, samples: int) -> dict[str, float] | None:
 
 
 def _print_memory(neurons: int, samples: int) -> None:
-    def resident(field: str) -> int:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
-
     torch.set_num_threads(1)
     options = {"name": "ssd-paper", "neurons": neurons, "epochs": 5, "inhibition": "subtract", "engine": "compiled"}
     learner: Any = learners.build({**options, "top_n": "1000" if neurons > 1000 else "1.0k"}, DIM, Priors())
@@ -326,7 +323,7 @@ def _print_memory(neurons: int, samples: int) -> None:
     for rows in ((0, 1), (2, 3)):  # everything is loaded and compiled then
         learner.learn(learners.Task(*clustered(BATCH, rows)))
     task = learners.Task(*clustered(samples, (4, 5)))
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    reset_peak()
     before = resident("VmRSS")
     learner.learn(task)
     net, mib = learner.net, 2**20

@@ -36,6 +36,12 @@ class ClassStatistics:
         self.sums = torch.zeros(0, dim, dtype=torch.float64)
         self.moments = torch.zeros((0, dim, dim) if per_class else (dim, dim), dtype=torch.float64)
 
+    def copy(self) -> ClassStatistics:
+        """Statistics of their own, equal bit for bit."""
+        twin = ClassStatistics(self.sums.shape[1], self.per_class)
+        twin.counts, twin.sums, twin.moments = self.counts.clone(), self.sums.clone(), self.moments.clone()
+        return twin
+
     def grow(self, classes: int) -> None:
         """Make room for rows up to `classes`."""
         missing = classes - len(self.counts)

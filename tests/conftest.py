@@ -144,3 +144,13 @@ def bundle(trained: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("bundle") / "robot.ssdedge"
     cli("deploy", "--target", "jetson", trained, "-o", path)
     return path
+
+
+@pytest.fixture(scope="session")
+def installed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with the session's bundle; copy it before changing it."""
+    from device_runtime.installation import install
+
+    root = tmp_path_factory.mktemp("device") / "root"
+    install(root, bundle)
+    return root

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, STRICT, listed, open_device, print_json, progress_line
+from ssd_edge.cli.options import (
+    JSON,
+    MAX_FORGETTING,
+    ROOT,
+    STRICT,
+    listed,
+    open_device,
+    print_json,
+    progress_line,
+    raw_stdin,
+    tell_cost,
+    warn,
+)
 from ssd_edge.errors import BundleRefusedError, InputError, printable
 
 
@@ -146,20 +156,17 @@ def learn(
             raise click.UsageError("a stream (-) shows one class and is the only source; name the class: --label NAME")
         from device_runtime.frames import take
 
-        stream = io.FileIO(sys.stdin.fileno(), closefd=False)
-        images = {normalise_name(label): take(stream, frames, every, opened.facts["size"])}
+        images = {normalise_name(label): take(raw_stdin(), frames, every, opened.facts["size"])}
     elif label is not None:
         images = {normalise_name(label): image_files(sources)}
     else:
         images = {name: image_files(folders) for name, folders in _class_folders(sources).items()}
     with progress_line() as watcher:
         result = opened.learn_all(images, Limits(max_forgetting), budget, watcher)
-    for warning in result["warnings"]:
-        click.echo(f"warning: {printable(warning)}", err=True)
+    warn(result)
     if as_json:
         print_json(result)
         return
-    old = result["old_classes"]
     memory = "" if result["peak_mb"] is None else f", {result['peak_mb']} MiB of memory at most"
     took = f"{result['seconds']:.1f} s{memory}"
     click.echo(f"generation {result['generation']}: learned {result['images']} images in {took}")
@@ -168,12 +175,7 @@ def learn(
         found = "" if held["accuracy"] is None else f"; {held['accuracy']:.3f} of {held['images']} held out recognised"
         kind = "new" if taught["new"] else "known before"
         click.echo(f"  {taught['label']}: {taught['images']} images, {kind}{found}")
-    if old["accuracy_before"] is not None:
-        click.echo(
-            f"  old classes: {old['accuracy_before']:.3f} -> {old['accuracy_after']:.3f} "
-            "(an estimate from class statistics)"
-        )
-    click.echo("  undo with: ssd-edge device rollback")
+    tell_cost(result, "old classes")
 
 
 def _class_folders(sources: tuple[Path, ...]) -> dict[str, list[Path]]:

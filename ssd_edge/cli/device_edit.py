@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, listed, open_device, print_json
-from ssd_edge.errors import printable
+from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, listed, open_device, print_json, tell_cost, warn
 
 
 @click.command()
@@ -41,12 +39,13 @@ def forget(label: str, exactly: bool, max_forgetting: float, root: Path | None, 
 
     result = open_device(root).forget(label, exactly, Limits(max_forgetting))
     if as_json:
-        _warn(result)
+        warn(result)
         print_json(result)
         return
     how = "as if it had never been taught" if result["exact"] else f"not exactly: {result['left']}"
     click.echo(f"generation {result['generation']}: forgot '{result['forgot']}', {how}")
-    _tell(result)
+    warn(result)
+    tell_cost(result, "classes that stay")
 
 
 @click.command("merge-labels")
@@ -61,11 +60,12 @@ def merge_labels(labels: tuple[str, ...], into: str, max_forgetting: float, root
 
     result = open_device(root).merge_labels(labels, into, Limits(max_forgetting))
     if as_json:
-        _warn(result)
+        warn(result)
         print_json(result)
         return
     click.echo(f"generation {result['generation']}: {', '.join(result['merged_labels'])} are '{result['into']}' now")
-    _tell(result)
+    warn(result)
+    tell_cost(result, "classes that stay")
 
 
 @click.command()
@@ -98,25 +98,11 @@ def merge(bundle: Path, max_forgetting: float, root: Path | None, as_json: bool)
 
     result = open_device(root).merge(bundle, Limits(max_forgetting))
     if as_json:
-        _warn(result)
+        warn(result)
         print_json(result)
         return
     click.echo(f"generation {result['generation']}: merged with installation {result['merged']}")
     for one in result["taught"]:
         click.echo(f"  {one['label']}: {one['images']} images, {'new' if one['new'] else 'known before'}")
-    _tell(result)
-
-
-def _tell(result: dict[str, Any]) -> None:
-    """What an edit cost, and the way back."""
-    _warn(result)
-    old = result["old_classes"]
-    if old["accuracy_before"] is not None:
-        estimated = f"{old['accuracy_before']:.3f} -> {old['accuracy_after']:.3f}"
-        click.echo(f"  classes that stay: {estimated} (an estimate from class statistics)")
-    click.echo("  undo with: ssd-edge device rollback")
-
-
-def _warn(result: dict[str, Any]) -> None:
-    for warning in result["warnings"]:
-        click.echo(f"warning: {printable(warning)}", err=True)
+    warn(result)
+    tell_cost(result, "classes that stay")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ssd_edge.cli.options import ROOT, STRICT
+from ssd_edge.cli.options import ROOT, STRICT, raw_stdin
 
 
 class _Stop:
@@ -49,7 +48,6 @@ def watch(source: Path, existing: bool, every: float | None, strict: bool, root:
     It learns nothing, but takes over within a second what `ssd-edge device learn` commits meanwhile. Messages go to
     standard error, one JSON object a line. It ends with the stream, or on SIGTERM and Ctrl-C, with exit code 0.
     """
-    import io
     import json
 
     from device_runtime import service
@@ -61,8 +59,7 @@ def watch(source: Path, existing: bool, every: float | None, strict: bool, root:
     stop = _Stop()
     service.log_json()
     with Device.open(root, strict) as device:
-        # A thread is left reading when it stops; Python cannot end while one holds its own buffered standard input.
-        feed = io.FileIO(sys.stdin.fileno(), closefd=False) if str(source) == "-" else source
+        feed = raw_stdin() if str(source) == "-" else source
         run(
             device,
             feed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from ssd_edge.errors import printable
 
 CONFIG = click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file; words win.")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
@@ -59,6 +62,26 @@ def open_device(root: Path | None, strict: bool = False) -> Any:
 def listed(names: list[str]) -> str:
     """What classes a device knows, for people."""
     return f"{len(names)} classes: {', '.join(names)}" if names else "no classes yet; teach one: ssd-edge device learn"
+
+
+def raw_stdin() -> io.FileIO:
+    """Standard input without a buffer of Python's, which cannot end while a thread holds it."""
+    return io.FileIO(sys.stdin.fileno(), closefd=False)
+
+
+def warn(result: dict[str, Any]) -> None:
+    """The warnings of a learn or an edit; names in them may be a stranger's."""
+    for warning in result["warnings"]:
+        click.echo(f"warning: {printable(warning)}", err=True)
+
+
+def tell_cost(result: dict[str, Any], whom: str) -> None:
+    """What a learn or an edit cost the classes that it was not about, and the way back."""
+    cost = result["old_classes"]
+    if cost["accuracy_before"] is not None:
+        estimated = f"{cost['accuracy_before']:.3f} -> {cost['accuracy_after']:.3f}"
+        click.echo(f"  {whom}: {estimated} (an estimate from class statistics)")
+    click.echo("  undo with: ssd-edge device rollback")
 
 
 @contextlib.contextmanager

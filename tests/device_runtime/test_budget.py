@@ -11,6 +11,7 @@ from device_runtime import Device, budget
 from device_runtime.budget import Budget, Meter
 from device_runtime.guard import Limits
 from device_runtime.installation import install
+from ssd_edge import memory
 from ssd_edge.errors import GateRefusedError, InputError
 
 
@@ -153,7 +154,7 @@ def test_a_report_and_history_tell_time_and_peak_memory(device):
 
 
 def test_where_the_system_keeps_no_peak_none_is_told(tmp_path):
-    assert budget._peak_mb(tmp_path) == 0
-    assert not budget._reset_peak(tmp_path / "nothing")
+    assert memory.resident("VmHWM", tmp_path) == 0
+    assert not memory.reset_peak(tmp_path / "nothing")
     (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t  204800 kB\n")
-    assert budget._peak_mb(tmp_path) == 200
+    assert memory.resident("VmHWM", tmp_path) == 200 * 2**20

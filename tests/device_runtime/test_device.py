@@ -20,14 +20,6 @@ from ssd_edge.priors import Priors
 from ssd_edge.statistics import ClassStatistics
 
 
-@pytest.fixture(scope="session")
-def installed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with the session's bundle; copy it before changing it."""
-    root = tmp_path_factory.mktemp("device") / "root"
-    install(root, bundle)
-    return root
-
-
 @pytest.fixture
 def root(installed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(installed, tmp_path / "root"))

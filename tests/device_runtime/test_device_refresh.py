@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from device_runtime.device import Device
@@ -16,16 +17,16 @@ def test_who_has_read_before_a_commit_does_not_go_back(tmp_path: Path, tiny_bund
     install(tmp_path / "root", bundle)
     device = Device.open(tmp_path / "root")
     has_read, may_go_on = threading.Event(), threading.Event()
-    current = device.store.current
+    read_current = device.store.read_current
 
-    def slow() -> Generation:
-        generation = current()
+    def slow(read: Callable[[Generation], object]) -> object:
+        found = read_current(read)
         if threading.current_thread() is looking:
             has_read.set()
             may_go_on.wait(30)
-        return generation
+        return found
 
-    device.store.current = slow
+    device.store.read_current = slow
     looking = threading.Thread(target=device.refresh)
     writing = threading.Thread(target=device.rename, args=("nut", "bolt"))
     looking.start()
@@ -35,5 +36,5 @@ def test_who_has_read_before_a_commit_does_not_go_back(tmp_path: Path, tiny_bund
     may_go_on.set()
     looking.join(30)
     writing.join(30)
-    assert device.generation.number == current().number == 2
+    assert device.generation.number == device.store.current().number == 2
     assert "bolt" in device.classes

@@ -119,6 +119,9 @@ def tensorrt(monkeypatch):
         def __init__(self, folder: Path) -> None:
             self.folder = folder
 
+        def make_folder(self):
+            pass
+
         def get(self, facts):
             return Machine.built[-1] if Machine.built else None
 

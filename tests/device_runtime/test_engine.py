@@ -195,7 +195,7 @@ def test_what_is_not_as_it_was_noted_is_removed_and_built_again(cache, facts, tm
 
 def test_looking_does_not_remove_what_another_process_is_building(cache, facts):
     builder = cache()
-    builder._make_folder()
+    builder.make_folder()
     plan = builder._path(facts)
     plan.write_bytes(b"written, and not yet noted")
     with builder._try_lock() as locked:
@@ -332,7 +332,7 @@ def test_two_at_a_time_build_one(cache, facts, tmp_path):
 
 def test_waiting_for_another_build_ends(cache, facts, tmp_path):
     builder = cache()
-    builder._make_folder()
+    builder.make_folder()
     with builder._try_lock(), pytest.raises(EnvironmentUnfitError, match=r"has been building .* for over 0\.3 s"):
         builder.build(tmp_path / "x.onnx", facts, timeout=0.3)
 

@@ -17,13 +17,6 @@ from device_runtime.installation import install
 from ssd_edge.cli import device
 
 
-@pytest.fixture(scope="module")
-def installed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("edit") / "root"
-    install(path, bundle)
-    return path
-
-
 @pytest.fixture
 def root(installed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(installed, tmp_path / "root"))
