@@ -47,7 +47,7 @@ def readout(learner: learners.Learner, train: tuple, test: tuple) -> float:
         statistics.add(code(part), truth)
     freedom = statistics.total - len(statistics.counts)
     covariance = statistics.scatter_within() / freedom
-    values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom, unbiased=False)
+    values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom)
     vectors, rows = test
     return float(((code(vectors).double() @ values + bias).argmax(1) == rows).double().mean())
 

@@ -1,4 +1,4 @@
-"""Which closed-form values on the sparse code: ridge, plain discriminant, or the unbiased one that `ssd` uses?
+"""Which closed-form values on the landmarks' directions: ridge, the discriminant, or the Gaussian read-out of `ssd`?
 
 Usage: python benchmarks/values.py [--data cifar10-jpg.tar.xz] [--shots 5 20 50 500] [--json FILE]
 
@@ -41,7 +41,7 @@ def main() -> None:
     last, rows = len(dataset.classes) - 1, []
     learner = learners.build({"name": "ssd"}, embedder.dim, embedder.priors)
     codes = torch.cat([learner.features(part) for part in test.split(4096)]).double()
-    print(f"{'new class':>10} {'ridge':>16} {'discriminant':>16} {'unbiased':>16}  (accuracy / new class)")
+    print(f"{'new class':>10} {'ridge':>16} {'discriminant':>16} {'ssd':>16}  (accuracy / new class)")
     for shots in [*words.shots, int((labels == last).sum())]:
         few = torch.randperm(int((labels == last).sum()), generator=torch.Generator().manual_seed(0))[:shots]
         index = torch.cat([(labels != last).nonzero().flatten(), (labels == last).nonzero().flatten()[few]])
@@ -51,8 +51,8 @@ def main() -> None:
         covariance, freedom = s.scatter_within() / (s.total - last - 1), s.total - last - 1
         solutions = {
             "ridge": ridge(s)[:2],
-            "discriminant": discriminant(s.means, s.counts, covariance, freedom, unbiased=False),
-            "unbiased": discriminant(s.means, s.counts, covariance, freedom, unbiased=True),
+            "discriminant": discriminant(s.means, s.counts, covariance, freedom),
+            "ssd": (learner.values.double(), learner.bias.double()),
         }
         row: dict = {"shots": shots}
         for name, (values, bias) in solutions.items():

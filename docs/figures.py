@@ -192,9 +192,9 @@ def settings_table(rows: list[dict]) -> str:
 
 def values_table(rows: list[dict]) -> str:
     """Closed-form values: accuracy over all classes / share of the new class recognised."""
-    lines = ["| images of the new class | ridge | discriminant | unbiased (`ssd`) |", "|---|---|---|---|"]
+    lines = ["| images of the new class | ridge | discriminant | `ssd` |", "|---|---|---|---|"]
     for row in rows:
-        found = (row[name] for name in ("ridge", "discriminant", "unbiased"))
+        found = (row[name] for name in ("ridge", "discriminant", "ssd"))
         cells = [f"{one['accuracy']:.3f} / {one['recall']:.3f}" for one in found]
         lines.append(f"| {row['shots']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)

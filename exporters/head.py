@@ -216,9 +216,11 @@ def _linear(graph: _Graph, learner: LinearLearner, x: str) -> str:
 
 
 def _ssd(graph: _Graph, learner: SSD, x: str) -> str:
-    unit, neurons = graph.unit(x), len(learner.keys)
-    code = _inhibit(graph, graph.matmul(unit, "keys", learner.keys.T), learner.k, neurons, None, "")
-    return _linear(graph, learner, graph.add("Concat", code, unit, axis=1) if learner.settings.skip else code)
+    response = graph.add("Exp", graph.matmul(graph.unit(x), "keys", learner.gain * learner.keys.T))
+    if learner.shipped:
+        centred = graph.add("Sub", response, graph.weight("mean", learner.mean))
+        response = graph.matmul(centred, "projection", learner.projection)
+    return _linear(graph, learner, response)
 
 
 def _rp_ridge(graph: _Graph, learner: RandomProjectionRidge, x: str) -> str:

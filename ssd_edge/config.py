@@ -135,6 +135,8 @@ class StudentConfig:
     shift: float = setting(0.0, "s of the input step ReLU(z - s)")
     epochs: int = setting(4, "over the pretraining embeddings", minimum=1)
     lr: float = setting(3.0, "plain SGD; at the 0.05 of later tasks, 200 classes need hundreds of epochs", above=0.0)
+    landmarks: int = setting(1500, "neurons of the default learner", minimum=2, maximum=20000)
+    directions: int = setting(900, "of their activity, along which it keeps statistics", minimum=1, maximum=20000)
 
 
 @dataclasses.dataclass(frozen=True)

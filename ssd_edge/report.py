@@ -36,6 +36,7 @@ def render(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         tag("p", "SSD-Edge · training report", class_="eyebrow"),
         tag("h1", escape(heading)),
         tag("p", escape(" · ".join(facts)), class_="facts"),
+        tag("p", escape(_choice(metrics["choice"])), class_="facts") if "choice" in metrics else "",
         tag("p", escape(note), class_="note") if note else "",
         _cards(metrics),
         _curves_section(metrics) if steps > 1 else "",
@@ -55,6 +56,16 @@ def render(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         f"<title>{escape(heading)} · SSD-Edge</title><style>{_STYLE}</style></head>\n"
         f"<body><main>\n{chr(10).join(filter(None, body))}\n</main></body></html>\n"
     )
+
+
+def _choice(choice: Mapping[str, Any]) -> str:
+    """Which learner ``learner.name=auto`` took, why, and what else it looked at."""
+
+    def one(row: Mapping[str, Any]) -> str:
+        accuracy = "" if row["accuracy"] is None else f" {row['accuracy']:.3f}"
+        return f"{row['name']}{accuracy} ({size(row['state_bytes'])})"
+
+    return f"Chosen by learner.name=auto: {choice['sentence']}. Candidates: {', '.join(map(one, choice['rows']))}."
 
 
 def _section(heading: str, caption: str, *content: str) -> str:

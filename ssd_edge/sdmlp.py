@@ -38,6 +38,20 @@ def prepare(embeddings: Tensor, shift: float | None) -> Tensor:
     return x.div_(x.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
+def respond(inputs: Tensor, keys: Tensor, gain: float) -> Tensor:
+    """exp(γ cos): how strongly each neuron answers, ``(N, r)``; nothing inhibits.
+
+    The exponential of the cosine is what addressing in a sparse distributed memory comes to when many hard
+    locations lie around each key (Bricken & Pehlevan 2021), and smooth, as its read-out here needs.
+
+    Args:
+        inputs: unit rows, ``(N, D)``.
+        keys: unit rows, ``(r, D)``.
+        gain: γ.
+    """
+    return (gain * (inputs @ keys.T)).exp()
+
+
 def initial_rows(rows: int, columns: int, fan_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """Uniform in ±1/√fan_in (the default of a linear layer), clamped at zero: about half the weights are 0."""
     bound = 1.0 / math.sqrt(fan_in)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ssd_edge.errors import InputError
 
 PRIOR_GRID = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
+LEAST_SIGNAL = 1e-3  # images of few, alike classes must not talk the read-out out of telling them apart
 RIDGE_GRID = tuple(10.0 ** (e / 2) for e in range(-12, 9))  # λ relative to the mean eigenvalue
 NO_VARIANCE = 1e-12  # of the mean square: less than this is what rounding leaves of equal samples
 
@@ -28,17 +29,19 @@ class ClassStatistics:
             embedding, which is why a class must be taught with at least three.)
         per_class: whether second moments are kept class by class, so that a class can be taken out again.
         moments: float64, Σ z zᵀ over all samples ``(D, D)``, or of each class ``(C, D, D)``.
+        single: whether sums and moments are kept in float32, at half the size: they are still added up in float64, and
+            rounded where a change ends (`settle`).
     """
 
-    def __init__(self, dim: int, per_class: bool = False) -> None:
-        self.per_class = per_class
+    def __init__(self, dim: int, per_class: bool = False, single: bool = False) -> None:
+        self.per_class, self.single = per_class, single
         self.counts = torch.zeros(0, dtype=torch.float64)
         self.sums = torch.zeros(0, dim, dtype=torch.float64)
         self.moments = torch.zeros((0, dim, dim) if per_class else (dim, dim), dtype=torch.float64)
 
     def copy(self) -> ClassStatistics:
         """Statistics of their own, equal bit for bit."""
-        twin = ClassStatistics(self.sums.shape[1], self.per_class)
+        twin = ClassStatistics(self.sums.shape[1], self.per_class, self.single)
         twin.counts, twin.sums, twin.moments = self.counts.clone(), self.sums.clone(), self.moments.clone()
         return twin
 
@@ -148,7 +151,7 @@ class ClassStatistics:
                 "their classes first"
             )
         kept = torch.tensor([row for row in range(len(self.counts)) if row not in left_out], dtype=torch.int64)
-        fewer = ClassStatistics(self.sums.shape[1], self.per_class)
+        fewer = ClassStatistics(self.sums.shape[1], self.per_class, self.single)
         fewer.counts, fewer.sums = self.counts[kept], self.sums[kept]
         fewer.moments = self.moments[kept] if self.per_class else self.moments.clone()
         return fewer
@@ -201,17 +204,24 @@ class ClassStatistics:
         varies = (covariance.diagonal() > NO_VARIANCE * mean_square).double()
         return covariance * torch.outer(varies, varies)
 
+    def settle(self) -> None:
+        """Round to what `state` keeps, so that a restart changes no bit; nothing without `single`."""
+        if self.single:
+            self.sums, self.moments = self.sums.float().double(), self.moments.float().double()
+
     def state(self) -> dict[str, Tensor]:
-        """Named tensors; symmetric matrices as their upper triangles."""
-        return {"counts": self.counts, "sums": self.sums, "second": pack_symmetric(self.moments)}
+        """Named tensors; symmetric matrices as their upper triangles. With `single`, call `settle` before."""
+        kind = torch.float32 if self.single else torch.float64
+        return {"counts": self.counts, "sums": self.sums.to(kind), "second": pack_symmetric(self.moments).to(kind)}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> ClassStatistics:
         """Restore; the inverse of `state`, bit for bit."""
-        statistics = cls(state["sums"].shape[1], per_class=state["second"].ndim == 2)
+        single = state["sums"].dtype == torch.float32
+        statistics = cls(state["sums"].shape[1], per_class=state["second"].ndim == 2, single=single)
         statistics.counts = state["counts"].clone()
-        statistics.sums = state["sums"].clone()
-        statistics.moments = unpack_symmetric(state["second"], state["sums"].shape[1])
+        statistics.sums = state["sums"].to(torch.float64, copy=True)
+        statistics.moments = unpack_symmetric(state["second"].double(), state["sums"].shape[1])
         return statistics
 
 
@@ -280,6 +290,13 @@ def shrink(covariance: Tensor, samples: float) -> Tensor:
     return (1.0 - share) * covariance + share * variance * torch.eye(size, dtype=covariance.dtype)
 
 
+def shrink_to_diagonal(covariance: Tensor, share: float) -> Tensor:
+    """The covariance with `share` of what stands beside its diagonal taken away; always invertible."""
+    diagonal = covariance.diagonal().diag()
+    jitter = 1e-4 * torch.eye(len(covariance), dtype=covariance.dtype) * covariance.diagonal().mean()
+    return (1.0 - share) * covariance + share * diagonal + jitter
+
+
 def likeliest_weight(scatter: Tensor, freedom: float, prior: Tensor) -> float:
     """How many samples a prior covariance should count for: the weight under which the data are likeliest.
 
@@ -308,20 +325,17 @@ def likeliest_weight(scatter: Tensor, freedom: float, prior: Tensor) -> float:
     return chosen
 
 
-def discriminant(
-    means: Tensor, counts: Tensor, covariance: Tensor, samples: float, unbiased: bool
-) -> tuple[Tensor, Tensor]:
+def discriminant(means: Tensor, counts: Tensor, covariance: Tensor, samples: float) -> tuple[Tensor, Tensor]:
     """Linear discriminant with equal class priors: w_c = Λ⁻¹ μ_c, b_c = −½ μ_cᵀ Λ⁻¹ μ_c.
 
     With few samples the estimate of μᵀΛ⁻¹μ is too large by tr(Λ⁻¹Σ)/n_c, so that a class taught with few
-    images next to classes taught with many is never predicted; `unbiased` takes that part off.
+    images next to classes taught with many is never predicted; `gaussian_readout` allows for it.
 
     Args:
         means: ``(C, D)``.
         counts: ``(C,)``; a class with 0 samples gets a bias of −∞.
         covariance: within-class, ``(D, D)``; shrunk here to Λ.
         samples: how many samples stand behind it.
-        unbiased: correct the biases for the noise of the means.
 
     Returns:
         Values ``(D, C)`` and biases ``(C,)``, float64.
@@ -329,10 +343,67 @@ def discriminant(
     factor = torch.linalg.cholesky(shrink(covariance, samples))
     values = torch.cholesky_solve(means.T, factor)
     bias = (means.T * values).sum(0)
-    if unbiased:
-        effective = float(torch.cholesky_solve(covariance, factor).trace())
-        bias = bias - effective / counts.clamp_min(1)
     return values, (-0.5 * bias).masked_fill(counts == 0, -torch.inf)
+
+
+def gaussian_readout(means: Tensor, counts: Tensor, covariance: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+    """The linear read-out of Gaussian classes whose means are themselves uncertain (probabilistic LDA, Ioffe 2006).
+
+    A class mean is drawn from N(0, B), a sample from N(mean, W). After n_c samples the mean is known up to
+    (B⁻¹ + n_c W⁻¹)⁻¹, and an embedding is expected at the shrunken mean with a spread of W plus that. On the axes on
+    which W = 1 and B is diagonal b, with τ_c = b/(n_c b + 1) what is left unknown of the mean,
+
+        log p(x | c) = Σ x m/(1 + τ) − ½ Σ m²/(1 + τ) − ½ Σ log(1 + τ) − ½ Σ x²/(1 + τ),   m = n_c τ x̄.
+
+    The last term is the only one that is not linear in x, and hardly differs between classes: it is replaced by its
+    mean over the samples seen. So few images give a nearest mean along the directions that matter, and many give
+    linear discriminant analysis, and classes of 5 and of 5,000 images can be compared.
+
+    Args:
+        means: of the samples, ``(C, D)``, around the mean that new classes are expected at.
+        counts: ``(C,)``; a class with 0 samples gets a bias of −∞.
+        covariance: W, ``(D, D)``, positive definite.
+        signal: B, ``(D, D)``, or its diagonal ``(D,)``.
+
+    Returns:
+        Values ``(D, C)`` and biases ``(C,)``, float64.
+    """
+    factor = torch.linalg.cholesky(covariance)
+    expected = torch.diag(signal) if signal.ndim == 1 else signal
+    half = torch.linalg.solve_triangular(factor, expected, upper=False)
+    whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+    variances, rotation = torch.linalg.eigh((whitened + whitened.mT) / 2)
+    axes = torch.linalg.solve_triangular(factor.mT, rotation, upper=True)
+    known = counts[:, None]
+    unknown = variances.clamp_min(0) / (known * variances.clamp_min(0) + 1.0)
+    there, precision = means @ axes, 1.0 / (1.0 + unknown)
+    shrunk = known * unknown * there
+    seen = 1.0 + (known * there.square()).sum(0) / counts.sum().clamp_min(1)
+    bias = (-shrunk.square() * precision + precision.log() - seen * precision).sum(1) / 2
+    values = axes @ (shrunk * precision).T
+    return values, bias.masked_fill(counts == 0, -torch.inf)
+
+
+def signal_scale(means: Tensor, counts: Tensor, covariance: Tensor, signal: Tensor) -> float:
+    """By how much to raise `signal`: half-way, as a factor, to the scatter seen between the means, less their noise.
+
+    Half-way, because a few classes tell the scatter no better than pretraining does.
+
+    Args:
+        means: ``(C, D)``.
+        counts: ``(C,)``; classes with 0 samples do not count.
+        covariance: within-class, ``(D, D)``.
+        signal: B, ``(D, D)``.
+
+    Returns:
+        At least √`LEAST_SIGNAL`; 1 for fewer than two classes.
+    """
+    means, counts = means[counts > 0], counts[counts > 0]
+    if len(counts) < 2:
+        return 1.0
+    apart = (means - means.mean(0)).square().sum() / (len(counts) - 1)
+    noise = covariance.trace() * (1.0 / counts).mean()
+    return math.sqrt(max(float((apart - noise) / signal.trace()), LEAST_SIGNAL))
 
 
 def ridge(statistics: ClassStatistics, strength: float = 0.0) -> tuple[Tensor, Tensor, float]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssd_edge import files, learners, metrics, runs
+from ssd_edge import choosing, files, learners, metrics, runs
 from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.comparison import DISPLAY
@@ -27,7 +27,7 @@ from ssd_edge.data import load
 from ssd_edge.errors import EnvironmentUnfitError, InputError
 from ssd_edge.learners.finetune import JOINT, FineTune
 from ssd_edge.penalties import PenaltySettings
-from ssd_edge.prepared import accuracies, embed, prepare
+from ssd_edge.prepared import Prepared, accuracies, embed, prepare
 from ssd_edge.report import render
 from ssd_edge.statistics import ClassStatistics
 from ssd_edge.streams import extent, make_stream, step_name, stream_name
@@ -92,14 +92,37 @@ class Run:
 
     def __init__(self, config: TrainConfig, console: Console) -> None:
         self.config, self.console = config, console
+        self.prepared: Prepared | None = None
+        undecided = choosing.wanted(config.learner)
         self.device = pick_device(config.run.device)
         self.dataset = load(config.data, config.run.seed)
         self.embedder = open_backbone(config.backbone, self.device)
-        # fails on a wrong setting before any work is done
-        options = once(config.learner, config.stream.online)
-        self.settings = learners.build(options, self.embedder.dim, self.embedder.priors, config.run.seed).settings
+        self.settings = None if undecided else self._settings()  # fails on a wrong one before any work is done
         self.stream = make_stream(self.dataset.classes, config.stream, config.run.seed)
         self.experiences = self.stream.experiences(self.dataset.train_labels)
+
+    def _settings(self) -> Any:
+        config, embedder = self.config, self.embedder
+        options = once(config.learner, config.stream.online)
+        return learners.build(options, embedder.dim, embedder.priors, config.run.seed).settings
+
+    def choose(self) -> choosing.Choice:
+        """Settle ``learner.name=auto`` by the training images: from here on the configuration names a learner."""
+        self._prepare()
+        data, console = self.prepared, self.console
+        with console.progress("choosing a learner", 1) as bar:
+            choice = choosing.choose(
+                data.train,
+                data.train_rows,
+                self.embedder.priors,
+                self.config.run.seed,
+                self.device,
+                lambda share, name: bar.update(0, share, name),
+            )
+        console.say(f"learner.name={learners.AUTO} takes {choice.sentence}")
+        self.config = dataclasses.replace(self.config, learner={"name": choice.name})
+        self.settings = self._settings()
+        return choice
 
     def attach(self, folder: Path) -> Run:
         """Work in this folder, from whatever progress it holds."""
@@ -116,13 +139,18 @@ class Run:
             "experiences": hashlib.sha256(files.json_bytes(samples)).hexdigest(),
         }
 
+    def _prepare(self) -> None:
+        if self.prepared is None:
+            started = time.monotonic()
+            embedded = embed(self.dataset, self.embedder, self.console, self.config.backbone.cache)
+            self.prepared = prepare(self.dataset, self.stream, self.embedder, embedded)
+            self.embed_seconds = time.monotonic() - started
+
     def execute(self) -> dict[str, Any]:
         """Run every system, write all results, and return the metrics."""
         config, console = self.config, self.console
-        started = time.monotonic()
-        embedded = embed(self.dataset, self.embedder, console, config.backbone.cache)
-        self.prepared = prepared = prepare(self.dataset, self.stream, self.embedder, embedded)
-        embed_seconds = time.monotonic() - started
+        self._prepare()
+        prepared = self.prepared
         main = config.learner["name"]
         console.say(
             f"{self.dataset.name}: {len(prepared.train):,} training and {len(prepared.test):,} test images, "
@@ -136,7 +164,7 @@ class Run:
                 results[name] = self._stream(options_for(name, config.learner), announce=False)
         if config.run.panel:
             results[JOINT_NAME] = self._joint()
-        return self._finish(results, embed_seconds)
+        return self._finish(results)
 
     def _stream(self, options: Mapping[str, Any], announce: bool) -> dict[str, Any]:
         """Take one learner through the experiences, from its last checkpoint on."""
@@ -236,7 +264,7 @@ class Run:
             mu, sigma = prepared.standardisation
             files.write_tensors(folder / "standardisation.safetensors", {"mu": mu, "sigma": sigma})
 
-    def _finish(self, results: dict[str, dict[str, Any]], embed_seconds: float) -> dict[str, Any]:
+    def _finish(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Metrics, report and the run's record, in this order: a run is finished when its record says so."""
         prepared, name = self.prepared, self.config.learner["name"]
         main, groups = results[name], self.stream.groups(self.dataset.train_labels)
@@ -260,13 +288,15 @@ class Run:
             "train_images": len(prepared.train),
             "test_images": len(prepared.test),
             "class_accuracy": self.progress.entry(name)["class_accuracy"],
-            "embed_seconds": embed_seconds,
+            "embed_seconds": self.embed_seconds,
             "baselines": {other: results[other] for other in BASELINES if other in results and other != name},
             "panel": {other: values["average_accuracy"] for other, values in panel.items()},
             "panel_details": panel,
         }
-        files.write_json(self.folder / "metrics.json", result)
         record = files.read_json(self.folder / "run.json")
+        if "choice" in record:
+            result["choice"] = record["choice"]
+        files.write_json(self.folder / "metrics.json", result)
         record.update(status="finished", finished=record.get("finished") or runs.now())
         files.write_text(self.folder / "report.html", render(result, record))
         files.write_json(self.folder / "run.json", record)
@@ -299,6 +329,8 @@ def start(config: TrainConfig, argv: list[str], console: Console) -> Run:
     set_threads(config.run.threads)
     config = with_absolute_paths(config)
     run = Run(config, console)
+    choice = {"choice": run.choose().to_json()} if choosing.wanted(config.learner) else {}
+    config = run.config
     folder = runs.new_folder(Path(config.run.out))
     runs.write_config(folder, config)
     files.write_json(
@@ -321,6 +353,7 @@ def start(config: TrainConfig, argv: list[str], console: Console) -> Run:
         "identity": run.identity(),
         "config": to_tree(config),
         "backbone": {"identity": run.embedder.identity, "provenance": run.embedder.provenance},
+        **choice,
         **runs.environment(),
     }
     files.write_json(folder / "run.json", record)

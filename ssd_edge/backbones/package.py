@@ -3,7 +3,8 @@
 ```
 backbone.safetensors   weights of the body; matrices fp16, vectors fp32
 priors.safetensors     mu, sigma (D,), count, within_covariance (D, D) of the standardised embeddings,
-                       keys (r, D) and counters (r,) of a pretrained SDMLP, code_keys (r, D)
+                       keys (r, D) and counters (r,) of a pretrained SDMLP,
+                       landmark_* of the default learner (`priors.Landmarks`)
 card.json              where each comes from: data and terms, command, seed, accuracy
 ```
 A user's own ONNX backbone has no package: its μ and σ come from the first task and stay frozen.
@@ -20,10 +21,11 @@ import numpy as np
 
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.priors import Priors
+from ssd_edge.priors import Landmarks, Priors
 
 WEIGHTS, PRIORS, CARD = "backbone.safetensors", "priors.safetensors", "card.json"
 SHIPPED = Path(__file__).parent / "shipped"
+LANDMARKS = {"keys": np.float16, "mean": np.float32, "projection": np.float16, "signal": np.float32}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,13 @@ def _unit_rows(keys: np.ndarray | None) -> np.ndarray | None:
     return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
 
 
+def _landmarks(priors: dict[str, np.ndarray], metadata: dict[str, Any]) -> Landmarks | None:
+    if "landmark_keys" not in priors:
+        return None
+    arrays = {name: priors[f"landmark_{name}"].astype(np.float32) for name in LANDMARKS}
+    return Landmarks(**arrays, gain=float(metadata["landmark_gain"]))
+
+
 def save(package: BackbonePackage, folder: Path) -> int:
     """Write a package; returns its size in bytes."""
     folder = Path(folder)
@@ -79,10 +88,14 @@ def save(package: BackbonePackage, folder: Path) -> int:
     if package.priors.keys is not None and package.priors.counters is not None:
         priors["keys"] = package.priors.keys.astype(np.float16)
         priors["counters"] = package.priors.counters.astype(np.float32)
-    if package.priors.code_keys is not None:
-        priors["code_keys"] = package.priors.code_keys.astype(np.float16)
+    landmarks = package.priors.landmarks
+    if landmarks is not None:
+        for name, kind in LANDMARKS.items():
+            priors[f"landmark_{name}"] = getattr(landmarks, name).astype(kind)
     files.write_tensors(folder / WEIGHTS, compact(package.weights))
     metadata = {"count": package.priors.count, "student": package.priors.student}
+    if landmarks is not None:
+        metadata["landmark_gain"] = landmarks.gain
     files.write_tensors(folder / PRIORS, priors, metadata)
     files.write_json(folder / CARD, package.card)
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
@@ -115,7 +128,7 @@ def load(folder: Path | None = None) -> BackbonePackage:
                 within_covariance=priors.get("within_covariance"),
                 keys=_unit_rows(priors.get("keys")),
                 counters=priors.get("counters"),
-                code_keys=_unit_rows(priors.get("code_keys")),
+                landmarks=_landmarks(priors, metadata),
                 student=dict(metadata.get("student", {})),
             ),
             card={**card, "arch": str(card["arch"]), "size": int(card["size"]), "dim": int(card["dim"])},

@@ -21,6 +21,7 @@ def train(config_file: Path | None, resume: Path | None, overrides: tuple[str, .
     ssd-edge train                                  bundled digits, nothing to download
     ssd-edge train data.path=FOLDER                 FOLDER/<class>/*.jpg, or train/ and test/ in it
     ssd-edge train --config F.yaml learner.name=sdmlp learner.k=10
+    ssd-edge train learner.name=auto                a closed-form learner, by held-out training images
     ssd-edge train --resume runs/3
 
     Writes runs/<n>/ with metrics.json and report.html. `ssd-edge config` lists every key.

@@ -28,6 +28,7 @@ from ssd_edge.penalties import PenaltySettings
 from ssd_edge.priors import Priors
 
 __all__ = [
+    "AUTO",
     "LEARNERS",
     "Learner",
     "Task",
@@ -48,12 +49,19 @@ LEARNERS: dict[str, type[Learner]] = {
         *(NCM, SLDA, Ridge, RandomProjectionRidge, FeCAM, FlyModel),
     )
 }
+AUTO = "auto"  # no learner: `train` takes one of them for it before a run starts (choosing.py)
 
 
 def _kind(name: Any) -> type[Learner]:
-    if name not in LEARNERS:
-        hint = did_you_mean(str(name), LEARNERS)
-        raise InputError(f"unknown learner.name '{name}'.{hint} Known: {', '.join(LEARNERS)}")
+    if name == AUTO:
+        raise InputError(
+            f"learner.name={AUTO} is settled by `ssd-edge train` when a run is started, and nowhere else; name a "
+            f"learner: {', '.join(LEARNERS)}"
+        )
+    if not isinstance(name, str) or name not in LEARNERS:
+        known = (*LEARNERS, AUTO)
+        hint = did_you_mean(str(name), known)
+        raise InputError(f"unknown learner.name '{name}'.{hint} Known: {', '.join(known)}")
     return LEARNERS[name]
 
 

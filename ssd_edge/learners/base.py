@@ -23,6 +23,7 @@ from ssd_edge.priors import Priors
 Progress = Callable[[float], bool | None]
 
 DTYPES = {
+    "float16": torch.float16,
     "float32": torch.float32,
     "float64": torch.float64,
     "int64": torch.int64,
@@ -79,11 +80,16 @@ CLASS_AXES = frozenset("CSP")
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a learner's state: symbolic shape (letters must agree), dtype, and why it is kept."""
+    """One tensor of a learner's state: symbolic shape (letters must agree), dtype, and why it is kept.
+
+    `shipped`: it came with the backbone and never changes. It is kept beside the state so that a state is complete, but
+    is no part of what was learned (`Learner.memory_bytes`).
+    """
 
     shape: tuple[str | int, ...]
     dtype: str
     reason: str
+    shipped: bool = False
 
 
 BASE_SCHEMA = {
@@ -328,9 +334,16 @@ class Learner(abc.ABC):
         self.tasks_learned = int(state["tasks_learned"][0])
         self._load({name: tensor.clone() for name, tensor in state.items() if name not in BASE_SCHEMA})
 
+    def constants(self) -> dict[str, Tensor]:
+        """The tensors of the state that came with the backbone and never change."""
+        shipped = {name for name, spec in self.schema().items() if spec.shipped}
+        return {name: tensor for name, tensor in self._tensors().items() if name in shipped}
+
     def memory_bytes(self) -> int:
-        """Bytes of the state: all that must persist beyond the backbone."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+        """Bytes of the state: all that must persist beyond the backbone package, so without `constants`."""
+        shipped = self.constants()
+        kept = [tensor for name, tensor in self.state_dict().items() if name not in shipped]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def generator(self, purpose: int = 0) -> torch.Generator:
         """Random numbers that depend on the seed, the number of tasks learned and the purpose only."""

@@ -6,7 +6,7 @@ One pass, no epochs, order-invariant up to rounding.
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,15 +21,16 @@ BATCH = 4096
 PER_CLASS = "keep second moments per class: a class can then be removed exactly, at C times the memory"
 
 
-def statistics_schema(size: int, per_class: bool) -> dict[str, TensorSpec]:
+def statistics_schema(size: int, per_class: bool, single: bool = False) -> dict[str, TensorSpec]:
     """The tensors of `ClassStatistics` over `size` features."""
+    kind = "float32" if single else "float64"
     triangle = size * (size + 1) // 2
     whose = "of each class, upper triangles" if per_class else "all classes, upper triangle"
     return {
         "counts": TensorSpec(("C",), "float64", "samples seen of each class"),
-        "sums": TensorSpec(("C", size), "float64", "sum of the features of each class"),
+        "sums": TensorSpec(("C", size), kind, "sum of the features of each class"),
         "second": TensorSpec(
-            ("C", triangle) if per_class else (triangle,), "float64", f"second moments of the features, {whose}"
+            ("C", triangle) if per_class else (triangle,), kind, f"second moments of the features, {whose}"
         ),
     }
 
@@ -41,11 +42,13 @@ class LinearLearner(Learner):
     be removed exactly.
     """
 
+    single: ClassVar[bool] = False  # whether the statistics are kept in float32
+
     def __init__(
         self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
     ) -> None:
         super().__init__(dim, settings, priors, seed, device)
-        self.statistics = ClassStatistics(self.feature_count(), settings.per_class)
+        self.statistics = ClassStatistics(self.feature_count(), settings.per_class, self.single)
         self.values = torch.zeros(self.feature_count(), 0)
         self.bias = torch.zeros(0)
 
@@ -77,6 +80,7 @@ class LinearLearner(Learner):
         return measured
 
     def _update(self) -> dict[str, float]:
+        self.statistics.settle()
         values, bias, measured = self.solve()
         # contiguous: another memory order would change the last bits of a product after a restart
         self.values, self.bias = values.float().contiguous(), bias.float().clamp_min(NEVER)
@@ -119,7 +123,7 @@ class LinearLearner(Learner):
     def _schema_of(self, size: int) -> dict[str, TensorSpec]:
         """`schema` if there were `size` features."""
         return {
-            **statistics_schema(size, self.settings.per_class),
+            **statistics_schema(size, self.settings.per_class, self.single),
             "values": TensorSpec((size, "C"), "float32", "solved from the statistics"),
             "bias": TensorSpec(("C",), "float32", "solved from the statistics"),
         }

@@ -46,7 +46,7 @@ class SLDA(LinearLearner):
         if weight < 0:
             weight = likeliest_weight(scatter, freedom, shrink(self.prior.double(), float("inf")))
         covariance = (scatter + weight * self.prior.double()) / max(freedom + weight, 1.0)
-        values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom + weight, unbiased=False)
+        values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom + weight)
         return values, bias, {"prior_weight": weight}
 
     def _common(self) -> dict[str, Any]:

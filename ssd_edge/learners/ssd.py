@@ -1,18 +1,18 @@
-"""`ssd`, the default learner: SDMLP keys and sparse code, values in closed form.
+"""`ssd`, the default learner: landmark neurons, statistics along a subnetwork of them, values in closed form.
 
 Trained by gradients to the letter of the paper, one softmax head forgets: every new class pushes down the
-rows of the old ones. Here the values are not trained but solved after each task from sufficient statistics
-of the Top-K code, which no later task can spoil while the keys stand still. In this version they stay as
-pretrained; the Top-n table is kept from the first day, because it says which keys carry the statistics.
+rows of the old ones. Here nothing is trained on the device. The neurons' keys are embeddings of pretraining images;
+of what they answer only the Top-n directions are kept, those that carry most of the activity; and after each task the
+values are solved from sufficient statistics along them, which no later task can spoil. What the former self
+knew is in the statistics exactly, so there is no teacher to store and no image to replay.
 
-The values are a linear discriminant with equal class priors rather than ridge on one-hot targets: as
-accurate on balanced classes, and the only one of the two that ever predicts a class taught with twenty
-images beside classes taught with thousands (figures: docs/method.md).
+Which part does what, and what of SSD was measured and left out: docs/ssd.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,103 +24,187 @@ from ssd_edge.errors import InputError
 from ssd_edge.learners.base import Progress, Task, TensorSpec
 from ssd_edge.learners.linear import PER_CLASS, LinearLearner
 from ssd_edge.priors import Priors
-from ssd_edge.sdmlp import prepare, unit_rows
-from ssd_edge.statistics import discriminant
-from ssd_edge.topk import inhibit
+from ssd_edge.sdmlp import prepare, respond, unit_rows
+from ssd_edge.statistics import gaussian_readout, likeliest_weight, ridge, signal_scale
+
+# Without a backbone's landmarks: the gain of random keys for each √D (a cosine with one is about 1/√D), and how the
+# signal of a direction is guessed from its variance; chosen as the constants of `backbones.landmarks` were.
+RANDOM_GAIN, OF_VARIANCE, FLOOR = 0.5, 0.003, 0.001
+DIRECTIONS, TINY = 900, 1e-12
+SHIPPED = ("keys", "mean", "projection", "signal", "gain")
+ANSWERING = 0.1  # share of the neurons that count as answering a sample: those nearest to it
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of the default learner."""
 
-    neurons: int = setting(1000, "r, the number of keys; the state grows with r²/2", minimum=4, maximum=20000)
-    k: int = setting(0, "active neurons at the read-out; 0: half of r, where accuracy is flat", minimum=0)
-    keys: Literal["pretrained", "random"] = setting("pretrained", "random where the backbone brings none of this size")
-    skip: bool = setting(True, "the unit embedding beside the code: what is linear in it needs no neurons")
+    directions: int = setting(
+        0, "n, along which statistics are kept; the state grows with n²/2; 0: all that the backbone brings, or 900",
+        minimum=0, maximum=20000,
+    )  # fmt: skip
+    keys: Literal["pretrained", "random"] = setting("pretrained", "random where the backbone brings no landmarks")
+    prior_weight: float = setting(
+        0.0, "samples that the expected spread counts for beside those seen; 0: in closed form", minimum=0.0
+    )
     top_n: int = setting(100, "neurons listed in the Top-n table", minimum=1)
     per_class: bool = setting(False, PER_CLASS)
 
-    def __post_init__(self) -> None:
-        """Check what one field says against another."""
-        if self.k >= self.neurons:
-            raise InputError(f"learner.k must be below learner.neurons, but is {self.k} of {self.neurons}")
-        if self.top_n > self.neurons:
-            raise InputError(f"learner.top_n must be at most learner.neurons, but is {self.top_n} of {self.neurons}")
-
 
 class SSD(LinearLearner):
-    """Sparse Top-K code of signed unit inputs, and the inputs themselves; values solved in closed form.
+    """Landmark responses along n directions; values solved in closed form.
 
     Attributes:
-        frequencies: share of the last task's samples that each neuron answered, ``(r,)``. They describe that task
-            alone, so removing a class leaves them, and merging takes over none of the other learner's.
+        frequencies: share of the last task's samples to which each neuron was among the nearest tenth, ``(r,)``. They
+            describe that task alone, so removing a class leaves them, and merging takes over none of the other
+            learner's.
     """
 
     name: ClassVar[str] = "ssd"
     display: str = "SSD"
     Settings: ClassVar[type] = Settings
+    single: ClassVar[bool] = True
 
     def __init__(
         self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
     ) -> None:
+        landmarks = priors.landmarks if settings.keys == "pretrained" else None
+        self.shipped: dict[str, Tensor] = {}  # empty: random keys, drawn again from the seed
+        if landmarks is not None:
+            brought = landmarks.projection.shape[1]
+            directions = settings.directions or brought
+            if directions > brought:
+                raise InputError(
+                    f"learner.directions is {directions:,}, but the backbone's landmarks have {brought:,}; lower it, "
+                    f"or make others: ssd-edge pretrain PACKAGE --student student.directions={directions}"
+                )
+            self.shipped = {
+                "keys": torch.from_numpy(landmarks.keys).half(),
+                "mean": torch.from_numpy(landmarks.mean),
+                "projection": torch.from_numpy(landmarks.projection[:, :directions].copy()).half(),
+                "signal": torch.from_numpy(landmarks.signal[:directions].copy()),
+                "gain": torch.tensor([landmarks.gain], dtype=torch.float32),
+            }
+        self.directions = len(self.shipped["signal"]) if self.shipped else settings.directions or DIRECTIONS
         super().__init__(dim, settings, priors, seed, device)
-        pretrained = priors.code_keys
-        if settings.keys == "pretrained" and pretrained is not None and pretrained.shape == (settings.neurons, dim):
-            keys = torch.from_numpy(pretrained)
+        self._prepare()
+        self.frequencies = torch.zeros(len(self.keys))
+        if landmarks is None and settings.keys == "pretrained":
+            self.note = "the backbone brings no landmarks; random keys are used"
+
+    def _prepare(self) -> None:
+        """The constants as they are computed with."""
+        if self.shipped:
+            self.keys = self.shipped["keys"].float().to(self.device)
+            self.mean = self.shipped["mean"].to(self.device)
+            self.projection = self.shipped["projection"].float().to(self.device)
+            self.gain = float(self.shipped["gain"][0])
         else:
-            generator = torch.Generator().manual_seed(seed)
-            keys = unit_rows(torch.randn(settings.neurons, dim, generator=generator))
-            if settings.keys == "pretrained":
-                wanted = f"{settings.neurons:,} pretrained keys of this kind"
-                self.note = f"the backbone brings no {wanted}; random ones are used"
-        self.keys = keys.to(self.device)
-        self.k = settings.k or max(1, settings.neurons // 2)
-        self.frequencies = torch.zeros(settings.neurons)
+            generator = torch.Generator().manual_seed(self.seed)
+            self.keys = unit_rows(torch.randn(self.directions, self.dim, generator=generator)).to(self.device)
+            self.gain = RANDOM_GAIN * math.sqrt(self.dim)
 
     def feature_count(self) -> int:
-        return self.settings.neurons + (self.dim if self.settings.skip else 0)
+        return self.directions
 
     def features(self, embeddings: Tensor) -> Tensor:
-        """The code ``(N, r)``, with the unit embedding behind it: ``(N, r + D)``."""
-        x = prepare(embeddings, None)
-        code = inhibit(x @ self.keys.T, self.k).to_dense()
-        return torch.cat([code, x], dim=1) if self.settings.skip else code
+        """Activity along the directions, ``(N, n)``."""
+        response = respond(prepare(embeddings, None), self.keys, self.gain)
+        return (response - self.mean) @ self.projection if self.shipped else response
 
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
-        statistics = self.statistics
-        freedom = max(statistics.freedom, 1.0)
-        covariance = statistics.scatter_within() / freedom
-        values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom, unbiased=True)
-        return values, bias, {}
+        statistics, freedom, size = self.statistics, self.statistics.freedom, self.directions
+        identity, scatter = torch.eye(size, dtype=torch.float64), statistics.scatter_within()
+        variance = max(float(scatter.trace()) / max(freedom, 1.0) / size, TINY) if freedom else 1.0
+        weight = self.settings.prior_weight or self._weight(scatter, variance)
+        # on the directions of landmarks the spread within pretraining classes is the identity
+        covariance = (weight * variance * identity + scatter) / (weight + freedom)
+        if self.shipped:
+            signal = self.shipped["signal"].double().diag()
+        else:
+            signal = OF_VARIANCE * covariance @ covariance * (size / covariance.trace()) + FLOOR * covariance
+        taught = statistics.counts > 0
+        centre = statistics.means.sum(0) / taught.sum().clamp_min(1)
+        scale = signal_scale(statistics.means, statistics.counts, covariance, signal)
+        means = (statistics.means - centre) * taught[:, None]
+        values, bias = gaussian_readout(means, statistics.counts, covariance, scale * signal)
+        return values, bias - centre @ values, {"prior_weight": weight, "signal_scale": scale}
+
+    def _weight(self, scatter: Tensor, variance: float) -> float:
+        """How many samples the prior spread counts for: the more cautious of two choices in closed form.
+
+        The weight under which the scatter is likeliest trusts too few images where they vary unlike pretraining's; the
+        λ of generalised cross-validation, which here is the same weight, where they are very few.
+        """
+        freedom = self.statistics.freedom
+        if freedom < 1:
+            return 1.0
+        weight = ridge(self.statistics)[2] / variance
+        if self.shipped:
+            prior = variance * torch.eye(self.directions, dtype=torch.float64)
+            weight = max(weight, likeliest_weight(scatter, freedom, prior))
+        return weight
 
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
-        self.active = torch.zeros(self.settings.neurons, dtype=torch.int64, device=self.device)
         measured = super()._learn(task, progress)
-        self.frequencies = (self.active / len(task.labels)).cpu()
+        self.frequencies = self._answering(task.embeddings)
         return measured
 
-    def observe(self, features: Tensor) -> None:
-        self.active += (features[:, : self.settings.neurons] > 0).sum(0)
+    def _answering(self, embeddings: Tensor) -> Tensor:
+        """Share of the samples to which each neuron is among the nearest tenth, ``(r,)``."""
+        count, nearest = torch.zeros(len(self.keys)), max(1, round(ANSWERING * len(self.keys)))
+        for part in embeddings.split(4096):
+            cosines = prepare(part.to(self.device), None) @ self.keys.T
+            chosen = cosines.topk(nearest, dim=1, sorted=False).indices.flatten()
+            count += torch.bincount(chosen, minlength=len(count)).cpu()
+        return count / len(embeddings)
 
     @property
     def top_n(self) -> TopNTable:
         """The neurons that answered most often in the last task."""
-        return select(self.frequencies, self.settings.top_n)
+        return select(self.frequencies, min(self.settings.top_n, len(self.frequencies)))
 
     def _common(self) -> dict[str, Any]:
-        return {**super()._common(), "the keys": self.keys}
-
-    def schema(self) -> dict[str, TensorSpec]:
-        neurons = self.settings.neurons
+        words = {"keys": "the landmarks", "mean": "the landmarks' mean response", "projection": "the directions",
+                 "signal": "the directions' signal", "gain": "the landmarks' gain"}  # fmt: skip
         return {
-            **super().schema(),
-            "keys": TensorSpec((neurons, "D"), "float32", "W1, the addresses"),
-            "frequencies": TensorSpec((neurons,), "float32", "how often each neuron answered in the last task"),
+            **super()._common(),
+            "the number of directions": self.directions,
+            **({words[name]: tensor for name, tensor in self.shipped.items()} or {"the seed of the keys": self.seed}),
         }
 
+    def schema(self) -> dict[str, TensorSpec]:
+        own = {
+            **super().schema(),
+            "frequencies": TensorSpec(("r",), "float32", "how often each neuron answered in the last task"),
+        }
+        if not self.shipped:
+            return own
+        n = self.directions
+        return {
+            **own,
+            "keys": TensorSpec(("r", "D"), "float16", "W1, the landmarks", shipped=True),
+            "mean": TensorSpec(("r",), "float32", "what they answer on average", shipped=True),
+            "projection": TensorSpec(("r", n), "float16", "the Top-n directions of their activity", shipped=True),
+            "signal": TensorSpec((n,), "float32", "how far class means lie apart along each", shipped=True),
+            "gain": TensorSpec((1,), "float32", "of their response", shipped=True),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave, bit for bit; landmarks come with it or not."""
+        self.shipped = {name: state[name] for name in SHIPPED if name in state}
+        brought = self.shipped.get("projection")
+        if brought is not None and brought.ndim:
+            self.directions = brought.shape[-1]
+        else:
+            self.directions = self.settings.directions or DIRECTIONS
+        super().load_state_dict(state)
+
     def _tensors(self) -> dict[str, Tensor]:
-        return {**super()._tensors(), "keys": self.keys, "frequencies": self.frequencies}
+        return {**super()._tensors(), **self.shipped, "frequencies": self.frequencies}
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         super()._load(tensors)
-        self.keys, self.frequencies = tensors["keys"].to(self.device), tensors["frequencies"]
+        self.frequencies = tensors["frequencies"]
+        self.shipped = {name: tensors[name] for name in self.shipped}
+        self._prepare()

@@ -18,7 +18,7 @@ from ssd_edge.config import BackboneConfig, DataConfig, StudentConfig
 from ssd_edge.console import Console
 from ssd_edge.data import Dataset, Images, cache, load
 from ssd_edge.prepared import embed
-from ssd_edge.priors import Priors
+from ssd_edge.priors import Landmarks, Priors
 from ssd_edge.reproduction.experiments import StreamSource
 
 PRETRAINING = "tiny-imagenet32-jpg.tar.xz"
@@ -230,13 +230,18 @@ def read_inputs(path: Path) -> Inputs:
     return Inputs(dataset, {"train": arrays["train"], "test": arrays["test"]}, "", Priors())
 
 
-PRIOR_ARRAYS = ("within_covariance", "keys", "counters", "code_keys")
+PRIOR_ARRAYS = ("within_covariance", "keys", "counters")
+LANDMARK_ARRAYS = ("keys", "mean", "projection", "signal")
 
 
 def write_priors(folder: Path, priors: Priors) -> Path:
     """Priors for worker processes, named by their content."""
     arrays = {name: getattr(priors, name) for name in PRIOR_ARRAYS if getattr(priors, name) is not None}
-    data = files.tensor_bytes(arrays, {"count": priors.count, "student": priors.student})
+    metadata: dict[str, Any] = {"count": priors.count, "student": priors.student}
+    if priors.landmarks is not None:
+        arrays.update({f"landmark_{name}": getattr(priors.landmarks, name) for name in LANDMARK_ARRAYS})
+        metadata["landmark_gain"] = priors.landmarks.gain
+    data = files.tensor_bytes(arrays, metadata)
     path = folder / f"priors-{files.sha256(data)[:16]}.safetensors"
     if not path.exists():
         files.write_bytes(path, data)
@@ -246,4 +251,8 @@ def write_priors(folder: Path, priors: Priors) -> Path:
 def read_priors(path: Path) -> Priors:
     """What `write_priors` wrote."""
     arrays, metadata = files.read_tensors(path)
-    return Priors(count=metadata["count"], student=metadata["student"], **arrays)
+    landmarks = None
+    if "landmark_gain" in metadata:
+        named = {name: arrays.pop(f"landmark_{name}") for name in LANDMARK_ARRAYS}
+        landmarks = Landmarks(**named, gain=metadata["landmark_gain"])
+    return Priors(count=metadata["count"], student=metadata["student"], landmarks=landmarks, **arrays)

@@ -20,7 +20,7 @@ from ssd_edge.statistics import ClassStatistics
 DIM, OLD, EACH = 24, 5, 80
 KNOWN = ("cup", "nut", "screw", "plug", "fuse")
 NETWORK = {"epochs": 20, "neurons": 100}
-SMALL = {"neurons": 60, "top_n": 50}
+SMALL = {"directions": 60, "top_n": 50}
 LEARNERS = ({"name": "ncm"}, {"name": "slda"}, {"name": "ssd", **SMALL}, {"name": "finetune", **NETWORK})
 
 

@@ -163,7 +163,7 @@ def package_run(package_folder: Path, package: BackbonePackage, tmp_path_factory
     tree = {
         "data": {"path": "digits", "classes": ["1", "3", "4"], "max_per_class": 40},
         "backbone": {"path": str(package_folder)},
-        "learner": {"name": "ssd", "neurons": 60, "top_n": 10},
+        "learner": {"name": "ssd", "directions": 60, "top_n": 10},
     }
     embedder = TorchEmbedder(package, torch.device("cpu"))
     return write_run(tmp_path_factory.mktemp("runs") / "1", parse(TrainConfig, tree), embedder)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from ssd_edge.priors import Priors
 from ssd_edge.topk import inhibit
 
 MODULE = "tensorrt_rtx"
+landmarks = runpy.run_path(str(Path(__file__).parents[1] / "small_landmarks.py"))["landmarks"]
 DIM, ROWS, TAUGHT = 12, 7, (0, 1, 2, 3, 6)
 NAMES = ["one", "two", "three", "four", "not taught", "nor this", "seven"]
 # What float32 gives when the same sums are added up in another order: some ulp of the largest terms, hence relative
@@ -34,10 +37,9 @@ ROUNDING = 2e-5
 PERCEPTRON = {"neurons": 20, "epochs": 3, "batch": 16}
 SMALL = {"neurons": 48, "k": 4, "epochs": 3, "batch": 16}
 CASES: dict[str, dict[str, Any]] = {
-    "ssd": {"neurons": 40, "top_n": 10},
-    "ssd without skip": {"neurons": 40, "top_n": 10, "skip": False, "keys": "random"},
-    "ssd, k = 1": {"neurons": 40, "top_n": 10, "k": 1},
-    "ssd, k = r - 1": {"neurons": 40, "top_n": 10, "k": 39},
+    "ssd": {"top_n": 10},
+    "ssd, fewer directions": {"directions": 7},
+    "ssd, random keys": {"directions": 40, "keys": "random"},
     "ssd-paper": SMALL,
     "ssd-paper, k = 1": {**SMALL, "k": 1},
     "ssd-paper, k = r - 1": {**SMALL, "k": 47},
@@ -82,14 +84,14 @@ def samples(count: int, rows: tuple[int, ...], seed: int = 0) -> Task:
 def taught(name: str, options: dict[str, Any], expected: int = 0) -> Learner:
     """Of two tasks, with a gap in the rows; `expected` classes announced."""
     rng = np.random.default_rng(0)
-    keys, code_keys = np.abs(rng.normal(size=(48, DIM))), rng.normal(size=(40, DIM))
+    keys = np.abs(rng.normal(size=(48, DIM)))
     mixing = rng.normal(size=(DIM, DIM))
     priors = Priors(
         count=1000,
         within_covariance=(mixing @ mixing.T / DIM).astype(np.float32),
         keys=(keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32),
         counters=rng.integers(0, 200, 48).astype(np.float32),
-        code_keys=(code_keys / np.linalg.norm(code_keys, axis=1, keepdims=True)).astype(np.float32),
+        landmarks=landmarks(DIM),
         student={"switch": 300.0},
     )
     learner = build({"name": name, **options}, DIM, priors)
@@ -161,18 +163,15 @@ def test_rows_of_zeros_and_of_extremes(heads, case):
         compare(learner, scores[[row]], embeddings[[row]])
 
 
-@pytest.mark.parametrize("name", ["ssd", "sdmlp", "flymodel"])
+@pytest.mark.parametrize("name", ["sdmlp", "flymodel"])
 def test_values_that_tie_in_the_top_k(name):
     """Every key twice: the k-th and the (k+1)-th value are equal in each sample."""
-    options = {"neurons": 40, "top_n": 10, "k": 5} if name == "ssd" else {**SMALL, "k": 5}
-    learner = taught(name, CASES["flymodel"] if name == "flymodel" else options)
+    learner = taught(name, CASES["flymodel"] if name == "flymodel" else {**SMALL, "k": 5})
     embeddings = samples(50, TAUGHT, seed=4).embeddings
     if isinstance(learner, SDMLPLearner):
         keys = learner.net.layers[0].keys
         keys[1::2] = keys[::2]
         assert (inhibit(learner.prepared(embeddings) @ keys.T, 5).counts().sum()) <= 4 * 50
-    elif name == "ssd":
-        learner.keys[1::2] = learner.keys[::2].clone()
     else:
         learner.projection[:, 1::2] = learner.projection[:, ::2].clone()
         assert ((learner.code(embeddings) > 0).sum(1) > learner.kept).any()  # ties with the last stay
@@ -205,7 +204,7 @@ def test_outputs_that_were_only_announced_are_left_out(name):
 
 @pytest.mark.parametrize("name", ["ncm", "fecam", "flymodel", "ssd"])
 def test_a_class_that_was_taken_out_never_wins(name):
-    options = {"flymodel": CASES["flymodel"], "ssd": {"neurons": 40, "top_n": 10, "per_class": True}}.get(name, {})
+    options = {"flymodel": CASES["flymodel"], "ssd": {"per_class": True}}.get(name, {})
     learner = taught(name, options)
     embeddings = samples(60, (0, 2), seed=6).embeddings
     assert 2 in run(export_head(learner, NAMES), embeddings).argmax(1)
@@ -250,9 +249,9 @@ def test_the_same_state_gives_the_same_bytes(heads, case):
 
 
 def test_no_more_than_predicting_needs(heads):
-    """Of `ssd` keys and values: no statistics; of `icarl` no exemplars and no output layer."""
+    """Of `ssd` keys, directions and values: no statistics; of `icarl` no exemplars and no output layer."""
     assert {name for name, array in constants(heads["ssd"][1]).items() if array.ndim == 2 and array.size > ROWS} == {
-        *("keys", "output_weight")
+        *("keys", "projection", "output_weight")
     }
     learner, head = heads["ssd-paper, half-open switch"]
     needed = learner.net.keys.numel() + learner.net.values.numel() + len(learner.net.gamma)
@@ -278,12 +277,12 @@ def test_another_number_of_names_is_refused():
 
 def test_a_learner_that_knows_nothing_is_refused():
     with pytest.raises(InputError, match="nothing has been taught"):
-        export_head(build({"name": "ssd", "neurons": 40, "top_n": 10}, DIM, Priors()), [])
+        export_head(build({"name": "ssd", "directions": 40}, DIM, Priors()), [])
 
 
 @pytest.mark.parametrize("name", ["ncm", "finetune", "ssd", "fecam"])
 def test_weights_that_are_not_finite_are_refused(name):
-    learner = taught(name, {"finetune": PERCEPTRON, "ssd": {"neurons": 40, "top_n": 10}}.get(name, {}))
+    learner = taught(name, {"finetune": PERCEPTRON}.get(name, {}))
     if name == "finetune":
         learner.parameters["output_weight"][0, 0] = torch.nan
     elif name == "ssd":

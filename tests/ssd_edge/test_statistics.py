@@ -310,7 +310,7 @@ def test_discriminant_is_that_of_scikit_learn() -> None:
     vectors, labels = data()
     statistics = gathered(vectors, labels)
     covariance = statistics.scatter_within() / (statistics.total - 4)
-    values, bias = discriminant(statistics.means, statistics.counts, covariance, statistics.total, unbiased=False)
+    values, bias = discriminant(statistics.means, statistics.counts, covariance, statistics.total)
     reference = LinearDiscriminantAnalysis(
         solver="lsqr", covariance_estimator=Fixed(shrink(covariance, statistics.total).numpy()), priors=[0.25] * 4
     ).fit(vectors.double().numpy(), labels.numpy())
@@ -318,23 +318,9 @@ def test_discriminant_is_that_of_scikit_learn() -> None:
     np.testing.assert_allclose(bias, reference.intercept_ - np.log(0.25), rtol=1e-5)
 
 
-def test_unbiased_takes_off_what_the_noise_of_a_mean_adds() -> None:
-    """E[m̂ᵀΛ⁻¹m̂] = mᵀΛ⁻¹m + tr(Λ⁻¹Σ)/n: over many draws of five samples the corrected bias is the true one."""
-    generator = torch.Generator().manual_seed(0)
-    dim, count = 12, 5
-    covariance = torch.diag(torch.linspace(0.5, 2.0, dim, dtype=torch.float64))
-    mean = torch.linspace(-1, 1, dim, dtype=torch.float64)
-    true = float(-0.5 * mean @ torch.linalg.solve(shrink(covariance, 1e6), mean))
-    draws = torch.randn(4000, count, dim, generator=generator, dtype=torch.float64) @ covariance.sqrt() + mean
-    counts = torch.full((4000,), float(count), dtype=torch.float64)
-    plain, corrected = (discriminant(draws.mean(1), counts, covariance, 1e6, unbiased)[1] for unbiased in (False, True))
-    assert float(corrected.mean()) == pytest.approx(true, abs=0.05)
-    assert float(plain.mean()) == pytest.approx(true - 0.5 * dim / count, abs=0.05)
-
-
 def test_discriminant_never_answers_a_class_without_samples() -> None:
     means = torch.zeros(2, 3, dtype=torch.float64)
-    _, bias = discriminant(means, torch.tensor([4.0, 0.0]).double(), torch.eye(3).double(), 3.0, unbiased=True)
+    _, bias = discriminant(means, torch.tensor([4.0, 0.0]).double(), torch.eye(3).double(), 3.0)
     assert bias[1] == -torch.inf
     assert torch.isfinite(bias[0])
 

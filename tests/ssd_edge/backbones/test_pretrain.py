@@ -38,8 +38,12 @@ def test_the_package_says_where_it_comes_from(made: Path) -> None:
     assert 0 <= card["accuracy"]["top1"] <= 1
     package = packages.load(made)
     assert package.priors.keys.shape == (64, 256)
-    assert package.priors.code_keys.shape == (64, 256)
-    assert np.allclose(np.linalg.norm(package.priors.code_keys, axis=1), 1, atol=1e-5)
+    landmarks = package.priors.landmarks
+    assert landmarks.keys.shape == (200, 256)  # no more than there are images
+    assert len(landmarks.mean) == 200
+    assert landmarks.projection.shape == (200, len(landmarks.signal))
+    assert np.allclose(np.linalg.norm(landmarks.keys, axis=1), 1, atol=1e-3)
+    assert (np.diff(landmarks.signal) <= 0).all()
     assert (package.priors.keys >= 0).all()
     assert package.priors.count == 200
 
@@ -72,7 +76,7 @@ def test_student_keeps_the_backbone_and_changes_the_keys(made: Path, shapes: Pat
 
 def test_a_run_uses_the_package(made: Path, shapes: Path, cli, tmp_path: Path) -> None:
     cli(
-        "train", f"data.path={shapes}", f"backbone.path={made}", "learner.neurons=64", "learner.top_n=8",
+        "train", f"data.path={shapes}", f"backbone.path={made}", "learner.directions=20", "learner.top_n=8",
         "run.panel=false", "run.baselines=false", f"run.out={tmp_path}",
     )  # fmt: skip
     backbone = json.loads((tmp_path / "1" / "backbone.json").read_text())
@@ -148,11 +152,12 @@ def test_augmentation_moves_flips_and_keeps_pixels() -> None:
 def test_the_shipped_package_is_small_and_complete() -> None:
     sizes = {path.name: path.stat().st_size for path in packages.SHIPPED.iterdir()}
     assert sizes["backbone.safetensors"] <= 6_000_000
-    assert sum(sizes.values()) <= 8_000_000
+    assert sum(sizes.values()) <= 10_000_000
     package = packages.load()
     assert package.priors.keys.shape == (1000, package.card["dim"])
     assert package.priors.counters.shape == (1000,)
-    assert package.priors.code_keys.shape == (1000, package.card["dim"])
+    assert package.priors.landmarks.keys.shape == (1500, package.card["dim"])
+    assert package.priors.landmarks.projection.shape == (1500, 900)
     assert package.priors.within_covariance.shape == (package.card["dim"],) * 2
     assert package.priors.count > 0
     for key in ("data", "terms", "command", "seed", "accuracy"):

@@ -178,10 +178,11 @@ def test_bad_data(what: str, message: str, shapes: Path, refused, tmp_path: Path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["learner.kk=3"], "unknown key 'learner.kk'. Did you mean 'k'?"),
+        (["learner.direction=3"], "unknown key 'learner.direction'. Did you mean 'directions'?"),
         (["lerner.k=3"], "unknown section 'lerner'. Did you mean 'learner'?"),
-        (["learner.k=-1"], "learner.k must be at least 0, but is -1"),
-        (["learner.k=many"], "learner.k must be a whole number, but is 'many'"),
+        (["learner.directions=-1"], "learner.directions must be at least 0, but is -1"),
+        (["learner.directions=many"], "learner.directions must be a whole number, but is 'many'"),
+        (["learner.directions=901"], "the backbone's landmarks have 900; lower it"),
         (["learner.name=ssdd"], "Did you mean 'ssd'?"),
         (["learner.name=sdmlp", "learner.k=2000"], "learner.k must be at most learner.neurons, but is 2000 of 1000"),
         (["learner.name=ssd-paper", "learner.top_n=5"], "must give at least learner.k = 10"),

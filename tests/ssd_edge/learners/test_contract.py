@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +21,10 @@ from ssd_edge.priors import Priors
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIM = 12
+landmarks = runpy.run_path(str(Path(__file__).parents[2] / "small_landmarks.py"))["landmarks"]
 SMALL = {"neurons": 48, "k": 4, "epochs": 3, "batch": 16}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ssd": {"name": "ssd", "neurons": 40, "top_n": 10},
+    "ssd": {"name": "ssd", "directions": 15, "top_n": 10},
     "ssd-paper": {"name": "ssd-paper", **SMALL},
     "sdmlp": {"name": "sdmlp", **SMALL},
     "finetune": {"name": "finetune", "neurons": 20, "epochs": 3, "batch": 16},
@@ -56,7 +60,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fecam": {"name": "fecam"},
     "flymodel": {"name": "flymodel", "neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
     "slda by class": {"name": "slda", "per_class": True},
-    "ssd, very sparse": {"name": "ssd", "neurons": 40, "top_n": 10, "k": 3, "keys": "random"},
+    "ssd, random keys": {"name": "ssd", "directions": 40, "top_n": 10, "keys": "random"},
+    "ssd by class": {"name": "ssd", "directions": 20, "top_n": 10, "per_class": True},
 }  # fmt: skip
 RANDOM = ("ssd", "ssd-paper", "sdmlp", "finetune", "lwf", "icarl", "rp_ridge", "flymodel")
 
@@ -74,7 +79,7 @@ def priors() -> Priors:
         within_covariance=(mixing @ mixing.T / DIM).astype(np.float32),
         keys=unit(np.abs(generator.normal(size=(48, DIM)))),
         counters=generator.integers(0, 200, 48).astype(np.float32),
-        code_keys=unit(generator.normal(size=(40, DIM))),
+        landmarks=landmarks(DIM),
         student={"switch": 100.0},
     )
 
@@ -150,7 +155,8 @@ def test_nothing_grows_with_the_number_of_samples(case: str) -> None:
     shapes = [{name: (array.shape, array.dtype) for name, array in pack(each)[0].items()} for each in (few, many)]
     assert shapes[0] == shapes[1]
     assert few.memory_bytes() == many.memory_bytes()
-    assert few.memory_bytes() == sum(array.nbytes for array in pack(few)[0].values())
+    shipped = few.constants()
+    assert few.memory_bytes() == sum(array.nbytes for name, array in pack(few)[0].items() if name not in shipped)
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -172,8 +178,10 @@ def test_priors_are_not_written_to(case: str) -> None:
     given, untouched = priors(), priors()
     learner = build(OPTIONS[case], DIM, given)
     learner.learn(task((0, 1)))
-    for name in ("within_covariance", "keys", "counters", "code_keys"):
+    for name in ("within_covariance", "keys", "counters"):
         assert np.array_equal(getattr(given, name), getattr(untouched, name)), name
+    for name, array in dataclasses.asdict(untouched.landmarks).items():
+        assert np.array_equal(getattr(given.landmarks, name), array), name
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -361,8 +369,8 @@ def test_unknown_learner(options: dict[str, Any]) -> None:
 
 
 def test_unknown_setting() -> None:
-    with pytest.raises(InputError, match=r"unknown key 'learner.neuron'. Did you mean 'neurons'"):
-        build({"name": "ssd", "neuron": 5}, DIM, Priors())
+    with pytest.raises(InputError, match=r"unknown key 'learner.direction'. Did you mean 'directions'"):
+        build({"name": "ssd", "direction": 5}, DIM, Priors())
 
 
 # ── the Top-n table ──────────────────────────────────────────────────────────────────────────────────

@@ -55,7 +55,7 @@ CLOSED: dict[str, dict[str, Any]] = {
             ("slda", {}),
             ("ridge", {}),
             ("rp_ridge", {"features": 30}),
-            ("ssd", {"neurons": 20, "top_n": 5}),
+            ("ssd", {"directions": 20, "top_n": 5}),
         )
         for per_class in (False, True)
     },
@@ -94,7 +94,7 @@ def test_every_learner_is_here() -> None:
         letters = {
             symbol for spec in taught(case).schema().values() for symbol in spec.shape if isinstance(symbol, str)
         }
-        assert letters <= {"D", *CLASS_AXES}
+        assert letters <= {"D", "r", *CLASS_AXES}
 
 
 # ── rows that are left out ───────────────────────────────────────────────────────────────────────────

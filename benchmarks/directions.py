@@ -1,0 +1,128 @@
+"""What each part of `ssd` is worth: the neurons' response, where the keys come from, how many directions.
+
+Usage: python benchmarks/directions.py [--json FILE]
+
+Needs cifar10-jpg.tar.xz and tiny-imagenet32-jpg.tar.xz under $SSD_EDGE_DATA. Everything is judged on 10,000 held-out
+training images of CIFAR-10, learned from the other 40,000 (all, or 5, 20 and 100 a class: the mean of five draws); the
+test images are not looked at. These are the images that the constants of `ssd` were chosen on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ssd_edge import learners
+from ssd_edge.backbones import landmarks as made_from
+from ssd_edge.backbones.embedder import open_backbone
+from ssd_edge.config import BackboneConfig, DataConfig
+from ssd_edge.console import Console
+from ssd_edge.data import load
+from ssd_edge.learners import ssd as default
+from ssd_edge.learners.base import Task
+from ssd_edge.prepared import embed
+from ssd_edge.priors import Priors
+from ssd_edge.runs import environment
+from ssd_edge.training import set_threads
+
+SHOTS, DRAWS, HELD_OUT = (5, 20, 100, 0), 5, 10_000
+Response = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def top_k(share: float) -> Response:
+    """Top-K inhibition by subtraction, as in SDMLP: of each sample's cosines the largest `share` stay."""
+
+    def respond(inputs: Tensor, keys: Tensor, gain: float) -> Tensor:
+        cosines = inputs @ keys.T
+        left = cosines.shape[1] - max(1, round(share * cosines.shape[1]))
+        return (cosines - cosines.kthvalue(left, dim=1, keepdim=True).values).clamp_min(0)
+
+    return respond
+
+
+def relu(inputs: Tensor, keys: Tensor, gain: float) -> Tensor:
+    """What random-projection ridge takes."""
+    return (inputs @ keys.T).clamp_min(0)
+
+
+@contextlib.contextmanager
+def answering(respond: Response | None) -> Iterator[None]:
+    """With another response of the neurons, where landmarks are made and where they are used."""
+    with contextlib.ExitStack() as stack:
+        if respond is not None:
+            for module in (made_from, default):
+                stack.enter_context(mock.patch.object(module, "respond", respond))
+        yield
+
+
+def shots_of(labels: Tensor, count: int, draw: int) -> Tensor:
+    """Indices of `count` samples of each class; 0: all."""
+    if not count:
+        return torch.arange(len(labels))
+    generator = torch.Generator().manual_seed(draw)
+    own = [(labels == row).nonzero().flatten() for row in labels.unique()]
+    return torch.cat([one[torch.randperm(len(one), generator=generator)[:count]] for one in own])
+
+
+def main() -> None:
+    """Print the table; write JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    words = parser.parse_args()
+    set_threads(0)
+    embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
+
+    def read(name: str) -> tuple[Tensor, Tensor]:
+        dataset = load(DataConfig(path=name), 0)
+        return torch.from_numpy(embed(dataset, embedder, Console(), True)["train"]), torch.from_numpy(
+            dataset.train_labels
+        )
+
+    (old, old_labels), (embeddings, labels) = read("tiny-imagenet32-jpg.tar.xz"), read("cifar10-jpg.tar.xz")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(7))
+    held, kept = order[:HELD_OUT], order[HELD_OUT:]
+    rows = []
+
+    def judge(name: str, priors: Priors, respond: Response | None = None, **settings: object) -> None:
+        row: dict = {"variant": name}
+        for shots in SHOTS:
+            right = []
+            for draw in range(DRAWS if shots else 1):
+                learner = learners.build({"name": "ssd", **settings}, embedder.dim, priors)
+                index = kept[shots_of(labels[kept], shots, draw)]
+                with answering(respond):
+                    learner.learn(Task(embeddings[index], labels[index]))
+                    right.append(float((learner.predict(embeddings[held]) == labels[held]).double().mean()))
+            row[str(shots)] = statistics.fmean(right)
+        row["state_bytes"] = learner.memory_bytes()
+        rows.append(row)
+        print(f"{name:44}" + "".join(f" {row[str(shots)]:8.4f}" for shots in SHOTS), flush=True)
+
+    def priors_of(directions: int, respond: Response | None = None, neurons: int = 1500) -> Priors:
+        with answering(respond):
+            made = made_from.make_landmarks(old, old_labels, 200, neurons, directions, 0, lambda line: None)
+        return Priors(landmarks=made)
+
+    print(f"{'':44}" + "".join(f" {shots or 'all':>8}" for shots in SHOTS))
+    judge("as shipped", embedder.priors)
+    judge("random keys, no directions", Priors(), keys="random")
+    for name, respond in (("ReLU", relu), *((f"Top-K, k = {share:g} r", top_k(share)) for share in (0.5, 0.33, 0.1))):
+        judge(f"response: {name}", priors_of(900, respond), respond)
+    judge("no weight on pretraining's spread", embedder.priors, prior_weight=1.0)
+    for directions in (150, 300, 600, 1250, 1900):
+        judge(f"{directions:,} directions of 2,500 neurons", priors_of(directions, neurons=2500))
+    if words.json:
+        command = "python benchmarks/directions.py"
+        words.json.write_text(json.dumps({"command": command, **environment(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

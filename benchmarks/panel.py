@@ -1,0 +1,559 @@
+"""`ssd` against the closed-form panel: many streams, few and many images, five class orders, no more state for a rival.
+
+Usage: SSD_EDGE_DATA=FOLDER python benchmarks/panel.py --json FILE [--tiny FOLDER] [--streams …] [--shots 5 20 100 0]
+       [--orders 5] [--heads …] [--jobs 2] [--again HEAD …] [--check-streams] [--frontier [--ssd-priors FOLDER]]
+
+Every head sees the same embeddings, images and order of classes. Order i is one of SDMLP's five; it also draws the
+images anew where a class has few (0: all of them) and seeds the learner. `ssd` has its default settings everywhere. A
+rival's settings are chosen for each stream and number of images among `CANDIDATES`, by training images of order 0
+alone, and those whose size can be set (`MOST`) are as large as `ssd`'s state allows: FeCAM sees fewer directions of the
+embedding, the leading ones of the pretraining covariance. State is billed at 4 bytes a float; what comes with the
+backbone is counted apart. Where nothing depends on the seed and two orders agree, the others are not run ("repeated" in
+the record), nor are rivals on CIFAR-100 in 50 tasks: their statistics are those of the same images in 10 tasks.
+
+A run that was cut goes on where it was; a record is kept while its settings stay the same (--again drops a head's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+import math
+import multiprocessing
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd_edge import files, learners
+from ssd_edge.backbones import package
+from ssd_edge.config import StreamConfig
+from ssd_edge.console import Console
+from ssd_edge.errors import InputError
+from ssd_edge.prepared import Prepared, prepare
+from ssd_edge.priors import Priors
+from ssd_edge.reproduction.experiments import ORDERS, streams
+from ssd_edge.reproduction.sources import Inputs, Sources, read_inputs, write_inputs
+from ssd_edge.runs import environment
+from ssd_edge.streams import make_stream
+
+STREAMS = ("cifar10", "cifar100-10x10", "cifar100-50x2", "mnist-pixels", "mnist", "tiny-imagenet")
+TWINS = {"cifar100-50x2": "cifar100-10x10"}  # the same images and classes in other tasks
+PROTOCOLS = ("cifar10", "cifar10-repetition", "cifar10-blurry", "cifar10-online")
+BUDGETS_MB = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+# Of what sets a rival's size; FeCAM's: D. FlyModel's 10,000 are the published ones; 40,000 gained it 0.2 points.
+MOST = {"rp_ridge": 20_000, "fecam": 1_000_000, "flymodel": 10_000}
+TUNING_NEURONS = 4_000  # FlyModel's settings for all images are chosen at this size; for fewer images lr would differ
+SHRINKAGES = ((1.0, 1.0), (0.1, 0.1), (10.0, 0.0))
+CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
+    "ssd": ({},),
+    "ncm": ({},),
+    "slda": tuple({"prior_weight": weight} for weight in (-1.0, 0.0, 1000.0)),
+    "ridge": ({},),
+    "rp_ridge": ({},),
+    "fecam": tuple(
+        {"tukey": tukey, "shrink_diagonal": one, "shrink_off_diagonal": two}
+        for tukey in (1.0, 0.5)
+        for one, two in SHRINKAGES
+    ),
+    "flymodel": tuple({"lr": lr, "active": active} for lr in (0.005, 0.2) for active in (0.01, 0.05)),
+}
+AGREE = 0.0005  # of accuracy: two orders that should differ by rounding alone
+LEAST_LOSS = 0.003  # of accuracy: `ssd` is called worse only beyond this, and beyond two standard errors
+
+Record = dict[str, Any]
+_opened: dict[str, tuple[Path, Priors]] = {}  # in a worker: stream → its arrays and priors
+
+
+def start_worker(opened: dict[str, tuple[Path, Priors]]) -> None:
+    """Make the streams known to a process of the pool."""
+    torch.set_num_threads(1)
+    _opened.update(opened)
+
+
+@functools.lru_cache(maxsize=1)
+def read(path: Path) -> Inputs:
+    """The arrays of one data set."""
+    return read_inputs(path)
+
+
+@functools.lru_cache(maxsize=2)
+def ordered(stream: str, order: int) -> Prepared:
+    """A stream with its classes in the order of that number."""
+    inputs = read(_opened[stream][0])
+    config = StreamConfig(**streams()[stream].stream, order=f"sdmlp-{ORDERS[order]}")
+    return prepare(inputs.dataset, make_stream(inputs.dataset.classes, config, order), inputs, inputs.embedded)
+
+
+def tasks_of(stream: str, shots: int, order: int) -> list[Tensor]:
+    """For each task the indices of the training images that arrive; `shots` of a class, 0: all."""
+    tasks = list(ordered(stream, order).train_tasks)
+    if not shots:
+        return tasks
+    labels = torch.from_numpy(read(_opened[stream][0]).dataset.train_labels)
+    generator, taken = torch.Generator().manual_seed(1_000_003 * order + shots), torch.zeros(len(labels)).bool()
+    for label in labels.unique():
+        own = (labels == label).nonzero().flatten()
+        taken[own[torch.randperm(len(own), generator=generator)[:shots]]] = True
+    return [task[taken[task]] for task in tasks]
+
+
+def bill(learner: learners.Learner) -> tuple[int, int]:
+    """Bytes of a learner's state with floats of 4 bytes, and of what is in it but comes with the backbone."""
+    state = learner.state_dict()
+    if hasattr(learner, "constants"):
+        constants = learner.constants()
+    else:
+        constants = {"prior": state["prior"]} if learner.name == "slda" else {}
+
+    def size(tensors: Mapping[str, Tensor]) -> int:
+        return sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in tensors.values())
+
+    return size({name: tensor for name, tensor in state.items() if name not in constants}), size(constants)
+
+
+def bytes_of(head: str, size: int, classes: int) -> int:
+    """What `bill` says of a rival of that size: features, directions or neurons."""
+    triangle, small = size * (size + 1) // 2, classes + 8
+    if head == "rp_ridge":
+        return 4 * (triangle + 2 * classes * size + 2 * classes) + small
+    if head == "fecam":
+        return 4 * classes * (triangle + size + 1) + small
+    return 4 * classes * size + small
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, if all smaller ones do; 0: none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def sized(head: str, budget: int, classes: int, dim: int) -> dict[str, Any]:
+    """The settings by which a rival is as large as a budget of so many bytes allows; {}: its size cannot be set.
+
+    Raises:
+        InputError: not even the smallest fits.
+    """
+    if head not in MOST:
+        return {}
+    most = min(MOST[head], dim) if head == "fecam" else MOST[head]
+    size = largest(lambda wanted: bytes_of(head, wanted, classes) <= budget, most)
+    if size < 2:
+        raise InputError(f"{head} for {classes} classes does not fit in {budget:,} bytes; raise the budget")
+    if head == "fecam":
+        return {"directions_seen": size} if size < dim else {}
+    if head == "flymodel":
+        return {"neurons": size, "inputs_per_neuron": min(32, dim)}
+    return {"features": size}
+
+
+def view_of(count: int, dim: int, priors: Priors, seed: int) -> Tensor:
+    """Orthonormal ``(dim, count)``: the leading directions of the pretraining covariance; without one, random ones."""
+    if priors.within_covariance is not None:
+        vectors = torch.linalg.eigh(torch.from_numpy(priors.within_covariance).double()).eigenvectors.flip(1)
+    else:
+        vectors = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed)).double()).Q
+    return vectors[:, :count].float()
+
+
+class Taught:
+    """A learner that has learned a stream.
+
+    Attributes:
+        seconds: of each task.
+    """
+
+    def __init__(self, options: Mapping[str, Any], tasks: Sequence[learners.Task], priors: Priors, seed: int) -> None:
+        given, dim = dict(options), tasks[0].embeddings.shape[1]
+        count = given.pop("directions_seen", dim)
+        self.view = None if count == dim else view_of(count, dim, priors, seed)
+        self.learner = learners.build(given, count, priors, seed)
+        self.learner.expect(1 + max(int(task.labels.max()) for task in tasks))
+        self.seconds = []
+        for task in tasks:
+            began = time.perf_counter()
+            self.learner.learn(learners.Task(self.seen(task.embeddings), task.labels))
+            self.seconds.append(time.perf_counter() - began)
+
+    def seen(self, vectors: Tensor) -> Tensor:
+        """Embeddings as the learner is given them."""
+        return vectors if self.view is None else vectors @ self.view
+
+    def right(self, vectors: Tensor, rows: Tensor) -> int:
+        """How many of ``(N, D)`` are recognised."""
+        parts = zip(vectors.split(4096), rows.split(4096), strict=True)
+        return sum(int((self.learner.predict(self.seen(part)) == truth).sum()) for part, truth in parts)
+
+
+def measured(options: Mapping[str, Any], stream: str, tasks: Sequence[Tensor], order: int, priors: Priors) -> Record:
+    """Learn task by task; judge by all test images."""
+    prepared = ordered(stream, order)
+    given = [learners.Task(prepared.train[task], prepared.train_rows[task]) for task in tasks]
+    taught = Taught(options, given, priors, order)
+    state, constants = bill(taught.learner)
+    return {
+        "accuracy": taught.right(prepared.test, prepared.test_rows) / len(prepared.test),
+        "state_bytes": state,
+        "constant_bytes": constants,
+        "learned": sum(map(len, tasks)),
+        "seconds": round(sum(taught.seconds), 4),
+        "slowest_task_seconds": round(max(taught.seconds), 4),
+        "note": taught.learner.note,
+    }
+
+
+def splits(rows: Tensor, shots: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which samples are learned and which are judged: a fifth of each class, of few images each fifth in turn.
+
+    Of all images a tenth. At least one of a class is learned.
+    """
+    parts = 5 if shots else 10
+    place = torch.zeros(len(rows), dtype=torch.int64)  # of a sample within its class
+    for row in rows.unique():
+        own = (rows == row).nonzero().flatten()
+        place[own] = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))
+    for turn in range(parts if 0 < shots <= 20 else 1):
+        held = place % parts == turn
+        if held.any():
+            yield (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def chosen(head: str, size: Mapping[str, Any], stream: str, shots: int, priors: Priors) -> Record:
+    """The candidate that recognises most held-out training images of order 0; the first of equals."""
+    prepared, index = ordered(stream, 0), torch.cat(tasks_of(stream, shots, 0))
+    vectors, rows = prepared.train[index], prepared.train_rows[index]
+    given, scores = {"name": head, **size}, []
+    if head == "flymodel" and not shots:
+        given["neurons"] = min(size["neurons"], TUNING_NEURONS)
+    for candidate in CANDIDATES[head]:
+        right = judged = 0
+        for learned, held in splits(rows, shots):
+            taught = Taught({**given, **candidate}, [learners.Task(vectors[learned], rows[learned])], priors, 0)
+            right, judged = right + taught.right(vectors[held], rows[held]), judged + len(held)
+        scores.append(right / judged)
+    return {
+        "stream": stream,
+        "shots": shots,
+        "head": head,
+        "sized": dict(size),
+        "candidates": list(CANDIDATES[head]),
+        "held_out": [round(score, 5) for score in scores],
+        "judged": judged,
+        "chosen": CANDIDATES[head][scores.index(max(scores))],
+    }
+
+
+def by_seed(head: str, size: Mapping[str, Any], priors: Priors) -> bool:
+    """Whether a rival draws anything."""
+    drawn_view = bool(size) and priors.within_covariance is None
+    return head in ("rp_ridge", "flymodel") or (head == "fecam" and drawn_view)
+
+
+def same(first: Record, second: Record) -> bool:
+    """Whether two orders differ by rounding alone."""
+    return first["settings"] == second["settings"] and abs(first["accuracy"] - second["accuracy"]) <= AGREE
+
+
+def panel(
+    stream: str, shots: int, order: int, heads: Sequence[str], known: Mapping[str, Mapping[str, Record]]
+) -> tuple[list[Record], list[Record]]:
+    """All heads on one stream, number of images and order.
+
+    Args:
+        stream: its name.
+        shots: images a class, 0: all.
+        order: its number.
+        heads: which rivals.
+        known: head → record: ``kept`` of this very cell, ``choices``, ``first`` and ``second`` of orders 0 and 1 where
+            they may stand for this one, ``twin`` of the stream that differs in its tasks alone.
+
+    Returns:
+        Records of the cells and of what was chosen.
+    """
+    priors, place = _opened[stream][1], {"stream": stream, "shots": shots, "order": order}
+    dim, classes = ordered(stream, order).train.shape[1], len(ordered(stream, order).names)
+    cells, choices = [], []
+
+    def cell(head: str, size: Mapping[str, Any], tuned: Mapping[str, Any]) -> Record:
+        settings = {"name": head, **size, **tuned}
+        kept = known["kept"].get(head)
+        if kept and kept["settings"] == settings and not kept.get("repeated"):
+            return kept
+        options = {"name": "ssd"} if head == "ssd" else settings
+        made = measured(options, stream, tasks_of(stream, shots, order), order, priors)
+        if head in MOST and made["state_bytes"] != bytes_of(head, next(iter(size.values()), dim), classes):
+            raise RuntimeError(f"{head} takes {made['state_bytes']:,} bytes, which is not what it was sized by")
+        return {**place, "head": head, "settings": settings, "sized": dict(size), **made}
+
+    cells.append(cell("ssd", {}, dataclasses.asdict(learners.settings_of({"name": "ssd"}))))
+    for head in heads:
+        size = sized(head, cells[0]["state_bytes"], classes, dim)
+        twin, first, second = (known[name].get(head) for name in ("twin", "first", "second"))
+        if twin and twin["sized"] == size:
+            cells.append({**twin, **place, "repeated": True})
+            continue
+        if first and second and not by_seed(head, size, priors) and same(first, second) and first["sized"] == size:
+            cells.append({**second, **place, "repeated": True})
+            continue
+        candidates = CANDIDATES[head] if head != "slda" or priors.within_covariance is not None else ({},)
+        if len(candidates) == 1:
+            cells.append(cell(head, size, candidates[0]))
+            continue
+        choice = known["choices"].get(head)
+        stale = choice is None or choice["candidates"] != list(candidates) or (order == 0 and choice["sized"] != size)
+        if stale:
+            choice = chosen(head, size, stream, shots, priors)
+            choices.append(choice)
+        cells.append(cell(head, size, choice["chosen"]))
+    return cells, choices
+
+
+def protocol(stream: str, order: int) -> Record:
+    """`ssd` on a stream of another kind, all images."""
+    priors = _opened[stream][1]
+    made = measured({"name": "ssd"}, stream, tasks_of(stream, 0, order), order, priors)
+    return {"stream": stream, "order": order, **made}
+
+
+def frontier(stream: str, head: str, budget_mb: float, priors: Priors | None) -> Record:
+    """One point of accuracy against state, all images in order 0; rivals see them at once, which changes nothing.
+
+    Args:
+        stream: its name.
+        head: which.
+        budget_mb: 0: of the size that it has.
+        priors: for `ssd`; None: the stream's.
+    """
+    point: Record = {"stream": stream, "head": head, "budget_mb": budget_mb}
+    own, prepared, budget = _opened[stream][1], ordered(stream, 0), int(budget_mb * 1e6)
+    dim, classes, tasks = prepared.train.shape[1], len(prepared.names), tasks_of(stream, 0, 0)
+    if head == "ssd":
+        priors, options = priors or own, {"name": "ssd"}
+        if budget:
+            few = torch.cat([(prepared.train_rows == row).nonzero().flatten()[:3] for row in range(classes)])
+            probe, refusals = [learners.Task(prepared.train[few], prepared.train_rows[few])], []
+
+            def fits(directions: int) -> bool:
+                try:
+                    learner = Taught({"name": "ssd", "directions": directions}, probe, priors, 0).learner
+                    return bill(learner)[0] <= budget
+                except InputError as error:
+                    refusals.append((directions, str(error)))
+                    return False
+
+            count = largest(fits, 8192)
+            refused = [why for directions, why in refusals if directions == count + 1]
+            if not count or refused:
+                return {**point, "skipped": refused[0] if refused else "no number of directions fits in this budget"}
+            options["directions"] = count
+        return {**point, "settings": options, **measured(options, stream, tasks, 0, priors)}
+    try:
+        size = sized(head, budget, classes, dim) if budget else {}
+    except InputError as error:
+        return {**point, "skipped": str(error)}
+    if budget and bytes_of(head, next(iter(size.values()), dim), classes) <= budget / 2:
+        return {**point, "skipped": "the largest one that is measured fits in half of this budget"}
+    tuned = chosen(head, size, stream, 0, own)["chosen"] if len(CANDIDATES[head]) > 1 else {}
+    options = {"name": head, **size, **tuned}
+    return {**point, "settings": options, **measured(options, stream, [torch.cat(tasks)], 0, own)}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error; 0 of a single value."""
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def summary(cells: Sequence[Record]) -> list[Record]:
+    """For each stream and number of images every head over its orders, and `ssd` against the best that is no larger."""
+    found: dict[tuple[str, int], dict[str, dict[int, Record]]] = collections.defaultdict(dict)
+    for cell in cells:
+        found[cell["stream"], cell["shots"]].setdefault(cell["head"], {})[cell["order"]] = cell
+    rows = []
+    for (stream, shots), heads in found.items():
+        row: Record = {"stream": stream, "shots": shots, "heads": {}}
+        for head, orders in heads.items():
+            mean, error = mean_and_error([cell["accuracy"] for cell in orders.values()])
+            state = max(cell["state_bytes"] for cell in orders.values())
+            row["heads"][head] = {"accuracy": mean, "error": error, "state_bytes": state, "orders": len(orders)}
+        own = row["heads"].get("ssd")
+        rivals = {
+            head: one["accuracy"]
+            for head, one in row["heads"].items()
+            if own and head != "ssd" and one["state_bytes"] <= own["state_bytes"]
+        }
+        if rivals:
+            best = max(rivals, key=rivals.__getitem__)
+            both = sorted(heads["ssd"].keys() & heads[best].keys())
+            gain, error = mean_and_error([heads["ssd"][n]["accuracy"] - heads[best][n]["accuracy"] for n in both])
+            row |= {"best_rival": best, "gain": gain, "two_errors": 2 * error}
+            row["verdict"] = "WORSE" if gain < -max(LEAST_LOSS, 2 * error) else "ok"
+        rows.append(row)
+    return rows
+
+
+def show(rows: Sequence[Record]) -> None:
+    """Print the summary, in percent."""
+    for row in rows:
+        print(f"\n{row['stream']}, {row['shots'] or 'all'} images a class")
+        for head, one in row["heads"].items():
+            accuracy = f"{100 * one['accuracy']:6.2f} ± {100 * one['error']:.2f}"
+            print(f"  {head:9} {accuracy} {one['state_bytes'] / 1e6:8.3f} MB")
+        if "gain" in row:
+            gain = f"{100 * row['gain']:+.2f} ± {100 * row['two_errors']:.2f}"
+            print(f"  gain over {row['best_rival']}: {gain} points (two standard errors): {row['verdict']}")
+    for name, part in (("all images", True), ("few images", False)):
+        gains = [row["gain"] for row in rows if "gain" in row and (row["shots"] == 0) == part]
+        if gains:
+            print(f"mean gain, {name}: {100 * statistics.fmean(gains):+.2f} points over {len(gains)} rows")
+
+
+class Book:
+    """The records, saved after every change.
+
+    Args:
+        path: JSON; what it holds already is taken over.
+        again: heads whose records are dropped.
+    """
+
+    def __init__(self, path: Path, again: Sequence[str]) -> None:
+        self.path, self.environment = path, environment()
+        self.record = files.read_json(path) if path.exists() else {}
+        cells = [cell for cell in self.record.get("cells", []) if cell["head"] not in again]
+        choices = [one for one in self.record.get("choices", []) if one["head"] not in again]
+        self.cells = {(one["stream"], one["shots"], one["order"], one["head"]): one for one in cells}
+        self.choices = {(one["stream"], one["shots"], one["head"]): one for one in choices}
+
+    def at(self, stream: str | None, shots: int, order: int) -> dict[str, Record]:
+        """Head → record of a cell."""
+        return {key[3]: cell for key, cell in self.cells.items() if key[:3] == (stream, shots, order)}
+
+    def known(self, stream: str, shots: int, order: int) -> dict[str, dict[str, Record]]:
+        """What `panel` may take over; only with all images are two orders the same images."""
+        same = shots == 0 and order > 1
+        return {
+            "kept": self.at(stream, shots, order),
+            "choices": {key[2]: one for key, one in self.choices.items() if key[:2] == (stream, shots)},
+            "first": self.at(stream, shots, 0) if same else {},
+            "second": self.at(stream, shots, 1) if same else {},
+            "twin": self.at(TWINS.get(stream), shots, order),
+        }
+
+    def add(self, cells: Sequence[Record], choices: Sequence[Record]) -> None:
+        """Take in what a job gave."""
+        self.cells |= {(one["stream"], one["shots"], one["order"], one["head"]): one for one in cells}
+        self.choices |= {(one["stream"], one["shots"], one["head"]): one for one in choices}
+        self.save()
+
+    def save(self, **more: Any) -> None:
+        """Write everything."""
+        command = shlex.join(["python", "benchmarks/panel.py", *sys.argv[1:]])
+        cells, choices = list(self.cells.values()), list(self.choices.values())
+        made = {"command": command, **self.environment, "cells": cells, "choices": choices, "summary": summary(cells)}
+        self.record |= {**made, **more}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(self.path, json.dumps(self.record, indent=1) + "\n")
+
+
+def fill(book: Book, pool: ProcessPoolExecutor, words: argparse.Namespace, names: Sequence[str]) -> None:
+    """Run the panel: each cell as soon as those are there that it may take something from."""
+    heads = [head for head in words.heads if head != "ssd"]
+    waiting = [(name, shots, order) for order in range(words.orders) for name in names for shots in words.shots]
+    left, running = set(waiting), {}
+
+    def ready(name: str, shots: int, order: int) -> bool:
+        needed = {(name, shots, 0), (TWINS.get(name), shots, order)} | ({(name, shots, 1)} if shots == 0 else set())
+        return not any(one in left for one in needed - {(name, shots, order)} if one[2] <= order)
+
+    total, began = len(waiting), time.monotonic()
+    while left:
+        for one in [one for one in waiting if ready(*one)]:
+            waiting.remove(one)
+            running[pool.submit(panel, *one, heads, book.known(*one))] = one
+        done: set[Future] = wait(running, return_when=FIRST_COMPLETED).done
+        for future in done:
+            one = running.pop(future)
+            book.add(*future.result())
+            left.discard(one)
+            done_now = f"{time.monotonic() - began:6.0f} s  {total - len(left)}/{total}"
+            print(f"{done_now}  {one[0]}, {one[1] or 'all'} images, order {one[2]}", flush=True)
+
+
+def open_streams(names: Sequence[str], tiny: Path | None, folder: Path) -> dict[str, tuple[Path, Priors]]:
+    """Arrays and priors of each stream whose data and backbone are here; the others are named."""
+    sources, opened = Sources(torch.device("cpu"), Console(), tiny), {}
+    for name in names:
+        source = streams()[name]
+        if source.backbone != "shipped" and sources.tiny_backbone is None:
+            print(f"SKIPPED {name}: no backbone of its own; give --tiny FOLDER", flush=True)
+            continue
+        try:
+            inputs = sources.inputs(source, (), False)
+        except InputError as error:
+            print(f"SKIPPED {name}: {error}", flush=True)
+            continue
+        opened[name] = write_inputs(folder, inputs), inputs.priors
+    return opened
+
+
+def main() -> None:
+    """Run what is asked for; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", nargs="*", choices=STREAMS, default=list(STREAMS))
+    parser.add_argument("--shots", type=int, nargs="+", default=[5, 20, 100, 0])
+    parser.add_argument("--orders", type=int, choices=range(1, len(ORDERS) + 1), default=len(ORDERS))
+    parser.add_argument("--heads", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES))
+    parser.add_argument("--tiny", type=Path, help="backbone package pretrained on half of Tiny-ImageNet's classes")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--again", nargs="+", choices=list(CANDIDATES), default=[], help="measure these heads anew")
+    parser.add_argument("--check-streams", action="store_true", help="ssd on repeated, blurry and online streams too")
+    parser.add_argument("--frontier", action="store_true", help="accuracy against state on CIFAR-10 too")
+    parser.add_argument("--ssd-priors", type=Path, help="backbone package whose priors ssd has in the frontier")
+    words = parser.parse_args()
+    if any(shots == 1 or shots < 0 for shots in words.shots):
+        parser.error("--shots must be 0 (all) or at least 2: one image is learned and one judged to choose settings")
+    extra = [*(PROTOCOLS if words.check_streams else ()), *(("cifar10",) if words.frontier else ())]
+    with tempfile.TemporaryDirectory() as scratch:
+        opened = open_streams(list(dict.fromkeys([*words.streams, *extra])), words.tiny, Path(scratch))
+        torch.set_num_threads(1)
+        book = Book(words.json, words.again)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(words.jobs, context, start_worker, (opened,)) as pool:
+            fill(book, pool, words, [name for name in words.streams if name in opened])
+            if words.check_streams:
+                jobs = [pool.submit(protocol, name, n) for name in PROTOCOLS if name in opened for n in (0, 1)]
+                found = []
+                for job in jobs:
+                    found.append(one := job.result())
+                    book.save(streams=found)
+                    print(f"{one['stream']}, order {one['order']}: {100 * one['accuracy']:.2f}", flush=True)
+            if words.frontier and "cifar10" in opened:
+                priors = package.load(words.ssd_priors).priors if words.ssd_priors else None
+                asked = [(head, 0.0) for head in ("ssd", "ncm", "slda", "ridge")]
+                asked += [(head, budget) for head in ("ssd", *MOST) for budget in BUDGETS_MB]
+                jobs = [pool.submit(frontier, "cifar10", *one, priors) for one in asked]
+                points = []
+                for job in jobs:
+                    points.append(one := job.result())
+                    book.save(frontier=points)
+                    result = one.get("skipped") or f"{100 * one['accuracy']:.2f} in {one['state_bytes'] / 1e6:.3f} MB"
+                    print(f"{one['head']:9} {one['budget_mb'] or '':>5}: {result}", flush=True)
+    show(summary(list(book.cells.values())))
+
+
+if __name__ == "__main__":
+    main()
