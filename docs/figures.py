@@ -15,6 +15,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import panel_tables
+
 from ssd_edge import targets
 from ssd_edge.comparison import percent, points, ranked, size
 from ssd_edge.console import export_svg
@@ -24,7 +26,7 @@ from ssd_edge.reproduction.rows import Row, mean, rows, spread
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
-ROWS = ("device", "readers", "precision", "values", "shift", "budget", "epoch", "few", "readout", "mlp-ewc")
+ROWS = ("device", "readers", "precision", "values", "shift", "budget", "epoch", "few", "readout", "mlp-ewc", "directions")
 # docs/what-matters.md: experiments of `ssd-edge reproduce`, at its reduced budget on Split CIFAR-10
 MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
@@ -342,6 +344,7 @@ def main() -> None:
         "digits, 10 classes": json.loads((DOCS / "results" / "digits.json").read_text()),
     }
     drift = json.loads((DOCS / "results" / "drift.json").read_text())
+    panel = json.loads((DOCS / "results" / "panel.json").read_text())
     read = {name: json.loads((DOCS / "results" / f"{name}.json").read_text())["rows"] for name in ROWS}
     tables = {
         README: {"table": comparison_table(results), "device": device_table(read["device"])},
@@ -354,6 +357,13 @@ def main() -> None:
             "readers": readers_table(read["readers"]),
         },
         DOCS / "service.md": {"drift": drift_table(drift), "drift-alarms": alarms_table(drift)},
+        DOCS / "ssd.md": {
+            "panel-best": panel_tables.best_table(panel["summary"]),
+            "panel-mean": panel_tables.mean_table(panel["summary"]),
+            "frontier": panel_tables.frontier_table(panel["frontier"]),
+            "streams": panel_tables.streams_table(panel["streams"]),
+            "directions": panel_tables.directions_table(read["directions"]),
+        },
         DOCS / "method.md": {
             "values": values_table(read["values"]),
             "shift": settings_table(read["shift"]),
@@ -371,7 +381,12 @@ def main() -> None:
             "mlp-ewc": settings_table(read["mlp-ewc"]),
         },
     }
-    stale = []
+    stale, drawn = [], DOCS / "results" / "figures" / "frontier.svg"
+    picture = panel_tables.frontier_figure(panel["frontier"])
+    if not drawn.exists() or drawn.read_text(encoding="utf-8") != picture:
+        stale.append(drawn.name)
+        if not check:
+            drawn.write_text(picture, encoding="utf-8")
     for path, filling in tables.items():
         old = new = path.read_text(encoding="utf-8")
         for name, content in filling.items():

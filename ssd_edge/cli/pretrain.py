@@ -14,7 +14,7 @@ from ssd_edge.cli.options import CONFIG, OVERRIDES, read_tree
 @click.command()
 @click.argument("package", type=click.Path(path_type=Path))
 @CONFIG
-@click.option("--student", is_flag=True, help="Keep PACKAGE's backbone; train only its SDMLP keys anew.")
+@click.option("--student", is_flag=True, help="Keep PACKAGE's backbone; make only its keys and landmarks anew.")
 @click.option("--classes", metavar="A:B", help="Only these classes: short for data.classes, e.g. 0:100.")
 @OVERRIDES
 def pretrain(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ssd_edge.errors import InputError
 from ssd_edge.statistics import (
+    LEAST_SIGNAL,
     RIDGE_GRID,
     ClassStatistics,
     discriminant,
@@ -22,6 +23,7 @@ from ssd_edge.statistics import (
     pack_symmetric,
     ridge,
     shrink,
+    signal_scale,
     unpack_symmetric,
 )
 
@@ -447,3 +449,36 @@ def test_the_evidence_is_the_marginal_likelihood() -> None:
         wanted = max(PRIOR_GRID, key=lambda w: integral(w, scatter, count, mean))
         one = torch.tensor([[1.0]], dtype=torch.float64)
         assert likeliest_weight(scatter * one, count, mean * one) == wanted
+
+
+# ── how far apart means lie ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("times", [0.25, 1.0, 9.0])
+def test_the_scale_of_the_signal_is_half_way_to_what_is_seen(times: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    size, classes, count = 30, 400, 5.0
+    signal = torch.diag(torch.linspace(0.5, 2.0, size, dtype=torch.float64))
+    covariance = 3.0 * torch.eye(size, dtype=torch.float64)
+    spread = (times * signal + covariance / count).sqrt()  # of a mean of five samples
+    means = torch.randn(classes, size, generator=generator, dtype=torch.float64) @ spread + 7.0
+    counts = torch.full((classes,), count, dtype=torch.float64)
+    counts[0], means[0] = 0.0, 1e6  # a class without samples says nothing
+    assert signal_scale(means, counts, covariance, signal) == pytest.approx(times**0.5, rel=0.05)
+
+
+def test_the_scale_of_the_signal_of_one_class_and_of_equal_ones() -> None:
+    identity, counts = torch.eye(3, dtype=torch.float64), torch.tensor([4.0, 4.0], dtype=torch.float64)
+    assert signal_scale(torch.ones(1, 3).double(), counts[:1], identity, identity) == 1.0
+    assert signal_scale(torch.ones(2, 3).double(), counts, identity, identity) == pytest.approx(LEAST_SIGNAL**0.5)
+
+
+def test_statistics_in_float32_are_what_a_restart_reads() -> None:
+    statistics = ClassStatistics(8, single=True)
+    statistics.add(*(part for part in (torch.randn(50, 8), torch.arange(50) % 3)))
+    statistics.settle()
+    again = ClassStatistics.from_state(statistics.state())
+    assert again.single
+    assert torch.equal(again.sums, statistics.sums)
+    assert torch.equal(again.moments, statistics.moments)
+    assert statistics.state()["second"].dtype == torch.float32
