@@ -111,14 +111,11 @@ def tasks_of(stream: str, shots: int, order: int) -> list[Tensor]:
 
 def bill(learner: learners.Learner) -> tuple[int, int]:
     """Bytes of a learner's state with floats of 4 bytes, and of what is in it but comes with the backbone."""
-    state = learner.state_dict()
-    if hasattr(learner, "constants"):
-        constants = learner.constants()
-    else:
-        constants = {"prior": state["prior"]} if learner.name == "slda" else {}
+    state, constants = learner.state_dict(), learner.constants()
 
     def size(tensors: Mapping[str, Tensor]) -> int:
-        return sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in tensors.values())
+        most = {True: 4, False: 8}  # bytes of an element: of a float, of others
+        return sum(t.numel() * min(t.element_size(), most[t.is_floating_point()]) for t in tensors.values())
 
     return size({name: tensor for name, tensor in state.items() if name not in constants}), size(constants)
 

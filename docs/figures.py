@@ -26,7 +26,10 @@ from ssd_edge.reproduction.rows import Row, mean, rows, spread
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
-ROWS = ("device", "readers", "precision", "values", "shift", "budget", "epoch", "few", "readout", "mlp-ewc", "directions")
+ROWS = (
+    *("device", "readers", "precision", "values", "shift", "budget", "epoch", "few", "readout", "mlp-ewc"),
+    "directions",
+)
 # docs/what-matters.md: experiments of `ssd-edge reproduce`, at its reduced budget on Split CIFAR-10
 MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),

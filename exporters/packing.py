@@ -199,7 +199,8 @@ def _check_memory(opened: bundle.Bundle, target: Target, say: Say) -> None:
     if needed > target.memory_mb:
         raise InputError(
             f"learning on the device would take roughly {needed:,.0f} MiB, but the smallest {target.name} has "
-            f"{target.memory_mb:,}; choose a smaller learner (learner.directions, learner.neurons) or backbone, or a larger board"
+            f"{target.memory_mb:,}; choose a smaller learner (learner.directions, learner.neurons) or backbone, or "
+            "a larger board"
         )
     if needed > target.budget_mb:
         say(

@@ -56,7 +56,7 @@ class SLDA(LinearLearner):
     def schema(self) -> dict[str, TensorSpec]:
         return {
             **super().schema(),
-            "prior": TensorSpec((self.dim, self.dim), "float32", "within-class covariance from pretraining"),
+            "prior": TensorSpec((self.dim, self.dim), "float32", "covariance from pretraining", shipped=True),
             "prior_weight": TensorSpec((1,), "float64", "samples that the prior counts for; -1: the likeliest number"),
         }
 
