@@ -25,7 +25,7 @@ from ssd_edge.learners.base import Progress, Task, TensorSpec
 from ssd_edge.learners.linear import PER_CLASS, LinearLearner
 from ssd_edge.priors import Priors
 from ssd_edge.sdmlp import prepare, respond, unit_rows
-from ssd_edge.statistics import gaussian_readout, likeliest_weight, ridge, signal_scale
+from ssd_edge.statistics import gaussian_readout, likeliest_weight, ridge_strength, signal_scale
 
 # Without a backbone's landmarks: the gain of random keys for each √D (a cosine with one is about 1/√D), and how the
 # signal of a direction is guessed from its variance; chosen as the constants of `backbones.landmarks` were.
@@ -139,7 +139,7 @@ class SSD(LinearLearner):
         freedom = self.statistics.freedom
         if freedom < 1:
             return 1.0
-        weight = ridge(self.statistics)[2] / variance
+        weight = ridge_strength(self.statistics) / variance
         if self.shipped:
             prior = variance * torch.eye(self.directions, dtype=torch.float64)
             weight = max(weight, likeliest_weight(scatter, freedom, prior))

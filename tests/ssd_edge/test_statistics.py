@@ -22,6 +22,7 @@ from ssd_edge.statistics import (
     oas_shrinkage,
     pack_symmetric,
     ridge,
+    ridge_strength,
     shrink,
     signal_scale,
     unpack_symmetric,
@@ -482,3 +483,8 @@ def test_statistics_in_float32_are_what_a_restart_reads() -> None:
     assert torch.equal(again.sums, statistics.sums)
     assert torch.equal(again.moments, statistics.moments)
     assert statistics.state()["second"].dtype == torch.float32
+
+
+def test_the_strength_from_single_precision_is_the_one_that_ridge_takes() -> None:
+    statistics = gathered(*data())
+    assert ridge_strength(statistics) == pytest.approx(ridge(statistics)[2], rel=1e-5)
