@@ -457,7 +457,8 @@ class Book:
 
     def save(self, **more: Any) -> None:
         """Write everything."""
-        command = shlex.join(["python", "benchmarks/panel.py", *sys.argv[1:]])
+        words = [word if "/" not in word else "PATH" for word in sys.argv[1:]]
+        command = shlex.join(["python", "benchmarks/panel.py", *words])
         cells, choices = list(self.cells.values()), list(self.choices.values())
         made = {"command": command, **self.environment, "cells": cells, "choices": choices, "summary": summary(cells)}
         self.record |= {**made, **more}
