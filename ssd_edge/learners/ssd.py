@@ -169,6 +169,7 @@ class SSD(LinearLearner):
                  "signal": "the directions' signal", "gain": "the landmarks' gain"}  # fmt: skip
         return {
             **super()._common(),
+            "whether there are landmarks": bool(self.shipped),  # before what only one of the two has
             "the number of directions": self.directions,
             **({words[name]: tensor for name, tensor in self.shipped.items()} or {"the seed of the keys": self.seed}),
         }

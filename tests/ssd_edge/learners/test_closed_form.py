@@ -335,3 +335,13 @@ def test_ssd_top_n_are_the_neurons_nearest_to_the_last_task() -> None:
 def test_ssd_settings_that_cannot_be(options: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
         build({"name": "ssd", **options}, DIM, Priors(landmarks=landmarks(DIM)))
+
+
+def test_ssd_of_other_landmarks_is_not_merged() -> None:
+    one, other = (build({"name": "ssd"}, DIM, Priors(landmarks=landmarks(DIM, seed=seed))) for seed in (0, 1))
+    with pytest.raises(InputError, match="differ in the landmarks cannot be merged"):
+        one.merge(other)
+    bare = build({"name": "ssd"}, DIM, Priors())
+    for first, second in ((one, bare), (bare, one)):
+        with pytest.raises(InputError, match=r"differ in whether there are landmarks \((True|False) and (True|False)\)"):
+            first.merge(second)
