@@ -30,7 +30,7 @@ from ssd_edge.statistics import gaussian_readout, likeliest_weight, ridge_streng
 # Without a backbone's landmarks: the gain of random keys for each √D (a cosine with one is about 1/√D), and how the
 # signal of a direction is guessed from its variance; chosen as the constants of `backbones.landmarks` were.
 RANDOM_GAIN, OF_VARIANCE, FLOOR = 0.5, 0.003, 0.001
-DIRECTIONS, TINY = 900, 1e-12
+DIRECTIONS, TINY, ROUNDING = 900, 1e-12, 4e-7
 SHIPPED = ("keys", "mean", "projection", "signal", "gain")
 ANSWERING = 0.1  # share of the neurons that count as answering a sample: those nearest to it
 
@@ -115,10 +115,13 @@ class SSD(LinearLearner):
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         statistics, freedom, size = self.statistics, self.statistics.freedom, self.directions
         identity, scatter = torch.eye(size, dtype=torch.float64), statistics.scatter_within()
-        variance = max(float(scatter.trace()) / max(freedom, 1.0) / size, TINY) if freedom else 1.0
-        weight = self.settings.prior_weight or self._weight(scatter, variance)
+        # Rounding second moments to float32 can turn a scatter indefinite by about this much a sample.
+        square = float(statistics.second.diagonal().mean()) / max(statistics.total, 1.0)
+        rounding = max(ROUNDING * math.sqrt(size) * square, TINY)
+        variance = max(float(scatter.trace()) / freedom / size, rounding) if freedom else 1.0
+        weight = self.settings.prior_weight or max(self._weight(scatter, variance), 1.0)
         # on the directions of landmarks the spread within pretraining classes is the identity
-        covariance = (weight * variance * identity + scatter) / (weight + freedom)
+        covariance = (weight * variance * identity + scatter) / (weight + freedom) + rounding * identity
         if self.shipped:
             signal = self.shipped["signal"].double().diag()
         else:

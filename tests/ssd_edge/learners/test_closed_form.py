@@ -345,3 +345,16 @@ def test_ssd_of_other_landmarks_is_not_merged() -> None:
     for first, second in ((one, bare), (bare, one)):
         with pytest.raises(InputError, match=r"whether there are landmarks \((True|False) and (True|False)\)"):
             first.merge(second)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize("given", [True, False], ids=["landmarks", "random keys"])
+def test_ssd_of_images_that_hardly_differ(spread: float, given: bool) -> None:
+    """More directions than images, and a scatter that rounding to float32 makes indefinite."""
+    priors = Priors(landmarks=landmarks(DIM, neurons=400, directions=300)) if given else Priors()
+    learner = build({"name": "ssd", "directions": 300}, DIM, priors)
+    for rows in ((0, 1), (2, 3)):
+        learner.learn(gaussians(dict.fromkeys(rows, 30), spread))
+    test = gaussians(dict.fromkeys(range(4), 20), spread, seed=1)
+    assert bool(torch.isfinite(learner.scores(test.embeddings)).all())
+    assert torch.equal(learner.predict(test.embeddings), test.labels)
