@@ -34,23 +34,22 @@ from ssd_edge.runs import environment
 from ssd_edge.training import set_threads
 
 SHOTS, DRAWS, HELD_OUT = (5, 20, 100, 0), 5, 10_000
-Response = Callable[[Tensor, Tensor, float], Tensor]
+Response = Callable[[Tensor, float], Tensor]
 
 
 def top_k(share: float) -> Response:
     """Top-K inhibition by subtraction, as in SDMLP: of each sample's cosines the largest `share` stay."""
 
-    def respond(inputs: Tensor, keys: Tensor, gain: float) -> Tensor:
-        cosines = inputs @ keys.T
+    def respond(cosines: Tensor, gain: float) -> Tensor:
         left = cosines.shape[1] - max(1, round(share * cosines.shape[1]))
         return (cosines - cosines.kthvalue(left, dim=1, keepdim=True).values).clamp_min(0)
 
     return respond
 
 
-def relu(inputs: Tensor, keys: Tensor, gain: float) -> Tensor:
+def relu(cosines: Tensor, gain: float) -> Tensor:
     """What random-projection ridge takes."""
-    return (inputs @ keys.T).clamp_min(0)
+    return cosines.clamp_min(0)
 
 
 @contextlib.contextmanager

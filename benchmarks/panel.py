@@ -114,8 +114,7 @@ def bill(learner: learners.Learner) -> tuple[int, int]:
     state, constants = learner.state_dict(), learner.constants()
 
     def size(tensors: Mapping[str, Tensor]) -> int:
-        most = {True: 4, False: 8}  # bytes of an element: of a float, of others
-        return sum(t.numel() * min(t.element_size(), most[t.is_floating_point()]) for t in tensors.values())
+        return sum(t.numel() * (4 if t.dtype == torch.float64 else t.element_size()) for t in tensors.values())
 
     return size({name: tensor for name, tensor in state.items() if name not in constants}), size(constants)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+LANDMARKS = {"keys": np.float16, "mean": np.float32, "projection": np.float16, "signal": np.float32}  # in a file
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,20 @@ class Landmarks:
     projection: np.ndarray
     signal: np.ndarray
     gain: float
+
+    def store(self, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+        """Add them to what a file of priors will hold; `taken` is the inverse."""
+        for name, kind in LANDMARKS.items():
+            arrays[f"landmark_{name}"] = getattr(self, name).astype(kind)
+        metadata["landmark_gain"] = self.gain
+
+    @classmethod
+    def taken(cls, arrays: dict[str, np.ndarray], metadata: Mapping[str, Any]) -> Landmarks | None:
+        """Take them out of what a file of priors holds; None where it holds none."""
+        if "landmark_gain" not in metadata:
+            return None
+        named = {name: arrays.pop(f"landmark_{name}").astype(np.float32) for name in LANDMARKS}
+        return cls(**named, gain=float(metadata["landmark_gain"]))
 
 
 @dataclass(frozen=True)

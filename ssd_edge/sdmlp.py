@@ -38,18 +38,17 @@ def prepare(embeddings: Tensor, shift: float | None) -> Tensor:
     return x.div_(x.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
-def respond(inputs: Tensor, keys: Tensor, gain: float) -> Tensor:
+def respond(cosines: Tensor, gain: float) -> Tensor:
     """exp(γ cos): how strongly each neuron answers, ``(N, r)``; nothing inhibits.
 
     The exponential of the cosine is what addressing in a sparse distributed memory comes to when many hard
     locations lie around each key (Bricken & Pehlevan 2021), and smooth, as its read-out here needs.
 
     Args:
-        inputs: unit rows, ``(N, D)``.
-        keys: unit rows, ``(r, D)``.
+        cosines: of inputs and keys, ``(N, r)``.
         gain: γ.
     """
-    return (gain * (inputs @ keys.T)).exp()
+    return (gain * cosines).exp()
 
 
 def initial_rows(rows: int, columns: int, fan_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

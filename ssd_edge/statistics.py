@@ -363,14 +363,13 @@ def gaussian_readout(means: Tensor, counts: Tensor, covariance: Tensor, signal: 
         means: of the samples, ``(C, D)``, around the mean that new classes are expected at.
         counts: ``(C,)``; a class with 0 samples gets a bias of −∞.
         covariance: W, ``(D, D)``, positive definite.
-        signal: B, ``(D, D)``, or its diagonal ``(D,)``.
+        signal: B, ``(D, D)``.
 
     Returns:
         Values ``(D, C)`` and biases ``(C,)``, float64.
     """
     factor = torch.linalg.cholesky(covariance)
-    expected = torch.diag(signal) if signal.ndim == 1 else signal
-    half = torch.linalg.solve_triangular(factor, expected, upper=False)
+    half = torch.linalg.solve_triangular(factor, signal, upper=False)
     whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
     variances, rotation = torch.linalg.eigh((whitened + whitened.mT) / 2)
     axes = torch.linalg.solve_triangular(factor.mT, rotation, upper=True)

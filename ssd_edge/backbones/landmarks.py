@@ -48,7 +48,7 @@ def make_landmarks(
     inputs = prepare(embeddings, None)
     order = torch.randperm(len(inputs), generator=generator)
     keys = inputs[order[:neurons]].half().float()
-    sample = respond(inputs[order[-SAMPLES:]], keys, GAIN)
+    sample = respond(inputs[order[-SAMPLES:]] @ keys.T, GAIN)
     mean = sample.mean(0)
     centred = (sample - mean).double()
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(sample))
@@ -61,7 +61,7 @@ def make_landmarks(
     components = axes[:, :found] / scale.sqrt()
     statistics = ClassStatistics(found)
     for part, truth in zip(inputs.split(4096), labels.split(4096), strict=True):
-        statistics.add((respond(part, keys, GAIN) - mean).double() @ components, truth)
+        statistics.add((respond(part @ keys.T, GAIN) - mean).double() @ components, truth)
     transform, signal = _joint_axes(statistics, classes)
     # New classes are expected around the mean of the old ones, each counted alike.
     mean = (mean.double() + scale * components @ statistics.means.mean(0)).float()

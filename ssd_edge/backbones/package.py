@@ -25,7 +25,6 @@ from ssd_edge.priors import Landmarks, Priors
 
 WEIGHTS, PRIORS, CARD = "backbone.safetensors", "priors.safetensors", "card.json"
 SHIPPED = Path(__file__).parent / "shipped"
-LANDMARKS = {"keys": np.float16, "mean": np.float32, "projection": np.float16, "signal": np.float32}
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,6 @@ def _unit_rows(keys: np.ndarray | None) -> np.ndarray | None:
     return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
 
 
-def _landmarks(priors: dict[str, np.ndarray], metadata: dict[str, Any]) -> Landmarks | None:
-    if "landmark_keys" not in priors:
-        return None
-    arrays = {name: priors[f"landmark_{name}"].astype(np.float32) for name in LANDMARKS}
-    return Landmarks(**arrays, gain=float(metadata["landmark_gain"]))
-
-
 def save(package: BackbonePackage, folder: Path) -> int:
     """Write a package; returns its size in bytes."""
     folder = Path(folder)
@@ -88,14 +80,10 @@ def save(package: BackbonePackage, folder: Path) -> int:
     if package.priors.keys is not None and package.priors.counters is not None:
         priors["keys"] = package.priors.keys.astype(np.float16)
         priors["counters"] = package.priors.counters.astype(np.float32)
-    landmarks = package.priors.landmarks
-    if landmarks is not None:
-        for name, kind in LANDMARKS.items():
-            priors[f"landmark_{name}"] = getattr(landmarks, name).astype(kind)
     files.write_tensors(folder / WEIGHTS, compact(package.weights))
     metadata = {"count": package.priors.count, "student": package.priors.student}
-    if landmarks is not None:
-        metadata["landmark_gain"] = landmarks.gain
+    if package.priors.landmarks is not None:
+        package.priors.landmarks.store(priors, metadata)
     files.write_tensors(folder / PRIORS, priors, metadata)
     files.write_json(folder / CARD, package.card)
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
@@ -128,7 +116,7 @@ def load(folder: Path | None = None) -> BackbonePackage:
                 within_covariance=priors.get("within_covariance"),
                 keys=_unit_rows(priors.get("keys")),
                 counters=priors.get("counters"),
-                landmarks=_landmarks(priors, metadata),
+                landmarks=Landmarks.taken(priors, metadata),
                 student=dict(metadata.get("student", {})),
             ),
             card={**card, "arch": str(card["arch"]), "size": int(card["size"]), "dim": int(card["dim"])},

@@ -60,8 +60,9 @@ class LinearLearner(Learner):
         """Features ``(N, F)`` of embeddings ``(N, D)``."""
         return embeddings
 
-    def observe(self, features: Tensor) -> None:
-        """See the features ``(N, F)`` of a part of the task that is being learned."""
+    def observe(self, embeddings: Tensor) -> Tensor:
+        """`features` of a part of the task that is being learned."""
+        return self.features(embeddings)
 
     @abc.abstractmethod
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -71,8 +72,7 @@ class LinearLearner(Learner):
         self.statistics.grow(int(task.labels.max()) + 1)
         for start in range(0, len(task.labels), BATCH):
             part = slice(start, start + BATCH)
-            features = self.features(task.embeddings[part].to(self.device))
-            self.observe(features)
+            features = self.observe(task.embeddings[part].to(self.device))
             self.statistics.add(features, task.labels[part])
             progress(0.9 * start / len(task.labels))
         measured = self._update()

@@ -109,7 +109,13 @@ class SSD(LinearLearner):
 
     def features(self, embeddings: Tensor) -> Tensor:
         """Activity along the directions, ``(N, n)``."""
-        response = respond(prepare(embeddings, None), self.keys, self.gain)
+        return self._along(self._cosines(embeddings))
+
+    def _cosines(self, embeddings: Tensor) -> Tensor:
+        return prepare(embeddings, None) @ self.keys.T
+
+    def _along(self, cosines: Tensor) -> Tensor:
+        response = respond(cosines, self.gain)
         return (response - self.mean) @ self.projection if self.shipped else response
 
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -149,18 +155,16 @@ class SSD(LinearLearner):
         return weight
 
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
+        self.answered = torch.zeros(len(self.keys))
         measured = super()._learn(task, progress)
-        self.frequencies = self._answering(task.embeddings)
+        self.frequencies = self.answered / len(task.labels)
         return measured
 
-    def _answering(self, embeddings: Tensor) -> Tensor:
-        """Share of the samples to which each neuron is among the nearest tenth, ``(r,)``."""
-        count, nearest = torch.zeros(len(self.keys)), max(1, round(ANSWERING * len(self.keys)))
-        for part in embeddings.split(4096):
-            cosines = prepare(part.to(self.device), None) @ self.keys.T
-            chosen = cosines.topk(nearest, dim=1, sorted=False).indices.flatten()
-            count += torch.bincount(chosen, minlength=len(count)).cpu()
-        return count / len(embeddings)
+    def observe(self, embeddings: Tensor) -> Tensor:
+        cosines, nearest = self._cosines(embeddings), max(1, round(ANSWERING * len(self.keys)))
+        chosen = cosines.topk(nearest, dim=1, sorted=False).indices.flatten()
+        self.answered += torch.bincount(chosen, minlength=len(self.answered)).cpu()
+        return self._along(cosines)
 
     @property
     def top_n(self) -> TopNTable:

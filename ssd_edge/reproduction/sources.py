@@ -231,7 +231,6 @@ def read_inputs(path: Path) -> Inputs:
 
 
 PRIOR_ARRAYS = ("within_covariance", "keys", "counters")
-LANDMARK_ARRAYS = ("keys", "mean", "projection", "signal")
 
 
 def write_priors(folder: Path, priors: Priors) -> Path:
@@ -239,8 +238,7 @@ def write_priors(folder: Path, priors: Priors) -> Path:
     arrays = {name: getattr(priors, name) for name in PRIOR_ARRAYS if getattr(priors, name) is not None}
     metadata: dict[str, Any] = {"count": priors.count, "student": priors.student}
     if priors.landmarks is not None:
-        arrays.update({f"landmark_{name}": getattr(priors.landmarks, name) for name in LANDMARK_ARRAYS})
-        metadata["landmark_gain"] = priors.landmarks.gain
+        priors.landmarks.store(arrays, metadata)
     data = files.tensor_bytes(arrays, metadata)
     path = folder / f"priors-{files.sha256(data)[:16]}.safetensors"
     if not path.exists():
@@ -251,8 +249,5 @@ def write_priors(folder: Path, priors: Priors) -> Path:
 def read_priors(path: Path) -> Priors:
     """What `write_priors` wrote."""
     arrays, metadata = files.read_tensors(path)
-    landmarks = None
-    if "landmark_gain" in metadata:
-        named = {name: arrays.pop(f"landmark_{name}") for name in LANDMARK_ARRAYS}
-        landmarks = Landmarks(**named, gain=metadata["landmark_gain"])
+    landmarks = Landmarks.taken(arrays, metadata)
     return Priors(count=metadata["count"], student=metadata["student"], landmarks=landmarks, **arrays)

@@ -241,8 +241,8 @@ def test_the_read_out_is_that_of_gaussians_with_uncertain_means(diagonal: bool) 
     if not diagonal:
         turned = np.linalg.qr(rng.normal(size=(size, size)))[0]
         signal = turned @ signal @ turned.T
-    given = torch.from_numpy(np.diag(signal).copy() if diagonal else signal)
-    values, bias = gaussian_readout(torch.from_numpy(means), torch.from_numpy(counts), torch.from_numpy(within), given)
+    given = (torch.from_numpy(array) for array in (means, counts, within, signal))
+    values, bias = gaussian_readout(*given)
     second = within + (means.T * counts) @ means / counts.sum()  # E[x xᵀ] over what was seen
     for row in (0, 1, 3):
         unknown = np.linalg.inv(np.linalg.inv(signal) + counts[row] * np.linalg.inv(within))
@@ -260,7 +260,7 @@ def test_the_read_out_of_many_images_is_the_discriminant() -> None:
     statistics = ClassStatistics(DIM)
     statistics.add(task.embeddings, task.labels)
     covariance = shrink(statistics.scatter_within() / statistics.freedom, statistics.freedom)
-    signal = torch.full((DIM,), 1e3, dtype=torch.float64)
+    signal = 1e3 * torch.eye(DIM, dtype=torch.float64)
     values, bias = gaussian_readout(statistics.means, statistics.counts, covariance, signal)
     shrunk = OAS(store_precision=False)
     wanted = LinearDiscriminantAnalysis(solver="lsqr", priors=[0.25] * 4, covariance_estimator=shrunk)
