@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from device_runtime.device import Device
-from device_runtime.installation import install
-from exporters.packing import Options, deploy
-from ssd_edge import runs
+from device_runtime.install.bundle import install
+from exporters.deploy import Options, deploy
 from ssd_edge.config import DataConfig
 from ssd_edge.data import load
-from ssd_edge.training import set_threads
+from ssd_edge.run import storage
+from ssd_edge.run.train import set_threads
 
 NEW = "truck"
 
@@ -78,7 +78,7 @@ def main() -> None:
             device.rollback(1)
     if words.json:
         command = "python benchmarks/device.py RUN (RUN: ssd-edge train --config examples/cifar10.yaml)"
-        words.json.write_text(json.dumps({"command": command, **runs.environment(), "rows": rows}, indent=2) + "\n")
+        words.json.write_text(json.dumps({"command": command, **storage.environment(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

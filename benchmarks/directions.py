@@ -24,14 +24,14 @@ from ssd_edge import learners
 from ssd_edge.backbones import landmarks as made_from
 from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.config import BackboneConfig, DataConfig
-from ssd_edge.console import Console
 from ssd_edge.data import load
-from ssd_edge.learners import ssd as default
 from ssd_edge.learners.base import Task
-from ssd_edge.prepared import embed
-from ssd_edge.priors import Priors
-from ssd_edge.runs import environment
-from ssd_edge.training import set_threads
+from ssd_edge.learners.closed_form import landmark as default
+from ssd_edge.learners.priors import Priors
+from ssd_edge.report.terminal import Console
+from ssd_edge.run.embed import embed
+from ssd_edge.run.storage import environment
+from ssd_edge.run.train import set_threads
 
 SHOTS, DRAWS, HELD_OUT = (5, 20, 100, 0), 5, 10_000
 Response = Callable[[Tensor, float], Tensor]

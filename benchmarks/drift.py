@@ -25,18 +25,18 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from device_runtime.drift import DRIFTED, MODERATE, WINDOW, Monitor, Reference
-from device_runtime.unknown import Rejector
+from device_runtime.learning.unknown import Rejector
+from device_runtime.service.drift import DRIFTED, MODERATE, WINDOW, Monitor, Reference
 from ssd_edge import files, learners
 from ssd_edge.backbones.embedder import Embedder, open_backbone
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import BackboneConfig, DataConfig
-from ssd_edge.console import Console
 from ssd_edge.data import Dataset, load
-from ssd_edge.prepared import embed
-from ssd_edge.runs import environment
-from ssd_edge.statistics import ClassStatistics
-from ssd_edge.training import set_threads
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.report.terminal import Console
+from ssd_edge.run.embed import embed
+from ssd_edge.run.storage import environment
+from ssd_edge.run.train import set_threads
 
 SHIFTED = 2000  # images that are shifted and embedded
 DRAWS, CLEAN_DRAWS = 20, 2000

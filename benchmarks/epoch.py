@@ -3,7 +3,7 @@
 Usage: [SSD_EDGE_DATA=FOLDER] python benchmarks/epoch.py [--quick] [--json FILE]
 
 `ssd-edge bench --full`, on embeddings of CIFAR-10 where SSD_EDGE_DATA has it (classes 2 and 3 of the training images,
-after 0 and 1; accuracy on test images), else on the clustered Gaussian ones of `ssd_edge.benching`.
+after 0 and 1; accuracy on test images), else on the clustered Gaussian ones of `ssd_edge.run.bench`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 
 import torch
 
-from ssd_edge import benching
 from ssd_edge.cli.bench import lines
 from ssd_edge.learners import Task
+from ssd_edge.run import bench
 
 
 def cifar() -> tuple[Task, Task, Task]:
     """Two tasks of two classes and their test images, as the shipped backbone sees them."""
     from ssd_edge.backbones.embedder import open_backbone
     from ssd_edge.config import BackboneConfig, DataConfig
-    from ssd_edge.console import Console
     from ssd_edge.data import load
-    from ssd_edge.prepared import embed
+    from ssd_edge.report.terminal import Console
+    from ssd_edge.run.embed import embed
 
     dataset = load(DataConfig(path="cifar10-jpg.tar.xz"), 0)
     embedded = embed(dataset, open_backbone(BackboneConfig(), torch.device("cpu")), Console(), True)
@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     words = parser.parse_args()
     real = bool(os.environ.get("SSD_EDGE_DATA"))
-    size = dataclasses.replace(benching.FULL, epochs=10, curve=()) if words.quick else benching.FULL
-    result = benching.bench(size, lambda text: print(text, file=sys.stderr), cifar() if real else None)
+    size = dataclasses.replace(bench.FULL, epochs=10, curve=()) if words.quick else bench.FULL
+    result = bench.bench(size, lambda text: print(text, file=sys.stderr), cifar() if real else None)
     print("\n".join(lines(result)))
     if words.json:
         about = {

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from epoch import cifar
 
-from ssd_edge import benching, learners
-from ssd_edge.priors import Priors
-from ssd_edge.runs import environment
+from ssd_edge import learners
+from ssd_edge.learners.priors import Priors
+from ssd_edge.run import bench
+from ssd_edge.run.storage import environment
 
 IMAGES, DRAWS, EPOCHS = 50, 2, (40, 200, 500, 1000, 2000)
 OPTIONS = {"name": "ssd-paper", "neurons": 10_000, "inhibition": "subtract", "engine": "compiled", "lr": 0.5}
@@ -26,8 +27,8 @@ OPTIONS = {"name": "ssd-paper", "neurons": 10_000, "inhibition": "subtract", "en
 
 def learner(epochs: int) -> learners.Learner:
     """A new one for ten announced classes."""
-    made = learners.build({**OPTIONS, "epochs": epochs}, benching.DIM, Priors())
-    made.expect(benching.CLASSES)
+    made = learners.build({**OPTIONS, "epochs": epochs}, bench.DIM, Priors())
+    made.expect(bench.CLASSES)
     return made
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     words = parser.parse_args()
     first, second, test = cifar()
-    benching.warm_up()
+    bench.warm_up()
     before = learner(40)
     before.learn(first)
     state, rows = before.state_dict(), []

@@ -31,10 +31,10 @@ import torch
 from PIL import Image
 
 from device_runtime.device import Device
-from device_runtime.installation import install
+from device_runtime.install.bundle import install
 from ssd_edge.config import DataConfig
 from ssd_edge.data import Dataset, load
-from ssd_edge.runs import environment
+from ssd_edge.run.storage import environment
 
 NEW = {"truck": 10, "wardrobe": 100, "orange": 100, "mountain": 100, "keyboard": 100}  # and the CIFAR that it is from
 IMAGES = 20

@@ -39,14 +39,14 @@ from torch import Tensor
 from ssd_edge import files, learners
 from ssd_edge.backbones import package
 from ssd_edge.config import StreamConfig
-from ssd_edge.console import Console
 from ssd_edge.errors import InputError
-from ssd_edge.prepared import Prepared, prepare
-from ssd_edge.priors import Priors
-from ssd_edge.reproduction.experiments import ORDERS, streams
+from ssd_edge.learners.priors import Priors
+from ssd_edge.report.terminal import Console
 from ssd_edge.reproduction.sources import Inputs, Sources, read_inputs, write_inputs
-from ssd_edge.runs import environment
-from ssd_edge.streams import make_stream
+from ssd_edge.reproduction.specs import ORDERS, streams
+from ssd_edge.run.embed import Prepared, prepare
+from ssd_edge.run.storage import environment
+from ssd_edge.run.streams import make_stream
 
 STREAMS = ("cifar10", "cifar100-10x10", "cifar100-50x2", "mnist-pixels", "mnist", "tiny-imagenet")
 TWINS = {"cifar100-50x2": "cifar100-10x10"}  # the same images and classes in other tasks

@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from exporters import finished, parity
-from exporters.packing import Options, deploy
-from ssd_edge import bundle, data, runs
+from exporters import parity
+from exporters.deploy import Options, deploy
+from ssd_edge import bundle, data
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder
 from ssd_edge.backbones.onnx import open_session
+from ssd_edge.run import finished, storage
+from ssd_edge.run.train import set_threads
 from ssd_edge.targets import PRECISIONS
-from ssd_edge.training import set_threads
 
 REPEATS = 200
 
@@ -58,7 +59,7 @@ def main() -> None:
         shown = {key: row[key] for key in ("precision", "backbone_bytes", "min_cosine", "max_difference", "agreement")}
         print(shown, row["accuracy"], f"{milliseconds:.2f} ms")
     if words.json:
-        result = {"command": "python benchmarks/precision.py RUN", **runs.environment(), "rows": rows}
+        result = {"command": "python benchmarks/precision.py RUN", **storage.environment(), "rows": rows}
         words.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -30,8 +30,8 @@ import torch
 from field import COMMAND, IMAGES, NEW, SIDE, busy_seconds, datasets, measured, new_images, wait_for_quiet, write_images
 
 from device_runtime.device import Device, Prediction
-from device_runtime.installation import install
-from ssd_edge.runs import environment
+from device_runtime.install.bundle import install
+from ssd_edge.run.storage import environment
 
 READERS, PERIOD, REFRESH = 8, 0.1, 5.0  # seconds
 ROUNDS = 4  # of learns: each class once in each

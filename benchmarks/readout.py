@@ -22,8 +22,8 @@ from split import TASKS, embeddings, protocol
 from ssd_edge import learners
 from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.config import BackboneConfig
-from ssd_edge.runs import environment
-from ssd_edge.statistics import ClassStatistics, discriminant
+from ssd_edge.learners.closed_form.sums import ClassStatistics, discriminant
+from ssd_edge.run.storage import environment
 
 JOINT = "SDMLP, all classes at once"
 SYSTEMS: dict[str, dict[str, Any]] = {

@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from device_runtime.guard import judge
-from device_runtime.retention import SPREAD, ask
+from device_runtime.learning.guard import judge
+from device_runtime.learning.retention import SPREAD, ask
 from ssd_edge import learners
 from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import BackboneConfig, DataConfig
-from ssd_edge.console import Console
 from ssd_edge.data import load
-from ssd_edge.prepared import embed
-from ssd_edge.runs import environment
-from ssd_edge.statistics import ClassStatistics
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.report.terminal import Console
+from ssd_edge.run.embed import embed
+from ssd_edge.run.storage import environment
 
 WITHOUT = ("truck", "cat", "airplane", "frog")
 SHOTS = (5, 20, 100, 500)

@@ -20,15 +20,16 @@ import numpy as np
 import torch
 import yaml
 
-from ssd_edge import learners, metrics
+from ssd_edge import learners
 from ssd_edge.backbones.embedder import open_backbone
-from ssd_edge.backbones.student import pretrain_student
+from ssd_edge.backbones.keys import pretrain_student
 from ssd_edge.config import BackboneConfig, DataConfig, StudentConfig
-from ssd_edge.console import Console
 from ssd_edge.data import load
-from ssd_edge.prepared import embed
-from ssd_edge.priors import Priors
-from ssd_edge.runs import environment
+from ssd_edge.learners.priors import Priors
+from ssd_edge.report.terminal import Console
+from ssd_edge.run import metrics
+from ssd_edge.run.embed import embed
+from ssd_edge.run.storage import environment
 
 TASKS = 5
 

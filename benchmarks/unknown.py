@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from device_runtime.unknown import Rejector
+from device_runtime.learning.unknown import Rejector
 from ssd_edge import files, learners
 from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import BackboneConfig, DataConfig
-from ssd_edge.console import Console
 from ssd_edge.data import load
-from ssd_edge.prepared import embed
-from ssd_edge.runs import environment
-from ssd_edge.statistics import ClassStatistics, shrink
-from ssd_edge.training import set_threads
+from ssd_edge.learners.closed_form.sums import ClassStatistics, shrink
+from ssd_edge.report.terminal import Console
+from ssd_edge.run.embed import embed
+from ssd_edge.run.storage import environment
+from ssd_edge.run.train import set_threads
 
 PAIRS = (("automobile", "dog"), ("ship", "cat"), ("horse", "frog"), ("bird", "airplane"))
 IMAGES = (3, 5, 10, 20, 100, 500)

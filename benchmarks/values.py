@@ -17,12 +17,12 @@ import torch
 from ssd_edge import learners
 from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.config import BackboneConfig, DataConfig
-from ssd_edge.console import Console
 from ssd_edge.data import load
-from ssd_edge.prepared import embed
-from ssd_edge.runs import environment
-from ssd_edge.statistics import discriminant, ridge
-from ssd_edge.training import set_threads
+from ssd_edge.learners.closed_form.sums import discriminant, ridge
+from ssd_edge.report.terminal import Console
+from ssd_edge.run.embed import embed
+from ssd_edge.run.storage import environment
+from ssd_edge.run.train import set_threads
 
 
 def main() -> None:

@@ -24,21 +24,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from device_runtime import editing, exchange, lessons, pruning, service, teaching
-from device_runtime.board import default_root
-from device_runtime.budget import Budget, Meter, Watcher
-from device_runtime.embedder import Embedder, open_embedder
-from device_runtime.generations import Generation, Generations
-from device_runtime.guard import Limits
-from device_runtime.knowledge import Knowledge
-from device_runtime.lessons import ImageSource
-from device_runtime.trust import check_signature
-from device_runtime.unknown import UNKNOWN
+from device_runtime.backbone.embedder import Embedder, open_embedder
+from device_runtime.install.trust import check_signature
+from device_runtime.learning import edit, exchange, lessons, teach
+from device_runtime.learning.budget import Budget, Meter, Watcher
+from device_runtime.learning.guard import Limits
+from device_runtime.learning.lessons import ImageSource
+from device_runtime.learning.state import Knowledge
+from device_runtime.learning.unknown import UNKNOWN
+from device_runtime.machine.board import default_root
+from device_runtime.service import systemd
+from device_runtime.store import pruning
+from device_runtime.store.generations import Generation, Generations
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import InputError
-from ssd_edge.statistics import ClassStatistics
+from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 log = logging.getLogger(__name__)
 
@@ -287,7 +289,7 @@ class Device:
         with self.store.writer():  # from reading to committing: nobody else can commit in between
             state = self._latest()
             embed = functools.partial(self._embed, state)
-            return self._commit(*teaching.teach(state.known, images, embed, state.generation.number, limits, meter))
+            return self._commit(*teach.teach(state.known, images, embed, state.generation.number, limits, meter))
 
     def _latest(self) -> State:
         """The state to make the next one of; with the root held for writing."""
@@ -323,7 +325,7 @@ class Device:
             GateRefusedError: the others would be recognised less often than `limits` allow.
         """
         with self.store.writer():
-            return self._commit(*editing.forget(self._latest().known, label, exactly, limits))
+            return self._commit(*edit.forget(self._latest().known, label, exactly, limits))
 
     def merge_labels(self, labels: Sequence[str], into: str, limits: Limits | None = None) -> dict[str, Any]:
         """Make one class of several, as if they had been taught under one name, and commit a generation.
@@ -341,7 +343,7 @@ class Device:
             GateRefusedError: they would be recognised less often than `limits` allow.
         """
         with self.store.writer():
-            return self._commit(*editing.merge_labels(self._latest().known, labels, into, limits))
+            return self._commit(*edit.merge_labels(self._latest().known, labels, into, limits))
 
     def export(self, path: str | Path, key: str | Path | None = None) -> dict[str, Any]:
         """Write what this device knows as a bundle, for another device or as a backup.
@@ -417,7 +419,7 @@ class Device:
 
     def status(self) -> dict[str, Any]:
         """What this device is and knows, how the machine is, and what `watch` last saw; JSON values."""
-        from device_runtime.watch import watched
+        from device_runtime.service.watch import watched
 
         return {
             "generation": self.generation.number,
@@ -434,14 +436,14 @@ class Device:
             "precision": self.facts["precision"],
             "installation": self.facts["installation"],
             "root": str(self.store.root),
-            "machine": service.vitals(self.store.root),
+            "machine": systemd.vitals(self.store.root),
             "watched": watched(self.store.root),
             "warning": self.generation.fallback,
         }
 
     def history(self) -> dict[str, Any]:
         """Every generation, with what made it in words, and every event, oldest first; JSON values."""
-        generations = [{**entry, "what": editing.described(entry["info"] or {})} for entry in self.store.list()]
+        generations = [{**entry, "what": edit.described(entry["info"] or {})} for entry in self.store.list()]
         return {
             "generation": self.generation.number,
             "classes": self.classes,

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ssd_edge import archive, files
+from ssd_edge import files
+from ssd_edge.bundle import container
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError
 
 SYNC_EVERY = 8 << 20  # bytes that a power cut can take at most
@@ -69,7 +70,7 @@ def parse_offer(line: bytes) -> Offer:
         value = json.loads(line)
         paths = {item["path"]: item["sha256"] for item in value["entries"]}
         sizes = {item["sha256"]: item["size"] for item in value["entries"]}
-        archive.check_names(dict.fromkeys(paths, b""))
+        container.check_names(dict.fromkeys(paths, b""))
         right = (
             len(value["entries"]) == len(paths)
             and all(item["size"] == sizes[item["sha256"]] for item in value["entries"])
@@ -78,12 +79,12 @@ def parse_offer(line: bytes) -> Offer:
         )
         if not right:
             raise ValueError("two entries with one name, a size or a sha256 that is none")
-        if value["size"] > archive.MAX_BYTES or sum(sizes[digest] for digest in paths.values()) > value["size"]:
+        if value["size"] > container.MAX_BYTES or sum(sizes[digest] for digest in paths.values()) > value["size"]:
             raise ValueError(
                 f"the bundle is to have {value['size']} bytes, but must have at least those of its entries and at "
-                f"most {archive.MAX_BYTES}"
+                f"most {container.MAX_BYTES}"
             )
-        name = _ODD.sub("_", str(value["name"]).removesuffix(".ssdedge"))[: archive.MAX_NAME_LENGTH]
+        name = _ODD.sub("_", str(value["name"]).removesuffix(".ssdedge"))[: container.MAX_NAME_LENGTH]
         return Offer(
             value["bundle"],
             value["size"],
@@ -186,7 +187,7 @@ class Incoming:
             BundleRefusedError: it is not the one that was announced.
         """
         data = io.BytesIO()
-        for block in archive.blocks(_Entries(self, offer)):
+        for block in container.blocks(_Entries(self, offer)):
             data.write(block)
         if (found := files.sha256(data.getbuffer())) != offer.sha256:
             raise BundleRefusedError(

@@ -191,7 +191,7 @@ def _fetch(root: Path, wire: Wire, incoming: Incoming, offer: Offer) -> None:
 
 def _installed(root: Path, sha256: str) -> dict[str, Any] | None:
     """The current generation, if it is this bundle: the connection broke after it had been installed."""
-    from device_runtime.generations import Generations
+    from device_runtime.store.generations import Generations
 
     with contextlib.suppress(InputError, BundleRefusedError):
         current = Generations(root).current()
@@ -201,13 +201,13 @@ def _installed(root: Path, sha256: str) -> dict[str, Any] | None:
 
 
 def _examine(path: Path, root: Path) -> Any:
-    from device_runtime.doctor import examine
+    from device_runtime.machine.doctor import examine
     from ssd_edge import bundle
 
     return examine(bundle.read(path), root)
 
 
 def _install(root: Path, path: Path, **options: Any) -> Any:
-    from device_runtime.installation import install
+    from device_runtime.install.bundle import install
 
     return install(root, path, **options)

@@ -18,11 +18,12 @@ from pathlib import Path
 import panel_tables
 
 from ssd_edge import targets
-from ssd_edge.comparison import percent, points, ranked, size
-from ssd_edge.console import export_svg
+from ssd_edge.report.compare import percent, points, ranked
+from ssd_edge.report.terminal import export_svg
 from ssd_edge.reproduction.cells import Store
-from ssd_edge.reproduction.experiments import chosen
 from ssd_edge.reproduction.rows import Row, mean, rows, spread
+from ssd_edge.reproduction.specs import chosen
+from ssd_edge.system import size
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"

@@ -6,8 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ssd_edge.comparison import percent, points, size
+from ssd_edge.report.compare import percent, points
 from ssd_edge.reproduction.drawings import Series, lines
+from ssd_edge.system import size
 
 STREAMS = {
     "cifar10": "CIFAR-10, 5 × 2",

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from device_runtime import Device
-from device_runtime.budget import Budget
-from device_runtime.installation import install
+from device_runtime.install.bundle import install
+from device_runtime.learning.budget import Budget
 
 # RGB. A frame of OpenCV is BGR: hand over frame[..., ::-1].
 COLOURS = {"a red thing": (200, 40, 40), "a green thing": (40, 180, 60)}

@@ -21,16 +21,16 @@ from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.onnx import EMBEDDINGS
 from ssd_edge.errors import InputError, require
 from ssd_edge.learners import Learner
-from ssd_edge.learners.fecam import FeCAM
-from ssd_edge.learners.finetune import FineTune, name_of
-from ssd_edge.learners.flymodel import FlyModel
-from ssd_edge.learners.icarl import ICaRL
-from ssd_edge.learners.linear import NEVER, LinearLearner
-from ssd_edge.learners.ncm import NCM
-from ssd_edge.learners.ridge import RandomProjectionRidge
-from ssd_edge.learners.sdmlp import SDMLPLearner
-from ssd_edge.learners.ssd import SSD
-from ssd_edge.topk import decayed_k
+from ssd_edge.learners.closed_form.fecam import FeCAM
+from ssd_edge.learners.closed_form.flymodel import FlyModel
+from ssd_edge.learners.closed_form.landmark import SSD
+from ssd_edge.learners.closed_form.linear import NEVER, LinearLearner
+from ssd_edge.learners.closed_form.ncm import NCM
+from ssd_edge.learners.closed_form.ridge import RandomProjectionRidge
+from ssd_edge.learners.gradient.finetune import FineTune, name_of
+from ssd_edge.learners.gradient.icarl import ICaRL
+from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
+from ssd_edge.learners.gradient.topk import decayed_k
 
 if TYPE_CHECKING:
     from onnx import ModelProto

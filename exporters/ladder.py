@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from exporters import parity, precision
-from exporters.finished import FinishedRun
 from ssd_edge import data, files, targets
 from ssd_edge.backbones import onnx_file
 from ssd_edge.errors import GateRefusedError, InputError, SSDEdgeError
 from ssd_edge.learners import Learner
+from ssd_edge.run.finished import FinishedRun
 from ssd_edge.targets import Target
 
 Say = Callable[[str], None]

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from device_runtime.selftest import cosines
+from device_runtime.backbone.selftest import cosines
 from exporters.precision import element_types
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.onnx import batch_size, open_session, run

@@ -149,7 +149,7 @@ def bundle(trained: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def installed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with the session's bundle; copy it before changing it."""
-    from device_runtime.installation import install
+    from device_runtime.install.bundle import install
 
     root = tmp_path_factory.mktemp("device") / "root"
     install(root, bundle)

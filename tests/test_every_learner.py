@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from device_runtime import Device
-from device_runtime.guard import Limits
-from device_runtime.installation import install
-from exporters import packing
-from exporters.onnx_export import export_package
-from ssd_edge import training
+from device_runtime.install.bundle import install
+from device_runtime.learning.guard import Limits
+from exporters import deploy
+from exporters.export import export_package
 from ssd_edge.backbones.package import BackbonePackage
 from ssd_edge.config import TrainConfig, parse
-from ssd_edge.console import Console
 from ssd_edge.errors import InputError
 from ssd_edge.learners import LEARNERS
+from ssd_edge.report.terminal import Console
+from ssd_edge.run import train
 
 SHORT = {"epochs": 20}
 FORGETTING = ("sdmlp", "ssd-paper", "finetune", "lwf", "icarl")
@@ -41,16 +41,16 @@ def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch
     def export(package: BackbonePackage) -> bytes:
         return exported(package.identity)
 
-    monkeypatch.setattr(packing, "export_package", export)
+    monkeypatch.setattr(deploy, "export_package", export)
     tree = {
         "data": {"path": str(shapes), "exclude": ["triangle"]},
         "run": {"out": str(tmp_path), "panel": False, "baselines": False},
         "learner": {"name": name, **QUICK.get(name, {})},
     }
-    run = training.start(parse(TrainConfig, tree), ["test"], Console())
+    run = train.start(parse(TrainConfig, tree), ["test"], Console())
     metrics = run.execute()
     assert metrics["learner"] == name
-    packing.deploy(run.folder, packing.Options("cpu"), tmp_path / "x.ssdedge", lambda text: None)
+    deploy.deploy(run.folder, deploy.Options("cpu"), tmp_path / "x.ssdedge", lambda text: None)
     install(tmp_path / "root", tmp_path / "x.ssdedge")
     limits = Limits(1.0 if name in FORGETTING else 0.1)
     old, new = sorted((shapes / "test" / "circle").iterdir()), sorted((shapes / "train" / "triangle").iterdir())
@@ -76,7 +76,7 @@ def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch
         assert device.learner.scores(device.embed(old)).equal(scores)
 
     # And from nothing: a bundle with a backbone and no class.
-    packing.deploy(run.folder, packing.Options("cpu", empty=True), tmp_path / "empty.ssdedge", lambda text: None)
+    deploy.deploy(run.folder, deploy.Options("cpu", empty=True), tmp_path / "empty.ssdedge", lambda text: None)
     install(tmp_path / "blank", tmp_path / "empty.ssdedge")
     with Device.open(tmp_path / "blank") as device:
         assert device.classes == []

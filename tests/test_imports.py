@@ -24,14 +24,16 @@ def imports(path: Path) -> set[str]:
 
 
 WORKSTATION = (
-    *("training", "prepared", "reproduction", "data", "backbones"),
-    *("report", "cli", "evaluation", "runs", "console"),
+    *("run", "reproduction", "data", "backbones", "report", "cli"),
 )
 RULES = [
     ("device_runtime", ["exporters", *(f"ssd_edge.{name}" for name in WORKSTATION)]),
     ("ssd_edge/learners", ["exporters", "device_runtime", *(f"ssd_edge.{name}" for name in (*WORKSTATION, "bundle"))]),
-    ("ssd_edge/data", ["exporters", "device_runtime", "ssd_edge.training", "ssd_edge.learners", "torch"]),
-    ("ssd_edge/backbones", ["exporters", "device_runtime", "ssd_edge.training", "ssd_edge.learners", "ssd_edge.cli"]),
+    ("ssd_edge/data", ["exporters", "device_runtime", "ssd_edge.run", "ssd_edge.learners", "torch"]),
+    (
+        "ssd_edge/backbones",
+        ["exporters", "device_runtime", "ssd_edge.run", "ssd_edge.learners.registry", "ssd_edge.cli"],
+    ),
     ("ssd_edge/reproduction", ["exporters", "device_runtime", "ssd_edge.cli"]),
     ("exporters", ["ssd_edge.cli", "ssd_edge.reproduction"]),
 ]

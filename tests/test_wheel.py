@@ -35,7 +35,7 @@ def test_it_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"ssd_edge", "exporters", "device_runtime"}
     shipped = "ssd_edge/backbones/shipped/"
     assert {shipped + name for name in ("backbone.safetensors", "priors.safetensors", "card.json")} <= set(names)
-    assert "ssd_edge/experiments/01-t1.yaml" in names
+    assert "ssd_edge/reproduction/experiments/01-t1.yaml" in names
     for package in ("ssd_edge", "exporters", "device_runtime"):
         assert f"{package}/py.typed" in names
         tracked = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}

@@ -13,7 +13,7 @@ from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.networks import ARCHITECTURES, EmbeddingNetwork
 from ssd_edge.config import BackboneConfig
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.priors import Priors
+from ssd_edge.learners.priors import Priors
 
 
 class Embedder(Protocol):

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ssd_edge.priors import Landmarks
-from ssd_edge.sdmlp import prepare, respond
-from ssd_edge.statistics import ClassStatistics, shrink_to_diagonal
+from ssd_edge.learners.closed_form.sums import ClassStatistics, shrink_to_diagonal
+from ssd_edge.learners.gradient.network import prepare, respond
+from ssd_edge.learners.priors import Landmarks
 
 Say = Callable[[str], None]
 # All chosen on held-out training images of CIFAR-10 (docs/ssd.md). GAIN is the γ of the response; SAMPLES embeddings

@@ -19,7 +19,7 @@ from ssd_edge import files
 from ssd_edge.backbones import onnx_file
 from ssd_edge.config import BackboneConfig
 from ssd_edge.errors import InputError, require
-from ssd_edge.priors import Priors
+from ssd_edge.learners.priors import Priors
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto

@@ -21,7 +21,7 @@ import numpy as np
 
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.priors import Landmarks, Priors
+from ssd_edge.learners.priors import Landmarks, Priors
 
 WEIGHTS, PRIORS, CARD = "backbone.safetensors", "priors.safetensors", "card.json"
 SHIPPED = Path(__file__).parent / "shipped"

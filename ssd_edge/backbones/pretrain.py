@@ -9,15 +9,15 @@ import torch
 
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder, standardisation
+from ssd_edge.backbones.keys import with_student
 from ssd_edge.backbones.networks import FEATURES
 from ssd_edge.backbones.package import BackbonePackage
-from ssd_edge.backbones.pretraining import normalise, top1, train_backbone
-from ssd_edge.backbones.student import with_student
+from ssd_edge.backbones.supervised import normalise, top1, train_backbone
 from ssd_edge.config import PretrainConfig, to_tree
 from ssd_edge.data import Dataset
 from ssd_edge.errors import InputError
-from ssd_edge.priors import Priors
-from ssd_edge.statistics import ClassStatistics
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.priors import Priors
 
 Say = Callable[[str], None]
 

@@ -14,8 +14,8 @@ from ssd_edge.cli.options import JSON, print_json
 @JSON
 def bench(full: bool, as_json: bool) -> None:
     """How fast this machine learns: dense autograd, touched rows in PyTorch, and the compiled epoch."""
-    from ssd_edge.benching import FULL, Size
-    from ssd_edge.benching import bench as measure
+    from ssd_edge.run.bench import FULL, Size
+    from ssd_edge.run.bench import bench as measure
 
     result = measure(FULL if full else Size(), lambda text: click.echo(text, err=True))
     if as_json:
@@ -26,7 +26,7 @@ def bench(full: bool, as_json: bool) -> None:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """What `bench` prints, of what `ssd_edge.benching.bench` returns."""
+    """What `bench` prints, of what `ssd_edge.run.bench.bench` returns."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     told = [
         f"measured on {result['machine']} ({', '.join(result['features']) or 'no features known'})",

@@ -70,8 +70,8 @@ def deploy(
         from exporters.push import parse_destination
 
         parse_destination(push)
-    from exporters.packing import Options
-    from exporters.packing import deploy as pack
+    from exporters.deploy import Options
+    from exporters.deploy import deploy as pack
 
     result = pack(run, Options(**asked, empty=classes == "none"), output, _say)
     if push is not None:

@@ -35,7 +35,7 @@ def device() -> None:
 
 
 def _root(root: Path | None) -> Path:
-    from device_runtime.board import default_root
+    from device_runtime.machine.board import default_root
 
     return default_root() if root is None else root
 
@@ -48,7 +48,7 @@ def _root(root: Path | None) -> Path:
 @JSON
 def install(bundle: Path, allow_downgrade: bool, strict: bool, root: Path | None, as_json: bool) -> None:
     """Verify BUNDLE, test it on this machine, and make it the current generation."""
-    from device_runtime.installation import install as put
+    from device_runtime.install.bundle import install as put
 
     root = _root(root)
     generation = put(
@@ -68,7 +68,7 @@ def install(bundle: Path, allow_downgrade: bool, strict: bool, root: Path | None
 @JSON
 def trust(key: Path | None, remove: str | None, root: Path | None, as_json: bool) -> None:
     """From now on install only what a trusted key has signed; without FILE.pub, list the trusted keys."""
-    from device_runtime import trust as keyring
+    from device_runtime.install import trust as keyring
 
     root = _root(root)
     if key is not None and remove is not None:
@@ -142,8 +142,8 @@ def learn(
     ssd-edge device learn photos/                    a class a folder: photos/gear/, photos/nut/, …
     ffmpeg -i CAMERA -f mjpeg - | ssd-edge device learn --label gear -    frames of a stream of JPEGs
     """
-    from device_runtime.budget import Budget
-    from device_runtime.guard import Limits
+    from device_runtime.learning.budget import Budget
+    from device_runtime.learning.guard import Limits
     from ssd_edge.classes import normalise_name
     from ssd_edge.images import image_files
 
@@ -154,7 +154,7 @@ def learn(
     if "-" in map(str, sources):
         if label is None or len(sources) > 1:
             raise click.UsageError("a stream (-) shows one class and is the only source; name the class: --label NAME")
-        from device_runtime.frames import take
+        from device_runtime.service.frames import take
 
         images = {normalise_name(label): take(raw_stdin(), frames, every, opened.facts["size"])}
     elif label is not None:
@@ -264,7 +264,7 @@ def history(root: Path | None, as_json: bool) -> None:
 @JSON
 def fsck(repair: bool, root: Path | None, as_json: bool) -> None:
     """Look for damage in the device's state; no intact generation is ever deleted. Exit code 5 if some is left."""
-    from device_runtime.generations import Generations
+    from device_runtime.store.generations import Generations
 
     root = _root(root)
     found = Generations(root).fsck(repair)

@@ -35,7 +35,7 @@ def forget(label: str, exactly: bool, max_forgetting: float, root: Path | None, 
 
     Older generations still know it, so that `rollback` can undo this, until ten newer ones have been made.
     """
-    from device_runtime.guard import Limits
+    from device_runtime.learning.guard import Limits
 
     result = open_device(root).forget(label, exactly, Limits(max_forgetting))
     if as_json:
@@ -56,7 +56,7 @@ def forget(label: str, exactly: bool, max_forgetting: float, root: Path | None, 
 @JSON
 def merge_labels(labels: tuple[str, ...], into: str, max_forgetting: float, root: Path | None, as_json: bool) -> None:
     """Make one class of several LABELs, as if they had been taught under one name."""
-    from device_runtime.guard import Limits
+    from device_runtime.learning.guard import Limits
 
     result = open_device(root).merge_labels(labels, into, Limits(max_forgetting))
     if as_json:
@@ -94,7 +94,7 @@ def merge(bundle: Path, max_forgetting: float, root: Path | None, as_json: bool)
     Both must have started from one bundle. Classes of one name become one. To go on from the merged state on both
     devices, export it here and install it on both.
     """
-    from device_runtime.guard import Limits
+    from device_runtime.learning.guard import Limits
 
     result = open_device(root).merge(bundle, Limits(max_forgetting))
     if as_json:

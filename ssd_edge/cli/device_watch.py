@@ -50,14 +50,14 @@ def watch(source: Path, existing: bool, every: float | None, strict: bool, root:
     """
     import json
 
-    from device_runtime import service
     from device_runtime.device import Device
-    from device_runtime.watch import watch as run
+    from device_runtime.service import systemd
+    from device_runtime.service.watch import watch as run
 
     if existing and str(source) == "-":
         raise click.UsageError("--existing is for a folder, but the source is a stream; leave it out")
     stop = _Stop()
-    service.log_json()
+    systemd.log_json()
     with Device.open(root, strict) as device:
         feed = raw_stdin() if str(source) == "-" else source
         run(

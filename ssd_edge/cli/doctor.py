@@ -22,9 +22,9 @@ COLOURS = {"ok": "green", "note": None, "warning": "yellow", "unfit": "red"}
 @JSON
 def doctor(bundle: Path | None, root: Path | None, as_json: bool) -> None:
     """What this machine has, and whether it is fit: for a device, or for BUNDLE. Exit code 3 if it is unfit."""
-    from device_runtime.board import describe
-    from device_runtime.doctor import examine, verdict
-    from ssd_edge.bundle import read
+    from device_runtime.machine.board import describe
+    from device_runtime.machine.doctor import examine, verdict
+    from ssd_edge.bundle.format import read
 
     board = describe()  # before the packages that are examined take memory
     checks = examine(read(bundle) if bundle else None, root, board)

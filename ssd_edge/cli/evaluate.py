@@ -21,21 +21,21 @@ def evaluate(run: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
     ssd-edge evaluate runs/1
     ssd-edge evaluate runs/1 data.path=FOLDER
     """
-    from ssd_edge import runs
     from ssd_edge.config import TrainConfig, merge, parse, to_tree
-    from ssd_edge.console import Console
     from ssd_edge.errors import InputError
+    from ssd_edge.report.terminal import Console
+    from ssd_edge.run import storage
 
     for word in overrides:
         if not word.startswith("data."):
             raise InputError(f"'{word}': only keys of the section data can be set here; the run's own settings stay")
-    config = runs.open_folder(run)
+    config = storage.open_folder(run)
     if overrides:
         tree = to_tree(config)
         if any(word.startswith("data.path=") for word in overrides):
             tree["data"] = {}  # other data: what the run selected from its own does not apply
         config = parse(TrainConfig, merge(tree, overrides))
-    from ssd_edge.evaluation import evaluate as score
+    from ssd_edge.run.evaluate import evaluate as score
 
     result = score(run, config, Console(sys.stderr))
     if as_json:

@@ -15,8 +15,8 @@ from ssd_edge.cli.options import JSON
 from ssd_edge.errors import printable
 
 if TYPE_CHECKING:
-    from ssd_edge.bundle import Bundle
-    from ssd_edge.onnx_scan import Facts, Value
+    from ssd_edge.bundle.format import Bundle
+    from ssd_edge.bundle.onnx_scan import Facts, Value
 
 WIDTH, MARGIN = 100, 12
 MAX_CLASSES = 20
@@ -29,7 +29,7 @@ MAX_TEXT = 300
 def inspect(bundle: Path, as_json: bool) -> None:
     """What is in BUNDLE. It is checked whole; who made it says: ssd-edge verify."""
     from ssd_edge import bundle as bundles
-    from ssd_edge import onnx_scan
+    from ssd_edge.bundle import onnx_scan
 
     opened = bundles.read(bundle)
     graphs = {

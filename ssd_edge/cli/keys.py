@@ -21,7 +21,7 @@ def keys() -> None:
 @JSON
 def new(name: str, folder: Path, as_json: bool) -> None:
     """Make NAME.key, which signs and stays secret, and NAME.pub, which devices trust."""
-    from ssd_edge import signing
+    from ssd_edge.bundle import signing
 
     private, public = signing.new_key(folder, name)
     identity = signing.key_id(signing.load_public(public))
@@ -40,7 +40,8 @@ def new(name: str, folder: Path, as_json: bool) -> None:
 @JSON
 def show(file: Path, as_json: bool) -> None:
     """Print the id of a key."""
-    from ssd_edge import files, signing
+    from ssd_edge import files
+    from ssd_edge.bundle import signing
 
     private = b"PRIVATE KEY-----" in files.read_bytes(file)
     public = signing.load_private(file).public_key() if private else signing.load_public(file)

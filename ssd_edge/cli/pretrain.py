@@ -53,7 +53,7 @@ def pretrain(
     from ssd_edge.backbones.pretrain import pretrain_backbone, retrain_student
     from ssd_edge.data import load
     from ssd_edge.files import make_directory
-    from ssd_edge.training import pick_device, set_threads
+    from ssd_edge.run.train import pick_device, set_threads
 
     def say(text: str) -> None:
         click.echo(text, err=True)

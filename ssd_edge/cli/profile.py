@@ -22,7 +22,7 @@ MIB = 2**20
 @JSON
 def profile(bundle: Path, images: int, warm_up: int, batch: int, root: Path | None, as_json: bool) -> None:
     """Latency, learning time, memory and sizes of BUNDLE on this machine; nothing is changed."""
-    from device_runtime.profiling import profile as measure
+    from device_runtime.machine.profile import profile as measure
 
     result = measure(
         bundle,
@@ -40,7 +40,7 @@ def profile(bundle: Path, images: int, warm_up: int, batch: int, root: Path | No
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """What `profile` prints, of what `device_runtime.profiling.profile` returns."""
+    """What `profile` prints, of what `device_runtime.machine.profile.profile` returns."""
     about, machine, sizes, memory = (result[key] for key in ("bundle", "machine", "bytes", "memory_mb"))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     threads = result["threads"]

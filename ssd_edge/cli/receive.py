@@ -18,7 +18,7 @@ def receive(root: Path | None) -> None:
     from device_runtime.receive import receive as serve
 
     if root is None:
-        from device_runtime.board import default_root
+        from device_runtime.machine.board import default_root
 
         root = default_root()
     # The protocol has standard output for itself: what a driver prints there goes to standard error.

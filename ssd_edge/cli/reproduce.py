@@ -44,10 +44,10 @@ def reproduce(
     Data sets are looked for under $SSD_EDGE_DATA. Every result is stored in DIR/results/reproduce when it is
     finished and never computed twice, so an interrupted command goes on where it was. DIR/results.md shows them all.
     """
-    from ssd_edge.console import Console
     from ssd_edge.errors import InputError
+    from ssd_edge.report.terminal import Console
     from ssd_edge.reproduction import cells, page, runner
-    from ssd_edge.reproduction.experiments import BUDGETS, chosen, experiments, on_streams
+    from ssd_edge.reproduction.specs import BUDGETS, chosen, experiments, on_streams
 
     if what == ("list",):
         store = cells.Store(out / runner.RESULTS)

@@ -27,18 +27,18 @@ def train(config_file: Path | None, resume: Path | None, overrides: tuple[str, .
     Writes runs/<n>/ with metrics.json and report.html. `ssd-edge config` lists every key.
     """
     from ssd_edge.config import TrainConfig, parse
-    from ssd_edge.console import Console
     from ssd_edge.errors import InputError
+    from ssd_edge.report.terminal import Console
 
     console = Console()
     if resume is not None and (overrides or config_file):
         raise InputError("--resume continues a run as it was configured; it takes no --config and no other keys")
     tree = read_tree(config_file, overrides)
     config = parse(TrainConfig, tree)
-    from ssd_edge import training
+    from ssd_edge.run import train
 
     words = ["ssd-edge", *sys.argv[1:]]  # not where it is installed: a bundle tells what was run to strangers
-    run = training.resume(resume, console) if resume else training.start(config, words, console)
+    run = train.resume(resume, console) if resume else train.start(config, words, console)
     console.say(f"{run.folder}: {'resumed' if resume else 'started'}")
     try:
         result = run.execute()

@@ -12,7 +12,7 @@ from ssd_edge.cli.options import JSON
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, require
 
 if TYPE_CHECKING:
-    from ssd_edge.bundle import Bundle
+    from ssd_edge.bundle.format import Bundle
 
 
 @click.command()
@@ -65,7 +65,7 @@ def _signed_by(opened: Bundle, paths: tuple[Path, ...]) -> str | None:
     """
     if not paths:
         return None
-    from ssd_edge import signing
+    from ssd_edge.bundle import signing
 
     keys = [signing.load_public(path) for path in paths]
     return signing.check(opened, {signing.key_id(key): key for key in keys})
@@ -82,8 +82,8 @@ def _probe(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:
         require("onnxruntime", "device", "run the probe")
     except EnvironmentUnfitError as error:
         return None, str(error)
-    from device_runtime import selftest
-    from device_runtime.embedder import OnnxEmbedder
+    from device_runtime.backbone import selftest
+    from device_runtime.backbone.embedder import OnnxEmbedder
 
     described = opened.manifest["backbone"]
     embedder = OnnxEmbedder(opened.read("backbone"), described["size"], described["dim"])

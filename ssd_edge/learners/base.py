@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.priors import Priors
+from ssd_edge.learners.priors import Priors
 
 # Told the share of the present task that is done, 0..1. Where it answers True, a learner that goes over its task
 # several times stops after the present epoch and ends the task as if that had been the last one.

@@ -17,7 +17,7 @@ from typing import Any
 
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError
-from ssd_edge.reproduction.experiments import (
+from ssd_edge.reproduction.specs import (
     ORDERS,
     Experiment,
     System,
@@ -27,7 +27,7 @@ from ssd_edge.reproduction.experiments import (
     options,
     streams,
 )
-from ssd_edge.training import JOINT_NAME
+from ssd_edge.run.train import JOINT_NAME
 
 SCHEDULE = ("epochs", "lr", "min_steps")  # last in a file's name
 

@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-from ssd_edge.comparison import points
-from ssd_edge.figures import tag
-from ssd_edge.reproduction.experiments import Experiment
+from ssd_edge.report.compare import points
+from ssd_edge.report.figures import tag
 from ssd_edge.reproduction.rows import Result, Row, mean
+from ssd_edge.reproduction.specs import Experiment
 
 WIDTH, HEIGHT = 760, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 590, 34, 250  # of the plot; names of lines stand to its right

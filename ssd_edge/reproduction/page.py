@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ssd_edge import files
-from ssd_edge.comparison import points
+from ssd_edge.report.compare import points
 from ssd_edge.reproduction import cells
 from ssd_edge.reproduction.drawings import figures
-from ssd_edge.reproduction.experiments import BUDGETS, Experiment, budgets, experiments, streams
 from ssd_edge.reproduction.rows import Row, compare, mean, overall, per_task, rows, spread
+from ssd_edge.reproduction.specs import BUDGETS, Experiment, budgets, experiments, streams
 
 PAGE, RESULTS, FIGURES = "results.md", Path("results") / "reproduce", Path("results") / "figures"
 BEST_FIRST = ("full", "reduced", "smoke")

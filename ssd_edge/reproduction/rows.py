@@ -10,7 +10,7 @@ from typing import Any
 
 from ssd_edge.errors import require
 from ssd_edge.reproduction import cells
-from ssd_edge.reproduction.experiments import ORDERS, Experiment, System
+from ssd_edge.reproduction.specs import ORDERS, Experiment, System
 
 Result = dict[str, Any]
 

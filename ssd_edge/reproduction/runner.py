@@ -23,15 +23,16 @@ from typing import Any
 import torch
 
 from ssd_edge import files
-from ssd_edge.comparison import duration, percent
-from ssd_edge.console import Console
 from ssd_edge.data import cache
 from ssd_edge.errors import EnvironmentUnfitError, InputError, SSDEdgeError
+from ssd_edge.report.compare import percent
+from ssd_edge.report.terminal import Console
 from ssd_edge.reproduction import cells, work
-from ssd_edge.reproduction.experiments import Experiment, StreamSource, streams
 from ssd_edge.reproduction.sources import Sources, found, write_inputs, write_priors
+from ssd_edge.reproduction.specs import Experiment, StreamSource, streams
 from ssd_edge.reproduction.work import Job
-from ssd_edge.training import pick_device, set_threads
+from ssd_edge.run.train import pick_device, set_threads
+from ssd_edge.system import duration
 
 ATTEMPTS = 3  # at a cell whose process dies
 RESULTS = Path("results") / "reproduce"

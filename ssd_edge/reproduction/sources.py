@@ -13,13 +13,13 @@ import torch
 
 from ssd_edge import files
 from ssd_edge.backbones.embedder import Embedder, open_backbone
-from ssd_edge.backbones.student import pretrain_student
+from ssd_edge.backbones.keys import pretrain_student
 from ssd_edge.config import BackboneConfig, DataConfig, StudentConfig
-from ssd_edge.console import Console
 from ssd_edge.data import Dataset, Images, cache, load
-from ssd_edge.prepared import embed
-from ssd_edge.priors import Landmarks, Priors
-from ssd_edge.reproduction.experiments import StreamSource
+from ssd_edge.learners.priors import Landmarks, Priors
+from ssd_edge.report.terminal import Console
+from ssd_edge.reproduction.specs import StreamSource
+from ssd_edge.run.embed import embed
 
 PRETRAINING = "tiny-imagenet32-jpg.tar.xz"
 TINY_CLASSES = ("0:100",)  # that a backbone for Split Tiny-ImageNet may have seen

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd_edge import representation
-from ssd_edge.distillation import count_activations, parse_top_n
 from ssd_edge.learners import Learner, Task
-from ssd_edge.learners.sdmlp import SDMLPLearner
-from ssd_edge.prepared import Prepared
-from ssd_edge.sdmlp import SDMLP
+from ssd_edge.learners.gradient import representation
+from ssd_edge.learners.gradient.distillation import count_activations, parse_top_n
+from ssd_edge.learners.gradient.network import SDMLP
+from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
+from ssd_edge.run.embed import Prepared
 
 TEMPERATURE = 8.0  # of Eq. 9 for a learner that has none of its own
 TOP_SHARE = 10  # a learner without a Top-n table is looked at through the r/10 most frequent neurons

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd_edge import files, learners, metrics, representation, runs
+from ssd_edge import files, learners
 from ssd_edge.config import StreamConfig
 from ssd_edge.errors import BundleRefusedError
-from ssd_edge.learners.finetune import FineTune
-from ssd_edge.learners.finetune import Settings as FineTuneSettings
-from ssd_edge.prepared import Prepared, prepare
-from ssd_edge.priors import Priors
+from ssd_edge.learners.gradient import representation
+from ssd_edge.learners.gradient.finetune import FineTune
+from ssd_edge.learners.gradient.finetune import Settings as FineTuneSettings
+from ssd_edge.learners.priors import Priors
 from ssd_edge.reproduction import cells, sources
 from ssd_edge.reproduction.traces import Watch, watch
-from ssd_edge.streams import Stream, make_stream
-from ssd_edge.training import JOINT_NAME
+from ssd_edge.run import metrics, storage
+from ssd_edge.run.embed import Prepared, prepare
+from ssd_edge.run.streams import Stream, make_stream
+from ssd_edge.run.train import JOINT_NAME
 
 CHECKPOINT_SECONDS = 20.0  # of learning since the last one: below, doing it again is cheaper than keeping it
 
@@ -216,7 +218,7 @@ def _after(learner: learners.Learner, prepared: Prepared, job: Job) -> dict[str,
         "last_task_share": float(representation.last_task_share(predicted, newest)),
         "state_bytes": learner.memory_bytes(),
         "notes": notes,
-        "environment": {**runs.environment(), "device": job.device},
+        "environment": {**storage.environment(), "device": job.device},
     }
 
 

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ssd_edge import bundle, files, learners
 from ssd_edge.classes import ClassRegistry
-from ssd_edge.priors import Priors
-from ssd_edge.statistics import ClassStatistics
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.priors import Priors
 
 SIZE, DIM, CLASSES = 8, 6, ("cup", "nut", "screw")
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from device_runtime import Device
-from device_runtime.installation import install
-from device_runtime.retention import SAMPLES, estimate, pseudo_embeddings
+from device_runtime.install.bundle import install
+from device_runtime.learning.retention import SAMPLES, estimate, pseudo_embeddings
 from ssd_edge import files, learners
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.priors import Priors
-from ssd_edge.statistics import ClassStatistics
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.priors import Priors
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-import runpy
 import shutil
 import tempfile
 from collections import Counter
@@ -19,20 +18,22 @@ from typing import ClassVar
 
 import pytest
 import torch
+from helpers import store_standins
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from device_runtime import installation, pruning
 from device_runtime.device import Device
-from device_runtime.generations import Generations
-from device_runtime.guard import Limits
-from device_runtime.service import rss_mb
+from device_runtime.install import bundle
+from device_runtime.learning.guard import Limits
+from device_runtime.service.systemd import rss_mb
+from device_runtime.store import pruning
+from device_runtime.store.generations import Generations
 from ssd_edge import bundle as bundles
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
 
-STORE = runpy.run_path(str(Path(__file__).with_name("store_standins.py")))
+STORE = vars(store_standins)
 COLOURS, contents, leftovers, photos = (STORE[key] for key in ("COLOURS", "contents", "leftovers", "photos"))
 ANY = Limits(max_forgetting=1.0)
 EVENTS = 30  # of the journal: a device in the tests is young
@@ -154,7 +155,7 @@ class Devices(RuleBasedStateMachine):
         return path
 
     def put(self, release: int) -> None:
-        installation.install(self.root, self.bundle(release))
+        bundle.install(self.root, self.bundle(release))
 
     def installed(self, release: int) -> Model:
         return Model(tuple(Known(row, name, 20) for row, name in enumerate(("cup", "nut", "screw"))), 3, release, None)
@@ -262,7 +263,7 @@ class Devices(RuleBasedStateMachine):
     def merge(self, lesson: tuple[str, int, int], name: str) -> None:
         """With a device that started from the same bundle and has learned one class."""
         there = self.home / f"there-{len(self.models)}"
-        installation.install(there, self.bundle(self.now.release))
+        bundle.install(there, self.bundle(self.now.release))
         with Device.open(there) as other:
             other.learn(name, photos(*lesson), limits=ANY)
             other.export(self.home / "there.ssdedge")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from device_runtime import incoming
-from ssd_edge import archive, files
+from ssd_edge import files
+from ssd_edge.bundle import container
 from ssd_edge.errors import BundleRefusedError
 
 ENTRIES = {"backbone.onnx": bytes(range(256)) * 8, "classes.json": b"{}\n"}
@@ -19,7 +20,7 @@ BACKBONE = files.sha256(ENTRIES["backbone.onnx"])
 
 def offered(entries: dict[str, bytes], /, **changes: Any) -> dict[str, Any]:
     listed = [{"path": p, "sha256": files.sha256(d), "size": len(d)} for p, d in entries.items()]
-    size = sum(map(len, archive.blocks(entries)))
+    size = sum(map(len, container.blocks(entries)))
     return {"bundle": "0" * 64, "size": size, "name": "robot.ssdedge", "entries": listed, **changes}
 
 
@@ -38,7 +39,7 @@ WRONG = {
     "two sizes": line(
         offered(ENTRIES, entries=[{"path": f"{n}.txt", "sha256": BACKBONE, "size": n} for n in range(2)])
     ),
-    "too large": line(offered(ENTRIES, size=archive.MAX_BYTES + 1)),
+    "too large": line(offered(ENTRIES, size=container.MAX_BYTES + 1)),
     "smaller than its entries": line(offered(ENTRIES, size=10)),
     "a negative size": line(offered(ENTRIES, entries=[{"path": "a.txt", "sha256": BACKBONE, "size": -1}])),
     "a size of truth": line(offered(ENTRIES, entries=[{"path": "a.txt", "sha256": BACKBONE, "size": True}])),

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from device_runtime import incoming, receive
-from device_runtime.generations import Generations
-from ssd_edge import archive, bundle, files
+from device_runtime.store.generations import Generations
+from ssd_edge import bundle, files
+from ssd_edge.bundle import container
 from ssd_edge.errors import BundleRefusedError, GateRefusedError
 
 ENTRIES = {
@@ -32,7 +33,7 @@ ENTRIES = {
 
 
 def offered(entries: dict[str, bytes], /, **changes: Any) -> dict[str, Any]:
-    data = b"".join(archive.blocks(entries))
+    data = b"".join(container.blocks(entries))
     listed = [{"path": p, "sha256": files.sha256(d), "size": len(d)} for p, d in entries.items()]
     return {"bundle": files.sha256(data), "size": len(data), "name": "robot.ssdedge", "entries": listed, **changes}
 
@@ -103,7 +104,7 @@ def test_a_bundle_arrives_byte_for_byte_is_examined_and_installed(root):
 
     peer = Peer(offered(ENTRIES, allow_downgrade=True), ENTRIES)
     assert serve(root, peer, examine=examine) == 0
-    data = b"".join(archive.blocks(ENTRIES))
+    data = b"".join(container.blocks(ENTRIES))
     assert seen == [("robot.ssdedge", data)]
     assert (root / "installed").read_bytes() == data
     assert peer.first == b"\n" + receive.MAGIC + b"\n"
@@ -131,7 +132,7 @@ def test_nor_is_what_a_generation_holds(root):
     peer = Peer(offered(ENTRIES), ENTRIES)
     assert serve(root, peer) == 0
     assert files.sha256(ENTRIES["learner.safetensors"]) not in peer.asked
-    assert (root / "installed").read_bytes() == b"".join(archive.blocks(ENTRIES))
+    assert (root / "installed").read_bytes() == b"".join(container.blocks(ENTRIES))
 
 
 def test_a_damaged_backbone_is_asked_for_again(root):
@@ -405,7 +406,7 @@ def test_a_tiny_bundle_is_really_installed_and_a_retry_after_it_does_nothing(roo
 
 
 def test_doctor_is_asked_about_the_bundle(root, tmp_path, tiny_bundle, monkeypatch):
-    from device_runtime import doctor
+    from device_runtime.machine import doctor
 
     asked = []
     monkeypatch.setattr(doctor, "examine", lambda opened, root: asked.append((opened.manifest["name"], root)) or [])

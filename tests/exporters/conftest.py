@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from ssd_edge import data, files, learners, metrics, runs
+from ssd_edge import data, files, learners
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import Embedder, TorchEmbedder
 from ssd_edge.backbones.networks import ARCHITECTURES, EmbeddingNetwork
@@ -19,8 +19,9 @@ from ssd_edge.backbones.onnx import OnnxEmbedder
 from ssd_edge.backbones.package import BackbonePackage
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import TrainConfig, parse
-from ssd_edge.priors import Priors
-from ssd_edge.statistics import ClassStatistics
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.priors import Priors
+from ssd_edge.run import metrics, storage
 
 FINISHED = "2026-11-21T04:33:00Z"
 
@@ -93,7 +94,7 @@ def write_run(folder: Path, config: TrainConfig, embedder: Embedder) -> Path:
     learner = learners.build(config.learner, embedder.dim, embedder.priors, config.run.seed)
     for chosen in (rows == 0, rows > 0):
         learner.learn(learners.Task(vectors[chosen], rows[chosen]))
-    runs.write_config(folder, config)
+    storage.write_config(folder, config)
     files.write_tensors(folder / "learner.safetensors", *learners.pack(learner))
     table = learners.top_n_table(learner)
     if table is not None:
@@ -134,7 +135,7 @@ def write_run(folder: Path, config: TrainConfig, embedder: Embedder) -> Path:
         "status": "finished",
         "finished": FINISHED,
         "identity": {"data": dataset.fingerprint},
-        **runs.environment(),
+        **storage.environment(),
     }
     files.write_json(folder / "run.json", record)
     return folder

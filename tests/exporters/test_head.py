@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import runpy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from helpers.small_landmarks import landmarks
 from onnx import numpy_helper
 from torch import Tensor
 
 from exporters.head import MAX_TOP_K, export_head
-from ssd_edge import onnx_scan
 from ssd_edge.backbones.onnx import open_session
+from ssd_edge.bundle import onnx_scan
 from ssd_edge.errors import InputError
 from ssd_edge.learners import LEARNERS, Learner, Task, build, pack, restore
-from ssd_edge.learners.linear import NEVER
-from ssd_edge.learners.sdmlp import SDMLPLearner
-from ssd_edge.priors import Priors
-from ssd_edge.topk import inhibit
+from ssd_edge.learners.closed_form.linear import NEVER
+from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
+from ssd_edge.learners.gradient.topk import inhibit
+from ssd_edge.learners.priors import Priors
 
 MODULE = "tensorrt_rtx"
-landmarks = runpy.run_path(str(Path(__file__).parents[1] / "small_landmarks.py"))["landmarks"]
 DIM, ROWS, TAUGHT = 12, 7, (0, 1, 2, 3, 6)
 NAMES = ["one", "two", "three", "four", "not taught", "nor this", "seven"]
 # What float32 gives when the same sums are added up in another order: some ulp of the largest terms, hence relative
@@ -359,7 +357,7 @@ def test_more_winners_than_tensorrt_takes_are_refused(name, fits, too_large, wor
     ],
 )  # fmt: skip
 def test_tensorrt_parses_and_builds_every_head(heads, case):
-    from device_runtime.engine import check_graph
+    from device_runtime.backbone.tensorrt.engines import check_graph
 
     checked = check_graph(heads[case][1], module=MODULE)
     assert checked["bytes"] > 0

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exporters import finished, ladder
+from exporters import ladder
 from exporters.ladder import Samples, choose, samples
 from ssd_edge import targets
 from ssd_edge.errors import GateRefusedError, InputError
+from ssd_edge.run import finished
 
 PIXELS = np.zeros((4, 8, 8, 3), np.uint8)
 BOTH = {"synthetic": (PIXELS, None), "test": (PIXELS, np.zeros(4, np.int64))}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shlex
 import stat
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import by_hand as hand
+from helpers import sshd
 
 from exporters import push as pushing
 from exporters.push import Destination, parse_destination, push
@@ -20,8 +20,6 @@ from ssd_edge import bundle, files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, SSDEdgeError
 
 HERE = Path(__file__).parent
-hand = SimpleNamespace(**runpy.run_path(str(HERE.parent / "ssd_edge" / "by_hand.py")))
-sshd = SimpleNamespace(**runpy.run_path(str(HERE / "sshd.py")))
 
 # Destinations
 
@@ -303,7 +301,7 @@ def test_a_command_that_is_not_there_and_one_that_is_too_old(over, robot, tmp_pa
 
 def test_a_run_is_deployed_to_a_device_that_tests_itself(over, server, onnx_run, tmp_path):
     from device_runtime.device import Device
-    from exporters.packing import Options, deploy
+    from exporters.deploy import Options, deploy
 
     path, root, said = tmp_path / "robot.ssdedge", tmp_path / "device", []
     deploy(onnx_run, Options("cpu"), path, said.append)

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from exporters import parity, precision
-from exporters.onnx_export import export_package
+from exporters.export import export_package
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.onnx import compose, open_session, run
 from ssd_edge.errors import GateRefusedError
@@ -31,7 +31,7 @@ needs_parser = pytest.mark.skipif(
 
 
 def check(graph: bytes) -> dict:
-    from device_runtime.engine import check_graph
+    from device_runtime.backbone.tensorrt.engines import check_graph
 
     return check_graph(graph, module=MODULE)
 

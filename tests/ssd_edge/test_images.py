@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import runpy
 import socket
 import struct
 import sys
@@ -17,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.png_bytes import with_right_checksums
 from PIL import Image
 
 from ssd_edge import images
 from ssd_edge.errors import InputError
 from ssd_edge.images import MAX_PIXELS, decode, from_array, image_files, is_image_name
 
-with_right_checksums = runpy.run_path(str(Path(__file__).parents[1] / "png_bytes.py"))["with_right_checksums"]
 RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssd_edge.backbones.landmarks import FLOOR, make_landmarks
 from ssd_edge.learners import Task, build
-from ssd_edge.priors import Landmarks, Priors
+from ssd_edge.learners.priors import Landmarks, Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder, network
 from ssd_edge.backbones.networks import ARCHITECTURES
-from ssd_edge.backbones.pretraining import augment, normalise
+from ssd_edge.backbones.supervised import augment, normalise
 from ssd_edge.cli.pretrain import pretrain
 from ssd_edge.data import Dataset
 from ssd_edge.errors import BundleRefusedError, InputError
@@ -112,7 +112,7 @@ def test_pretrain_on_some_classes(made: Path, shapes: Path, monkeypatch: pytest.
         raise InputError("that is enough")
 
     monkeypatch.setattr("ssd_edge.backbones.pretrain.retrain_student", stand_in)
-    monkeypatch.setattr("ssd_edge.training.set_threads", lambda count: None)
+    monkeypatch.setattr("ssd_edge.run.train.set_threads", lambda count: None)
     words = [str(made), "--student", f"data.path={shapes}"]
     for more, message in (
         (["--classes", "0:2"], "that is enough"),

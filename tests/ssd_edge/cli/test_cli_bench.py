@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from ssd_edge import benching
 from ssd_edge.cli import cli
+from ssd_edge.run import bench as benching
 
 
 @pytest.mark.parametrize(("words", "expected"), [([], benching.Size()), (["--full"], benching.FULL)])

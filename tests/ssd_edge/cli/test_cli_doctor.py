@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from device_runtime import board as boards
-from device_runtime import doctor as examination
-from device_runtime.board import Board
+from device_runtime.machine import board as boards
+from device_runtime.machine import doctor as examination
+from device_runtime.machine.board import Board
 from ssd_edge.cli.doctor import _indented, doctor
 from ssd_edge.cli.profile import lines, profile
 from ssd_edge.errors import BundleRefusedError, InputError

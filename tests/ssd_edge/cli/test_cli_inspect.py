@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
+from helpers import by_hand as hand
 
-from ssd_edge import bundle, files, signing
+from ssd_edge import bundle, files
+from ssd_edge.bundle import signing
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.cli.inspect import inspect
 from ssd_edge.cli.keys import keys
@@ -22,7 +22,6 @@ from ssd_edge.cli.verify import verify
 from ssd_edge.errors import BundleRefusedError, InputError
 
 pytest.importorskip("cryptography")
-hand = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "by_hand.py")))
 
 
 def run(command: click.Command, *words: str | Path) -> str:

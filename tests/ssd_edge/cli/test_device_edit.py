@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from device_runtime.installation import install
+from device_runtime.install.bundle import install
 from ssd_edge.cli import device
 
 

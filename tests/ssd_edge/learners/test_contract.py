@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.small_landmarks import landmarks
 from numpy.typing import NDArray
 
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners import LEARNERS, Learner, Task, build, pack, restore, top_n_table
 from ssd_edge.learners.base import BASE_SCHEMA
-from ssd_edge.priors import Priors
+from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIM = 12
-landmarks = runpy.run_path(str(Path(__file__).parents[2] / "small_landmarks.py"))["landmarks"]
 SMALL = {"neurons": 48, "k": 4, "epochs": 3, "batch": 16}
 OPTIONS: dict[str, dict[str, Any]] = {
     "ssd": {"name": "ssd", "directions": 15, "top_n": 10},

@@ -13,8 +13,8 @@ import torch
 from ssd_edge.errors import InputError
 from ssd_edge.learners import LEARNERS, Learner, Task, build, pack, restore, without_rows
 from ssd_edge.learners.base import BASE_SCHEMA, CLASS_AXES
-from ssd_edge.penalties import PenaltySettings
-from ssd_edge.priors import Priors
+from ssd_edge.learners.gradient.penalties import PenaltySettings
+from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from ssd_edge import learners
 from ssd_edge.errors import BundleRefusedError
 from ssd_edge.reproduction import cells
 from ssd_edge.reproduction.cells import Answerer, Question, Store
-from ssd_edge.reproduction.experiments import experiments
+from ssd_edge.reproduction.specs import experiments
 
 ANSWERER = Answerer("data", "backbone", {"source": "backbone"})
 

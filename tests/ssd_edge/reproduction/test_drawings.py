@@ -9,8 +9,8 @@ import pytest
 
 from ssd_edge.reproduction import drawings
 from ssd_edge.reproduction.drawings import BOTTOM, LEFT, RIGHT, TOP, Series, lines
-from ssd_edge.reproduction.experiments import System
 from ssd_edge.reproduction.rows import Row
+from ssd_edge.reproduction.specs import System
 
 SVG = "{http://www.w3.org/2000/svg}"
 

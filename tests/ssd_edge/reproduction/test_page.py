@@ -10,8 +10,8 @@ import pytest
 
 from ssd_edge.errors import BundleRefusedError
 from ssd_edge.reproduction import cells, page
-from ssd_edge.reproduction.experiments import Experiment, System, experiments
 from ssd_edge.reproduction.rows import compare, rows
+from ssd_edge.reproduction.specs import Experiment, System, experiments
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 TABLE = Experiment(

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssd_edge.console import Console
+from ssd_edge.report.terminal import Console
 from ssd_edge.reproduction import cells, runner
-from ssd_edge.reproduction.experiments import chosen, streams
 from ssd_edge.reproduction.runner import Request, wanted
 from ssd_edge.reproduction.sources import Sources
+from ssd_edge.reproduction.specs import chosen, streams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from ssd_edge import learners
-from ssd_edge.backbones import student
+from ssd_edge.backbones import keys
 from ssd_edge.config import DataConfig
-from ssd_edge.console import Console
 from ssd_edge.data import load
 from ssd_edge.errors import InputError
+from ssd_edge.report.terminal import Console
 from ssd_edge.reproduction import sources as module
-from ssd_edge.reproduction.experiments import streams
 from ssd_edge.reproduction.sources import PRETRAINING, Sources, pixels, subset
+from ssd_edge.reproduction.specs import streams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,7 +93,7 @@ def test_keys_are_pretrained_once_where_the_shipped_ones_do_not_fit(data: Path, 
     dataset = load(DataConfig(path=PRETRAINING), 0)
     vectors = torch.from_numpy(np.concatenate([embedder.embed(part) for part in dataset.train.batches(32)]))
     config = module.StudentConfig(neurons=16, k=3, shift=0.5)
-    wanted, counters, switch, _ = student.pretrain_student(
+    wanted, counters, switch, _ = keys.pretrain_student(
         vectors, torch.from_numpy(dataset.train_labels), 5, config, 0, lambda text: None
     )
     np.testing.assert_allclose(priors.keys, wanted.numpy(), atol=1e-5)

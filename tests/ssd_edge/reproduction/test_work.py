@@ -14,8 +14,8 @@ from ssd_edge import learners
 from ssd_edge.data import Dataset, Images
 from ssd_edge.errors import InputError
 from ssd_edge.learners import Task
-from ssd_edge.learners.sdmlp import SDMLPLearner
-from ssd_edge.priors import Priors
+from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
+from ssd_edge.learners.priors import Priors
 from ssd_edge.reproduction import cells, runner, work
 from ssd_edge.reproduction.sources import Inputs, read_inputs, read_priors, write_inputs, write_priors
 from ssd_edge.reproduction.work import Job

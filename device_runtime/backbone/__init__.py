@@ -1,0 +1,1 @@
+"""The backbone on the device: ONNX Runtime, TensorRT, and the self-test."""

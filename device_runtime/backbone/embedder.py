@@ -1,0 +1,325 @@
+"""The backbone on the device: uint8 images → standardised embeddings, by what is fastest of what gives the right ones.
+
+The ladder: TensorRT with an engine of our own; ONNX Runtime with its TensorRT provider, with CUDA, on the processor.
+Everything on a GPU must first give the embeddings of the bundle's probe (`selftest`); what does not is not used, and
+that is said. ONNX Runtime lists providers that do not start, and would go on with another one in silence: which one
+runs is read back, and its own falling back is switched off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from device_runtime.machine.board import usable_cpus
+from ssd_edge import files, targets
+from ssd_edge.bundle import onnx_scan
+from ssd_edge.errors import (
+    BundleRefusedError,
+    EnvironmentUnfitError,
+    GateRefusedError,
+    SlowerProviderError,
+    require,
+)
+
+if TYPE_CHECKING:
+    from device_runtime.store.generations import Generations
+
+BATCH = 32
+TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
+LADDER = (TENSORRT, CUDA, CPU)  # of ONNX Runtime, fastest first
+PREFERRED = (CUDA, CPU)  # what the doctor makes compute; TensorRT it examines by itself
+ENGINES = "engines"  # folder of a root
+OF_ONNXRUNTIME = "onnxruntime"  # folder in it, of the engines that ONNX Runtime builds
+# TensorRT's library, which ONNX Runtime's provider of that name needs, in the version that it was built for
+NVINFER = ("libnvinfer.so.10", "libnvinfer.so.11", "libnvinfer.so.8")
+
+Say = Callable[[str], None]
+Probe = tuple[Mapping[str, np.ndarray], Mapping[str, float]]  # see selftest
+
+
+class Embedder(Protocol):
+    """A backbone that runs.
+
+    Attributes:
+        provider: what really runs it.
+        size: side of its input in pixels.
+        dim: D of its embeddings.
+        engine: what was noted when its TensorRT engine was built (`EngineCache.record`); None without one.
+    """
+
+    provider: str
+    size: int
+    dim: int
+    engine: Mapping[str, Any] | None
+
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        """uint8 RGB ``(N, size, size, 3)`` → float32 ``(N, D)``."""
+        ...
+
+
+class OnnxEmbedder:
+    """A backbone with preprocessing and standardisation in its graph.
+
+    Args:
+        model: the ONNX file, or its bytes.
+        size: side of its input in pixels.
+        dim: D of its embeddings.
+        provider: of ONNX Runtime; what of the graph it does not take, those after it in `LADDER` run.
+        settings: of the provider.
+
+    Attributes:
+        provider: the execution provider that really runs, checked after creation.
+
+    Raises:
+        EnvironmentUnfitError: ONNX Runtime is missing or cannot run the file here, or not with this provider.
+    """
+
+    engine: Mapping[str, Any] | None = None
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        size: int,
+        dim: int,
+        provider: str = CPU,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        runtime = require("onnxruntime", "device", "run the backbone")
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = usable_cpus()
+        available = runtime.get_available_providers()
+        others = [name for name in LADDER[LADDER.index(provider) + 1 :] if name in available]
+        try:
+            source = model if isinstance(model, bytes) else str(model)
+            wanted = [(provider, dict(settings or {})), *others]
+            # falling back by itself it prints on standard output, where a caller may be writing JSON
+            self._session = runtime.InferenceSession(source, options, providers=wanted, enable_fallback=0)
+            self._session.disable_fallback()  # also while it runs, in versions that do not know the word above
+        except Exception as error:  # ONNX Runtime raises its own types, which share no public base
+            name = "the backbone" if isinstance(model, bytes) else model
+            raise EnvironmentUnfitError(
+                f"ONNX Runtime cannot run {name} here ({_line(error)}); deploy it again"
+            ) from error
+        self.provider: str = self._session.get_providers()[0]
+        if self.provider != provider:
+            raise EnvironmentUnfitError(
+                f"ONNX Runtime lists {provider}, but {self.provider} would run; see ssd-edge doctor"
+            )
+        taken = self._session.get_inputs()[0]
+        self._input = taken.name
+        self._batch = taken.shape[0] if isinstance(taken.shape[0], int) else BATCH  # some graphs take one at a time
+        self.size, self.dim = size, dim
+
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        """uint8 RGB ``(N, size, size, 3)`` → float32 ``(N, D)``.
+
+        Raises:
+            BundleRefusedError: the graph gives another shape than the bundle says, or NaN.
+            EnvironmentUnfitError: the provider fails, e.g. for lack of memory on the GPU.
+        """
+        try:
+            parts: Sequence[np.ndarray] = [
+                self._session.run(None, {self._input: np.ascontiguousarray(images[start : start + self._batch])})[0]
+                for start in range(0, len(images), self._batch)
+            ]
+        except Exception as error:
+            told = f"{self.provider} of ONNX Runtime cannot run the backbone ({_line(error)}); see ssd-edge doctor"
+            raise EnvironmentUnfitError(told) from error
+        return checked(np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32), len(images), self.dim)
+
+
+def checked(embeddings: np.ndarray, count: int, dim: int) -> np.ndarray:
+    """What a backbone gave, if it is float32 ``(count, dim)`` and finite.
+
+    Raises:
+        BundleRefusedError: it is not.
+    """
+    if embeddings.shape != (count, dim) or embeddings.dtype != np.float32:
+        raise BundleRefusedError(
+            f"the backbone gives {embeddings.dtype} {embeddings.shape}, but the bundle says float32 "
+            f"{(count, dim)}; deploy it again"
+        )
+    if not np.isfinite(embeddings).all():
+        raise BundleRefusedError("the backbone gives NaN or infinity for an image; deploy it again")
+    return embeddings
+
+
+def open_embedder(
+    store: Generations,
+    backbone: str,
+    facts: Mapping[str, Any],
+    probe: Probe,
+    say: Say = lambda text: None,
+    strict: bool = False,
+) -> Embedder:
+    """What runs a root's backbone fastest here: TensorRT with a usable GPU, else ONNX Runtime.
+
+    Engines are taken from the root's cache, or built, which takes minutes on a small board. What runs on a GPU is used
+    only when it gives the embeddings of the bundle's probe; else the next is tried, and that is said, with the reason.
+
+    Args:
+        store: of the root.
+        backbone: sha256 of the backbone's file.
+        facts: ``size``, ``dim``, ``precision`` and ``target``.
+        probe: arrays and limits of the bundle's probe.
+        say: told what happens.
+        strict: refuse what is slower than what the target is prepared for; else that is said.
+
+    Raises:
+        BundleRefusedError: the backbone's file is missing or damaged.
+        EnvironmentUnfitError: nothing here can run it.
+        SlowerProviderError: under `strict`.
+    """
+    path = store.backbone_path(backbone)
+    failed: dict[str, str] = {}
+    for name, start in _ladder(store.root / ENGINES, path, backbone, facts, probe, say):
+        try:
+            found = start()
+            break
+        except (EnvironmentUnfitError, GateRefusedError, BundleRefusedError) as error:
+            if name == CPU:  # the last
+                raise
+            failed[name] = str(error)  # the error itself would hold what was started, and its memory
+    reason = "; ".join(f"{name}: {error}" if name in LADDER else error for name, error in failed.items())
+    wanted = _prepared_for(facts["target"])
+    if _speed(found.provider) < _speed(wanted):
+        told = f"{found.provider} runs the backbone, slower than {wanted}, for which {facts['target']} stands"
+        told += f": {reason}" if reason else ""
+        if strict:
+            raise SlowerProviderError(f"{told}; see ssd-edge doctor, or leave --strict out")
+        say(f"warning: {told}")
+    elif reason:
+        verb = "is" if len(failed) == 1 else "are"
+        say(f"{' and '.join(failed)} {verb} not used, {found.provider} is: {reason}")
+    return found
+
+
+def _prepared_for(target: str) -> str:
+    """What should run on a target; on one of a newer version, anything."""
+    known = targets.targets().get(target)
+    return {"jetson": "TensorRT", "cuda": CUDA}.get(known.kind if known else "", CPU)
+
+
+def _speed(provider: str) -> int:
+    """The larger, the faster."""
+    order = (*reversed(LADDER), "TensorRT")
+    return max((place for place, name in enumerate(order) if provider.startswith(name)), default=0)
+
+
+def _ladder(
+    folder: Path, path: Path, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say
+) -> Iterator[tuple[str, Callable[[], Embedder]]]:
+    """What may run the backbone here, fastest first: its name, and what starts it."""
+    from device_runtime.backbone import selftest
+    from device_runtime.backbone.tensorrt import engines
+
+    size, dim = facts["size"], facts["dim"]
+
+    def tested(provider: str, settings: Mapping[str, Any]) -> Embedder:
+        embedder = OnnxEmbedder(path, size, dim, provider, settings)
+        selftest.run(embedder.embed, *probe)
+        return embedder
+
+    if importlib.util.find_spec("tensorrt") is not None:
+        yield "TensorRT", lambda: _tensorrt(folder, path, backbone, facts, probe, say)
+    available = require("onnxruntime", "device", "run the backbone").get_available_providers()
+    if TENSORRT in available and (version := _nvinfer()) and (gpu := engines.gpu_facts()) is not None:
+        made = engines.engine_facts(backbone, facts["precision"], gpu, version, module="onnxruntime")
+        yield TENSORRT, lambda: tested(TENSORRT, _engines_of_onnxruntime(folder, path, made, facts, say))
+    if CUDA in available:
+        yield CUDA, lambda: tested(CUDA, {})
+    yield CPU, lambda: OnnxEmbedder(path, size, dim)
+
+
+def _nvinfer() -> str:
+    """Version of TensorRT's library; empty without it: ONNX Runtime lists its TensorRT provider all the same."""
+    for name in NVINFER:
+        with contextlib.suppress(OSError, AttributeError):
+            return str(ctypes.CDLL(name).getInferLibVersion())
+    return ""
+
+
+def _engines_of_onnxruntime(
+    folder: Path, path: Path, made: Mapping[str, Any], facts: Mapping[str, Any], say: Say
+) -> dict[str, Any]:
+    """Settings of ONNX Runtime's TensorRT provider, which builds and keeps engines by itself.
+
+    It may not notice that an engine was built for something else. They lie in a folder of their own for each backbone,
+    GPU, driver, TensorRT and ONNX Runtime (`made`), and those of others are removed.
+    """
+    import onnxruntime
+
+    from device_runtime.backbone.tensorrt import engines
+    from device_runtime.backbone.tensorrt.api import BATCHES, WORKSPACE
+
+    made = {**made, "onnxruntime": onnxruntime.__version__}
+    own = folder / OF_ONNXRUNTIME / engines.fingerprint(made)[:16]
+    engines.EngineCache(folder).make_folder()
+    for other in own.parent.glob("*"):
+        if other != own:
+            shutil.rmtree(other, ignore_errors=True)
+    if not any(own.glob("*.engine")):
+        files.make_directory(own)
+        say("ONNX Runtime builds a TensorRT engine, once for this board and backbone; it may take minutes")
+    settings = {
+        "trt_max_workspace_size": WORKSPACE,
+        # what the graph says and no more: half precision where it is in fp32 would be another network
+        "trt_fp16_enable": facts["precision"] == "fp16",
+        "trt_int8_enable": facts["precision"] == "int8",
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": os.fspath(own),
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": os.fspath(own),
+    }
+    taken = onnx_scan.scan(files.read_bytes(path), path.name).inputs[0]
+    if taken.shape is not None and not isinstance(taken.shape[0], int):
+        # else it builds for the batch that comes first, and anew, for minutes, when a larger one comes
+        for bound, batch in zip(("min", "opt", "max"), BATCHES, strict=True):
+            shape = "x".join(map(str, (batch, facts["size"], facts["size"], 3)))
+            settings[f"trt_profile_{bound}_shapes"] = f"{taken.name}:{shape}"
+    return settings
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message; drivers write paragraphs."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _tensorrt(folder: Path, path: Path, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say) -> Embedder:
+    from device_runtime.backbone import selftest
+    from device_runtime.backbone.tensorrt import engines
+    from device_runtime.backbone.tensorrt.api import TensorRT
+    from device_runtime.backbone.tensorrt.embedder import TensorRTEmbedder
+
+    api = TensorRT()
+    gpu = engines.gpu_facts()
+    if gpu is None:
+        raise EnvironmentUnfitError("PyTorch finds no GPU that it can use; see ssd-edge doctor")
+    cache = engines.EngineCache(folder)
+    wanted = engines.engine_facts(backbone, facts["precision"], gpu, api.version)
+    plan = cache.get(wanted)
+    built = plan is None
+    if plan is None:
+        say("building the TensorRT engine, once for this board and backbone; it may take minutes")
+        plan = cache.build(path, wanted, say)
+    embedder = TensorRTEmbedder(plan, facts["size"], facts["dim"], api)
+    embedder.engine = record = cache.record(wanted)
+    if built:
+        told = ", ".join(f"{key} {value}" for key, value in record["layers"].items())
+        say(f"built the TensorRT engine in {record['seconds']:.0f} s: {record['bytes'] / 1e6:.1f} MB; layers: {told}")
+    try:
+        selftest.run(embedder.embed, *probe)
+    except BaseException:
+        embedder.close()  # ONNX Runtime may need that memory
+        raise
+    return embedder

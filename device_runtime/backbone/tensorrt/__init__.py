@@ -1,0 +1,1 @@
+"""TensorRT: API wrapper, engine cache, engine builder and embedder."""

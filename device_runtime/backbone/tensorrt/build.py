@@ -1,0 +1,250 @@
+"""``python -m device_runtime.backbone.tensorrt.build``: one engine, built in a process of its own; and how that is run.
+
+Building takes gigabytes that a process does not give back, may be killed for it, and may crash; none of that may take
+the program down that serves a camera. One JSON request comes from standard input or as the argument, JSON lines go to
+standard output: what is going on, and the result last.
+
+::
+
+    {"onnx": PATH, "onnx_sha256": …, "plan": PATH, "timing_cache": PATH or null, "module": "tensorrt",
+     "batches": [1, 8, 32], "workspace": BYTES}
+    {"phase": …, "step": 3, "of": 9}
+    {"ok": true, "seconds": …, "bytes": …, "sha256": …, "version": …, "layers": {…}, "warnings": […]}
+    {"ok": false, "error": …, "exit_code": …}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from device_runtime.backbone.tensorrt.api import TensorRT
+from ssd_edge import files
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, InputError, SSDEdgeError
+
+HEARTBEAT = 10.0  # seconds
+Say = Callable[[str], None]
+Write = Callable[[dict[str, Any]], None]
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PROGRESS_SECONDS = 1.0
+
+
+def build(request: dict[str, Any], write: Write) -> dict[str, Any]:
+    """Build what a request asks for, and write the plan atomically.
+
+    Args:
+        request: see above.
+        write: told of progress, at most once a second.
+
+    Returns:
+        The result; see above.
+
+    Raises:
+        SSDEdgeError: like `TensorRT.build`, and when a file cannot be read or written.
+    """
+    api = TensorRT(request["module"])
+    onnx = files.read_bytes(Path(request["onnx"]))
+    found = files.sha256(onnx)
+    if found != request["onnx_sha256"]:
+        raise BundleRefusedError(
+            f"{request['onnx']} has the sha256 {found}, but {request['onnx_sha256']} was asked for; install the bundle "
+            "again"
+        )
+    timings = Path(request["timing_cache"]) if request.get("timing_cache") else None
+    known = None if timings is None else timings.read_bytes() if timings.exists() else b""
+    built = api.build(onnx, request["batches"], request["workspace"], known, _Progress(write))
+    warnings = built.warnings
+    files.write_bytes(Path(request["plan"]), built.plan)
+    if timings is not None and built.timing_cache is not None:
+        with contextlib.suppress(EnvironmentUnfitError):  # it only saves time
+            files.write_bytes(timings, built.timing_cache)
+    layers: dict[str, Any] = {"parsed": built.layers}
+    try:
+        engine = api.load(built.plan)
+        layers.update(engine.summary)
+        engine.close()
+    except EnvironmentUnfitError as error:  # TensorRT-RTX builds without a GPU, but cannot look into what it built
+        warnings = [*warnings, str(error)]
+    return {
+        "ok": True,
+        "seconds": built.seconds,
+        "bytes": len(built.plan),
+        "sha256": files.sha256(built.plan),
+        "version": api.version,
+        "layers": layers,
+        "warnings": warnings,
+    }
+
+
+class _Progress:
+    """Passes on what the builder's threads say, but not all of it."""
+
+    def __init__(self, write: Write) -> None:
+        self._write, self._next, self._lock = write, 0.0, threading.Lock()
+
+    def __call__(self, phase: str, step: int, of: int) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now >= self._next:
+                self._next = now + _PROGRESS_SECONDS
+                self._write({"phase": phase, "step": step, "of": of})
+
+
+def _die_with_parent() -> None:
+    """A parent that is killed cannot clean up: the kernel then ends this process (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def main() -> int:
+    """One request in, one result out; returns the exit code."""
+    _die_with_parent()
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what native libraries print must not get between the lines
+
+    def write(record: dict[str, Any]) -> None:
+        lines.write(json.dumps(record) + "\n")
+        lines.flush()
+
+    request = json.loads(sys.argv[1] if len(sys.argv) > 1 else sys.stdin.read())
+    if request.get("parent") not in (None, os.getppid()):
+        return 1  # it ended before `_die_with_parent`
+    try:
+        result = build(request, write)
+    except SSDEdgeError as error:
+        result = {"ok": False, "error": str(error), "exit_code": error.exit_code}
+    except MemoryError:
+        unfit = EnvironmentUnfitError("there is not enough memory to build the engine; stop other programs or add swap")
+        result = {"ok": False, "error": str(unfit), "exit_code": unfit.exit_code}
+    write(result)
+    return int(result.get("exit_code", 0))
+
+
+class Crashed(EnvironmentUnfitError):
+    """The building process ended without a result."""
+
+
+def run_apart(
+    command: Sequence[str], request: dict[str, Any], say: Say, deadline: float, timeout: float
+) -> dict[str, Any]:
+    """Run the building process to its result; it never outlives this call.
+
+    Args:
+        command: of the process.
+        request: see above.
+        say: told every ten seconds that it goes on.
+        deadline: of `time.monotonic`.
+        timeout: seconds, for the message.
+
+    Returns:
+        The result; see above.
+
+    Raises:
+        Crashed: it ended without one.
+        SSDEdgeError: as `build` raised it there, or EnvironmentUnfitError: it took too long.
+    """
+    with tempfile.TemporaryFile() as complaints:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            cwd=Path(__file__).resolve().parents[3],  # -m takes the package from here: this one, and no other
+            start_new_session=True,  # Ctrl-C comes here, and is passed on as the end of it
+        )
+        try:
+            result = _listen(child, request, say, deadline)
+        except (TimeoutError, subprocess.TimeoutExpired) as error:
+            raise EnvironmentUnfitError(
+                f"building the TensorRT engine took longer than {timeout:g} s and was stopped; stop other programs and "
+                "try again, or run the backbone with ONNX Runtime"
+            ) from error
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        if result is None:
+            raise Crashed(_how_it_ended(child.returncode, complaints))
+    if not result["ok"]:
+        kinds = (GateRefusedError, BundleRefusedError, InputError)
+        kind = next((kind for kind in kinds if kind.exit_code == result["exit_code"]), EnvironmentUnfitError)
+        raise kind(result["error"])
+    return result
+
+
+def _listen(
+    child: subprocess.Popen[bytes], request: dict[str, Any], say: Say, deadline: float
+) -> dict[str, Any] | None:
+    """Give it the request and read its lines until it ends; returns the result, if it gave one."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    threading.Thread(target=_pump, args=(child.stdout, lines), daemon=True).start()
+    with contextlib.suppress(BrokenPipeError), child.stdin:  # it may have ended already
+        child.stdin.write(json.dumps(request).encode())
+    started = time.monotonic()
+    beat, doing, result = started + HEARTBEAT, "", None
+    while True:
+        now = time.monotonic()
+        if now >= deadline:
+            raise TimeoutError
+        if now >= beat:
+            say(
+                f"building the TensorRT engine, {now - started:.0f} s so far{doing} (once per board and model; takes "
+                "minutes on small boards)"
+            )
+            beat = now + HEARTBEAT
+        try:
+            line = lines.get(timeout=min(beat, deadline) - now)
+        except queue.Empty:
+            continue
+        if line is None:
+            child.wait(timeout=max(0.0, deadline - time.monotonic()))
+            return result
+        record = json.loads(line)
+        if "ok" in record:
+            result = record
+        else:
+            doing = f": {record['phase']}, step {record['step']} of {record['of']}"
+
+
+def _pump(stream: IO[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
+    with stream:
+        for line in stream:
+            lines.put(line)
+    lines.put(None)
+
+
+def _how_it_ended(code: int, complaints: IO[bytes]) -> str:
+    size = complaints.seek(0, os.SEEK_END)
+    complaints.seek(max(0, size - 2000))
+    told = " / ".join(complaints.read().decode("utf-8", errors="replace").split("\n")[-4:]).strip(" /")
+    last = f" (it said: {told})" if told else ""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return (
+                f"building the TensorRT engine was ended by {signal.Signals(-code).name}{last}: memory may have run "
+                "out; stop other programs or add swap, or run the backbone with ONNX Runtime"
+            )
+    return (
+        f"building the TensorRT engine ended with code {code} and no result{last}; run ssd-edge doctor, or run the "
+        "backbone with ONNX Runtime"
+    )
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # a driver that crashes while it is torn down would hide the result

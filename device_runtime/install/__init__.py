@@ -1,0 +1,1 @@
+"""Installing bundles, and whose bundles a device accepts."""

@@ -1,0 +1,1 @@
+"""Learning and editing on the device, and the checks that guard a commit."""

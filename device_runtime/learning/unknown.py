@@ -1,0 +1,279 @@
+"""`unknown`: which embeddings are too unlike the class that they were taken for. No image of anything else is needed.
+
+The score of an embedding z for class c is the cosine between Wz and Wμ_c, where W whitens the pooled within-class
+covariance (OAS-shrunk) and the origin is the mean of the pretraining data, which standardisation has put there.
+``benchmarks/unknown.py`` chose it among Mahalanobis and relative Mahalanobis distances and the learner's own scores, on
+classes held out of the training data. It does not look at the length of z: what differs in that alone is not rejected.
+
+The threshold of a class comes from its statistics. With μ the length of Wμ_c, after whitening the part of z along the
+estimated mean is a normal variable and the squared length of the rest a χ² one (by the cube root of Wilson & Hilferty
+1931); the quantile of their cosine is taken over a grid of both. Real classes spread more along their own mean than the
+pooled covariance says: by `OWN_SPREAD` times μ, measured on held-out training images of CIFAR-10; statistics with
+``per_class`` moments say it themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners.closed_form.sums import ClassStatistics, shrink
+
+UNKNOWN = "unknown"
+RATE = 0.95
+OWN_SPREAD = 0.35  # standard deviation along a class's own mean that the pooled covariance lacks, as a share of μ
+PRIOR = 20.0  # images that the threshold from statistics counts for beside a class's own embeddings
+_NORMAL = torch.tensor([NormalDist().inv_cdf((i + 0.5) / 64) for i in range(64)], dtype=torch.float64)
+NEVER = 2.0  # the threshold of a row without samples: no cosine reaches it
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejector:
+    """Thresholds for the classes of one generation; immutable. Its size depends on C and D alone.
+
+    W is that of `fit` for good, so that a new class changes no answer about the others; see `outgrown`.
+
+    Attributes:
+        rate: share of a class's own images that should pass.
+        samples: degrees of freedom behind the covariance that W whitens.
+        whitening: W, lower triangular, float32 ``(D, D)``.
+        directions: Wμ_c/|Wμ_c|, float32 ``(C, D)``; zero for a row without samples.
+        thresholds: cosines, float32 ``(C,)``, finite.
+    """
+
+    rate: float
+    samples: float
+    whitening: Tensor
+    directions: Tensor
+    thresholds: Tensor
+
+    @classmethod
+    def fit(cls, statistics: ClassStatistics, rate: float = RATE) -> Rejector:
+        """Thresholds for all classes from their statistics alone.
+
+        Args:
+            statistics: of raw embeddings; any number of classes, none included.
+            rate: of own images that should pass, above 0.5 and below 1.
+
+        Raises:
+            InputError: the rate is out of range, or the statistics hold NaN or infinity.
+        """
+        if not 0.5 < rate < 1:
+            raise InputError(f"the rate of own images that pass must be above 0.5 and below 1, but is {rate}")
+        if not all(bool(torch.isfinite(t).all()) for t in statistics.state().values()):
+            raise InputError("the class statistics hold NaN or infinity; roll back or deploy the bundle again")
+        samples = max(statistics.total - int((statistics.counts > 0).sum()), 0.0)
+        dim = statistics.sums.shape[1]
+        covariance = statistics.scatter_within() / max(samples, 1.0)
+        if samples == 0 or float(covariance.trace()) <= 0:
+            whitening = torch.eye(dim, dtype=torch.float64)
+        else:
+            identity = torch.eye(dim, dtype=torch.float64)
+            factor = torch.linalg.cholesky(shrink(covariance, samples))
+            whitening = torch.linalg.solve_triangular(factor, identity, upper=False)
+        # contiguous: another memory order would change the last bits of a product after a restart
+        empty = cls(rate, samples, whitening.float().contiguous(), torch.zeros(0, dim), torch.zeros(0))
+        return empty._grown(len(statistics.counts), statistics)
+
+    def with_class(self, row: int, statistics: ClassStatistics, embeddings: Tensor) -> Rejector:
+        """After a class was taught: its threshold, and no other, from its statistics and what it was taught with.
+
+        Each embedding is scored against the mean of the class without it, since few images agree with their own mean
+        too well. The quantile of these counts by their number, the threshold before (of a new class: that from its
+        statistics) by `PRIOR` and the images that it was taught with earlier. Where nothing was known before, W is
+        fitted anew.
+
+        Args:
+            row: of the class, new or known.
+            statistics: with these embeddings already added.
+            embeddings: what it was taught with, ``(N, D)``.
+
+        Raises:
+            InputError: no embeddings, a wrong shape, NaN or infinity, or the row has fewer samples than that.
+        """
+        self._check(embeddings)
+        count = len(embeddings)
+        if not count or not 0 <= row < len(statistics.counts) or float(statistics.counts[row]) < count:
+            known = float(statistics.counts[row]) if 0 <= row < len(statistics.counts) else 0.0
+            raise InputError(f"row {row} was taught with {known:.0f} embeddings, but {count} are given to calibrate it")
+        if not bool(self.directions.any()):
+            return Rejector.fit(statistics, self.rate)._calibrated(row, statistics, embeddings, known=False)
+        earlier = float(statistics.counts[row]) > count
+        known = earlier and row < len(self.thresholds) and float(self.thresholds[row]) < NEVER
+        return self._grown(max(row + 1, len(self.thresholds)), statistics)._calibrated(
+            row, statistics, embeddings, known
+        )
+
+    def without_rows(self, rows: Iterable[int]) -> Rejector:
+        """After classes are gone: those above move up, no bit of theirs changes.
+
+        Raises:
+            InputError: there is no row of that number.
+        """
+        left_out, classes = set(rows), len(self.thresholds)
+        self._check_rows(left_out, classes)
+        kept = torch.tensor([row for row in range(classes) if row not in left_out], dtype=torch.int64)
+        return dataclasses.replace(self, directions=self.directions[kept], thresholds=self.thresholds[kept])
+
+    def refitted(self, row: int, statistics: ClassStatistics) -> Rejector:
+        """After the statistics of a class changed without its images at hand, as where another has joined it.
+
+        Direction and threshold of this row are those that statistics alone give; the other rows and W stay, but where
+        nothing was known before, W is fitted anew.
+
+        Args:
+            row: of the class, new or known.
+            statistics: as they are now. Without samples of the class, nothing is taken for it any more.
+
+        Raises:
+            InputError: there is no such row in the statistics.
+        """
+        self._check_rows({row}, len(statistics.counts))
+        if not bool(self.directions.any()):
+            return Rejector.fit(statistics, self.rate)
+        grown = self._grown(max(row + 1, len(self.thresholds)), statistics)
+        directions, thresholds = grown.directions.clone(), grown.thresholds.clone()
+        directions[row], thresholds[row] = self._of_row(row, statistics)
+        return dataclasses.replace(self, directions=directions, thresholds=thresholds)
+
+    def known(self, embeddings: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each embedding is like the class that it was taken for.
+
+        Args:
+            embeddings: ``(N, D)``.
+            rows: predicted ones, int64 ``(N,)``.
+
+        Returns:
+            bool ``(N,)``; and by how much the cosine passes the threshold, float32 ``(N,)``, negative for `UNKNOWN`.
+
+        Raises:
+            InputError: shapes disagree, a row is none of these classes, or an embedding holds NaN or infinity.
+        """
+        self._check(embeddings)
+        classes = len(self.thresholds)
+        if rows.shape != embeddings.shape[:1] or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < classes):
+            raise InputError(
+                f"rows for {len(embeddings)} embeddings must be below {classes}, but are {tuple(rows.shape)}, "
+                f"up to {int(rows.max()) if rows.numel() else 0}"
+            )
+        margin = self.score(embeddings, rows) - self.thresholds[rows]
+        return margin >= 0, margin
+
+    def score(self, embeddings: Tensor, rows: Tensor) -> Tensor:
+        """The cosine of each embedding ``(N, D)`` with the class in its row ``(N,)``, float32 ``(N,)``."""
+        whitened = embeddings.float() @ self.whitening.T
+        length = whitened.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        return (whitened * self.directions[rows]).sum(1) / length
+
+    def outgrown(self, statistics: ClassStatistics) -> bool:
+        """Whether W rests on so few samples that `fit` would do clearly better by now (it changes all thresholds)."""
+        samples = statistics.total - int((statistics.counts > 0).sum())
+        return self.samples < 10 * len(self.whitening) and samples >= 2 * self.samples
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Named arrays for a safetensors file."""
+        row, column = torch.tril_indices(*self.whitening.shape)
+        return {
+            "fitted": np.array([self.rate, self.samples], np.float64),
+            "whitening": self.whitening[row, column].numpy().copy(),
+            "directions": self.directions.numpy().copy(),
+            "thresholds": self.thresholds.numpy().copy(),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, np.ndarray]) -> Rejector:
+        """The inverse of `state`, bit for bit.
+
+        Raises:
+            BundleRefusedError: an array is missing, of a wrong shape, or not finite.
+        """
+        try:
+            tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+            rate, samples = tensors["fitted"].tolist()
+            directions, thresholds, packed = (tensors[key] for key in ("directions", "thresholds", "whitening"))
+            classes, dim = directions.shape
+            if thresholds.shape != (classes,) or packed.shape != (dim * (dim + 1) // 2,):
+                raise ValueError(f"{classes} classes of {dim} features, {tuple(thresholds.shape)} thresholds")
+            if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+                raise ValueError("NaN or infinity")
+        except (KeyError, ValueError, TypeError) as error:
+            raise BundleRefusedError(f"the thresholds for '{UNKNOWN}' are damaged ({error}); fit them again") from error
+        whitening = packed.new_zeros(dim, dim)
+        row, column = torch.tril_indices(dim, dim)
+        whitening[row, column] = packed
+        return cls(rate, samples, whitening, directions, thresholds)
+
+    def _check(self, embeddings: Tensor) -> None:
+        dim = len(self.whitening)
+        if embeddings.ndim != 2 or embeddings.shape[1] != dim:
+            raise InputError(f"embeddings must have shape (N, {dim}), but have {tuple(embeddings.shape)}")
+        if not bool(torch.isfinite(embeddings).all()):
+            raise InputError("an embedding holds NaN or infinity; check the image and the backbone")
+
+    @staticmethod
+    def _check_rows(rows: set[int], classes: int) -> None:
+        wrong = [row for row in sorted(rows) if not 0 <= row < classes]
+        if wrong:
+            raise InputError(f"there are {classes} rows, so there is no row {wrong[0]}; name one from 0 on")
+
+    def _grown(self, classes: int, statistics: ClassStatistics) -> Rejector:
+        """With the rows from here to `classes` taken from statistics; those before are not touched."""
+        rows = range(len(self.thresholds), classes)
+        if not rows:
+            return self
+        found = [self._of_row(row, statistics) for row in rows]
+        directions = torch.cat([self.directions, torch.stack([direction for direction, _ in found])])
+        thresholds = torch.cat([self.thresholds, torch.tensor([threshold for _, threshold in found])])
+        return dataclasses.replace(self, directions=directions, thresholds=thresholds)
+
+    def _of_row(self, row: int, statistics: ClassStatistics) -> tuple[Tensor, float]:
+        """Direction ``(D,)`` and threshold of a class, from statistics."""
+        wide, count, dim = self.whitening.double(), float(statistics.counts[row]), len(self.whitening)
+        mean = wide @ (statistics.sums[row] / max(count, 1.0))
+        length = float(mean.norm())
+        if count == 0 or length == 0:
+            return torch.zeros(dim), NEVER
+        direction = mean / length
+        true = math.sqrt(max(length**2 - dim / count, 0.0))  # |Wμ|² as estimated is too large by D/n
+        along = true * true / length
+        variance, total = 1.0 + (OWN_SPREAD * along) ** 2, float(dim)
+        if statistics.per_class and count > 1:
+            own = wide @ statistics.covariance(row) @ wide.T
+            # of few images it is noise: it counts as its degrees of freedom do beside `PRIOR`
+            trust = (count - 1) / (count - 1 + PRIOR)
+            variance += trust * (float(direction @ own @ direction) - variance)
+            total += trust * (float(own.trace()) - total)
+        variance *= 1.0 + 1.0 / count
+        # what is not known of `true`: the variance of a squared length estimated from so many samples
+        variance += (2.0 * total + 4.0 * count * true**2) / (count * length) ** 2
+        across, freedom = max(total - 1.0, 1e-9), max(dim - 1.0, 1.0)
+        parallel = along + math.sqrt(variance) * _NORMAL[:, None]
+        spread = (1 - 2 / (9 * freedom) + math.sqrt(2 / (9 * freedom)) * _NORMAL).clamp_min(0) ** 3  # χ²/ν
+        squared = across * spread + max(true**2 - along**2, 0.0)
+        cosines = parallel / (parallel.square() + squared).sqrt().clamp_min(1e-12)
+        threshold = float(cosines.flatten().quantile(1 - self.rate))
+        return direction.float(), min(max(threshold, -1.0), 1.0)
+
+    def _calibrated(self, row: int, statistics: ClassStatistics, embeddings: Tensor, known: bool) -> Rejector:
+        count = len(embeddings)
+        direction, threshold = self._of_row(row, statistics)
+        weight, total = PRIOR, float(statistics.counts[row])
+        if known:
+            weight, threshold = PRIOR + total - count, float(self.thresholds[row])
+        if total > 1:
+            wide = embeddings.double()
+            others = (statistics.sums[row] - wide) / (total - 1)
+            white, means = (part @ self.whitening.double().T for part in (wide, others))
+            cosines = torch.nn.functional.cosine_similarity(white, means)
+            quantile = float(cosines.quantile(1 - self.rate))
+            threshold = (weight * threshold + count * quantile) / (weight + count)
+        directions, thresholds = self.directions.clone(), self.thresholds.clone()
+        directions[row], thresholds[row] = direction, threshold
+        return dataclasses.replace(self, directions=directions, thresholds=thresholds)

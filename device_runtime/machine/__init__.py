@@ -1,0 +1,1 @@
+"""The machine: board, packages, doctor and profile."""

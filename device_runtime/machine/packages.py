@@ -1,0 +1,258 @@
+"""The packages that a device computes with, each made to compute; and what the checks of `doctor` share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from device_runtime.backbone.embedder import PREFERRED
+from device_runtime.install import trust
+from device_runtime.machine.board import Board
+from ssd_edge import targets
+from ssd_edge.bundle.format import Bundle
+
+STATES = ("ok", "note", "warning", "unfit")
+OLDEST_TORCH, OLDEST_ONNXRUNTIME = "2.3", "1.17"  # as in pyproject.toml
+# ONNX: y = Conv(x, w), both inputs float32 (1, 1, 3, 3). A convolution, because that is what needs cuDNN.
+CONVOLUTION = bytes.fromhex(
+    "08083a6b0a0f0a01780a017712017922 04436f6e76 120174 5a1b0a017812160a14080112100a0208010a0208010a0208030a020803"
+    "5a1b0a017712160a14080112100a0208010a0208010a0208030a020803"
+    "621b0a017912160a14080112100a0208010a0208010a0208010a020801 42021012"
+)
+
+VENV = "use a venv made with python3 -m venv --system-site-packages"
+ON_JETSON = {
+    "torch": f"install NVIDIA's PyTorch for this JetPack, not PyPI's, and {VENV}",
+    "onnxruntime": f"install an ONNX Runtime built for this JetPack, not PyPI's, and {VENV}",
+    "tensorrt": f"sudo apt install python3-libnvinfer, and {VENV}",
+    "cryptography": f"sudo apt install python3-cryptography, and {VENV}",
+}
+ON_PC = {
+    **dict.fromkeys(("torch", "onnxruntime", "cryptography"), "pip install 'ssd-edge[device]'"),
+    "tensorrt": "pip install 'ssd-edge[tensorrt]', if there is an NVIDIA GPU",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: of what was examined.
+        state: one of `STATES`; ``unfit`` alone makes the machine unfit.
+        found: what was seen.
+        fix: what to do; empty where nothing is to be done.
+    """
+
+    name: str
+    state: str
+    found: str
+    fix: str = ""
+
+
+@dataclasses.dataclass
+class Situation:
+    """What the checks know, and what the earlier ones have found out for the later ones."""
+
+    board: Board
+    root: Path
+    bundle: Bundle | None
+    now: float
+    target: targets.Target | None = None
+    torch: ModuleType | None = None
+    capability: str = ""  # of a GPU on which PyTorch has computed something
+    runners: list[str] = dataclasses.field(default_factory=list)  # what can run a backbone, fastest first
+
+    def fix(self, package: str) -> str:
+        """How to get a package here; on a Jetson never from PyPI, whose builds would shadow JetPack's."""
+        return (ON_JETSON if self.board.jetson else ON_PC)[package]
+
+    @property
+    def gpu_wanted(self) -> bool:
+        """Whether doing without the GPU is a loss that a user should know of."""
+        return self.board.jetson and (self.target is None or self.target.kind != "cpu")
+
+
+Examined = Iterator[Check]
+
+
+def check_packages(at: Situation) -> Examined:
+    found = []
+    for module, name in (("numpy", "NumPy"), ("safetensors", "safetensors"), ("PIL", "Pillow")):
+        package, problem = _import(module)
+        if package is None:
+            yield Check("packages", "unfit", f"{name} cannot be imported ({problem})", "pip install --upgrade ssd-edge")
+        else:
+            found.append(f"{name} {package.__version__}")
+    yield Check("packages", "ok", ", ".join(found))
+
+
+def check_torch(at: Situation) -> Examined:
+    torch, problem = _import("torch")
+    if torch is None:
+        told = f"PyTorch, which the learner needs, cannot be imported ({problem})"
+        yield Check("torch", "unfit", told, at.fix("torch"))
+        return
+    version = str(torch.__version__)
+    try:
+        _compute(torch, "cpu")
+        torch.from_numpy(np.ones(2, np.float32)).numpy()
+    except Exception as error:  # a PyTorch built for NumPy 1 fails here under NumPy 2
+        fix = "pip install 'numpy<2', if the message names NumPy; else " + at.fix("torch")
+        yield Check("torch", "unfit", f"PyTorch {version} does not compute on the processor ({_line(error)})", fix)
+        return
+    at.torch = torch
+    old = not targets.within(version, (OLDEST_TORCH, None))
+    told = f"{version}, older than {OLDEST_TORCH}, the oldest that is supported" if old else version
+    yield Check("torch", "warning" if old else "ok", told, at.fix("torch") if old else "")
+
+
+def check_gpu(at: Situation) -> Examined:
+    torch, loss = at.torch, "warning" if at.gpu_wanted else "note"
+    if torch is None:
+        return
+    if not torch.cuda.is_available():
+        why = "no CUDA GPU that PyTorch can use" if torch.version.cuda else "this PyTorch is built without CUDA"
+        yield Check("gpu", loss, f"{why}; the learner runs on the processor", at.fix("torch") if at.gpu_wanted else "")
+        return
+    name, capability = torch.cuda.get_device_name(0), ".".join(map(str, torch.cuda.get_device_capability(0)))
+    found = f"{name}, compute capability {capability}, CUDA {torch.version.cuda}"
+    try:
+        _compute(torch, "cuda")
+    except Exception as error:  # no kernels for this GPU in the wheel, a driver that is too old, no memory
+        told = f"{found}, but a kernel does not run ({_line(error)}); the learner runs on the processor"
+        yield Check("gpu", "warning", told, at.fix("torch") if at.board.jetson else "update the driver, or PyTorch")
+        return
+    at.capability = capability
+    yield Check("gpu", "ok", f"{found}; a kernel ran")
+
+
+def check_onnxruntime(at: Situation) -> Examined:
+    runtime, problem = _import("onnxruntime")
+    if runtime is None:
+        yield Check("onnxruntime", "note", f"cannot be imported ({problem})", at.fix("onnxruntime"))
+        return
+    available, ran = runtime.get_available_providers(), []
+    for provider in (name for name in PREFERRED if name in available):
+        reason = _convolve(runtime, provider)
+        if reason:
+            text = f"{provider} is listed, but does not run ({reason})"
+            yield Check("onnxruntime", "warning", text, at.fix("onnxruntime"))
+        else:
+            ran.append(provider)
+    at.runners.extend(f"ONNX Runtime {name.removesuffix('ExecutionProvider')}" for name in ran)
+    version = str(runtime.__version__)
+    old = not targets.within(version, (OLDEST_ONNXRUNTIME, None))
+    listed = ", ".join(name.removesuffix("ExecutionProvider") for name in available)
+    told = f"{version}; lists {listed}; ran: {', '.join(at.runners) or 'none'}"
+    if old:
+        told += f"; older than {OLDEST_ONNXRUNTIME}, the oldest that is supported"
+    yield Check("onnxruntime", "warning" if old else "ok", told, at.fix("onnxruntime") if old else "")
+
+
+def check_tensorrt(at: Situation) -> Examined:
+    loss = "warning" if at.gpu_wanted else "note"
+    trt, problem = _import("tensorrt")
+    if trt is None:
+        yield Check("tensorrt", loss, f"cannot be imported ({problem})", at.fix("tensorrt"))
+        return
+    version = str(trt.__version__)
+    usual = targets.get("jetson" if at.board.jetson else "generic-cuda")
+    known = at.target if at.target and at.target.tensorrt else usual
+    oldest, newest = known.tensorrt
+    if not targets.within(version, (oldest, None)):
+        told = f"{version}, but {oldest} is the oldest that is used"
+        yield Check("tensorrt", loss, told, "install a newer JetPack" if at.board.jetson else at.fix("tensorrt"))
+        return
+    try:
+        builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
+    except Exception as error:  # without a GPU: TypeError, from a factory that returned nullptr
+        yield Check("tensorrt", loss, f"{version}, but no builder can be made, as without a GPU ({_line(error)})")
+        return
+    del builder
+    if not at.capability:
+        told = f"{version}, but it is not used: PyTorch, which holds its memory, cannot use the GPU"
+        yield Check("tensorrt", loss, told, at.fix("torch") if at.board.jetson else "")
+        return
+    at.runners.insert(0, f"TensorRT {version}")
+    if not targets.within(version, (oldest, newest)):
+        yield Check("tensorrt", "warning", f"{version}; the target {known.name} knows {oldest} to {newest}")
+    else:
+        yield Check("tensorrt", "ok", f"{version}; a builder can be made")
+
+
+def check_backbone(at: Situation) -> Examined:
+    if not at.runners:
+        fix = at.fix("tensorrt" if at.gpu_wanted else "onnxruntime")
+        yield Check("backbone", "unfit", "neither ONNX Runtime nor TensorRT can run one here", fix)
+        return
+    told = f"can be run by {', '.join(at.runners)}"
+    half = at.bundle is not None and at.bundle.manifest["backbone"]["precision"] == "fp16"
+    if half and at.runners == ["ONNX Runtime CPU"]:
+        fix = "deploy it with --precision int8 or fp32"
+        yield Check("backbone", "note", f"{told}, which has few fp16 kernels: no faster than fp32", fix)
+    else:
+        yield Check("backbone", "ok", told)
+
+
+def check_cryptography(at: Situation) -> Examined:
+    package, problem = _import("cryptography")
+    keys = len(trust.keys(at.root))
+    if package is not None:
+        yield Check("cryptography", "ok", str(package.__version__))
+    elif keys:
+        told = f"cannot be imported ({problem}), but {keys} trusted key(s) in {at.root} ask for signatures"
+        yield Check("cryptography", "unfit", told, at.fix("cryptography"))
+    else:
+        yield Check("cryptography", "note", f"not there; needed only once a key is trusted ({problem})")
+
+
+def _import(module: str) -> tuple[ModuleType | None, str]:
+    """A module, or why it cannot be imported: a vendor's package whose library is missing raises all kinds."""
+    try:
+        return importlib.import_module(module), ""
+    except Exception as error:
+        return None, _line(error)
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message; drivers write paragraphs."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _compute(torch: Any, device: str) -> None:
+    """A few real kernels; whether one is available says nothing.
+
+    Raises:
+        Exception: whatever PyTorch raises, or RuntimeError for a wrong result.
+    """
+    values = (torch.zeros(8, device=device) + 1).cumsum(0).topk(2).values
+    if values.sum().item() != 15.0:
+        raise RuntimeError(f"{device} computes 8 + 7 = {values.sum().item()}")
+
+
+def _convolve(runtime: Any, provider: str) -> str:
+    """Why a provider does not run a convolution, all by itself; empty if it does."""
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # what fails is reported here, not on standard error
+    if provider != "CPUExecutionProvider":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    ones = np.ones((1, 1, 3, 3), np.float32)
+    try:
+        # ONNX Runtime prints on standard output when it falls back, where a caller may be writing JSON
+        with contextlib.redirect_stdout(io.StringIO()):
+            session = runtime.InferenceSession(CONVOLUTION, options, providers=[provider])
+            result = session.run(None, {"x": ones * np.arange(9, dtype=np.float32).reshape(1, 1, 3, 3), "w": ones})
+    except Exception as error:  # ONNX Runtime raises its own types, which share no public base
+        return _line(error)
+    if session.get_providers()[0] != provider:
+        return f"it fell back to {session.get_providers()[0]}"
+    return "" if float(result[0].item()) == 36.0 else f"it computes 0 + 1 + … + 8 = {float(result[0].item())}"

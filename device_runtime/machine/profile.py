@@ -1,0 +1,315 @@
+"""What a bundle costs on this machine: latency, learning, memory, sizes; and a rough estimate without running it.
+
+A percentile is the nearest rank: of n sorted values the one at position ⌈q/100 · n⌉, so it is always a value that was
+measured. Times are wall-clock (`time.perf_counter_ns`), from uint8 images in memory to NumPy arrays in memory: an
+embedder returns only when its work is done, also that on a GPU.
+
+Run as a module it measures the memory of its own process, which is why it is one: what the caller has imported does
+not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from device_runtime.machine.board import MIB, Board, default_root, describe, usable_cpus
+from ssd_edge import bundle as bundles
+from ssd_edge import files, images, targets
+from ssd_edge.bundle.format import Bundle
+from ssd_edge.errors import EnvironmentUnfitError, InputError
+from ssd_edge.system import resident
+
+PERCENTILES = (50, 90, 99)
+NEW_IMAGES = 20  # of the class that is learned
+REPEATS = 3  # of learning, which takes longer than a call
+PHOTO = (640, 480)
+POOL = 8  # different images, so that no call repeats the one before
+VERSIONS = ("numpy", "torch", "onnxruntime", "tensorrt")
+UNMEASURED = "the GPU's share (CUDA context, TensorRT engine, workspace) is not in it"
+
+# For `estimate`; measured on x86-64 with ONNX Runtime on the processor, and on no board.
+RUNTIME_MB = 300  # interpreter, NumPy, PyTorch, ONNX Runtime: 242 MiB; CUDA builds of both take more
+BACKBONE_TIMES = 3  # the file, and its weights laid out anew, fp16 ones as fp32
+LEARNER_TIMES = 20  # peak of a learn ÷ file: 15 to 23 for ssd, ridge and slda; copies, float64 and whole matrices
+PSEUDO_SAMPLES, PSEUDO_BYTES = 100, 32  # per class, and per value while they are drawn in float64 (see retention)
+ACTIVATION_BATCH = 32  # images that an embedder takes at once
+ACTIVATION_CHANNELS, LIVE_MAPS = 64, 3  # of the first layers, where feature maps are largest; that exist at once
+FULL_RESOLUTION = 64  # pixels; larger inputs are halved by a network's first layer
+
+Say = Callable[[str], None]
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile by nearest rank; `values` need not be sorted.
+
+    Raises:
+        ValueError: no values, or q not in 0..100.
+    """
+    if not len(values) or not 0 <= q <= 100:
+        raise ValueError(f"the {q}-th percentile of {len(values)} values does not exist")
+    return sorted(values)[max(1, math.ceil(q / 100 * len(values))) - 1]
+
+
+def timed(call: Callable[[int], Any], calls: int, warm_up: int) -> dict[str, float]:
+    """Percentiles of the milliseconds that ``call(number)`` takes; the first `warm_up` calls do not count."""
+    taken = []
+    for number in range(warm_up + calls):
+        started = time.perf_counter_ns()
+        call(number)
+        taken.append((time.perf_counter_ns() - started) / 1e6)
+    counted = taken[warm_up:]
+    return {f"p{q}": round(percentile(counted, q), 4) for q in PERCENTILES}
+
+
+def estimate(bundle: Bundle) -> dict[str, float]:
+    """What a device's process will roughly need with this bundle at its peak, MiB, from sizes alone; nothing is run.
+
+    ``runtime``: interpreter and libraries. ``bundle``: its bytes, while it is installed. ``backbone``: with its weights
+    laid out anew. ``activations``: a batch of 32 images in layers of 64 channels, at half the resolution when the input
+    is larger than 64 pixels. ``learner``: with the copies that a learn makes. ``old_classes``: the samples on which a
+    learn is judged. ``total``: their sum. It is meant to find what is too large by far: a learner or network of an
+    unusual build can need twice as much, and what a GPU needs besides is not in it.
+    """
+    backbone = bundle.manifest["backbone"]
+    side = backbone["size"] / (1 if backbone["size"] <= FULL_RESOLUTION else 2)
+    values = len(bundle.manifest["classes"]) * PSEUDO_SAMPLES * backbone["dim"]
+    parts = {
+        "runtime": float(RUNTIME_MB),
+        "bundle": sum(map(len, bundle.entries.values())) / MIB,
+        "backbone": BACKBONE_TIMES * len(bundle.read("backbone")) / MIB,
+        "activations": ACTIVATION_BATCH * ACTIVATION_CHANNELS * LIVE_MAPS * side**2 * 4 / MIB,  # float32
+        "learner": LEARNER_TIMES * len(bundle.read("learner")) / MIB,
+        "old_classes": PSEUDO_BYTES * values / MIB,
+    }
+    return {name: round(value, 1) for name, value in {**parts, "total": sum(parts.values())}.items()}
+
+
+def fits(needed_mb: float) -> list[dict[str, Any]]:
+    """For each target: its limit, whether so many MiB stay below it, and what is not in the figure."""
+    return [
+        {
+            "target": target.name,
+            "limit_mb": target.budget_mb,
+            "needed_mb": round(needed_mb, 1),
+            "fits": needed_mb <= target.budget_mb,
+            "note": "" if target.kind == "cpu" else UNMEASURED,
+        }
+        for target in targets.targets().values()
+    ]
+
+
+def profile(
+    path: str | Path,
+    *,
+    images_timed: int = 50,
+    warm_up: int = 10,
+    batch: int = 1,
+    root: Path | None = None,
+    board: Board | None = None,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Measure a bundle on this machine. Nothing is learned for good, and the device's state is not changed.
+
+    Args:
+        path: the bundle.
+        images_timed: n; each is embedded once, in ⌈n/batch⌉ timed calls.
+        warm_up: calls before them that do not count.
+        batch: images a call.
+        root: a device's state, the default one if None. Where this bundle's backbone is installed in it, its engine
+            cache is used; else an engine is built for this run alone.
+        board: this machine, if it is known already.
+        say: told what takes long.
+
+    Returns:
+        JSON values; ``latency_ms`` has p50, p90 and p99 of ``decode`` (a 640 × 480 JPEG, resized), ``backbone`` (a
+        call) and ``head`` (the learner's scores for one embedding).
+
+    Raises:
+        InputError: no such bundle, or a number below its least value.
+        BundleRefusedError: it is damaged.
+        EnvironmentUnfitError: a package is missing, or the backbone cannot run here.
+    """
+    for name, value, least in (("--images", images_timed, 1), ("--warm-up", warm_up, 0), ("--batch", batch, 1)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, but is {value}")
+    opened = bundles.read(path)
+    board = board or describe()
+    with _store(opened, default_root() if root is None else root) as place:
+        embedder, learner = _load(opened, place, say)
+        measured = _times(opened, embedder, learner, math.ceil(images_timed / batch), warm_up, batch)
+        memory = _footprint_of_child(path, place)
+    manifest = opened.manifest
+    return {
+        "bundle": {key: manifest.get(key) for key in ("name", "target", "release")}
+        | {"sha256": opened.sha256, "precision": manifest["backbone"]["precision"]}
+        | {"learner": learner.name, "classes": len(opened.registry), "size": embedder.size, "dim": embedder.dim},
+        "machine": {"title": board.title, **board.to_json()},
+        "versions": {"python": platform.python_version(), **_versions()},
+        "provider": embedder.provider,
+        "engine": dict(embedder.engine) if embedder.engine else None,
+        **measured,
+        "bytes": {
+            "bundle": Path(path).stat().st_size,
+            "backbone": len(opened.read("backbone")),
+            "learner": len(opened.read("learner")),
+            "learner_state": learner.memory_bytes(),
+        },
+        "memory_mb": memory,
+        "estimate_mb": estimate(opened),
+        "fits": fits(memory["peak"]),
+    }
+
+
+def _times(opened: Bundle, embedder: Any, learner: Any, calls: int, warm_up: int, batch: int) -> dict[str, Any]:
+    import torch
+
+    from ssd_edge import learners
+
+    size, dim = embedder.size, embedder.dim
+    rng = np.random.default_rng(0)
+    pool = rng.integers(0, 256, (POOL + batch, size, size, 3), dtype=np.uint8)
+    photo = _photo()
+    embedded = torch.from_numpy(embedder.embed(pool[:POOL]))
+    fresh = torch.from_numpy(rng.standard_normal((NEW_IMAGES, dim)).astype(np.float32))
+    task = learners.Task(fresh, torch.full((NEW_IMAGES,), len(opened.registry)))
+    seconds = []
+    for _ in range(REPEATS):
+        copy = learners.restore(*opened.tensors("learner"))
+        started = time.perf_counter_ns()
+        copy.learn(task)
+        seconds.append(round((time.perf_counter_ns() - started) / 1e9, 4))
+    latency = {
+        "decode": timed(lambda number: images.decode(photo, "the photo", size), calls, warm_up),
+        "backbone": timed(lambda number: embedder.embed(pool[number % POOL :][:batch]), calls, warm_up),
+        "head": timed(lambda number: learner.scores(embedded[number % POOL][None]), calls, warm_up),
+    }
+    return {
+        "calls": calls,
+        "warm_up": warm_up,
+        "batch": batch,
+        "threads": {"backbone": usable_cpus(), "learner": torch.get_num_threads()},
+        "latency_ms": latency,
+        "learn": {"images": NEW_IMAGES, "seconds": seconds, "median": percentile(seconds, 50)},
+    }
+
+
+def _photo() -> bytes:
+    """A JPEG with structure at several scales: noise alone, or one colour, would decode untypically."""
+    from PIL import Image
+
+    rng = np.random.default_rng(1)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(PHOTO)
+    pixels = np.asarray(coarse) + rng.normal(0, 8, (PHOTO[1], PHOTO[0], 3))
+    stream = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+@contextlib.contextmanager
+def _store(opened: Bundle, root: Path) -> Iterator[Path]:
+    """A root that has the backbone: the device's own, else one for this run."""
+    from device_runtime.store.generations import Generations
+
+    data = opened.read("backbone")
+    if (root / "backbones" / f"{files.sha256(data)}.onnx").is_file():
+        yield root
+        return
+    with tempfile.TemporaryDirectory(prefix="ssd-edge-profile-") as folder:
+        store = Generations(folder)
+        with store.writer():
+            store.add_backbone(data)
+        yield Path(folder)
+
+
+def _load(opened: Bundle, root: Path, say: Say) -> tuple[Any, Any]:
+    """Embedder and learner, as the device opens them."""
+    from device_runtime.backbone.embedder import open_embedder
+    from device_runtime.store.generations import Generations
+    from ssd_edge import learners
+
+    backbone = opened.manifest["backbone"]
+    facts = {key: backbone[key] for key in ("size", "dim", "precision")} | {"target": opened.manifest["target"]}
+    learner = learners.restore(*opened.tensors("learner"))
+    digest = files.sha256(opened.read("backbone"))
+    return open_embedder(Generations(root), digest, facts, opened.tensors("probe"), say), learner
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that run a bundle; empty where one is missing."""
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = str(importlib.import_module(name).__version__)
+        except (ImportError, OSError, AttributeError):
+            found[name] = ""
+    return found
+
+
+def footprint(path: str | Path, root: Path) -> dict[str, float]:
+    """Memory of this process (MiB of resident pages, libraries included) while it does a device's work.
+
+    Returns:
+        ``imports``: interpreter, NumPy, PyTorch, ONNX Runtime. ``loaded``: and the bundle, its learner and its
+        backbone. ``predicted``: and after one image. ``learned``: and after a class of 20 images, with the copies
+        that a learn makes and the estimate of what it cost the old classes. ``peak``: the most there was at any time.
+    """
+    import torch
+
+    from device_runtime.learning import retention
+    from device_runtime.learning.state import restore_statistics
+    from ssd_edge import learners
+
+    with contextlib.suppress(ImportError, OSError):
+        importlib.import_module("onnxruntime")
+    found = {"imports": _resident("VmRSS")}
+    opened = bundles.read(path)
+    embedder, learner = _load(opened, root, lambda text: None)
+    found["loaded"] = _resident("VmRSS")
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (NEW_IMAGES, embedder.size, embedder.size, 3), dtype=np.uint8)
+    learner.scores(torch.from_numpy(embedder.embed(pixels[:1])))
+    found["predicted"] = _resident("VmRSS")
+    rows = torch.full((NEW_IMAGES,), len(opened.registry))
+    task = learners.Task(torch.from_numpy(embedder.embed(pixels)), rows)
+    copies = [learners.restore(*opened.tensors("learner")) for _ in range(2)]  # one for held-out images
+    for copy in copies:
+        copy.learn(task)
+    if len(opened.registry):
+        retention.estimate(learner, copies[0], restore_statistics(opened.tensors("statistics")[0]))
+    found["learned"] = _resident("VmRSS")
+    return {**found, "peak": _resident("VmHWM")}
+
+
+def _resident(field: str) -> float:
+    return round(resident(field) / MIB, 1)
+
+
+def _footprint_of_child(path: str | Path, root: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "device_runtime.machine.profile", str(Path(path).absolute()), str(root.absolute())]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError) as error:
+        told = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise EnvironmentUnfitError(
+            f"the process that measures memory ended with code {done.returncode} ({told}); a negative code is a "
+            "signal, and -9 means that memory ran out"
+        ) from error
+
+
+if __name__ == "__main__":
+    print(json.dumps(footprint(sys.argv[1], Path(sys.argv[2]))))

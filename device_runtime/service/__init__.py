@@ -1,0 +1,1 @@
+"""The camera service: frames, predictions, drift, systemd."""

@@ -1,0 +1,280 @@
+"""Whether what a device sees still is what its classes were learned from: running counts in fixed memory.
+
+Of every image two things are counted in bins, both relative to the nearest class, so that a box that sees one class all
+day has not drifted for that:
+
+* *directions*: the embedding's offset from that class's mean along the 16 principal directions of the within-class
+  covariance. Expected counts follow from the class statistics of the bundle.
+* *distance*: its Mahalanobis distance from that mean. Real embeddings have far heavier tails than a Gaussian with their
+  covariance, so the device's own first `WINDOW` images are the comparison.
+
+Scores and rejects are counted and told, but do not decide: they also move with the mix of classes. No image and no
+embedding is kept. What the figures mean on CIFAR-10 is in docs/service.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssd_edge.errors import InputError
+from ssd_edge.learners.closed_form.sums import ClassStatistics, shrink
+
+log = logging.getLogger(__name__)
+
+# Population stability index Σ (o − e) ln(o/e): the limits of credit scoring practice (N. Siddiqi, Credit Risk
+# Scorecards, 2006); a convention, not a test.
+MODERATE, DRIFTED = 0.1, 0.25
+BINS = 10
+WINDOW = 1000  # images; the report is about the last one to two windows, so that an old shift is forgotten
+# Without a shift, the index of n images in B bins is about χ²(B − 1)/n (B. Yurdakul, Statistical Properties of
+# Population Stability Index, 2018): with 300, one index in two thousand reaches 0.1.
+MINIMUM = 300
+DIRECTIONS = 16
+SOLID = 30  # images of a class: the error of a mean of fewer looks like a shift of its own (of index 1/images)
+SAMPLES, AT_ONCE = 20_000, 1000
+
+DISTANCES = np.geomspace(0.5, 1.5, BINS - 1)  # edges of the distance divided by √D, which is 1 for a Gaussian
+SHARES = np.array([0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.99999])  # edges of the score
+KEYS = ("counts", "images", "rejected", "windows", "reference")
+
+
+class Reference:
+    """What a device's classes should look like, from their statistics alone.
+
+    Args:
+        statistics: of its classes.
+
+    Attributes:
+        dim: D, of an embedding.
+        solid: whether there are classes with at least `SOLID` images; else there are no expected counts.
+        expected: float64 ``(directions, BINS)``, shares of images in each bin; the edges are `edges` ``(directions,
+            BINS − 1)``.
+        digest: uint8 ``(32,)``: counts belong to the reference that they were made with.
+
+    Raises:
+        InputError: no class has an image.
+    """
+
+    def __init__(self, statistics: ClassStatistics) -> None:
+        seen = statistics.counts > 0
+        if not bool(seen.any()):
+            raise InputError("drift is relative to classes, but this device knows none yet; teach it one first")
+        self._means = statistics.means[seen].double()
+        self._solid = (statistics.counts[seen] >= SOLID).numpy()
+        self.dim, self.solid = self._means.shape[1], bool(self._solid.any())
+        freedom = max(statistics.total - int(seen.sum()), 1.0)
+        covariance = shrink(statistics.scatter_within() / freedom, freedom)
+        variances, vectors = torch.linalg.eigh(covariance)  # ascending
+        kept = min(DIRECTIONS, self.dim)
+        self._axes = vectors[:, -kept:] / variances[-kept:].sqrt()
+        self._precision = torch.linalg.inv(covariance)
+        self._weights = self._means @ self._precision
+        self._bias = 0.5 * (self._weights * self._means).sum(1)
+        known = b"".join(t.numpy().tobytes() for t in (self._means, self._axes, statistics.counts))
+        self.digest = np.frombuffer(hashlib.sha256(known).digest(), np.uint8)
+        self.edges, self.expected = self._expect(torch.linalg.cholesky(covariance))
+
+    def _expect(self, factor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Deciles of pseudo-embeddings: near the normal ones, except where classes overlap."""
+        means = self._means[torch.from_numpy(self._solid)] if self.solid else self._means
+        generator = torch.Generator().manual_seed(0)
+        parts = []
+        for start in range(0, SAMPLES, AT_ONCE):
+            noise = torch.randn(AT_ONCE, self.dim, generator=generator, dtype=torch.float64) @ factor.T
+            parts.append(self.measure(means[torch.arange(start, start + AT_ONCE) % len(means)] + noise)[0])
+        offsets = np.concatenate(parts)
+        edges = np.quantile(offsets, np.arange(1, BINS) / BINS, axis=0).T
+        return edges, np.full((len(edges), BINS), 1 / BINS)
+
+    def measure(self, embeddings: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each embedding: offsets ``(N, directions)``, distance/√D ``(N,)``, whether its class is solid ``(N,)``."""
+        wide = embeddings.double()
+        nearest = (wide @ self._weights.T - self._bias).argmax(1)
+        offset = wide - self._means[nearest]
+        square = ((offset @ self._precision) * offset).sum(1).clamp_min(0)
+        solid = self._solid[nearest.numpy()] if self.solid else np.ones(len(wide), bool)
+        return (offset @ self._axes).numpy(), (square / self.dim).sqrt().numpy(), solid
+
+
+class Monitor:
+    """Counts of what a device has seen: of its first window, the last full one, and the current one.
+
+    Any number of threads may add.
+
+    Args:
+        reference: of the generation that answers. After a learn the counts begin anew.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self._lock = threading.Lock()
+        rows = len(reference.edges) + 2  # then distance, score
+        self._counts = np.zeros((3, rows, BINS), np.int64)  # first, last, current window
+        self._images = np.zeros(3, np.int64)
+        self._rejected = np.zeros(3, np.int64)
+        self._windows = np.zeros(1, np.int64)  # that were filled
+
+    def add(self, embeddings: Tensor | np.ndarray, scores: Tensor | np.ndarray, known: Any = None) -> None:
+        """Count images.
+
+        Args:
+            embeddings: ``(N, D)``.
+            scores: ``(N,)``, of the best class, 0..1.
+            known: ``(N,)``, false for an image that was rejected as of no known class; None: all known.
+
+        Raises:
+            InputError: shapes that do not fit, NaN or infinity, a score beyond 0..1; nothing is counted.
+        """
+        vectors = torch.as_tensor(embeddings)
+        shares = np.asarray(torch.as_tensor(scores).double())
+        accepted = np.ones(len(shares), bool) if known is None else np.asarray(known, bool)
+        count, dim = len(vectors), self.reference.dim
+        if tuple(vectors.shape) != (count, dim) or shares.shape != (count,) or accepted.shape != (count,):
+            raise InputError(
+                f"embeddings of shape {tuple(vectors.shape)}, scores {shares.shape} and known {accepted.shape} do not "
+                f"fit: (N, {dim}), (N,) and (N,) are needed; nothing was counted"
+            )
+        if not bool(vectors.isfinite().all()):
+            raise InputError("an embedding holds NaN or infinity; check the backbone; nothing was counted")
+        if not ((shares >= 0) & (shares <= 1)).all():  # NaN too
+            raise InputError("a score is not within 0 to 1; pass shares (softmax), not logits; nothing was counted")
+        offsets, distances, solid = self.reference.measure(vectors)
+        bins = np.empty((count, self._counts.shape[1]), np.int64)
+        for row, edges in enumerate(self.reference.edges):
+            bins[:, row] = np.searchsorted(edges, offsets[:, row])
+        bins[~solid, : len(self.reference.edges)] = -1  # not counted
+        bins[:, -2] = np.searchsorted(DISTANCES, distances)
+        bins[:, -1] = np.searchsorted(SHARES, shares)
+        with self._lock:
+            at = 0
+            while at < count:
+                part = slice(at, at + WINDOW - int(self._images[2]))
+                self._count(bins[part], accepted[part])
+                at = part.stop
+
+    def _count(self, bins: np.ndarray, accepted: np.ndarray) -> None:
+        """Into the current window, which has room for all; a full one becomes the last."""
+        for row in range(bins.shape[1]):
+            column = bins[:, row]
+            self._counts[2, row] += np.bincount(column[column >= 0], minlength=BINS)
+        self._images[2] += len(bins)
+        self._rejected[2] += int((~accepted).sum())
+        if self._images[2] == WINDOW:
+            for kept in (self._counts, self._images, self._rejected):
+                kept[1] = kept[2]
+                if self._windows[0] == 0:
+                    kept[0] = kept[2]
+                kept[2] = 0
+            self._windows += 1
+
+    def report(self) -> dict[str, Any]:
+        """What was seen of late, as JSON values; None: not enough images to say.
+
+        Returns:
+            level: ``collecting`` (fewer than `MINIMUM` images), ``stable``, ``moderate`` (0.1) or ``drifted`` (0.25).
+            psi: that decides: the larger of the next two.
+            psi_directions: mean over the directions, against the bundle; against the device's own first window where no
+                class was learned from `SOLID` images.
+            psi_distance, psi_score: against the own first window.
+            images, reject_rate: of the last one to two windows.
+            reject_rate_at_first: of the first window.
+            images_needed: how many more, at least, until there is a level.
+        """
+        with self._lock:
+            counts, images, rejected = self._counts.copy(), self._images.copy(), self._rejected.copy()
+            filled = int(self._windows[0])
+        recent, total = counts[1] + counts[2], int(images[1] + images[2])
+        later = recent if filled > 1 else counts[2]  # the first window is not compared with itself
+        first = [_shares(row) for row in counts[0]] if filled else [None] * len(recent)
+        if self.reference.solid:
+            pairs = list(zip(recent[:-2], self.reference.expected, strict=True))
+        else:
+            pairs = list(zip(later[:-2], first[:-2], strict=True))
+        each = [psi(*pair) for pair in pairs]
+        directions = None if None in each else float(np.mean(each))
+        distance, score = psi(later[-2], first[-2]), psi(later[-1], first[-1])
+        needed = MINIMUM if self.reference.solid else WINDOW + MINIMUM
+        worst = max((value for value in (directions, distance) if value is not None), default=None)
+        return {
+            "level": level(worst),
+            "psi": _rounded(worst),
+            "psi_directions": _rounded(directions),
+            "psi_distance": _rounded(distance),
+            "psi_score": _rounded(score),
+            "images": total,
+            "images_needed": 0 if worst is not None else max(needed - total, 1),
+            "reject_rate": _rounded(int(rejected[1] + rejected[2]) / total if total else None),
+            "reject_rate_at_first": _rounded(int(rejected[0]) / WINDOW if filled else None),
+        }
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Named arrays of a size that does not depend on what was seen, for `ssd_edge.files.write_tensors`."""
+        with self._lock:
+            arrays = (self._counts, self._images, self._rejected, self._windows, self.reference.digest)
+            return {name: array.copy() for name, array in zip(KEYS, arrays, strict=True)}
+
+    @classmethod
+    def from_state(cls, reference: Reference, state: Mapping[str, np.ndarray]) -> Monitor:
+        """Go on counting. Counts of another reference, or damaged ones, are dropped and said so in the log: no count is
+        worth a device that does not start."""
+        monitor = cls(reference)
+        fresh = monitor.state()
+        if set(state) != set(KEYS) or any(
+            state[name].shape != array.shape or state[name].dtype != array.dtype for name, array in fresh.items()
+        ):
+            log.warning("the drift counts are damaged; counting begins anew")
+        elif not np.array_equal(state["reference"], reference.digest):
+            log.info("the classes have changed since the drift counts were made; counting begins anew")
+        elif not _plausible(state):
+            log.warning("the drift counts contradict each other; counting begins anew")
+        else:
+            monitor._counts, monitor._images, monitor._rejected, monitor._windows = (
+                np.array(state[name]) for name in KEYS[:-1]
+            )
+        return monitor
+
+
+def psi(observed: np.ndarray, expected: np.ndarray | None) -> float | None:
+    """Population stability index of counts ``(BINS,)`` against shares; None with too few, or nothing to compare."""
+    if expected is None or observed.sum() < MINIMUM:
+        return None
+    shares = _shares(observed)
+    return float(((shares - expected) * np.log(shares / expected)).sum())
+
+
+def level(index: float | None) -> str:
+    """What an index is called."""
+    if index is None:
+        return "collecting"
+    return "drifted" if index >= DRIFTED else "moderate" if index >= MODERATE else "stable"
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    """With half an image more in every bin, so that none is empty."""
+    return (counts + 0.5) / (counts.sum() + BINS / 2)
+
+
+def _plausible(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether counts can have come about by counting."""
+    counts, images, rejected = state["counts"], state["images"], state["rejected"]
+    filled = int(state["windows"][0])
+    full = [WINDOW if filled > 0 else 0] * 2
+    return (
+        filled >= 0
+        and images[:2].tolist() == full
+        and 0 <= images[2] < WINDOW
+        and bool((counts >= 0).all() and (rejected >= 0).all() and (rejected <= images).all())
+        and bool((counts.sum(2) <= images[:, None]).all() and (counts[:, -2:].sum(2) == images[:, None]).all())
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

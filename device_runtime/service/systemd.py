@@ -1,0 +1,178 @@
+"""What a process under systemd owes its supervisor and its reader: readiness, heartbeats, log lines, vitals.
+
+Protocol: sd_notify(3) and sd_watchdog_enabled(3); without systemd every call does nothing. See docs/service.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import numbers
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from device_runtime.machine import board
+from device_runtime.store.journal import utc
+from ssd_edge.errors import printable
+
+log = logging.getLogger(__name__)
+
+SEND_TIMEOUT = 1.0  # seconds; a supervisor that does not read must not stop the camera
+LONGEST = 4000  # characters of one text in a log line: flash is small, and a name may be a stranger's
+BEATS = 4  # heartbeats in the time that the watchdog allows; systemd asks for at least two
+
+
+def notify(state: str, status: str = "") -> bool:
+    """Tell the supervisor how things are; whether it was told.
+
+    Args:
+        state: assignments, one a line: ``READY=1``, ``WATCHDOG=1``, ``STOPPING=1``, ``EXTEND_TIMEOUT_USEC=60000000``.
+        status: a line for people, which ``systemctl status`` shows. It may hold any text, a file's name too: what would
+            end the line and begin another assignment is made harmless.
+
+    Returns:
+        False without systemd, or when its socket does not answer (logged): the work goes on without.
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return False
+    if address[0] not in "/@":
+        log.warning("NOTIFY_SOCKET is '%s', but only a path and an abstract name (@…) are known", printable(address))
+        return False
+    lines = [state] * bool(state) + [f"STATUS={printable(status[:LONGEST])}"] * bool(status)
+    target = "\0" + address[1:] if address[0] == "@" else address
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+            connection.settimeout(SEND_TIMEOUT)
+            connection.sendto("\n".join(lines).encode("utf-8", "replace"), target)
+    except OSError as error:
+        log.warning("systemd could not be told '%s' (%s)", printable(state), error)
+        return False
+    return True
+
+
+def watchdog_seconds() -> float | None:
+    """Seconds within which the supervisor wants to hear ``WATCHDOG=1``; None when it does not wait for this process."""
+    try:
+        limit = int(os.environ.get("WATCHDOG_USEC", ""))
+        addressee = int(os.environ.get("WATCHDOG_PID") or os.getpid())
+    except ValueError:
+        return None
+    return limit / 1e6 if limit > 0 and addressee == os.getpid() else None
+
+
+class Heartbeat:
+    """Keeps the watchdog quiet as long as the work goes on.
+
+    Call `beat` from the loop that does the work and never from a thread of its own, which would go on beating beside
+    a loop that hangs.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        limit = watchdog_seconds()
+        self._clock = clock
+        self._pause = None if limit is None else limit / BEATS
+        self._next = clock()
+
+    def beat(self) -> bool:
+        """Send a heartbeat if one is due; costs nothing else. Whether one was sent."""
+        if self._pause is None or self._clock() < self._next:
+            return False
+        self._next = self._clock() + self._pause
+        return notify("WATCHDOG=1")
+
+    def pause(self, most: float) -> float:
+        """Seconds that a loop without work may sleep: `most`, or less where a heartbeat is due before."""
+        return most if self._pause is None else min(most, max(self._next - self._clock(), 0.0))
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line, in ASCII without control characters.
+
+    Keys: ``monotonic`` (seconds since this boot; the order within a boot), ``untrusted_time`` (wall clock, UTC; a box
+    without a clock battery starts in 1970), ``level``, ``source`` (the logger), ``event`` (the message), ``fields`` (of
+    ``log.info("…", extra={"fields": {…}})``), and ``error`` (a traceback) where there is one.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        line: dict[str, Any] = {
+            "monotonic": round(time.monotonic(), 3),
+            "untrusted_time": utc(),
+            "level": record.levelname.lower(),
+            "source": record.name,
+            "event": record.getMessage()[:LONGEST],
+        }
+        fields = getattr(record, "fields", None)
+        if fields:
+            line["fields"] = _plain(fields)
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)[-LONGEST:]  # its end says what happened
+        return json.dumps(line, allow_nan=False)
+
+
+def _plain(value: Any, depth: int = 4) -> Any:
+    """JSON values in place of any others: a log line must come out whatever is put in."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):  # NumPy's too
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping) and depth:
+        return {str(key)[:LONGEST]: _plain(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, list | tuple) and depth:
+        return [_plain(item, depth - 1) for item in value]
+    return str(value)[:LONGEST]
+
+
+def log_json(level: int = logging.INFO) -> logging.Handler:
+    """Make standard error `JsonLines` of everything at or above `level`; systemd keeps them in its journal."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], level=level, force=True)
+    return handler
+
+
+def rss_mb(root: Path = Path("/")) -> int:
+    """MiB of memory that this process holds now; 0 when the system does not say."""
+    try:
+        pages = int((root / "proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE") // board.MIB
+
+
+def vitals(state: Path, root: Path = Path("/"), run: board.Run | None = None) -> dict[str, Any]:
+    """How the machine is, as JSON values; on a Jetson it asks ``nvpmodel``, so once a minute is often enough.
+
+    Args:
+        state: a folder of the disk that the device's state is on.
+        root: of the file system that is read.
+        run: gives the standard output of a command, empty when it failed.
+
+    Returns:
+        rss_mb (of this process), available_mb (memory that is left), disk_free_mb (None: the disk does not answer),
+        temperatures (zone → °C), hottest (°C; None: no zone answers), power_mode (empty: not said).
+    """
+    found = board.describe(root, run)
+    try:
+        free: int | None = board.disk_free_mb(state)
+    except OSError:
+        free = None
+    return {
+        "rss_mb": rss_mb(root),
+        "available_mb": found.available_mb,
+        "disk_free_mb": free,
+        "temperatures": found.temperatures,
+        "hottest": max(found.temperatures.values(), default=None),
+        "power_mode": found.power_mode,
+    }

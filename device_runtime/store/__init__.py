@@ -1,0 +1,1 @@
+"""The crash-safe store of a device: generations, journal, consistency check."""

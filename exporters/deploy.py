@@ -1,0 +1,275 @@
+"""`ssd-edge deploy`: a finished run → one bundle.
+
+Nothing is trained or tuned here. The learner's state goes into the bundle as the run wrote it; the backbone
+is exported and must compute what it computed in the run (`ladder`), or nothing is written.
+"""
+
+from __future__ import annotations
+
+import calendar
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from device_runtime.machine import profile
+from exporters import ladder, parity
+from exporters.export import export_package
+from exporters.head import export_head
+from exporters.parity import Reference
+from ssd_edge import __version__, bundle, files, learners, targets
+from ssd_edge.backbones import onnx_file
+from ssd_edge.backbones import package as packages
+from ssd_edge.backbones.embedder import TorchEmbedder
+from ssd_edge.backbones.onnx import OnnxEmbedder, compose, open_session, run
+from ssd_edge.bundle import card
+from ssd_edge.errors import GateRefusedError, InputError, require
+from ssd_edge.learners.priors import Priors
+from ssd_edge.run import finished
+from ssd_edge.run.finished import FinishedRun
+from ssd_edge.targets import Target
+
+Say = Callable[[str], None]
+
+PROBE_BYTES = 2**19  # of pixels: 170 images of 32 × 32, 3 of 224 × 224
+PROBE_IMAGES = 8
+PROBE_MARGIN = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user can ask of `deploy`.
+
+    Attributes:
+        target: one of `targets.targets`, or an alias.
+        precision: one of `ladder.CHOICES`; empty: the target's default.
+        calibration: a folder of images for int8; None: the run's training images.
+        head: also put the learner into the bundle as ``head.onnx``, for hosts that only predict.
+        sign: file of a private key.
+        empty: leave out all that was learned: every class is taught on the device.
+        release: number that a device compares; None: the finish time of the run, in seconds since 1970.
+    """
+
+    target: str
+    precision: str = ""
+    calibration: Path | None = None
+    head: bool = False
+    sign: Path | None = None
+    empty: bool = False
+    release: int | None = None
+
+
+def deploy(folder: Path, options: Options, output: Path, say: Say) -> dict[str, Any]:
+    """Write the bundle of a run.
+
+    The same run and options give the same bytes again, with the same packages and as long as its data can be read.
+
+    Args:
+        folder: of the run.
+        options: see there.
+        output: the file to write; an older one is replaced. Its name becomes the name of the bundle.
+        say: told what happens.
+
+    Returns:
+        ``bundle`` (path), ``bytes``, ``sha256``, ``precision``, ``parity``, ``target``, ``classes``, ``release``,
+        ``signed_by`` (key id or None), ``tensorrt`` (what its parser said, or None), ``seconds``.
+
+    Raises:
+        InputError: not a run, not finished, its backbone has changed or is gone, a combination that the target does not
+            run, no such folder.
+        BundleRefusedError: a file of the run is damaged.
+        GateRefusedError: the exported backbone does not compute what the run computed, or TensorRT does not take it.
+    """
+    began = time.monotonic()
+    folder, output = Path(folder), Path(output)
+    target = targets.get(options.target)
+    _check_options(options, target)
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"the folder of {output} does not exist; create it first")
+    if output.is_dir():
+        raise InputError(f"{output} is a folder, but a file is needed, e.g. {output / 'robot.ssdedge'}")
+    sign = None
+    if options.sign is not None:
+        from ssd_edge.bundle import signing
+
+        sign = signing.signer(options.sign)
+    state = finished.read(folder)
+    head = export_head(state.learner, state.registry.names) if options.head else None  # before minutes of work
+    images = ladder.samples(state, options.calibration, say)
+    say(f"exporting the backbone {state.backbone['identity']}")
+    exported, reference, priors = _export(state)
+    if options.empty:
+        state = finished.emptied(state, priors)
+    targets.check_opset(target, onnx_file.opset(exported))
+    learner = None if options.empty else state.learner
+    choice = ladder.choose(exported, reference, learner, images, target, options.precision, say)
+    checked = _check_tensorrt(choice.onnx, "backbone", target, say)
+    if head is not None:
+        _check_tensorrt(head, "head", target, say)
+    manifest = _manifest(state, choice, target, options.release, output.stem[: bundle.MAX_TITLE_LENGTH])
+    roles = {
+        **state.states,
+        "backbone": choice.onnx,
+        "classes": files.json_bytes(state.registry.to_json()),
+        "probe": _probe(state, choice),
+        "card": card.render(manifest, state.registry).encode(),
+    }
+    if head is not None:
+        roles["head"] = head
+    packed = bundle.pack(manifest, {bundle.ROLES[role]: (role, content) for role, content in roles.items()}, sign)
+    opened = bundle.parse(packed)
+    _check_memory(opened, target, say)
+    bundle.write(output, packed)
+    return {
+        "bundle": str(output),
+        "bytes": len(packed),
+        "sha256": files.sha256(packed),
+        "precision": choice.precision,
+        "parity": choice.report,
+        "target": target.name,
+        "classes": state.registry.names,
+        "release": manifest["release"],
+        "signed_by": opened.signature.key if opened.signature else None,
+        "tensorrt": checked,
+        "seconds": round(time.monotonic() - began, 2),
+    }
+
+
+def _check_options(options: Options, target: Target) -> None:
+    """Refuse what cannot be meant, before anything is exported."""
+    if options.precision not in ("", *ladder.CHOICES):
+        raise InputError(f"unknown precision '{options.precision}'; known: {', '.join(ladder.CHOICES)}")
+    wanted = options.precision or target.default_precision
+    if wanted != ladder.AUTO:
+        targets.check_precision(target, wanted)
+        if options.calibration is not None and wanted != "int8":
+            raise InputError(f"--calibration is for int8, but the precision is {wanted}; add --precision int8 or auto")
+    if options.head and options.empty:
+        raise InputError("--head is a learner that only predicts, but with --classes none it knows nothing; drop one")
+    if options.release is not None and options.release < 0:
+        raise InputError(f"--release must be 0 or more, but is {options.release}")
+
+
+def _export(state: FinishedRun) -> tuple[bytes, Reference, Priors]:
+    """The graph as it is exported or was brought, the embeddings that it must give, and what pretraining knows."""
+    config = state.config.backbone
+    if state.backbone["kind"] == "onnx":
+        own = OnnxEmbedder(config)
+        _check_identity(state, own.identity)
+        mu, sigma = state.standardisation(own.dim)
+        original = onnx_file.read(config.onnx)
+        onnx = compose(original, config.size, config.mean, config.std, config.layout, mu, sigma)
+        return onnx, lambda images: (own.embed(images) - mu) / sigma, own.priors
+    package = packages.load(Path(config.path) if config.path else None)
+    _check_identity(state, package.identity)
+    return export_package(package), TorchEmbedder(package, torch.device("cpu")).embed, package.priors
+
+
+def _check_identity(state: FinishedRun, found: str) -> None:
+    stated = state.backbone["identity"]
+    if found != stated:
+        path = state.backbone["path"] or "that ships with SSD-Edge"
+        raise InputError(
+            f"the backbone {path} is {found}, but {state.folder} was made with {stated}; "
+            "restore that backbone, or train again"
+        )
+
+
+def _check_tensorrt(onnx: bytes, what: str, target: Target, say: Say) -> dict[str, Any] | None:
+    """Parse and build as the device will, with NVIDIA's own parser, where it is installed; no GPU is needed."""
+    if target.tensorrt is None:
+        return None
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        say("not checked with TensorRT's parser (on x86-64 Linux: pip install tensorrt-rtx)")
+        return None
+    from device_runtime.backbone.tensorrt.engines import check_graph
+
+    checked = check_graph(onnx)
+    size = f"{checked['layers']} layers, {checked['bytes'] / 1e6:.1f} MB"
+    say(f"TensorRT-RTX {checked['version']} takes the {what}: {size}")
+    return checked
+
+
+def _check_memory(opened: bundle.Bundle, target: Target, say: Say) -> None:
+    """Refuse what is too large for the board by far; near the limit the estimate is too rough to refuse anything."""
+    needed = profile.estimate(opened)["total"]
+    if needed > target.memory_mb:
+        raise InputError(
+            f"learning on the device would take roughly {needed:,.0f} MiB, but the smallest {target.name} has "
+            f"{target.memory_mb:,}; choose a smaller learner (learner.directions, learner.neurons) or backbone, or "
+            "a larger board"
+        )
+    if needed > target.budget_mb:
+        say(
+            f"warning: learning on the device takes roughly {needed:,.0f} MiB, over half of the "
+            f"{target.memory_mb:,} MiB of the smallest {target.name}; measure it: ssd-edge profile"
+        )
+
+
+def _probe(state: FinishedRun, choice: ladder.Choice) -> bytes:
+    """Synthetic images with the embeddings that they must give on the device, and the limits."""
+    size = state.backbone["size"]
+    count = max(2, min(PROBE_IMAGES, PROBE_BYTES // (3 * size**2)))
+    images = ladder.synthetic(size, 2 * count)[count:]  # the patches: they are nearer to photographs than noise
+    embeddings = run(open_session(choice.onnx), images)
+    if not np.isfinite(embeddings).all():
+        raise GateRefusedError("the exported backbone gives NaN or infinity for synthetic images; try --precision fp32")
+    rows = np.full(len(images), -1)  # of no class
+    if len(state.registry):
+        rows = state.learner.predict(torch.from_numpy(embeddings)).numpy()
+    return files.tensor_bytes({"images": images, "embeddings": embeddings, "rows": rows}, _probe_limits(choice))
+
+
+def _probe_limits(choice: ladder.Choice) -> dict[str, float]:
+    """What another machine may differ by: what the precision may, or what its rounding does to such images."""
+    allowed, measured = parity.limits(choice.precision), choice.report["synthetic"]
+    return {
+        "min_cosine": max(0.0, min(allowed["min_cosine"], 1 - PROBE_MARGIN * (1 - measured["min_cosine"]))),
+        "max_difference": max(allowed["max_difference"], PROBE_MARGIN * measured["max_difference"]),
+    }
+
+
+def _manifest(
+    state: FinishedRun, choice: ladder.Choice, target: Target, release: int | None, name: str
+) -> dict[str, Any]:
+    record, metrics, backbone = state.record, state.metrics, state.backbone
+    finish = calendar.timegm(time.strptime(record["finished"], finished.TIME))
+    _, learner = learners.pack(state.learner)
+    exported_with = ("torch", "onnx", "onnxscript", "onnxruntime")
+    return {
+        "name": name,
+        "created": record["finished"],
+        "release": finish if release is None else release,
+        "target": target.name,
+        "producer": {
+            "ssd_edge": __version__,
+            "git": record.get("git_sha") or "unknown",
+            "packages": {m: require(m, "export", "export a backbone").__version__ for m in exported_with},
+        },
+        "backbone": {
+            "file": bundle.ROLES["backbone"],
+            "sha256": files.sha256(choice.onnx),
+            "size": backbone["size"],
+            "dim": backbone["dim"],
+            "precision": choice.precision,
+            "opset": onnx_file.opset(choice.onnx),
+            "id": backbone["identity"],
+            "provenance": backbone["provenance"],
+        },
+        "learner": {"name": learner["learner"], "settings": learner["settings"]},
+        "classes": state.registry.names,
+        "metrics": {}
+        if not len(state.registry)  # they are of a learner that is not in here
+        else {
+            **{key: metrics[key] for key in finished.METRICS},
+            "tasks": len(metrics["tasks"]),
+            "baselines": {other: values["average_accuracy"] for other, values in metrics["baselines"].items()},
+        },
+        "parity": choice.report,
+        "run": {key: record[key] for key in finished.RECORD},
+    }

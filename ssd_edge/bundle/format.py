@@ -1,0 +1,405 @@
+"""The bundle format: pack, write, read, verify. The specification, with reasons, is docs/bundle.md.
+
+The container is in `archive`: it has exactly one valid byte form. Here is what must be in it.
+
+Law: ``read(p).entries == {**entries, "manifest.json": ...}`` after ``write(p, pack(manifest, entries))``.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short  # a message stays one sentence, whatever the file holds
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ssd_edge import files
+from ssd_edge.bundle import container, onnx_scan
+from ssd_edge.bundle.container import FORMAT, SIGNATURE, VERSION
+from ssd_edge.classes import ClassRegistry
+from ssd_edge.errors import BundleRefusedError, InputError, printable
+
+MANIFEST = "manifest.json"
+ROLES = {  # role -> the name of its entry
+    "backbone": "backbone.onnx",
+    "learner": "learner.safetensors",
+    "statistics": "statistics.safetensors",
+    "probe": "probe.safetensors",
+    "top_n": "top_n.safetensors",
+    "head": "head.onnx",
+    "classes": "classes.json",
+    "card": "MODEL_CARD.md",
+}
+OPTIONAL_ROLES = frozenset({"top_n", "head"})
+
+# The reason of each limit is in docs/bundle.md.
+MAX_JSON_BYTES = 2 * 2**20
+MAX_TITLE_LENGTH = 64
+MAX_RELEASE = 2**63
+MAX_PROBE_IMAGES = 64
+
+# A plan that TensorRT-RTX 1.7.1 built begins with "vtrt"; at byte 112 follows "ptrt", the mark of the plan itself
+# (kPLAN_MAGIC_TAG), with which the plans of TensorRT begin.
+ENGINE_MARKS = (b"ptrt", b"vtrt")
+
+_CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
+_KEY_ID = re.compile(r"[0-9a-f]{16}")
+_MAX_REASON = 400  # characters
+
+_SCHEMA = {
+    "format": str,
+    "version": int,
+    "name": str,
+    "created": str,
+    "release": int,
+    "target": str,
+    "producer": {"ssd_edge": str, "git": str, "packages": dict},
+    "backbone": {"file": str, "sha256": str, "size": int, "dim": int, "precision": str, "opset": int, "id": str},
+    "learner": {"name": str, "settings": dict},
+    "classes": [str],
+    "files": [{"path": str, "role": str, "size": int, "sha256": str}],
+    "metrics": dict,
+    "parity": dict,
+}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """An Ed25519 signature over the bytes of manifest.json. Only its form has been checked: see `signing.check`.
+
+    Attributes:
+        key: id of the key, 16 hexadecimal digits.
+        value: 64 bytes.
+    """
+
+    key: str
+    value: bytes
+
+    def to_bytes(self) -> bytes:
+        """The entry ``manifest.sig``."""
+        text = base64.b64encode(self.value).decode()
+        return files.json_bytes({"algorithm": "ed25519", "key": self.key, "signature": text})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that passed every check of docs/bundle.md; only `read` makes one.
+
+    Attributes:
+        manifest: the parsed manifest.json.
+        entries: name → data, of all entries.
+        sha256: digest of the whole file, what ``sha256sum`` prints.
+        signature: that of the manifest, not verified; None where it has none.
+    """
+
+    manifest: dict[str, Any]
+    entries: dict[str, bytes]
+    sha256: str
+    signature: Signature | None = None
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role → name of its entry, for what this bundle has."""
+        return {item["role"]: item["path"] for item in self.manifest["files"]}
+
+    def read(self, role: str) -> bytes:
+        """The data of the entry with this role.
+
+        Raises:
+            InputError: this bundle has none; of the roles in `ROLES`, only those in `OPTIONAL_ROLES` can be missing.
+        """
+        if role not in self.roles:
+            raise InputError(f"this bundle has no entry for '{role}'; it has: {', '.join(self.roles)}")
+        return self.entries[self.roles[role]]
+
+    def tensors(self, role: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays and metadata of a safetensors entry; raises like `read`."""
+        return files.parse_tensors(self.read(role), self.roles[role])
+
+    @property
+    def registry(self) -> ClassRegistry:
+        """The classes, in the order of the learner's rows."""
+        return ClassRegistry.from_json(json.loads(self.read("classes")))
+
+
+def pack(
+    manifest: Mapping[str, Any],
+    entries: Mapping[str, tuple[str, bytes]],
+    sign: Callable[[bytes], bytes] | None = None,
+) -> bytes:
+    """The bytes of a bundle: a function of its arguments only, whatever their order.
+
+    Args:
+        manifest: that of docs/bundle.md without ``format``, ``version`` and ``files``, which are added.
+        entries: name → (role, data), of everything but the manifest.
+        sign: the bytes of manifest.json → those of manifest.sig, see `signing.signer`; None makes an unsigned bundle.
+
+    Raises:
+        BundleRefusedError: `read` would refuse the result, e.g. because of a NaN in a weight.
+
+    Example:
+        >>> bundle.write("robot.ssdedge", bundle.pack(manifest, {"backbone.onnx": ("backbone", onnx), ...}))
+    """
+    listed = [
+        {"path": path, "role": role, "size": len(data), "sha256": files.sha256(data)}
+        for path, (role, data) in sorted(entries.items())
+    ]
+    contents = {path: data for path, (_, data) in entries.items()}
+    contents[MANIFEST] = files.json_bytes({**manifest, "format": FORMAT, "version": VERSION, "files": listed})
+    if sign is not None:
+        contents[SIGNATURE] = sign(contents[MANIFEST])
+    container.check_size(sum(map(len, contents.values())))  # before sizes are put into 32 bits
+    container.check_names(contents)
+    _check_contents(contents)
+    data = b"".join(container.blocks(contents))
+    container.check_size(len(data))
+    return data
+
+
+def write(path: str | Path, data: bytes) -> None:
+    """Write what `pack` returned, atomically; the folder is made when it is missing.
+
+    Raises:
+        InputError: `path` is a folder.
+        EnvironmentUnfitError: the disk is full, read-only or forbidden.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, but a file is needed, e.g. {path / 'robot.ssdedge'}")
+    files.make_directory(path.parent)
+    files.write_bytes(path, data)
+
+
+def read(path: str | Path) -> Bundle:
+    """Read a bundle and verify all of it, but for the signature: only its form is checked, see `signing.check`.
+
+    Raises:
+        InputError: no such file, a folder, or it cannot be read.
+        BundleRefusedError: damaged, not a bundle, or of a newer version; in one sentence.
+
+    Example:
+        >>> bundle.read("robot.ssdedge").registry.names
+        ['cup', 'screw']
+    """
+    try:
+        with open(path, "rb") as stream:
+            return _read(stream)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"the bundle {path} cannot be read: {reason}; check the path") from error
+    except BundleRefusedError as error:
+        # Whoever made the file chose the names in it: no line breaks or escape codes from there, and no end.
+        reason = printable(str(error))[:_MAX_REASON]
+        raise BundleRefusedError(f"{path} is refused: {reason}") from error
+
+
+def parse(data: bytes) -> Bundle:
+    """`read` of bytes, such as `pack` returns.
+
+    Raises:
+        BundleRefusedError: like `read`.
+    """
+    return _read(io.BytesIO(data))
+
+
+def _read(stream: BinaryIO) -> Bundle:
+    digest = container.check_digest(stream)
+    try:
+        entries = container.unpack(stream)
+        return Bundle(_check_contents(entries), entries, digest, _signature(entries))
+    except RecursionError as error:
+        raise BundleRefusedError("its JSON is nested too deeply") from error
+    except BundleRefusedError as error:
+        raise BundleRefusedError(f"{error} (a new one is built by: ssd-edge deploy)") from error
+
+
+def _check_contents(entries: Mapping[str, bytes]) -> dict[str, Any]:
+    """Check the manifest, and every entry against it; returns the manifest."""
+    if MANIFEST not in entries:
+        raise BundleRefusedError(f"it has no {MANIFEST}")
+    manifest = _parse_json(MANIFEST, entries[MANIFEST])
+    _check_manifest(manifest)
+    _signature(entries)
+    _check_files(manifest, entries)
+    _check_roles(manifest, entries)
+    for path, data in entries.items():
+        if data.startswith(ENGINE_MARKS):
+            raise BundleRefusedError(f"its {path} is a compiled TensorRT engine; a device builds its own from the ONNX")
+        if path.endswith(".json") and path != MANIFEST:
+            _parse_json(path, data)
+    _check_classes(manifest, entries)
+    for path, data in entries.items():
+        if path.endswith(".onnx"):
+            facts = onnx_scan.scan(data, f"its {path}")
+            if path == ROLES["backbone"]:
+                _check_backbone(manifest["backbone"], facts)
+        elif path.endswith(".safetensors"):
+            tensors = files.parse_tensors(data, f"its {path}")
+            if path == ROLES["probe"]:
+                _check_probe(manifest, *tensors)
+    return manifest
+
+
+def _check_classes(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
+    names, stated = ClassRegistry.from_json(json.loads(entries[ROLES["classes"]])).names, manifest["classes"]
+    if names != stated:
+        raise BundleRefusedError(f"its classes are {short(names)}, but {MANIFEST} says {short(stated)}")
+
+
+def _parse_json(path: str, data: bytes) -> Any:
+    if len(data) > MAX_JSON_BYTES:
+        raise BundleRefusedError(f"its {path} has {len(data)} bytes, but may have {MAX_JSON_BYTES}")
+    try:
+        value = json.loads(data)
+        canonical = files.json_bytes(value)
+    except ValueError as error:  # also not UTF-8, NaN, or half a surrogate pair
+        raise BundleRefusedError(f"its {path} is not valid JSON ({error})") from error
+    if canonical != data:
+        raise BundleRefusedError(f"its {path} is not canonical JSON (sorted keys, two spaces, no key twice)")
+    return value
+
+
+def _signature(entries: Mapping[str, bytes]) -> Signature | None:
+    """The entry manifest.sig, when there is one. A signature is only taken in the form that `Signature` writes."""
+    data = entries.get(SIGNATURE)
+    if data is None:
+        return None
+    wrong = BundleRefusedError(f"its {SIGNATURE} does not have the form of docs/bundle.md")
+    if len(data) > 200:  # it has 165
+        raise wrong
+    try:
+        stated = json.loads(data)
+        found = Signature(stated["key"], base64.b64decode(stated["signature"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise wrong from error
+    if type(found.key) is not str or not _KEY_ID.fullmatch(found.key) or len(found.value) != 64:
+        raise wrong
+    if found.to_bytes() != data:
+        raise wrong
+    return found
+
+
+def _check_manifest(manifest: Any) -> None:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise BundleRefusedError(f"its {MANIFEST} does not say that its format is '{FORMAT}'")
+    if type(manifest.get("version")) is int:
+        container.check_version(manifest["version"])
+    _check_types(manifest, _SCHEMA, MANIFEST)
+    for key in ("name", "target"):
+        if not (0 < len(manifest[key]) <= MAX_TITLE_LENGTH and manifest[key].isprintable()):
+            raise BundleRefusedError(
+                f"its {key} {short(manifest[key])} needs 1 to {MAX_TITLE_LENGTH} printable characters"
+            )
+    if not _CREATED.fullmatch(manifest["created"]):
+        raise BundleRefusedError(f"its time {short(manifest['created'])} is not of the form 2026-11-21T04:33:00Z")
+    if not 0 <= manifest["release"] < MAX_RELEASE:
+        raise BundleRefusedError(f"its release is {short(manifest['release'])}, but must be 0 or more, below 2^63")
+    size, dim = manifest["backbone"]["size"], manifest["backbone"]["dim"]
+    if min(size, dim) < 1:
+        raise BundleRefusedError(f"its backbone has size {size} and dim {dim}, but both must be at least 1")
+
+
+def _check_types(value: Any, schema: Any, where: str) -> None:
+    kind = schema if isinstance(schema, type) else type(schema)
+    if type(value) is not kind:  # not isinstance: True is no number here
+        raise BundleRefusedError(f"its {where} has type {type(value).__name__}, not {kind.__name__}")
+    if isinstance(schema, dict):
+        for key, inner in schema.items():
+            if key not in value:
+                raise BundleRefusedError(f"its {where} lacks the key '{key}'")
+            _check_types(value[key], inner, f"{where}: {key}")
+    elif isinstance(schema, list):
+        for index, item in enumerate(value):
+            _check_types(item, schema[0], f"{where}[{index}]")
+
+
+def _check_files(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
+    """``files`` lists every entry but the manifest and its signature, in order, with its size and digest."""
+    listed = [item["path"] for item in manifest["files"]]
+    present = sorted(set(entries) - {MANIFEST, SIGNATURE})
+    for path in sorted(set(listed) - set(present)):
+        raise BundleRefusedError(f"its {MANIFEST} lists {short(path)}, but there is no such entry")
+    for path in sorted(set(present) - set(listed)):
+        raise BundleRefusedError(f"its entry {short(path)} is not listed in {MANIFEST}")
+    if listed != present:
+        raise BundleRefusedError(f"its {MANIFEST} lists a file twice or out of order: {short(listed)}")
+    for item in manifest["files"]:
+        path, stated = item["path"], (item["size"], item["sha256"])
+        found = (len(entries[path]), files.sha256(entries[path]))
+        if found != stated:
+            raise BundleRefusedError(f"its {path} is {short(found)}, but listed as {short(stated)}")
+
+
+def _check_roles(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
+    """Every role is there once, under its name; the manifest means the backbone that is there."""
+    by_role: dict[str, str] = {}
+    for item in manifest["files"]:
+        role, path = item["role"], item["path"]
+        if role in by_role:
+            raise BundleRefusedError(f"its entries {by_role[role]} and {path} have one role, {short(role)}")
+        if ROLES.get(role, path) != path:
+            raise BundleRefusedError(f"its entry {path} has the role '{role}', but that is of {ROLES[role]}")
+        by_role[role] = path
+    for role in sorted(ROLES.keys() - OPTIONAL_ROLES - by_role.keys()):
+        raise BundleRefusedError(f"it has no entry with the role '{role}' ({ROLES[role]})")
+    for role in sorted(OPTIONAL_ROLES - by_role.keys()):
+        if ROLES[role] in entries:
+            raise BundleRefusedError(f"its entry {ROLES[role]} needs the role '{role}'")
+    path, stated = ROLES["backbone"], manifest["backbone"]
+    if stated["file"] != path or stated["sha256"] != files.sha256(entries[path]):
+        raise BundleRefusedError(f"its {path} is not the backbone that {MANIFEST} names (file, sha256)")
+
+
+def _check_backbone(stated: Mapping[str, Any], facts: onnx_scan.Facts) -> None:
+    """The graph is the one that the manifest describes: its opset, pixels in, embeddings out."""
+    path = ROLES["backbone"]
+    if facts.opset != stated["opset"]:
+        raise BundleRefusedError(f"its {path} has opset {facts.opset}, but {MANIFEST} says {short(stated['opset'])}")
+    size, dim = stated["size"], stated["dim"]
+    for side, values, dtype, shape in (
+        ("takes", facts.inputs, "uint8", (None, size, size, 3)),
+        ("gives", facts.outputs, "float32", (None, dim)),
+    ):
+        if not (len(values) == 1 and values[0].dtype == dtype and _fits(values[0].shape, shape)):
+            found = ", ".join(f"{short(v.name)} {v.dtype} {short(v.shape)}" for v in values[:3]) or "nothing"
+            needed = ", ".join(map(str, shape[1:]))
+            raise BundleRefusedError(f"its {path} {side} {found}, not {dtype} of shape (N, {needed})")
+
+
+def _fits(found: tuple[int | str | None, ...] | None, wanted: tuple[int | None, ...]) -> bool:
+    """No number in a graph's shape contradicts; what it leaves open is found out by the probe."""
+    if found is None:
+        return True
+    if len(found) != len(wanted):
+        return False
+    return all(type(a) is not int or b is None or a == b for a, b in zip(found, wanted, strict=True))
+
+
+def _check_probe(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray], metadata: Any) -> None:
+    """Images, the embeddings that they must give, and the rows that the learner then answers."""
+    path, size, dim = ROLES["probe"], manifest["backbone"]["size"], manifest["backbone"]["dim"]
+    images = arrays.get("images")
+    count = len(images) if images is not None and images.ndim == 4 else 0
+    if not 1 <= count <= MAX_PROBE_IMAGES:
+        raise BundleRefusedError(f"its {path} has {count} images, but needs 1 to {MAX_PROBE_IMAGES}")
+    wanted = {
+        "images": ("uint8", (count, size, size, 3)),
+        "embeddings": ("float32", (count, dim)),
+        "rows": ("int64", (count,)),
+    }
+    found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
+    if found != wanted:
+        raise BundleRefusedError(f"its {path} has {short(found)}, but needs {short(wanted)}")
+    rows, classes = arrays["rows"], len(manifest["classes"])
+    if classes and not (rows.min() >= 0 and rows.max() < classes):
+        raise BundleRefusedError(f"its {path} names rows {rows.min()} to {rows.max()}, but there are {classes} classes")
+    for key, low, high in (("min_cosine", -1, 1), ("max_difference", 0, 1e9)):
+        limit = metadata.get(key) if isinstance(metadata, dict) else None
+        if type(limit) not in (int, float) or not low <= limit <= high:
+            raise BundleRefusedError(f"its {path} needs '{key}' in its metadata, {low} to {high:g}, not {short(limit)}")

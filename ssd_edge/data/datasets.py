@@ -1,0 +1,193 @@
+"""Labelled images from folders, archives, CIFAR, MNIST, Tiny-ImageNet and the bundled digits.
+
+`load` is all that a run needs: ``dataset = load(config.data, seed)``, then
+``for pixels in dataset.train.batches(size): …``. Nothing is decoded before it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ssd_edge.classes import normalise_name
+from ssd_edge.config import DataConfig
+from ssd_edge.data import folders
+from ssd_edge.data.arrays import Images, Labelled, Source, read_digits, read_npz
+from ssd_edge.errors import InputError, did_you_mean
+from ssd_edge.files import json_bytes
+from ssd_edge.images import PIXELS_VERSION
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and test images of the same classes."""
+
+    name: str  # short, for the report: "cifar10-jpg.tar.xz"
+    classes: tuple[str, ...]  # label -> name, sorted by name, numbers in them by value
+    train: Images
+    train_labels: np.ndarray  # int64 (N,)
+    test: Images
+    test_labels: np.ndarray  # int64 (M,)
+    fingerprint: str  # SHA-256 of the chosen images, their order and labels, for the embedding cache's key
+    split: str  # one sentence: where the test images come from
+    own_split: bool  # whether the data brings its test images; else some were held out
+
+
+def load(config: DataConfig, seed: int) -> Dataset:
+    """Read the data set that a configuration names.
+
+    Args:
+        config: `path` is the word ``digits``, a path, or one relative to ``$SSD_EDGE_DATA``. `classes`,
+            `exclude` and `max_per_class` select from it; `test_fraction` is held out where it has no split.
+        seed: of what is held out and of `max_per_class`. What it draws from one class does not depend on
+            which other classes are selected.
+
+    Raises:
+        InputError: no such path, damaged, an unknown class, fewer than two classes, a class without training
+            or test images. Damage within an image shows when it is decoded.
+        EnvironmentUnfitError: ``digits`` without scikit-learn.
+    """
+    name, source = _read(config.path)
+    classes = _choose(source.classes, config, name)
+    train = _relabel(source.train, source.classes, classes)
+    if source.test is None:
+        train, test = _hold_out(train, classes, config.test_fraction, seed)
+        split = f"a seeded {100 * config.test_fraction:g} % of each class held out"
+    else:
+        test = _relabel(source.test, source.classes, classes)
+        split = source.split
+        _check_every_class(train, "training", classes, name)
+        _check_every_class(test, "test", classes, name)
+    if config.max_per_class:
+        train = _at_most(train, classes, config.max_per_class, seed)
+    fingerprint = _fingerprint(classes, train, test)
+    own = source.test is not None
+    return Dataset(name, classes, train.images, train.labels, test.images, test.labels, fingerprint, split, own)
+
+
+def _find(path: str) -> Path:
+    if not path:
+        raise InputError("data.path is empty; name a folder, an archive, an .npz, or 'digits'")
+    tried = [Path(os.path.expanduser(path)).absolute()]
+    root = os.environ.get("SSD_EDGE_DATA")
+    if root:
+        tried.append(Path(os.path.expanduser(root), path).absolute())
+    for candidate in tried:
+        if os.path.exists(candidate):
+            return candidate
+    places = " nor at ".join(str(candidate) for candidate in dict.fromkeys(tried))
+    advice = "check data.path" + ("" if root else ", or set SSD_EDGE_DATA to the folder of your data sets")
+    raise InputError(f"there is no data set at {places}; {advice}.{did_you_mean(path, ['digits'])}")
+
+
+def _read(path: str) -> tuple[str, Source]:
+    """The short name and the content of what `path` names."""
+    if path == "digits":
+        return path, read_digits()
+    found = _find(path)
+    if found.is_dir():
+        return found.resolve().name, folders.read_folder(found)
+    if found.suffix.lower() == ".npz":
+        return found.name, read_npz(found)
+    return found.name, folders.read_archive(found)
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Sort key that puts '10' after '9'; the name itself decides between '1' and '01'."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)], name
+
+
+def _some(names: Sequence[str]) -> str:
+    """At most five names, quoted."""
+    shown = ", ".join(f"'{name}'" for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _named(word: str, ordered: Sequence[str], name: str) -> Sequence[str]:
+    """The classes that one word of a selection means: the one of this name, or those at positions ``a:b``."""
+    word = normalise_name(word)
+    if word in ordered:
+        return [word]
+    if not re.fullmatch(r"(-?[0-9]{1,9})?:(-?[0-9]{1,9})?", word):
+        raise InputError(f"{name} has no class '{word}'.{did_you_mean(word, ordered)} It has {_some(ordered)}")
+    ends = [int(end) if end else None for end in word.split(":")]
+    found = ordered[slice(*ends)]
+    if not found or any(end is not None and abs(end) > len(ordered) for end in ends):
+        raise InputError(
+            f"the positions '{word}' {'reach beyond' if found else 'hold none of'} the {len(ordered)} classes of "
+            f"{name}; they count from 0, as in 0:{len(ordered)} for all"
+        )
+    return found
+
+
+def _choose(known: Sequence[str], config: DataConfig, name: str) -> tuple[str, ...]:
+    """The classes to keep, sorted."""
+    ordered = sorted(known, key=_natural)
+    wanted = {found for word in config.classes for found in _named(word, ordered, name)}
+    unwanted = {found for word in config.exclude for found in _named(word, ordered, name)}
+    chosen = tuple(sorted((wanted or set(known)) - unwanted, key=_natural))
+    if len(chosen) < 2:
+        number = f"only one ({_some(chosen)})" if chosen else "none"
+        left = " left after data.classes and data.exclude" if len(known) > 1 else ""
+        raise InputError(f"at least two classes are needed, but {name} has {number}{left}")
+    return chosen
+
+
+def _relabel(part: Labelled, old: Sequence[str], new: Sequence[str]) -> Labelled:
+    """Keep the images of the classes `new`, with labels that count in its order."""
+    position = {name: label for label, name in enumerate(new)}
+    mapping = np.array([position.get(name, -1) for name in old], dtype=np.int64)
+    labels = mapping[part.labels]
+    kept = np.flatnonzero(labels >= 0)
+    return Labelled(part.images.take(kept), labels[kept])
+
+
+def _check_every_class(part: Labelled, kind: str, classes: Sequence[str], name: str) -> None:
+    counts = np.bincount(part.labels, minlength=len(classes))
+    empty = [classes[label] for label in np.flatnonzero(counts == 0)]
+    if empty:
+        raise InputError(f"{name} has no {kind} images of {_some(empty)}; add some, or set data.exclude")
+
+
+def _shuffled(labels: np.ndarray, classes: Sequence[str], seed: int, purpose: int) -> list[np.ndarray]:
+    """For each class its positions in a seeded order that depends on nothing but the class itself."""
+    return [
+        np.random.default_rng([seed, purpose, *name.encode()]).permutation(np.flatnonzero(labels == label))
+        for label, name in enumerate(classes)
+    ]
+
+
+def _hold_out(
+    part: Labelled, classes: Sequence[str], fraction: float, seed: int
+) -> tuple[Labelled, Labelled]:
+    """Split into training and test images, class by class, at least one of each."""
+    test = []
+    for name, positions in zip(classes, _shuffled(part.labels, classes, seed, 0), strict=True):
+        if len(positions) < 2:
+            raise InputError(
+                f"the class '{name}' has only one image, but one to train and one to test with are needed; "
+                "add images, or set data.exclude"
+            )
+        test.append(positions[: min(max(1, round(fraction * len(positions))), len(positions) - 1)])
+    held = np.sort(np.concatenate(test))
+    return part.take(np.setdiff1d(np.arange(len(part.labels)), held)), part.take(held)
+
+
+def _at_most(part: Labelled, classes: Sequence[str], count: int, seed: int) -> Labelled:
+    """A seeded subset with at most `count` images a class; a larger one contains a smaller one."""
+    chosen = [positions[:count] for positions in _shuffled(part.labels, classes, seed, 1)]
+    return part.take(np.sort(np.concatenate(chosen)))
+
+
+def _fingerprint(classes: Sequence[str], train: Labelled, test: Labelled) -> str:
+    digest = hashlib.sha256(json_bytes({"classes": list(classes), "pixels": PIXELS_VERSION}))
+    for part in (train, test):
+        digest.update(part.images.digest())
+        digest.update(hashlib.sha256(part.labels.astype("<i8").tobytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Learners that are solved in closed form from sufficient statistics."""

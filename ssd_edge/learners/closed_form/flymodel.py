@@ -1,0 +1,128 @@
+"""FlyModel (Shen, Dasgupta & Navlakha 2021): a sparse hash as of the fruit fly's Kenyon cells, one row a class.
+
+A class writes only its own row, so that no class pushes another down; one pass over the data, no gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ssd_edge.config import setting
+from ssd_edge.errors import InputError
+from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.closed_form.linear import BATCH
+from ssd_edge.learners.priors import Priors
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of the FlyModel; the defaults are the published ones of Split CIFAR-10."""
+
+    neurons: int = setting(1000, "n, the number of Kenyon cells", minimum=2, maximum=1_000_000)
+    inputs_per_neuron: int = setting(32, "values of the embedding that a neuron sums up", minimum=1)
+    lr: float = setting(0.005, "what one sample adds to its class", above=0.0)
+    active: float = setting(0.01, "share of the neurons that stay active", above=0.0, maximum=1.0)
+
+
+class FlyModel(Learner):
+    """Scores h Wᵀ. A sample's code h is sparse; its class adds lr·h to its row of W, which ends at 1.
+
+    The code, after the code of the SDMLP authors: the embedding is scaled to [0, 1] by its own least and greatest
+    value; each neuron sums `inputs_per_neuron` distinct values of it; sums from the (1 − active) quantile of the
+    sample upwards (linear between order statistics) stay, ties with it too; the greatest becomes 1.
+
+    W is clipped once a task. As nothing is ever subtracted, that is min(1, the sum over all samples), whatever the
+    order; so two learners of one seed merge exactly, and classes, which are rows of their own, are joined and removed
+    exactly. The neurons' inputs are drawn again from the seed and are not part of the state.
+
+    Raises:
+        InputError: a neuron has more inputs than the embedding has values.
+    """
+
+    name: ClassVar[str] = "flymodel"
+    display: str = "FlyModel"
+    Settings: ClassVar[type] = Settings
+
+    def __init__(
+        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__(dim, settings, priors, seed, device)
+        if settings.inputs_per_neuron > dim:
+            raise InputError(
+                f"learner.inputs_per_neuron is {settings.inputs_per_neuron}, but an embedding has only {dim} values; "
+                f"set it to {dim} or less"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.rand(settings.neurons, dim, generator=generator).topk(settings.inputs_per_neuron).indices
+        projection = torch.zeros(settings.neurons, dim).scatter_(1, inputs, 1.0)
+        self.projection = projection.T.contiguous().to(self.device)
+        # Of n sorted sums, those from the quantile at (n − 1)(1 − active) upwards; 1e-9: 0.1 · 10 must not be 0.99…
+        self.kept = 1 + math.floor((settings.neurons - 1) * settings.active + 1e-9)
+        self.weights = torch.zeros(0, settings.neurons)
+
+    def code(self, embeddings: Tensor) -> Tensor:
+        """Codes ``(N, n)`` of embeddings ``(N, D)``, in [0, 1]; zero for an embedding of equal values."""
+        least, most = embeddings.aminmax(dim=1, keepdim=True)
+        scaled = (embeddings - least) / (most - least).clamp_min(torch.finfo(embeddings.dtype).tiny)
+        sums = (scaled @ self.projection).clamp_min(0)
+        strongest = sums.topk(self.kept, dim=1).values
+        sums = sums.masked_fill(sums < strongest[:, -1:], 0.0)
+        return sums / strongest[:, :1].clamp_min(torch.finfo(sums.dtype).tiny)
+
+    def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
+        self._grow(int(task.labels.max()) + 1)
+        sums = torch.zeros(self.weights.shape, dtype=torch.float64)
+        for start in range(0, len(task.labels), BATCH):
+            part = slice(start, start + BATCH)
+            code = self.code(task.embeddings[part].to(self.device)).cpu()
+            sums += torch.zeros_like(self.weights).index_add_(0, task.labels[part].cpu(), code)
+            progress(start / len(task.labels))
+        grown = self.weights + self.settings.lr * sums
+        self.weights = grown.clamp_max(1.0).float()
+        progress(1.0)
+        return {"clipped": float((grown > 1.0).double().mean())}
+
+    def _grow(self, classes: int) -> None:
+        missing = max(classes - len(self.weights), 0)
+        self.weights = torch.cat([self.weights, self.weights.new_zeros(missing, self.settings.neurons)])
+
+    def _remove(self, row: int, approximately: bool) -> bool:
+        self.weights[row] = 0.0
+        return True
+
+    def _join(self, row: int, into: int) -> None:
+        # Clipped or not before: min(1, min(1, a) + min(1, b)) = min(1, a + b), as neither is negative
+        self.weights[into] = (self.weights[into] + self.weights[row]).clamp_max(1.0)
+        self.weights[row] = 0.0
+
+    def _common(self) -> dict[str, Any]:
+        return {**self._shared_settings(), "the seed of the neurons' inputs": self.seed}
+
+    def _merge(self, other: FlyModel, rows: Tensor) -> None:
+        self._grow(int(rows.max()) + 1 if len(rows) else 0)
+        self.weights = self.weights.index_add(0, rows, other.weights).clamp_max(1.0)
+
+    def _subtract(self, other: FlyModel, rows: Tensor) -> Tensor:
+        raise InputError(
+            f"{self.display} cannot subtract another: its weights end at 1, and a sum that was cut off there cannot be "
+            "taken apart; teach one learner after the other instead"
+        )
+
+    def scores(self, embeddings: Tensor) -> Tensor:
+        weights = self.weights.T.to(self.device)
+        parts = [(self.code(part.to(self.device)) @ weights).cpu() for part in embeddings.split(BATCH)]
+        return torch.cat(parts) if len(embeddings) else torch.zeros(0, len(self.weights))
+
+    def schema(self) -> dict[str, TensorSpec]:
+        return {"weights": TensorSpec(("C", self.settings.neurons), "float32", "how often a class used each neuron")}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"weights": self.weights}
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        self.weights = tensors["weights"]

@@ -1,0 +1,136 @@
+"""What closed-form learners share: sufficient statistics of some features, linear values solved from them.
+
+One pass, no epochs, order-invariant up to rounding.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ssd_edge.errors import InputError
+from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.priors import Priors
+
+NEVER = -1e30  # the bias of a class without samples; −∞ would not be a valid state
+BATCH = 4096
+PER_CLASS = "keep second moments per class: a class can then be removed exactly, at C times the memory"
+
+
+def statistics_schema(size: int, per_class: bool, single: bool = False) -> dict[str, TensorSpec]:
+    """The tensors of `ClassStatistics` over `size` features."""
+    kind = "float32" if single else "float64"
+    triangle = size * (size + 1) // 2
+    whose = "of each class, upper triangles" if per_class else "all classes, upper triangle"
+    return {
+        "counts": TensorSpec(("C",), "float64", "samples seen of each class"),
+        "sums": TensorSpec(("C", size), kind, "sum of the features of each class"),
+        "second": TensorSpec(
+            ("C", triangle) if per_class else (triangle,), kind, f"second moments of the features, {whose}"
+        ),
+    }
+
+
+class LinearLearner(Learner):
+    """Scores are linear in features of the embedding.
+
+    Two of them merge and subtract exactly, and two classes join exactly; with the setting `per_class` a class can also
+    be removed exactly.
+    """
+
+    single: ClassVar[bool] = False  # whether the statistics are kept in float32
+
+    def __init__(
+        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__(dim, settings, priors, seed, device)
+        self.statistics = ClassStatistics(self.feature_count(), settings.per_class, self.single)
+        self.values = torch.zeros(self.feature_count(), 0)
+        self.bias = torch.zeros(0)
+
+    def feature_count(self) -> int:
+        """F, the number of features."""
+        return self.dim
+
+    def features(self, embeddings: Tensor) -> Tensor:
+        """Features ``(N, F)`` of embeddings ``(N, D)``."""
+        return embeddings
+
+    def observe(self, embeddings: Tensor) -> Tensor:
+        """`features` of a part of the task that is being learned."""
+        return self.features(embeddings)
+
+    @abc.abstractmethod
+    def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Values ``(F, C)`` and biases ``(C,)`` from the statistics, and measurements."""
+
+    def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
+        self.statistics.grow(int(task.labels.max()) + 1)
+        for start in range(0, len(task.labels), BATCH):
+            part = slice(start, start + BATCH)
+            features = self.observe(task.embeddings[part].to(self.device))
+            self.statistics.add(features, task.labels[part])
+            progress(0.9 * start / len(task.labels))
+        measured = self._update()
+        progress(1.0)
+        return measured
+
+    def _update(self) -> dict[str, float]:
+        self.statistics.settle()
+        values, bias, measured = self.solve()
+        # contiguous: another memory order would change the last bits of a product after a restart
+        self.values, self.bias = values.float().contiguous(), bias.float().clamp_min(NEVER)
+        return measured
+
+    def _remove(self, row: int, approximately: bool) -> bool:
+        if not (self.settings.per_class or approximately):
+            raise InputError(
+                f"{self.display} keeps one second moment of all classes, from which none can be taken out; take it "
+                "out approximately, or set learner.per_class=true and teach the classes anew"
+            )
+        exact = self.statistics.remove(row, approximately)
+        self._update()
+        return exact
+
+    def _join(self, row: int, into: int) -> None:
+        self.statistics.join(row, into)
+        self._update()
+
+    def _common(self) -> dict[str, Any]:
+        return self._shared_settings()
+
+    def _merge(self, other: LinearLearner, rows: Tensor) -> None:
+        self.statistics.merge(other.statistics, rows)
+        self._update()
+
+    def _subtract(self, other: LinearLearner, rows: Tensor) -> Tensor:
+        self.statistics.subtract(other.statistics, rows)
+        self._update()
+        return self.statistics.counts
+
+    def scores(self, embeddings: Tensor) -> Tensor:
+        values, bias = self.values.to(self.device), self.bias.to(self.device)
+        parts = [(self.features(part.to(self.device)) @ values + bias).cpu() for part in embeddings.split(BATCH)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.values.shape[1])
+
+    def schema(self) -> dict[str, TensorSpec]:
+        return self._schema_of(self.feature_count())
+
+    def _schema_of(self, size: int) -> dict[str, TensorSpec]:
+        """`schema` if there were `size` features."""
+        return {
+            **statistics_schema(size, self.settings.per_class, self.single),
+            "values": TensorSpec((size, "C"), "float32", "solved from the statistics"),
+            "bias": TensorSpec(("C",), "float32", "solved from the statistics"),
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**self.statistics.state(), "values": self.values, "bias": self.bias}
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        self.statistics = ClassStatistics.from_state(tensors)
+        self.values, self.bias = tensors["values"], tensors["bias"]

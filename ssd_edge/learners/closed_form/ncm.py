@@ -1,0 +1,89 @@
+"""Nearest class mean by cosine similarity: the smallest learner of all, and the best with five images a class."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.closed_form.sums import counts_without
+from ssd_edge.learners.priors import Priors
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Nothing to set."""
+
+
+class NCM(Learner):
+    """argmax_c cos(z, μ_c). The standardised embedding is centred by the pretraining mean, which cosine needs.
+
+    Removing or joining classes and merging or subtracting learners are exact: a class is its own count and sum.
+    """
+
+    name: ClassVar[str] = "ncm"
+    display: str = "NCM"
+    Settings: ClassVar[type] = Settings
+
+    def __init__(
+        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__(dim, settings, priors, seed, device)
+        self.counts = torch.zeros(0, dtype=torch.float64)
+        self.sums = torch.zeros(0, dim, dtype=torch.float64)
+
+    def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
+        labels = task.labels.cpu()
+        self._grow(int(labels.max()) + 1)
+        self.counts += torch.bincount(labels, minlength=len(self.counts))
+        self.sums.index_add_(0, labels, task.embeddings.cpu().double())
+        progress(1.0)
+        return {}
+
+    def _grow(self, classes: int) -> None:
+        missing = max(classes - len(self.counts), 0)
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
+        self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.dim)])
+
+    def _remove(self, row: int, approximately: bool) -> bool:
+        self.counts[row], self.sums[row] = 0.0, 0.0
+        return True
+
+    def _join(self, row: int, into: int) -> None:
+        for kept in (self.counts, self.sums):
+            kept[into] += kept[row]
+            kept[row] = 0.0
+
+    def _common(self) -> dict[str, Any]:
+        return self._shared_settings()
+
+    def _merge(self, other: NCM, rows: Tensor) -> None:
+        self._grow(int(rows.max()) + 1 if len(rows) else 0)
+        self.counts.index_add_(0, rows, other.counts)
+        self.sums.index_add_(0, rows, other.sums)
+
+    def _subtract(self, other: NCM, rows: Tensor) -> Tensor:
+        known = other.counts > 0
+        self.counts = counts_without(self.counts, other.counts[known], rows[known])
+        self.sums = self.sums.index_add(0, rows[known], -other.sums[known])
+        self.sums[self.counts == 0] = 0.0  # rounding leaves no exact 0
+        return self.counts
+
+    def scores(self, embeddings: Tensor) -> Tensor:
+        means = torch.nn.functional.normalize((self.sums / self.counts.clamp_min(1)[:, None]).float())
+        return torch.nn.functional.normalize(embeddings.cpu()) @ means.T
+
+    def schema(self) -> dict[str, TensorSpec]:
+        return {
+            "counts": TensorSpec(("C",), "float64", "samples seen of each class"),
+            "sums": TensorSpec(("C", "D"), "float64", "sum of the embeddings of each class"),
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"counts": self.counts, "sums": self.sums}
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        self.counts, self.sums = tensors["counts"], tensors["sums"]

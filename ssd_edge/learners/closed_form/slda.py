@@ -1,0 +1,69 @@
+"""Streaming linear discriminant analysis (Hayes & Kanan 2020) with exact statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ssd_edge.config import setting
+from ssd_edge.learners.base import TensorSpec
+from ssd_edge.learners.closed_form.linear import PER_CLASS, LinearLearner
+from ssd_edge.learners.closed_form.sums import discriminant, likeliest_weight, shrink
+from ssd_edge.learners.priors import Priors
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of streaming LDA."""
+
+    prior_weight: float = setting(-1.0, "samples that the prior covariance counts for; -1: the likeliest", minimum=-1)
+    per_class: bool = setting(False, PER_CLASS)
+
+
+class SLDA(LinearLearner):
+    """Class means and one pooled covariance: exact, OAS-shrunk, with the pretraining covariance as a prior."""
+
+    name: ClassVar[str] = "slda"
+    display: str = "SLDA"
+    Settings: ClassVar[type] = Settings
+
+    def __init__(
+        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__(dim, settings, priors, seed, device)
+        self.prior, self.prior_weight = torch.zeros(dim, dim), 0.0
+        if priors.within_covariance is not None:
+            self.prior = torch.from_numpy(priors.within_covariance).float()
+            self.prior_weight = settings.prior_weight
+
+    def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
+        statistics = self.statistics
+        scatter, weight = statistics.scatter_within(), self.prior_weight
+        freedom = statistics.freedom
+        if weight < 0:
+            weight = likeliest_weight(scatter, freedom, shrink(self.prior.double(), float("inf")))
+        covariance = (scatter + weight * self.prior.double()) / max(freedom + weight, 1.0)
+        values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom + weight)
+        return values, bias, {"prior_weight": weight}
+
+    def _common(self) -> dict[str, Any]:
+        weight = {"the weight of the prior covariance": self.prior_weight}
+        return {**super()._common(), "the prior covariance": self.prior, **weight}
+
+    def schema(self) -> dict[str, TensorSpec]:
+        return {
+            **super().schema(),
+            "prior": TensorSpec((self.dim, self.dim), "float32", "covariance from pretraining", shipped=True),
+            "prior_weight": TensorSpec((1,), "float64", "samples that the prior counts for; -1: the likeliest number"),
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        weight = torch.tensor([self.prior_weight], dtype=torch.float64)
+        return {**super()._tensors(), "prior": self.prior, "prior_weight": weight}
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        super()._load(tensors)
+        self.prior, self.prior_weight = tensors["prior"], float(tensors["prior_weight"][0])

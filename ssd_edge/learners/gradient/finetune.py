@@ -1,0 +1,311 @@
+"""`finetune`: a ReLU MLP trained on each task in turn: the lower bound.
+
+With a penalty it is EWC, online EWC, SI, MAS or L2. With another schedule and all tasks at once it is `joint`, the
+panel's upper bound for what a network of this size can know of these embeddings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssd_edge.config import setting
+from ssd_edge.errors import InputError
+from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.gradient.penalties import DISPLAY, Penalty, PenaltySettings, Slot
+from ssd_edge.learners.priors import Priors
+from ssd_edge.learners.removal import blank
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkSettings:
+    """Settings of the ReLU MLP and its training."""
+
+    neurons: int = setting(1000, "hidden units, as many as SDMLP has", minimum=1, maximum=1_000_000)
+    layers: int = setting(1, "hidden layers, each of `neurons`", minimum=1, maximum=8)
+    epochs: int = setting(40, "passes over a task", minimum=1)
+    min_steps: int = setting(0, "more epochs where a task has fewer steps than this", minimum=0)
+    lr: float = setting(0.05, "learning rate; its peak with one_cycle", above=0.0)
+    batch: int = setting(128, "samples a step", minimum=1)
+    clip: float = setting(1.0, "largest norm of the gradient", above=0.0)
+    optimiser: Literal["sgd", "adamw"] = setting("sgd", "plain SGD as SDMLP's; adamw for joint training")
+    one_cycle: bool = setting(False, "one-cycle schedule over a task, for joint training")
+    weight_decay: float = setting(0.0, "of adamw", minimum=0.0)
+    outputs: Literal["announced", "arriving"] = setting("announced", "announced: later classes are negatives too")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(PenaltySettings, NetworkSettings):
+    """Settings of fine-tuning, with or without a penalty."""
+
+    def __post_init__(self) -> None:
+        """Check what one field says against another.
+
+        Raises:
+            InputError: a penalty with another optimiser than plain SGD.
+        """
+        if self.penalty != "none" and (self.optimiser != "sgd" or self.weight_decay):
+            raise InputError(
+                f"learner.penalty={self.penalty} goes with plain SGD, but learner.optimiser is {self.optimiser} with "
+                f"learner.weight_decay {self.weight_decay:g}; leave both out, or the penalty"
+            )
+
+
+# Chosen on a held-out fifth of CIFAR-10's training embeddings, never on test data (docs/method.md).
+JOINT = Settings(epochs=20, min_steps=2000, lr=1e-3, batch=256, optimiser="adamw", one_cycle=True, weight_decay=0.05)
+
+
+def name_of(what: str, layer: int) -> str:
+    """What a parameter of a hidden layer is called: ``hidden_weight``, ``hidden_weight_1``, … bottom first."""
+    return f"hidden_{what}_{layer}" if layer else f"hidden_{what}"
+
+
+class FineTune(Learner):
+    """z → ReLU(V z + b), once or several times → logits; cross-entropy over all outputs.
+
+    Attributes:
+        parameters: weights ``(out, in)`` and biases ``(out,)`` by their names in the state, bottom first.
+        penalty: against forgetting; does nothing unless the settings name one.
+    """
+
+    name: ClassVar[str] = "finetune"
+    display: str = "fine-tuning"
+    with_penalty: ClassVar[str] = "{}"  # its display name when a penalty is set
+    Settings: ClassVar[type] = Settings
+
+    def __init__(
+        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__(dim, settings, priors, seed, device)
+        generator = self.generator(purpose=1)
+        self.parameters: dict[str, Tensor] = {}
+        for layer in range(settings.layers):
+            inputs = settings.neurons if layer else dim
+            self.parameters[name_of("weight", layer)] = self._uniform(settings.neurons, inputs, inputs, generator)
+            self.parameters[name_of("bias", layer)] = self._uniform(settings.neurons, 1, inputs, generator)[:, 0]
+        self.parameters["output_weight"] = torch.zeros(0, settings.neurons, device=self.device)
+        self.parameters["output_bias"] = torch.zeros(0, device=self.device)
+        self.announced = 0
+        self.penalty = Penalty(settings, self.device)
+        if settings.penalty != "none":
+            self.display = self.with_penalty.format(DISPLAY[settings.penalty])
+
+    def _uniform(self, rows: int, columns: int, fan_in: int, generator: torch.Generator) -> Tensor:
+        bound = 1.0 / math.sqrt(fan_in)
+        return ((torch.rand(rows, columns, generator=generator) * 2 - 1) * bound).to(self.device)
+
+    @property
+    def hidden_weight(self) -> Tensor:
+        """Weights of the first layer, ``(r, D)``."""
+        return self.parameters["hidden_weight"]
+
+    @property
+    def hidden_bias(self) -> Tensor:
+        """Biases of the first layer, ``(r,)``."""
+        return self.parameters["hidden_bias"]
+
+    @property
+    def output_weight(self) -> Tensor:
+        """Weights of the last layer, ``(C, r)``."""
+        return self.parameters["output_weight"]
+
+    @property
+    def output_bias(self) -> Tensor:
+        """Biases of the last layer, ``(C,)``."""
+        return self.parameters["output_bias"]
+
+    def expect(self, classes: int) -> None:
+        self.announced = classes if self.settings.outputs == "announced" else 0
+        if not self.tasks_learned:
+            self._set_outputs(self.output_weight[:0], self.output_bias[:0])  # what was announced before is void
+            self._grow(self.announced)
+
+    def _grow(self, classes: int) -> None:
+        """Add outputs until there are `classes`.
+
+        Rows drawn in the same task are the tail of one drawing, however many calls they come in.
+        """
+        present, r = len(self.output_bias), self.settings.neurons
+        first = 0 if not self.tasks_learned else present
+        if classes > present:
+            drawn = self._uniform(classes - first, r + 1, r, self.generator(purpose=2))[present - first :]
+            weight, bias = torch.cat([self.output_weight, drawn[:, :-1]]), torch.cat([self.output_bias, drawn[:, -1]])
+            self._set_outputs(weight, bias)
+
+    def _set_outputs(self, weight: Tensor, bias: Tensor) -> None:
+        self.parameters["output_weight"], self.parameters["output_bias"] = weight, bias
+
+    # ── the network ──────────────────────────────────────────────────────────────────────────────────
+    def _activations(self, inputs: Tensor) -> list[Tensor]:
+        """The input ``(B, D)`` and the activations ``(B, r)`` of every hidden layer, bottom first."""
+        activations = [inputs]
+        for layer in range(self.settings.layers):
+            weight, bias = self.parameters[name_of("weight", layer)], self.parameters[name_of("bias", layer)]
+            activations.append(F.relu(F.linear(activations[-1], weight, bias)))
+        return activations
+
+    def _forward(self, embeddings: Tensor) -> Tensor:
+        """Logits ``(B, C)``."""
+        return F.linear(self._activations(embeddings)[-1], self.output_weight, self.output_bias)
+
+    def linearise(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], dict[str, Slot]]]:
+        """Logits ``(B, C)`` of embeddings, and the map from ∂L/∂logits to per-sample gradients."""
+        activations = self._activations(inputs)
+        active = [(part > 0).to(part.dtype) for part in activations[1:]]
+
+        def pullback(cotangent: Tensor) -> dict[str, Slot]:
+            slots = {"output_weight": Slot(cotangent, activations[-1]), "output_bias": Slot(cotangent, None)}
+            delta, weight = cotangent, self.output_weight
+            for layer in reversed(range(self.settings.layers)):
+                delta = (delta @ weight).mul_(active[layer])
+                slots[name_of("weight", layer)] = Slot(delta, activations[layer])
+                slots[name_of("bias", layer)] = Slot(delta, None)
+                weight = self.parameters[name_of("weight", layer)]
+            return slots
+
+        return F.linear(activations[-1], self.output_weight, self.output_bias), pullback
+
+    # ── learning ─────────────────────────────────────────────────────────────────────────────────────
+    def _begin(self, inputs: Tensor, labels: Tensor) -> None:
+        """Before the first step of a task, with an output for each of its classes."""
+
+    def _loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """Terms of the loss of a batch, weighted; the sum is minimised.
+
+        Args:
+            logits: ``(B, C)``.
+            labels: ``(B,)``.
+            index: where the samples lie in what `_begin` was given, ``(B,)``.
+        """
+        return {"cross_entropy": F.cross_entropy(logits, labels)}
+
+    def _end(self, inputs: Tensor, labels: Tensor) -> None:
+        """After the last step of a task."""
+
+    def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
+        """Learn one task.
+
+        Returns:
+            Each term of the loss, its mean over the last epoch; the value of the penalty after it; and ``epochs``,
+            how many there were.
+        """
+        settings, generator = self.settings, self.generator()
+        self._grow(max(self.announced, int(task.labels.max()) + 1))
+        inputs, labels = task.embeddings.to(self.device), task.labels.to(self.device)
+        steps_per_epoch = -(-len(labels) // settings.batch)
+        epochs = max(settings.epochs, -(-settings.min_steps // steps_per_epoch))
+        self._begin(inputs, labels)
+        self.penalty.begin(self.parameters)
+        parameters = list(self.parameters.values())
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        optimiser: torch.optim.Optimizer
+        if settings.optimiser == "sgd":
+            optimiser = torch.optim.SGD(parameters, lr=settings.lr)
+        else:
+            optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        schedule = None
+        if settings.one_cycle:
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimiser, settings.lr, total_steps=epochs * steps_per_epoch, cycle_momentum=False
+            )
+        measured: dict[str, float] = {}
+        try:
+            for epoch in range(epochs):
+                order = torch.randperm(len(labels), generator=generator).to(self.device)
+                totals: dict[str, Tensor] = {}
+                for index in order.split(settings.batch):
+                    losses = self._step(inputs[index], labels[index], index, optimiser)
+                    if schedule is not None:
+                        schedule.step()
+                    for name, loss in losses.items():
+                        totals[name] = totals.get(name, 0.0) + loss.detach() * len(index)
+                measured = {name: float(total) / len(labels) for name, total in totals.items()}
+                if self.penalty.active:
+                    measured["penalty"] = float(self.penalty.value(self.parameters))
+                if not all(math.isfinite(value) for value in measured.values()):
+                    raise InputError(f"{self.display} diverged in epoch {epoch + 1}; lower learner.lr ({settings.lr})")
+                measured["epochs"] = float(epoch + 1)
+                if progress((epoch + 1) / epochs):
+                    break
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        self._end(inputs, labels)
+        self.penalty.consolidate(self.parameters, inputs, self.linearise, generator=self.generator(purpose=6))
+        return measured
+
+    def _step(
+        self, inputs: Tensor, labels: Tensor, index: Tensor, optimiser: torch.optim.Optimizer
+    ) -> dict[str, Tensor]:
+        """One update: the gradient of loss and penalty, clipped; the terms of the loss before it."""
+        settings, penalty, parameters = self.settings, self.penalty, self.parameters
+        logits = self._forward(inputs)
+        losses = self._loss(logits, labels, index)
+        likelihood: tuple[Tensor, ...] = ()
+        if penalty.tracks:
+            observed = F.cross_entropy(settings.penalty_beta * logits, labels)
+            likelihood = torch.autograd.grad(observed, list(parameters.values()), retain_graph=True)
+        optimiser.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        if penalty.active:
+            for name, parameter in parameters.items():
+                parameter.grad += penalty.gradient(name, parameter)
+        if settings.si_grad_accumulation_quirk:
+            for parameter, gradient in zip(parameters.values(), likelihood, strict=False):  # none but with SI
+                parameter.grad += gradient * len(index)
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()} if likelihood else {}
+        torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
+        optimiser.step()
+        for (name, old), gradient in zip(before.items(), likelihood, strict=True):
+            penalty.track(name, gradient, parameters[name].detach() - old)
+        return losses
+
+    def _remove(self, row: int, approximately: bool) -> bool:
+        if not approximately:
+            return super()._remove(row, approximately)
+        blank(self, row)
+        return False
+
+    # ── predicting, and the state ────────────────────────────────────────────────────────────────────
+    @torch.no_grad()
+    def scores(self, embeddings: Tensor) -> Tensor:
+        parts = [self._forward(part.to(self.device)).cpu() for part in embeddings.split(4096)]
+        return torch.cat(parts) if parts else torch.zeros(0, len(self.output_bias))
+
+    def _shapes(self) -> dict[str, tuple[str | int, ...]]:
+        """Symbolic shapes of the parameters."""
+        r, shapes = self.settings.neurons, {}
+        for layer in range(self.settings.layers):
+            shapes[name_of("weight", layer)] = (r, r if layer else "D")
+            shapes[name_of("bias", layer)] = (r,)
+        return {**shapes, "output_weight": ("C", r), "output_bias": ("C",)}
+
+    def schema(self) -> dict[str, TensorSpec]:
+        shapes = self._shapes()
+        described = {name: TensorSpec(shape, "float32", "of the network") for name, shape in shapes.items()}
+        penalty = {name: TensorSpec(*spec) for name, spec in self.penalty.schema(shapes, "float32").items()}
+        announced = TensorSpec((1,), "int64", "classes that the stream has announced")
+        return {**described, **penalty, "announced": announced}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            **self.parameters,
+            **self.penalty.tensors(self.parameters),
+            "announced": torch.tensor([self.announced]),
+        }
+
+    def _renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
+        tensors["announced"] -= (rows < self.announced).sum()
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        self.announced = int(tensors["announced"][0])
+        self.parameters = {name: tensors[name].to(self.device) for name in self.parameters}
+        self.penalty.load(tensors)

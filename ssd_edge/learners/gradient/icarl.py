@@ -1,0 +1,206 @@
+"""`icarl`: the reference that may replay (iCaRL, Rebuffi et al. 2017), here on frozen embeddings.
+
+A fixed number of training samples, as embeddings, is kept and trained on again with every later task. The last
+hidden layer is the feature. Each output is a sigmoid: the task's classes learn their labels, all classes taught
+before keep the answers that the network gave before the task (Algorithm 3). What is kept are the samples whose
+running mean stays nearest to the class mean (herding, Algorithm 4); prediction is by the nearest mean of the kept
+ones (Algorithm 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssd_edge.config import setting
+from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners.base import Progress, Task, TensorSpec
+from ssd_edge.learners.closed_form.linear import NEVER
+from ssd_edge.learners.gradient import finetune
+from ssd_edge.learners.gradient.finetune import FineTune
+from ssd_edge.learners.priors import Priors
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(finetune.Settings):
+    """Settings of iCaRL."""
+
+    memory: int = setting(2000, "embeddings kept in all, as published; REPLAY", minimum=1, maximum=1_000_000)
+
+    def __post_init__(self) -> None:
+        """Check what one field says against another.
+
+        Raises:
+            InputError: a penalty.
+        """
+        if self.penalty != "none":
+            raise InputError(
+                f"learner.penalty is {self.penalty}, but icarl protects earlier classes by replay; leave it out"
+            )
+
+
+def herd(features: Tensor, count: int) -> Tensor:
+    """Samples whose running mean follows the mean of all (iCaRL, Algorithm 4), none of them twice.
+
+    Args:
+        features: of one class, ``(n, r)``.
+        count: how many to choose; at most n are.
+
+    Returns:
+        Indices int64 ``(min(count, n),)`` in the order of choice: any beginning of it is a choice of its own.
+    """
+    mean, chosen_sum = features.mean(0), torch.zeros_like(features[0])
+    squares, free = features.square().sum(1), torch.zeros(len(features), device=features.device)
+    order = torch.empty(min(count, len(features)), dtype=torch.int64, device=features.device)
+    for number in range(len(order)):
+        # |mean − (sum + f)/(number + 1)|² but for a constant and a factor
+        distance = squares - 2 * (features @ ((number + 1) * mean - chosen_sum)) + free
+        order[number] = chosen = distance.argmin()
+        free[chosen] = torch.inf
+        chosen_sum += features[chosen]
+    return order
+
+
+class ICaRL(FineTune):
+    """A ReLU MLP with exemplars.
+
+    Attributes:
+        exemplars: embeddings that are kept, ``(memory, D)``; zeros where there is none.
+        exemplar_rows: their classes, int64 ``(memory,)``, or -1; those of a class lie together in herding order.
+        means: unit mean feature ``(K, r)`` of the exemplars of each class that has some.
+        mean_rows: these classes, int64 ``(K,)``, ascending.
+    """
+
+    name: ClassVar[str] = "icarl"
+    display: str = "iCaRL (replay)"
+    replay: ClassVar[bool] = True  # keeps samples
+    Settings: ClassVar[type] = Settings
+
+    def __init__(
+        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__(dim, settings, priors, seed, device)
+        self.exemplars = torch.zeros(settings.memory, dim, device=self.device)
+        self.exemplar_rows = torch.full((settings.memory,), -1, device=self.device)
+        self.means = torch.zeros(0, settings.neurons, device=self.device)
+        self.mean_rows = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.old = self.mean_rows  # (O,), classes taught before this task and not in it
+        self.targets = torch.zeros(0, 0, device=self.device)  # (N, O), what their outputs said before it
+
+    @torch.no_grad()
+    def _features(self, embeddings: Tensor) -> Tensor:
+        """Last hidden layer ``(N, r)`` of embeddings, of unit length; a zero row stays zero."""
+        parts = [F.normalize(self._activations(part.to(self.device))[-1]) for part in embeddings.split(4096)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.settings.neurons, device=self.device)
+
+    # ── learning ─────────────────────────────────────────────────────────────────────────────────────
+    def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
+        classes = len({*self.mean_rows.tolist(), *task.rows.tolist()})
+        if classes > self.settings.memory:
+            raise InputError(
+                f"learner.memory is {self.settings.memory}, but {classes} classes need an exemplar each; raise it"
+            )
+        self.old = self.mean_rows[~torch.isin(self.mean_rows, task.rows.to(self.device))]
+        kept = self.exemplar_rows >= 0
+        embeddings = torch.cat([task.embeddings.to(self.device), self.exemplars[kept]])
+        labels = torch.cat([task.labels.to(self.device), self.exemplar_rows[kept]])
+        measured = super()._learn(Task(embeddings, labels), progress)
+        self._choose(embeddings, labels, task.rows.tolist(), self.settings.memory // classes)
+        return measured
+
+    @torch.no_grad()
+    def _begin(self, inputs: Tensor, labels: Tensor) -> None:
+        self.targets = torch.cat([self._forward(part)[:, self.old].sigmoid() for part in inputs.split(4096)])
+
+    def _loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
+        wanted = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+        wanted[:, self.old] = self.targets[index]
+        # summed over outputs, so that one class more does not weaken the others
+        each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(0) / len(labels)
+        old = torch.zeros_like(each, dtype=torch.bool)
+        old[self.old] = True
+        losses = {"cross_entropy": each[~old].sum()}
+        if len(self.old):
+            losses["distillation"] = each[old].sum()
+        return losses
+
+    def _end(self, inputs: Tensor, labels: Tensor) -> None:
+        self.targets = self.targets[:0]
+
+    def _choose(self, embeddings: Tensor, labels: Tensor, fresh: list[int], share: int) -> None:
+        """Fill the memory anew.
+
+        Args:
+            embeddings: of the task and of all exemplars, ``(N, D)``.
+            labels: ``(N,)``.
+            fresh: classes to choose for; of the others the first exemplars stay.
+            share: exemplars a class.
+        """
+        chosen: dict[int, Tensor] = {}
+        for row in sorted({*fresh, *self.mean_rows.tolist()}):
+            if row in fresh:
+                members = embeddings[labels == row]
+                chosen[row] = members[herd(self._features(members), share)]
+            else:
+                chosen[row] = self.exemplars[self.exemplar_rows == row][:share]
+        held = torch.cat(list(chosen.values()))
+        counts = torch.tensor([len(part) for part in chosen.values()], device=self.device)
+        self._keep(held, torch.tensor(list(chosen), device=self.device).repeat_interleave(counts))
+
+    def _keep(self, exemplars: Tensor, rows: Tensor) -> None:
+        """Let these be the memory: embeddings ``(n, D)`` of the classes in `rows` ``(n,)``, n at most `memory`."""
+        self.exemplars = torch.zeros_like(self.exemplars)
+        self.exemplars[: len(exemplars)] = exemplars
+        self.exemplar_rows = torch.full_like(self.exemplar_rows, -1)
+        self.exemplar_rows[: len(rows)] = rows
+        self._average()
+
+    def _remove(self, row: int, approximately: bool) -> bool:
+        exact = super()._remove(row, approximately)
+        others = (self.exemplar_rows >= 0) & (self.exemplar_rows != row)
+        self._keep(self.exemplars[others], self.exemplar_rows[others])
+        return exact
+
+    def _average(self) -> None:
+        """Means of the exemplars by the present network."""
+        kept = self.exemplar_rows >= 0
+        features, rows = self._features(self.exemplars[kept]), self.exemplar_rows[kept]
+        self.mean_rows = rows.unique()
+        means = [features[rows == row].mean(0) for row in self.mean_rows]
+        self.means = F.normalize(torch.stack(means)) if means else self.means[:0]
+
+    # ── predicting, and the state ────────────────────────────────────────────────────────────────────
+    def scores(self, embeddings: Tensor) -> Tensor:
+        """Cosine between the feature and each class's mean exemplar ``(N, C)``; the largest is the nearest mean."""
+        scores = torch.full((len(embeddings), len(self.output_bias)), NEVER)
+        scores[:, self.mean_rows.cpu()] = (self._features(embeddings) @ self.means.T).cpu()
+        return scores
+
+    def schema(self) -> dict[str, TensorSpec]:
+        memory = self.settings.memory
+        return {
+            **super().schema(),
+            "exemplars": TensorSpec((memory, "D"), "float32", "REPLAY: embeddings of training samples"),
+            "exemplar_rows": TensorSpec((memory,), "int64", "REPLAY: the class of each, or -1"),
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**super()._tensors(), "exemplars": self.exemplars, "exemplar_rows": self.exemplar_rows}
+
+    def _renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
+        super()._renumber(tensors, rows)
+        tensors["exemplar_rows"] -= torch.searchsorted(rows, tensors["exemplar_rows"])  # -1 stays -1
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        super()._load(tensors)
+        self.exemplars, self.exemplar_rows = (tensors[name].to(self.device) for name in ("exemplars", "exemplar_rows"))
+        low, high = int(self.exemplar_rows.min()), int(self.exemplar_rows.max())
+        if low < -1 or high >= len(self.output_bias):
+            raise BundleRefusedError(
+                f"the exemplars name classes from {low} to {high}, but there are {len(self.output_bias)}"
+            )
+        self._average()

@@ -1,0 +1,149 @@
+"""Learners, one file a way of learning; `build`, `pack` and `restore` are the doors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssd_edge.config import parse_section
+from ssd_edge.errors import BundleRefusedError, InputError, did_you_mean
+from ssd_edge.learners.base import BASE_SCHEMA, Learner
+from ssd_edge.learners.closed_form.fecam import FeCAM
+from ssd_edge.learners.closed_form.flymodel import FlyModel
+from ssd_edge.learners.closed_form.landmark import SSD
+from ssd_edge.learners.closed_form.ncm import NCM
+from ssd_edge.learners.closed_form.ridge import RandomProjectionRidge, Ridge
+from ssd_edge.learners.closed_form.slda import SLDA
+from ssd_edge.learners.gradient.finetune import FineTune
+from ssd_edge.learners.gradient.icarl import ICaRL
+from ssd_edge.learners.gradient.lwf import LwF
+from ssd_edge.learners.gradient.penalties import PenaltySettings
+from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
+from ssd_edge.learners.gradient.ssd import SSDPaper
+from ssd_edge.learners.priors import Priors
+
+LEARNERS: dict[str, type[Learner]] = {
+    kind.name: kind
+    for kind in (
+        *(SSD, SSDPaper, SDMLPLearner, FineTune, LwF, ICaRL),
+        *(NCM, SLDA, Ridge, RandomProjectionRidge, FeCAM, FlyModel),
+    )
+}
+AUTO = "auto"  # no learner: `train` takes one of them for it before a run starts (choosing.py)
+
+
+def _kind(name: Any) -> type[Learner]:
+    if name == AUTO:
+        raise InputError(
+            f"learner.name={AUTO} is settled by `ssd-edge train` when a run is started, and nowhere else; name a "
+            f"learner: {', '.join(LEARNERS)}"
+        )
+    if not isinstance(name, str) or name not in LEARNERS:
+        known = (*LEARNERS, AUTO)
+        hint = did_you_mean(str(name), known)
+        raise InputError(f"unknown learner.name '{name}'.{hint} Known: {', '.join(known)}")
+    return LEARNERS[name]
+
+
+def settings_class(name: str) -> type:
+    """The settings of the learner of this name.
+
+    Raises:
+        InputError: unknown name.
+    """
+    return _kind(name).Settings
+
+
+def settings_of(options: Mapping[str, Any]) -> Any:
+    """The checked settings of a learner.
+
+    Args:
+        options: ``name`` and any of its settings.
+
+    Raises:
+        InputError: unknown name or setting, wrong type, or out of range; a penalty where no gradient is descended.
+    """
+    values = dict(options)
+    kind = _kind(values.pop("name", None))
+    known = {field.name for field in dataclasses.fields(kind.Settings)}
+    penalties = {field.name for field in dataclasses.fields(PenaltySettings)}
+    for key in values:
+        if key in penalties - known:
+            descend = (one for one in LEARNERS.values() if issubclass(one.Settings, PenaltySettings))
+            able = [one.name for one in descend if not one.replay]
+            raise InputError(
+                f"learner.{key} belongs to learners that descend a gradient, and '{kind.name}' does not; leave it "
+                f"out, or take one of {', '.join(able)}"
+            )
+    return parse_section(kind.Settings, values, "learner")
+
+
+def build(
+    options: Mapping[str, Any], dim: int, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
+) -> Learner:
+    """A new learner.
+
+    Args:
+        options: ``name`` and any of its settings.
+        dim: D of the embeddings.
+        priors: from the backbone package.
+        seed: of everything random in it.
+        device: where it computes.
+
+    Raises:
+        InputError: as `settings_of`.
+    """
+    settings = settings_of(options)
+    return _kind(options["name"])(dim, settings, priors, seed, device)
+
+
+def pack(learner: Learner) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and metadata for `files.write_tensors`; `restore` is the inverse."""
+    arrays = {name: tensor.numpy() for name, tensor in learner.state_dict().items()}
+    settings = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(learner.settings).items()
+    }
+    reasons = {name: spec.reason for name, spec in {**BASE_SCHEMA, **learner.schema()}.items()}
+    metadata = {
+        "learner": learner.name,
+        "settings": settings,
+        "dim": learner.dim,
+        "seed": learner.seed,
+        "reasons": reasons,
+    }
+    return arrays, metadata
+
+
+def restore(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any], device: str | torch.device = "cpu"
+) -> Learner:
+    """The learner that `pack` took apart, with equal predictions bit for bit.
+
+    Raises:
+        BundleRefusedError: metadata or a tensor is not what a learner of that name keeps.
+    """
+    try:
+        options, dim = {"name": metadata["learner"], **metadata["settings"]}, int(metadata["dim"])
+        if dim < 1:
+            raise ValueError(f"embeddings of {dim} values")
+        learner = build(options, dim, Priors(), int(metadata["seed"]), device)
+    except (KeyError, TypeError, ValueError, InputError) as error:
+        raise BundleRefusedError(f"the learner's state does not say what it is ({error}); restore the file") from error
+    learner.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+    return learner
+
+
+def top_n_table(learner: Learner) -> dict[str, np.ndarray] | None:
+    """The Top-n table as arrays (uint32 indices, float32 frequencies); None where a learner has none."""
+    table = getattr(learner, "top_n", None)
+    if table is None:
+        return None
+    return {
+        "indices": table.indices.numpy().astype(np.uint32),
+        "frequencies": table.frequencies.numpy().astype(np.float32),
+    }

@@ -1,0 +1,92 @@
+"""What a run is compared with, and how its numbers are printed: the same in the report and on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+DISPLAY = {
+    "ssd": "SSD",
+    "ssd-paper": "SSD (paper)",
+    "sdmlp": "SDMLP",
+    "finetune": "fine-tuning",
+    "lwf": "LwF",
+    "icarl": "iCaRL (replay)",
+    "ncm": "NCM",
+    "slda": "SLDA",
+    "ridge": "ridge",
+    "rp_ridge": "RanPAC",
+    "fecam": "FeCAM",
+    "flymodel": "FlyModel",
+    "joint": "joint",
+}
+ROLES = {"learner": "this run", "baseline": "baseline", "panel": "panel head", "joint": "all data at once"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One line of the comparison; `role` is a key of `ROLES`, `values` has the keys of metrics.json."""
+
+    display: str
+    role: str
+    values: Mapping[str, Any]
+
+
+def compared(metrics: Mapping[str, Any]) -> list[Method]:
+    """The learner, the baselines, the panel's heads and joint training, in this order.
+
+    Within each in the order of `DISPLAY`, whatever that of the file, so that a colour means the same in all reports.
+    A baseline or head that is the learner itself is left out.
+    """
+    known = list(DISPLAY)
+
+    def place(item: tuple[str, Any]) -> int:
+        return known.index(item[0]) if item[0] in known else len(known)
+
+    learner = metrics["learner"]
+    methods = [Method(metrics.get("display") or DISPLAY.get(learner, learner), "learner", metrics)]
+    for key, values in sorted(metrics.get("baselines", {}).items(), key=place):
+        if key != learner:
+            methods.append(Method(values.get("display") or DISPLAY.get(key, key), "baseline", values))
+    for key, accuracy in sorted(metrics.get("panel", {}).items(), key=place):
+        if key != learner:
+            values = {**metrics.get("panel_details", {}).get(key, {}), "average_accuracy": accuracy}
+            role = "joint" if key == "joint" else "panel"
+            methods.append(Method(values.get("display") or DISPLAY.get(key, key), role, values))
+    return sorted(methods, key=lambda method: list(ROLES).index(method.role))
+
+
+def ranked(metrics: Mapping[str, Any]) -> list[Method]:
+    """`compared`, the most accurate first."""
+    return sorted(compared(metrics), key=lambda method: -method.values["average_accuracy"])
+
+
+def lead_note(metrics: Mapping[str, Any]) -> str:
+    """Who is ahead of the learner, in one sentence; empty when nobody is.
+
+    Joint training is no rival, for it sees all classes at once. A lead that prints as 0.0 points is none.
+    """
+    own = metrics["average_accuracy"]
+    rivals = [method for method in ranked(metrics) if method.role in ("baseline", "panel")]
+    leads = [(rival.display, round(100 * (rival.values["average_accuracy"] - own), 1)) for rival in rivals]
+    leads = [(name, lead) for name, lead in leads if lead > 0]
+    if not leads:
+        return ""
+    (first, most), *others = leads
+    also = ", ".join(f"{name} by {lead:.1f}" for name, lead in others)
+    sentence = f"{first} is {most:.1f} points ahead of {compared(metrics)[0].display} on this stream"
+    return f"{sentence} (also ahead: {also})." if also else f"{sentence}."
+
+
+def percent(value: float | None) -> str:
+    """A share as ``73.1 %``, or a dash."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def points(value: float | None, signed: bool = False) -> str:
+    """A difference of shares in percentage points: ``4.2``, signed ``−4.2``, or a dash."""
+    if value is None:
+        return "–"
+    rounded = round(100 * value, 1) + 0.0  # turns -0.0 into 0.0
+    return (f"{rounded:+.1f}" if signed and rounded else f"{rounded:.1f}").replace("-", "−")

@@ -1,0 +1,260 @@
+"""The terminal side of a run: progress, one line a task, the final tables.
+
+On a terminal: colours (unless NO_COLOR is set) and one live line. Elsewhere, in a pipe or a log: plain lines
+without control codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ssd_edge.errors import require
+from ssd_edge.files import write_text
+from ssd_edge.report.compare import ROLES, compared, lead_note, percent, points, ranked
+from ssd_edge.run.streams import described, step_name
+from ssd_edge.system import duration, size
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.console import RenderableType
+    from rich.progress import Progress as RichProgress
+    from rich.table import Table
+
+WIDTH = 100  # columns of what is no terminal
+SPARSE_SECONDS = 10.0  # between the lines that stand for the live one where there is no terminal
+_COLD, _WARM = (26, 36, 52), (111, 176, 245)  # of the accuracy matrix: the dark colours of the report
+
+
+class Progress:
+    """Shows how far a run is: a live line on a terminal, else a line every `SPARSE_SECONDS`."""
+
+    def __init__(self, console: Console, description: str, total: int, step: str, bar: RichProgress | None) -> None:
+        self._console = console
+        self._description = description
+        self._total = total
+        self._step = step
+        self._bar = bar
+        self._line = bar.add_task(description, total=total, note="") if bar else None
+        self._spoke = time.monotonic()
+
+    @property
+    def live(self) -> bool:
+        """Whether there is a terminal with a line that moves."""
+        return self._bar is not None
+
+    def update(self, task_index: int, share: float, note: str = "") -> None:
+        """Say where the run is.
+
+        Args:
+            task_index: of the present task, from 0.
+            share: of it that is done, 0..1.
+            note: a few words, e.g. the loss.
+        """
+        if self._bar is not None:
+            self._bar.update(self._line, completed=task_index + share, note=note)
+        elif time.monotonic() - self._spoke >= SPARSE_SECONDS:
+            self._spoke = time.monotonic()
+            number = f"{self._step} {task_index + 1}/{self._total}, " if self._total > 1 else ""
+            text = f"{self._description}: {number}{100 * share:.0f} %"
+            self._console.say(f"{text}, {note}" if note else text)
+
+
+class Console:
+    """Writes to a stream, standard output by default.
+
+    Raises:
+        EnvironmentUnfitError: rich is not installed.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        stream = stream or sys.stdout
+        self._rich = _rich(stream, stream.isatty())
+
+    def say(self, text: str) -> None:
+        """One plain line, never wrapped here, so that a path in it can be copied and searched for."""
+        self._rich.print(text, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total_tasks: int, step: str = "task") -> Iterator[Progress]:
+        """Show progress while the block runs; lines written meanwhile appear above the live line."""
+        if not self._rich.is_interactive:
+            yield Progress(self, description, total_tasks, step, None)
+            return
+        from rich import progress
+
+        columns = (
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[note]}", markup=False),
+        )
+        with progress.Progress(*columns, console=self._rich, transient=True) as bar:
+            yield Progress(self, description, total_tasks, step, bar)
+
+    def task_line(
+        self,
+        index: int,
+        total: int,
+        classes: Sequence[str],
+        curve_accuracy: float,
+        per_task_accuracies: Sequence[float],
+        seconds: float,
+        step: str = "task",
+    ) -> None:
+        """One line on a task, or an experience, that has been learned.
+
+        Args:
+            index: of the task, from 0.
+            total: number of tasks.
+            classes: names of its classes.
+            curve_accuracy: mean accuracy on the tasks seen.
+            per_task_accuracies: of each task seen, in order.
+            seconds: that it took.
+            step: what to call it.
+        """
+        from rich.cells import set_cell_size
+
+        shown = [f"{100 * accuracy:.0f}" for accuracy in per_task_accuracies]
+        each = " ".join(shown[i] if i is not None else "…" for i in _elided(len(shown), 10))
+        number = f"{step} {index + 1:>{len(str(total))}}/{total}"
+        names = set_cell_size(_shorten(", ".join(classes), 24), 24)
+        line = f"{number}  {names}  {duration(seconds):>11}  mean {percent(curve_accuracy):>7} of {each}"
+        self._rich.print(line, no_wrap=True, overflow="ellipsis")
+
+    def table(self, metrics: Mapping[str, Any]) -> None:
+        """The accuracy matrix, the comparison with baselines and panel, and who is ahead."""
+        for part in _summary(metrics, self._rich.width):
+            self._rich.print(part)
+
+
+def export_svg(metrics: Mapping[str, Any], path: Path) -> None:
+    """Write what `Console.table` prints as a picture, for a README.
+
+    Raises:
+        EnvironmentUnfitError: rich is not installed, or the file cannot be written.
+    """
+    recorder = _rich(io.StringIO(), True, record=True)
+    for part in _summary(metrics, recorder.width):
+        recorder.print(part)
+    title = f"{compared(metrics)[0].display} on {metrics['data']}"
+    svg = recorder.export_svg(title=title, unique_id="ssd-edge")
+    # rich's style sheet fetches a font; a picture must not call anyone, and monospace is as good.
+    write_text(path, re.sub(r"@font-face\s*\{.*?\}", "", svg, flags=re.DOTALL))
+
+
+def _rich(stream: TextIO, terminal: bool, record: bool = False) -> RichConsole:
+    """A console that takes all text as it is: a class may be called ``[red]`` or ``:smile:``."""
+    require("rich", "train", "write to the terminal")
+    from rich.console import Console as RichConsole
+
+    options: dict[str, Any] = {} if terminal and not record else {"width": WIDTH}
+    if record:  # the picture is the same wherever it is made
+        options |= {"record": True, "color_system": "truecolor", "no_color": False}
+    # force_terminal: else FORCE_COLOR would put control codes into a log
+    return RichConsole(file=stream, force_terminal=terminal, markup=False, emoji=False, highlight=False, **options)
+
+
+def _summary(metrics: Mapping[str, Any], width: int) -> list[RenderableType]:
+    from rich.text import Text
+
+    heading = f"{compared(metrics)[0].display} on {metrics['data']}: {described(metrics)}"
+    parts = [Text(heading, style="bold"), "", _matrix(metrics, width), "", _comparison(metrics, width)]
+    note = lead_note(metrics)
+    return [*parts, "", Text(note, style="yellow")] if note else parts
+
+
+def _matrix(metrics: Mapping[str, Any], width: int) -> Table:
+    """Accuracy in percent; a row after each task (or experience), a column for each task's images."""
+    from rich.text import Text
+
+    label = 28  # characters of the first column, which names the task's classes; the others have 6 and a space
+    matrix, tasks = metrics["accuracy_matrix"], metrics["tasks"]
+    introduced = metrics.get("introduced", range(len(tasks)))
+    step, room = step_name(len(tasks), len(matrix)), max(3, (width - label) // 7)
+    columns = _elided(len(tasks), room)
+    table = _table(f"after {step}", *("…" if task is None else str(task + 1) for task in columns), padding=0)
+    for drawn in table.columns[1:]:
+        drawn.justify, drawn.min_width = "center", 6
+    rows = _elided(len(matrix), room if step == "task" else 2 * room)
+    for row in rows:
+        if row is None:
+            table.add_row("…")
+            continue
+        cells = []
+        for column in columns:
+            accuracy = None if column is None or introduced[column] > row else matrix[row][column]
+            gap = "…" if column is None and row >= len(rows) // 2 else ""
+            cells.append(Text(gap) if accuracy is None else Text(f"{100 * accuracy:.1f}", style=_heat(accuracy)))
+        new = [
+            ("" if step == "task" else f"task {task + 1}: ") + ", ".join(map(str, tasks[task]["classes"]))
+            for task, first in enumerate(introduced)
+            if first == row
+        ]
+        table.add_row(_shorten("  ".join([str(row + 1), *new]), label), *cells)
+    return table
+
+
+def _comparison(metrics: Mapping[str, Any], width: int) -> Table:
+    """Every method, the most accurate first; what does not fit into `width` columns is left to the report."""
+    rows = ranked(metrics)
+    columns: dict[str, list[str]] = {
+        "method": [_shorten(method.display, 20) for method in rows],
+        "": [ROLES[method.role] for method in rows],
+        "average": [percent(method.values["average_accuracy"]) for method in rows],
+        "incremental": [percent(method.values.get("average_incremental_accuracy")) for method in rows],
+        "BWT": [points(method.values.get("backward_transfer"), signed=True) for method in rows],
+        "forgetting": [points(method.values.get("forgetting")) for method in rows],
+        "time": [duration(method.values.get("seconds")) for method in rows],
+        "state": [size(method.values.get("state_bytes")) for method in rows],
+    }
+    for spare in ("", "incremental", "forgetting", "time"):
+        if sum(max(map(len, (name, *cells))) + 3 for name, cells in columns.items()) <= width:
+            break
+        del columns[spare]
+    table = _table(*columns)
+    if "" in columns:
+        table.columns[1].justify = "left"
+    for method, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
+        table.add_row(*cells, style="bold cyan" if method.role == "learner" else None)
+    return table
+
+
+def _table(first: str, *others: str, padding: int = 1) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, padding))
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _heat(accuracy: float) -> str:
+    """Background and ink of a cell, both given, so that it is readable on any terminal."""
+    share = accuracy**2  # as in the report: most accuracies lie in the upper half
+    red, green, blue = (round(low + share * (high - low)) for low, high in zip(_COLD, _WARM, strict=True))
+    return f"{'#000000' if share > 0.62 else '#ffffff'} on rgb({red},{green},{blue})"
+
+
+def _elided(count: int, room: int) -> list[int | None]:
+    """Indices 0 … count−1, or, where only `room` entries fit, the first and last of them around None."""
+    if count <= room:
+        return list(range(count))
+    first, last = room // 2, (room - 1) // 2
+    return [*range(first), None, *range(count - last, count)]
+
+
+def _shorten(text: str, cells: int) -> str:
+    """Cut to so many columns of a terminal, where some letters take two."""
+    from rich.cells import cell_len, chop_cells
+
+    return text if cell_len(text) <= cells else chop_cells(text, cells - 1)[0].rstrip(", ") + "…"

@@ -1,0 +1,1 @@
+"""A training run: its folder, stream, embeddings, training loop, evaluation and metrics."""

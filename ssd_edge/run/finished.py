@@ -1,0 +1,162 @@
+"""A finished run, read and checked, as `deploy` needs it. Nothing in it is trusted to fit together before this."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssd_edge import bundle, files, learners
+from ssd_edge.classes import ClassRegistry
+from ssd_edge.config import TrainConfig
+from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners.base import TensorSpec, check_state
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.priors import Priors
+from ssd_edge.run import storage
+
+# What is taken from each file of a run, with its type.
+_BACKBONE = {"kind": str, "path": str, "identity": str, "size": int, "dim": int, "provenance": dict}
+TIME = "%Y-%m-%dT%H:%M:%SZ"  # of a run, in UTC
+RECORD = {"argv": list, "seed": int, "threads": int, "machine": str, "versions": dict}
+METRICS = {
+    "data": str,
+    "split": str,
+    "train_images": int,
+    "test_images": int,
+    "class_accuracy": dict,
+    "average_accuracy": float,
+    "average_incremental_accuracy": float,
+    "backward_transfer": float,
+    "forgetting": float,
+    "panel": dict,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """What `read` returns.
+
+    Attributes:
+        folder: of the run.
+        config: as it was resolved.
+        record: run.json.
+        metrics: metrics.json.
+        backbone: backbone.json.
+        registry: its classes.
+        learner: as it was after the last task.
+        states: role in a bundle → the file as the run wrote it.
+    """
+
+    folder: Path
+    config: TrainConfig
+    record: dict[str, Any]
+    metrics: dict[str, Any]
+    backbone: dict[str, Any]
+    registry: ClassRegistry
+    learner: learners.Learner
+    states: dict[str, bytes]
+
+    def standardisation(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
+        """μ and σ ``(dim,)``, float32, that the run measured for a user's own backbone; raises like `read`."""
+        path = self.folder / "standardisation.safetensors"
+        arrays, _ = files.read_tensors(path)
+        schema = {name: TensorSpec(("D",), "float32", "of the features of the first task") for name in ("mu", "sigma")}
+        _check_arrays(arrays, schema, {"D": dim}, path)
+        return arrays["mu"], arrays["sigma"]
+
+
+def emptied(run: FinishedRun, priors: Priors) -> FinishedRun:
+    """The same run before its first task: its backbone, and its learner as it was built, without any class."""
+    _, described = learners.pack(run.learner)
+    options = {"name": described["learner"], **described["settings"]}
+    learner = learners.build(options, run.learner.dim, priors, described["seed"])
+    statistics = {name: tensor.numpy() for name, tensor in ClassStatistics(learner.dim).state().items()}
+    states = {"learner": files.tensor_bytes(*learners.pack(learner)), "statistics": files.tensor_bytes(statistics)}
+    table = learners.top_n_table(learner)
+    if table is not None:
+        states["top_n"] = files.tensor_bytes(table, {"learner": learner.name})
+    return dataclasses.replace(run, registry=ClassRegistry(), learner=learner, states=states)
+
+
+def read(folder: Path) -> FinishedRun:
+    """Read a run's folder.
+
+    Raises:
+        InputError: not a run, not finished, or a file is missing.
+        BundleRefusedError: a file is damaged, or of another run.
+    """
+    config = storage.open_folder(folder)
+    record = _read_object(folder / "run.json", {"status": str})
+    if record["status"] != "finished":
+        raise InputError(
+            f"{folder} is not finished; take it up again with: ssd-edge train --resume {shlex.quote(str(folder))}"
+        )
+    needed = ("metrics.json", "backbone.json", "classes.json", "learner.safetensors", "statistics.safetensors")
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{folder} is not a complete run: {', '.join(missing)} missing; restore or train again")
+    roles = [role for role in ("learner", "statistics", "top_n") if (folder / bundle.ROLES[role]).is_file()]
+    states = {role: files.read_bytes(folder / bundle.ROLES[role]) for role in roles}
+    record = _read_object(folder / "run.json", {**RECORD, "finished": str})
+    try:
+        time.strptime(record["finished"], TIME)
+    except ValueError as error:
+        raise BundleRefusedError(f"{folder / 'run.json'} is damaged: 'finished' {error}; restore it") from error
+    state = FinishedRun(
+        folder=folder,
+        config=config,
+        record=record,
+        metrics=_read_object(folder / "metrics.json", {**METRICS, "baselines": dict, "tasks": list}),
+        backbone=_read_object(folder / "backbone.json", _BACKBONE),
+        registry=ClassRegistry.from_json(files.read_json(folder / "classes.json")),
+        learner=learners.restore(*files.parse_tensors(states["learner"], str(folder / "learner.safetensors"))),
+        states=states,
+    )
+    _check_together(state)
+    return state
+
+
+def _read_object(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
+    """A JSON object that has these keys.
+
+    Raises:
+        BundleRefusedError: it has not; numbers may be whole where a float is wanted.
+    """
+    value = files.read_json(path)
+    for key, kind in kinds.items():
+        found = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(found, (int, float) if kind is float else kind):
+            raise BundleRefusedError(f"{path} is damaged: '{key}' is {found!r}, not {kind.__name__}; restore it")
+    return value
+
+
+def _check_together(state: FinishedRun) -> None:
+    """Learner, statistics, classes and backbone are of one run."""
+    classes, dim, learner = len(state.registry), state.backbone["dim"], state.learner
+    if (len(learner.seen), learner.dim) != (classes, dim):
+        raise BundleRefusedError(
+            f"{state.folder}: the learner has {len(learner.seen)} classes and embeddings of {learner.dim}, but "
+            f"classes.json and backbone.json say {classes} and {dim}; restore the files of one run"
+        )
+    if learners.top_n_table(learner) is not None and "top_n" not in state.states:
+        raise InputError(f"{state.folder} is not a complete run: top_n.safetensors missing; restore or train again")
+    path = state.folder / "statistics.safetensors"
+    arrays, _ = files.parse_tensors(state.states["statistics"], str(path))
+    schema = {
+        "counts": TensorSpec(("C",), "float64", "samples of each class"),
+        "sums": TensorSpec(("C", "D"), "float64", "sum of the embeddings of each class"),
+        "second": TensorSpec((dim * (dim + 1) // 2,), "float64", "second moments, upper triangle"),
+    }
+    _check_arrays(arrays, schema, {"C": classes, "D": dim}, path)
+
+
+def _check_arrays(
+    arrays: dict[str, np.ndarray], schema: dict[str, TensorSpec], bound: dict[str, int], path: Path
+) -> None:
+    check_state({name: torch.from_numpy(array) for name, array in arrays.items()}, schema, bound, str(path))

@@ -1,0 +1,170 @@
+"""Installing: what is checked before a bundle becomes the current generation, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from device_runtime import Device
+from device_runtime.install import trust
+from device_runtime.install.bundle import install
+from ssd_edge.bundle import signing
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, InputError
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def put(root: Path, tiny_bundle, tmp_path: Path):
+    """put(release=…) installs a tiny bundle; further arguments of `install` by keyword."""
+
+    def run(allow_downgrade: bool = False, **made):
+        path = tmp_path / "tiny.ssdedge"
+        path.write_bytes(tiny_bundle(**made))
+        return install(root, path, allow_downgrade=allow_downgrade, say=said.append)
+
+    said: list[str] = []
+    run.said = said
+    return run
+
+
+@pytest.fixture
+def keys(tmp_path: Path):
+    """keys("a") → a new pair of key files."""
+
+    def make(name: str):
+        signing.new_key(tmp_path, name)
+        return tmp_path / f"{name}.key", tmp_path / f"{name}.pub"
+
+    return make
+
+
+def nothing_is_current(root: Path) -> bool:
+    return not (root / "CURRENT").exists()
+
+
+def test_it_is_tested_on_this_machine_and_what_was_found_is_kept(put, root):
+    generation = put(release=7)
+    assert generation.info["release"] == 7
+    assert generation.info["signed_by"] is None
+    assert generation.info["provider"] == "CPUExecutionProvider"
+    tested = generation.info["self_test"]
+    assert tested["images"] == 4
+    assert tested["max_difference"] <= 1e-5
+    assert tested["agreement"] == 1.0
+    assert "self-test on 4 images with CPUExecutionProvider: cosine 1.0" in put.said[-1]
+    assert Device.open(root).status()["release"] == 7
+
+
+def test_what_a_later_start_needs_is_carried_into_learned_generations(put, root, tmp_path):
+    from PIL import Image
+
+    put()
+    photos = [tmp_path / f"{n}.png" for n in range(3)]
+    for number, path in enumerate(photos):
+        Image.new("RGB", (8, 8), (200, 200, 20 + number)).save(path)
+    device = Device.open(root)
+    device.learn("wedge", photos)
+    assert set(device.generation.files) >= {"probe.safetensors", "device.json"}
+    assert Device.open(root).predict(photos)[0].label == "wedge"
+
+
+def test_a_backbone_that_computes_something_else_here_is_refused(put, root):
+    with pytest.raises(GateRefusedError, match=r"computes something else here .*at most 0\.001; run ssd-edge doctor"):
+        put(shift=0.5)
+    assert nothing_is_current(root)
+
+
+def test_a_learner_that_decides_otherwise_is_refused(put, root):
+    with pytest.raises(GateRefusedError, match=r"decides \d+% of the probe's images as it did"):
+        put(roll=1)
+    assert nothing_is_current(root)
+
+
+def test_a_refused_bundle_leaves_the_old_one_in_place(put, root):
+    put(release=1)
+    with pytest.raises(GateRefusedError):
+        put(release=2, shift=0.5)
+    assert Device.open(root).generation.number == 1
+
+
+def test_a_lower_release_is_refused_unless_allowed(put, root):
+    put(release=5)
+    put(release=5)  # the same again is no step back
+    with pytest.raises(BundleRefusedError, match=r"release 4, but release 5 was installed here; .*--allow-downgrade"):
+        put(release=4)
+    assert put(release=4, allow_downgrade=True).number == 3
+    with pytest.raises(BundleRefusedError, match="release 5 was installed"):  # it still was
+        put(release=4)
+
+
+def test_neither_a_rollback_nor_a_learned_generation_lowers_the_bar(put, root):
+    put(release=1)
+    put(release=2)
+    Device.open(root).rollback(1)
+    with pytest.raises(BundleRefusedError, match="release 1, but release 2"):
+        put(release=1)
+
+
+def test_nor_does_pruning(put, root):
+    put(release=2)
+    for _ in range(12):
+        put(release=3)
+    put(release=1, allow_downgrade=True)
+    for _ in range(12):
+        put(release=1, allow_downgrade=True)
+    assert len(list((root / "generations").iterdir())) <= 12
+    with pytest.raises(BundleRefusedError, match="release 2, but release 3 was installed"):
+        put(release=2)
+
+
+def test_with_a_trusted_key_only_what_it_signed_is_installed(put, root, keys):
+    private, public = keys("ours")
+    stranger, _ = keys("stranger")
+    identity = trust.trust(root, public)
+    assert trust.trusted(root) == [identity]
+    with pytest.raises(BundleRefusedError, match="not signed"):
+        put()
+    with pytest.raises(BundleRefusedError, match=identity):
+        put(sign=signing.signer(stranger))
+    assert nothing_is_current(root)
+    assert put(sign=signing.signer(private)).info["signed_by"] == identity
+    trust.distrust(root, identity)
+    assert put().info["signed_by"] is None
+
+
+def test_without_a_trusted_key_a_signature_is_not_required_and_not_claimed(put, keys):
+    private, _ = keys("ours")
+    assert put(sign=signing.signer(private)).info["signed_by"] is None
+
+
+def test_a_trusted_key_without_cryptography_is_a_refusal_not_a_skip(put, root, keys, monkeypatch):
+    private, public = keys("ours")
+    sign = signing.signer(private)
+    trust.trust(root, public)
+    for name in [name for name in sys.modules if name.split(".")[0] == "cryptography"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(EnvironmentUnfitError, match="cryptography"):
+        put(sign=lambda data: sign(data))
+    assert nothing_is_current(root)
+
+
+def test_distrusting_a_key_that_is_not_trusted_names_those_that_are(root, keys):
+    identity = trust.trust(root, keys("ours")[1])
+    with pytest.raises(InputError, match=f"no key 0123 is trusted in .*trusted: {identity}"):
+        trust.distrust(root, "0123")
+
+
+def test_what_is_no_public_key_is_not_trusted(root, keys, tmp_path):
+    (tmp_path / "x.pub").write_text("ssh-ed25519 AAAA")
+    with pytest.raises(InputError, match=r"x\.pub"):
+        trust.trust(root, tmp_path / "x.pub")
+    with pytest.raises(InputError):  # a private key is none, and must not be copied to a device
+        trust.trust(root, keys("ours")[0])
+    assert trust.trusted(root) == []

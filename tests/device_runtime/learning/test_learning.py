@@ -1,0 +1,198 @@
+"""What a device learns at once: several classes, more of a known one, and another name; on a tiny bundle."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from helpers import store_standins
+
+from device_runtime import Device
+from device_runtime.install.bundle import install
+from device_runtime.learning.guard import Limits
+from device_runtime.store.generations import Generations
+from ssd_edge.errors import EnvironmentUnfitError, GateRefusedError, InputError, SlowerProviderError
+
+STORE = vars(store_standins)
+COLOURS = ("cup", "wedge", "bolt")
+photos = STORE["photos"]
+
+
+@pytest.fixture
+def root(tiny_bundle, tmp_path: Path) -> Path:
+    (tmp_path / "tiny.ssdedge").write_bytes(tiny_bundle())
+    install(tmp_path / "root", tmp_path / "tiny.ssdedge")
+    return tmp_path / "root"
+
+
+def labels(device: Device, name: str) -> set[str]:
+    return {prediction.label for prediction in device.predict(photos(name, 10, seed=9))}
+
+
+def test_several_classes_are_one_generation(root):
+    device = Device.open(root)
+    result = device.learn_all({"wedge": photos("wedge", 10), "bolt": photos("bolt", 5)})
+    assert result["generation"] == 2
+    assert result["classes"] == ["cup", "nut", "screw", "wedge", "bolt"]
+    assert (result["label"], result["images"]) == ("wedge, bolt", 15)
+    assert [(one["label"], one["images"], one["new"]) for one in result["taught"]] == [
+        ("wedge", 10, True),
+        ("bolt", 5, True),
+    ]
+    assert [one["held_out"] for one in result["taught"]] == [
+        {"images": 2, "accuracy": 1.0},
+        {"images": 1, "accuracy": 1.0},
+    ]
+    assert result["held_out"] == {"images": 3, "accuracy": 1.0}
+    for name in COLOURS:
+        assert labels(device, name) == {name}
+    assert Device.open(root).status()["images"] == {"cup": 20, "nut": 20, "screw": 20, "wedge": 10, "bolt": 5}
+
+
+def test_more_images_of_a_known_class_move_it(root):
+    device = Device.open(root)
+    before = device.learner.state_dict()["sums"][0]
+    result = device.learn("cup", photos("cup", 1))  # one is enough: the class has others
+    assert result["classes"] == ["cup", "nut", "screw"]
+    assert result["taught"][0] == {
+        "label": "cup",
+        "images": 1,
+        "new": False,
+        "held_out": {"images": 0, "accuracy": None},
+    }
+    assert not device.learner.state_dict()["sums"][0].equal(before)
+    assert device.status()["images"]["cup"] == 21
+    assert device.statistics.counts.tolist() == [21, 20, 20]
+    assert device.status()["learned_here"] == []
+    device.rollback()
+    assert device.learner.state_dict()["sums"][0].equal(before)
+
+
+def test_new_and_known_may_be_learned_together(root):
+    device = Device.open(root)
+    result = device.learn_all({"cup": photos("cup", 4), "wedge": photos("wedge", 4)})
+    assert [one["new"] for one in result["taught"]] == [False, True]
+    assert labels(device, "wedge") == {"wedge"}
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        ({}, "there is nothing to learn"),
+        ({"wedge": 2}, "a new class needs at least 3 images, but 'wedge' has 2"),
+        ({"cup": 0}, "a known class needs at least 1 images, but 'cup' has 0"),
+        ({"cup": 3, " cup": 3}, "the class ' cup' is given twice"),
+        ({"wedge": 3, "wedge ": 3}, "the class 'wedge ' is given twice"),
+        ({"unknown": 3}, "reserved"),
+    ],
+)
+def test_what_cannot_be_learned_changes_nothing(root, images, sentence):
+    device = Device.open(root)
+    with pytest.raises(InputError, match=sentence):
+        device.learn_all({name: photos("cup", count) for name, count in images.items()})
+    assert Device.open(root).generation.number == 1
+
+
+def test_what_would_make_it_forget_is_refused_and_changes_nothing(root):
+    device = Device.open(root)
+    before = device.predict(photos("cup", 5))
+    with pytest.raises(GateRefusedError, match=r"nothing was changed: .*'cup' loses most") as raised:
+        device.learn("mug", photos("cup", 20, seed=1))
+    assert raised.value.exit_code == 4
+    assert device.predict(photos("cup", 5)) == before
+    assert Device.open(root).generation.number == 1
+    result = device.learn_all({"mug": photos("cup", 20, seed=1)}, Limits(max_forgetting=0.5))
+    assert "'mug' looks like 'cup'" in result["warnings"][0]
+    assert result["old_classes"]["worst"]["label"] == "cup"
+    assert device.history()["generations"][-1]["info"]["warnings"] == result["warnings"]
+
+
+def test_a_class_is_renamed_and_nothing_else(root):
+    device = Device.open(root)
+    before = device.learner.scores(device.embed(photos("cup", 5)))
+    result = device.rename("cup", "mug")
+    assert (result["generation"], result["renamed"]) == (2, ["cup", "mug"])
+    assert labels(device, "cup") == {"mug"}
+    assert device.learner.scores(device.embed(photos("cup", 5))).equal(before)
+    assert device.history()["generations"][-1]["info"] == {"renamed": ["cup", "mug"]}
+    with pytest.raises(InputError, match="no class 'cup' is known"):
+        device.rename("cup", "x")
+    device.rollback()
+    assert "cup" in device.classes
+
+
+def test_strict_refuses_what_is_slower_than_the_target_is_prepared_for(root, tiny_bundle, tmp_path, caplog):
+    assert Device.open(root, strict=True).predict(photos("cup", 1))  # of a bundle for the CPU
+    path = tmp_path / "jetson.ssdedge"
+    path.write_bytes(tiny_bundle(target="jetson"))
+    with pytest.raises(SlowerProviderError, match="CPUExecutionProvider runs the backbone, slower") as raised:
+        install(tmp_path / "strict", path, strict=True)
+    assert raised.value.exit_code == 6
+    assert not (tmp_path / "strict" / "CURRENT").exists()
+    install(root, path)
+    assert Device.open(root).predict(photos("cup", 1))
+    assert "warning: CPUExecutionProvider runs the backbone" in caplog.text
+    with pytest.raises(SlowerProviderError):
+        Device.open(root, strict=True).predict(photos("cup", 1))
+
+
+def test_readers_never_see_half_a_state_while_another_thread_learns(root):
+    device = Device.open(root)
+    probes = photos("cup", 3, seed=5) + photos("wedge", 3, seed=5)
+    answers: dict[int, set[tuple]] = {}
+    problems: list[BaseException] = []
+    done = threading.Event()
+
+    def read() -> None:
+        try:
+            while not done.is_set():
+                found = device.predict(probes)
+                (number,) = {one.generation for one in found}
+                answers.setdefault(number, set()).add(tuple((one.label, one.score) for one in found))
+        except BaseException as error:
+            problems.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(8)]
+    for reader in readers:
+        reader.start()
+    for turn in range(6):
+        device.learn("wedge" if turn == 0 else f"class {turn}", photos("wedge" if turn == 0 else "bolt", 4, seed=turn))
+    device.rollback(1)
+    done.set()
+    for reader in readers:
+        reader.join(30)
+    assert not problems
+    assert len(answers) > 2
+    assert all(len(seen) == 1 for seen in answers.values())  # one answer a generation, to the last bit
+    for number, seen in answers.items():
+        expected = Device(OneGeneration(device.store.root, number)).predict(probes)
+        assert seen == {tuple((one.label, one.score) for one in expected)}
+
+
+class OneGeneration(Generations):
+    """A root of which one generation is taken for the current one."""
+
+    def __init__(self, root: Path, number: int) -> None:
+        super().__init__(root)
+        self.number = number
+
+    def pointer(self):
+        return self.number
+
+
+def test_what_another_process_commits_is_taken_over_when_asked(root):
+    here, there = Device.open(root), Device.open(root)
+    assert here.refresh() is False
+    there.learn("wedge", photos("wedge", 4))
+    assert labels(here, "wedge") != {"wedge"}
+    assert here.refresh() is True
+    assert labels(here, "wedge") == {"wedge"}
+    assert here.refresh() is False
+
+
+def test_who_learns_second_is_refused_and_the_first_goes_on(root):
+    first, second = Device.open(root), Device.open(root)
+    with first.store.writer(), pytest.raises(EnvironmentUnfitError, match="another process is writing"):
+        second.learn("wedge", photos("wedge", 4))
+    assert second.learn("wedge", photos("wedge", 4))["generation"] == 2

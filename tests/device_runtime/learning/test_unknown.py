@@ -1,0 +1,323 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from device_runtime.learning import unknown
+from device_runtime.learning.unknown import NEVER, Rejector
+from ssd_edge import files
+from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+
+DIM = 32
+
+
+class World:
+    """Gaussian classes with one covariance, as a backbone might embed them."""
+
+    def __init__(self, classes: int = 4, dim: int = DIM, length: float = 6.0, seed: int = 0) -> None:
+        self.rng = torch.Generator().manual_seed(seed)
+        self.mix = torch.eye(dim) + 0.3 * torch.randn(dim, dim, generator=self.rng)
+        directions = torch.linalg.qr(torch.randn(dim, dim, generator=self.rng)).Q[:classes]
+        self.means = length * directions @ self.mix.T
+
+    def draw(self, row: int, count: int) -> torch.Tensor:
+        noise = torch.randn(count, self.means.shape[1], generator=self.rng)
+        return self.means[row] + noise @ self.mix.T
+
+    def statistics(self, counts: list[int], per_class: bool = False) -> ClassStatistics:
+        found = ClassStatistics(self.means.shape[1], per_class)
+        found.grow(len(counts))
+        for row, count in enumerate(counts):
+            if count:
+                found.add(self.draw(row, count), torch.full((count,), row))
+        return found
+
+    def accepted(self, rejector: Rejector, row: int, of: int | None = None) -> float:
+        """The share of 2,000 fresh samples of class `of` (that in `row`) that pass as the class in `row`."""
+        fresh = self.draw(row if of is None else of, 2000)
+        return float(rejector.known(fresh, torch.full((2000,), row))[0].double().mean())
+
+
+def rows(embeddings: torch.Tensor, row: int = 0) -> torch.Tensor:
+    return torch.full((len(embeddings),), row)
+
+
+def test_with_the_moments_of_each_class_the_rate_is_met(monkeypatch):
+    world = World()
+    for rate in (0.9, 0.95):
+        rejector = Rejector.fit(world.statistics([2000] * 4, per_class=True), rate)
+        assert [world.accepted(rejector, row) for row in range(4)] == pytest.approx([rate] * 4, abs=0.025)
+    # the pooled covariance of such classes is exact: without the allowance for real ones it meets the rate too
+    monkeypatch.setattr(unknown, "OWN_SPREAD", 0.0)
+    rejector = Rejector.fit(world.statistics([2000] * 4))
+    assert [world.accepted(rejector, row) for row in range(4)] == pytest.approx([0.95] * 4, abs=0.025)
+
+
+def test_from_the_pooled_covariance_alone_at_least_the_rate_passes():
+    world = World()
+    rejector = Rejector.fit(world.statistics([2000] * 4))
+    assert min(world.accepted(rejector, row) for row in range(4)) >= 0.94
+
+
+def test_far_clusters_are_told_apart_and_rejected():
+    world = World(classes=5)
+    rejector = Rejector.fit(world.statistics([500] * 4))
+    own, strange = world.draw(0, 500), world.draw(4, 500)
+    best = torch.stack([rejector.score(strange, rows(strange, row)) for row in range(4)]).amax(0)
+    auroc = (rejector.score(own, rows(own))[:, None] > best[None]).double().mean()
+    assert auroc > 0.95
+    passed, margin = rejector.known(strange, rows(strange))
+    assert passed.double().mean() < 0.05
+    assert torch.equal(passed, margin >= 0)
+
+
+@pytest.mark.parametrize("count", [3, 5, 20, 200])
+def test_fresh_samples_of_a_new_class_pass_and_others_do_not(count):
+    world = World(classes=5)
+    statistics = world.statistics([500] * 4)
+    rejector, taught = Rejector.fit(statistics), world.draw(4, count)
+    statistics.add(taught, rows(taught, 4))
+    with_new = rejector.with_class(4, statistics, taught)
+    assert world.accepted(with_new, 4) >= 0.8
+    assert world.accepted(with_new, 4, of=0) < 0.3
+
+
+def test_statistics_alone_allow_for_a_mean_of_few_images():
+    # five images in 128 dimensions: most of the length of their mean is noise, which fresh images do not share
+    accepted = []
+    for seed in range(6):
+        world = World(dim=128, length=4.0, seed=seed)
+        accepted.append(world.accepted(Rejector.fit(world.statistics([1000, 1000, 1000, 5])), 3))
+    assert np.mean(accepted) >= 0.9
+
+
+def test_an_embedding_is_not_scored_against_a_mean_that_it_is_part_of(monkeypatch):
+    monkeypatch.setattr(unknown, "PRIOR", 0.0)  # what the embeddings say, and nothing else
+    accepted = []
+    for seed in range(3):
+        world = World(dim=128, length=4.0, seed=seed)
+        statistics = world.statistics([1000] * 3)
+        rejector, taught = Rejector.fit(statistics), world.draw(3, 20)
+        statistics.add(taught, rows(taught, 3))
+        accepted.append(world.accepted(rejector.with_class(3, statistics, taught), 3))
+    assert 0.85 <= np.mean(accepted) <= 0.99
+
+
+def test_a_new_class_changes_no_bit_of_the_others():
+    world = World(classes=5)
+    statistics = world.statistics([200] * 4)
+    rejector, taught = Rejector.fit(statistics), world.draw(4, 10)
+    before = {name: array.copy() for name, array in rejector.state().items()}
+    statistics.add(taught, rows(taught, 4))
+    after = rejector.with_class(4, statistics, taught).state()
+    for name in ("thresholds", "directions"):
+        assert after[name][:4].tobytes() == before[name].tobytes()
+        assert rejector.state()[name].tobytes() == before[name].tobytes()
+    assert after["whitening"].tobytes() == before["whitening"].tobytes()
+
+
+def test_what_is_taught_again_counts_by_its_number():
+    world = World()
+    statistics = world.statistics([5000, 50, 50, 50])
+    rejector = Rejector.fit(statistics)
+    odd = world.draw(0, 20) + 3 * torch.randn(20, DIM, generator=world.rng)
+    moved = []
+    for row in (0, 1):
+        after = ClassStatistics.from_state(statistics.state())
+        after.add(odd, rows(odd, row))
+        again = rejector.with_class(row, after, odd)
+        moved.append(abs(float(again.thresholds[row] - rejector.thresholds[row])))
+        assert torch.equal(again.thresholds[2:], rejector.thresholds[2:])
+    assert 0 < moved[0] < 0.02 < moved[1]
+
+
+def test_two_classes_taught_together_are_calibrated_one_after_the_other_in_any_order():
+    world = World(classes=6)
+    statistics = world.statistics([300] * 4)
+    rejector, taught = Rejector.fit(statistics), {row: world.draw(row, 15) for row in (4, 5)}
+    for row, embeddings in taught.items():
+        statistics.add(embeddings, rows(embeddings, row))
+    ends = []
+    for order in ((4, 5), (5, 4)):
+        now = rejector
+        for row in order:
+            now = now.with_class(row, statistics, taught[row])
+        ends.append(now)
+    assert torch.equal(ends[0].thresholds, ends[1].thresholds)
+    assert torch.equal(ends[0].directions, ends[1].directions)
+    assert min(world.accepted(ends[0], row) for row in range(6)) >= 0.8
+
+
+def test_a_device_that_began_with_no_class():
+    world = World()
+    statistics = ClassStatistics(DIM)
+    rejector = Rejector.fit(statistics)
+    assert rejector.known(torch.zeros(0, DIM), torch.zeros(0, dtype=torch.int64))[0].shape == (0,)
+    for row in range(3):
+        taught = world.draw(row, 10)
+        statistics.add(taught, rows(taught, row))
+        rejector = rejector.with_class(row, statistics, taught)
+        assert world.accepted(rejector, row) >= 0.8
+    assert rejector.outgrown(statistics)
+    assert not Rejector.fit(statistics).outgrown(statistics)
+    assert not Rejector.fit(world.statistics([500])).outgrown(world.statistics([5000]))
+
+
+@pytest.mark.parametrize("counts", [[3], [500], [3, 3], [1, 1], [5, 400]], ids=str)
+def test_fewer_samples_than_dimensions_or_a_single_class(counts):
+    world = World()
+    rejector = Rejector.fit(world.statistics(counts))
+    assert all(np.isfinite(array).all() for array in rejector.state().values())
+    for row, count in enumerate(counts):
+        if count >= 3:
+            assert world.accepted(rejector, row) >= 0.75
+
+
+def test_equal_images_and_features_that_never_vary():
+    statistics, same = ClassStatistics(DIM), torch.ones(5, DIM)
+    statistics.add(same, rows(same))
+    rejector = Rejector.fit(statistics).with_class(0, statistics, same)
+    assert rejector.known(same, rows(same))[0].all()
+    assert not rejector.known(-same, rows(same))[0].any()
+    zero = ClassStatistics(DIM)
+    zero.add(0 * same, rows(same))
+    assert not Rejector.fit(zero).known(same, rows(same))[0].any()
+
+
+def test_a_row_without_samples_is_never_known_until_it_is_taught():
+    world = World()
+    statistics = world.statistics([200, 0, 200])
+    rejector = Rejector.fit(statistics)
+    assert float(rejector.thresholds[1]) == NEVER
+    assert world.accepted(rejector, 1) == 0.0
+    taught = world.draw(1, 10)
+    statistics.add(taught, rows(taught, 1))
+    assert world.accepted(rejector.with_class(1, statistics, taught), 1) >= 0.8
+
+
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(0, 40), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_state_round_trip_bit_for_bit_without_a_sample_dimension(classes, dim, count, seed):
+    statistics = ClassStatistics(dim)
+    statistics.grow(classes)
+    generator = torch.Generator().manual_seed(seed)
+    if count:
+        labels = torch.randint(classes, (count,), generator=generator)
+        statistics.add(100 * torch.randn(count, dim, generator=generator), labels)
+    rejector = Rejector.fit(statistics)
+    arrays, _ = files.parse_tensors(files.tensor_bytes(rejector.state()), "unknown.safetensors")
+    assert {name: a.shape for name, a in arrays.items()} == {
+        "fitted": (2,),
+        "whitening": (dim * (dim + 1) // 2,),
+        "directions": (classes, dim),
+        "thresholds": (classes,),
+    }
+    again = Rejector.from_state(arrays)
+    fresh, taken = torch.randn(9, dim, generator=generator), torch.arange(9) % classes
+    assert torch.equal(again.known(fresh, taken)[1], rejector.known(fresh, taken)[1])
+    assert all(again.state()[name].tobytes() == array.tobytes() for name, array in arrays.items())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda s: s.pop("thresholds"),
+        lambda s: s.update(thresholds=s["thresholds"][:-1]),
+        lambda s: s.update(whitening=s["whitening"][:-1]),
+        lambda s: s.update(directions=s["directions"].ravel()),
+        lambda s: s.update(fitted=s["fitted"][:1]),
+        lambda s: s["directions"].__setitem__((0, 0), np.nan),
+    ],
+)
+def test_a_damaged_state_is_refused(spoil):
+    state = Rejector.fit(World().statistics([20] * 4)).state()
+    spoil(state)
+    with pytest.raises(BundleRefusedError, match="damaged"):
+        Rejector.from_state(state)
+
+
+def test_what_is_no_embedding_is_refused():
+    world = World()
+    statistics = world.statistics([50] * 4)
+    rejector, good = Rejector.fit(statistics), world.draw(0, 4)
+    for bad, word in ((torch.nan, "NaN"), (torch.inf, "NaN"), (-torch.inf, "infinity")):
+        broken = good.clone()
+        broken[2, 7] = bad
+        with pytest.raises(InputError, match=word):
+            rejector.known(broken, rows(broken))
+        with pytest.raises(InputError, match=word):
+            rejector.with_class(0, statistics, broken)
+    with pytest.raises(InputError, match=r"\(N, 32\).*\(4, 31\)"):
+        rejector.known(good[:, 1:], rows(good))
+    with pytest.raises(InputError, match="below 4"):
+        rejector.known(good, rows(good, 4))
+    with pytest.raises(InputError, match="below 4"):
+        rejector.known(good, rows(good, -1))
+    with pytest.raises(InputError, match="rows"):
+        rejector.known(good, rows(good)[1:])
+
+
+def test_what_cannot_be_calibrated_is_refused():
+    world = World()
+    statistics = world.statistics([50] * 4)
+    rejector = Rejector.fit(statistics)
+    for row, count in ((0, 0), (4, 3), (-1, 3), (1, 51)):
+        with pytest.raises(InputError, match=f"row {row} was taught"):
+            rejector.with_class(row, statistics, world.draw(0, count))
+    for rate in (0.5, 1.0, float("nan")):
+        with pytest.raises(InputError, match="rate"):
+            Rejector.fit(statistics, rate)
+    statistics.sums[0, 0] = torch.nan
+    with pytest.raises(InputError, match="NaN"):
+        Rejector.fit(statistics)
+
+
+def test_rows_that_are_left_out_change_no_bit_of_the_others():
+    world = World()
+    rejector = Rejector.fit(world.statistics([200] * 4))
+    fewer = rejector.without_rows([1, 2])
+    fresh = world.draw(3, 50)
+    assert fewer.thresholds.tolist() == rejector.thresholds[[0, 3]].tolist()
+    assert torch.equal(fewer.known(fresh, rows(fresh, 1))[1], rejector.known(fresh, rows(fresh, 3))[1])
+    assert len(rejector.thresholds) == 4
+    assert len(rejector.without_rows(range(4)).thresholds) == 0
+    for row in (-1, 4):
+        with pytest.raises(InputError, match=f"there are 4 rows, so there is no row {row}"):
+            rejector.without_rows([0, row])
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_a_joined_class_is_refitted_and_nothing_else(per_class):
+    world = World()
+    statistics = world.statistics([200, 40, 200, 30], per_class)
+    rejector = Rejector.fit(statistics)
+    assert world.accepted(rejector, 1, of=3) < 0.3
+    statistics.join(3, 1)
+    joined = rejector.refitted(1, statistics)
+    assert min(world.accepted(joined, 1), world.accepted(joined, 1, of=3)) > 0.7
+    for name in ("thresholds", "directions"):
+        before, after = rejector.state()[name], joined.state()[name]
+        assert after[[0, 2, 3]].tobytes() == before[[0, 2, 3]].tobytes()
+        assert after[1].tobytes() != before[1].tobytes()
+    assert joined.state()["whitening"].tobytes() == rejector.state()["whitening"].tobytes()
+    assert joined.refitted(1, statistics).state()["thresholds"].tobytes() == joined.state()["thresholds"].tobytes()
+    emptied = joined.refitted(3, statistics)
+    assert float(emptied.thresholds[3]) == NEVER
+    for row in (-1, 4):
+        with pytest.raises(InputError, match=f"there are 4 rows, so there is no row {row}"):
+            rejector.refitted(row, statistics)
+
+
+def test_a_class_that_statistics_bring_along_is_fitted_like_the_others():
+    world = World(classes=6)
+    statistics = world.statistics([200] * 4)
+    rejector = Rejector.fit(statistics)
+    for row in (4, 5):
+        statistics.add(world.draw(row, 30), rows(torch.zeros(30, 1), row))
+    grown = rejector.refitted(5, statistics)
+    assert torch.equal(grown.thresholds[:4], rejector.thresholds)
+    assert min(world.accepted(grown, row) for row in range(6)) > 0.8
+    nothing = Rejector.fit(ClassStatistics(DIM)).refitted(2, statistics).state()
+    assert all(array.tobytes() == nothing[name].tobytes() for name, array in Rejector.fit(statistics).state().items())

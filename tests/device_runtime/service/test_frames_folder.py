@@ -1,0 +1,270 @@
+"""A folder gives each new image once, whatever its camera and its clock do."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from device_runtime.service import frames
+from device_runtime.service.frames import Folder
+from ssd_edge.errors import InputError
+
+
+def jpeg(colour: tuple[int, int, int] = (200, 30, 30), size: int = 24) -> bytes:
+    noise = np.random.default_rng(sum(colour)).integers(-25, 25, (size, size, 3))
+    out = io.BytesIO()
+    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(out, "JPEG", quality=95)
+    return out.getvalue()
+
+
+PLAIN, LARGE = jpeg(), jpeg((10, 200, 90), 200)
+
+
+class Camera:
+    """A folder and a clock that is read by hand."""
+
+    def __init__(self, path: Path, existing: bool = False) -> None:
+        self.path, self.now = path, 100.0
+        self.folder = Folder(path, existing, clock=lambda: self.now)
+
+    def put(self, name: str, data: bytes = PLAIN) -> None:
+        """As a careful camera does: under another name first."""
+        (self.path / f"{name}.part").write_bytes(data)
+        (self.path / f"{name}.part").rename(self.path / name)
+
+    def look(self, size: int = 8) -> list[str]:
+        found = list(self.folder.images(lambda: size))
+        assert all(pixels.shape == (size, size, 3) for _, pixels in found)
+        return [Path(path).name for path, _ in found]
+
+
+@pytest.fixture
+def camera(tmp_path: Path) -> Camera:
+    return Camera(tmp_path)
+
+
+def test_only_what_is_new_and_an_image_is_seen(tmp_path: Path):
+    (tmp_path / "old.jpg").write_bytes(PLAIN)
+    camera = Camera(tmp_path)
+    assert camera.look() == []
+    (tmp_path / "below.jpg").mkdir()
+    for name in ("b.jpg", "a.PNG", "note.txt", ".hidden.jpg"):
+        camera.put(name)
+    assert camera.look() == ["b.jpg", "a.PNG"]  # in the order in which they came
+    assert camera.look() == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".hidden.jpg", "a.PNG", "b.jpg", "below.jpg", "note.txt", "old.jpg",
+    ]  # fmt: skip
+
+
+def test_existing_images_are_seen_when_asked_for(tmp_path: Path):
+    (tmp_path / "old.jpg").write_bytes(PLAIN)
+    camera = Camera(tmp_path, existing=True)
+    assert camera.look() == ["old.jpg"]
+    assert camera.look() == []
+
+
+def test_an_old_file_that_is_moved_in_is_new(camera: Camera):
+    outside = camera.path / "elsewhere.part"
+    outside.write_bytes(PLAIN)
+    os.utime(outside, (1, 1))
+    outside.rename(camera.path / "moved.jpg")
+    assert camera.look() == ["moved.jpg"]
+
+
+def test_a_name_that_is_written_again_is_new(camera: Camera):
+    for colour in ((1, 2, 3), (30, 2, 3), (1, 40, 3)):
+        camera.put("latest.jpg", jpeg(colour))
+        assert camera.look() == ["latest.jpg"]
+    (camera.path / "latest.jpg").write_bytes(jpeg((9, 9, 90)))  # in place
+    assert camera.look() == ["latest.jpg"]
+    assert camera.look() == []
+
+
+def test_another_mode_is_no_new_image(camera: Camera):
+    camera.put("a.jpg")
+    assert camera.look() == ["a.jpg"]
+    (camera.path / "a.jpg").chmod(0o600)
+    assert camera.look() == []
+
+
+def test_links_are_followed(camera: Camera, tmp_path_factory):
+    target = tmp_path_factory.mktemp("target") / "frame.jpg"
+    target.write_bytes(PLAIN)
+    (camera.path / "link.jpg").symlink_to(target)
+    (camera.path / "dead.jpg").symlink_to(camera.path / "nothing")
+    assert camera.look() == ["link.jpg"]
+    assert camera.look() == []
+
+
+def test_a_new_link_to_an_old_image_is_new(camera: Camera, monkeypatch):
+    monkeypatch.setattr(frames, "WINDOW", 0)
+    target = camera.path.parent / f"{camera.path.name}-old.jpg"
+    target.write_bytes(PLAIN)
+    for name in ("link.jpg", "again.jpg"):
+        time.sleep(0.02)  # the clock of a file system ticks every few milliseconds
+        (camera.path / name).symlink_to(target)
+        assert camera.look() == [name]
+
+
+def test_a_file_that_is_written_slowly_is_seen_when_it_is_whole(camera: Camera, caplog):
+    data = LARGE
+    with open(camera.path / "slow.jpg", "wb") as file:
+        for part in range(9):
+            file.write(data[part * len(data) // 9 : (part + 1) * len(data) // 9])
+            file.flush()
+            camera.now += 4.0  # each pause is shorter than the patience, all together are not
+            assert camera.look() == (["slow.jpg"] if part == 8 else [])
+    assert camera.look() == []
+    assert not caplog.records
+
+
+def test_what_stays_damaged_is_given_up_and_said_once(camera: Camera, caplog):
+    camera.put("bad.jpg", b"no image")
+    camera.put("empty.jpg", b"")
+    for _ in range(8):
+        camera.put(f"good-{camera.now}.jpg")
+        assert camera.look() == [f"good-{camera.now}.jpg"]
+        camera.now += 1.0
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert "bad.jpg is left out:" in told[0]
+    assert "is not a JPEG, PNG, WebP or BMP image" in told[0]
+    camera.put("bad.jpg")  # mended
+    assert camera.look() == ["bad.jpg"]
+
+
+def test_a_file_that_is_gone_again(camera: Camera, caplog):
+    caplog.set_level(logging.INFO)
+    camera.put("a.jpg")
+    camera.put("b.jpg")
+    found = []
+    for path, _ in camera.folder.images(lambda: 8):
+        found.append(Path(path).name)
+        (camera.path / "b.jpg").unlink(missing_ok=True)
+    assert found == ["a.jpg"]
+    assert "gone before it was read" in caplog.text
+    assert camera.look() == []
+
+
+def test_too_large_a_file_is_given_up(camera: Camera, monkeypatch, caplog):
+    monkeypatch.setattr(frames.images, "MAX_BYTES", 50)
+    camera.put("film.jpg")
+    for _ in range(4):
+        assert camera.look() == []
+        camera.now += 3.0
+    assert len(caplog.records) == 1
+    assert "at most 50 are read" in caplog.text
+
+
+def test_only_so_many_unfinished_files_are_waited_for(camera: Camera, monkeypatch, caplog):
+    monkeypatch.setattr(frames, "UNFINISHED", 2)
+    for number in range(5):
+        camera.put(f"{number}.jpg", b"half")
+    assert camera.look() == []
+    assert len(camera.folder._unfinished) == 2
+    assert caplog.text.count("is left out") == 3
+
+
+def test_a_folder_that_is_gone_and_comes_back(camera: Camera):
+    away = camera.path.with_name("away")
+    camera.put("a.jpg")
+    assert camera.look() == ["a.jpg"]
+    camera.path.rename(away)
+    with pytest.raises(FileNotFoundError):
+        camera.look()
+    away.rename(camera.path)
+    camera.put("b.jpg")
+    assert camera.look() == ["b.jpg"]
+
+
+def test_no_folder_is_one_sentence(tmp_path: Path):
+    with pytest.raises(InputError, match="is not a folder"):
+        Folder(tmp_path / "none")
+
+
+class Drawn(Folder):
+    """A folder whose files and times are made up."""
+
+    def __init__(self, path: Path, existing: bool = False) -> None:
+        self.files: dict[str, int] = {}
+        super().__init__(path, existing)
+
+    def _files(self):
+        return ((name, when, (hash(name), when, 1)) for name, when in list(self.files.items()))
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch) -> Drawn:
+    """Ten files are taken at once and remembered; the folder's own time is that of its newest file."""
+    monkeypatch.setattr(frames, "AT_ONCE", 10)
+    monkeypatch.setattr(frames, "WINDOW", 100)
+    folder = Drawn(tmp_path, existing=True)
+    times = {"now": 0}
+    folder.times = times
+
+    class Clocked:
+        st_ctime_ns = property(lambda self: times["now"])
+
+    monkeypatch.setattr(frames.os, "stat", lambda path: Clocked())
+    return folder
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 45)), min_size=1, max_size=15))
+def test_each_once_and_in_order_however_many_there_are(steps: list[tuple[int, int]]):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frames, "AT_ONCE", 10)
+        patch.setattr(frames, "WINDOW", 100)
+        clock = [1000]
+        patch.setattr(frames.os, "stat", lambda path: type("", (), {"st_ctime_ns": clock[0]})())
+        patch.setattr(frames.Path, "is_dir", lambda self: True)
+        folder, seen = Drawn(Path("nowhere"), existing=True), []
+        for later, count in steps:
+            clock[0] += later
+            folder.files |= {f"{len(folder.files) + n:05d}": clock[0] for n in range(count)}
+            seen += folder._look()
+            assert len(folder._recent) <= 10
+        for _ in range(len(folder.files) // 10 + 1):
+            seen += folder._look()
+        assert seen == sorted(folder.files)
+
+
+def test_a_clock_that_is_set_back_hides_nothing_new(drawn: Drawn, caplog):
+    drawn.times["now"] = 10_000
+    drawn.files = {f"old-{n}": 3_000 + 1_400 * n for n in range(6)}  # of which two are remembered by name
+    assert len(drawn._look()) == 6
+    drawn.times["now"] = 2_000
+    drawn.files["new-1"] = 2_000
+    assert drawn._look() == ["new-1"]
+    assert "set back" in caplog.text
+    drawn.times["now"] = drawn.files["new-2"] = 2_500
+    assert drawn._look() == ["new-2"]
+    assert drawn._look() == []
+    assert len(caplog.records) == 1
+
+
+def test_what_comes_in_the_same_tick_of_the_clock_is_new(drawn: Drawn):
+    drawn.times["now"] = drawn.files["m"] = 1_000
+    assert drawn._look() == ["m"]
+    drawn.files |= {"a": 1_000, "z": 1_000, "b": 950}  # FAT counts in steps of two seconds
+    assert drawn._look() == ["b", "a", "z"]
+    assert drawn._look() == []
+
+
+def test_images_of_the_future_hide_nothing(drawn: Drawn):
+    drawn.files = {"from-2099": 10**9, "now": 1_000}
+    drawn.times["now"] = 1_000
+    assert drawn._look() == ["now", "from-2099"]
+    drawn.times["now"] = drawn.files["next"] = 5_000
+    assert drawn._look() == ["next"]
+    assert drawn._look() == []

@@ -1,0 +1,277 @@
+"""What systemd is told and asks for, what a log line may hold, and the unit file of the examples."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from device_runtime.service import systemd
+
+UNIT = Path(__file__).parents[3] / "examples" / "ssd-edge.service"
+# Known to systemd 245, the oldest that the file names.
+KNOWN = {
+    "Unit": "Description Documentation After StartLimitIntervalSec",
+    "Service": "Type NotifyAccess ExecStart TimeoutStartSec TimeoutStopSec WatchdogSec Restart RestartSec User Group "
+    "SupplementaryGroups StateDirectory StateDirectoryMode CacheDirectory UMask Environment MemoryMax OOMPolicy "
+    "TasksMax Nice IOSchedulingClass IOSchedulingPriority LogRateLimitIntervalSec LogRateLimitBurst LimitCORE "
+    "ProtectSystem ProtectHome PrivateTmp NoNewPrivileges CapabilityBoundingSet AmbientCapabilities RestrictSUIDSGID "
+    "LockPersonality RestrictRealtime RestrictNamespaces ProtectKernelTunables ProtectKernelModules ProtectKernelLogs "
+    "ProtectControlGroups ProtectClock ProtectHostname SystemCallArchitectures RestrictAddressFamilies IPAddressDeny",
+    "Install": "WantedBy",
+}
+
+
+@pytest.fixture(params=["path", "abstract"])
+def supervisor(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch) -> Iterator[socket.socket]:
+    """What systemd listens with."""
+    name = str(tmp_path / "notify") if request.param == "path" else f"\0ssd-edge-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(name)
+        listener.settimeout(2)
+        monkeypatch.setenv("NOTIFY_SOCKET", name.replace("\0", "@"))
+        yield listener
+
+
+def test_what_is_said_arrives(supervisor: socket.socket):
+    assert systemd.notify("READY=1", "watching grün")
+    assert supervisor.recv(4096).decode() == "READY=1\nSTATUS=watching grün"
+    assert systemd.notify("", "alone")
+    assert supervisor.recv(4096) == b"STATUS=alone"
+
+
+def test_a_status_brings_no_assignment(supervisor: socket.socket):
+    assert systemd.notify("WATCHDOG=1", "bad\nSTOPPING=1\x1b[2J\udcff.jpg")
+    said = supervisor.recv(4096).decode().split("\n")
+    assert said == ["WATCHDOG=1", "STATUS=bad?STOPPING=1?[2J?.jpg"]
+
+
+@pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody-listens-here", "vsock:2:1234", "/" + "x" * 200])
+def test_a_supervisor_that_is_not_there_is_logged_and_no_error(address: str, monkeypatch, caplog):
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    assert not systemd.notify("READY=1")
+    assert len(caplog.records) == 1
+
+
+def test_without_systemd_nothing_is_said(monkeypatch, caplog):
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not systemd.notify("READY=1")
+    assert not caplog.records
+
+
+def test_a_supervisor_that_does_not_read_does_not_stop_the_work(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setattr(systemd, "SEND_TIMEOUT", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "full"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "full"))
+        told = [systemd.notify("WATCHDOG=1") for _ in range(5000) if not caplog.records]
+    assert told[0]
+    assert not told[-1]
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "process", "expected"),
+    [
+        ("120000000", "own", 120.0),
+        ("120000000", "", 120.0),
+        ("500000", None, 0.5),
+        ("120000000", "1", None),
+        ("0", "own", None),
+        ("-5", "own", None),
+        ("soon", "own", None),
+        ("5", "me", None),
+        (None, "own", None),
+    ],
+)
+def test_watchdog_time(microseconds: str | None, process: str | None, expected: float | None, monkeypatch):
+    values = {"WATCHDOG_USEC": microseconds, "WATCHDOG_PID": str(os.getpid()) if process == "own" else process}
+    for name, value in values.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert systemd.watchdog_seconds() == expected
+
+
+def test_heartbeats_come_in_time_and_no_oftener(monkeypatch):
+    monkeypatch.setenv("WATCHDOG_USEC", "40000000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    said: list[float] = []
+    now = [100.0]
+    monkeypatch.setattr(systemd, "notify", lambda state: said.append(now[0]) is None)
+    heart = systemd.Heartbeat(clock=lambda: now[0])
+    for _ in range(61):
+        heart.beat()
+        now[0] += 0.5
+    assert said == [100.0, 110.0, 120.0, 130.0]
+    assert heart.pause(60.0) == pytest.approx(9.5)
+    assert heart.pause(2.0) == 2.0
+    now[0] += 100
+    assert heart.pause(2.0) == 0.0
+
+
+def test_no_watchdog_no_heartbeat(monkeypatch):
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    monkeypatch.setattr(systemd, "notify", lambda state: pytest.fail("said something"))
+    heart = systemd.Heartbeat()
+    assert not heart.beat()
+    assert heart.pause(60.0) == 60.0
+
+
+def line_of(message: str, fields: object = None, error: BaseException | None = None) -> str:
+    trace = (type(error), error, error.__traceback__) if error else None
+    record = logging.LogRecord("camera", logging.WARNING, "file", 1, message, None, trace)
+    if fields is not None:
+        record.fields = fields
+    return systemd.JsonLines().format(record)
+
+
+def test_a_log_line_is_one_json_object():
+    numbers = {"score": np.float32(0.5), "n": np.int64(3), "psi": float("nan")}
+    fields = {"image": Path("a.jpg"), **numbers, "l": [True, None, (1.5,)]}
+    found = json.loads(line_of("image named", fields))
+    assert set(found) == {"monotonic", "untrusted_time", "level", "source", "event", "fields"}
+    assert (found["level"], found["source"], found["event"]) == ("warning", "camera", "image named")
+    assert found["fields"] == {"image": "a.jpg", "score": 0.5, "n": 3, "psi": "nan", "l": [True, None, [1.5]]}
+    assert found["untrusted_time"].endswith("Z")
+    assert found["monotonic"] > 0
+
+
+def test_a_log_line_has_no_control_characters_and_an_end():
+    evil = "\n\r\x1b[2J\x00\x7f\x9b\u2028\udc80é"
+    loop: list[object] = []
+    loop.append(loop)
+    line = line_of(evil, {evil: evil, "loop": loop})
+    assert line.isascii()
+    assert line.isprintable()
+    assert json.loads(line)["event"] == evil
+    assert len(line_of("x" * 10**6, {"y" * 10**5: "z" * 10**5})) < 5 * systemd.LONGEST
+
+
+def test_a_log_line_tells_an_error():
+    try:
+        raise ValueError("no such\nimage")
+    except ValueError as error:
+        found = json.loads(line_of("failed", error=error))
+    assert found["error"].endswith("ValueError: no such\nimage")
+    assert "fields" not in found
+
+
+def test_log_json_replaces_what_was_there(capsys):
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    for handler in before:  # else they would be closed
+        root.removeHandler(handler)
+    try:
+        systemd.log_json()
+        systemd.log_json()
+        logging.getLogger("camera").info("seen", extra={"fields": {"n": 1}})
+        logging.getLogger("camera").debug("not seen")
+    finally:
+        root.handlers[:], root.level = before, level
+    lines = capsys.readouterr().err.splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["seen"]
+
+
+def test_vitals_are_those_of_the_machine(tmp_path: Path):
+    written = {
+        "proc/self/statm": "90000 25600 9000 1 0 50000 0\n",
+        "proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable:    5120000 kB\n",
+        "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+        "sys/class/thermal/thermal_zone0/temp": "51812\n",
+        "sys/class/thermal/thermal_zone1/type": "tj-thermal\n",
+        "sys/class/thermal/thermal_zone1/temp": "53250\n",
+    }
+    for name, text in written.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = systemd.vitals(tmp_path / "not yet", tmp_path, lambda command: "NV Power Mode: 15W\n0\n")
+    assert found.pop("disk_free_mb") == pytest.approx(shutil.disk_usage(tmp_path).free / 2**20, rel=0.1)
+    assert found == {
+        "rss_mb": 25600 * os.sysconf("SC_PAGE_SIZE") // 2**20,
+        "available_mb": 5000,
+        "temperatures": {"cpu-thermal": 51.812, "tj-thermal": 53.25},
+        "hottest": 53.25,
+        "power_mode": "15W",
+    }
+
+
+def test_vitals_of_a_machine_that_says_nothing(tmp_path: Path, monkeypatch):
+    def dead(path: Path) -> int:
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(systemd.board, "disk_free_mb", dead)
+    found = systemd.vitals(tmp_path, tmp_path / "empty", lambda command: "")
+    assert found == {
+        "rss_mb": 0, "available_mb": 0, "disk_free_mb": None, "temperatures": {}, "hottest": None, "power_mode": "",
+    }  # fmt: skip
+    json.dumps(found)
+
+
+def test_rss_of_this_process():
+    assert 10 < systemd.rss_mb() < 100_000
+
+
+def unit_settings() -> dict[str, list[tuple[str, str]]]:
+    """Section → (key, value) of every line, in order; strict."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for line in UNIT.read_text(encoding="ascii").splitlines():
+        if line.startswith("["):
+            section = line[1:-1]
+            assert line.endswith("]")
+            assert section not in found, f"[{section}] twice"
+            found[section] = []
+        elif line and not line.startswith("#"):
+            key, equals, value = line.partition("=")
+            assert equals, line
+            assert key == key.strip(), line
+            found[section].append((key, value))
+    return found
+
+
+def test_unit_has_known_keys_only_and_each_once():
+    sections = unit_settings()
+    assert list(sections) == ["Unit", "Service", "Install"]
+    for section, settings in sections.items():
+        keys = [key for key, _ in settings]
+        assert set(keys) - set(KNOWN[section].split()) == set()
+        assert {key for key in keys if keys.count(key) > 1} <= {"Environment"}
+
+
+def test_unit_keeps_what_the_code_relies_on():
+    settings = dict(unit_settings()["Service"])
+    assert settings["Type"] == "notify"
+    assert settings["Restart"] == "on-failure"
+    assert settings["ProtectSystem"] == "strict"
+    assert int(settings["WatchdogSec"]) >= 60  # a learn must fit in
+    assert settings["ExecStart"].split()[1:3] == ["device", "watch"]
+    environment = " ".join(value for key, value in unit_settings()["Service"] if key == "Environment")
+    assert f"SSD_EDGE_ROOT=%S/{settings['StateDirectory']} " in environment
+    assert "AF_UNIX" in settings["RestrictAddressFamilies"]  # else it cannot say that it is ready
+    assert not {"MemoryDenyWriteExecute", "PrivateDevices", "DeviceAllow"} & set(settings)  # they take the GPU away
+    assert settings["ProtectClock"] == "no"
+
+
+def test_systemd_understands_the_unit(tmp_path: Path):
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed: the unit was checked against the list of known keys only")
+    unit = tmp_path / "ssd-edge.service"
+    unit.write_text(UNIT.read_text().replace("/opt/ssd-edge/bin/ssd-edge", sys.executable))
+
+    def verify() -> str:
+        command = ["systemd-analyze", "verify", "--man=no", unit]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        own = [line for line in (done.stdout + done.stderr).splitlines() if "ssd-edge" in line]
+        return "\n".join(own)  # not what it says of other units of this machine
+
+    assert verify() == ""
+    unit.write_text(unit.read_text().replace("WatchdogSec=120", "WatchdogSec=often\nWatchdogs=1"))
+    assert "Watchdogs" in verify()

@@ -1,0 +1,447 @@
+"""The loop of a service, by its steps; test_watch_process.py has it in processes of its own."""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import json
+import logging
+import queue
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from device_runtime.device import Device
+from device_runtime.install.bundle import install
+from device_runtime.service import drift
+from device_runtime.service import watch as module
+from device_runtime.service.drift import MINIMUM
+from device_runtime.service.watch import watch, watched
+from ssd_edge import bundle, files, learners
+from ssd_edge.classes import ClassRegistry
+from ssd_edge.errors import EnvironmentUnfitError, SlowerProviderError
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.priors import Priors
+
+COLOURS = {"cup": (220, 30, 30), "nut": (30, 220, 30), "screw": (30, 30, 220), "wedge": (220, 220, 30)}
+
+
+def pixels(name: str, seed: int = 0) -> np.ndarray:
+    noise = np.random.default_rng([seed, *name.encode()]).normal(0, 20, (8, 8, 3))
+    return np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
+
+
+def picture(name: str, seed: int = 0) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels(name, seed)).save(out, "PNG")
+    return out.getvalue()
+
+
+def frame(name: str, seed: int = 0) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels(name, seed)).save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue()
+
+
+def put(folder: Path, name: str, data: bytes) -> None:
+    (folder / f"{name}.part").write_bytes(data)
+    (folder / f"{name}.part").rename(folder / name)
+
+
+@pytest.fixture(scope="module")
+def installed(tiny_bundle, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    (folder / "tiny.ssdedge").write_bytes(tiny_bundle())
+    install(folder / "root", folder / "tiny.ssdedge")
+    return folder / "root"
+
+
+@pytest.fixture(autouse=True)
+def _rough(monkeypatch) -> None:
+    """A reference from fewer pseudo-embeddings is made in a tenth of the time."""
+    monkeypatch.setattr(drift, "SAMPLES", 2000)
+
+
+@pytest.fixture
+def root(installed: Path, tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    return Path(shutil.copytree(installed, tmp_path / "root"))
+
+
+@pytest.fixture
+def solid(monkeypatch) -> None:
+    """The tiny classes, of 20 images, are a reference for drift."""
+    monkeypatch.setattr(drift, "SOLID", 20)
+
+
+@pytest.fixture
+def camera(tmp_path: Path) -> Path:
+    (tmp_path / "camera").mkdir()
+    return tmp_path / "camera"
+
+
+class Driven:
+    """Runs `watch` in a clock of its own: a step when something is answered, and when it asks whether to stop.
+
+    Args:
+        script: called before each question whether to stop, in turn; after the last one it stops.
+    """
+
+    def __init__(self, monkeypatch, *script: Callable[[], object], step: float = 0.25) -> None:
+        self.now, self.lines, self.steps, self.step = 1000.0, [], iter(script), step
+        monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+
+    def stopped(self) -> bool:
+        self.now += self.step
+        act = next(self.steps, None)
+        if act is not None:
+            act()
+        return act is None
+
+    def run(self, device: Device, source: Any, **options: Any) -> list[dict[str, Any]]:
+        watch(device, source, self.lines.append, stopped=self.stopped, clock=lambda: self.now, **options)
+        return self.lines
+
+
+def nothing() -> None:
+    """A step in which nothing happens."""
+
+
+def test_every_new_image_is_one_line(root: Path, camera: Path, monkeypatch):
+    put(camera, "old.png", picture("cup"))
+
+    def arrive() -> None:
+        for number, name in enumerate(("nut", "screw")):
+            put(camera, f"{number}.png", picture(name))
+
+    driven = Driven(monkeypatch, nothing, arrive, *[nothing] * 12)
+    lines = driven.run(Device.open(root), camera)
+    assert [(line["image"], line["label"], line["nearest"], line["generation"]) for line in lines] == [
+        (str(camera / "0.png"), "nut", "nut", 1),
+        (str(camera / "1.png"), "screw", "screw", 1),
+    ]
+    assert set(lines[0]) == {"image", "label", "nearest", "score", "generation", "monotonic"}
+    assert 1000 < lines[0]["monotonic"] <= lines[1]["monotonic"]
+    (expected,) = Device.open(root).predict([pixels("nut")])
+    assert lines[0]["score"] == round(expected.score, 6)
+    json.dumps(lines, allow_nan=False)
+    assert [line["label"] for line in Driven(monkeypatch, *[nothing] * 9).run(
+        Device.open(root), camera, existing=True
+    )] == ["cup", "nut", "screw"]  # fmt: skip
+
+
+def test_what_is_unlike_every_class_is_unknown(root: Path, camera: Path, monkeypatch):
+    put(camera, "odd.png", picture("wedge"))
+    (line,) = Driven(monkeypatch, *[nothing] * 4).run(Device.open(root), camera, existing=True)
+    assert line["label"] == "unknown"
+    assert line["nearest"] in COLOURS
+
+
+def test_a_damaged_image_does_not_stop_it(root: Path, camera: Path, monkeypatch, caplog):
+    put(camera, "bad.png", b"no image")
+    driven = Driven(monkeypatch, *[nothing] * 60)
+    driven.steps = itertools.chain(driven.steps, [lambda: put(camera, "good.png", picture("cup"))], [nothing] * 8)
+    assert [line["image"] for line in driven.run(Device.open(root), camera, existing=True)] == [
+        str(camera / "good.png")
+    ]
+    assert caplog.text.count("bad.png is left out") == 1
+
+
+def test_a_folder_that_goes_away_does_not_stop_it(root: Path, camera: Path, monkeypatch, caplog):
+    away = camera.with_name("away")
+
+    def back() -> None:
+        away.rename(camera)
+        put(camera, "a.png", picture("cup"))
+
+    driven = Driven(monkeypatch, nothing, lambda: camera.rename(away), *[nothing] * 20, back, *[nothing] * 8)
+    assert len(driven.run(Device.open(root), camera)) == 1
+    assert caplog.text.count("cannot be read") == 1
+
+
+def test_another_process_learns_and_the_next_image_is_answered_by_it(root: Path, camera: Path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    other = Device.open(root)
+
+    def teach() -> None:
+        other.learn("wedge", [pixels("wedge", seed) for seed in range(12)])
+
+    def arrive() -> None:
+        put(camera, f"{len(list(camera.iterdir()))}.png", picture("wedge", 77))
+
+    driven = Driven(monkeypatch, arrive, *[nothing] * 8, teach, *[nothing] * 8, arrive, *[nothing] * 8)
+    lines = driven.run(Device.open(root), camera, existing=True)
+    assert [(line["label"], line["generation"]) for line in lines] == [("unknown", 1), ("wedge", 2)]
+    assert "generation 2 answers now" in caplog.text
+
+
+def test_the_disk_is_read_only_when_there_is_something_new(root: Path, camera: Path, monkeypatch):
+    device, read = Device.open(root), []
+    refresh = device.refresh
+    monkeypatch.setattr(device, "refresh", lambda: read.append(0) or refresh())
+    Driven(monkeypatch, *[nothing] * 40, lambda: Device.open(root).rename("cup", "mug"), *[nothing] * 40).run(
+        device, camera
+    )
+    assert len(read) == 2  # at the start, and after the rename
+    assert device.classes[0] == "mug"
+
+
+def test_a_generation_that_cannot_be_read_leaves_the_old_one_answering(root, camera, monkeypatch, caplog):
+    device, other = Device.open(root), Device.open(root)
+
+    def fail() -> bool:
+        raise EnvironmentUnfitError("too many open files")
+
+    def commit() -> None:
+        other.rename("cup", "mug")
+        monkeypatch.setattr(device, "refresh", fail)
+        put(camera, "a.png", picture("cup"))
+
+    driven = Driven(monkeypatch, *[nothing] * 8, commit, *[nothing] * 20)
+    assert [line["label"] for line in driven.run(device, camera)] == ["cup"]
+    assert caplog.text.count("generation 1 goes on answering") == 1
+
+
+@pytest.fixture
+def empty(tiny_bundle, tmp_path: Path) -> Path:
+    """A root with a bundle that was deployed without classes."""
+    full = bundle.parse(tiny_bundle())
+    dim = full.manifest["backbone"]["dim"]
+    learner, statistics = learners.build({"name": "ncm"}, dim, Priors()), ClassStatistics(dim)
+    entries = {bundle.ROLES[role]: (role, full.read(role)) for role in ("backbone", "probe", "card")}
+    entries |= {
+        "learner.safetensors": ("learner", files.tensor_bytes(*learners.pack(learner))),
+        "statistics.safetensors": (
+            "statistics", files.tensor_bytes({name: t.numpy() for name, t in statistics.state().items()}),
+        ),
+        "classes.json": ("classes", files.json_bytes(ClassRegistry().to_json())),
+    }  # fmt: skip
+    (tmp_path / "empty.ssdedge").write_bytes(bundle.pack({**full.manifest, "classes": []}, entries))
+    install(tmp_path / "empty", tmp_path / "empty.ssdedge")
+    return tmp_path / "empty"
+
+
+def test_without_classes_it_waits_says_so_once_and_goes_on_after_a_learn(empty: Path, camera, monkeypatch, caplog):
+    other = Device.open(empty)
+    put(camera, "a.png", picture("cup"))
+
+    def teach() -> None:
+        other.learn_all({name: [pixels(name, n) for n in range(12)] for name in ("cup", "nut")})
+
+    driven = Driven(monkeypatch, *[nothing] * 30, teach, *[nothing] * 9)
+    lines = driven.run(Device.open(empty), camera, existing=True)
+    assert [(line["label"], line["generation"]) for line in lines] == [("cup", 2)]  # it was not lost
+    assert caplog.text.count("knows no class yet and waits") == 1
+    assert watched(empty)["images"] == 1
+
+
+def stream(*frames: bytes) -> io.BytesIO:
+    return io.BytesIO(b"".join(frames))
+
+
+class Live(io.RawIOBase):
+    """A stream that gives a frame when it is told to."""
+
+    def __init__(self) -> None:
+        self.frames: queue.Queue[bytes] = queue.Queue()
+
+    def read(self, size: int = -1) -> bytes:
+        return self.frames.get()
+
+
+def test_frames_have_numbers_and_a_stable_answer(root: Path, monkeypatch):
+    live, driven = Live(), Driven(monkeypatch)
+    shown = ["cup", "cup", "nut", "cup", "cup", *["screw"] * 4]
+
+    def answer(line: dict[str, Any]) -> None:
+        driven.lines.append(line)
+        driven.now += 0.1
+        live.frames.put(frame(shown[len(driven.lines)], 5) if len(driven.lines) < len(shown) else b"")
+
+    live.frames.put(frame(shown[0], 5))
+    device = Device.open(root)
+    assert watch(device, live, answer, clock=lambda: driven.now) == len(shown)
+    assert [line["frame"] for line in driven.lines] == list(range(1, len(shown) + 1))
+    assert [line["label"] for line in driven.lines] == shown
+    assert [line["stable"] for line in driven.lines] == [None, None, "cup", "cup", "cup", "cup", None, "screw", "screw"]
+    assert watched(root)["images"] == 2  # a cup and a screw were seen, not nine images
+
+
+def test_frames_of_another_generation_do_not_vote(root: Path, monkeypatch):
+    live, other, driven = Live(), Device.open(root), Driven(monkeypatch)
+
+    def answer(line: dict[str, Any]) -> None:
+        driven.lines.append(line)
+        driven.now += 1.1  # a look at what was committed is due
+        if len(driven.lines) == 3:
+            other.rename("cup", "mug")
+        live.frames.put(frame("cup", 5) if len(driven.lines) < 6 else b"")
+
+    live.frames.put(frame("cup", 5))
+    watch(Device.open(root), live, answer, clock=lambda: driven.now)
+    assert [line["generation"] for line in driven.lines] == [1, 1, 1, 2, 2, 2]
+    assert [line["stable"] for line in driven.lines] == [None, None, "cup", None, None, "mug"]
+
+
+def test_a_stream_that_ends_ends_it(root: Path, caplog):
+    lines: list[dict[str, Any]] = []
+    assert watch(Device.open(root), stream(), lines.append) == 0
+    assert watch(Device.open(root), stream(frame("cup")[:-9]), lines.append) == 0
+    assert "ended within a frame" in caplog.text
+    damaged = b"\xff\xd8\xff\xda\x00\x02-\xff\xd9"
+    assert watch(Device.open(root), stream(damaged), lines.append) == 0
+    assert "frame 1 is" in caplog.text
+    assert lines == []
+    assert watch(Device.open(root), stream(frame("cup")), lines.append) == 1
+
+
+def test_a_stream_ends_it_also_without_classes(empty: Path):
+    assert watch(Device.open(empty), stream(frame("cup"), frame("nut")), pytest.fail) == 0
+
+
+def fill(camera: Path, count: int) -> None:
+    for number in range(count):
+        put(camera, f"{number:04d}.png", picture(("cup", "nut", "screw")[number % 3], number))
+
+
+def test_counts_are_kept_told_and_gone_on_with(root: Path, camera: Path, monkeypatch, solid):
+    assert watched(root) is None
+    fill(camera, MINIMUM)
+    Driven(monkeypatch, *[nothing] * (MINIMUM + 4)).run(Device.open(root), camera, existing=True)
+    told = watched(root)
+    assert (told["images"], told["named"], told["generation"]) == (MINIMUM, MINIMUM, 1)
+    assert told["level"] in ("stable", "moderate", "drifted")
+    assert told["psi"] >= 0
+    assert 0 <= told["reject_rate"] < 0.2
+    assert told["untrusted_time"].endswith("Z")
+    json.dumps(told, allow_nan=False)
+    put(camera, "next.png", picture("cup"))
+    put(camera, "other.png", picture("cup", 1))
+    driven = Driven(monkeypatch, lambda: put(camera, "new.png", picture("cup", 2)), *[nothing] * 8)
+    driven.run(Device.open(root), camera)
+    told = watched(root)
+    assert (told["images"], told["named"]) == (MINIMUM + 1, 1)
+
+
+def test_age_is_told_within_a_boot_only(root: Path, camera: Path, monkeypatch, tmp_path: Path):
+    fill(camera, 1)
+    named: list[dict[str, Any]] = []
+    watch(Device.open(root), camera, named.append, existing=True, stopped=lambda: bool(named))
+    assert 0 <= watched(root)["age"] < 60
+    (tmp_path / "boot").write_text("another\n")
+    monkeypatch.setattr(module, "_BOOT", tmp_path / "boot")
+    assert watched(root)["age"] is None
+    monkeypatch.setattr(module, "_BOOT", tmp_path / "none")
+    assert watched(root)["age"] is None
+
+
+def test_counts_are_kept_once_a_minute_and_only_when_there_are_new_ones(root: Path, camera: Path, monkeypatch):
+    written = []
+    write = files.write_tensors
+    monkeypatch.setattr(module.files, "write_tensors", lambda *a: written.append(driven.now) or write(*a))
+    arrive = [lambda n=n: put(camera, f"{n}.png", picture("cup", n)) for n in range(200)]
+    driven = Driven(monkeypatch, *arrive, *[nothing] * 500, step=1.0)
+    assert len(driven.run(Device.open(root), camera)) == 200
+    assert 3 <= len(written) <= 5, written
+    assert all(later - earlier >= 60 for earlier, later in itertools.pairwise(written))
+
+
+def test_a_full_disk_is_said_and_the_images_are_answered(root: Path, camera: Path, monkeypatch, caplog):
+    fill(camera, 3)
+
+    def full(step: str, path: Path) -> None:
+        if path.name == module.SAVED:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "fault_hook", full)
+    assert len(Driven(monkeypatch, *[nothing] * 9).run(Device.open(root), camera, existing=True)) == 3
+    assert "the drift counts were not kept" in caplog.text
+    assert "the disk is full" in caplog.text
+    assert watched(root) is None
+
+
+def test_a_learn_that_clears_temporary_files_costs_no_counts(root: Path, camera: Path, monkeypatch):
+    fill(camera, 1)
+    cleared = []
+
+    def clear(step: str, path: Path) -> None:
+        if (step, path.name, cleared) == ("rename", module.SAVED, []):
+            cleared.extend(root.glob(".tmp-*"))
+            for temporary in cleared:
+                temporary.unlink()
+
+    monkeypatch.setattr(files, "fault_hook", clear)
+    Driven(monkeypatch, *[nothing] * 4).run(Device.open(root), camera, existing=True)
+    assert cleared
+    assert watched(root)["images"] == 1
+
+
+def test_a_damaged_file_of_counts_is_ignored(root: Path, camera: Path, monkeypatch, caplog):
+    fill(camera, 2)
+    Driven(monkeypatch, *[nothing] * 4).run(Device.open(root), camera, existing=True)
+    path = root / module.SAVED
+    sound = path.read_bytes()
+    places = [*range(0, len(sound), 97), sound.index(b"named"), sound.index(b"stored") if b"stored" in sound else 9]
+    for place in places:
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
+        caplog.clear()
+        assert watched(root) is None, place
+        assert "is damaged and is ignored" in caplog.text
+    path.write_bytes(sound[: len(sound) // 2])
+    assert watched(root) is None
+    put(camera, "more.png", picture("cup"))
+    assert len(Driven(monkeypatch, *[nothing] * 6).run(Device.open(root), camera, existing=True)) == 3
+    assert watched(root)["images"] == 3  # begun anew
+
+
+def test_a_new_class_begins_the_counts_anew_another_name_does_not(root: Path, camera: Path, monkeypatch):
+    other = Device.open(root)
+    fill(camera, 6)
+    seen = []
+
+    def kept() -> None:
+        seen.append(watched(root)["images"])
+
+    def again(name: str) -> Callable[[], None]:
+        return lambda: put(camera, name, picture("cup", 99))
+
+    minute = [nothing] * 8
+    driven = Driven(
+        monkeypatch,
+        *minute,
+        kept,
+        lambda: other.rename("cup", "mug"),
+        *[nothing] * 2,
+        again("x.png"),
+        *minute,
+        kept,
+        lambda: other.learn("wedge", [pixels("wedge", n) for n in range(12)]),
+        *[nothing] * 2,
+        again("y.png"),
+        *minute,
+        kept,
+        step=20.0,
+    )
+    driven.run(Device.open(root), camera, existing=True)
+    assert seen == [6, 7, 1]
+
+
+def test_a_change_of_what_is_seen_is_logged_once(root: Path, camera: Path, monkeypatch, caplog, solid):
+    for number in range(MINIMUM + 150):  # counts are kept two times more
+        put(camera, f"{number}.png", picture("wedge", number))
+    driven = Driven(monkeypatch, *[nothing] * (MINIMUM + 300), step=1.0)
+    driven.run(Device.open(root), camera, existing=True)
+    assert caplog.text.count("what the camera shows has changed (drift: drifted") == 1
+
+
+def test_strict_refuses_what_is_slower(tiny_bundle, tmp_path: Path, camera: Path):
+    (tmp_path / "b.ssdedge").write_bytes(tiny_bundle(target="jetson"))
+    install(tmp_path / "root", tmp_path / "b.ssdedge")
+    with pytest.raises(SlowerProviderError):
+        watch(Device.open(tmp_path / "root", strict=True), camera, print, stopped=lambda: True)

@@ -1,0 +1,374 @@
+"""The store of a device: whatever is cut, flipped or missing, it opens with a state that was committed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from helpers import store_standins
+
+from device_runtime.store.generations import Generations
+from ssd_edge import files
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
+
+STORE = vars(store_standins)
+BACKBONE, state, install, learn = STORE["BACKBONE"], STORE["state"], STORE["install"], STORE["learn"]
+roll_back, value, flip = STORE["roll_back"], STORE["value"], STORE["flip"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """No waiting for the disk: what is written outlives a killed process; only a power cut needs fsync."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A root with three generations, 0.0 → 1.0 → 2.0."""
+    store = Generations(tmp_path / "root")
+    install(store)
+    learn(store, 1.0)
+    learn(store, 2.0)
+    return store.root
+
+
+def test_an_empty_root_says_what_to_do(tmp_path):
+    store = Generations(tmp_path / "root")
+    for call in (store.current, store.list, lambda: store.get(1)):
+        with pytest.raises(InputError) as caught:
+            call()
+        assert str(caught.value) == (
+            f"no bundle is installed in {store.root}; run: ssd-edge device install BUNDLE --root {store.root}"
+        )
+    assert not store.root.exists()
+
+
+def test_layout(root):
+    members = ("classes.json", "generation.json", "learner.safetensors")
+    assert {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} == {
+        *(".lock", "CURRENT", "journal.jsonl", f"backbones/{files.sha256(BACKBONE)}.onnx"),
+        *(f"generations/00000{number}/{name}" for number in (1, 2, 3) for name in members),
+    }
+    assert (root / "CURRENT").read_bytes() == b"000003 86e0fa410d1c284b\n"
+
+
+def test_a_generation_is_what_was_committed(root):
+    store = Generations(root)
+    now = store.current()
+    assert (now.number, now.parent, now.origin, now.info, now.fallback) == (3, 2, "learn", {"value": 2.0}, "")
+    assert {name: now.read(name) for name in now.files} == state(2.0)
+    assert now.tensors("learner.safetensors")[1] == {"name": "ssd"}
+    assert now.registry.names == ["cup"]
+    assert store.backbone_path(now.backbone).read_bytes() == BACKBONE
+    assert (store.get(1).parent, store.get(1).origin) == (None, "install")
+    with pytest.raises(InputError, match=r"has no file 'top_n\.safetensors'; it has: classes\.json, lear"):
+        now.read("top_n.safetensors")
+    flip(now.path / "learner.safetensors")
+    with pytest.raises(BundleRefusedError, match=r" is damaged: its sha256 is \w{12}…, not \w{12}…"):
+        now.tensors("learner.safetensors")
+
+
+def test_list_and_journal(root):
+    store = Generations(root)
+    flip(root / "generations/000002/learner.safetensors")
+    got = [[item[key] for key in ("number", "current", "intact", "parent")] for item in store.list()]
+    assert got == [[1, False, True, None], [2, False, False, None], [3, True, True, 2]]
+    assert "000002/learner.safetensors is damaged: its sha256 is " in store.list()[1]["problem"]
+    got = [(event["seq"], event["event"], event["generation"]) for event in store.journal()]
+    assert got == [(1, "install", 1), (2, "learn", 2), (3, "learn", 3)]
+    assert set(store.journal()[2]) == {"seq", "untrusted_time", "event", "generation", "parent", "info"}
+
+
+def test_rollback_and_numbers_that_are_not_used_again(root):
+    store = Generations(root)
+    assert roll_back(store, 1).number == 1
+    assert value(store.current()) == 0.0
+    assert (store.journal()[-1]["event"], store.journal()[-1]["generation"]) == ("rollback", 1)
+    learned = learn(store, 9.0)
+    assert (learned.number, learned.parent) == (4, 1)
+    shutil.rmtree(root / "generations/000004")
+    roll_back(store, 1)
+    assert learn(store, 9.0).number == 5  # the folder is gone, but the journal remembers
+
+
+def test_rollback_to_what_is_not_there_lists_what_is(root):
+    store = Generations(root)
+    flip(root / "generations/000002/classes.json")
+    for number, problem in ((2, "classes.json is damaged: "), (7, "generation.json cannot be read: No such")):
+        with pytest.raises(InputError, match=f"{problem}.*; available generations: 1, 3$"):
+            roll_back(store, number)
+    assert store.current().number == 3
+
+
+def test_any_flipped_bit_is_found(root):
+    store, rng = Generations(root), random.Random(0)
+    for path in (root / "generations/000003").iterdir():
+        data = path.read_bytes()
+        for position in range(0, len(data), 1 if path.name == "generation.json" else 7):
+            flip(path, 8 * position + rng.randrange(8))
+            got = store.current()
+            assert (got.number, value(got)) == (2, 1.0)
+            assert str(path) in got.fallback
+            path.unlink()
+            path.write_bytes(data)
+    assert store.current().number == 3
+
+
+@pytest.mark.parametrize("name", ["learner.safetensors", "generation.json"])
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 10)], ids=["missing", "cut"])
+def test_a_missing_or_cut_file_is_found(root, caplog, name, damage):
+    damage(root / "generations/000003" / name)
+    got = Generations(root).current()
+    assert (got.number, value(got)) == (2, 1.0)
+    assert f"000003/{name}" in got.fallback
+    assert got.fallback.endswith("; generation 2 is used instead")
+    assert caplog.messages == [got.fallback]
+
+
+def test_the_stand_in_is_an_ancestor(root):
+    store = Generations(root)
+    roll_back(store, 1)
+    learn(store, 9.0)  # 4, learned from 1; 2 and 3 were left on purpose
+    shutil.rmtree(root / "generations/000004")
+    assert store.current().number == 1
+    flip(root / "generations/000001/classes.json")
+    assert store.current().number == 3  # no ancestor is intact: the newest older one
+
+
+def test_a_newer_generation_never_stands_in(root):
+    store = Generations(root)
+    roll_back(store, 1)
+    flip(root / "generations/000001/learner.safetensors")
+    expected = r"no older generation is intact \(newer: 2, 3\); choose one with ssd-edge device rollback, or "
+    with pytest.raises(BundleRefusedError, match=expected):
+        store.current()
+    roll_back(store, 2)
+    assert value(store.current()) == 1.0
+
+
+def pointer(number):
+    digits = f"{number:06d}".encode()
+    return digits + b" " + hashlib.sha256(digits).hexdigest()[:16].encode() + b"\n"
+
+
+POINTER_3, POINTER_9 = pointer(3), pointer(9)
+POINTER_2_FLIPPED = POINTER_3.replace(b"000003", b"000002")  # one bit away from another intact generation
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"000003", b"3\n", b"000003\n", POINTER_3 * 2, POINTER_2_FLIPPED, POINTER_9, b"\xff" * 7],
+)
+def test_a_damaged_pointer(root, content):
+    (root / "CURRENT").unlink()
+    if content is not None:
+        (root / "CURRENT").write_bytes(content)
+    store = Generations(root)
+    got = store.current()
+    assert (got.number, value(got)) == (3, 2.0)
+    lost = content == POINTER_9
+    assert ("000009/generation.json cannot be read" if lost else "CURRENT is missing or dam") in got.fallback
+    assert learn(store, 3.0).number == (10 if lost else 4)
+    assert store.current().fallback == ""
+
+
+def test_a_copied_or_newer_record_is_refused(root):
+    store = Generations(root)
+    shutil.rmtree(root / "generations/000003")
+    shutil.copytree(root / "generations/000002", root / "generations/000003")
+    assert "000003/generation.json is refused: it is of generation 2" in store.current().fallback
+    path = root / "generations/000002/generation.json"
+    record = json.loads(path.read_bytes())
+    body = {key: value for key, value in record.items() if key != "digest"} | {"version": 2}
+    path.write_bytes(files.json_bytes({**body, "digest": files.sha256(files.json_bytes(body))}))
+    with pytest.raises(InputError, match="it has version 2, but this SSD-Edge reads 1; upgrade it"):
+        store.get(2)
+
+
+def test_backbones_are_shared_verified_and_repaired(root):
+    store = Generations(root)
+    path = store.backbone_path(files.sha256(BACKBONE))
+    before = path.stat()
+    install(store)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    flip(path)
+    with pytest.raises(BundleRefusedError, match=r"\.onnx is missing or damaged \(\w{64}\); run: ssd-edge"):
+        store.backbone_path(path.stem)
+    install(store)
+    assert store.backbone_path(path.stem).read_bytes() == BACKBONE
+    for absent in ("0" * 64, "../CURRENT"):
+        with pytest.raises(BundleRefusedError, match=r"missing or damaged \(No such file or directory\)"):
+            store.backbone_path(absent)
+
+
+def test_only_one_writes(root):
+    store = Generations(root)
+    (ready, tell), child = os.pipe(), os.fork()
+    if child == 0:
+        with store.writer():
+            os.write(tell, b"!")
+            signal.alarm(10)  # ends the child should this test fail
+            signal.pause()
+    assert os.read(ready, 1) == b"!"
+    with pytest.raises(EnvironmentUnfitError) as caught:
+        learn(store, 3.0)
+    assert str(caught.value) == f"another process is writing {root}, pid {child}; try again when it is done"
+    assert store.current().number == 3  # readers do not wait
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert learn(store, 3.0).number == 4
+
+
+def test_commit_refuses_what_it_could_not_read_again(root):
+    store = Generations(root)
+    with pytest.raises(RuntimeError, match=r"call this inside 'with generations\.writer\(\):'"):
+        store.commit({}, {}, 3)
+    with store.writer():
+        for name in ("../x", "a/b", ".x", "", "generation.json"):
+            with pytest.raises(ValueError, match="not names for files of a generation"):
+                store.commit({name: b""}, {}, 3)
+        with pytest.raises(ValueError, match="either a parent or a backbone is needed"):
+            store.commit({}, {}, None)
+        with pytest.raises(BundleRefusedError, match="missing or damaged"):
+            store.commit({}, {}, None, "0" * 64)
+        with pytest.raises(BundleRefusedError, match=r"generation\.json cannot be read: No such"):
+            store.commit({}, {}, 9)
+        for call in (lambda: store.commit({}, {"x": b""}, 3), lambda: store.set_current(1, info={"x": b""})):
+            with pytest.raises(TypeError, match="JSON"):
+                call()
+    assert store.current().number == 3
+    assert len(os.listdir(root / "generations")) == 3
+
+
+def test_a_cut_journal_is_repaired(root):
+    path = root / "journal.jsonl"
+    whole = path.read_bytes()
+    for length in range(whole.index(b'{"seq": 3'), len(whole)):
+        path.unlink()
+        path.write_bytes(whole[:length])
+        store = Generations(root)
+        assert store.current().number == 3
+        roll_back(store, 3)
+        assert path.read_bytes().endswith(b"}\n")
+        assert [event["seq"] for event in store.journal()] == [1, 2, 3, 4]
+        assert [event["generation"] for event in store.journal()] == [1, 2, 3, 3]
+        assert store.journal()[2]["event"] in ("learn", "recovered")
+
+
+def no_room_for(name: str) -> Callable[[str, Path], None]:
+    """A hook for a disk that is full whenever a file of that name is written."""
+
+    def hook(step, path):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return hook
+
+
+def test_a_full_disk_after_the_commit_does_not_deny_it(root, caplog, monkeypatch):
+    store = Generations(root)
+    monkeypatch.setattr(files, "fault_hook", no_room_for("journal.jsonl"))
+    assert learn(store, 3.0).number == 4
+    monkeypatch.setattr(files, "fault_hook", None)
+    assert "generation 4 is current, but the journal lacks it for now: cannot write " in caplog.text
+    assert learn(store, 5.0).number == 5
+    got = [(event["event"], event["generation"]) for event in store.journal()]
+    assert got[3:] == [("recovered", 4), ("learn", 5)]
+
+
+def test_a_full_disk_before_the_commit_leaves_nothing(root, monkeypatch):
+    monkeypatch.setattr(files, "fault_hook", no_room_for("generation.json"))
+    with pytest.raises(EnvironmentUnfitError, match="the disk is full: free some space"):
+        learn(Generations(root), 3.0)
+    assert sorted(os.listdir(root / "generations")) == ["000001", "000002", "000003"]
+    assert Generations(root).current().number == 3
+
+
+def control_c() -> None:
+    raise KeyboardInterrupt
+
+
+def raised(action: Callable[[], object], number: int, end: Callable[[], None] = control_c) -> bool:
+    """End `action` before its step `number`; False when it has no such step."""
+    steps = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "fault_hook", lambda step, path: end() if next(steps) == number else None)
+        try:
+            action()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def killed(action: Callable[[], object], number: int) -> bool:
+    """The same by a real kill -9, in a child."""
+    child = os.fork()
+    if child == 0:
+        try:
+            raised(action, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        finally:
+            os._exit(0)  # never back into pytest
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def cuts(action: Callable[[Generations], object], template: Path, how=raised) -> Iterator[Generations]:
+    """For each step of `action`, a copy of the root `template` on which it was cut before that step."""
+    for number in itertools.count():
+        root = template.with_name(f"{template.name}-{number}")
+        if template.exists():
+            shutil.copytree(template, root)
+        store = Generations(root)
+        if not how(lambda store=store: action(store), number):
+            assert number > 5
+            return
+        yield store
+        assert not list(root.rglob(f"{files.TEMPORARY_PREFIX}*"))  # the test has written since
+
+
+@pytest.mark.parametrize("how", [raised, killed])
+def test_a_commit_cut_at_any_step(tmp_path, how):
+    """Old or new, bit for bit, nothing else; and the next commit works."""
+    install(Generations(tmp_path / "root"))
+    outcomes = []
+    for store in cuts(lambda store: learn(store, 1.0), tmp_path / "root", how):
+        got = store.current()
+        assert got.fallback == ""
+        assert {name: got.read(name) for name in got.files} == state(got.number - 1.0)
+        outcomes.append(got.number)
+        following = learn(store, 2.0)
+        assert following == store.current()
+        assert following.parent == got.number < following.number
+        assert value(following) == 2.0
+        assert [event["seq"] for event in store.journal()] == list(range(1, len(store.journal()) + 1))
+        assert {event["generation"] for event in store.journal()} >= {1, got.number, following.number}
+    assert outcomes == sorted(outcomes)  # once it is the new one, it stays
+    assert set(outcomes) == {1, 2}
+
+
+def test_a_first_install_cut_at_any_step(tmp_path):
+    outcomes = []
+    for store in cuts(install, tmp_path / "root"):
+        installed = (store.root / "CURRENT").exists()
+        outcomes.append(installed)
+        with contextlib.nullcontext() if installed else pytest.raises(InputError, match="no bundle is inst"):
+            assert value(store.current()) == 0.0
+        install(store, 1.0)
+        assert value(store.current()) == 1.0
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {False, True}
+
+
+def test_a_rollback_cut_at_any_step(root):
+    for store in cuts(lambda store: roll_back(store, 1), root):
+        assert store.current().number in (1, 3)
+        assert roll_back(store, 1) == store.current()

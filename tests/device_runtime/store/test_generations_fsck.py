@@ -1,0 +1,199 @@
+"""fsck: every kind of trouble is named once, and repaired where that loses nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import store_standins
+
+from device_runtime.store.generations import Generations
+from ssd_edge import files
+from ssd_edge.errors import EnvironmentUnfitError, InputError
+
+STORE = vars(store_standins)
+install, learn, roll_back, prune = STORE["install"], STORE["learn"], STORE["roll_back"], STORE["prune"]
+value, flip = STORE["value"], STORE["flip"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """1.0 → 2.0 → 3.0; nothing is wrong with it."""
+    store = STORE["three"](tmp_path / "root")
+    assert store.fsck() == []
+    return store
+
+
+def only(store: Generations, repair: bool = False) -> tuple[str, str, str, bool]:
+    """The one finding."""
+    (found,) = store.fsck(repair)
+    return found.path, found.severity, found.problem, found.repaired
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_an_empty_root(tmp_path):
+    for repair in (False, True):
+        with pytest.raises(InputError, match="no bundle is installed in"):
+            Generations(tmp_path / "root").fsck(repair)
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("damage", [os.unlink, flip, lambda path: os.truncate(path, 3)], ids=["gone", "flip", "cut"])
+def test_a_damaged_pointer_is_written_anew(store, damage):
+    damage(store.root / "CURRENT")
+    before = snapshot(store.root)
+    told = ("CURRENT", "damage", "it is missing or damaged, so that a stand-in is used; repair it")
+    assert only(store) == (*told, False)
+    assert snapshot(store.root) == before
+    assert only(store, repair=True) == (*told, True)
+    assert (store.current().number, store.current().fallback, store.fsck()) == (3, "", [])
+    assert store.journal()[-1]["event"] == "repaired"
+
+
+def test_the_best_generation_becomes_current(store):
+    flip(store.folder(3) / "learner.safetensors")
+    found = {(one.path, one.severity, one.repaired) for one in store.fsck(repair=True)}
+    assert found == {("CURRENT", "damage", True), ("generations/000003", "damage", False)}
+    assert (store.current().number, store.current().fallback) == (2, "")
+    path, severity, problem, repaired = only(store)
+    assert (path, severity, repaired) == ("generations/000003", "damage", False)
+    assert problem.endswith("; it cannot be restored and stays until it is pruned")
+    assert store.folder(3).exists()  # nobody can say what is left in it
+
+
+def test_a_newer_one_becomes_current_only_by_a_repair(store):
+    roll_back(store, 1)
+    shutil.rmtree(store.folder(1))
+    told = "it names generation 1, which is missing; repair it"
+    assert only(store, repair=True) == ("CURRENT", "damage", told, True)
+    assert (value(store.current()), store.current().fallback) == (2.0, "")
+
+
+def test_pointer_and_journal_lost(store):
+    (store.root / "CURRENT").unlink()
+    (store.root / "journal.jsonl").unlink()
+    with pytest.raises(InputError, match="no bundle is installed"):
+        store.current()
+    repaired = {one.path: one.repaired for one in store.fsck(repair=True)}
+    assert repaired.pop("CURRENT")
+    assert sorted(repaired) == [f"generations/00000{number}" for number in (1, 2, 3)]
+    assert value(store.current()) == 3.0
+
+
+def test_nothing_intact_is_left_alone(store):
+    for number in store.numbers():
+        flip(store.folder(number) / "generation.json")
+    before = snapshot(store.root)
+    assert not any(one.repaired for one in store.fsck(repair=True))
+    assert snapshot(store.root) == before
+
+
+def test_leftovers_go_and_strange_files_stay(store):
+    leftovers = [".tmp-a", "generations/.tmp-000004/x", "backbones/.tmp-b"]
+    strange = ["generations/000003/notes.txt", "generations/4", "backbones/README"]
+    unused = f"backbones/{files.sha256(b'cut')}.onnx"
+    for name in (*leftovers, *strange):
+        (store.root / name).parent.mkdir(exist_ok=True)
+        (store.root / name).write_bytes(b"x")
+    (store.root / unused).write_bytes(b"cut")
+    names = {name.removesuffix("/x") for name in leftovers}
+    wanted = {(name, "leftover", True) for name in (*names, unused)} | {(name, "note", False) for name in strange}
+    assert {(one.path, one.severity, one.repaired) for one in store.fsck(repair=True)} == wanted
+    assert {one.path for one in store.fsck()} == set(strange)
+
+
+def test_an_unused_backbone_stays_while_a_generation_is_unreadable(store):
+    install(store, 4.0, b"another")
+    flip(store.folder(1) / "generation.json")
+    flip(store.folder(2) / "generation.json")
+    flip(store.folder(3) / "generation.json")
+    store.fsck(repair=True)
+    assert len(store.backbones()) == 2
+
+
+@pytest.mark.parametrize("damage", [os.unlink, flip], ids=["gone", "flip"])
+def test_a_damaged_backbone_is_refused_with_the_fix(store, damage):
+    damage(store.backbones()[0])
+    path, severity, problem, repaired = only(store, repair=True)
+    assert (path.split("/")[0], severity, repaired) == ("backbones", "damage", False)
+    assert f"run: ssd-edge device install BUNDLE --root {store.root}; generations that need it: 1, 2, 3" in problem
+    install(store, 4.0)
+    assert store.fsck() == []
+
+
+def test_a_cut_journal(store):
+    path = store.root / "journal.jsonl"
+    os.truncate(path, path.stat().st_size - 5)
+    found = [(one.severity, one.problem, one.repaired) for one in store.fsck(repair=True)]
+    assert found[0] == ("leftover", "a cut has ended line 3 early", True)
+    # a generation that is current, and for all the journal says has never been made
+    assert found[1] == ("leftover", "it lacks that generation 3 is current", True)
+    assert [(event["seq"], event["event"]) for event in store.journal()][2:] == [(3, "recovered")]
+    assert store.fsck() == []
+
+
+def test_a_damaged_journal(store):
+    path = store.root / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"{" + lines[1] + lines[2])
+    unknown, first, second = store.fsck(repair=True)
+    assert (unknown.path, unknown.severity) == ("generations/000002", "note")
+    unreadable = "cannot read line 2; states are not affected"
+    assert (first.severity, first.problem, first.repaired) == ("damage", unreadable, True)
+    lost = "events 2 to 2 are lost; states are not affected"
+    assert (second.severity, second.problem, second.repaired) == ("note", lost, False)
+    assert [one.problem for one in store.fsck()][1:] == [lost]
+    path.write_bytes(lines[0] + lines[2] + lines[1])
+    problems = [one.problem for one in store.fsck()]
+    assert "event 2 comes after event 3: someone has changed the file" in problems
+
+
+def test_a_generation_that_a_cut_kept_from_becoming_current(store, monkeypatch):
+    died = []
+
+    def hook(step, path):
+        if died or (step == "create" and path.name == "CURRENT"):
+            died.append(step)  # and tidies up nothing any more
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "fault_hook", hook)
+    with pytest.raises(KeyboardInterrupt):
+        learn(store, 4.0)
+    monkeypatch.undo()
+    path, severity, problem, repaired = only(store, repair=True)
+    assert (path, severity, repaired) == ("generations/000004", "note", False)
+    assert problem.endswith("or a cut came before this became current")
+    assert (store.current().number, value(store.get(4))) == (3, 4.0)
+
+
+def test_the_folder_of_engines(store):
+    folder = store.root / "engines"
+    folder.mkdir(mode=0o700)
+    assert store.fsck() == []
+    for mode, severity in ((0o750, "note"), (0o770, "damage")):
+        folder.chmod(mode)
+        told = f"its mode is {mode:o}, not 700; remove it: engines are built again"
+        assert only(store, repair=True) == ("engines", severity, told, False)
+    folder.rmdir()
+    folder.write_bytes(b"")
+    assert only(store)[2] == "it is not a folder; remove it: engines are built again"
+
+
+def test_repair_waits_for_nobody(store):
+    other = Generations(store.root)
+    with store.writer():
+        with pytest.raises(EnvironmentUnfitError, match="another process is writing"):
+            other.fsck(repair=True)
+        with pytest.raises(RuntimeError, match="repair outside of"):
+            store.fsck(repair=True)
+        assert other.fsck() == []

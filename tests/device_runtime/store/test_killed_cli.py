@@ -1,0 +1,243 @@
+"""The real command line, killed: the root opens with the generation before or the one after, and nothing is lost.
+
+Each verb runs in a process of its own, on a real disk. Loading PyTorch takes most of its time, so two kills of three
+wait for the first change under the root; the third comes at any time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers import store_standins
+from PIL import Image
+
+from device_runtime.device import Device
+from device_runtime.install import bundle
+from device_runtime.store.generations import Generations
+from device_runtime.store.journal import Journal
+from ssd_edge import files
+
+STORE = vars(store_standins)
+contents, leftovers, photos = STORE["contents"], STORE["leftovers"], STORE["photos"]
+FOREVER = 120.0  # s; a process that neither writes nor ends by then hangs
+
+
+class Box:
+    """A root of ten generations, what the verbs are given, and the roots as they leave them."""
+
+    def __init__(self, folder: Path, tiny_bundle) -> None:
+        self.folder, self.template = folder, folder / "template"
+        for number, name in enumerate(("first", "second", "third"), 1):
+            data = STORE["with_backbone"](tiny_bundle(release=number), number)
+            (folder / f"{name}.ssdedge").write_bytes(data)
+        (folder / "bolts").mkdir()
+        for number, picture in enumerate(photos("bolt", 5)):
+            Image.fromarray(picture).save(folder / "bolts" / f"{number}.png")
+        for name in ("first", "second"):  # the next commit deletes the first one, and its backbone
+            bundle.install(self.template, folder / f"{name}.ssdedge")
+        device = Device.open(self.template)
+        for seed in range(8):
+            device.learn("wedge", photos("wedge", 4, seed))
+        self.before = self._contents(self.template)
+        self.verbs = {
+            "learn": ("--label", "bolt", folder / "bolts"),
+            "install": (folder / "third.ssdedge",),
+            "forget": ("nut",),
+            "rollback": (),
+        }
+        self.after = {verb: self._undisturbed(verb) for verb in self.verbs}
+
+    def _contents(self, root: Path) -> dict[int, dict[str, bytes]]:
+        store = Generations(root)
+        return {number: contents(store.get(number)) for number in store.numbers()}
+
+    def _undisturbed(self, verb: str) -> tuple[int, dict[int, dict[str, bytes]]]:
+        root = self.folder / f"after-{verb}"
+        shutil.copytree(self.template, root)
+        self.act(verb, root)
+        return Generations(root).current().number, self._contents(root)
+
+    def act(self, verb: str, root: Path) -> None:
+        """What the verb does, in this process."""
+        if verb == "install":
+            bundle.install(root, self.folder / "third.ssdedge")
+            return
+        with Device.open(root) as device:
+            if verb == "learn":
+                device.learn("bolt", sorted((self.folder / "bolts").iterdir()))
+            elif verb == "forget":
+                device.forget("nut")
+            else:
+                device.rollback()
+
+    def start(self, verb: str, root: Path) -> subprocess.Popen:
+        """The verb, in a session of its own."""
+        words = [sys.executable, "-m", "ssd_edge", "device", verb, *map(str, self.verbs[verb]), "--root", str(root)]
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        return subprocess.Popen(words, **streams, cwd=self.folder, start_new_session=True, text=True)
+
+    def examine(self, verb: str, root: Path) -> int:
+        """The generation that is current after a death; all else is asserted."""
+        number, committed = self.after[verb]
+        store, now = Generations(root), Device.open(root).generation
+        assert (now.fallback, now.number in (10, number)) == ("", True), verb
+        for one in store.numbers():
+            found, wanted = contents(store.get(one)), {**committed, **self.before}[one]
+            if verb == "install" and one == number:  # each installation has an id of its own
+                found, wanted = ({**state, "device.json": b""} for state in (found, wanted))
+            assert found == wanted, (verb, one)
+            store.backbone_path(store.get(one).backbone)
+        for path in store.backbones():
+            assert files.sha256_file(path) == path.stem
+        return now.number
+
+    def go_on(self, root: Path, number: int) -> None:
+        """A following learn works, and leaves nothing of the death behind."""
+        device = Device.open(root)
+        device.learn("wedge", photos("wedge", 4, seed=50))
+        assert device.generation.parent == number
+        assert Device.open(root).generation == device.generation
+        assert leftovers(root) == []
+        journal = Journal(root / "journal.jsonl")
+        assert journal.is_whole()
+        assert None not in [event for _, event in journal.lines()]
+        assert {one.severity for one in device.store.fsck()} <= {"note"}
+
+
+@pytest.fixture(scope="module")
+def box(tiny_bundle):
+    with STORE["scratch"]() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield Box(folder, tiny_bundle)
+
+
+def look(root: Path) -> tuple:
+    """Anything that a writer changes; its lock is no change."""
+    names = [name for folder in ("generations", "backbones") for name in sorted(os.listdir(root / folder))]
+    hidden = sorted(name for name in os.listdir(root) if name.startswith(files.TEMPORARY_PREFIX))
+    return names, hidden, (root / "CURRENT").stat().st_ino, (root / "journal.jsonl").stat().st_size
+
+
+def end(process: subprocess.Popen, root: Path, number: int, wait: float | None, more: float) -> bool:
+    """Send a signal: so many seconds after the start, or (None) after the first write, and `more`; whether it wrote."""
+    before, until = look(root), time.monotonic() + FOREVER
+    if wait is None:
+        while look(root) == before and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.0002)
+    time.sleep((wait or 0.0) + more)
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+    process.wait(FOREVER)
+    return look(root) != before
+
+
+def end_all(box: Box, folder: Path, number: int, plan: list[tuple[str, float | None, float]]) -> list[tuple]:
+    """Start and end a process for each (verb, and what `end` takes).
+
+    Returns:
+        verb, root, whether it wrote, exit code, seconds, and what it said on standard error, of each.
+    """
+
+    def one(place: int) -> tuple:
+        verb, wait, more = plan[place]
+        root = folder / f"root-{len(list(folder.iterdir()))}-{place}"
+        shutil.copytree(box.template, root)
+        started = time.monotonic()
+        with box.start(verb, root) as process:
+            wrote = end(process, root, number, wait, more)
+            took = time.monotonic() - started
+            return verb, root, wrote, process.returncode, took, process.stderr.read()
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, range(len(plan))))
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed(box, tmp_path, count):
+    rng, verbs = random.Random(0), itertools.cycle(box.verbs)
+    writing = [(next(verbs), None, 0.2 * rng.random() ** 3) for _ in range(2 * count // 3)]
+    ended = end_all(box, tmp_path, signal.SIGKILL, writing)
+    duration = max(took for *_, took, _ in ended)
+    anywhere = [(next(verbs), rng.uniform(0.0, 1.2 * duration), 0.0) for _ in range(count - len(writing))]
+    ended += end_all(box, tmp_path, signal.SIGKILL, anywhere)
+    outcomes = []
+    for verb, root, wrote, code, *_ in ended:
+        assert code in (0, -signal.SIGKILL), (verb, code)
+        number = box.examine(verb, root)
+        outcomes.append((verb, number, wrote, code))
+        assert code != 0 or number == box.after[verb][0]
+        box.go_on(root, number)
+    print(f"(verb, generation, whether it wrote, exit code): {outcomes}")
+    assert len(outcomes) == count
+    assert 2 * sum(wrote for _, _, wrote, _ in outcomes) >= count
+    # one that was done before it could be killed is no failure; most are not
+    assert count < 30 or sum(code == -signal.SIGKILL for *_, code in outcomes) >= count // 2
+
+
+@pytest.mark.slow
+def test_asked_to_end(box, tmp_path):
+    """SIGTERM, as systemd sends it: the verb says that it was interrupted, or it was done; nothing is left."""
+    rng, verbs, count = random.Random(1), itertools.cycle(box.verbs), 18
+    plan = [(next(verbs), None, 0.1 * rng.random() ** 3) for _ in range(2 * count // 3)]
+    starting = count - len(plan)  # these come while PyTorch is loaded, or before Python has begun
+    plan += [(next(verbs), rng.uniform(0.0, 2.0), 0.0) for _ in range(starting)]
+    outcomes = []
+    for verb, root, wrote, code, _, told in end_all(box, tmp_path, signal.SIGTERM, plan):
+        number = box.examine(verb, root)
+        outcomes.append((verb, number, code))
+        if not wrote:  # Python was starting, or loading PyTorch, whose native part an interrupt may end in any way
+            assert (number, code != 0) == (10, True), (verb, code, told)
+        elif code == -signal.SIGTERM:  # it has ended, and Python only frees its memory
+            assert number == box.after[verb][0], verb
+        else:
+            # An interrupt within exec(), which dataclasses use, Python ends as SIGINT does: a shell shows 130, too.
+            assert code in (0, 130, -signal.SIGINT), (verb, code, told)
+            assert "Traceback" not in told or "atexit" in told, told  # PyTorch's own tidying up can be interrupted
+        assert code != 0 or number == box.after[verb][0]
+        assert leftovers(root) == []
+        assert not any("a cut came before" in one.problem for one in Generations(root).fsck())
+        box.go_on(root, number)
+    print(f"(verb, generation, exit code): {outcomes}")
+
+
+@pytest.mark.parametrize(
+    "verb", ["forget", "rollback", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("learn", "install"))]
+)
+def test_asked_to_end_at_any_step(box, tmp_path, monkeypatch, verb):
+    """The same at each step of what is written, in this process: SIGTERM raises KeyboardInterrupt wherever it comes."""
+    outcomes = set()
+    whole = verb == "rollback"  # of the others, the first 48 steps write one file of the generation after the other
+    for at in itertools.count() if whole else itertools.chain(range(0, 48, 8), itertools.count(48)):
+        root, steps = tmp_path / f"root-{at}", itertools.count()
+        shutil.copytree(box.template, root)
+
+        def hook(step: str, path: Path, steps=steps, at=at) -> None:
+            if next(steps) == at:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "fault_hook", hook)
+            try:
+                box.act(verb, root)
+            except KeyboardInterrupt:
+                code = 130
+            else:
+                code = 0
+        outcomes.add((box.examine(verb, root), code))
+        assert leftovers(root) == [], at
+        assert not any("a cut came before" in one.problem for one in Generations(root).fsck()), at
+        shutil.rmtree(root)
+        if next(steps) <= at:
+            break
+    after = box.after[verb][0]
+    assert outcomes == {(10, 130), (after, 130), (after, 0)}

@@ -1,0 +1,255 @@
+"""Keys and signatures: fixed bytes, what OpenSSL says of them, and everything that must be refused."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import by_hand as hand
+
+from ssd_edge import bundle, files
+from ssd_edge.bundle import signing
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
+
+pytest.importorskip("cryptography")
+
+
+@pytest.fixture
+def key(tmp_path):
+    """The file of the private key whose seed is fixed."""
+    return hand.write_key(tmp_path)
+
+
+def read(tmp_path: Path, data: bytes) -> bundle.Bundle:
+    path = tmp_path / "robot.ssdedge"
+    path.write_bytes(data)
+    return bundle.read(path)
+
+
+def public(private: Path) -> dict[str, object]:
+    key = signing.load_private(private).public_key()
+    return {signing.key_id(key): key}
+
+
+def test_golden_signature(key, tmp_path):
+    data = bundle.pack(*hand.parts(), signing.signer(key))
+    read_back = read(tmp_path, data)
+    assert read_back.entries["manifest.sig"] == (
+        b'{\n  "algorithm": "ed25519",\n  "key": "56475aa75463474c",\n  "signature": "aEhVtaM9Y27WY4ci+8RyKaf8NUV/'
+        b'anO7uUkU7BDcZqZUdLvZFqtyok0z2rGAtvKrVtdX0FBw0jpl4hGy7BWkDA=="\n}\n'
+    )
+    # A change of this literal is a change of the format: old bundles would be refused.
+    assert files.sha256(data) == "f9b661527f29c7eca17a34f615e5f73903b4722a395e145dac88f0112bcd611c"
+    raw = signing.load_private(key).public_key().public_bytes_raw()
+    assert read_back.signature.key == files.sha256(raw)[:16]
+    assert signing.check(read_back, public(key)) == "56475aa75463474c"
+    assert bundle.pack(*hand.parts(), signing.signer(key)) == data
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the command of docs/bundle.md needs openssl")
+def test_openssl_agrees(tmp_path):
+    """The lines of docs/bundle.md, as they stand there."""
+    text = (Path(__file__).parents[3] / "docs" / "bundle.md").read_text(encoding="utf-8")
+    lines = text.split("```sh\n", 1)[1].split("```", 1)[0]
+    assert "openssl pkeyutl -verify" in lines
+    private, shown = signing.new_key(tmp_path, "lab")
+    (tmp_path / "robot.ssdedge").write_bytes(bundle.pack(*hand.parts(), signing.signer(private)))
+    unpacked = hand.contents((tmp_path / "robot.ssdedge").read_bytes())
+    if shutil.which("unzip") is None:
+        for name in ("manifest.json", "manifest.sig"):
+            (tmp_path / name).write_bytes(unpacked[name])
+        lines = "\n".join(line for line in lines.splitlines() if not line.startswith("unzip"))
+
+    def run() -> subprocess.CompletedProcess:
+        return subprocess.run(["sh", "-c", lines], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "Signature Verified Successfully" in done.stdout
+    assert signing.key_id(signing.load_public(shown)) in done.stdout
+    other = signing.new_key(tmp_path, "other")[1]
+    shutil.copy(other, shown)
+    assert "Signature Verified Successfully" not in run().stdout
+
+
+def test_new_keys(tmp_path):
+    private, shown = signing.new_key(tmp_path / "a" / "b", "lab")
+    assert (private, shown) == (tmp_path / "a" / "b" / "lab.key", tmp_path / "a" / "b" / "lab.pub")
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    assert private.read_text().startswith("-----BEGIN PRIVATE KEY-----\n")
+    assert shown.read_text().startswith("-----BEGIN PUBLIC KEY-----\n")
+    assert signing.key_id(signing.load_public(shown)) == signing.key_id(signing.load_private(private).public_key())
+    before = private.read_bytes(), shown.read_bytes()
+    for lost in (None, shown, private):
+        if lost is not None:
+            lost.unlink()
+        with pytest.raises(InputError, match=r"exists, and a key is not overwritten; choose another name"):
+            signing.new_key(tmp_path / "a" / "b", "lab")
+        if lost is not None:
+            assert not lost.exists()
+            lost.write_bytes(before[lost is shown])
+    for name in ("", "a/b", "../a", ".a", "-a", "a b", "x" * 65):
+        with pytest.raises(InputError, match="the name of a key has 1 to 64 characters"):
+            signing.new_key(tmp_path, name)
+
+
+def test_a_private_key_is_never_readable_by_others_not_even_for_a_moment(tmp_path, monkeypatch):
+    """At its first write the file has its mode already, whatever the umask."""
+    seen = []
+    real = signing.os.fdopen
+
+    def watch(handle, mode):
+        seen.append(stat.S_IMODE(signing.os.fstat(handle).st_mode))
+        return real(handle, mode)
+
+    monkeypatch.setattr(signing.os, "fdopen", watch)
+    before = signing.os.umask(0)
+    try:
+        signing.new_key(tmp_path, "lab")
+    finally:
+        signing.os.umask(before)
+    assert seen == [0o600, 0o644]
+
+
+def test_half_a_pair_is_not_left_behind(tmp_path, monkeypatch):
+    real = signing._create
+
+    def fail(path, data, mode):
+        if path.suffix == ".pub":
+            raise EnvironmentUnfitError("full")
+        real(path, data, mode)
+
+    monkeypatch.setattr(signing, "_create", fail)
+    with pytest.raises(EnvironmentUnfitError, match="full"):
+        signing.new_key(tmp_path, "lab")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660])
+def test_a_private_key_that_others_may_read_is_not_used(key, mode):
+    key.chmod(mode)
+    with pytest.raises(InputError, match=rf"may be read by others \(mode {mode:04o}.*run: chmod 600 .*fixed\.key"):
+        signing.signer(key)
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    path.chmod(0o600)
+    return path
+
+
+def test_files_that_hold_no_key(tmp_path, key):
+    from cryptography.hazmat.primitives import serialization as pem
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    other = ec.generate_private_key(ec.SECP256R1())
+    plain = (pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
+    locked = (pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.BestAvailableEncryption(b"x"))
+    shown = (pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
+    for data, message in (
+        (b"", "holds no private key in PEM"),
+        (b"\xff" * 99, "holds no private key in PEM"),
+        (key.read_bytes()[:60], "holds no private key in PEM"),
+        (other.private_bytes(*plain), "holds a key of another kind than Ed25519"),
+        (signing.load_private(key).private_bytes(*locked), "has a password"),
+    ):
+        with pytest.raises(InputError, match=message):
+            signing.load_private(write(tmp_path / "a.key", data))
+    for data, message in (
+        (b"", "holds no public key in PEM"),
+        (b"ssh-ed25519 AAAA", "holds no public key in PEM"),
+        (other.public_key().public_bytes(*shown), "holds a key of another kind than Ed25519"),
+        (key.read_bytes(), r"holds a private key, which stays where it was made; give its NAME\.pub"),
+    ):
+        with pytest.raises(InputError, match=message):
+            signing.load_public(write(tmp_path / "a.pub", data))
+    with pytest.raises(InputError, match="does not exist"):
+        signing.load_private(tmp_path / "none.key")
+    with pytest.raises(InputError, match="does not exist"):
+        signing.load_public(tmp_path / "none.pub")
+
+
+def test_trusted_keys_are_all_or_nothing(tmp_path):
+    assert signing.trusted(tmp_path / "none") == {}
+    folder = tmp_path / "trusted"
+    for name in ("a", "b"):
+        signing.new_key(folder, name)
+    found = signing.trusted(folder)
+    assert len(found) == 2
+    assert all(signing.key_id(key) == identity for identity, key in found.items())
+    (folder / "c.pub").write_text("not a key")
+    with pytest.raises(InputError, match=r"c\.pub holds no public key"):
+        signing.trusted(folder)
+
+
+def test_what_is_not_signed_by_a_trusted_key_is_refused(tmp_path, key):
+    own = public(key)
+    (identity,) = own
+    other = public(signing.new_key(tmp_path, "other")[0])
+    (other_id,) = other
+    plain = read(tmp_path, bundle.pack(*hand.parts()))
+    with pytest.raises(BundleRefusedError, match=f"'robot' is not signed, but must be by {identity}; sign"):
+        signing.check(plain, own)
+    with pytest.raises(BundleRefusedError, match="is not signed, but must be by no key"):
+        signing.check(plain, {})
+    made = read(tmp_path, bundle.pack(*hand.parts(), signing.signer(key)))
+    with pytest.raises(BundleRefusedError, match=f"with the key {identity}, but trusted is {other_id}; get it from"):
+        signing.check(made, other)
+    with pytest.raises(BundleRefusedError, match=f"with the key {identity}, but trusted is no key"):
+        signing.check(made, {})
+    assert signing.check(made, {**own, **other}) == identity
+
+
+def test_a_signature_is_of_one_manifest(tmp_path, key):
+    """The signature of one bundle on another, whose every digest agrees; and under another key's name."""
+    made = hand.contents(bundle.pack(*hand.parts(), signing.signer(key)))
+    own = public(key)
+    lied = {**made, "manifest.json": made["manifest.json"].replace(b'"release": 7', b'"release": 8')}
+    swapped = hand.relisted({**made, "learner.safetensors": hand.vector(9.0, 9.0)})
+    for changed in (lied, swapped):
+        opened = read(tmp_path, hand.sealed(changed))
+        with pytest.raises(BundleRefusedError, match="the signature of the bundle 'robot' is not that of"):
+            signing.check(opened, own)
+    other = public(signing.new_key(tmp_path, "other")[0])
+    (other_id,) = other
+    renamed = made["manifest.sig"].replace(b"56475aa75463474c", other_id.encode())
+    opened = read(tmp_path, hand.sealed({**made, "manifest.sig": renamed}))
+    with pytest.raises(BundleRefusedError, match="is not that of its manifest"):
+        signing.check(opened, {**own, **other})
+
+
+def test_without_the_library_nothing_is_let_through(tmp_path, key):
+    signing.new_key(tmp_path / "trusted", "lab")
+    data = tmp_path / "signed.ssdedge"
+    data.write_bytes(bundle.pack(*hand.parts(), signing.signer(key)))
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "cryptography":
+            raise ModuleNotFoundError("blocked", name=name)
+sys.meta_path.insert(0, Block())
+from ssd_edge import bundle
+from ssd_edge.bundle import signing
+from ssd_edge.errors import EnvironmentUnfitError
+opened = bundle.read({str(data)!r})
+assert opened.signature.key == "56475aa75463474c"
+for call in (
+    lambda: signing.check(opened, {{}}),
+    lambda: signing.trusted({str(tmp_path / "trusted")!r}),
+    lambda: signing.new_key({str(tmp_path)!r}, "x"),
+    lambda: signing.signer({str(key)!r}),
+):
+    try:
+        call()
+    except EnvironmentUnfitError as error:
+        assert "'cryptography' is needed" in str(error), error
+    else:
+        sys.exit("let through")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

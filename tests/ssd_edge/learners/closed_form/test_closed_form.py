@@ -1,0 +1,358 @@
+"""The closed-form learners against NumPy, and what they do with a few images beside many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.small_landmarks import landmarks
+from scipy.linalg import helmert
+from sklearn.covariance import OAS
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import Ridge
+from torch import Tensor
+
+from ssd_edge.errors import InputError
+from ssd_edge.learners import Learner, Task, build
+from ssd_edge.learners.closed_form import ridge as ridge_module
+from ssd_edge.learners.closed_form.sums import ClassStatistics, gaussian_readout, shrink
+from ssd_edge.learners.priors import Priors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIM = 16
+CLOSED_FORM: list[dict[str, Any]] = [
+    {"name": "ssd", "directions": 60, "top_n": 10},
+    {"name": "ncm"},
+    {"name": "slda"},
+    {"name": "ridge"},
+    {"name": "rp_ridge", "features": 60},
+    {"name": "fecam"},
+]
+
+
+def names(options: dict[str, Any]) -> str:
+    return options["name"]
+
+
+def gaussians(counts: dict[int, int], spread: float = 1.0, seed: int = 0) -> Task:
+    """`counts[row]` samples around a mean that belongs to the row."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(10, DIM, generator=torch.Generator().manual_seed(99))
+    labels = torch.tensor([row for row, count in counts.items() for _ in range(count)])
+    return Task(means[labels] + spread * torch.randn(len(labels), DIM, generator=generator), labels)
+
+
+def covariance_prior(scale: float = 1.0) -> Priors:
+    mixing = np.random.default_rng(0).normal(size=(DIM, DIM))
+    return Priors(count=5000, within_covariance=(scale * mixing @ mixing.T / DIM).astype(np.float32))
+
+
+@pytest.mark.parametrize("options", CLOSED_FORM, ids=names)
+def test_the_order_of_tasks_and_samples_does_not_matter(options: dict[str, Any]) -> None:
+    whole = gaussians({0: 90, 1: 70, 2: 110, 3: 60})
+    test = gaussians(dict.fromkeys(range(4), 30), seed=5).embeddings
+    learners = []
+    for seed in range(3):
+        learner = build(options, DIM, covariance_prior())
+        order = torch.randperm(330, generator=torch.Generator().manual_seed(seed))
+        for index in order.split([100, 130, 100][seed]):  # also a class spread over tasks
+            learner.learn(Task(whole.embeddings[index], whole.labels[index]))
+        learners.append(learner)
+    for learner in learners[1:]:
+        scores = learners[0].scores(test)
+        rounding = 1e-5 if options["name"] == "ssd" else 1e-6  # it keeps its statistics in float32
+        torch.testing.assert_close(learner.scores(test), scores, rtol=0, atol=rounding * float(scores.abs().max()))
+        if hasattr(learner, "values"):
+            scale = float(learners[0].values.abs().max())
+            torch.testing.assert_close(learner.values, learners[0].values, rtol=1e-6, atol=10 * rounding * scale)
+
+
+def test_ncm_is_cosine_to_the_means() -> None:
+    task, test = gaussians({0: 20, 1: 7, 3: 30}), gaussians({0: 10, 1: 10, 3: 10}, seed=1).embeddings
+    learner = build({"name": "ncm"}, DIM, Priors())
+    learner.learn(task)
+    x, y, z = task.embeddings.double().numpy(), task.labels.numpy(), test.double().numpy()
+    means = np.stack([x[y == row].mean(0) for row in (0, 1, 3)])
+    cosine = (z @ means.T) / np.linalg.norm(z, axis=1)[:, None] / np.linalg.norm(means, axis=1)
+    np.testing.assert_allclose(learner.scores(test)[:, [0, 1, 3]], cosine, atol=1e-6)
+    assert learner.predict(test).tolist() == np.array([0, 1, 3])[cosine.argmax(1)].tolist()
+
+
+@pytest.mark.parametrize("weight", [0.0, 50.0, 1000.0])
+def test_slda_is_a_discriminant_with_the_prior_s_covariance_mixed_in(weight: float) -> None:
+    task, test = gaussians({0: 40, 1: 25, 2: 60}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
+    given = covariance_prior()
+    learner = build({"name": "slda", "prior_weight": weight}, DIM, given)
+    learner.learn(task)
+    x, y = task.embeddings.double().numpy(), task.labels.numpy()
+    means = np.stack([x[y == row].mean(0) for row in range(3)])
+    residuals = x - means[y]
+    freedom = len(x) - 3 + weight
+    covariance = (residuals.T @ residuals + weight * given.within_covariance.astype(float)) / freedom
+    inverse = np.linalg.inv(shrink(torch.from_numpy(covariance), freedom).numpy())
+    wanted = test.double().numpy() @ inverse @ means.T - 0.5 * np.einsum("cd,de,ce->c", means, inverse, means)
+    np.testing.assert_allclose(learner.scores(test), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_slda_is_scikit_learn_s_discriminant_with_its_oas_covariance() -> None:
+    """OAS of the N − C independent contrasts within the classes, whose mean square is the pooled covariance."""
+    task, test = gaussians({0: 12, 1: 9, 2: 30}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
+    learner = build({"name": "slda"}, DIM, Priors())
+    learner.learn(task)
+    x, y = task.embeddings.double().numpy(), task.labels.numpy()
+    contrasts = np.concatenate([helmert((y == row).sum()) @ x[y == row] for row in range(3)])
+    assert contrasts.shape == (51 - 3, DIM)
+
+    class Pooled:
+        covariance_ = OAS(assume_centered=True).fit(contrasts).covariance_
+
+        def fit(self, _: Any) -> None: ...
+
+    reference = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=Pooled(), priors=[1 / 3] * 3).fit(x, y)
+    wanted = reference.decision_function(test.double().numpy()) - np.log(1 / 3)
+    np.testing.assert_allclose(learner.scores(test), wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+
+
+def test_slda_without_a_prior_ignores_its_weight() -> None:
+    task, test = gaussians({0: 40, 1: 25}), gaussians({0: 9, 1: 9}, seed=1).embeddings
+    scores = []
+    for weight in (0.0, 1000.0):
+        learner = build({"name": "slda", "prior_weight": weight}, DIM, Priors())
+        learner.learn(task)
+        scores.append(learner.scores(test))
+    assert torch.equal(*scores)
+
+
+def test_slda_prior_helps_with_few_images() -> None:
+    """Five images a class say nothing of a lopsided covariance, which the pretraining knows."""
+    generator = torch.Generator().manual_seed(0)
+    widths = torch.logspace(-1, 1, DIM)
+    means = 0.4 * torch.randn(4, DIM, generator=generator) * widths.sqrt()
+
+    def draw(count: int) -> Task:
+        labels = torch.arange(4).repeat(count)
+        return Task(means[labels] + torch.randn(4 * count, DIM, generator=generator) * widths, labels)
+
+    few, test = draw(5), draw(300)
+    known, accuracy = Priors(count=9999, within_covariance=torch.diag(widths.square()).numpy()), {}
+    for weight in (0.0, 1000.0, -1.0):
+        learner = build({"name": "slda", "prior_weight": weight}, DIM, known)
+        learner.learn(few)
+        accuracy[weight] = float((learner.predict(test.embeddings) == test.labels).double().mean())
+    assert accuracy[1000.0] > accuracy[0.0] + 0.1
+    assert accuracy[-1.0] > accuracy[0.0] + 0.05  # sixteen degrees of freedom leave the likeliest weight low
+
+
+@pytest.mark.parametrize("strength", [0.3, 40.0])
+def test_ridge_learners_at_a_given_strength(strength: float) -> None:
+    task, test = gaussians({0: 40, 1: 25, 2: 60}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
+    for options in ({"name": "ridge"}, {"name": "rp_ridge", "features": 60}):
+        learner = build({**options, "strength": strength}, DIM, Priors())
+        assert learner.learn(task) == {"strength": strength}
+        x, z = (learner.features(each).double().numpy() for each in (task.embeddings, test))
+        wanted = Ridge(alpha=strength).fit(x, np.eye(3)[task.labels.numpy()]).predict(z)
+        np.testing.assert_allclose(learner.scores(test), wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("megabytes", [0.0013, 0.05, 0.4])
+def test_random_features_that_fit_a_memory_budget(megabytes: float, per_class: bool) -> None:
+    settings = {"budget_mb": megabytes, "budget_classes": 6, "per_class": per_class}
+    learner = build({"name": "rp_ridge", "features": 7, **settings}, DIM, Priors())
+    more = {"features": learner.feature_count() + 1, "per_class": per_class}
+    one_more = build({"name": "rp_ridge", **more}, DIM, Priors())
+    for each in (learner, one_more):
+        each.learn(gaussians(dict.fromkeys(range(6), 4)))
+    assert learner.features(torch.zeros(1, DIM)).shape == (1, learner.feature_count())
+    assert learner.memory_bytes() <= megabytes * 1e6 < one_more.memory_bytes()
+
+
+def test_a_memory_budget_is_no_reason_for_endless_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridge_module, "MOST_FEATURES", 30)
+    assert build({"name": "rp_ridge", "budget_mb": 1e7}, DIM, Priors()).feature_count() == 30
+
+
+def test_a_memory_budget_without_room_is_refused() -> None:
+    with pytest.raises(InputError, match=r"learner.budget_mb 0.001 has no room .* 100 classes, which take 0.003732 MB"):
+        build({"name": "rp_ridge", "budget_mb": 0.001}, DIM, Priors())
+
+
+def test_random_features_are_drawn_again_from_the_seed() -> None:
+    one, same, other = (build({"name": "rp_ridge", "features": 50}, DIM, Priors(), seed) for seed in (4, 4, 5))
+    assert torch.equal(one.projection, same.projection)
+    assert not torch.equal(one.projection, other.projection)
+    assert "projection" not in one.state_dict()
+    features = one.features(gaussians({0: 500}).embeddings)
+    assert float(features.min()) == 0.0
+    assert 0.3 < float((features == 0).double().mean()) < 0.7
+
+
+def test_random_features_separate_what_is_not_linear() -> None:
+    """A class inside another: ridge on the embedding cannot, on random features it can."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(1000) % 2
+    radius = torch.where(labels == 0, 1.0, 3.0)[:, None]
+    task = Task(torch.nn.functional.normalize(torch.randn(1000, 4, generator=generator)) * radius, labels)
+    accuracy = {}
+    for options in ({"name": "ridge"}, {"name": "rp_ridge", "features": 100}):
+        learner = build(options, 4, Priors())
+        learner.learn(task)
+        accuracy[options["name"]] = float((learner.predict(task.embeddings) == labels).double().mean())
+    assert accuracy["ridge"] < 0.65
+    assert accuracy["rp_ridge"] > 0.95
+
+
+# ── ssd ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def few_beside_many(few: int, spread: float) -> tuple[Learner, Tensor, Tensor]:
+    """Four classes of 2000 images, then one of a few; the learner, and unseen images of all five."""
+    learner = build({"name": "ssd", "directions": 240, "top_n": 10}, DIM, Priors())
+    learner.learn(gaussians(dict.fromkeys(range(4), 2000), spread, seed=1))
+    learner.learn(gaussians({4: few}, spread, seed=2))
+    test = gaussians(dict.fromkeys(range(5), 200), spread, seed=3)
+    return learner, test.embeddings, test.labels
+
+
+def recall(learner: Learner, embeddings: Tensor, labels: Tensor, row: int) -> float:
+    return float((learner.predict(embeddings)[labels == row] == row).double().mean())
+
+
+def test_ssd_predicts_a_class_of_twenty_beside_classes_of_thousands() -> None:
+    learner, embeddings, labels = few_beside_many(20, spread=1.0)
+    assert recall(learner, embeddings, labels, 4) > 0.5
+    assert min(recall(learner, embeddings, labels, row) for row in range(4)) > 0.7
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_the_read_out_is_that_of_gaussians_with_uncertain_means(diagonal: bool) -> None:
+    """Against the posterior of each mean, inverted as it stands; what is not linear enters by its mean."""
+    rng = np.random.default_rng(0)
+    size, counts = 6, np.array([1.0, 4.0, 0.0, 300.0])
+    means = rng.normal(size=(4, size)) * (counts > 0)[:, None]
+    mixing = rng.normal(size=(size, size))
+    within = mixing @ mixing.T + np.eye(size)
+    signal = np.diag(rng.uniform(0.1, 3.0, size))
+    if not diagonal:
+        turned = np.linalg.qr(rng.normal(size=(size, size)))[0]
+        signal = turned @ signal @ turned.T
+    given = (torch.from_numpy(array) for array in (means, counts, within, signal))
+    values, bias = gaussian_readout(*given)
+    second = within + (means.T * counts) @ means / counts.sum()  # E[x xᵀ] over what was seen
+    for row in (0, 1, 3):
+        unknown = np.linalg.inv(np.linalg.inv(signal) + counts[row] * np.linalg.inv(within))
+        mean = unknown @ np.linalg.inv(within) @ means[row] * counts[row]
+        spread = within + unknown
+        inverse = np.linalg.inv(spread)
+        wanted = -0.5 * (mean @ inverse @ mean + np.linalg.slogdet(spread)[1] + np.trace(inverse @ second))
+        np.testing.assert_allclose(values[:, row], inverse @ mean, rtol=1e-9)
+        np.testing.assert_allclose(bias[row] + 0.0, wanted + 0.5 * np.linalg.slogdet(within)[1], rtol=1e-9)
+    assert bias[2] == -torch.inf
+
+
+def test_the_read_out_of_many_images_is_the_discriminant() -> None:
+    task = gaussians(dict.fromkeys(range(4), 500))
+    statistics = ClassStatistics(DIM)
+    statistics.add(task.embeddings, task.labels)
+    covariance = shrink(statistics.scatter_within() / statistics.freedom, statistics.freedom)
+    signal = 1e3 * torch.eye(DIM, dtype=torch.float64)
+    values, bias = gaussian_readout(statistics.means, statistics.counts, covariance, signal)
+    shrunk = OAS(store_precision=False)
+    wanted = LinearDiscriminantAnalysis(solver="lsqr", priors=[0.25] * 4, covariance_estimator=shrunk)
+    wanted.fit(task.embeddings.double().numpy(), task.labels.numpy())
+    test = gaussians(dict.fromkeys(range(4), 100), seed=5).embeddings.double()
+    assert np.mean((test @ values + bias).argmax(1).numpy() == wanted.predict(test.numpy())) > 0.99
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_ssd_of_hardly_any_images(count: int) -> None:
+    learner = build(CLOSED_FORM[0], DIM, Priors())
+    learner.learn(gaussians({0: count, 1: count}, spread=0.1))
+    test = gaussians({0: 50, 1: 50}, spread=0.1, seed=1)
+    assert bool(torch.isfinite(learner.scores(test.embeddings)).all())
+    assert torch.equal(learner.predict(test.embeddings), test.labels)
+
+
+def test_ssd_features_are_directions_of_what_the_landmarks_answer() -> None:
+    given = landmarks(DIM)
+    learner = build({"name": "ssd", "directions": 7}, DIM, Priors(landmarks=given))
+    z = gaussians({0: 50}).embeddings.double().numpy()
+    cosines = z / np.linalg.norm(z, axis=1, keepdims=True) @ given.keys.T
+    wanted = (np.exp(0.5 * cosines) - given.mean) @ given.projection[:, :7]
+    np.testing.assert_allclose(learner.features(torch.from_numpy(z).float()), wanted, rtol=0, atol=1e-4)
+    assert sorted(learner.constants()) == ["gain", "keys", "mean", "projection", "signal"]
+
+
+def test_ssd_without_landmarks_draws_its_keys_from_the_seed_and_says_so() -> None:
+    learner = build(CLOSED_FORM[0], DIM, Priors())
+    assert "no landmarks" in learner.note
+    z = gaussians({0: 50}).embeddings
+    cosines = torch.nn.functional.normalize(z) @ learner.keys.T
+    torch.testing.assert_close(learner.features(z), (0.5 * DIM**0.5 * cosines).exp())
+    assert learner.constants() == {}
+    assert not torch.equal(learner.keys, build(CLOSED_FORM[0], DIM, Priors(), seed=1).keys)
+    asked = build({**CLOSED_FORM[0], "keys": "random"}, DIM, Priors(landmarks=landmarks(DIM)))
+    assert torch.equal(asked.keys, learner.keys)
+    assert asked.note == ""
+
+
+def test_ssd_keeps_two_megabytes_for_ten_classes() -> None:
+    """The bar of docs/ssd.md, of the shipped size: what the backbone brought does not count."""
+    given = Priors(landmarks=landmarks(256, neurons=1500, directions=900))
+    learner = build({"name": "ssd"}, 256, given)
+    for classes, most in ((10, 2e6), (100, 4e6)):
+        learner.statistics.grow(classes)
+        learner.values, learner.bias = torch.zeros(900, classes), torch.zeros(classes)
+        assert learner.memory_bytes() < most
+
+
+def test_ssd_top_n_are_the_neurons_nearest_to_the_last_task() -> None:
+    learner = build(CLOSED_FORM[0], DIM, Priors())
+    learner.learn(gaussians({0: 50, 1: 50}))
+    last = gaussians({2: 40, 3: 40})
+    learner.learn(last)
+    responses = learner.features(last.embeddings)
+    share = torch.zeros(60).index_add(0, responses.topk(6).indices.flatten(), torch.ones(6 * 80)) / 80
+    best = sorted(range(60), key=lambda j: (-float(share[j]), j))[:10]
+    assert learner.top_n.indices.tolist() == best
+    torch.testing.assert_close(learner.top_n.frequencies, share[best])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"directions": 21}, r"learner.directions is 21, but the backbone's landmarks have 20; lower it"),
+        ({"prior_weight": -1}, r"learner.prior_weight must be at least 0"),
+        ({"keys": "trained"}, r"learner.keys must be one of pretrained, random"),
+    ],
+    ids=str,
+)
+def test_ssd_settings_that_cannot_be(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        build({"name": "ssd", **options}, DIM, Priors(landmarks=landmarks(DIM)))
+
+
+def test_ssd_of_other_landmarks_is_not_merged() -> None:
+    one, other = (build({"name": "ssd"}, DIM, Priors(landmarks=landmarks(DIM, seed=seed))) for seed in (0, 1))
+    with pytest.raises(InputError, match="differ in the landmarks cannot be merged"):
+        one.merge(other)
+    bare = build({"name": "ssd"}, DIM, Priors())
+    for first, second in ((one, bare), (bare, one)):
+        with pytest.raises(InputError, match=r"whether there are landmarks \((True|False) and (True|False)\)"):
+            first.merge(second)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize("given", [True, False], ids=["landmarks", "random keys"])
+def test_ssd_of_images_that_hardly_differ(spread: float, given: bool) -> None:
+    """More directions than images, and a scatter that rounding to float32 makes indefinite."""
+    priors = Priors(landmarks=landmarks(DIM, neurons=400, directions=300)) if given else Priors()
+    learner = build({"name": "ssd", "directions": 300}, DIM, priors)
+    for rows in ((0, 1), (2, 3)):
+        learner.learn(gaussians(dict.fromkeys(rows, 30), spread))
+    test = gaussians(dict.fromkeys(range(4), 20), spread, seed=1)
+    assert bool(torch.isfinite(learner.scores(test.embeddings)).all())
+    assert torch.equal(learner.predict(test.embeddings), test.labels)

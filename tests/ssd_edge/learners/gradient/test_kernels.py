@@ -1,0 +1,255 @@
+"""The compiled epoch against plain PyTorch and against dense autograd, in float64 within 1e-9.
+
+Counters are compared exactly: a single neuron that the lazy Top-K misses, or wrongly adds, in a single step would show.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("numba")
+
+from ssd_edge.errors import InputError
+from ssd_edge.learners import LEARNERS, Learner, Task
+from ssd_edge.learners.gradient import epoch
+from ssd_edge.learners.priors import Priors
+from ssd_edge.run import bench
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIM = 12
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[epoch.LazyEpochs]:
+    """Every compiled epoch adds who ran it."""
+    engines: list[epoch.LazyEpochs] = []
+    run = epoch.LazyEpochs.run
+
+    def noted(self: epoch.LazyEpochs, order: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
+        engines.append(self)
+        return run(self, order)
+
+    monkeypatch.setattr(epoch.LazyEpochs, "run", noted)
+    return engines
+
+
+def make(name: str, engine: str, dtype: torch.dtype = torch.float64, given: Priors | None = None, **options: Any):
+    kind = type("Double", (LEARNERS[name],), {"dtype": dtype})
+    settings = {"neurons": 120, "k": 3, "batch": 16, "epochs": 4, "lr": 0.5, "engine": engine, **options}
+    if given is None:
+        settings = {"inhibition": "subtract", **settings}
+    return kind(DIM, LEARNERS[name].Settings(**settings), given or Priors(), seed=4)
+
+
+def task(rows: tuple[int, int], seed: int, count: int = 90) -> Task:
+    """Two noisy classes; a sample that gives the network nothing, and one that comes twice."""
+    generator = torch.Generator().manual_seed(seed)
+    means, labels = torch.randn(2, DIM, generator=generator), torch.arange(count) % 2
+    embeddings = means[labels] + 0.7 * torch.randn(count, DIM, generator=generator)
+    embeddings[0], embeddings[2] = -1.0, embeddings[4]
+    return Task(embeddings, torch.tensor(rows)[labels])
+
+
+def both(name: str, ran: list, **options: Any) -> tuple[Learner, Learner]:
+    """A compiled learner and a plain one after two equal tasks; what they measured is compared on the way."""
+    fast, plain = make(name, "compiled", **options), make(name, "torch", **options)
+    for learner in (fast, plain):
+        learner.expect(5)
+    for new in (task((1, 3), 1), task((2, 0), 2)):
+        measured, expected = fast.learn(new), plain.learn(new)
+        assert measured.keys() == expected.keys()
+        for key, value in expected.items():
+            assert measured[key] == pytest.approx(value, rel=1e-7, abs=1e-10), key
+    assert ran
+    return fast, plain
+
+
+def assert_same(fast: Learner, plain: Learner, tolerance: float = 1e-9) -> None:
+    mine, other = fast.state_dict(), plain.state_dict()
+    for name, tensor in other.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=0, atol=0 if "counters" in name else tolerance, msg=name)
+
+
+NETWORKS = [
+    {},
+    {"clip": 0.05},
+    {"lr": 20.0, "clip": 20.0, "epochs": 6},  # keys fly about: most samples cannot be proved
+    {"lr": 0.01, "epochs": 8},
+    {"k": 1},
+    {"k": 14},  # the most that counts as sparse
+    {"neurons": 40, "k": 4, "batch": 7},
+    {"neurons": 700, "k": 10, "batch": 200},  # one step an epoch
+    {"inhibition": "mask"},
+    {"inhibition": "mask", "decay_epochs": 5},  # dense until the second task
+    {"outputs": "arriving"},
+]
+
+
+@pytest.mark.parametrize("options", NETWORKS, ids=str)
+def test_the_network_as_plain_pytorch(options: dict[str, Any], ran: list) -> None:
+    assert_same(*both("sdmlp", ran, **options))
+
+
+DISTILLED = [
+    {},
+    {"top_n": "40", "temperature": 2.0, "hidden_weight": 0.6, "ce_weight": 0.3},
+    {"top_n": "120", "temperature": 0.1, "hidden_weight": 1.0},
+    {"hidden_weight": 0.0, "logit_scope": "old"},
+    {"logit_scope": "seen", "frequency_source": "running", "accumulate_tasks": True},
+    {"frequency_source": "gaba_counter", "first_task_weight": "alpha", "teacher": "ema"},
+    {"index_mode": "union", "inhibition": "mask", "temperature": 0.2, "hidden_weight": 0.5},
+    {"lr": 10.0, "clip": 10.0, "top_n": "30", "hidden_weight": 0.5, "temperature": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", DISTILLED, ids=str)
+def test_distillation_as_plain_pytorch(options: dict[str, Any], ran: list) -> None:
+    assert_same(*both("ssd-paper", ran, **options))
+
+
+def priors(opened: int, neurons: int = 120, switch: float = 300.0) -> Priors:
+    """Keys of which three are dead, six are equal in pairs, and the first have switches that are open still."""
+    keys = torch.randn(neurons, DIM, generator=torch.Generator().manual_seed(9)).clamp_min(0)
+    keys[[0, 1, 20]] = 0.0
+    keys[30:33] = keys[33:36]
+    counters = np.where(np.arange(neurons) < opened, np.arange(neurons) % 3 * 100.0, 1e6)
+    return Priors(keys=F.normalize(keys).numpy(), counters=counters, student={"switch": switch})
+
+
+@pytest.mark.parametrize("opened", [0, 1, 10])
+@pytest.mark.parametrize("name", ["sdmlp", "ssd-paper"])
+def test_dead_and_equal_keys_and_open_switches(name: str, opened: int, ran: list) -> None:
+    given = priors(opened)
+    fast, plain = both(name, ran, given=given, gaba="keep", epochs=6)
+    assert_same(fast, plain)
+    if opened:  # dead keys are excited, and with ten open switches one has closed on the way
+        assert float(fast.net.counters[0]) > 0
+        assert bool((fast.net.counters[:opened] > 300).any()) == (opened == 10)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_shapes(seed: int, ran: list) -> None:
+    draw = np.random.default_rng(seed)
+    neurons = int(draw.integers(24, 400))
+    most = min(neurons // 8 - 1, 12)
+    options = {
+        "neurons": neurons,
+        "k": int(draw.integers(1, most + 1)),
+        "batch": int(draw.integers(1, 100)),
+        "lr": float(10 ** draw.uniform(-2, 1)),
+        "clip": float(10 ** draw.uniform(-2, 1)),
+        "epochs": int(draw.integers(1, 6)),
+        "inhibition": str(draw.choice(["subtract", "mask"])),
+        "top_n": str(neurons // 3),
+        "temperature": float(10 ** draw.uniform(-1, 1)),
+    }
+    assert_same(*both("ssd-paper", ran, **options))
+
+
+def test_dense_autograd() -> None:
+    """The oracle that shares no line with either: every neuron, by autograd, in the same order of samples."""
+    learner = make("ssd-paper", "compiled", neurons=200, top_n="50", temperature=0.5, hidden_weight=0.6, epochs=5)
+    learner.expect(5)
+    learner.learn(task((1, 3), 1))
+    generator, new, net = learner.generator(), task((2, 0), 2), learner.net
+    inputs = learner.prepared(new.embeddings)
+    twin = make("ssd-paper", "torch", neurons=200, top_n="50", temperature=0.5, hidden_weight=0.6, epochs=5)
+    twin.load_state_dict(learner.state_dict())
+    twin._begin(inputs, new.labels)
+    keys, values = net.keys.clone(), net.values.clone()
+    for _ in range(5):
+        order = torch.randperm(len(inputs), generator=generator)
+        keys, values = bench.dense_epoch(twin, keys, values, inputs, new.labels, order)
+    learner.learn(new)
+    torch.testing.assert_close(learner.net.keys, keys, rtol=0, atol=1e-9)
+    torch.testing.assert_close(learner.net.values, values, rtol=0, atol=1e-9)
+    assert float((keys - twin.net.keys).abs().max()) > 1e-3
+
+
+def test_float32(ran: list) -> None:
+    """What is shipped: the state within rounding, and (nearly) every answer the same."""
+    learners = []
+    for engine in ("compiled", "torch"):
+        learner = make("ssd-paper", engine, torch.float32, neurons=600, k=6)
+        learner.expect(4)
+        for rows, seed in (((0, 1), 1), ((2, 3), 2)):
+            learner.learn(task(rows, seed, 400))
+        learners.append(learner)
+    fast, plain = learners
+    torch.testing.assert_close(fast.net.keys, plain.net.keys, rtol=0, atol=1e-4)
+    torch.testing.assert_close(fast.net.values, plain.net.values, rtol=0, atol=1e-4)
+    asked = torch.cat([task((0, 1), 1, 1000).embeddings, task((2, 3), 2, 1000).embeddings])
+    assert float((fast.predict(asked) == plain.predict(asked)).double().mean()) >= 0.995
+    assert ran[-1].net is fast.net
+
+
+def test_few_neurons_are_evaluated_and_no_array_is_samples_by_neurons(ran: list) -> None:
+    learner = make("sdmlp", "compiled", neurons=3000, k=5, lr=0.5, epochs=6)
+    learner.learn(task((0, 1), 1, 400))
+    engine = ran[-1]
+    assert engine.anchored == 1
+    assert engine.full <= 0.02 * engine.samples
+    assert 0 < engine.evaluated < 0.1 * engine.neurons
+    arrays = [array for group in (engine.state, engine.lanes, engine.loss) for array in group]
+    held = sum(array.nbytes for array in arrays) - engine.lanes[2].nbytes
+    assert held < 0.1 * engine.samples * engine.neurons * 8
+    assert engine.lanes[2].nbytes <= epoch.LANES_SHARE * learner.net.keys.numpy().nbytes + 64 * DIM * 8
+
+
+def test_caches_that_prove_nothing_are_given_up(ran: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With next to no room for neurons that have moved far, what is cached says nothing of a wild training."""
+    monkeypatch.setattr(epoch, "LANES_LEAST", 2)
+    monkeypatch.setattr(epoch, "LANES_SHARE", 0.0)
+    options = {"neurons": 400, "k": 8, "lr": 20.0, "clip": 20.0, "epochs": 30}
+    fast, plain = make("sdmlp", "compiled", **options), make("sdmlp", "torch", **options)
+    for learner in (fast, plain):
+        learner.learn(task((0, 1), 1, 200))
+    assert_same(fast, plain)
+    assert 1 < len(ran) < 20  # of 30 epochs; the others were plain PyTorch's
+    assert ran[-1].anchored > 1
+
+
+def test_stops_early_and_goes_on_bit_for_bit() -> None:
+    def learn(stop: float) -> tuple[Learner, dict[str, float]]:
+        learner = make("ssd-paper", "compiled", torch.float64, epochs=6)
+        return learner, learner.learn(task((0, 1), 1), lambda share: share >= stop)
+
+    whole, short = learn(1.0), learn(0.5)
+    assert (whole[1]["epochs"], short[1]["epochs"]) == (6.0, 3.0)
+    assert "cross_entropy_gradient_last" not in short[1]
+    resumed = make("ssd-paper", "compiled", torch.float64, epochs=6)
+    resumed.load_state_dict(whole[0].state_dict())
+    for learner in (whole[0], resumed):
+        learner.learn(task((2, 3), 2))
+    expected = whole[0].state_dict()
+    differ = {
+        name: float((tensor.double() - expected[name].double()).abs().max())
+        for name, tensor in resumed.state_dict().items()
+        if not torch.equal(tensor, expected[name])
+    }
+    assert not differ
+
+
+def test_divergence_is_told() -> None:
+    with pytest.raises(InputError, match=r"SDMLP diverged in epoch \d.*; lower learner.lr"):
+        make("sdmlp", "compiled", torch.float32, lr=1e38, clip=1e38).learn(task((0, 1), 1))
+
+
+def test_machine_code_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssd_edge.learners.gradient import kernels
+
+    def full_disk(*arguments: Any) -> None:
+        raise OSError("no space left on device")
+
+    kept = kernels._kernel
+    monkeypatch.setattr(kernels, "_kernel", full_disk)
+    monkeypatch.setattr(kernels, "_compiled", lambda cache: kept if not cache else full_disk)
+    learner = make("sdmlp", "compiled")
+    assert math.isfinite(learner.learn(task((0, 1), 1))["cross_entropy"])

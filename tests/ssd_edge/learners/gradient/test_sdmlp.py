@@ -1,0 +1,190 @@
+"""SDMLP as a learner: where it starts, what closes its switches, which outputs it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ssd_edge.errors import InputError
+from ssd_edge.learners import Task, build
+from ssd_edge.learners.gradient.sdmlp import SDMLPLearner, Settings
+from ssd_edge.learners.priors import Priors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIM, NEURONS = 10, 64
+SMALL = {"neurons": NEURONS, "k": 4, "epochs": 4, "batch": 16, "shift": 0.0, "lr": 0.3}
+
+
+def task(rows: tuple[int, ...], seed: int = 0) -> Task:
+    generator = torch.Generator().manual_seed(seed)
+    return Task(torch.randn(64, DIM, generator=generator), torch.tensor(rows).repeat(64 // len(rows)))
+
+
+def priors(switch: float = 100.0) -> Priors:
+    """Pretrained keys, a third of whose switches never closed."""
+    keys = np.abs(np.random.default_rng(0).normal(size=(NEURONS, DIM)))
+    counters = np.where(np.arange(NEURONS) % 3, 2 * switch, 0.4 * switch)
+    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    return Priors(keys=unit.astype(np.float32), counters=counters.astype(np.float32), student={"switch": switch})
+
+
+def make(given: Priors, **options: Any) -> SDMLPLearner:
+    return SDMLPLearner(DIM, Settings(**{**SMALL, **options}), given, seed=1)
+
+
+def learned(given: Priors, **options: Any) -> SDMLPLearner:
+    learner = make(given, **options)
+    learner.learn(task((0, 1)))
+    return learner
+
+
+def test_pretrained_keys_start_closed_unless_kept() -> None:
+    given = priors()
+    closed, kept, other = make(given), make(given, gaba="keep"), make(given, pretrained=False)
+    torch.testing.assert_close(closed.net.keys, torch.from_numpy(given.keys))
+    assert closed.net.gamma is None
+    assert torch.equal(kept.net.counters, torch.from_numpy(given.counters))
+    assert float(kept.net.gamma.min()) == pytest.approx(-0.2)
+    assert float(other.net.counters.max()) == 0.0
+    assert not torch.allclose(other.net.keys, closed.net.keys)
+
+
+def test_keys_of_another_size_or_without_counters_are_not_used() -> None:
+    given = priors()
+    for learner in (make(given, neurons=65), make(Priors(keys=given.keys))):
+        assert float(learner.net.counters.max()) == 0.0
+        assert learner.switch == 0.0
+
+
+def test_learners_of_one_package_count_for_themselves() -> None:
+    given = priors()
+    first = learned(given, gaba="keep")
+    assert not torch.equal(first.net.counters, torch.from_numpy(given.counters))
+    assert torch.equal(make(given, gaba="keep").net.counters, torch.from_numpy(priors().counters))
+
+
+def test_switch_comes_from_the_settings_the_package_or_the_first_task() -> None:
+    assert learned(priors(50.0), switch=77.0).switch == 77.0
+    assert learned(priors(50.0)).switch == 50.0
+    learner = learned(Priors())
+    assert learner.switch == 0.5 * 64 * 4
+    learner.learn(Task(torch.zeros(8, DIM), torch.zeros(8, dtype=torch.int64)))
+    assert learner.switch == learner.net.switch == 0.5 * 64 * 4  # a later task does not move it
+
+
+def test_predicting_counts_only_if_asked() -> None:
+    for asked in (False, True):
+        learner = learned(Priors(), count_in_eval=asked, switch=1e6)
+        before, test = learner.net.counters.clone(), task((0, 1), seed=5).embeddings
+        scores = learner.net.logits(learner.prepared(test))
+        assert torch.equal(learner.scores(test), scores)  # counted after, as in the reference code
+        assert torch.equal(learner.net.counters - before, torch.full((NEURONS,), 64.0 * asked))
+
+
+def test_outputs_are_announced_or_arrive() -> None:
+    for outputs, widths in (("announced", (6, 6)), ("arriving", (2, 4))):
+        learner = make(priors(), outputs=outputs)
+        learner.expect(6)
+        for rows, width in zip(((0, 1), (2, 3)), widths, strict=True):
+            learner.learn(task(rows))
+            assert learner.net.values.shape == (NEURONS, width)
+
+
+def test_divergence_is_told() -> None:
+    with pytest.raises(InputError, match=r"SDMLP diverged in epoch \d.*; lower learner.lr \(1e\+38\)"):
+        learned(priors(), lr=1e38, clip=1e38)
+
+
+def test_more_active_neurons_than_there_are() -> None:
+    with pytest.raises(InputError, match=r"learner.k .* 65 .* 64"):
+        make(Priors(), k=65)
+
+
+def test_keys_of_another_shift_or_size_are_pointed_out() -> None:
+    keys = torch.rand(NEURONS, 8).numpy()
+    given = Priors(keys=keys, counters=torch.ones(NEURONS).numpy(), student={"shift": 0.0, "switch": 1.0})
+    options = {"name": "sdmlp", "neurons": NEURONS, "k": 4}
+    assert build({**options, "shift": 0.0}, 8, given).note == ""
+    assert "pretrained for shift 0, not 1" in build({**options, "shift": 1.0}, 8, given).note
+    assert "random ones are used" in build(options, 9, given).note
+    assert build({**options, "pretrained": False}, 9, given).note == ""
+
+
+def test_inhibitions_learn_differently_and_by_their_own_rule() -> None:
+    """`subtract` is the switch closed from the start; a mask passes whole scores, so more than a difference."""
+    closed = learned(priors(), pretrained=False, switch=1e-9)  # every counter is past it after the first batch
+    subtract = learned(priors(), pretrained=False, inhibition="subtract")
+    mask = learned(priors(), pretrained=False, inhibition="mask")
+    assert closed.net.gamma is None
+    assert subtract.net.gamma is None
+    assert float(subtract.net.counters.max()) < 64 * 4  # from the start few neurons answer
+    x = subtract.prepared(task((0, 1), seed=5).embeddings)
+    assert int(subtract.net.activate(x).counts().sum()) <= 4 * len(x)
+    assert int(mask.net.activate(x).counts().sum()) == 4 * len(x)
+    scores = (x @ mask.net.keys.T).topk(4, dim=1)
+    torch.testing.assert_close(mask.net.activate(x).to_dense().gather(1, scores.indices), scores.values)
+
+
+def test_a_falling_k_reaches_its_value_and_is_kept() -> None:
+    """Over the epochs of all tasks: 64 neurons, k = 4, 6 epochs, so 4 epochs of a first task leave it at 24."""
+    learner = make(priors(), inhibition="mask", decay_epochs=6)
+    learner.learn(task((0, 1)))
+    x = learner.prepared(task((0, 1), seed=5).embeddings)
+    active = learner.net.activate(x).counts().sum() / len(x)
+    assert learner.net.epochs_done == 4
+    assert 4 < float(active) <= 24  # int(64 - 60 * 4 / 6); scores of zero are not active
+    learner.learn(task((2, 3)))
+    assert int(learner.net.activate(x).counts().sum()) <= 4 * len(x)
+
+
+def test_a_falling_k_and_a_switch_are_refused_together() -> None:
+    with pytest.raises(InputError, match=r"decay_epochs is 5, but learner.inhibition=gaba"):
+        make(Priors(), decay_epochs=5)
+
+
+def test_two_hidden_layers_learn() -> None:
+    learner = make(priors(), layers=2, epochs=30, inhibition="subtract")
+    apart = 3.0 * torch.eye(2, DIM)
+    given, test = (Task(one.embeddings + apart[one.labels], one.labels) for one in (task((0, 1)), task((0, 1), 5)))
+    learner.learn(given)
+    assert [tuple(layer.keys.shape) for layer in learner.net.layers] == [(NEURONS, DIM), (NEURONS, NEURONS)]
+    assert float((learner.predict(test.embeddings) == test.labels).double().mean()) > 0.85
+
+
+def test_untrained_outputs_exist_once_announced_and_are_the_ones_that_learn() -> None:
+    learner, other = make(priors()), make(priors())
+    learner.expect(6)
+    assert learner.scores(task((0, 1)).embeddings).shape[1] == 6
+    columns = learner.net.values.clone()
+    other.net.grow(6, other.generator(purpose=2))
+    assert torch.equal(columns, other.net.values)
+    learner.expect(6)
+    assert torch.equal(learner.net.values, columns)
+
+
+def test_columns_beyond_the_announced_ones_are_drawn_anew() -> None:
+    learner = make(priors(), lr=1e-30)
+    learner.expect(2)
+    learner.learn(task((0, 3)))
+    values = learner.net.values
+    assert values.shape[1] == 4
+    assert not torch.equal(values[:, 2:], values[:, :2])
+
+
+def test_what_each_loss_term_pulls_is_measured() -> None:
+    learner = make(priors(), penalty="l2", penalty_weight=0.1)
+    learner.expect(4)
+    first, second = learner.learn(task((0, 1))), learner.learn(task((2, 3)))
+    assert "penalty" not in first
+    assert second["penalty"] > 0
+    assert second["penalty_gradient_first"] == 0.0  # at the anchor
+    assert second["penalty_gradient_last"] > 0
+    assert second["cross_entropy_gradient_first"] > 0
+    assert second["cross_entropy_gradient_last"] > 0
+    assert 0 <= second["clipped"] <= 1
+    assert 0 < second["active_neurons"] <= 4
+    assert learner.display == "SDMLP+L2"

@@ -1,0 +1,172 @@
+"""The HTML report: well-formed, self-contained, complete, and safe with any name."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from ssd_edge.report.html import render
+from ssd_edge.run.metrics import summary
+
+CHEAP = {"seconds": 1.5, "state_bytes": 4100}
+RUN: dict[str, Any] = {
+    "argv": ["ssd-edge", "train", "data.path=my photos"],
+    "config": {"data": {"path": "my photos", "classes": []}, "learner": {"name": "ssd"}},
+    "versions": {"torch": "2.9.1"},
+    "threads": 2,
+    "git_sha": None,
+    "seed": 7,
+    "machine": "Linux x86_64, 2 cores",
+    "started": "2026-11-21T05:20:11Z",
+    "finished": "2026-11-21T05:23:41Z",
+    "backbone": {"identity": "sha256:4ac1", "provenance": {"data": "Tiny-ImageNet-32"}},
+}
+
+
+def scores(tasks: int, first: float, keep: float) -> dict[str, Any]:
+    """Metrics of a matrix whose diagonal is `first`, and of which each further task keeps a share."""
+    values = summary([[first * keep ** (t - i) if i <= t else 0.0 for i in range(tasks)] for t in range(tasks)])
+    values["accuracy_matrix"] = [
+        [value if i <= t else None for i, value in enumerate(row)] for t, row in enumerate(values["accuracy_matrix"])
+    ]
+    return values
+
+
+def made(tasks: int, others: bool = True, names: list[str] | None = None) -> dict[str, Any]:
+    names = names or [f"class {row}" for row in range(2 * tasks)]
+    panel = {"slda": {**scores(tasks, 0.9, 0.99), **CHEAP}, "joint": {"accuracy_matrix": None, "seconds": None}}
+    return {
+        "learner": "ssd",
+        "display": "SSD",
+        "data": "digits",
+        "classes": names,
+        "tasks": [{"classes": names[2 * t : 2 * t + 2], "train": 300, "test": 60} for t in range(tasks)],
+        **scores(tasks, 0.85, 0.97),
+        "class_accuracy": {name: (row + 1) / len(names) for row, name in enumerate(names)},
+        "baselines": {"finetune": {**scores(tasks, 0.9, 0.3), **CHEAP, "display": "fine-tuning"}} if others else {},
+        "panel": {"slda": panel["slda"]["average_accuracy"], "joint": 0.931} if others else {},
+        "panel_details": panel if others else {},
+        "seconds": 84.3,
+        "state_bytes": 4_112_000,
+        "train_images": 1437,
+        "test_images": 360,
+        "split": "a seeded 20 % of each class held out",
+    }
+
+
+class Page(HTMLParser):
+    """Collects a page's elements and text, and insists that each element is closed in order."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag != "meta":  # the only one used that has no end
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def count(self, tag: str, wanted: str) -> int:
+        """Elements of this name with this class."""
+        return sum(name == tag and wanted in (values.get("class") or "").split() for name, values in self.elements)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5, 10, 50])
+@pytest.mark.parametrize("others", [True, False])
+def test_well_formed_and_self_contained(tasks: int, others: bool) -> None:
+    source = render(made(tasks, others), RUN)
+    page = Page(source)
+    assert "//" not in source
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe", "object"}
+    assert not {key for _, values in page.elements for key in values} & {"href", "src", "style", "onclick"}
+    assert "url(" not in source
+    assert not re.search(r"\b(nan|None|inf)\b", source)
+    ids = re.findall(r'class="series s(\d)', source)
+    assert len(ids) == (2 * (4 if others else 1) if tasks > 1 else 0)  # a wide and a narrow drawing
+
+
+def test_the_numbers_are_there() -> None:
+    metrics = made(5)
+    source = render(metrics, RUN)
+    for text in ("80.1 %", "82.5 %", "−6.2", "1 min 24 s", "4.1 MB", "93.1 %", "SLDA is 8.2 points ahead of SSD"):
+        assert text in source
+    for text in ("SSD on digits", "10 classes in 5 tasks", "1,437 training", "fine-tuning", "seed 7", "Tiny-ImageNet"):
+        assert text in source
+    assert "ssd-edge train &#x27;data.path=my photos&#x27;" in source
+    assert "after task 5, on task 1 (class 0, class 1): 75.2 %" in source
+    assert "task 2: class 2, class 3; 300 training and 60 test images" in source
+
+
+@pytest.mark.parametrize(("tasks", "numbered"), [(5, True), (10, True), (20, True), (21, False), (50, False)])
+def test_heat_map_has_one_cell_for_each_learned_task(tasks: int, numbered: bool) -> None:
+    page = Page(render(made(tasks), RUN))
+    cells = tasks * (tasks + 1) // 2
+    assert page.count("text", "number") == (cells if numbered else 0)
+    assert sum(bool(re.match(r"after task \d+, on task", text)) for text in page.text) == cells
+
+
+def test_what_lies_above_the_diagonal_is_not_drawn() -> None:
+    metrics = made(5)
+    for t, row in enumerate(metrics["accuracy_matrix"]):
+        row[t + 1 :] = [0.123] * (4 - t)
+    assert "12.3" not in render(metrics, RUN)
+
+
+def test_markup_in_names_stays_text() -> None:
+    evil = ["<script>alert(1)</script>", "</title><b>", '"quoted" onload="x', "a & b", "&lt;", "]]>", "犬 🐕", "x" * 64]
+    metrics = made(4, names=evil)
+    metrics |= {"data": "<i>data</i>", "display": "<u>me</u>", "split": "<s>"}
+    metrics["baselines"] = {"<em>": metrics["baselines"]["finetune"] | {"display": "<em>"}}
+    run = RUN | {"argv": ["<br>"], "config": {"<hr>": {"<p>": ["<q>"]}}, "machine": "<code>", "versions": {"<kbd>": 1}}
+    page = Page(render(metrics, run))
+    assert not {tag for tag, _ in page.elements} & {"script", "b", "i", "u", "s", "em", "br", "hr", "q", "code", "kbd"}
+    assert not {key for _, values in page.elements for key in values} & {"onload", "quoted"}
+    said = " ".join(page.text)
+    for name in [*evil, "<i>data</i>", "<u>me</u>", "<em>", "<br>", "<hr>", "<q>", "<code>", "<kbd>"]:
+        assert name in said
+
+
+def test_worst_classes_first_and_a_cap() -> None:
+    source = render(made(50), RUN)
+    listed = re.findall(r'<span class="label " title="([^"]*)">', source)
+    assert listed == [f"class {row}" for row in range(40)]
+    assert "and 60 more, from 41.0 % to 100.0 %" in source
+    assert "more, from" not in render(made(20), RUN)
+
+
+def test_a_run_without_comparison_says_so() -> None:
+    source = render(made(5, others=False), RUN)
+    assert "Neither baselines nor the panel were run" in source
+    assert "joint training" not in source
+    assert 'class="note"' not in source
+
+
+def test_the_learner_alone_is_highlighted() -> None:
+    page = Page(render(made(5), RUN))
+    assert (page.count("tr", "learner"), page.count("span", "learner")) == (1, 3)
+    assert page.count("tr", "joint") == 1
+
+
+def test_all_wrong_can_be_drawn() -> None:
+    metrics = made(3, others=False) | scores(3, 0.0, 1.0)
+    assert "−10 %" not in render(metrics, RUN)
+    assert "-10 %" not in render(metrics, RUN)
+
+
+def test_a_page_is_small() -> None:
+    assert len(render(made(5), RUN).encode()) < 40_000
+    assert len(render(made(50), RUN).encode()) < 250_000

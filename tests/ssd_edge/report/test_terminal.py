@@ -1,0 +1,176 @@
+"""The terminal side: plain where there is no terminal, one live line where there is one."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from rich.cells import cell_len
+
+from ssd_edge.errors import EnvironmentUnfitError
+from ssd_edge.report import terminal as module
+from ssd_edge.report.terminal import WIDTH, Console, export_svg
+from ssd_edge.run.metrics import summary
+
+ESCAPE = "\x1b"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
+def made(tasks: int, name: str = "class") -> dict[str, Any]:
+    def scores(first: float, keep: float) -> dict[str, Any]:
+        matrix = [[first * keep ** (t - i) if i <= t else 0.0 for i in range(tasks)] for t in range(tasks)]
+        return {**summary(matrix), "seconds": 83.6, "state_bytes": 4_112_000}
+
+    slda = scores(0.9, 0.99)
+    names = [f"{name} {row}" for row in range(2 * tasks)]
+    return {
+        "learner": "ssd",
+        "data": "digits",
+        "classes": names,
+        "tasks": [{"classes": names[2 * t : 2 * t + 2]} for t in range(tasks)],
+        **scores(0.85, 0.97),
+        "baselines": {"ssd-paper": scores(0.8, 0.5)},
+        "panel": {"slda": slda["average_accuracy"], "joint": 0.931},
+        "panel_details": {"slda": slda, "joint": {"accuracy_matrix": None, "seconds": None}},
+    }
+
+
+def printed(metrics: dict[str, Any]) -> list[str]:
+    stream = io.StringIO()
+    Console(stream).table(metrics)
+    return stream.getvalue().splitlines()
+
+
+def test_tables_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a log is still no terminal
+    lines = printed(made(5))
+    assert lines[0] == "SSD on digits: 10 classes in 5 tasks"
+    rows = [" ".join(line.split()) for line in lines]
+    assert "5 class 8, class 9 75.2 77.6 80.0 82.5 85.0" in rows
+    assert "SSD this run 80.1 % 82.5 % −6.2 6.2 1 min 24 s 4.1 MB" in rows
+    assert "joint all data at once 93.1 % – – – – –" in rows
+    assert lines[-1] == "SLDA is 8.2 points ahead of SSD on this stream."
+    assert ESCAPE not in "".join(lines)
+
+
+@pytest.mark.parametrize("tasks", [1, 5, 10, 11, 50])
+def test_tables_fit_and_long_ones_are_elided(tasks: int) -> None:
+    lines = printed(made(tasks, name="犬の名前 a rather long name"))
+    assert max(cell_len(line) for line in lines) <= WIDTH
+    header = next(line for line in lines if line.startswith("after task"))
+    assert ("…" in header) == (tasks > 10)
+    assert header.split()[-1] == str(tasks)
+
+
+def test_the_elided_matrix_keeps_both_ends() -> None:
+    lines = printed(made(50))
+    header = next(line for line in lines if line.startswith("after task")).split()[2:]
+    assert header == ["1", "2", "3", "4", "5", "…", "47", "48", "49", "50"]
+    first = [line.split()[0] for line in lines[4 : 4 + len(header)]]
+    assert first == header
+
+
+def test_task_line() -> None:
+    stream = io.StringIO()
+    console = Console(stream)
+    console.task_line(2, 10, ["bird", "[red]cat"], 0.8123, [0.9, 0.8, 0.74], 1.2)
+    console.task_line(49, 50, ["犬" * 64, "b"], 1.0, [0.5] * 49 + [1.0], 7512)
+    first, second = stream.getvalue().splitlines()
+    assert first == "task  3/10  bird, [red]cat                 1.20 s  mean  81.2 % of 90 80 74"
+    assert second.endswith("…    2 h 05 min  mean 100.0 % of 50 50 50 50 50 … 50 50 50 100")
+    assert cell_len(second) <= WIDTH
+    assert cell_len(second[: second.index("mean")]) == first.index("mean")  # wide letters leave columns aligned
+
+
+def test_a_task_is_one_line_even_when_it_does_not_fit() -> None:
+    stream = io.StringIO()
+    Console(stream).task_line(999, 1000, ["犬" * 64], 1.0, [1.0] * 1000, 7512)
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_say_neither_wraps_nor_interprets() -> None:
+    stream = io.StringIO()
+    text = "[bold]saved[/bold] :smile: " + "/long/path" * 30
+    Console(stream).say(text)
+    assert stream.getvalue() == text + "\n"
+
+
+def test_progress_in_a_pipe_is_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with Console(stream).progress("SSD", 5) as progress:
+        for second in range(26):
+            now = float(second)
+            progress.update(second // 6, (second % 6) / 6, "loss 0.1" if second < 15 else "")
+    assert stream.getvalue() == "SSD: task 2/5, 67 %, loss 0.1\nSSD: task 4/5, 33 %\n"
+
+
+def test_progress_of_a_single_thing_counts_no_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with Console(stream).progress("embedding", 1) as progress:
+        now = 11.0
+        progress.update(0, 0.5, "300 images")
+        assert not progress.live
+    assert stream.getvalue() == "embedding: 50 %, 300 images\n"
+
+
+def test_progress_on_a_terminal_is_one_live_line() -> None:
+    stream = Terminal()
+    console = Console(stream)
+    with console.progress("SSD [x]", 2) as progress:
+        assert progress.live
+        progress.update(1, 0.5, "loss [0.1]")
+        console.say("between")
+    written = stream.getvalue()
+    assert ESCAPE + "[2K" in written
+    assert "SSD [x]" in written
+    assert "75%" in written
+    assert "loss [0.1]" in written
+    assert "between\n" in written
+
+
+def test_colours_on_a_terminal_unless_unwanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    coloured, plain = Terminal(), Terminal()
+    Console(coloured).table(made(2))
+    monkeypatch.setenv("NO_COLOR", "1")
+    Console(plain).table(made(2))
+    assert ESCAPE + "[38;5;" in coloured.getvalue()
+    assert "[38;" not in plain.getvalue()
+
+
+def test_a_picture_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tables.svg"
+    export_svg(made(5, name="<b>&"), path)
+    first = path.read_bytes()
+    text = "".join(ElementTree.fromstring(first).itertext()).replace("\xa0", " ")
+    assert "1  <b>& 0, <b>& 1" in text
+    assert "SLDA is 8.2 points ahead of SSD on this stream." in text
+    assert b"@font-face" not in first
+    assert b"url(http" not in first
+    monkeypatch.setenv("NO_COLOR", "1")
+    export_svg(made(5, name="<b>&"), path)
+    assert path.read_bytes() == first  # the same wherever it is made
+
+
+def test_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "rich", None)
+    with pytest.raises(EnvironmentUnfitError, match=r"the package 'rich' is needed .* pip install 'ssd-edge\[train\]'"):
+        Console(io.StringIO())
