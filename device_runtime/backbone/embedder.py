@@ -29,6 +29,7 @@ from ssd_edge.errors import (
     SlowerProviderError,
     require,
 )
+from ssd_edge.system import EXACT_INT8
 
 if TYPE_CHECKING:
     from device_runtime.store.generations import Generations
@@ -97,6 +98,7 @@ class OnnxEmbedder:
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = usable_cpus()
+        options.add_session_config_entry(*EXACT_INT8)
         available = runtime.get_available_providers()
         others = [name for name in LADDER[LADDER.index(provider) + 1 :] if name in available]
         try:

@@ -20,6 +20,7 @@ from ssd_edge.backbones import onnx_file
 from ssd_edge.config import BackboneConfig
 from ssd_edge.errors import InputError, require
 from ssd_edge.learners.priors import Priors
+from ssd_edge.system import EXACT_INT8
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
@@ -89,6 +90,7 @@ def open_session(model: bytes) -> InferenceSession:
     runtime = require("onnxruntime", "export", _PURPOSE)
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised, and need not be printed as well
+    options.add_session_config_entry(*EXACT_INT8)
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
