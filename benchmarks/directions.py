@@ -1,10 +1,10 @@
-"""What each part of `ssd` is worth: the neurons' response, where the keys come from, how many directions.
+"""What each part of `landmark` is worth: the neurons' response, where the keys come from, how many directions.
 
 Usage: python benchmarks/directions.py [--json FILE]
 
 Needs cifar10-jpg.tar.xz and tiny-imagenet32-jpg.tar.xz under $SSD_EDGE_DATA. Everything is judged on 10,000 held-out
 training images of CIFAR-10, learned from the other 40,000 (all, or 5, 20 and 100 a class: the mean of five draws); the
-test images are not looked at. These are the images that the constants of `ssd` were chosen on.
+test images are not looked at. These are the images that the constants of `landmark` were chosen on.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main() -> None:
         for shots in SHOTS:
             right = []
             for draw in range(DRAWS if shots else 1):
-                learner = learners.build({"name": "ssd", **settings}, embedder.dim, priors)
+                learner = learners.build({"name": "landmark", **settings}, embedder.dim, priors)
                 index = kept[shots_of(labels[kept], shots, draw)]
                 with answering(respond):
                     learner.learn(Task(embeddings[index], labels[index]))

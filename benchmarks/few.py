@@ -1,4 +1,4 @@
-"""Learn two new classes from 50 images each with `ssd-paper` at 10,000 neurons: seconds and accuracy by epochs.
+"""Learn two new classes from 50 images each with `ssd` at 10,000 neurons: seconds and accuracy by epochs.
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/few.py [--json FILE]
 
@@ -22,7 +22,7 @@ from ssd_edge.run import bench
 from ssd_edge.run.storage import environment
 
 IMAGES, DRAWS, EPOCHS = 50, 2, (40, 200, 500, 1000, 2000)
-OPTIONS = {"name": "ssd-paper", "neurons": 10_000, "inhibition": "subtract", "engine": "compiled", "lr": 0.5}
+OPTIONS = {"name": "ssd", "neurons": 10_000, "inhibition": "subtract", "engine": "compiled", "lr": 0.5}
 
 
 def learner(epochs: int) -> learners.Learner:

@@ -1,13 +1,15 @@
-"""`ssd` against the closed-form panel: many streams, few and many images, five class orders, no more state for a rival.
+"""`landmark` against the closed-form panel on many streams, with few and many images, in five class orders.
+
+No rival gets more state.
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/panel.py --json FILE [--tiny FOLDER] [--streams …] [--shots 5 20 100 0]
-       [--orders 5] [--heads …] [--jobs 2] [--again HEAD …] [--check-streams] [--frontier [--ssd-priors FOLDER]]
+       [--orders 5] [--heads …] [--jobs 2] [--again HEAD …] [--check-streams] [--frontier [--landmark-priors FOLDER]]
 
 Every head sees the same embeddings, images and order of classes. Order i is one of SDMLP's five; it also draws the
-images anew where a class has few (0: all of them) and seeds the learner. `ssd` has its default settings everywhere. A
-rival's settings are chosen for each stream and number of images among `CANDIDATES`, by training images of order 0
-alone, and those whose size can be set (`MOST`) are as large as `ssd`'s state allows: FeCAM sees fewer directions of the
-embedding, the leading ones of the pretraining covariance. State is billed at 4 bytes a float; what comes with the
+images anew where a class has few (0: all of them) and seeds the learner. `landmark` has its default settings
+everywhere. A rival's settings are chosen for each stream and number of images among `CANDIDATES`, by training images of order 0
+alone, and those whose size can be set (`MOST`) are as large as `landmark`'s state allows: FeCAM sees fewer directions
+of the embedding, the leading ones of the pretraining covariance. State is billed at 4 bytes a float; what comes with the
 backbone is counted apart. Where nothing depends on the seed and two orders agree, the others are not run ("repeated" in
 the record), nor are rivals on CIFAR-100 in 50 tasks: their statistics are those of the same images in 10 tasks.
 
@@ -53,15 +55,15 @@ TWINS = {"cifar100-50x2": "cifar100-10x10"}  # the same images and classes in ot
 PROTOCOLS = ("cifar10", "cifar10-repetition", "cifar10-blurry", "cifar10-online")
 BUDGETS_MB = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
 # Of what sets a rival's size; FeCAM's: D. FlyModel's 10,000 are the published ones; 40,000 gained it 0.2 points.
-MOST = {"rp_ridge": 20_000, "fecam": 1_000_000, "flymodel": 10_000}
+MOST = {"ranpac": 20_000, "fecam": 1_000_000, "flymodel": 10_000}
 TUNING_NEURONS = 4_000  # FlyModel's settings for all images are chosen at this size; for fewer images lr would differ
 SHRINKAGES = ((1.0, 1.0), (0.1, 0.1), (10.0, 0.0))
 CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
-    "ssd": ({},),
+    "landmark": ({},),
     "ncm": ({},),
     "slda": tuple({"prior_weight": weight} for weight in (-1.0, 0.0, 1000.0)),
     "ridge": ({},),
-    "rp_ridge": ({},),
+    "ranpac": ({},),
     "fecam": tuple(
         {"tukey": tukey, "shrink_diagonal": one, "shrink_off_diagonal": two}
         for tukey in (1.0, 0.5)
@@ -70,7 +72,7 @@ CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
     "flymodel": tuple({"lr": lr, "active": active} for lr in (0.005, 0.2) for active in (0.01, 0.05)),
 }
 AGREE = 0.0005  # of accuracy: two orders that should differ by rounding alone
-LEAST_LOSS = 0.003  # of accuracy: `ssd` is called worse only beyond this, and beyond two standard errors
+LEAST_LOSS = 0.003  # of accuracy: `landmark` is called worse only beyond this, and beyond two standard errors
 
 Record = dict[str, Any]
 _opened: dict[str, tuple[Path, Priors]] = {}  # in a worker: stream → its arrays and priors
@@ -122,7 +124,7 @@ def bill(learner: learners.Learner) -> tuple[int, int]:
 def bytes_of(head: str, size: int, classes: int) -> int:
     """What `bill` says of a rival of that size: features, directions or neurons."""
     triangle, small = size * (size + 1) // 2, classes + 8
-    if head == "rp_ridge":
+    if head == "ranpac":
         return 4 * (triangle + 2 * classes * size + 2 * classes) + small
     if head == "fecam":
         return 4 * classes * (triangle + size + 1) + small
@@ -256,7 +258,7 @@ def chosen(head: str, size: Mapping[str, Any], stream: str, shots: int, priors: 
 def by_seed(head: str, size: Mapping[str, Any], priors: Priors) -> bool:
     """Whether a rival draws anything."""
     drawn_view = bool(size) and priors.within_covariance is None
-    return head in ("rp_ridge", "flymodel") or (head == "fecam" and drawn_view)
+    return head in ("ranpac", "flymodel") or (head == "fecam" and drawn_view)
 
 
 def same(first: Record, second: Record) -> bool:
@@ -289,13 +291,13 @@ def panel(
         kept = known["kept"].get(head)
         if kept and kept["settings"] == settings and not kept.get("repeated"):
             return kept
-        options = {"name": "ssd"} if head == "ssd" else settings
+        options = {"name": "landmark"} if head == "landmark" else settings
         made = measured(options, stream, tasks_of(stream, shots, order), order, priors)
         if head in MOST and made["state_bytes"] != bytes_of(head, next(iter(size.values()), dim), classes):
             raise RuntimeError(f"{head} takes {made['state_bytes']:,} bytes, which is not what it was sized by")
         return {**place, "head": head, "settings": settings, "sized": dict(size), **made}
 
-    cells.append(cell("ssd", {}, dataclasses.asdict(learners.settings_of({"name": "ssd"}))))
+    cells.append(cell("landmark", {}, dataclasses.asdict(learners.settings_of({"name": "landmark"}))))
     for head in heads:
         size = sized(head, cells[0]["state_bytes"], classes, dim)
         twin, first, second = (known[name].get(head) for name in ("twin", "first", "second"))
@@ -319,9 +321,9 @@ def panel(
 
 
 def protocol(stream: str, order: int) -> Record:
-    """`ssd` on a stream of another kind, all images."""
+    """`landmark` on a stream of another kind, all images."""
     priors = _opened[stream][1]
-    made = measured({"name": "ssd"}, stream, tasks_of(stream, 0, order), order, priors)
+    made = measured({"name": "landmark"}, stream, tasks_of(stream, 0, order), order, priors)
     return {"stream": stream, "order": order, **made}
 
 
@@ -332,20 +334,20 @@ def frontier(stream: str, head: str, budget_mb: float, priors: Priors | None) ->
         stream: its name.
         head: which.
         budget_mb: 0: of the size that it has.
-        priors: for `ssd`; None: the stream's.
+        priors: for `landmark`; None: the stream's.
     """
     point: Record = {"stream": stream, "head": head, "budget_mb": budget_mb}
     own, prepared, budget = _opened[stream][1], ordered(stream, 0), int(budget_mb * 1e6)
     dim, classes, tasks = prepared.train.shape[1], len(prepared.names), tasks_of(stream, 0, 0)
-    if head == "ssd":
-        priors, options = priors or own, {"name": "ssd"}
+    if head == "landmark":
+        priors, options = priors or own, {"name": "landmark"}
         if budget:
             few = torch.cat([(prepared.train_rows == row).nonzero().flatten()[:3] for row in range(classes)])
             probe, refusals = [learners.Task(prepared.train[few], prepared.train_rows[few])], []
 
             def fits(directions: int) -> bool:
                 try:
-                    learner = Taught({"name": "ssd", "directions": directions}, probe, priors, 0).learner
+                    learner = Taught({"name": "landmark", "directions": directions}, probe, priors, 0).learner
                     return bill(learner)[0] <= budget
                 except InputError as error:
                     refusals.append((directions, str(error)))
@@ -374,7 +376,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def summary(cells: Sequence[Record]) -> list[Record]:
-    """For each stream and number of images every head over its orders, and `ssd` against the best that is no larger."""
+    """For each stream and number of images every head over its orders, and `landmark` against the best no larger."""
     found: dict[tuple[str, int], dict[str, dict[int, Record]]] = collections.defaultdict(dict)
     for cell in cells:
         found[cell["stream"], cell["shots"]].setdefault(cell["head"], {})[cell["order"]] = cell
@@ -385,16 +387,16 @@ def summary(cells: Sequence[Record]) -> list[Record]:
             mean, error = mean_and_error([cell["accuracy"] for cell in orders.values()])
             state = max(cell["state_bytes"] for cell in orders.values())
             row["heads"][head] = {"accuracy": mean, "error": error, "state_bytes": state, "orders": len(orders)}
-        own = row["heads"].get("ssd")
+        own = row["heads"].get("landmark")
         rivals = {
             head: one["accuracy"]
             for head, one in row["heads"].items()
-            if own and head != "ssd" and one["state_bytes"] <= own["state_bytes"]
+            if own and head != "landmark" and one["state_bytes"] <= own["state_bytes"]
         }
         if rivals:
             best = max(rivals, key=rivals.__getitem__)
-            both = sorted(heads["ssd"].keys() & heads[best].keys())
-            gain, error = mean_and_error([heads["ssd"][n]["accuracy"] - heads[best][n]["accuracy"] for n in both])
+            both = sorted(heads["landmark"].keys() & heads[best].keys())
+            gain, error = mean_and_error([heads["landmark"][n]["accuracy"] - heads[best][n]["accuracy"] for n in both])
             row |= {"best_rival": best, "gain": gain, "two_errors": 2 * error}
             row["verdict"] = "WORSE" if gain < -max(LEAST_LOSS, 2 * error) else "ok"
         rows.append(row)
@@ -467,7 +469,7 @@ class Book:
 
 def fill(book: Book, pool: ProcessPoolExecutor, words: argparse.Namespace, names: Sequence[str]) -> None:
     """Run the panel: each cell as soon as those are there that it may take something from."""
-    heads = [head for head in words.heads if head != "ssd"]
+    heads = [head for head in words.heads if head != "landmark"]
     waiting = [(name, shots, order) for order in range(words.orders) for name in names for shots in words.shots]
     left, running = set(waiting), {}
 
@@ -517,9 +519,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", nargs="+", choices=list(CANDIDATES), default=[], help="measure these heads anew")
-    parser.add_argument("--check-streams", action="store_true", help="ssd on repeated, blurry and online streams too")
+    parser.add_argument("--check-streams", action="store_true", help="landmark on the repeated, blurry, online streams")
     parser.add_argument("--frontier", action="store_true", help="accuracy against state on CIFAR-10 too")
-    parser.add_argument("--ssd-priors", type=Path, help="backbone package whose priors ssd has in the frontier")
+    parser.add_argument("--landmark-priors", type=Path, help="backbone package with the priors of the frontier")
     words = parser.parse_args()
     if any(shots == 1 or shots < 0 for shots in words.shots):
         parser.error("--shots must be 0 (all) or at least 2: one image is learned and one judged to choose settings")
@@ -539,9 +541,9 @@ def main() -> None:
                     book.save(streams=found)
                     print(f"{one['stream']}, order {one['order']}: {100 * one['accuracy']:.2f}", flush=True)
             if words.frontier and "cifar10" in opened:
-                priors = package.load(words.ssd_priors).priors if words.ssd_priors else None
-                asked = [(head, 0.0) for head in ("ssd", "ncm", "slda", "ridge")]
-                asked += [(head, budget) for head in ("ssd", *MOST) for budget in BUDGETS_MB]
+                priors = package.load(words.landmark_priors).priors if words.ssd_priors else None
+                asked = [(head, 0.0) for head in ("landmark", "ncm", "slda", "ridge")]
+                asked += [(head, budget) for head in ("landmark", *MOST) for budget in BUDGETS_MB]
                 jobs = [pool.submit(frontier, "cifar10", *one, priors) for one in asked]
                 points = []
                 for job in jobs:

@@ -29,8 +29,8 @@ JOINT = "SDMLP, all classes at once"
 SYSTEMS: dict[str, dict[str, Any]] = {
     "SDMLP": {"name": "sdmlp"},
     "SDMLP+EWC": {"name": "sdmlp", "penalty": "ewc"},
-    "SSD": {"name": "ssd-paper", "top_n": "100"},
-    "SSD+EWC": {"name": "ssd-paper", "top_n": "100", "penalty": "ewc"},
+    "SSD": {"name": "ssd", "top_n": "100"},
+    "SSD+EWC": {"name": "ssd", "top_n": "100", "penalty": "ewc"},
     JOINT: {"name": "sdmlp"},
 }
 

@@ -34,7 +34,7 @@ from ssd_edge.run.storage import environment
 WITHOUT = ("truck", "cat", "airplane", "frog")
 SHOTS = (5, 20, 100, 500)
 LEARNERS: tuple[dict[str, Any], ...] = (
-    *({"name": name} for name in ("ssd", "slda", "ncm", "ridge", "fecam")),
+    *({"name": name} for name in ("landmark", "slda", "ncm", "ridge", "fecam")),
     *({"name": name, "epochs": 10} for name in ("sdmlp", "finetune")),
 )
 FOLDERS, SIZES = 10, (10, 20, 50)

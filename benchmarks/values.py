@@ -1,4 +1,4 @@
-"""Which closed-form values on the landmarks' directions: ridge, the discriminant, or the Gaussian read-out of `ssd`?
+"""Which closed-form values on the landmarks' directions: ridge, discriminant, or the Gaussian read-out of `landmark`?
 
 Usage: python benchmarks/values.py [--data cifar10-jpg.tar.xz] [--shots 5 20 50 500] [--json FILE]
 
@@ -39,20 +39,20 @@ def main() -> None:
     train, test = (torch.from_numpy(embedded[part]) for part in ("train", "test"))
     labels, truth = torch.from_numpy(dataset.train_labels), torch.from_numpy(dataset.test_labels)
     last, rows = len(dataset.classes) - 1, []
-    learner = learners.build({"name": "ssd"}, embedder.dim, embedder.priors)
+    learner = learners.build({"name": "landmark"}, embedder.dim, embedder.priors)
     codes = torch.cat([learner.features(part) for part in test.split(4096)]).double()
-    print(f"{'new class':>10} {'ridge':>16} {'discriminant':>16} {'ssd':>16}  (accuracy / new class)")
+    print(f"{'new class':>10} {'ridge':>16} {'discriminant':>16} {'landmark':>16}  (accuracy / new class)")
     for shots in [*words.shots, int((labels == last).sum())]:
         few = torch.randperm(int((labels == last).sum()), generator=torch.Generator().manual_seed(0))[:shots]
         index = torch.cat([(labels != last).nonzero().flatten(), (labels == last).nonzero().flatten()[few]])
-        learner = learners.build({"name": "ssd"}, embedder.dim, embedder.priors)
+        learner = learners.build({"name": "landmark"}, embedder.dim, embedder.priors)
         learner.learn(learners.Task(train[index], labels[index]))
         s = learner.statistics
         covariance, freedom = s.scatter_within() / (s.total - last - 1), s.total - last - 1
         solutions = {
             "ridge": ridge(s)[:2],
             "discriminant": discriminant(s.means, s.counts, covariance, freedom),
-            "ssd": (learner.values.double(), learner.bias.double()),
+            "landmark": (learner.values.double(), learner.bias.double()),
         }
         row: dict = {"shots": shots}
         for name, (values, bias) in solutions.items():

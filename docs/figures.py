@@ -55,7 +55,7 @@ def comparison_table(results: dict[str, dict]) -> str:
     for name in names:
         found = [by_name[data][name].values for data in results]
         cells = [f"{100 * values['average_accuracy']:.1f} %" for values in found]
-        shown = f"**{name}**" if name == "SSD" else name
+        shown = f"**{name}**" if name == "landmark" else name
         lines.append(f"| {shown} | {' | '.join(cells)} | {size(found[0]['state_bytes'])} |")
     return "\n".join(lines)
 
@@ -198,9 +198,9 @@ def settings_table(rows: list[dict]) -> str:
 
 def values_table(rows: list[dict]) -> str:
     """Closed-form values: accuracy over all classes / share of the new class recognised."""
-    lines = ["| images of the new class | ridge | discriminant | `ssd` |", "|---|---|---|---|"]
+    lines = ["| images of the new class | ridge | discriminant | `landmark` |", "|---|---|---|---|"]
     for row in rows:
-        found = (row[name] for name in ("ridge", "discriminant", "ssd"))
+        found = (row[name] for name in ("ridge", "discriminant", "landmark"))
         cells = [f"{one['accuracy']:.3f} / {one['recall']:.3f}" for one in found]
         lines.append(f"| {row['shots']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -243,9 +243,7 @@ def stored(experiment: str) -> list[Row]:
     (one,) = chosen([experiment])
     found = [row for row in rows(one, "cifar10", "reduced", Store(DOCS / "results" / "reproduce")) if row.results]
     common = set.intersection(*(set(row.results) for row in found)) if found else set()
-    return [
-        dataclasses.replace(row, results={order: row.results[order] for order in sorted(common)}) for row in found
-    ]
+    return [dataclasses.replace(row, results={order: row.results[order] for order in sorted(common)}) for row in found]
 
 
 def matters_table(experiment: str) -> str:
@@ -361,7 +359,7 @@ def main() -> None:
             "readers": readers_table(read["readers"]),
         },
         DOCS / "service.md": {"drift": drift_table(drift), "drift-alarms": alarms_table(drift)},
-        DOCS / "ssd.md": {
+        DOCS / "landmark.md": {
             "panel-best": panel_tables.best_table(panel["summary"]),
             "panel-mean": panel_tables.mean_table(panel["summary"]),
             "frontier": panel_tables.frontier_table(panel["frontier"]),

@@ -1,4 +1,4 @@
-"""Tables and the picture of docs/ssd.md, from what benchmarks/panel.py and benchmarks/directions.py wrote."""
+"""Tables and the picture of docs/landmark.md, from what benchmarks/panel.py and benchmarks/directions.py wrote."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PROTOCOLS = {
     "cifar10-online": "online, one pass",
 }
 HEADS = {
-    "ssd": "SSD",
-    "rp_ridge": "RanPAC",
+    "landmark": "landmark",
+    "ranpac": "RanPAC",
     "fecam": "FeCAM",
     "flymodel": "FlyModel",
     "slda": "SLDA",
@@ -42,7 +42,7 @@ def _rows(summary: Sequence[dict]) -> list[tuple[str, dict[int, dict]]]:
 
 
 def best_table(summary: Sequence[dict]) -> str:
-    """`ssd` in each regime, and how far it is ahead of the best head that is no larger."""
+    """`landmark` in each regime, and how far it is ahead of the best head that is no larger."""
     lines_ = ["| images a class | 5 | 20 | 100 | all |", "|---|---|---|---|---|"]
     for title, row in _rows(summary):
         cells = []
@@ -50,7 +50,7 @@ def best_table(summary: Sequence[dict]) -> str:
             one = row[shots]
             worse = ", *WORSE*" if one["verdict"] != "ok" else ""
             cells.append(
-                f"{percent(one['heads']['ssd']['accuracy'])} {points(one['gain'], signed=True)} "
+                f"{percent(one['heads']['landmark']['accuracy'])} {points(one['gain'], signed=True)} "
                 f"({points(one['two_errors'])}) on {HEADS[one['best_rival']]}{worse}"
             )
         lines_.append(f"| {title} | {' | '.join(cells)} |")
@@ -116,7 +116,7 @@ def frontier_figure(found: Sequence[dict]) -> str:
 
 
 def streams_table(found: Sequence[dict]) -> str:
-    """`ssd` on streams of other kinds."""
+    """`landmark` on streams of other kinds."""
     lines_ = ["| CIFAR-10, all images, two class orders | accuracy |", "|---|---|"]
     for name, title in PROTOCOLS.items():
         accuracies = [one["accuracy"] for one in found if one["stream"] == name]
@@ -126,7 +126,7 @@ def streams_table(found: Sequence[dict]) -> str:
 
 
 def directions_table(rows: Sequence[dict]) -> str:
-    """What each part of `ssd` is worth."""
+    """What each part of `landmark` is worth."""
     lines_ = ["| images a class | 5 | 20 | 100 | all | state |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = " | ".join(percent(row[str(shots)]) for shots in SHOTS)

@@ -23,7 +23,7 @@ from ssd_edge.errors import InputError, require
 from ssd_edge.learners import Learner
 from ssd_edge.learners.closed_form.fecam import FeCAM
 from ssd_edge.learners.closed_form.flymodel import FlyModel
-from ssd_edge.learners.closed_form.landmark import SSD
+from ssd_edge.learners.closed_form.landmark import Landmark
 from ssd_edge.learners.closed_form.linear import NEVER, LinearLearner
 from ssd_edge.learners.closed_form.ncm import NCM
 from ssd_edge.learners.closed_form.ridge import RandomProjectionRidge
@@ -215,7 +215,7 @@ def _linear(graph: _Graph, learner: LinearLearner, x: str) -> str:
     return graph.affine(x, "output", values.T, bias)
 
 
-def _ssd(graph: _Graph, learner: SSD, x: str) -> str:
+def _landmark(graph: _Graph, learner: Landmark, x: str) -> str:
     response = graph.add("Exp", graph.matmul(graph.unit(x), "keys", learner.gain * learner.keys.T))
     if learner.shipped:
         centred = graph.add("Sub", response, graph.weight("mean", learner.mean))
@@ -223,7 +223,7 @@ def _ssd(graph: _Graph, learner: SSD, x: str) -> str:
     return _linear(graph, learner, response)
 
 
-def _rp_ridge(graph: _Graph, learner: RandomProjectionRidge, x: str) -> str:
+def _ranpac(graph: _Graph, learner: RandomProjectionRidge, x: str) -> str:
     return _linear(graph, learner, graph.add("Relu", graph.matmul(x, "projection", learner.projection)))
 
 
@@ -302,8 +302,8 @@ def _flymodel(graph: _Graph, learner: FlyModel, x: str) -> str:
 
 
 _WRITERS: dict[str, Callable[[_Graph, Any, str], str]] = {
-    "ssd": _ssd,
-    "ssd-paper": _sdmlp,
+    "landmark": _landmark,
+    "ssd": _sdmlp,
     "sdmlp": _sdmlp,
     "finetune": _finetune,
     "lwf": _finetune,
@@ -311,7 +311,7 @@ _WRITERS: dict[str, Callable[[_Graph, Any, str], str]] = {
     "ncm": _ncm,
     "slda": _linear,
     "ridge": _linear,
-    "rp_ridge": _rp_ridge,
+    "ranpac": _ranpac,
     "fecam": _fecam,
     "flymodel": _flymodel,
 }

@@ -17,7 +17,7 @@ swapped 7, 3.3, 0.05; in training mode 3.6, 1.5, 0.77. Networks with random weig
 0.007, 0.99999 in fp16 and 0.8, 0.17, 0.983 in int8 (ConvMixer). The limits lie in between. A mistake that is smaller
 than int8's own rounding cannot be seen in int8: measure the same graph in fp32 first.
 
-With seven learners at least 99.9 % of the decisions agree in fp16, and 96.7 % (`ssd-paper`) to 99.0 % in int8 (`ssd`:
+With seven learners at least 99.9 % of the decisions agree in fp16, and 96.7 % (`ssd`) to 99.0 % in int8 (`landmark`:
 98.6 %), where the accuracy changes by at most half a point.
 """
 

@@ -90,7 +90,7 @@ class RunConfig:
     out: str = setting("runs", "runs are numbered folders in here")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where a kernel runs on it")
     threads: int = setting(0, "of PyTorch; 0: one per core", minimum=0, maximum=1024)
-    baselines: bool = setting(True, "also run ssd-paper, sdmlp and finetune on the same stream")
+    baselines: bool = setting(True, "also run ssd, sdmlp and finetune on the same stream")
     panel: bool = setting(True, "also run NCM, SLDA, ridge, RanPAC, FeCAM, FlyModel and joint training")
 
 
@@ -102,7 +102,7 @@ class TrainConfig:
     backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
-    learner: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "ssd"})
+    learner: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "landmark"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,9 +273,7 @@ def merge(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     Raises:
         InputError: a word has another form.
     """
-    merged = {
-        section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()
-    }
+    merged = {section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()}
     for word in overrides:
         key, equals, text = word.partition("=")
         section, dot, name = key.partition(".")

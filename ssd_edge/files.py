@@ -245,9 +245,7 @@ def _tensor_header(data: bytes) -> dict[str, Any]:
     return header
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any] | None = None) -> None:
     """`write_bytes` of `tensor_bytes`."""
     write_bytes(path, tensor_bytes(tensors, metadata))
 

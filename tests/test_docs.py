@@ -35,7 +35,7 @@ def test_readings_and_exit_codes_are_real() -> None:
     rows = [row for row in table.splitlines()[2:] if row.startswith("|")]
     keys = {key for row in rows for key in re.findall(r"`(\w+)`", row.rsplit("|", 2)[1])}
     assert len(keys) >= 15
-    assert keys <= set(settings_class("ssd-paper").__dataclass_fields__)
+    assert keys <= set(settings_class("ssd").__dataclass_fields__)
     cli = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")]
     assert len(kinds) >= 6

@@ -20,10 +20,10 @@ from ssd_edge.report.terminal import Console
 from ssd_edge.run import train
 
 SHORT = {"epochs": 20}
-FORGETTING = ("sdmlp", "ssd-paper", "finetune", "lwf", "icarl")
+FORGETTING = ("sdmlp", "ssd", "finetune", "lwf", "icarl")
 QUICK = {
-    **dict.fromkeys(("sdmlp", "ssd-paper", "finetune", "lwf", "icarl"), SHORT),
-    "rp_ridge": {"features": 200},
+    **dict.fromkeys(("sdmlp", "ssd", "finetune", "lwf", "icarl"), SHORT),
+    "ranpac": {"features": 200},
     "flymodel": {"neurons": 2000, "lr": 0.05},
 }
 

@@ -23,9 +23,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-WORKSTATION = (
-    *("run", "reproduction", "data", "backbones", "report", "cli"),
-)
+WORKSTATION = (*("run", "reproduction", "data", "backbones", "report", "cli"),)
 RULES = [
     ("device_runtime", ["exporters", *(f"ssd_edge.{name}" for name in WORKSTATION)]),
     ("ssd_edge/learners", ["exporters", "device_runtime", *(f"ssd_edge.{name}" for name in (*WORKSTATION, "bundle"))]),

@@ -210,7 +210,7 @@ def _forgetting(
             f"of the old classes about {retention['accuracy_before']:.0%} would be recognised before and "
             f"{retention['accuracy_after']:.0%} after, {drop:.3f} less where max_forgetting allows "
             f"{limits.max_forgetting:g}; '{worst}' loses most ({old:.0%} to {new:.0%}). Check that the new images show "
-            "no old class, use a learner that keeps what it knows (ssd), or raise max_forgetting"
+            "no old class, use a learner that keeps what it knows (landmark), or raise max_forgetting"
         )
     gone = [registry.names[r] for r, was, now in classes if was >= KNOWN_BEFORE and now == 0.0]
     if gone and limits.max_forgetting < 1:  # else whoever teaches has said that anything may be forgotten

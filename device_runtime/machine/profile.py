@@ -44,7 +44,7 @@ UNMEASURED = "the GPU's share (CUDA context, TensorRT engine, workspace) is not 
 # For `estimate`; measured on x86-64 with ONNX Runtime on the processor, and on no board.
 RUNTIME_MB = 300  # interpreter, NumPy, PyTorch, ONNX Runtime: 242 MiB; CUDA builds of both take more
 BACKBONE_TIMES = 3  # the file, and its weights laid out anew, fp16 ones as fp32
-LEARNER_TIMES = 20  # peak of a learn ÷ file: 15 to 23 for ssd, ridge and slda; copies, float64 and whole matrices
+LEARNER_TIMES = 20  # peak of a learn ÷ file: 15 to 23 for landmark, ridge and slda; copies, float64 and whole matrices
 PSEUDO_SAMPLES, PSEUDO_BYTES = 100, 32  # per class, and per value while they are drawn in float64 (see retention)
 ACTIVATION_BATCH = 32  # images that an embedder takes at once
 ACTIVATION_CHANNELS, LIVE_MAPS = 64, 3  # of the first layers, where feature maps are largest; that exist at once

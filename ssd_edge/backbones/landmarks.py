@@ -17,8 +17,8 @@ from ssd_edge.learners.gradient.network import prepare, respond
 from ssd_edge.learners.priors import Landmarks
 
 Say = Callable[[str], None]
-# All chosen on held-out training images of CIFAR-10 (docs/ssd.md). GAIN is the γ of the response; SAMPLES embeddings
-# give the principal components, down to SMALLEST of the largest variance.
+# All chosen on held-out training images of CIFAR-10 (docs/landmark.md). GAIN is the γ of the response; SAMPLES
+# embeddings give the principal components, down to SMALLEST of the largest variance.
 GAIN, SAMPLES, SMALLEST = 0.2, 20_000, 1e-9
 # How far the means of new classes are expected to lie apart along a direction, in units of the spread within classes:
 # a share of what is seen of the pretraining classes, a part that grows with the direction's variance (for few

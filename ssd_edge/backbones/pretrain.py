@@ -108,4 +108,3 @@ def retrain_student(
     say(f"embedding {len(dataset.train):,} images")
     embeddings = np.concatenate([embedder.embed(part) for part in dataset.train.batches(embedder.size)])
     return with_student(package, embeddings, dataset.train_labels, config.student, config.train.seed, say)
-

@@ -8,7 +8,7 @@ import click
 
 
 @click.command()
-@click.option("--learner", "name", default="ssd", show_default=True, help="Whose settings to list; or auto.")
+@click.option("--learner", "name", default="landmark", show_default=True, help="Whose settings to list; or auto.")
 def config(name: str) -> None:
     """Print every key of `train` with its default and the reason for it, as YAML.
 

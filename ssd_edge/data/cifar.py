@@ -142,9 +142,7 @@ def read(files: Mapping[str, bytes | memoryview], where: str) -> Source:
     return Source(names, part(train, "train"), part(test, "test"))
 
 
-def _batch(
-    data: bytes | memoryview, what: str, label_key: bytes, classes: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _batch(data: bytes | memoryview, what: str, label_key: bytes, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels ``(N, 32, 32, 3)`` and labels ``(N,)`` of one file."""
     table = _unpickle(data, what)
     try:

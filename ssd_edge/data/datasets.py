@@ -163,9 +163,7 @@ def _shuffled(labels: np.ndarray, classes: Sequence[str], seed: int, purpose: in
     ]
 
 
-def _hold_out(
-    part: Labelled, classes: Sequence[str], fraction: float, seed: int
-) -> tuple[Labelled, Labelled]:
+def _hold_out(part: Labelled, classes: Sequence[str], fraction: float, seed: int) -> tuple[Labelled, Labelled]:
     """Split into training and test images, class by class, at least one of each."""
     test = []
     for name, positions in zip(classes, _shuffled(part.labels, classes, seed, 0), strict=True):

@@ -89,9 +89,7 @@ def read_archive(path: Path) -> Source:
         advice = "" if getattr(error, "errno", None) else "; it is damaged or cut short: copy it again"
         raise InputError(f"{path} cannot be read ({error}){advice}") from error
     tree: Tree = {
-        parts: (data, f"{path.name}: {'/'.join(parts)}")
-        for parts, data in files.items()
-        if is_image_name(parts[-1])
+        parts: (data, f"{path.name}: {'/'.join(parts)}") for parts, data in files.items() if is_image_name(parts[-1])
     }
     others = {parts[-1]: data for parts, data in files.items()}
     if not tree and cifar.recognised(others):

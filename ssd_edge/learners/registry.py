@@ -14,7 +14,7 @@ from ssd_edge.errors import BundleRefusedError, InputError, did_you_mean
 from ssd_edge.learners.base import BASE_SCHEMA, Learner
 from ssd_edge.learners.closed_form.fecam import FeCAM
 from ssd_edge.learners.closed_form.flymodel import FlyModel
-from ssd_edge.learners.closed_form.landmark import SSD
+from ssd_edge.learners.closed_form.landmark import Landmark
 from ssd_edge.learners.closed_form.ncm import NCM
 from ssd_edge.learners.closed_form.ridge import RandomProjectionRidge, Ridge
 from ssd_edge.learners.closed_form.slda import SLDA
@@ -23,13 +23,13 @@ from ssd_edge.learners.gradient.icarl import ICaRL
 from ssd_edge.learners.gradient.lwf import LwF
 from ssd_edge.learners.gradient.penalties import PenaltySettings
 from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
-from ssd_edge.learners.gradient.ssd import SSDPaper
+from ssd_edge.learners.gradient.ssd import SSD
 from ssd_edge.learners.priors import Priors
 
 LEARNERS: dict[str, type[Learner]] = {
     kind.name: kind
     for kind in (
-        *(SSD, SSDPaper, SDMLPLearner, FineTune, LwF, ICaRL),
+        *(Landmark, SSD, SDMLPLearner, FineTune, LwF, ICaRL),
         *(NCM, SLDA, Ridge, RandomProjectionRidge, FeCAM, FlyModel),
     )
 }

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 DISPLAY = {
+    "landmark": "landmark",
     "ssd": "SSD",
-    "ssd-paper": "SSD (paper)",
     "sdmlp": "SDMLP",
     "finetune": "fine-tuning",
     "lwf": "LwF",
@@ -16,7 +16,7 @@ DISPLAY = {
     "ncm": "NCM",
     "slda": "SLDA",
     "ridge": "ridge",
-    "rp_ridge": "RanPAC",
+    "ranpac": "RanPAC",
     "fecam": "FeCAM",
     "flymodel": "FlyModel",
     "joint": "joint",

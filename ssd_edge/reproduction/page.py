@@ -18,8 +18,8 @@ from ssd_edge.reproduction.specs import BUDGETS, Experiment, budgets, experiment
 PAGE, RESULTS, FIGURES = "results.md", Path("results") / "reproduce", Path("results") / "figures"
 BEST_FIRST = ("full", "reduced", "smoke")
 NONE = "–"
-CLOSED_FORM = ("ncm", "slda", "ridge", "rp_ridge", "fecam", "flymodel", "ssd")
-GRADIENT_SSD = "ssd-paper"
+CLOSED_FORM = ("ncm", "slda", "ridge", "ranpac", "fecam", "flymodel", "landmark")
+GRADIENT_SSD = "ssd"
 
 
 def write(out: Path) -> None:
@@ -55,7 +55,7 @@ again. Accuracy is over all test images after the last task, in percent, mean ±
 (how many: in brackets). Test images choose nothing here. The paper's embeddings are a ConvMixer's, trained on
 ImageNet32; those here are the shipped ResNet-9's, trained on Tiny-ImageNet, so compare rows with each other and with
 joint training (a ReLU MLP of as many neurons on all data at once) rather than with the paper's numbers. "SSD" is the
-paper's algorithm, trained by gradients (`ssd-paper`); SSD-Edge's default learner is listed by that name."""
+paper's algorithm, trained by gradients (`ssd`); SSD-Edge's default learner is listed by that name."""
 
 
 Tables = dict[str, dict[str, list[Row]]]  # by stream and budget, longest first

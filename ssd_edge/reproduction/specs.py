@@ -243,9 +243,7 @@ def on_streams(picked: Sequence[Experiment], names: Sequence[str]) -> list[Exper
             raise InputError(f"none of these experiments has a stream '{name}'.{near} They have {', '.join(known)}")
     if not names:
         return list(picked)
-    cut = [
-        dataclasses.replace(one, streams=tuple(name for name in one.streams if name in names)) for one in picked
-    ]
+    cut = [dataclasses.replace(one, streams=tuple(name for name in one.streams if name in names)) for one in picked]
     return [experiment for experiment in cut if experiment.streams]
 
 

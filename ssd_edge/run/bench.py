@@ -83,7 +83,7 @@ def dense_epoch(
     """What the usual PyTorch code does: every neuron through forward, backward, clip, step, clamp and norm.
 
     Args:
-        learner: an ``ssd-paper`` whose task has begun; gives settings, table and teacher targets.
+        learner: an ``ssd`` whose task has begun; gives settings, table and teacher targets.
         keys: ``(r, D)``.
         values: ``(r, C)``.
         inputs: prepared, ``(N, D)``.
@@ -132,7 +132,7 @@ class Race:
     """
 
     def __init__(self, neurons: int, first: learners.Task, second: learners.Task, epochs: int) -> None:
-        self.options = {"name": "ssd-paper", "neurons": neurons, "inhibition": "subtract", "batch": BATCH}
+        self.options = {"name": "ssd", "neurons": neurons, "inhibition": "subtract", "batch": BATCH}
         self.options["top_n"] = "1000" if neurons > 1000 else "1.0k"
         before = self._learner(FIRST_EPOCHS, "auto")
         before.learn(first)
@@ -299,7 +299,7 @@ def warm_up() -> float | None:
     began = time.perf_counter()
     if epoch.kernels("auto") is None:
         return None
-    options = {"name": "ssd-paper", "neurons": 64, "k": 3, "epochs": 1, "inhibition": "subtract", "engine": "compiled"}
+    options = {"name": "ssd", "neurons": 64, "k": 3, "epochs": 1, "inhibition": "subtract", "engine": "compiled"}
     learner = learners.build(options, DIM, Priors())
     learner.learn(learners.Task(*clustered(9, (0, 1))))
     return time.perf_counter() - began
@@ -318,7 +318,7 @@ def memory(neurons: int, samples: int) -> dict[str, float] | None:
 
 def _print_memory(neurons: int, samples: int) -> None:
     torch.set_num_threads(1)
-    options = {"name": "ssd-paper", "neurons": neurons, "epochs": 5, "inhibition": "subtract", "engine": "compiled"}
+    options = {"name": "ssd", "neurons": neurons, "epochs": 5, "inhibition": "subtract", "engine": "compiled"}
     learner: Any = learners.build({**options, "top_n": "1000" if neurons > 1000 else "1.0k"}, DIM, Priors())
     learner.expect(CLASSES)
     for rows in ((0, 1), (2, 3)):  # everything is loaded and compiled then

@@ -155,9 +155,7 @@ class Progress:
         file = self.entry(name)["checkpoint"]
         return files.read_tensors(self.folder / "checkpoints" / file) if file else None
 
-    def commit(
-        self, name: str, state: tuple[dict[str, np.ndarray], dict[str, Any]] | None, **changes: Any
-    ) -> None:
+    def commit(self, name: str, state: tuple[dict[str, np.ndarray], dict[str, Any]] | None, **changes: Any) -> None:
         """Record a finished task: first its checkpoint, then the progress that names it, then the old one goes."""
         entry = self.entry(name)
         old = entry["checkpoint"]

@@ -34,8 +34,8 @@ from ssd_edge.run import metrics, storage
 from ssd_edge.run.embed import Prepared, accuracies, embed, prepare
 from ssd_edge.run.streams import extent, make_stream, step_name, stream_name
 
-BASELINES = ("ssd-paper", "sdmlp", "finetune")
-PANEL = ("ncm", "slda", "ridge", "rp_ridge", "fecam", "flymodel")
+BASELINES = ("ssd", "sdmlp", "finetune")
+PANEL = ("ncm", "slda", "ridge", "ranpac", "fecam", "flymodel")
 JOINT_NAME = "joint"
 ONE_PASS = {"epochs": 1, "min_steps": 0}  # settings with which a learner sees each sample of a task once
 

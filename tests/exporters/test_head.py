@@ -35,14 +35,14 @@ ROUNDING = 2e-5
 PERCEPTRON = {"neurons": 20, "epochs": 3, "batch": 16}
 SMALL = {"neurons": 48, "k": 4, "epochs": 3, "batch": 16}
 CASES: dict[str, dict[str, Any]] = {
-    "ssd": {"top_n": 10},
-    "ssd, fewer directions": {"directions": 7},
-    "ssd, random keys": {"directions": 40, "keys": "random"},
-    "ssd-paper": SMALL,
-    "ssd-paper, k = 1": {**SMALL, "k": 1},
-    "ssd-paper, k = r - 1": {**SMALL, "k": 47},
-    "ssd-paper, half-open switch": {**SMALL, "gaba": "keep", "teacher": "ema", "accumulate_tasks": True},
-    "ssd-paper, three layers": {**SMALL, "layers": 3, "gaba": "keep"},
+    "landmark": {"top_n": 10},
+    "landmark, fewer directions": {"directions": 7},
+    "landmark, random keys": {"directions": 40, "keys": "random"},
+    "ssd": SMALL,
+    "ssd, k = 1": {**SMALL, "k": 1},
+    "ssd, k = r - 1": {**SMALL, "k": 47},
+    "ssd, half-open switch": {**SMALL, "gaba": "keep", "teacher": "ema", "accumulate_tasks": True},
+    "ssd, three layers": {**SMALL, "layers": 3, "gaba": "keep"},
     "sdmlp": SMALL,
     "sdmlp, k = r": {**SMALL, "k": 48, "inhibition": "subtract"},
     "sdmlp, shifted": {**SMALL, "shift": 0.25, "inhibition": "subtract", "decay_epochs": 9},
@@ -55,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ncm": {},
     "slda": {},
     "ridge": {},
-    "rp_ridge": {"features": 30},
+    "ranpac": {"features": 30},
     "fecam": {},
     "fecam, tukey": {"tukey": 0.5},
     "flymodel": {"neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
@@ -177,11 +177,11 @@ def test_values_that_tie_in_the_top_k(name):
 
 
 def test_a_half_open_switch_is_in_the_graph(heads):
-    learner, head = heads["ssd-paper, half-open switch"]
+    learner, head = heads["ssd, half-open switch"]
     gamma = constants(head)["gamma"]
     assert ((gamma > -1) & (gamma < 1)).any()
     np.testing.assert_array_equal(gamma, learner.net.gamma.numpy())
-    assert "gamma" not in constants(heads["ssd-paper"][1])
+    assert "gamma" not in constants(heads["ssd"][1])
 
 
 def test_a_mask_lets_no_negative_score_pass():
@@ -200,9 +200,9 @@ def test_outputs_that_were_only_announced_are_left_out(name):
     compare(learner, run(export_head(learner, NAMES), embeddings), embeddings)
 
 
-@pytest.mark.parametrize("name", ["ncm", "fecam", "flymodel", "ssd"])
+@pytest.mark.parametrize("name", ["ncm", "fecam", "flymodel", "landmark"])
 def test_a_class_that_was_taken_out_never_wins(name):
-    options = {"flymodel": CASES["flymodel"], "ssd": {"per_class": True}}.get(name, {})
+    options = {"flymodel": CASES["flymodel"], "landmark": {"per_class": True}}.get(name, {})
     learner = taught(name, options)
     embeddings = samples(60, (0, 2), seed=6).embeddings
     assert 2 in run(export_head(learner, NAMES), embeddings).argmax(1)
@@ -247,11 +247,12 @@ def test_the_same_state_gives_the_same_bytes(heads, case):
 
 
 def test_no_more_than_predicting_needs(heads):
-    """Of `ssd` keys, directions and values: no statistics; of `icarl` no exemplars and no output layer."""
-    assert {name for name, array in constants(heads["ssd"][1]).items() if array.ndim == 2 and array.size > ROWS} == {
+    """Of `landmark` keys, directions and values: no statistics; of `icarl` no exemplars and no output layer."""
+    matrices = constants(heads["landmark"][1]).items()
+    assert {name for name, array in matrices if array.ndim == 2 and array.size > ROWS} == {
         *("keys", "projection", "output_weight")
     }
-    learner, head = heads["ssd-paper, half-open switch"]
+    learner, head = heads["ssd, half-open switch"]
     needed = learner.net.keys.numel() + learner.net.values.numel() + len(learner.net.gamma)
     assert sum(array.size for array in constants(head).values()) < needed + 30
     exemplars = heads["icarl"][0].exemplars.numpy()
@@ -275,15 +276,15 @@ def test_another_number_of_names_is_refused():
 
 def test_a_learner_that_knows_nothing_is_refused():
     with pytest.raises(InputError, match="nothing has been taught"):
-        export_head(build({"name": "ssd", "directions": 40}, DIM, Priors()), [])
+        export_head(build({"name": "landmark", "directions": 40}, DIM, Priors()), [])
 
 
-@pytest.mark.parametrize("name", ["ncm", "finetune", "ssd", "fecam"])
+@pytest.mark.parametrize("name", ["ncm", "finetune", "landmark", "fecam"])
 def test_weights_that_are_not_finite_are_refused(name):
     learner = taught(name, {"finetune": PERCEPTRON}.get(name, {}))
     if name == "finetune":
         learner.parameters["output_weight"][0, 0] = torch.nan
-    elif name == "ssd":
+    elif name == "landmark":
         learner.values[0, 0] = torch.inf
     elif name == "ncm":
         learner.sums[0, 0] = torch.nan
@@ -303,7 +304,7 @@ def test_a_learner_that_changes_as_it_predicts_is_refused():
 def test_a_learner_of_an_unknown_kind_is_refused(monkeypatch):
     learner = taught("ncm", {})
     monkeypatch.setattr(type(learner), "name", "oracle")
-    with pytest.raises(InputError, match="'oracle', only for ssd, ssd-paper"):
+    with pytest.raises(InputError, match="'oracle', only for landmark, ssd"):
         export_head(learner, NAMES)
 
 
@@ -351,7 +352,7 @@ def test_more_winners_than_tensorrt_takes_are_refused(name, fits, too_large, wor
 @pytest.mark.parametrize(
     "case",
     [
-        case if case in ("ssd", "ssd-paper", "ssd-paper, half-open switch", "sdmlp, masked", "fecam", "ncm", "flymodel")
+        case if case in ("landmark", "ssd", "ssd, half-open switch", "sdmlp, masked", "fecam", "ncm", "flymodel")
         else pytest.param(case, marks=pytest.mark.slow)
         for case in CASES
     ],

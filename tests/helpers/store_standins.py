@@ -22,7 +22,7 @@ BACKBONE = b"an ONNX file"
 def state(value: float) -> dict[str, bytes]:
     """The files of a tiny generation."""
     return {
-        "learner.safetensors": files.tensor_bytes({"w": np.float32([value])}, {"name": "ssd"}),
+        "learner.safetensors": files.tensor_bytes({"w": np.float32([value])}, {"name": "landmark"}),
         "classes.json": files.json_bytes(CLASSES.to_json()),
     }
 

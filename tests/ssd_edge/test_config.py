@@ -105,7 +105,7 @@ def test_refused_values(key: Any, value: object, message: str) -> None:
 def test_sections() -> None:
     config = parse(TrainConfig, {"data": {"path": "a", "classes": ["x", 1]}, "learner": {"k": 5}})
     assert config.data == DataConfig(path="a", classes=("x", "1"))
-    assert config.learner == {"name": "ssd", "k": 5}  # checked by the learner
+    assert config.learner == {"name": "landmark", "k": 5}  # checked by the learner
     assert config.stream == StreamConfig()
     assert parse(TrainConfig, {"data": None, "learner": None}) == TrainConfig()  # every key commented out
     with pytest.raises(InputError, match=r"^unknown section 'dta'\. Did you mean 'data'\? Known: data, "):

@@ -65,6 +65,11 @@ def test_a_file_that_contradicts_itself_is_found():
 
 def raw() -> dict:
     return {
-        "title": "x", "kind": "cpu", "python": ["3.10", "3.13"], "opset": 20, "memory_mb": 1024,
-        "precisions": ["fp32"], "default_precision": "fp32",
+        "title": "x",
+        "kind": "cpu",
+        "python": ["3.10", "3.13"],
+        "opset": 20,
+        "memory_mb": 1024,
+        "precisions": ["fp32"],
+        "default_precision": "fp32",
     }

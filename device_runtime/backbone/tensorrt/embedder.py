@@ -71,9 +71,7 @@ class TensorRTEmbedder:
 
     engine: Mapping[str, Any] | None = None
 
-    def __init__(
-        self, plan: Path | bytes, size: int, dim: int, api: TensorRT | None = None, cuda: Any = None
-    ) -> None:
+    def __init__(self, plan: Path | bytes, size: int, dim: int, api: TensorRT | None = None, cuda: Any = None) -> None:
         api = api or TensorRT()
         self._cuda = cuda or Cuda()
         self._turn = threading.Lock()

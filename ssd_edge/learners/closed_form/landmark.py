@@ -1,4 +1,4 @@
-"""`ssd`, the default learner: landmark neurons, statistics along a subnetwork of them, values in closed form.
+"""`landmark`, the default learner: landmark neurons, statistics along a subnetwork of them, values in closed form.
 
 Trained by gradients to the letter of the paper, one softmax head forgets: every new class pushes down the
 rows of the old ones. Here nothing is trained on the device. The neurons' keys are embeddings of pretraining images;
@@ -6,7 +6,7 @@ of what they answer only the Top-n directions are kept, those that carry most of
 values are solved from sufficient statistics along them, which no later task can spoil. What the former self
 knew is in the statistics exactly, so there is no teacher to store and no image to replay.
 
-Which part does what, and what of SSD was measured and left out: docs/ssd.md.
+Which part does what, and what of SSD was measured and left out: docs/landmark.md.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Settings:
     per_class: bool = setting(False, PER_CLASS)
 
 
-class SSD(LinearLearner):
+class Landmark(LinearLearner):
     """Landmark responses along n directions; values solved in closed form.
 
     Attributes:
@@ -60,8 +60,8 @@ class SSD(LinearLearner):
             learner's.
     """
 
-    name: ClassVar[str] = "ssd"
-    display: str = "SSD"
+    name: ClassVar[str] = "landmark"
+    display: str = "landmark"
     Settings: ClassVar[type] = Settings
     single: ClassVar[bool] = True
 

@@ -32,7 +32,7 @@ class Ridge(LinearLearner):
     """Exact and order-invariant: what recursive least squares (RLS, analytic learning) ends at over the same samples.
 
     One-hot targets weigh classes by their size, so a class taught with few images beside large ones is hardly
-    ever predicted: for that use `ssd`, `slda` or `ncm`.
+    ever predicted: for that use `landmark`, `slda` or `ncm`.
     """
 
     name: ClassVar[str] = "ridge"
@@ -69,7 +69,7 @@ class RandomProjectionRidge(Ridge):
         InputError: the budget has no room for two features.
     """
 
-    name: ClassVar[str] = "rp_ridge"
+    name: ClassVar[str] = "ranpac"
     display: str = "RanPAC"
     Settings: ClassVar[type] = RandomProjectionRidgeSettings
 

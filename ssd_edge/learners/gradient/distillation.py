@@ -276,8 +276,7 @@ def count_activations(
     """One counting pass: per layer, ``(r,)`` activations of each neuron, or by class ``(r, C)`` with labels."""
     gammas, batch = net.gammas, batch or _portion(net)
     totals = [
-        torch.zeros(len(layer.keys), max(1, classes), dtype=torch.float64, device=inputs.device)
-        for layer in net.layers
+        torch.zeros(len(layer.keys), max(1, classes), dtype=torch.float64, device=inputs.device) for layer in net.layers
     ]
     for start in range(0, len(inputs), batch):
         state = net.forward(inputs[start : start + batch], gammas)

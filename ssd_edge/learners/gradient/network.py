@@ -192,8 +192,7 @@ class SDMLP:
             return [None] * len(self.layers)
         closed = [bool((layer.counters >= self.switch).all()) for layer in self.layers]
         return [
-            None if shut else gaba(layer.counters, self.switch)
-            for shut, layer in zip(closed, self.layers, strict=True)
+            None if shut else gaba(layer.counters, self.switch) for shut, layer in zip(closed, self.layers, strict=True)
         ]
 
     @property

@@ -267,9 +267,7 @@ class SDMLPLearner(Learner):
         """What `_components` gives, as the compiled epoch takes it; None where that knows no such loss."""
         return epochs.Terms(1.0)
 
-    def _components(
-        self, index: Tensor, x: Tensor, labels: Tensor, logits: Tensor, state: Pass
-    ) -> list[Component]:
+    def _components(self, index: Tensor, x: Tensor, labels: Tensor, logits: Tensor, state: Pass) -> list[Component]:
         """The terms of the loss of a batch; a name occurs once."""
         loss, gradient = cross_entropy(logits, labels)
         return [Component("cross_entropy", loss, 1.0, gradient)]

@@ -1,4 +1,4 @@
-"""`ssd-paper`: Algorithm 1 of the SSD paper (arXiv 2512.15267) to the letter, every reading switchable.
+"""`ssd`: Algorithm 1 of the SSD paper (arXiv 2512.15267) to the letter, every reading switchable.
 
 What the paper leaves open, the evidence for each reading and what it is worth: docs/method.md.
 """
@@ -77,11 +77,11 @@ class Settings(PenaltySettings, DistillationSettings):
     """Settings of SSD."""
 
 
-class SSDPaper(SDMLPLearner):
+class SSD(SDMLPLearner):
     """SDMLP distilled from its previous self on the Top-n neurons of each hidden layer and on the logits."""
 
-    name: ClassVar[str] = "ssd-paper"
-    display: str = "SSD (paper)"
+    name: ClassVar[str] = "ssd"
+    display: str = "SSD"
     Settings: ClassVar[type] = Settings
 
     def __init__(
@@ -158,9 +158,7 @@ class SSDPaper(SDMLPLearner):
         return both, both
 
     # ── the losses ───────────────────────────────────────────────────────────────────────────────────
-    def _components(
-        self, index: Tensor, x: Tensor, labels: Tensor, logits: Tensor, state: Pass
-    ) -> list[Component]:
+    def _components(self, index: Tensor, x: Tensor, labels: Tensor, logits: Tensor, state: Pass) -> list[Component]:
         settings = self.settings
         loss, gradient = cross_entropy(logits, labels)
         if self.targets is None:

@@ -21,7 +21,7 @@ DIM, OLD, EACH = 24, 5, 80
 KNOWN = ("cup", "nut", "screw", "plug", "fuse")
 NETWORK = {"epochs": 20, "neurons": 100}
 SMALL = {"directions": 60, "top_n": 50}
-LEARNERS = ({"name": "ncm"}, {"name": "slda"}, {"name": "ssd", **SMALL}, {"name": "finetune", **NETWORK})
+LEARNERS = ({"name": "ncm"}, {"name": "slda"}, {"name": "landmark", **SMALL}, {"name": "finetune", **NETWORK})
 
 
 class World:

@@ -437,9 +437,7 @@ def test_a_clock_that_is_not_set_is_harmless(packages: Any, tmp_path: Path) -> N
     assert verdict(checks) == "fit"
 
 
-def test_a_check_that_fails_itself_is_a_warning(
-    packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_check_that_fails_itself_is_a_warning(packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(at: Any) -> Any:
         raise ZeroDivisionError("a driver did\nthat")
         yield

@@ -67,7 +67,7 @@ def test_a_generation_is_what_was_committed(root):
     now = store.current()
     assert (now.number, now.parent, now.origin, now.info, now.fallback) == (3, 2, "learn", {"value": 2.0}, "")
     assert {name: now.read(name) for name in now.files} == state(2.0)
-    assert now.tensors("learner.safetensors")[1] == {"name": "ssd"}
+    assert now.tensors("learner.safetensors")[1] == {"name": "landmark"}
     assert now.registry.names == ["cup"]
     assert store.backbone_path(now.backbone).read_bytes() == BACKBONE
     assert (store.get(1).parent, store.get(1).origin) == (None, "install")

@@ -32,7 +32,7 @@ def made(count: int = 3000, neurons: int = 120, directions: int = 60) -> tuple[L
 
 
 def features(landmarks: Landmarks, vectors: Tensor) -> Tensor:
-    return build({"name": "ssd"}, DIM, Priors(landmarks=landmarks)).features(vectors).double()
+    return build({"name": "landmark"}, DIM, Priors(landmarks=landmarks)).features(vectors).double()
 
 
 def test_the_spread_within_classes_is_about_one_and_signal_comes_first() -> None:
@@ -86,7 +86,7 @@ def test_they_help_with_few_images_of_classes_that_were_not_in_it() -> None:
     few, test = torch.arange(50), torch.arange(50, 2050)
     right = {}
     for case, priors in (("landmarks", Priors(landmarks=landmarks)), ("random", Priors())):
-        learner = build({"name": "ssd", "directions": 60}, DIM, priors)
+        learner = build({"name": "landmark", "directions": 60}, DIM, priors)
         learner.learn(Task(vectors[few], labels[few]))
         right[case] = float((learner.predict(vectors[test]) == labels[test]).double().mean())
     assert right["landmarks"] > right["random"] + 0.03

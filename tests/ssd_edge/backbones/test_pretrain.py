@@ -98,9 +98,9 @@ def test_a_damaged_package_is_refused(made: Path, tmp_path: Path) -> None:
 
 def test_pretrain_needs_data(cli, tmp_path: Path) -> None:
     assert "data.path=FOLDER" in cli("pretrain", tmp_path / "x", code=2).stderr
-    assert "--student needs a backbone" in cli(
-        "pretrain", tmp_path / "x", "--student", "data.path=digits", code=2
-    ).stderr
+    assert (
+        "--student needs a backbone" in cli("pretrain", tmp_path / "x", "--student", "data.path=digits", code=2).stderr
+    )
     assert not (tmp_path / "x").exists()
 
 

@@ -22,7 +22,7 @@ def manifest(**changes) -> dict:
             "id": "c006d4cfd3644a84",
             "provenance": {"arch": "resnet9", "data": "tiny-imagenet32", "terms": "research use only", "seed": 0},
         },
-        "learner": {"name": "ssd", "settings": {}},
+        "learner": {"name": "landmark", "settings": {}},
         "classes": REGISTRY.names,
         "metrics": {
             "data": "shapes",
@@ -66,7 +66,7 @@ def manifest(**changes) -> dict:
 def test_the_panel_stands_beside_the_figure():
     card = render(manifest(), REGISTRY)
     rows = [line for line in card.splitlines() if line.startswith("| ")]
-    place = rows.index("| **ssd** (this bundle) | **0.750** |")
+    place = rows.index("| **landmark** (this bundle) | **0.750** |")
     assert rows[place + 1 : place + 4] == ["| finetune | 0.350 |", "| ncm | 0.710 |", "| joint | – |"]
 
 

@@ -26,9 +26,9 @@ def test_a_run_leaves_everything_that_it_promises(trained: Path, shapes: Path) -
     names = {path.name for path in trained.iterdir()}
     assert {"config.yaml", "run.json", "metrics.json", "report.html", "learner.safetensors", "classes.json"} <= names
     metrics, record = read(trained), read(trained, "run.json")
-    assert metrics["learner"] == "ssd"
-    assert set(metrics["baselines"]) == {"ssd-paper", "sdmlp", "finetune"}
-    assert set(metrics["panel"]) == {"ncm", "slda", "ridge", "rp_ridge", "fecam", "flymodel", "joint"}
+    assert metrics["learner"] == "landmark"
+    assert set(metrics["baselines"]) == {"ssd", "sdmlp", "finetune"}
+    assert set(metrics["panel"]) == {"ncm", "slda", "ridge", "ranpac", "fecam", "flymodel", "joint"}
     assert set(metrics["classes"]) == {"circle", "cross", "square", "stripes"}
     matrix = metrics["accuracy_matrix"]
     assert [len(row) for row in matrix] == [2, 2]
@@ -82,7 +82,7 @@ def wait_for_first_task(run: Path, process: subprocess.Popen) -> None:
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read()
         try:
-            if files.read_json(run / "progress.json").get("ssd-paper", {}).get("rows"):
+            if files.read_json(run / "progress.json").get("ssd", {}).get("rows"):
                 return
         except Exception:  # not there yet
             pass
@@ -92,7 +92,7 @@ def wait_for_first_task(run: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_identical_weights(how: signal.Signals, shapes: Path, cli, tmp_path: Path) -> None:
-    words = ["train", f"data.path={shapes}", *QUICK, "learner.name=ssd-paper", "learner.epochs=60", "stream.tasks=5"]
+    words = ["train", f"data.path={shapes}", *QUICK, "learner.name=ssd", "learner.epochs=60", "stream.tasks=5"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     cli(*words, f"run.out={whole}")
     process = start([*words, f"run.out={cut}"], tmp_path)
@@ -104,7 +104,7 @@ def test_a_killed_run_resumes_to_identical_weights(how: signal.Signals, shapes: 
     if how == signal.SIGINT:
         assert f"continue with: ssd-edge train --resume {cut / '1'}" in told
     assert read(cut / "1", "run.json")["status"] == "running"
-    done_before = len(read(cut / "1", "progress.json")["ssd-paper"]["rows"])
+    done_before = len(read(cut / "1", "progress.json")["ssd"]["rows"])
     assert 1 <= done_before < 5
     cli("deploy", "--target", "jetson", cut / "1", "-o", tmp_path / "x.ssdedge", code=2)
     cli("evaluate", cut / "1", code=2)
@@ -185,7 +185,7 @@ def test_bad_data(what: str, message: str, shapes: Path, refused, tmp_path: Path
         (["learner.directions=901"], "the backbone's landmarks have 900; lower it"),
         (["learner.name=ssdd"], "Did you mean 'ssd'?"),
         (["learner.name=sdmlp", "learner.k=2000"], "learner.k must be at most learner.neurons, but is 2000 of 1000"),
-        (["learner.name=ssd-paper", "learner.top_n=5"], "must give at least learner.k = 10"),
+        (["learner.name=ssd", "learner.top_n=5"], "must give at least learner.k = 10"),
         (["learner.name=ridge", "learner.penalty=ewc"], "learners that descend a gradient, and 'ridge' does not"),
         (["stream.tasks=9"], "stream.tasks is 9, but there are only 5 classes"),
         (["run.seed=-1"], "run.seed must be at least 0"),
@@ -235,8 +235,8 @@ def test_help_is_quick_and_config_is_a_working_file(cli, shapes: Path, tmp_path:
     code = "import sys; sys.argv = ['ssd-edge']; import ssd_edge.cli; print('torch' in sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "False"  # PyTorch takes seconds to import on a small box
-    for name in ("ssd", "ssd-paper", "finetune"):
+    for name in ("landmark", "ssd", "finetune"):
         path = tmp_path / f"{name}.yaml"
         path.write_text(cli("config", "--learner", name).stdout)
-    cli("train", "--config", tmp_path / "ssd.yaml", f"data.path={shapes}", *QUICK, f"run.out={tmp_path / 'runs'}")
-    assert read(tmp_path / "runs" / "1")["learner"] == "ssd"
+    cli("train", "--config", tmp_path / "landmark.yaml", f"data.path={shapes}", *QUICK, f"run.out={tmp_path / 'runs'}")
+    assert read(tmp_path / "runs" / "1")["learner"] == "landmark"

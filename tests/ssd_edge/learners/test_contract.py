@@ -22,31 +22,31 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DIM = 12
 SMALL = {"neurons": 48, "k": 4, "epochs": 3, "batch": 16}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ssd": {"name": "ssd", "directions": 15, "top_n": 10},
-    "ssd-paper": {"name": "ssd-paper", **SMALL},
+    "landmark": {"name": "landmark", "directions": 15, "top_n": 10},
+    "ssd": {"name": "ssd", **SMALL},
     "sdmlp": {"name": "sdmlp", **SMALL},
     "finetune": {"name": "finetune", "neurons": 20, "epochs": 3, "batch": 16},
     "ncm": {"name": "ncm"},
     "slda": {"name": "slda"},
     "ridge": {"name": "ridge"},
-    "rp_ridge": {"name": "rp_ridge", "features": 30},
+    "ranpac": {"name": "ranpac", "features": 30},
     # settings that add to the state or to what a task draws
     "paper, averaged teacher": {
-        "name": "ssd-paper", **SMALL, "teacher": "ema", "accumulate_tasks": True, "student_init": "pretrained",
+        "name": "ssd", **SMALL, "teacher": "ema", "accumulate_tasks": True, "student_init": "pretrained",
         "index_mode": "rank_matched",
     },
     "paper, first teacher": {
-        "name": "ssd-paper", **SMALL, "teacher": "first", "selection": "random", "outputs": "arriving",
+        "name": "ssd", **SMALL, "teacher": "first", "selection": "random", "outputs": "arriving",
         "frequency_source": "gaba_counter", "gaba": "keep",
     },
     "one-cycle finetune": {
         "name": "finetune", "neurons": 20, "epochs": 3, "batch": 16, "optimiser": "adamw", "one_cycle": True,
         "weight_decay": 0.05, "outputs": "arriving",
     },
-    "two hidden layers": {"name": "ssd-paper", **SMALL, "layers": 2, "teacher": "ema", "accumulate_tasks": True},
+    "two hidden layers": {"name": "ssd", **SMALL, "layers": 2, "teacher": "ema", "accumulate_tasks": True},
     "falling mask": {"name": "sdmlp", **SMALL, "inhibition": "mask", "decay_epochs": 5},
     "sdmlp, ewc": {"name": "sdmlp", **SMALL, "penalty": "ewc", "layers": 2},
-    "paper, si": {"name": "ssd-paper", **SMALL, "penalty": "si", "outputs": "arriving"},
+    "paper, si": {"name": "ssd", **SMALL, "penalty": "si", "outputs": "arriving"},
     "sdmlp, mas": {"name": "sdmlp", **SMALL, "penalty": "mas"},
     "finetune, online ewc": {
         "name": "finetune", "neurons": 20, "epochs": 3, "batch": 16, "penalty": "online_ewc", "layers": 2,
@@ -58,10 +58,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fecam": {"name": "fecam"},
     "flymodel": {"name": "flymodel", "neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
     "slda by class": {"name": "slda", "per_class": True},
-    "ssd, random keys": {"name": "ssd", "directions": 40, "top_n": 10, "keys": "random"},
-    "ssd by class": {"name": "ssd", "directions": 20, "top_n": 10, "per_class": True},
+    "ssd, random keys": {"name": "landmark", "directions": 40, "top_n": 10, "keys": "random"},
+    "ssd by class": {"name": "landmark", "directions": 20, "top_n": 10, "per_class": True},
 }  # fmt: skip
-RANDOM = ("ssd", "ssd-paper", "sdmlp", "finetune", "lwf", "icarl", "rp_ridge", "flymodel")
+RANDOM = ("landmark", "ssd", "sdmlp", "finetune", "lwf", "icarl", "ranpac", "flymodel")
 
 
 def priors() -> Priors:
@@ -235,21 +235,21 @@ def test_an_unknown_tensor_is_refused(case: str) -> None:
     ids=str,
 )
 def test_metadata_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
-    arrays, metadata = pack(make("ssd"))
+    arrays, metadata = pack(make("landmark"))
     with pytest.raises(BundleRefusedError, match="does not say what it is"):
         restore(arrays, {**metadata, **change})
 
 
 @pytest.mark.parametrize("key", ["learner", "settings", "dim", "seed"])
 def test_metadata_that_lack_a_key_are_refused(key: str) -> None:
-    arrays, metadata = pack(make("ssd"))
+    arrays, metadata = pack(make("landmark"))
     del metadata[key]
     with pytest.raises(BundleRefusedError, match=key):
         restore(arrays, metadata)
 
 
 def test_a_table_that_names_no_neuron_is_refused() -> None:
-    arrays, metadata = pack(make("ssd-paper"))
+    arrays, metadata = pack(make("ssd"))
     arrays["top_n_indices"][0] = 48
     with pytest.raises(BundleRefusedError, match="names neuron 48, but there are 48"):
         restore(arrays, metadata)
@@ -362,13 +362,13 @@ def test_a_task_that_cannot_be_learned(embeddings: torch.Tensor, labels: torch.T
 
 @pytest.mark.parametrize("options", [{"name": "sdd"}, {"name": None}, {}], ids=str)
 def test_unknown_learner(options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"unknown learner.name .*Known: ssd, ssd-paper"):
+    with pytest.raises(InputError, match=r"unknown learner.name .*Known: landmark, ssd"):
         build(options, DIM, Priors())
 
 
 def test_unknown_setting() -> None:
     with pytest.raises(InputError, match=r"unknown key 'learner.direction'. Did you mean 'directions'"):
-        build({"name": "ssd", "direction": 5}, DIM, Priors())
+        build({"name": "landmark", "direction": 5}, DIM, Priors())
 
 
 # ── the Top-n table ──────────────────────────────────────────────────────────────────────────────────
@@ -379,17 +379,17 @@ def test_top_n_table(case: str) -> None:
     learner = make(case)
     learner.learn(task((0, 1)))
     table = top_n_table(learner)
-    if not OPTIONS[case]["name"].startswith("ssd"):
+    if OPTIONS[case]["name"] not in ("landmark", "ssd"):
         assert table is None
         return
     assert table["indices"].dtype == np.uint32
     assert table["frequencies"].dtype == np.float32
-    assert table["indices"].shape == table["frequencies"].shape == (10 if OPTIONS[case]["name"] == "ssd" else 4,)
+    assert table["indices"].shape == table["frequencies"].shape == (10 if OPTIONS[case]["name"] == "landmark" else 4,)
     assert len(set(table["indices"].tolist())) == len(table["indices"])
     assert 0 < table["frequencies"].max() <= 1
 
 
-@pytest.mark.parametrize("name", ["ncm", "slda", "ridge", "rp_ridge", "fecam", "flymodel", "ssd"])
+@pytest.mark.parametrize("name", ["ncm", "slda", "ridge", "ranpac", "fecam", "flymodel", "landmark"])
 @pytest.mark.parametrize("key", ["penalty", "penalty_weight", "fisher"])
 def test_a_penalty_needs_a_gradient(name: str, key: str) -> None:
     value = {"penalty": "ewc", "penalty_weight": 1.0, "fisher": "exact"}[key]

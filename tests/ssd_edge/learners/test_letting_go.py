@@ -24,7 +24,7 @@ RELU = {"neurons": 16, "epochs": 3, "batch": 16}
 PENALTIES = ("ewc", "online_ewc", "si", "mas", "l2")
 TRAINED: dict[str, dict[str, Any]] = {
     "sdmlp": {"name": "sdmlp", **KEYS, "switch": 40.0},
-    "ssd-paper": {"name": "ssd-paper", **KEYS, "switch": 40.0},
+    "ssd": {"name": "ssd", **KEYS, "switch": 40.0},
     "finetune": {"name": "finetune", **RELU},
     "lwf": {"name": "lwf", **RELU},
 }
@@ -35,14 +35,14 @@ TRAINED |= {
 }
 TRAINED |= {
     "icarl": {"name": "icarl", **RELU, "memory": 24},
-    "two layers, ewc": {**TRAINED["ssd-paper, ewc"], "layers": 2},
+    "two layers, ewc": {**TRAINED["ssd, ewc"], "layers": 2},
     "arriving, si": {**TRAINED["finetune"], "penalty": "si", "outputs": "arriving"},
-    "averaged teacher": {**TRAINED["ssd-paper"], "teacher": "ema", "accumulate_tasks": True},
+    "averaged teacher": {**TRAINED["ssd"], "teacher": "ema", "accumulate_tasks": True},
     "first teacher": {
-        **TRAINED["ssd-paper"], "teacher": "first", "student_init": "pretrained", "outputs": "arriving",
+        **TRAINED["ssd"], "teacher": "first", "student_init": "pretrained", "outputs": "arriving",
         "frequency_source": "running",
     },
-    "counted": {**TRAINED["ssd-paper"], "frequency_source": "gaba_counter", "accumulate_tasks": True},
+    "counted": {**TRAINED["ssd"], "frequency_source": "gaba_counter", "accumulate_tasks": True},
     "falling k": {**TRAINED["sdmlp"], "inhibition": "mask", "decay_epochs": 5},
 }  # fmt: skip
 CLOSED: dict[str, dict[str, Any]] = {
@@ -54,8 +54,8 @@ CLOSED: dict[str, dict[str, Any]] = {
         for name, small in (
             ("slda", {}),
             ("ridge", {}),
-            ("rp_ridge", {"features": 30}),
-            ("ssd", {"directions": 20, "top_n": 5}),
+            ("ranpac", {"features": 30}),
+            ("landmark", {"directions": 20, "top_n": 5}),
         )
         for per_class in (False, True)
     },
@@ -160,7 +160,7 @@ def test_only_rows_that_are_not_taught_can_be_left_out(case: str) -> None:
     assert all(array.tobytes() == pack(same)[0][name].tobytes() for name, array in pack(learner)[0].items())
 
 
-@pytest.mark.parametrize("case", ["finetune, l2", "sdmlp, mas", "ssd-paper, online_ewc", "lwf, si"])
+@pytest.mark.parametrize("case", ["finetune, l2", "sdmlp, mas", "ssd, online_ewc", "lwf, si"])
 def test_a_penalty_of_one_anchor_loses_the_part_of_the_rows_that_go(case: str) -> None:
     """After the same steps it has the value of the other rows' quadratics, from nothing at the anchor."""
     learner, blanked = taught(case), taught(case)

@@ -24,14 +24,14 @@ BY_CLASS: dict[str, dict[str, Any]] = {
     "ncm": {"name": "ncm"},
     "slda": {"name": "slda", "per_class": True},
     "ridge": {"name": "ridge", "per_class": True},
-    "rp_ridge": {"name": "rp_ridge", "features": 40, "per_class": True},
-    "ssd": {"name": "ssd", "directions": 40, "top_n": 10, "per_class": True},
+    "ranpac": {"name": "ranpac", "features": 40, "per_class": True},
+    "landmark": {"name": "landmark", "directions": 40, "top_n": 10, "per_class": True},
     "fecam": {"name": "fecam"},
     "flymodel": {"name": "flymodel", "neurons": 60, "inputs_per_neuron": 4, "active": 0.1, "lr": 0.03},
 }
-POOLED = {f"{name}, pooled": {**BY_CLASS[name], "per_class": False} for name in ("slda", "ridge", "rp_ridge", "ssd")}
+POOLED = {f"{name}, pooled": {**BY_CLASS[name], "per_class": False} for name in ("slda", "ridge", "ranpac", "landmark")}
 ALL = {**BY_CLASS, **POOLED}
-GRADIENTS = ("sdmlp", "ssd-paper", "finetune")
+GRADIENTS = ("sdmlp", "ssd", "finetune")
 
 
 def priors(scale: float = 1.0) -> Priors:
@@ -73,7 +73,7 @@ def renamed(task: Task, rows: Tensor) -> Task:
 def assert_same(learner: Learner, other: Learner, rows: list[int]) -> None:
     """Equal scores of these rows and equal predictions."""
     mine, theirs = learner.scores(TEST)[:, rows], other.scores(TEST)[:, rows]
-    rounding = 1e-5 if learner.name == "ssd" else 1e-6  # it keeps its statistics in float32
+    rounding = 1e-5 if learner.name == "landmark" else 1e-6  # it keeps its statistics in float32
     torch.testing.assert_close(mine, theirs, rtol=0, atol=rounding * float(theirs.abs().max()))
     assert torch.equal(learner.predict(TEST), other.predict(TEST))
 
@@ -324,8 +324,8 @@ def test_a_class_of_another_learner_can_be_taken_out_after_merging(case: str) ->
     [
         ("slda", {"per_class": False}, r"differ in learner.per_class \(True and False\)"),
         ("ridge", {"strength": 3.0}, r"learner.strength \(0.0 and 3.0\)"),
-        ("rp_ridge", {"features": 41}, r"learner.features \(40 and 41\)"),
-        ("ssd", {"prior_weight": 5.0}, r"learner.prior_weight \(0.0 and 5.0\)"),
+        ("ranpac", {"features": 41}, r"learner.features \(40 and 41\)"),
+        ("landmark", {"prior_weight": 5.0}, r"learner.prior_weight \(0.0 and 5.0\)"),
         ("fecam", {"tukey": 0.5}, r"learner.tukey \(1.0 and 0.5\)"),
         ("flymodel", {"lr": 0.1}, r"learner.lr \(0.03 and 0.1\)"),
     ],
@@ -341,9 +341,9 @@ def test_learners_of_other_settings_are_not_merged(case: str, settings: dict[str
 @pytest.mark.parametrize(
     ("case", "told"),
     [
-        ("rp_ridge", r"differ in the seed of the random features \(0 and 1\)"),
+        ("ranpac", r"differ in the seed of the random features \(0 and 1\)"),
         ("flymodel", r"differ in the seed of the neurons' inputs \(0 and 1\)"),
-        ("ssd", r"differ in the seed of the keys \(0 and 1\)"),
+        ("landmark", r"differ in the seed of the keys \(0 and 1\)"),
     ],
 )
 def test_learners_of_other_random_numbers_are_not_merged(case: str, told: str) -> None:
@@ -367,7 +367,7 @@ def test_learners_of_other_priors_kinds_or_sizes_are_not_merged() -> None:
     with pytest.raises(InputError, match="only learners of one kind can be merged, but these are SLDA, ridge"):
         slda.merge(make("ridge"))
     with pytest.raises(InputError, match="only learners of one kind"):
-        make("ridge").merge(make("rp_ridge"))
+        make("ridge").merge(make("ranpac"))
     with pytest.raises(InputError, match=r"differ in the embedding's size \(12 and 13\)"):
         make("ncm").merge(build({"name": "ncm"}, 13, Priors()))
 
@@ -379,9 +379,9 @@ def test_rows_that_do_not_fit_the_other_learner(rows: list[Any]) -> None:
 
 
 def test_the_table_of_ssd_describes_the_own_last_task_whatever_is_edited() -> None:
-    learner = taught("ssd", STREAM[:1])
+    learner = taught("landmark", STREAM[:1])
     before = learner.frequencies.clone()
-    learner.merge(taught("ssd", STREAM[1:]))
+    learner.merge(taught("landmark", STREAM[1:]))
     learner.remove(0)
     assert torch.equal(learner.frequencies, before)
 

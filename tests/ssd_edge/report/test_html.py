@@ -14,7 +14,7 @@ from ssd_edge.run.metrics import summary
 CHEAP = {"seconds": 1.5, "state_bytes": 4100}
 RUN: dict[str, Any] = {
     "argv": ["ssd-edge", "train", "data.path=my photos"],
-    "config": {"data": {"path": "my photos", "classes": []}, "learner": {"name": "ssd"}},
+    "config": {"data": {"path": "my photos", "classes": []}, "learner": {"name": "landmark"}},
     "versions": {"torch": "2.9.1"},
     "threads": 2,
     "git_sha": None,
@@ -39,7 +39,7 @@ def made(tasks: int, others: bool = True, names: list[str] | None = None) -> dic
     names = names or [f"class {row}" for row in range(2 * tasks)]
     panel = {"slda": {**scores(tasks, 0.9, 0.99), **CHEAP}, "joint": {"accuracy_matrix": None, "seconds": None}}
     return {
-        "learner": "ssd",
+        "learner": "landmark",
         "display": "SSD",
         "data": "digits",
         "classes": names,

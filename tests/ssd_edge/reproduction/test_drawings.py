@@ -17,7 +17,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def row(name: str, accuracy: float, trace: list[dict] | None = None, reported: float | None = None) -> Row:
     result = {"accuracy": accuracy, "metrics": {}, "trace": trace or []}
-    return Row(System(name, {"name": "ssd-paper"}, reported={"cifar10": reported}), "cifar10", "full", {0: result}, {})
+    return Row(System(name, {"name": "ssd"}, reported={"cifar10": reported}), "cifar10", "full", {0: result}, {})
 
 
 def point(task: int, epoch: int, top: list[int]) -> dict:
@@ -90,7 +90,7 @@ def test_values_are_placed_by_the_number_in_the_name() -> None:
     assert own[0][0] == LEFT
     assert own[1][0] == RIGHT == paper[0][0]
     assert paper[0][1] == TOP
-    assert drawings.values([Row(System("n = 1", {"name": "ssd"}), "cifar10", "full", {}, {})]) == {}
+    assert drawings.values([Row(System("n = 1", {"name": "landmark"}), "cifar10", "full", {}, {})]) == {}
 
 
 def test_a_surface_has_a_shade_for_each_pair() -> None:

@@ -28,7 +28,7 @@ def test_every_question_is_asked_once_and_the_first_order_first() -> None:
     assert [question.order for question in found] == sorted(question.order for question in found)
     names = [question.learner["name"] for question in found if question.stream == "cifar10" and question.order == 0]
     # T1's five systems, of which four are T2's too, T2's three others, and one upper bound for all
-    assert sorted(names) == ["finetune"] * 2 + ["joint"] + ["sdmlp"] * 2 + ["ssd-paper"] * 4
+    assert sorted(names) == ["finetune"] * 2 + ["joint"] + ["sdmlp"] * 2 + ["ssd"] * 4
 
 
 def test_each_size_has_its_upper_bound() -> None:

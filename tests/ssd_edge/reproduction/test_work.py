@@ -106,7 +106,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("name", "trace"), [("sdmlp", 2), ("ssd-paper", 0)])
+@pytest.mark.parametrize(("name", "trace"), [("sdmlp", 2), ("ssd", 0)])
 def test_a_killed_cell_goes_on_from_its_checkpoint(name: str, trace: int, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(work, "CHECKPOINT_SECONDS", 0.0)
     whole = work.run(job(tmp_path / "whole", name, trace=trace, **SETTINGS))
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_cannot_be_read_costs_time_only(tmp_path: Path) -> Non
 
 
 def test_neurons_are_described_after_each_task(tmp_path: Path) -> None:
-    result = work.run(job(tmp_path, "ssd-paper", **SETTINGS))
+    result = work.run(job(tmp_path, "ssd", **SETTINGS))
     found, overall = result["neurons"], result["neurons_overall"]
     assert max(found["class_entropy"]) < np.log(2) + 1e-9  # a task has two classes
     assert overall["class_entropy"] > np.log(2)  # all tasks have ten

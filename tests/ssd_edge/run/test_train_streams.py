@@ -138,7 +138,7 @@ def test_joint_training_is_of_the_size_asked_for(shapes: Path, tmp_path: Path, m
         ({"name": "finetune", "epochs": 7}, False, {"epochs": 7}),
         ({"name": "finetune"}, True, {"epochs": 1, "min_steps": 0}),
         ({"name": "sdmlp", "k": 5}, True, {"k": 5, "epochs": 1}),
-        ({"name": "ssd-paper", "epochs": "1"}, True, {"epochs": 1}),
+        ({"name": "ssd", "epochs": "1"}, True, {"epochs": 1}),
         ({"name": "ncm"}, True, {}),
     ],
 )

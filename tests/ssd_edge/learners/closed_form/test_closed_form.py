@@ -24,11 +24,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIM = 16
 CLOSED_FORM: list[dict[str, Any]] = [
-    {"name": "ssd", "directions": 60, "top_n": 10},
+    {"name": "landmark", "directions": 60, "top_n": 10},
     {"name": "ncm"},
     {"name": "slda"},
     {"name": "ridge"},
-    {"name": "rp_ridge", "features": 60},
+    {"name": "ranpac", "features": 60},
     {"name": "fecam"},
 ]
 
@@ -63,7 +63,7 @@ def test_the_order_of_tasks_and_samples_does_not_matter(options: dict[str, Any])
         learners.append(learner)
     for learner in learners[1:]:
         scores = learners[0].scores(test)
-        rounding = 1e-5 if options["name"] == "ssd" else 1e-6  # it keeps its statistics in float32
+        rounding = 1e-5 if options["name"] == "landmark" else 1e-6  # it keeps its statistics in float32
         torch.testing.assert_close(learner.scores(test), scores, rtol=0, atol=rounding * float(scores.abs().max()))
         if hasattr(learner, "values"):
             scale = float(learners[0].values.abs().max())
@@ -149,7 +149,7 @@ def test_slda_prior_helps_with_few_images() -> None:
 @pytest.mark.parametrize("strength", [0.3, 40.0])
 def test_ridge_learners_at_a_given_strength(strength: float) -> None:
     task, test = gaussians({0: 40, 1: 25, 2: 60}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
-    for options in ({"name": "ridge"}, {"name": "rp_ridge", "features": 60}):
+    for options in ({"name": "ridge"}, {"name": "ranpac", "features": 60}):
         learner = build({**options, "strength": strength}, DIM, Priors())
         assert learner.learn(task) == {"strength": strength}
         x, z = (learner.features(each).double().numpy() for each in (task.embeddings, test))
@@ -161,9 +161,9 @@ def test_ridge_learners_at_a_given_strength(strength: float) -> None:
 @pytest.mark.parametrize("megabytes", [0.0013, 0.05, 0.4])
 def test_random_features_that_fit_a_memory_budget(megabytes: float, per_class: bool) -> None:
     settings = {"budget_mb": megabytes, "budget_classes": 6, "per_class": per_class}
-    learner = build({"name": "rp_ridge", "features": 7, **settings}, DIM, Priors())
+    learner = build({"name": "ranpac", "features": 7, **settings}, DIM, Priors())
     more = {"features": learner.feature_count() + 1, "per_class": per_class}
-    one_more = build({"name": "rp_ridge", **more}, DIM, Priors())
+    one_more = build({"name": "ranpac", **more}, DIM, Priors())
     for each in (learner, one_more):
         each.learn(gaussians(dict.fromkeys(range(6), 4)))
     assert learner.features(torch.zeros(1, DIM)).shape == (1, learner.feature_count())
@@ -172,16 +172,16 @@ def test_random_features_that_fit_a_memory_budget(megabytes: float, per_class: b
 
 def test_a_memory_budget_is_no_reason_for_endless_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ridge_module, "MOST_FEATURES", 30)
-    assert build({"name": "rp_ridge", "budget_mb": 1e7}, DIM, Priors()).feature_count() == 30
+    assert build({"name": "ranpac", "budget_mb": 1e7}, DIM, Priors()).feature_count() == 30
 
 
 def test_a_memory_budget_without_room_is_refused() -> None:
     with pytest.raises(InputError, match=r"learner.budget_mb 0.001 has no room .* 100 classes, which take 0.003732 MB"):
-        build({"name": "rp_ridge", "budget_mb": 0.001}, DIM, Priors())
+        build({"name": "ranpac", "budget_mb": 0.001}, DIM, Priors())
 
 
 def test_random_features_are_drawn_again_from_the_seed() -> None:
-    one, same, other = (build({"name": "rp_ridge", "features": 50}, DIM, Priors(), seed) for seed in (4, 4, 5))
+    one, same, other = (build({"name": "ranpac", "features": 50}, DIM, Priors(), seed) for seed in (4, 4, 5))
     assert torch.equal(one.projection, same.projection)
     assert not torch.equal(one.projection, other.projection)
     assert "projection" not in one.state_dict()
@@ -197,12 +197,12 @@ def test_random_features_separate_what_is_not_linear() -> None:
     radius = torch.where(labels == 0, 1.0, 3.0)[:, None]
     task = Task(torch.nn.functional.normalize(torch.randn(1000, 4, generator=generator)) * radius, labels)
     accuracy = {}
-    for options in ({"name": "ridge"}, {"name": "rp_ridge", "features": 100}):
+    for options in ({"name": "ridge"}, {"name": "ranpac", "features": 100}):
         learner = build(options, 4, Priors())
         learner.learn(task)
         accuracy[options["name"]] = float((learner.predict(task.embeddings) == labels).double().mean())
     assert accuracy["ridge"] < 0.65
-    assert accuracy["rp_ridge"] > 0.95
+    assert accuracy["ranpac"] > 0.95
 
 
 # ── ssd ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -210,7 +210,7 @@ def test_random_features_separate_what_is_not_linear() -> None:
 
 def few_beside_many(few: int, spread: float) -> tuple[Learner, Tensor, Tensor]:
     """Four classes of 2000 images, then one of a few; the learner, and unseen images of all five."""
-    learner = build({"name": "ssd", "directions": 240, "top_n": 10}, DIM, Priors())
+    learner = build({"name": "landmark", "directions": 240, "top_n": 10}, DIM, Priors())
     learner.learn(gaussians(dict.fromkeys(range(4), 2000), spread, seed=1))
     learner.learn(gaussians({4: few}, spread, seed=2))
     test = gaussians(dict.fromkeys(range(5), 200), spread, seed=3)
@@ -278,7 +278,7 @@ def test_ssd_of_hardly_any_images(count: int) -> None:
 
 def test_ssd_features_are_directions_of_what_the_landmarks_answer() -> None:
     given = landmarks(DIM)
-    learner = build({"name": "ssd", "directions": 7}, DIM, Priors(landmarks=given))
+    learner = build({"name": "landmark", "directions": 7}, DIM, Priors(landmarks=given))
     z = gaussians({0: 50}).embeddings.double().numpy()
     cosines = z / np.linalg.norm(z, axis=1, keepdims=True) @ given.keys.T
     wanted = (np.exp(0.5 * cosines) - given.mean) @ given.projection[:, :7]
@@ -300,9 +300,9 @@ def test_ssd_without_landmarks_draws_its_keys_from_the_seed_and_says_so() -> Non
 
 
 def test_ssd_keeps_two_megabytes_for_ten_classes() -> None:
-    """The bar of docs/ssd.md, of the shipped size: what the backbone brought does not count."""
+    """The bar of docs/landmark.md, of the shipped size: what the backbone brought does not count."""
     given = Priors(landmarks=landmarks(256, neurons=1500, directions=900))
-    learner = build({"name": "ssd"}, 256, given)
+    learner = build({"name": "landmark"}, 256, given)
     for classes, most in ((10, 2e6), (100, 4e6)):
         learner.statistics.grow(classes)
         learner.values, learner.bias = torch.zeros(900, classes), torch.zeros(classes)
@@ -332,14 +332,14 @@ def test_ssd_top_n_are_the_neurons_nearest_to_the_last_task() -> None:
 )
 def test_ssd_settings_that_cannot_be(options: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
-        build({"name": "ssd", **options}, DIM, Priors(landmarks=landmarks(DIM)))
+        build({"name": "landmark", **options}, DIM, Priors(landmarks=landmarks(DIM)))
 
 
 def test_ssd_of_other_landmarks_is_not_merged() -> None:
-    one, other = (build({"name": "ssd"}, DIM, Priors(landmarks=landmarks(DIM, seed=seed))) for seed in (0, 1))
+    one, other = (build({"name": "landmark"}, DIM, Priors(landmarks=landmarks(DIM, seed=seed))) for seed in (0, 1))
     with pytest.raises(InputError, match="differ in the landmarks cannot be merged"):
         one.merge(other)
-    bare = build({"name": "ssd"}, DIM, Priors())
+    bare = build({"name": "landmark"}, DIM, Priors())
     for first, second in ((one, bare), (bare, one)):
         with pytest.raises(InputError, match=r"whether there are landmarks \((True|False) and (True|False)\)"):
             first.merge(second)
@@ -350,7 +350,7 @@ def test_ssd_of_other_landmarks_is_not_merged() -> None:
 def test_ssd_of_images_that_hardly_differ(spread: float, given: bool) -> None:
     """More directions than images, and a scatter that rounding to float32 makes indefinite."""
     priors = Priors(landmarks=landmarks(DIM, neurons=400, directions=300)) if given else Priors()
-    learner = build({"name": "ssd", "directions": 300}, DIM, priors)
+    learner = build({"name": "landmark", "directions": 300}, DIM, priors)
     for rows in ((0, 1), (2, 3)):
         learner.learn(gaussians(dict.fromkeys(rows, 30), spread))
     test = gaussians(dict.fromkeys(range(4), 20), spread, seed=1)

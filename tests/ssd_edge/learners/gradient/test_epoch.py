@@ -69,7 +69,7 @@ def test_compiled_is_refused_where_it_does_not_fit(name: str, options: dict[str,
     ids=str,
 )
 def test_other_distillation_is_not_compiled(options: dict[str, Any]) -> None:
-    student = learner("ssd-paper", **options)
+    student = learner("ssd", **options)
     student.learn(task())
     new = task((2, 3))
     student.net.grow(4, student.generator(5))
@@ -78,14 +78,14 @@ def test_other_distillation_is_not_compiled(options: dict[str, Any]) -> None:
 
 
 def test_a_subclass_that_looks_at_each_step_is_not_compiled() -> None:
-    class Watching(LEARNERS["ssd-paper"]):  # type: ignore[misc, valid-type]
+    class Watching(LEARNERS["ssd"]):  # type: ignore[misc, valid-type]
         def _observe(self, state: Pass) -> None:
             super()._observe(state)
 
-    class Named(LEARNERS["ssd-paper"]):  # type: ignore[misc, valid-type]
+    class Named(LEARNERS["ssd"]):  # type: ignore[misc, valid-type]
         pass
 
-    settings = LEARNERS["ssd-paper"].Settings(neurons=60, k=3)
+    settings = LEARNERS["ssd"].Settings(neurons=60, k=3)
     assert epoch.known_terms(Watching(DIM, settings, Priors())) is None
     assert epoch.known_terms(Named(DIM, settings, Priors())) == epoch.Terms(1.0)
 

@@ -111,7 +111,7 @@ DISTILLED = [
 
 @pytest.mark.parametrize("options", DISTILLED, ids=str)
 def test_distillation_as_plain_pytorch(options: dict[str, Any], ran: list) -> None:
-    assert_same(*both("ssd-paper", ran, **options))
+    assert_same(*both("ssd", ran, **options))
 
 
 def priors(opened: int, neurons: int = 120, switch: float = 300.0) -> Priors:
@@ -124,7 +124,7 @@ def priors(opened: int, neurons: int = 120, switch: float = 300.0) -> Priors:
 
 
 @pytest.mark.parametrize("opened", [0, 1, 10])
-@pytest.mark.parametrize("name", ["sdmlp", "ssd-paper"])
+@pytest.mark.parametrize("name", ["sdmlp", "ssd"])
 def test_dead_and_equal_keys_and_open_switches(name: str, opened: int, ran: list) -> None:
     given = priors(opened)
     fast, plain = both(name, ran, given=given, gaba="keep", epochs=6)
@@ -150,17 +150,17 @@ def test_random_shapes(seed: int, ran: list) -> None:
         "top_n": str(neurons // 3),
         "temperature": float(10 ** draw.uniform(-1, 1)),
     }
-    assert_same(*both("ssd-paper", ran, **options))
+    assert_same(*both("ssd", ran, **options))
 
 
 def test_dense_autograd() -> None:
     """The oracle that shares no line with either: every neuron, by autograd, in the same order of samples."""
-    learner = make("ssd-paper", "compiled", neurons=200, top_n="50", temperature=0.5, hidden_weight=0.6, epochs=5)
+    learner = make("ssd", "compiled", neurons=200, top_n="50", temperature=0.5, hidden_weight=0.6, epochs=5)
     learner.expect(5)
     learner.learn(task((1, 3), 1))
     generator, new, net = learner.generator(), task((2, 0), 2), learner.net
     inputs = learner.prepared(new.embeddings)
-    twin = make("ssd-paper", "torch", neurons=200, top_n="50", temperature=0.5, hidden_weight=0.6, epochs=5)
+    twin = make("ssd", "torch", neurons=200, top_n="50", temperature=0.5, hidden_weight=0.6, epochs=5)
     twin.load_state_dict(learner.state_dict())
     twin._begin(inputs, new.labels)
     keys, values = net.keys.clone(), net.values.clone()
@@ -177,7 +177,7 @@ def test_float32(ran: list) -> None:
     """What is shipped: the state within rounding, and (nearly) every answer the same."""
     learners = []
     for engine in ("compiled", "torch"):
-        learner = make("ssd-paper", engine, torch.float32, neurons=600, k=6)
+        learner = make("ssd", engine, torch.float32, neurons=600, k=6)
         learner.expect(4)
         for rows, seed in (((0, 1), 1), ((2, 3), 2)):
             learner.learn(task(rows, seed, 400))
@@ -218,13 +218,13 @@ def test_caches_that_prove_nothing_are_given_up(ran: list, monkeypatch: pytest.M
 
 def test_stops_early_and_goes_on_bit_for_bit() -> None:
     def learn(stop: float) -> tuple[Learner, dict[str, float]]:
-        learner = make("ssd-paper", "compiled", torch.float64, epochs=6)
+        learner = make("ssd", "compiled", torch.float64, epochs=6)
         return learner, learner.learn(task((0, 1), 1), lambda share: share >= stop)
 
     whole, short = learn(1.0), learn(0.5)
     assert (whole[1]["epochs"], short[1]["epochs"]) == (6.0, 3.0)
     assert "cross_entropy_gradient_last" not in short[1]
-    resumed = make("ssd-paper", "compiled", torch.float64, epochs=6)
+    resumed = make("ssd", "compiled", torch.float64, epochs=6)
     resumed.load_state_dict(whole[0].state_dict())
     for learner in (whole[0], resumed):
         learner.learn(task((2, 3), 2))

@@ -71,11 +71,14 @@ def softened(student: Tensor, teacher: Tensor, temperature: float, direction: st
     """T² KL between the softened softmaxes over the last axis; 'batchmean'."""
     p, q = F.softmax(teacher / temperature, 1), F.softmax(student / temperature, 1)
     forward, backward = (p * (p / q).log()).sum(1).mean(), (q * (q / p).log()).sum(1).mean()
-    return temperature**2 * {
-        "teacher_student": forward,
-        "student_teacher": backward,
-        "symmetric": (forward + backward) / 2,
-    }[direction]
+    return (
+        temperature**2
+        * {
+            "teacher_student": forward,
+            "student_teacher": backward,
+            "symmetric": (forward + backward) / 2,
+        }[direction]
+    )
 
 
 def distillation(settings: Any, table: Tensor, teacher: tuple[Tensor, Tensor, Tensor], scope: list[int]) -> Any:
@@ -231,7 +234,7 @@ CASES = [
 @pytest.mark.parametrize("options", CASES, ids=lambda options: " ".join(map(str, options.values())))
 def test_distillation_with_a_closed_switch(options: dict[str, Any]) -> None:
     options = {"epochs": EPOCHS, "lr": 0.3, "ce_weight": 0.4, **options}
-    learner = watched("ssd-paper", torch.float64, options, "closed")
+    learner = watched("ssd", torch.float64, options, "closed")
     learner.expect(6)  # the first and the last output are never taught
     oracle = walk(learner, task(3, 2), taught(learner, task(1, 1), task(3, 2)))
     assert set(learner.forms) == {"sparse"}
@@ -244,7 +247,7 @@ def test_distillation_while_the_switch_closes(hidden: str, source: str) -> None:
     """Dense batches with a gradient on table activations, then sparse ones; the teacher half open as well."""
     options = {"hidden": hidden, "hidden_source": source, "hidden_weight": 0.8, "temperature": 0.5, "top_n": "3k"}
     options = {**options, "epochs": EPOCHS, "lr": 0.3, "ce_weight": 0.4, "switch": 2500.0}
-    learner = watched("ssd-paper", torch.float64, options, "open")
+    learner = watched("ssd", torch.float64, options, "open")
     learner.expect(4)
     first, second = task(0, 1, count=96), task(2, 2)
     make = taught(learner, first, second)
@@ -259,7 +262,7 @@ def test_distillation_while_the_switch_closes(hidden: str, source: str) -> None:
 def test_one_step_in_float32(switches: str, seed: int) -> None:
     """From equal state, against the oracle in float64: equal selection but for near ties, weights within 1e-5."""
     options = {"epochs": 1, "lr": 3.0, "hidden": "mse", "hidden_weight": 0.5, "ce_weight": 0.5, "teacher": "first"}
-    learner = watched("ssd-paper", torch.float32, {**options, "switch": 800.0}, switches)
+    learner = watched("ssd", torch.float32, {**options, "switch": 800.0}, switches)
     learner.expect(6)
     learner.learn(task(0, seed))
     kept = learner.kept
@@ -317,11 +320,11 @@ PENALTIES = [("ewc", 40.0), ("online_ewc", 40.0), ("mas", 20.0), ("l2", 0.2)]
 
 
 @pytest.mark.parametrize(("kind", "weight"), PENALTIES)
-@pytest.mark.parametrize("name", ["sdmlp", "ssd-paper"])
+@pytest.mark.parametrize("name", ["sdmlp", "ssd"])
 def test_penalties_over_three_tasks(name: str, kind: str, weight: float) -> None:
     """The pull on rows that moved since an anchor, active or not, over tasks whose importances add up or replace."""
     options = {"epochs": 10, "lr": 0.3, "penalty": kind, "penalty_weight": weight, "penalty_decay": 0.7}
-    if name == "ssd-paper":
+    if name == "ssd":
         options |= {"ce_weight": 0.4, "hidden": "mse", "hidden_weight": 0.5}
     learner = watched(name, torch.float64, options, "closed")
     learner.expect(6)
@@ -345,7 +348,7 @@ def test_penalties_over_three_tasks(name: str, kind: str, weight: float) -> None
             )
 
         make = None
-        if name == "ssd-paper":
+        if name == "ssd":
             counts = (at_anchor.activations(inputs_of(previous.embeddings, torch.float64))[0] > 0).sum(0)
             table = torch.tensor(sorted(range(NEURONS), key=lambda j: (-int(counts[j]), j))[: learner.n])
             x = inputs_of(new.embeddings, torch.float64)

@@ -18,7 +18,7 @@ from ssd_edge.learners import Learner, Task, build, pack, restore
 from ssd_edge.learners.gradient.distillation import TopNTable, count_activations, select, teacher_targets
 from ssd_edge.learners.gradient.network import SDMLP, Layer, Pass
 from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
-from ssd_edge.learners.gradient.ssd import Settings, SSDPaper
+from ssd_edge.learners.gradient.ssd import Settings, SSD
 from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +43,7 @@ def priors(switch: float = 100.0) -> Priors:
     return Priors(keys=unit.astype(np.float32), counters=counters.astype(np.float32), student={"switch": switch})
 
 
-class Watched(SSDPaper):
+class Watched(SSD):
     """Remembers, for each task, the network before its first step and what the teacher said."""
 
     def _begin(self, inputs: Tensor, labels: Tensor) -> None:
@@ -98,7 +98,7 @@ def test_every_switch_runs(name: str, value: Any, given: str) -> None:
     options = {"epochs": 2, "hidden_weight": 0.5, name: value}
     if name == "k" and value == 64:
         options["top_n"] = "64"
-    learner = build({"name": "ssd-paper", **SMALL, **options}, DIM, priors() if given == "pretrained" else Priors())
+    learner = build({"name": "ssd", **SMALL, **options}, DIM, priors() if given == "pretrained" else Priors())
     for rows in TASKS:
         measured = learner.learn(task(rows, 32))
         assert all(np.isfinite(value) for value in measured.values())
@@ -134,10 +134,10 @@ def test_every_switch_runs(name: str, value: Any, given: str) -> None:
 )
 def test_settings(options: dict[str, Any], told: str | None) -> None:
     if told is None:
-        build({"name": "ssd-paper", **SMALL, **options}, DIM, Priors())
+        build({"name": "ssd", **SMALL, **options}, DIM, Priors())
         return
     with pytest.raises(InputError, match=told):
-        build({"name": "ssd-paper", **SMALL, **options}, DIM, Priors())
+        build({"name": "ssd", **SMALL, **options}, DIM, Priors())
 
 
 # ── the losses ───────────────────────────────────────────────────────────────────────────────────────
@@ -218,13 +218,16 @@ def test_index_modes(mode: str, init: str) -> None:
     assert mine != theirs
     tables = learner.teacher_tables[0].indices.tolist(), learner.student_tables[0].indices.tolist()
     both = [index for index in mine if index in theirs]
-    assert tables == {
-        "teacher": (mine, mine),
-        "student": (theirs, theirs),
-        "rank_matched": (mine, theirs),
-        "union": (sorted({*mine, *theirs}),) * 2,
-        "intersection": (both, both),
-    }[mode]
+    assert (
+        tables
+        == {
+            "teacher": (mine, mine),
+            "student": (theirs, theirs),
+            "rank_matched": (mine, theirs),
+            "union": (sorted({*mine, *theirs}),) * 2,
+            "intersection": (both, both),
+        }[mode]
+    )
     assert len(learner.tables[0].indices) == 12
 
 
