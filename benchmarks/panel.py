@@ -7,11 +7,12 @@ Usage: SSD_EDGE_DATA=FOLDER python benchmarks/panel.py --json FILE [--tiny FOLDE
 
 Every head sees the same embeddings, images and order of classes. Order i is one of SDMLP's five; it also draws the
 images anew where a class has few (0: all of them) and seeds the learner. `landmark` has its default settings
-everywhere. A rival's settings are chosen for each stream and number of images among `CANDIDATES`, by training images of order 0
-alone, and those whose size can be set (`MOST`) are as large as `landmark`'s state allows: FeCAM sees fewer directions
-of the embedding, the leading ones of the pretraining covariance. State is billed at 4 bytes a float; what comes with the
-backbone is counted apart. Where nothing depends on the seed and two orders agree, the others are not run ("repeated" in
-the record), nor are rivals on CIFAR-100 in 50 tasks: their statistics are those of the same images in 10 tasks.
+everywhere. A rival's settings are chosen for each stream and number of images among `CANDIDATES`, by training images
+of order 0 alone, and those whose size can be set (`MOST`) are as large as `landmark`'s state allows: FeCAM sees fewer
+directions of the embedding, the leading ones of the pretraining covariance. State is billed at 4 bytes a float; what
+comes with the backbone is counted apart. Where nothing depends on the seed and two orders agree, the others are not
+run ("repeated" in the record), nor are rivals on CIFAR-100 in 50 tasks: their statistics are those of the same images
+in 10 tasks.
 
 A run that was cut goes on where it was; a record is kept while its settings stay the same (--again drops a head's).
 """

@@ -18,7 +18,7 @@ from ssd_edge.learners import Learner, Task, build, pack, restore
 from ssd_edge.learners.gradient.distillation import TopNTable, count_activations, select, teacher_targets
 from ssd_edge.learners.gradient.network import SDMLP, Layer, Pass
 from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
-from ssd_edge.learners.gradient.ssd import Settings, SSD
+from ssd_edge.learners.gradient.ssd import SSD, Settings
 from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
