@@ -18,8 +18,9 @@ from pathlib import Path
 import panel_tables
 
 from ssd_edge import targets
-from ssd_edge.report.compare import percent, points, ranked
+from ssd_edge.report.compare import ranked
 from ssd_edge.report.terminal import export_svg
+from ssd_edge.report.wording import percent, points
 from ssd_edge.reproduction.cells import Store
 from ssd_edge.reproduction.rows import Row, mean, rows, spread
 from ssd_edge.reproduction.specs import chosen

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ssd_edge.report.compare import percent, points
+from ssd_edge.report.wording import percent, points
 from ssd_edge.reproduction.drawings import Series, lines
 from ssd_edge.system import size
 

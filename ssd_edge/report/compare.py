@@ -1,4 +1,4 @@
-"""What a run is compared with, and how its numbers are printed: the same in the report and on the terminal."""
+"""The methods that a run is compared with, in the order and under the names used by all reports."""
 
 from __future__ import annotations
 
@@ -77,16 +77,3 @@ def lead_note(metrics: Mapping[str, Any]) -> str:
     also = ", ".join(f"{name} by {lead:.1f}" for name, lead in others)
     sentence = f"{first} is {most:.1f} points ahead of {compared(metrics)[0].display} on this stream"
     return f"{sentence} (also ahead: {also})." if also else f"{sentence}."
-
-
-def percent(value: float | None) -> str:
-    """A share as ``73.1 %``, or a dash."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def points(value: float | None, signed: bool = False) -> str:
-    """A difference of shares in percentage points: ``4.2``, signed ``−4.2``, or a dash."""
-    if value is None:
-        return "–"
-    rounded = round(100 * value, 1) + 0.0  # turns -0.0 into 0.0
-    return (f"{rounded:+.1f}" if signed and rounded else f"{rounded:.1f}").replace("-", "−")

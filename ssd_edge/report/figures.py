@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ssd_edge.report.compare import Method, compared, percent, points
-from ssd_edge.run.streams import step_name
+from ssd_edge.report.compare import Method, compared
+from ssd_edge.report.wording import percent, points, step_name
 
 FULL = 0.65  # share of colour in a cell from which its number needs the other ink; both then have 4.3 : 1
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from ssd_edge.report.compare import ROLES, compared, lead_note, percent, points, ranked
+from ssd_edge.report.compare import ROLES, compared, lead_note, ranked
 from ssd_edge.report.figures import bar, curves, heat_map, scale, tag
-from ssd_edge.run.streams import described, step_name
+from ssd_edge.report.wording import describe_stream, percent, points, step_name
 from ssd_edge.system import duration, size
 
 MOST_CLASSES = 40  # a longer list of bars is scrolled past, not read
@@ -28,7 +28,7 @@ def render(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     name, data, steps = compared(metrics)[0].display, str(metrics["data"]), len(metrics["accuracy_matrix"])
     heading, step = f"{name} on {data}", step_name(len(metrics["tasks"]), steps)
     facts = [
-        described(metrics),
+        describe_stream(metrics),
         f"{metrics['train_images']:,} training and {metrics['test_images']:,} test images ({metrics['split']})",
         f"seed {run.get('seed')}",
     ]

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ssd_edge.errors import require
 from ssd_edge.files import write_text
-from ssd_edge.report.compare import ROLES, compared, lead_note, percent, points, ranked
-from ssd_edge.run.streams import described, step_name
+from ssd_edge.report.compare import ROLES, compared, lead_note, ranked
+from ssd_edge.report.wording import describe_stream, percent, points, step_name
 from ssd_edge.system import duration, size
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _rich(stream: TextIO, terminal: bool, record: bool = False) -> RichConsole:
 def _summary(metrics: Mapping[str, Any], width: int) -> list[RenderableType]:
     from rich.text import Text
 
-    heading = f"{compared(metrics)[0].display} on {metrics['data']}: {described(metrics)}"
+    heading = f"{compared(metrics)[0].display} on {metrics['data']}: {describe_stream(metrics)}"
     parts = [Text(heading, style="bold"), "", _matrix(metrics, width), "", _comparison(metrics, width)]
     note = lead_note(metrics)
     return [*parts, "", Text(note, style="yellow")] if note else parts

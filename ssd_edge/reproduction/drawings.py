@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-from ssd_edge.report.compare import points
 from ssd_edge.report.figures import tag
+from ssd_edge.report.wording import points
 from ssd_edge.reproduction.rows import Result, Row, mean
 from ssd_edge.reproduction.specs import Experiment
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ssd_edge import files
-from ssd_edge.report.compare import points
+from ssd_edge.report.wording import points
 from ssd_edge.reproduction import cells
 from ssd_edge.reproduction.drawings import figures
 from ssd_edge.reproduction.rows import Row, compare, mean, overall, per_task, rows, spread

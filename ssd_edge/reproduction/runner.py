@@ -25,8 +25,8 @@ import torch
 from ssd_edge import files
 from ssd_edge.data import cache
 from ssd_edge.errors import EnvironmentUnfitError, InputError, SSDEdgeError
-from ssd_edge.report.compare import percent
 from ssd_edge.report.terminal import Console
+from ssd_edge.report.wording import percent
 from ssd_edge.reproduction import cells, work
 from ssd_edge.reproduction.sources import Sources, found, write_inputs, write_priors
 from ssd_edge.reproduction.specs import Experiment, StreamSource, streams

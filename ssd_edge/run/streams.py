@@ -9,19 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from ssd_edge.config import StreamConfig
 from ssd_edge.errors import InputError
 
-KINDS = {
-    "class_incremental": "class-incremental",
-    "repetition": "class-incremental with repetition",
-    "blurry": "blurry",
-}
 # The orders of the SDMLP paper's five runs: the data set's own, and four that legacy NumPy draws from these seeds.
 SDMLP_SEEDS = (3, 15, 27, 97)
 _OWN_KEYS = {"repetition": ("experiences", "repetition"), "blurry": ("disjoint", "leakage")}
@@ -98,29 +91,6 @@ class Stream:
             return _even(samples, occurrences)
         leaked = min(round(self.leakage * samples), max(samples - 1, 0))
         return [samples - leaked, *_even(leaked, occurrences - 1)]
-
-
-def stream_name(kind: str, online: bool) -> str:
-    """What to call a stream: ``blurry, online``."""
-    return KINDS[kind] + (", online" if online else "")
-
-
-def step_name(tasks: int, experiences: int) -> str:
-    """What one step of a stream is called: a task, where each of them introduces classes."""
-    return "task" if experiences == tasks else "experience"
-
-
-def extent(classes: int, tasks: int, experiences: int) -> str:
-    """``10 classes in 5 tasks``, and over how many experiences where these are not the tasks."""
-    text = f"{classes} classes in {tasks} {'task' if tasks == 1 else 'tasks'}"
-    return text if experiences == tasks else f"{text} over {experiences} experiences"
-
-
-def described(metrics: Mapping[str, Any]) -> str:
-    """The stream of what metrics.json holds; old ones do not say its kind."""
-    text = extent(len(metrics["classes"]), len(metrics["tasks"]), len(metrics["accuracy_matrix"]))
-    stream = metrics.get("stream")
-    return f"{text}, {stream_name(stream['kind'], stream['online'])}" if stream else text
 
 
 def _even(count: int, parts: int) -> list[int]:

@@ -30,9 +30,10 @@ from ssd_edge.learners.gradient.penalties import PenaltySettings
 from ssd_edge.report.compare import DISPLAY
 from ssd_edge.report.html import render
 from ssd_edge.report.terminal import Console
+from ssd_edge.report.wording import extent, step_name, stream_name
 from ssd_edge.run import metrics, storage
 from ssd_edge.run.embed import Prepared, accuracies, embed, prepare
-from ssd_edge.run.streams import extent, make_stream, step_name, stream_name
+from ssd_edge.run.streams import make_stream
 
 BASELINES = ("ssd", "sdmlp", "finetune")
 PANEL = ("ncm", "slda", "ridge", "ranpac", "fecam", "flymodel")

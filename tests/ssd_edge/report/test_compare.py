@@ -1,4 +1,4 @@
-"""What a run is compared with, and how numbers are printed."""
+"""The comparison of a run with other methods."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ssd_edge.report.compare import DISPLAY, compared, lead_note, percent, points, ranked
+from ssd_edge.report.compare import DISPLAY, compared, lead_note, ranked
 from ssd_edge.system import duration, size
 
 
@@ -54,13 +54,6 @@ def test_an_unknown_name_is_shown_as_it_is() -> None:
 )
 def test_lead_note(others: dict[str, float], note: str) -> None:
     assert lead_note(run(0.7, **others)) == note
-
-
-def test_shares_and_differences() -> None:
-    assert [percent(value) for value in (0.7314, 1, 0.0, None)] == ["73.1 %", "100.0 %", "0.0 %", "–"]
-    assert [points(value) for value in (0.0421, None)] == ["4.2", "–"]
-    signed = [points(value, signed=True) for value in (-0.0421, 0.01, -0.0001, 0.0)]
-    assert signed == ["−4.2", "+1.0", "0.0", "0.0"]
 
 
 def test_durations() -> None:

@@ -13,10 +13,7 @@ from ssd_edge.run.streams import (
     Stream,
     class_incremental,
     class_order,
-    described,
     make_stream,
-    step_name,
-    stream_name,
     task_sizes,
 )
 
@@ -266,14 +263,3 @@ def test_too_few_images_for_so_many_experiences() -> None:
     assert [len(part) for part in stream.experiences(np.repeat([0, 1], 4))] == [2, 2, 2, 2]
     with pytest.raises(InputError, match=r"experience 4 of 4 has no training image: its classes have fewer images"):
         stream.experiences(np.repeat([0, 1], 3))
-
-
-def test_how_a_stream_is_called() -> None:
-    assert stream_name("class_incremental", False) == "class-incremental"
-    assert stream_name("blurry", True) == "blurry, online"
-    metrics = {"classes": list("abcd"), "tasks": [{}, {}], "accuracy_matrix": [[1, None]] * 5}
-    assert described(metrics) == "4 classes in 2 tasks over 5 experiences"
-    metrics["stream"] = {"kind": "repetition", "online": False}
-    assert described(metrics) == "4 classes in 2 tasks over 5 experiences, class-incremental with repetition"
-    assert described(metrics | {"tasks": [{}], "accuracy_matrix": [[1]]}).startswith("4 classes in 1 task, ")
-    assert (step_name(2, 2), step_name(2, 5)) == ("task", "experience")
