@@ -1,6 +1,6 @@
 """The backbone on the device: uint8 images → standardised embeddings, by what is fastest of what gives the right ones.
 
-The ladder: TensorRT with an engine of our own; ONNX Runtime with its TensorRT provider, with CUDA, on the processor.
+The ladder: TensorRT with an engine of our own; ONNX Runtime with CUDA; ONNX Runtime on the processor.
 Everything on a GPU must first give the embeddings of the bundle's probe (`selftest`); what does not is not used, and
 that is said. ONNX Runtime lists providers that do not start, and would go on with another one in silence: which one
 runs is read back, and its own falling back is switched off.
@@ -8,11 +8,7 @@ runs is read back, and its own falling back is switched off.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import importlib.util
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from device_runtime.machine.board import usable_cpus
-from ssd_edge import files, targets
-from ssd_edge.bundle import onnx_scan
+from ssd_edge import targets
 from ssd_edge.errors import (
     BundleRefusedError,
     EnvironmentUnfitError,
@@ -35,13 +30,9 @@ if TYPE_CHECKING:
     from device_runtime.store.generations import Generations
 
 BATCH = 32
-TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
-LADDER = (TENSORRT, CUDA, CPU)  # of ONNX Runtime, fastest first
-PREFERRED = (CUDA, CPU)  # what the doctor makes compute; TensorRT it examines by itself
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+LADDER = (CUDA, CPU)  # of ONNX Runtime, fastest first
 ENGINES = "engines"  # folder of a root
-OF_ONNXRUNTIME = "onnxruntime"  # folder in it, of the engines that ONNX Runtime builds
-# TensorRT's library, which ONNX Runtime's provider of that name needs, in the version that it was built for
-NVINFER = ("libnvinfer.so.10", "libnvinfer.so.11", "libnvinfer.so.8")
 
 Say = Callable[[str], None]
 Probe = tuple[Mapping[str, np.ndarray], Mapping[str, float]]  # see selftest
@@ -75,7 +66,6 @@ class OnnxEmbedder:
         size: side of its input in pixels.
         dim: D of its embeddings.
         provider: of ONNX Runtime; what of the graph it does not take, those after it in `LADDER` run.
-        settings: of the provider.
 
     Attributes:
         provider: the execution provider that really runs, checked after creation.
@@ -86,14 +76,7 @@ class OnnxEmbedder:
 
     engine: Mapping[str, Any] | None = None
 
-    def __init__(
-        self,
-        model: Path | bytes,
-        size: int,
-        dim: int,
-        provider: str = CPU,
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, model: Path | bytes, size: int, dim: int, provider: str = CPU) -> None:
         runtime = require("onnxruntime", "device", "run the backbone")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
@@ -103,7 +86,7 @@ class OnnxEmbedder:
         others = [name for name in LADDER[LADDER.index(provider) + 1 :] if name in available]
         try:
             source = model if isinstance(model, bytes) else str(model)
-            wanted = [(provider, dict(settings or {})), *others]
+            wanted = [provider, *others]
             # falling back by itself it prints on standard output, where a caller may be writing JSON
             self._session = runtime.InferenceSession(source, options, providers=wanted, enable_fallback=0)
             self._session.disable_fallback()  # also while it runs, in versions that do not know the word above
@@ -223,73 +206,19 @@ def _ladder(
 ) -> Iterator[tuple[str, Callable[[], Embedder]]]:
     """What may run the backbone here, fastest first: its name, and what starts it."""
     from device_runtime.backbone import selftest
-    from device_runtime.backbone.tensorrt import engines
 
     size, dim = facts["size"], facts["dim"]
 
-    def tested(provider: str, settings: Mapping[str, Any]) -> Embedder:
-        embedder = OnnxEmbedder(path, size, dim, provider, settings)
+    def tested(provider: str) -> Embedder:
+        embedder = OnnxEmbedder(path, size, dim, provider)
         selftest.run(embedder.embed, *probe)
         return embedder
 
     if importlib.util.find_spec("tensorrt") is not None:
         yield "TensorRT", lambda: _tensorrt(folder, path, backbone, facts, probe, say)
-    available = require("onnxruntime", "device", "run the backbone").get_available_providers()
-    if TENSORRT in available and (version := _nvinfer()) and (gpu := engines.gpu_facts()) is not None:
-        made = engines.engine_facts(backbone, facts["precision"], gpu, version, module="onnxruntime")
-        yield TENSORRT, lambda: tested(TENSORRT, _engines_of_onnxruntime(folder, path, made, facts, say))
-    if CUDA in available:
-        yield CUDA, lambda: tested(CUDA, {})
+    if CUDA in require("onnxruntime", "device", "run the backbone").get_available_providers():
+        yield CUDA, lambda: tested(CUDA)
     yield CPU, lambda: OnnxEmbedder(path, size, dim)
-
-
-def _nvinfer() -> str:
-    """Version of TensorRT's library; empty without it: ONNX Runtime lists its TensorRT provider all the same."""
-    for name in NVINFER:
-        with contextlib.suppress(OSError, AttributeError):
-            return str(ctypes.CDLL(name).getInferLibVersion())
-    return ""
-
-
-def _engines_of_onnxruntime(
-    folder: Path, path: Path, made: Mapping[str, Any], facts: Mapping[str, Any], say: Say
-) -> dict[str, Any]:
-    """Settings of ONNX Runtime's TensorRT provider, which builds and keeps engines by itself.
-
-    It may not notice that an engine was built for something else. They lie in a folder of their own for each backbone,
-    GPU, driver, TensorRT and ONNX Runtime (`made`), and those of others are removed.
-    """
-    import onnxruntime
-
-    from device_runtime.backbone.tensorrt import engines
-    from device_runtime.backbone.tensorrt.api import BATCHES, WORKSPACE
-
-    made = {**made, "onnxruntime": onnxruntime.__version__}
-    own = folder / OF_ONNXRUNTIME / engines.fingerprint(made)[:16]
-    engines.EngineCache(folder).make_folder()
-    for other in own.parent.glob("*"):
-        if other != own:
-            shutil.rmtree(other, ignore_errors=True)
-    if not any(own.glob("*.engine")):
-        files.make_directory(own)
-        say("ONNX Runtime builds a TensorRT engine, once for this board and backbone; it may take minutes")
-    settings = {
-        "trt_max_workspace_size": WORKSPACE,
-        # what the graph says and no more: half precision where it is in fp32 would be another network
-        "trt_fp16_enable": facts["precision"] == "fp16",
-        "trt_int8_enable": facts["precision"] == "int8",
-        "trt_engine_cache_enable": True,
-        "trt_engine_cache_path": os.fspath(own),
-        "trt_timing_cache_enable": True,
-        "trt_timing_cache_path": os.fspath(own),
-    }
-    taken = onnx_scan.scan(files.read_bytes(path), path.name).inputs[0]
-    if taken.shape is not None and not isinstance(taken.shape[0], int):
-        # else it builds for the batch that comes first, and anew, for minutes, when a larger one comes
-        for bound, batch in zip(("min", "opt", "max"), BATCHES, strict=True):
-            shape = "x".join(map(str, (batch, facts["size"], facts["size"], 3)))
-            settings[f"trt_profile_{bound}_shapes"] = f"{taken.name}:{shape}"
-    return settings
 
 
 def _line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from device_runtime.backbone.embedder import PREFERRED
+from device_runtime.backbone.embedder import LADDER
 from device_runtime.install import trust
 from device_runtime.machine.board import Board
 from ssd_edge import targets
@@ -141,7 +141,7 @@ def check_onnxruntime(at: Situation) -> Examined:
         yield Check("onnxruntime", "note", f"cannot be imported ({problem})", at.fix("onnxruntime"))
         return
     available, ran = runtime.get_available_providers(), []
-    for provider in (name for name in PREFERRED if name in available):
+    for provider in (name for name in LADDER if name in available):
         reason = _convolve(runtime, provider)
         if reason:
             text = f"{provider} is listed, but does not run ({reason})"

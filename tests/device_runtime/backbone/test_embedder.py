@@ -17,13 +17,15 @@ import onnxruntime
 import pytest
 
 from device_runtime.backbone import embedder
-from device_runtime.backbone.embedder import CPU, CUDA, TENSORRT, OnnxEmbedder, open_embedder
+from device_runtime.backbone.embedder import CPU, CUDA, OnnxEmbedder, open_embedder
 from device_runtime.backbone.tensorrt import api as tensorrt_api
 from device_runtime.backbone.tensorrt import embedder as tensorrt_embedder
 from device_runtime.backbone.tensorrt import engines
 from device_runtime.store.generations import Generations
 from ssd_edge import bundle
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, SlowerProviderError
+
+TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ class StandInRuntime(types.ModuleType):
         raises: provider → what making a session with it raises.
         fails: provider → what running it raises.
         wrong: provider → what its embeddings are shifted by.
-        asked: providers and their settings, of each session.
+        asked: providers of each session.
     """
 
     def __init__(self) -> None:
@@ -61,18 +63,17 @@ class StandInRuntime(types.ModuleType):
         self.raises: dict[str, Exception] = {}
         self.fails: dict[str, Exception] = {}
         self.wrong: dict[str, float] = {}
-        self.asked: list[list[tuple[str, dict[str, Any]]]] = []
+        self.asked: list[list[str]] = []
 
     def get_available_providers(self) -> list[str]:
-        return [TENSORRT, CUDA, "AzureExecutionProvider", CPU]
+        return [TENSORRT_PROVIDER, CUDA, "AzureExecutionProvider", CPU]
 
-    def InferenceSession(self, model: str, options: Any, providers: list[Any], enable_fallback: int = 1) -> Any:
+    def InferenceSession(self, model: str, options: Any, providers: list[str], enable_fallback: int = 1) -> Any:
         assert enable_fallback == 0
-        named = [entry if isinstance(entry, tuple) else (entry, {}) for entry in providers]
-        self.asked.append(named)
-        started = [name for name, _ in named if name not in self.absent]
-        if named[0][0] in self.raises:
-            raise self.raises[named[0][0]]
+        self.asked.append(providers)
+        started = [name for name in providers if name not in self.absent]
+        if providers[0] in self.raises:
+            raise self.raises[providers[0]]
         real = onnxruntime.InferenceSession(model, options, providers=[CPU])
 
         def run(names: None, given: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -87,11 +88,9 @@ class StandInRuntime(types.ModuleType):
 
 @pytest.fixture
 def runtime(monkeypatch):
-    """A machine with a GPU, TensorRT's library, and an ONNX Runtime that has all three providers."""
+    """A machine with a GPU, and an ONNX Runtime that has a provider for TensorRT, too."""
     put = StandInRuntime()
     monkeypatch.setitem(sys.modules, "onnxruntime", put)
-    monkeypatch.setattr(embedder, "_nvinfer", lambda: "100300")
-    monkeypatch.setattr(engines, "gpu_facts", lambda: {"name": "Orin", "capability": "8.7"})
     return put
 
 
@@ -121,9 +120,6 @@ def tensorrt(monkeypatch):
     class Cache:
         def __init__(self, folder: Path) -> None:
             self.folder = folder
-
-        def make_folder(self):
-            pass
 
         def get(self, facts):
             return Machine.built[-1] if Machine.built else None
@@ -228,152 +224,78 @@ def test_a_damaged_backbone_is_not_run_by_anything(opened, tmp_path):
         opened()
 
 
-def first_asked(runtime) -> list[str]:
-    return [named[0][0] for named in runtime.asked]
-
-
 def test_of_onnx_runtime_the_fastest_is_taken(opened, runtime):
     said = []
     found = opened(said.append)
-    assert found.provider == TENSORRT
+    assert found.provider == CUDA
     np.testing.assert_allclose(found.embed(opened.arrays["images"]), opened.arrays["embeddings"], atol=1e-5)
-    assert [name for name, _ in runtime.asked[0]] == [TENSORRT, CUDA, CPU]  # what it does not take, the others run
-    assert said == ["ONNX Runtime builds a TensorRT engine, once for this board and backbone; it may take minutes"]
-
-
-def test_its_engines_are_kept_apart_for_each_machine_and_precision(opened, runtime, monkeypatch):
-    folder = opened.store.root / "engines"
-    opened()
-    settings = dict(runtime.asked[0])[TENSORRT]
-    own = Path(settings["trt_engine_cache_path"])
-    assert own.parent == folder / "onnxruntime"
-    assert settings["trt_timing_cache_path"] == str(own)
-    assert (settings["trt_engine_cache_enable"], settings["trt_timing_cache_enable"]) == (True, True)
-    assert (settings["trt_fp16_enable"], settings["trt_int8_enable"]) == (False, False)
-    # one engine for all batches that are ever given, instead of a new one for each larger batch
-    assert [settings[f"trt_profile_{bound}_shapes"] for bound in ("min", "opt", "max")] == [
-        "images:1x8x8x3",
-        "images:8x8x8x3",
-        "images:32x8x8x3",
-    ]
-    assert folder.stat().st_mode & 0o777 == 0o700
-    (own / "TensorrtExecutionProvider_1.engine").write_bytes(b"made")
-    said = []
-    opened(said.append)
-    assert said == []  # nothing is built
-    runtime.__version__ = "1.24.0"
-    opened(said.append)
-    assert not own.exists()
-    assert len(list(own.parent.iterdir())) == 1
-    assert "it may take minutes" in said[0]
-
-
-@pytest.mark.parametrize(("precision", "enabled"), [("fp16", (True, False)), ("int8", (False, True))])
-def test_only_the_precision_of_the_graph_is_allowed(opened, runtime, precision, enabled):
-    opened(precision=precision)
-    settings = dict(runtime.asked[0])[TENSORRT]
-    assert (settings["trt_fp16_enable"], settings["trt_int8_enable"]) == enabled
-
-
-def test_engines_are_not_taken_from_a_folder_that_others_may_write_to(opened, runtime):
-    folder = opened.store.root / "engines"
-    folder.mkdir()
-    folder.chmod(0o777)
-    said = []
-    assert opened(said.append).provider == CUDA
-    assert "may be written by others" in said[-1]
-    assert first_asked(runtime) == [CUDA]
-
-
-@pytest.mark.parametrize("missing", ["library", "gpu"])
-def test_its_tensorrt_is_not_tried_where_it_cannot_work(opened, runtime, monkeypatch, missing):
-    if missing == "library":
-        monkeypatch.setattr(embedder, "_nvinfer", lambda: "")
-    else:
-        monkeypatch.setattr(engines, "gpu_facts", lambda: None)
-    said = []
-    assert opened(said.append).provider == CUDA
-    assert first_asked(runtime) == [CUDA]
+    assert runtime.asked[0] == [CUDA, CPU]  # what it does not take, the other runs
     assert said == []
 
 
-def test_the_library_is_asked_for_its_version(monkeypatch):
-    def load(name: str) -> Any:
-        if name != "libnvinfer.so.11":
-            raise OSError(f"{name}: cannot open shared object file")
-        return types.SimpleNamespace(getInferLibVersion=lambda: 110400)
-
-    monkeypatch.setattr(embedder.ctypes, "CDLL", load)
-    assert embedder._nvinfer() == "110400"
-    monkeypatch.setattr(embedder, "NVINFER", ("libnvinfer.so.10",))
-    assert embedder._nvinfer() == ""
+def test_the_tensorrt_provider_of_onnx_runtime_is_never_used(opened, runtime):
+    """It would set the precision by flags of the builder; the precision is in the graph."""
+    opened(precision="fp16")
+    assert all(TENSORRT_PROVIDER not in names for names in runtime.asked)
 
 
 def test_what_is_listed_but_does_not_start_is_passed_over_and_told(opened, runtime):
-    runtime.absent = {TENSORRT, CUDA}
+    runtime.absent = {CUDA}
     said = []
     assert opened(said.append).provider == CPU
     assert said[-1] == (
-        f"{TENSORRT} and {CUDA} are not used, {CPU} is: "
-        f"{TENSORRT}: ONNX Runtime lists {TENSORRT}, but {CPU} would run; see ssd-edge doctor; "
-        f"{CUDA}: ONNX Runtime lists {CUDA}, but {CPU} would run; see ssd-edge doctor"
+        f"{CUDA} is not used, {CPU} is: {CUDA}: ONNX Runtime lists {CUDA}, but {CPU} would run; see ssd-edge doctor"
     )
 
 
 def test_what_computes_something_else_is_passed_over_and_told(opened, runtime):
-    runtime.wrong = {TENSORRT: 1.0}
+    runtime.wrong = {CUDA: 1.0}
     said = []
     found = opened(said.append)
-    assert found.provider == CUDA
-    assert f"{TENSORRT} is not used, {CUDA} is: {TENSORRT}: the backbone computes something else here" in said[-1]
+    assert found.provider == CPU
+    assert f"{CUDA} is not used, {CPU} is: {CUDA}: the backbone computes something else here" in said[-1]
     np.testing.assert_allclose(found.embed(opened.arrays["images"]), opened.arrays["embeddings"], atol=1e-5)
-    runtime.wrong = {TENSORRT: 1.0, CUDA: float("nan")}
+    runtime.wrong = {CUDA: float("nan")}
     assert opened(said.append).provider == CPU
     assert f"{CUDA}: the backbone gives NaN or infinity" in said[-1]
 
 
-def test_an_engine_that_failed_is_not_replaced_by_an_untested_one(opened, tensorrt, runtime):
-    """Where TensorRT computes something else, ONNX Runtime's TensorRT may do the same."""
+def test_an_engine_that_failed_is_not_replaced_by_an_untested_provider(opened, tensorrt, runtime):
     StandIn.wrong = 1.0
-    runtime.wrong = {TENSORRT: 1.0}
+    runtime.wrong = {CUDA: 1.0}
     said = []
-    assert opened(said.append).provider == CUDA
-    assert said[-1].startswith(f"TensorRT and {TENSORRT} are not used, {CUDA} is: the backbone computes something else")
+    assert opened(said.append).provider == CPU
+    assert said[-1].startswith(f"TensorRT and {CUDA} are not used, {CPU} is: the backbone computes something else")
     assert said[-1].count("computes something else") == 2
 
 
 @pytest.mark.parametrize("when", ["raises", "fails"])
 def test_a_provider_that_raises_is_passed_over(opened, runtime, when):
-    setattr(runtime, when, {TENSORRT: RuntimeError("out of memory\nand a stack"), CUDA: RuntimeError("no kernel")})
+    setattr(runtime, when, {CUDA: RuntimeError("out of memory\nand a stack")})
     said = []
     assert opened(said.append).provider == CPU
     assert "(out of memory); " in said[-1]
-    assert "(no kernel); " in said[-1]
     assert "stack" not in said[-1]
 
 
 def test_that_even_the_processor_cannot_run_it_is_raised(opened, runtime):
-    runtime.raises = {name: RuntimeError("unknown operator") for name in (TENSORRT, CUDA, CPU)}
+    runtime.raises = {name: RuntimeError("unknown operator") for name in (CUDA, CPU)}
     with pytest.raises(EnvironmentUnfitError, match=r"cannot run .* \(unknown operator\); deploy it again"):
         opened()
 
 
-def test_onnx_runtimes_tensorrt_is_slower_than_our_own(opened, runtime):
-    """A target for a Jetson stands for an engine of our own; for a GPU either will do."""
-    with pytest.raises(
-        SlowerProviderError, match=f"{TENSORRT} runs the backbone, slower than TensorRT, for which jetson"
-    ):
+def test_onnx_runtime_is_slower_than_a_tensorrt_engine(opened, runtime):
+    """A target for a Jetson stands for an engine; for a GPU ONNX Runtime's CUDA provider will do."""
+    with pytest.raises(SlowerProviderError, match=f"{CUDA} runs the backbone, slower than TensorRT, for which jetson"):
         opened(target="jetson", strict=True)
-    assert opened(target="generic-cuda", strict=True).provider == TENSORRT
-    runtime.absent = {TENSORRT}
     assert opened(target="generic-cuda", strict=True).provider == CUDA
-    runtime.absent = {TENSORRT, CUDA}
+    runtime.absent = {CUDA}
     with pytest.raises(SlowerProviderError, match=f"{CUDA}: ONNX Runtime lists"):
         opened(target="generic-cuda", strict=True)
 
 
 def test_a_run_that_fails_is_one_sentence(opened, runtime):
     found = opened()
-    runtime.fails = {TENSORRT: RuntimeError("CUDA failure 2: out of memory\nmore")}
+    runtime.fails = {CUDA: RuntimeError("CUDA failure 2: out of memory\nmore")}
     with pytest.raises(EnvironmentUnfitError, match=r"cannot run the backbone \(CUDA failure 2: out of memory\); see"):
         found.embed(opened.arrays["images"])
