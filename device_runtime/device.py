@@ -33,8 +33,8 @@ from device_runtime.learning.lessons import ImageSource
 from device_runtime.learning.state import Knowledge
 from device_runtime.learning.unknown import UNKNOWN
 from device_runtime.machine.board import default_root
-from device_runtime.service import systemd
-from device_runtime.store import pruning
+from device_runtime.machine.vitals import vitals
+from device_runtime.store import pruning, watch_state
 from device_runtime.store.generations import Generation, Generations
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
@@ -419,8 +419,6 @@ class Device:
 
     def status(self) -> dict[str, Any]:
         """What this device is and knows, how the machine is, and what `watch` last saw; JSON values."""
-        from device_runtime.service.watch import watched
-
         return {
             "generation": self.generation.number,
             "classes": self.classes,
@@ -436,8 +434,8 @@ class Device:
             "precision": self.facts["precision"],
             "installation": self.facts["installation"],
             "root": str(self.store.root),
-            "machine": systemd.vitals(self.store.root),
-            "watched": watched(self.store.root),
+            "machine": vitals(self.store.root),
+            "watched": watch_state.last_report(self.store.root),
             "warning": self.generation.fallback,
         }
 

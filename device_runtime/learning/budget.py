@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from device_runtime.machine.board import MIB
-from device_runtime.service.systemd import rss_mb
+from device_runtime.machine.vitals import rss_mb
 from ssd_edge.errors import GateRefusedError, InputError
 from ssd_edge.system import reset_peak, resident
 

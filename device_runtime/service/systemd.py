@@ -1,4 +1,4 @@
-"""What a process under systemd owes its supervisor and its reader: readiness, heartbeats, log lines, vitals.
+"""What a process under systemd owes its supervisor and its reader: readiness, heartbeats, log lines.
 
 Protocol: sd_notify(3) and sd_watchdog_enabled(3); without systemd every call does nothing. See docs/service.md.
 """
@@ -13,10 +13,8 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from device_runtime.machine import board
 from device_runtime.store.journal import utc
 from ssd_edge.errors import printable
 
@@ -140,39 +138,3 @@ def log_json(level: int = logging.INFO) -> logging.Handler:
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=level, force=True)
     return handler
-
-
-def rss_mb(root: Path = Path("/")) -> int:
-    """MiB of memory that this process holds now; 0 when the system does not say."""
-    try:
-        pages = int((root / "proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") // board.MIB
-
-
-def vitals(state: Path, root: Path = Path("/"), run: board.Run | None = None) -> dict[str, Any]:
-    """How the machine is, as JSON values; on a Jetson it asks ``nvpmodel``, so once a minute is often enough.
-
-    Args:
-        state: a folder of the disk that the device's state is on.
-        root: of the file system that is read.
-        run: gives the standard output of a command, empty when it failed.
-
-    Returns:
-        rss_mb (of this process), available_mb (memory that is left), disk_free_mb (None: the disk does not answer),
-        temperatures (zone → °C), hottest (°C; None: no zone answers), power_mode (empty: not said).
-    """
-    found = board.describe(root, run)
-    try:
-        free: int | None = board.disk_free_mb(state)
-    except OSError:
-        free = None
-    return {
-        "rss_mb": rss_mb(root),
-        "available_mb": found.available_mb,
-        "disk_free_mb": free,
-        "temperatures": found.temperatures,
-        "hottest": max(found.temperatures.values(), default=None),
-        "power_mode": found.power_mode,
-    }

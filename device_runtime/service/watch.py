@@ -1,14 +1,11 @@
 """The loop of a service: names what comes from a camera, takes over what is learned meanwhile, and keeps drift counts.
 
-``watch`` runs until it is stopped or the stream ends; ``watched`` tells another process how it went. The counts lie in
-``ROOT/watch.safetensors``: of fixed size, without any image or embedding, and of no use to an answer.
+`watch` runs until it is stopped or the stream ends. `watch_state` keeps its counts and its last report.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,18 +19,16 @@ from device_runtime.service import systemd
 from device_runtime.service.consensus import Consensus
 from device_runtime.service.drift import Monitor, Reference
 from device_runtime.service.frames import Folder, Newest, Sparingly, mjpeg
-from device_runtime.store.journal import utc
-from ssd_edge import files, images
+from device_runtime.store import watch_state
+from ssd_edge import images
 from ssd_edge.errors import InputError, SSDEdgeError
 
 log = logging.getLogger(__name__)
 
-SAVED = "watch.safetensors"
 LOOK = 0.5  # seconds between two looks at a folder
 SHARE = 0.2  # of the time is spent on looking at a folder, at most
 NAP = 0.1  # seconds; a signal does not end a sleep
 REFRESH, STATUS, SAVE = 1.0, 10.0, 60.0  # seconds between two
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def watch(
@@ -92,22 +87,6 @@ def watch(
     finally:
         loop.close()
     return loop.named
-
-
-def watched(root: Path) -> dict[str, Any] | None:
-    """What `watch` last noted in a root, as JSON values; None: nothing yet, or the file is damaged (logged).
-
-    Returns:
-        The fields of `Monitor.report` (level, psi, reject_rate, images, …), ``named`` (images since the last
-        start), ``generation``, ``untrusted_time``, and ``age`` (seconds; None: noted before this boot).
-    """
-    found = _stored(root)
-    if found is None:
-        return None
-    told = dict(found[1])
-    boot, noted = told.pop("boot"), told.pop("monotonic")
-    told["age"] = round(max(time.monotonic() - noted, 0.0), 1) if boot and boot == _boot() else None
-    return {**told.pop("report"), **told}
 
 
 class _Files:
@@ -208,7 +187,7 @@ class _Loop:
         """Run the backbone once, which may build an engine first; go on counting where the last process ended."""
         size = self._device.facts["size"]
         self._device.embed([np.zeros((size, size, 3), np.uint8)])
-        found = _stored(self._device.store.root)
+        found = watch_state.load(self._device.store.root)
         self._count_with(found[0] if found else None)
         self._due |= {period: self._clock() + period for period in (STATUS, SAVE)}
         systemd.notify("READY=1", f"watching {self._feed.name}")
@@ -300,44 +279,10 @@ class _Loop:
         if report["level"] != self._level and report["level"] in ("moderate", "drifted"):
             log.warning("what the camera shows has changed (drift: %s, index %s)", report["level"], report["psi"])
         self._level = report["level"]
-        told = {"version": 1, "report": report, "named": self.named, "generation": self._device.generation.number}
-        told |= {"untrusted_time": utc(), "monotonic": self._clock(), "boot": _boot()}
-        counts = self._monitor.state()
-        told["digest"] = _digest(counts, told)
-        path = self._device.store.root / SAVED
+        fields = {"report": report, "named": self.named, "generation": self._device.generation.number}
         try:
-            try:
-                files.write_tensors(path, counts, told)
-            except SSDEdgeError:  # a learn that begins clears temporary files, this one too
-                files.write_tensors(path, counts, told)
+            watch_state.save(self._device.store.root, self._monitor.state(), fields, self._clock())
         except (SSDEdgeError, OSError) as error:
             log.warning("the drift counts were not kept: %s", error)
             return
         self._saved = self.named
-
-
-def _stored(root: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """The counts in a root and what was noted with them; None: there are none, or they are damaged (logged)."""
-    path = root / SAVED
-    if not os.path.exists(path):
-        return None
-    try:
-        counts, told = files.read_tensors(path)
-        digest = told.pop("digest")
-        if digest != _digest(counts, told) or told.pop("version") != 1:
-            raise ValueError("it is not what was written, or of another version")
-    except (SSDEdgeError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s is damaged and is ignored: %s", path, error)
-        return None
-    return counts, told
-
-
-def _digest(counts: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> str:
-    return files.sha256(files.tensor_bytes(counts, told))
-
-
-def _boot() -> str:
-    """Tells this boot from another; empty where the system does not say."""
-    with contextlib.suppress(OSError):
-        return _BOOT.read_text(encoding="ascii").strip()
-    return ""

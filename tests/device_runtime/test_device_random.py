@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from device_runtime.device import Device
 from device_runtime.install import bundle
 from device_runtime.learning.guard import Limits
-from device_runtime.service.systemd import rss_mb
+from device_runtime.machine.vitals import rss_mb
 from device_runtime.store import pruning
 from device_runtime.store.generations import Generations
 from ssd_edge import bundle as bundles

@@ -181,45 +181,6 @@ def test_log_json_replaces_what_was_there(capsys):
     assert [json.loads(line)["event"] for line in lines] == ["seen"]
 
 
-def test_vitals_are_those_of_the_machine(tmp_path: Path):
-    written = {
-        "proc/self/statm": "90000 25600 9000 1 0 50000 0\n",
-        "proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable:    5120000 kB\n",
-        "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
-        "sys/class/thermal/thermal_zone0/temp": "51812\n",
-        "sys/class/thermal/thermal_zone1/type": "tj-thermal\n",
-        "sys/class/thermal/thermal_zone1/temp": "53250\n",
-    }
-    for name, text in written.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    found = systemd.vitals(tmp_path / "not yet", tmp_path, lambda command: "NV Power Mode: 15W\n0\n")
-    assert found.pop("disk_free_mb") == pytest.approx(shutil.disk_usage(tmp_path).free / 2**20, rel=0.1)
-    assert found == {
-        "rss_mb": 25600 * os.sysconf("SC_PAGE_SIZE") // 2**20,
-        "available_mb": 5000,
-        "temperatures": {"cpu-thermal": 51.812, "tj-thermal": 53.25},
-        "hottest": 53.25,
-        "power_mode": "15W",
-    }
-
-
-def test_vitals_of_a_machine_that_says_nothing(tmp_path: Path, monkeypatch):
-    def dead(path: Path) -> int:
-        raise OSError("input/output error")
-
-    monkeypatch.setattr(systemd.board, "disk_free_mb", dead)
-    found = systemd.vitals(tmp_path, tmp_path / "empty", lambda command: "")
-    assert found == {
-        "rss_mb": 0, "available_mb": 0, "disk_free_mb": None, "temperatures": {}, "hottest": None, "power_mode": "",
-    }  # fmt: skip
-    json.dumps(found)
-
-
-def test_rss_of_this_process():
-    assert 10 < systemd.rss_mb() < 100_000
-
-
 def unit_settings() -> dict[str, list[tuple[str, str]]]:
     """Section → (key, value) of every line, in order; strict."""
     found: dict[str, list[tuple[str, str]]] = {}

@@ -22,7 +22,9 @@ from device_runtime.install.bundle import install
 from device_runtime.service import drift
 from device_runtime.service import watch as module
 from device_runtime.service.drift import MINIMUM
-from device_runtime.service.watch import watch, watched
+from device_runtime.service.watch import watch
+from device_runtime.store import watch_state
+from device_runtime.store.watch_state import last_report
 from ssd_edge import bundle, files, learners
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import EnvironmentUnfitError, SlowerProviderError
@@ -238,7 +240,7 @@ def test_without_classes_it_waits_says_so_once_and_goes_on_after_a_learn(empty: 
     lines = driven.run(Device.open(empty), camera, existing=True)
     assert [(line["label"], line["generation"]) for line in lines] == [("cup", 2)]  # it was not lost
     assert caplog.text.count("knows no class yet and waits") == 1
-    assert watched(empty)["images"] == 1
+    assert last_report(empty)["images"] == 1
 
 
 def stream(*frames: bytes) -> io.BytesIO:
@@ -270,7 +272,7 @@ def test_frames_have_numbers_and_a_stable_answer(root: Path, monkeypatch):
     assert [line["frame"] for line in driven.lines] == list(range(1, len(shown) + 1))
     assert [line["label"] for line in driven.lines] == shown
     assert [line["stable"] for line in driven.lines] == [None, None, "cup", "cup", "cup", "cup", None, "screw", "screw"]
-    assert watched(root)["images"] == 2  # a cup and a screw were seen, not nine images
+    assert last_report(root)["images"] == 2  # a cup and a screw were seen, not nine images
 
 
 def test_frames_of_another_generation_do_not_vote(root: Path, monkeypatch):
@@ -311,10 +313,10 @@ def fill(camera: Path, count: int) -> None:
 
 
 def test_counts_are_kept_told_and_gone_on_with(root: Path, camera: Path, monkeypatch, solid):
-    assert watched(root) is None
+    assert last_report(root) is None
     fill(camera, MINIMUM)
     Driven(monkeypatch, *[nothing] * (MINIMUM + 4)).run(Device.open(root), camera, existing=True)
-    told = watched(root)
+    told = last_report(root)
     assert (told["images"], told["named"], told["generation"]) == (MINIMUM, MINIMUM, 1)
     assert told["level"] in ("stable", "moderate", "drifted")
     assert told["psi"] >= 0
@@ -325,7 +327,7 @@ def test_counts_are_kept_told_and_gone_on_with(root: Path, camera: Path, monkeyp
     put(camera, "other.png", picture("cup", 1))
     driven = Driven(monkeypatch, lambda: put(camera, "new.png", picture("cup", 2)), *[nothing] * 8)
     driven.run(Device.open(root), camera)
-    told = watched(root)
+    told = last_report(root)
     assert (told["images"], told["named"]) == (MINIMUM + 1, 1)
 
 
@@ -333,18 +335,18 @@ def test_age_is_told_within_a_boot_only(root: Path, camera: Path, monkeypatch, t
     fill(camera, 1)
     named: list[dict[str, Any]] = []
     watch(Device.open(root), camera, named.append, existing=True, stopped=lambda: bool(named))
-    assert 0 <= watched(root)["age"] < 60
+    assert 0 <= last_report(root)["age"] < 60
     (tmp_path / "boot").write_text("another\n")
-    monkeypatch.setattr(module, "_BOOT", tmp_path / "boot")
-    assert watched(root)["age"] is None
-    monkeypatch.setattr(module, "_BOOT", tmp_path / "none")
-    assert watched(root)["age"] is None
+    monkeypatch.setattr(watch_state, "_BOOT", tmp_path / "boot")
+    assert last_report(root)["age"] is None
+    monkeypatch.setattr(watch_state, "_BOOT", tmp_path / "none")
+    assert last_report(root)["age"] is None
 
 
 def test_counts_are_kept_once_a_minute_and_only_when_there_are_new_ones(root: Path, camera: Path, monkeypatch):
     written = []
     write = files.write_tensors
-    monkeypatch.setattr(module.files, "write_tensors", lambda *a: written.append(driven.now) or write(*a))
+    monkeypatch.setattr(files, "write_tensors", lambda *a: written.append(driven.now) or write(*a))
     arrive = [lambda n=n: put(camera, f"{n}.png", picture("cup", n)) for n in range(200)]
     driven = Driven(monkeypatch, *arrive, *[nothing] * 500, step=1.0)
     assert len(driven.run(Device.open(root), camera)) == 200
@@ -356,14 +358,14 @@ def test_a_full_disk_is_said_and_the_images_are_answered(root: Path, camera: Pat
     fill(camera, 3)
 
     def full(step: str, path: Path) -> None:
-        if path.name == module.SAVED:
+        if path.name == watch_state.NAME:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files, "fault_hook", full)
     assert len(Driven(monkeypatch, *[nothing] * 9).run(Device.open(root), camera, existing=True)) == 3
     assert "the drift counts were not kept" in caplog.text
     assert "the disk is full" in caplog.text
-    assert watched(root) is None
+    assert last_report(root) is None
 
 
 def test_a_learn_that_clears_temporary_files_costs_no_counts(root: Path, camera: Path, monkeypatch):
@@ -371,7 +373,7 @@ def test_a_learn_that_clears_temporary_files_costs_no_counts(root: Path, camera:
     cleared = []
 
     def clear(step: str, path: Path) -> None:
-        if (step, path.name, cleared) == ("rename", module.SAVED, []):
+        if (step, path.name, cleared) == ("rename", watch_state.NAME, []):
             cleared.extend(root.glob(".tmp-*"))
             for temporary in cleared:
                 temporary.unlink()
@@ -379,25 +381,25 @@ def test_a_learn_that_clears_temporary_files_costs_no_counts(root: Path, camera:
     monkeypatch.setattr(files, "fault_hook", clear)
     Driven(monkeypatch, *[nothing] * 4).run(Device.open(root), camera, existing=True)
     assert cleared
-    assert watched(root)["images"] == 1
+    assert last_report(root)["images"] == 1
 
 
 def test_a_damaged_file_of_counts_is_ignored(root: Path, camera: Path, monkeypatch, caplog):
     fill(camera, 2)
     Driven(monkeypatch, *[nothing] * 4).run(Device.open(root), camera, existing=True)
-    path = root / module.SAVED
+    path = root / watch_state.NAME
     sound = path.read_bytes()
     places = [*range(0, len(sound), 97), sound.index(b"named"), sound.index(b"stored") if b"stored" in sound else 9]
     for place in places:
         path.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
         caplog.clear()
-        assert watched(root) is None, place
+        assert last_report(root) is None, place
         assert "is damaged and is ignored" in caplog.text
     path.write_bytes(sound[: len(sound) // 2])
-    assert watched(root) is None
+    assert last_report(root) is None
     put(camera, "more.png", picture("cup"))
     assert len(Driven(monkeypatch, *[nothing] * 6).run(Device.open(root), camera, existing=True)) == 3
-    assert watched(root)["images"] == 3  # begun anew
+    assert last_report(root)["images"] == 3  # begun anew
 
 
 def test_a_new_class_begins_the_counts_anew_another_name_does_not(root: Path, camera: Path, monkeypatch):
@@ -406,7 +408,7 @@ def test_a_new_class_begins_the_counts_anew_another_name_does_not(root: Path, ca
     seen = []
 
     def kept() -> None:
-        seen.append(watched(root)["images"])
+        seen.append(last_report(root)["images"])
 
     def again(name: str) -> Callable[[], None]:
         return lambda: put(camera, name, picture("cup", 99))

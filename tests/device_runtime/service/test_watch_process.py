@@ -23,7 +23,7 @@ from PIL import Image
 
 from device_runtime.device import Device
 from device_runtime.install.bundle import install
-from device_runtime.service.watch import watched
+from device_runtime.store.watch_state import last_report
 
 COLOURS = {"cup": (220, 30, 30), "nut": (30, 220, 30), "wedge": (220, 220, 30)}
 PATIENCE = 60  # seconds that a test waits for another process, which normally answers at once
@@ -149,7 +149,7 @@ def test_a_service_from_start_to_stop(root: Path, camera: Path, running):
     service.wait_for("STOPPING=1")
     assert "generation 2 answers now: cup, nut, screw, wedge" in [line["event"] for line in logged]
     assert any(word.startswith("STATUS=") for word in service.supervisor.said)
-    assert watched(root)["images"] >= 1
+    assert last_report(root)["images"] >= 1
     assert sorted(path.name for path in camera.iterdir())[-2:] == ["bad.png", "old.png"]
 
 
