@@ -1,4 +1,4 @@
-"""The command line: one file a verb; PyTorch is imported inside verbs, so that ``--help`` is instant.
+"""The command line: one file per verb; PyTorch is imported inside verbs, so that ``--help`` is instant.
 
 Results go to standard output, everything else to standard error. Exit codes: docs/cli.md.
 """
@@ -15,17 +15,15 @@ import click
 from ssd_edge import __version__
 from ssd_edge.cli.bench import bench
 from ssd_edge.cli.config import config
-from ssd_edge.cli.deploy import deploy, push
+from ssd_edge.cli.deploy import deploy
 from ssd_edge.cli.device import device
-from ssd_edge.cli.device_edit import export, forget, merge, merge_labels, rename
-from ssd_edge.cli.device_watch import watch
 from ssd_edge.cli.doctor import doctor
 from ssd_edge.cli.evaluate import evaluate
 from ssd_edge.cli.inspect import inspect
 from ssd_edge.cli.keys import keys
 from ssd_edge.cli.pretrain import pretrain
 from ssd_edge.cli.profile import profile
-from ssd_edge.cli.receive import receive
+from ssd_edge.cli.push import push
 from ssd_edge.cli.reproduce import reproduce
 from ssd_edge.cli.train import train
 from ssd_edge.cli.verify import verify
@@ -61,8 +59,6 @@ for command in (
     *(pretrain, reproduce, config),
 ):
     cli.add_command(command)
-for command in (watch, rename, forget, merge_labels, export, merge, receive):
-    device.add_command(command)
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

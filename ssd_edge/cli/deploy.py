@@ -1,4 +1,4 @@
-"""``ssd-edge deploy`` and ``ssd-edge push``."""
+"""``ssd-edge deploy``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,8 @@ from typing import Any
 
 import click
 
-from ssd_edge.cli.options import JSON, print_json
-
-PUSH_COMMAND = click.option(
-    "--push-command",
-    default="ssd-edge",
-    metavar="COMMAND",
-    show_default=True,
-    help="What starts ssd-edge on the device, e.g. /opt/ssd-edge/bin/ssd-edge.",
-)
-ALLOW_DOWNGRADE = click.option("--allow-downgrade", is_flag=True, help="Let the device take an older release.")
+from ssd_edge.cli.options import JSON, log, print_json
+from ssd_edge.cli.push import ALLOW_DOWNGRADE, PUSH_COMMAND, print_pushed, send
 
 
 @click.command()
@@ -73,9 +65,9 @@ def deploy(
     from exporters.deploy import Options
     from exporters.deploy import deploy as pack
 
-    result = pack(run, Options(**asked, empty=classes == "none"), output, _say)
+    result = pack(run, Options(**asked, empty=classes == "none"), output, log)
     if push is not None:
-        result["push"] = _push(output, push, push_command, allow_downgrade)
+        result["push"] = send(output, push, push_command, allow_downgrade)
     if as_json:
         print_json(result)
         return
@@ -84,41 +76,7 @@ def deploy(
     signed = f"signed by {result['signed_by']}" if result["signed_by"] else "not signed"
     click.echo(f"{output}: {what}, release {result['release']}, {signed}")
     if push is not None:
-        _tell_pushed(result["push"], push)
+        print_pushed(result["push"], push)
     else:
         path = shlex.quote(str(output))
-        _say(f"next: ssd-edge push {path} USER@HOST; or copy it, and on the device: ssd-edge device install {path}")
-
-
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("destination", metavar="USER@HOST[:ROOT]")
-@PUSH_COMMAND
-@ALLOW_DOWNGRADE
-@JSON
-def push(bundle: Path, destination: str, push_command: str, allow_downgrade: bool, as_json: bool) -> None:
-    """Send BUNDLE to a device over ssh; it checks it, tests itself, and only then switches over.
-
-    What a broken connection has brought over is not sent again; nor is what the device has. $SSD_EDGE_SSH is used in
-    place of ssh, e.g. "ssh -p 2222".
-    """
-    result = _push(bundle, destination, push_command, allow_downgrade)
-    if as_json:
-        print_json(result)
-    else:
-        _tell_pushed(result, destination)
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _push(bundle: Path, destination: str, command: str, allow_downgrade: bool) -> dict[str, Any]:
-    from exporters.push import parse_destination
-    from exporters.push import push as send
-
-    return send(bundle, parse_destination(destination), _say, command=command, allow_downgrade=allow_downgrade)
-
-
-def _tell_pushed(result: dict[str, Any], destination: str) -> None:
-    click.echo(f"{destination}: generation {result['generation']}, {result['sent_bytes'] / 1e6:.1f} MB sent")
+        log(f"next: ssd-edge push {path} USER@HOST; or copy it, and on the device: ssd-edge device install {path}")

@@ -43,10 +43,22 @@ def read_tree(config_file: Path | None, overrides: tuple[str, ...]) -> dict[str,
     return merge(read_yaml(config_file) if config_file else {}, overrides)
 
 
+def log(text: str) -> None:
+    """Print a message for people on standard error."""
+    click.echo(text, err=True)
+
+
 def print_json(value: Any) -> None:
     """One JSON object on standard output; what UTF-8 cannot say (a file's name may be any bytes) as JSON escapes."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     click.echo(text.encode("utf-8", "backslashreplace").decode())
+
+
+def root_or_default(root: Path | None) -> Path:
+    """Return the folder of the device's state: `root`, or the default one."""
+    from device_runtime.machine.board import default_root
+
+    return default_root() if root is None else root
 
 
 def open_device(root: Path | None, strict: bool = False) -> Any:

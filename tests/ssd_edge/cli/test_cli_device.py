@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ssd_edge.cli.device import _class_folders, device
+from ssd_edge.cli.device import device
+from ssd_edge.cli.device.learn import _class_folders
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ssd_edge.cli.device_watch import _Stop, watch
+from ssd_edge.cli.device.watch import _Stop, watch
 from ssd_edge.errors import InputError
 
 

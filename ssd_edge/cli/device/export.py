@@ -1,0 +1,24 @@
+"""``ssd-edge device export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ssd_edge.cli.options import JSON, ROOT, listed, open_device, print_json
+
+
+@click.command()
+@click.argument("output", type=click.Path(path_type=Path), metavar="FILE")
+@click.option("--sign", "key", type=click.Path(path_type=Path), help="A private key, see ssd-edge keys.")
+@ROOT
+@JSON
+def export(output: Path, key: Path | None, root: Path | None, as_json: bool) -> None:
+    """Write what this device knows as a bundle: for another device, for merging, or as a backup."""
+    result = open_device(root).export(output, key)
+    if as_json:
+        print_json(result)
+        return
+    signed = f"signed by {result['signed_by']}" if result["signed_by"] else "not signed"
+    click.echo(f"{output}: {result['bytes'] / 1e6:.1f} MB, {listed(result['classes'])}; {signed}")

@@ -1,0 +1,104 @@
+"""``ssd-edge device learn``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ssd_edge.cli.options import (
+    JSON,
+    MAX_FORGETTING,
+    ROOT,
+    STRICT,
+    open_device,
+    print_json,
+    progress_line,
+    raw_stdin,
+    tell_cost,
+    warn,
+)
+from ssd_edge.errors import InputError
+
+
+@click.command()
+@click.option("--label", help="Name of the class, new or known [default: each folder in a FOLDER is a class].")
+@click.argument(
+    "sources", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True), metavar="FOLDER..."
+)
+@click.option("--frames", type=click.IntRange(1), default=20, show_default=True, help="Frames to take of a stream (-).")
+@click.option("--every", type=click.FloatRange(0), default=0.2, show_default=True, help="Seconds between two of them.")
+@MAX_FORGETTING
+@click.option("--budget-seconds", type=float, help="Time for it; learning by gradients then stops early.")
+@click.option("--budget-mb", type=float, help="Memory for it (MiB of the whole process); over it, it is refused.")
+@STRICT
+@ROOT
+@JSON
+def learn(
+    label: str | None,
+    sources: tuple[Path, ...],
+    frames: int,
+    every: float,
+    max_forgetting: float,
+    budget_seconds: float | None,
+    budget_mb: float | None,
+    strict: bool,
+    root: Path | None,
+    as_json: bool,
+) -> None:
+    """Teach classes from FOLDERs of images (or single files); no old image is needed.
+
+    \b
+    ssd-edge device learn --label gear photos/       one class, from all images in photos/
+    ssd-edge device learn photos/                    a class a folder: photos/gear/, photos/nut/, …
+    ffmpeg -i CAMERA -f mjpeg - | ssd-edge device learn --label gear -    frames of a stream of JPEGs
+    """
+    from device_runtime.learning.budget import Budget
+    from device_runtime.learning.guard import Limits
+    from ssd_edge.classes import normalise_name
+    from ssd_edge.images import image_files
+
+    budget = Budget(budget_seconds, budget_mb)
+
+    opened = open_device(root, strict)
+    images: dict[str, Any]
+    if "-" in map(str, sources):
+        if label is None or len(sources) > 1:
+            raise click.UsageError("a stream (-) shows one class and is the only source; name the class: --label NAME")
+        from device_runtime.service.frames import take
+
+        images = {normalise_name(label): take(raw_stdin(), frames, every, opened.facts["size"])}
+    elif label is not None:
+        images = {normalise_name(label): image_files(sources)}
+    else:
+        images = {name: image_files(folders) for name, folders in _class_folders(sources).items()}
+    with progress_line() as watcher:
+        result = opened.learn_all(images, Limits(max_forgetting), budget, watcher)
+    warn(result)
+    if as_json:
+        print_json(result)
+        return
+    memory = "" if result["peak_mb"] is None else f", {result['peak_mb']} MiB of memory at most"
+    took = f"{result['seconds']:.1f} s{memory}"
+    click.echo(f"generation {result['generation']}: learned {result['images']} images in {took}")
+    for taught in result["taught"]:
+        held = taught["held_out"]
+        found = "" if held["accuracy"] is None else f"; {held['accuracy']:.3f} of {held['images']} held out recognised"
+        kind = "new" if taught["new"] else "known before"
+        click.echo(f"  {taught['label']}: {taught['images']} images, {kind}{found}")
+    tell_cost(result, "old classes")
+
+
+def _class_folders(sources: tuple[Path, ...]) -> dict[str, list[Path]]:
+    """Class name → folders of that name, below any of the sources."""
+    from ssd_edge.classes import normalise_name
+
+    found: dict[str, list[Path]] = {}
+    for source in sources:
+        folders = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
+        if not folders:
+            raise InputError(f"{source} has no folders, of which each would be a class; name the class: --label NAME")
+        for folder in folders:
+            found.setdefault(normalise_name(folder.name), []).append(folder)
+    return found

@@ -1,0 +1,29 @@
+"""``ssd-edge device merge-labels``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, open_device, print_json, tell_cost, warn
+
+
+@click.command("merge-labels")
+@click.argument("labels", nargs=-1, required=True, metavar="LABEL...")
+@click.option("--into", required=True, metavar="NAME", help="Name of the one class: one of theirs, or a new name.")
+@MAX_FORGETTING
+@ROOT
+@JSON
+def merge_labels(labels: tuple[str, ...], into: str, max_forgetting: float, root: Path | None, as_json: bool) -> None:
+    """Make one class of several LABELs, as if they had been taught under one name."""
+    from device_runtime.learning.guard import Limits
+
+    result = open_device(root).merge_labels(labels, into, Limits(max_forgetting))
+    if as_json:
+        warn(result)
+        print_json(result)
+        return
+    click.echo(f"generation {result['generation']}: {', '.join(result['merged_labels'])} are '{result['into']}' now")
+    warn(result)
+    tell_cost(result, "classes that stay")

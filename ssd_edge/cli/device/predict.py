@@ -1,0 +1,36 @@
+"""``ssd-edge device predict``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import click
+
+from ssd_edge.cli.options import JSON, ROOT, STRICT, open_device, print_json
+from ssd_edge.errors import printable
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@click.option("--always-answer", is_flag=True, help="Name the nearest class of every image, never 'unknown'.")
+@STRICT
+@ROOT
+@JSON
+def predict(sources: tuple[Path, ...], always_answer: bool, strict: bool, root: Path | None, as_json: bool) -> None:
+    """Name the class of each IMAGE (files, or folders of them), or 'unknown'."""
+    from ssd_edge.images import image_files
+
+    paths = image_files(sources)
+    opened = open_device(root, strict)
+    started = time.monotonic()
+    predictions = opened.predict(paths, reject=not always_answer)
+    seconds = time.monotonic() - started
+    if as_json:
+        rows = [dataclasses.asdict(p) for p in predictions]
+        print_json({"generation": opened.generation.number, "predictions": rows, "seconds": seconds})
+        return
+    for p in predictions:
+        nearest = "" if p.label == p.nearest else f" (nearest: {p.nearest})"
+        click.echo(f"{p.score:6.3f}  {p.label}{nearest}  {printable(p.image)}")

@@ -1,0 +1,24 @@
+"""``ssd-edge device rename``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ssd_edge.cli.options import JSON, ROOT, open_device, print_json
+
+
+@click.command()
+@click.argument("label")
+@click.argument("new")
+@ROOT
+@JSON
+def rename(label: str, new: str, root: Path | None, as_json: bool) -> None:
+    """Give the class LABEL the name NEW; what was learned stays as it is."""
+    result = open_device(root).rename(label, new)
+    if as_json:
+        print_json(result)
+    else:
+        was, now = result["renamed"]
+        click.echo(f"generation {result['generation']}: '{was}' is called '{now}'")

@@ -1,0 +1,24 @@
+"""``ssd-edge device rollback``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ssd_edge.cli.options import JSON, ROOT, listed, open_device, print_json
+
+
+@click.command()
+@click.argument("generation", required=False, type=int)
+@ROOT
+@JSON
+def rollback(generation: int | None, root: Path | None, as_json: bool) -> None:
+    """Return to the generation before the last learn, or to GENERATION."""
+    result = open_device(root).rollback(generation)
+    if as_json:
+        print_json(result)
+    else:
+        names = result["classes"]
+        was = f"generation {result['generation']} (was {result['from']})"
+        click.echo(f"{was}: {listed(names)}")

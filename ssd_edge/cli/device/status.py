@@ -1,0 +1,46 @@
+"""``ssd-edge device status``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ssd_edge.cli.options import JSON, ROOT, open_device, print_json
+
+
+@click.command()
+@ROOT
+@JSON
+def status(root: Path | None, as_json: bool) -> None:
+    """What this device is and knows."""
+    result = open_device(root).status()
+    if as_json:
+        print_json(result)
+        return
+    result["images"] = [f"{name} ({count})" for name, count in result["images"].items()]
+    result |= {"machine": _machine(result["machine"]), "watched": _watched(result["watched"])}
+    for key, value in result.items():
+        if value not in ("", None, []):
+            click.echo(f"{key:13} {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _machine(vitals: dict[str, Any]) -> list[str]:
+    """How the machine is, in a few words; what it does not tell is left out."""
+    told = [f"{vitals['available_mb']:,} MiB of memory free"]
+    if vitals["disk_free_mb"] is not None:
+        told.append(f"{vitals['disk_free_mb']:,} MiB of disk free")
+    if vitals["hottest"] is not None:
+        told.append(f"{vitals['hottest']:.0f} °C at most")
+    return told + [f"power mode {vitals['power_mode']}"] * bool(vitals["power_mode"])
+
+
+def _watched(seen: dict[str, Any] | None) -> list[str]:
+    """What `device watch` last noted, in a few words."""
+    if seen is None:
+        return ["nothing yet: ssd-edge device watch"]
+    index = "" if seen["psi"] is None else f" (PSI {seen['psi']:.3f})"
+    rejected = "" if seen["reject_rate"] is None else f", {seen['reject_rate']:.1%} of them unknown"
+    age = "before this boot" if seen["age"] is None else f"{seen['age']:.0f} s ago"
+    return [f"drift {seen['level']}{index}", f"{seen['images']} images of late{rejected}", f"noted {age}"]

@@ -1,0 +1,49 @@
+"""``ssd-edge push``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ssd_edge.cli.options import JSON, log, print_json
+
+PUSH_COMMAND = click.option(
+    "--push-command",
+    default="ssd-edge",
+    metavar="COMMAND",
+    show_default=True,
+    help="What starts ssd-edge on the device, e.g. /opt/ssd-edge/bin/ssd-edge.",
+)
+ALLOW_DOWNGRADE = click.option("--allow-downgrade", is_flag=True, help="Let the device take an older release.")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="USER@HOST[:ROOT]")
+@PUSH_COMMAND
+@ALLOW_DOWNGRADE
+@JSON
+def push(bundle: Path, destination: str, push_command: str, allow_downgrade: bool, as_json: bool) -> None:
+    """Send BUNDLE to a device over ssh; it checks it, tests itself, and only then switches over.
+
+    What a broken connection has brought over is not sent again; nor is what the device has. $SSD_EDGE_SSH is used in
+    place of ssh, e.g. "ssh -p 2222".
+    """
+    result = send(bundle, destination, push_command, allow_downgrade)
+    if as_json:
+        print_json(result)
+    else:
+        print_pushed(result, destination)
+
+
+def send(bundle: Path, destination: str, command: str, allow_downgrade: bool) -> dict[str, Any]:
+    from exporters.push import parse_destination
+    from exporters.push import push as run
+
+    return run(bundle, parse_destination(destination), log, command=command, allow_downgrade=allow_downgrade)
+
+
+def print_pushed(result: dict[str, Any], destination: str) -> None:
+    click.echo(f"{destination}: generation {result['generation']}, {result['sent_bytes'] / 1e6:.1f} MB sent")
