@@ -71,6 +71,6 @@ def reproduce(
     except KeyboardInterrupt:
         raise KeyboardInterrupt("what is finished is stored; the same command goes on from there") from None
     page.write(out)
-    console.say(f"page: {out / 'results.md'}")
+    console.print(f"page: {out / 'results.md'}")
     if error is not None:
         raise error

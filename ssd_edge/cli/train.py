@@ -39,11 +39,11 @@ def train(config_file: Path | None, resume: Path | None, overrides: tuple[str, .
 
     words = ["ssd-edge", *sys.argv[1:]]  # not where it is installed: a bundle tells what was run to strangers
     run = train.resume(resume, console) if resume else train.start(config, words, console)
-    console.say(f"{run.folder}: {'resumed' if resume else 'started'}")
+    console.print(f"{run.folder}: {'resumed' if resume else 'started'}")
     try:
         result = run.execute()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with: ssd-edge train --resume {run.folder}") from None
     console.table(result)
-    console.say(f"report: {run.folder / 'report.html'}")
-    console.say(f"next:   ssd-edge deploy --target jetson {run.folder} -o robot.ssdedge")
+    console.print(f"report: {run.folder / 'report.html'}")
+    console.print(f"next:   ssd-edge deploy --target jetson {run.folder} -o robot.ssdedge")

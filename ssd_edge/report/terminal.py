@@ -6,18 +6,18 @@ without control codes.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ssd_edge.errors import require
 from ssd_edge.files import write_text
 from ssd_edge.report.compare import ROLES, compared, lead_note, ranked
+from ssd_edge.report.events import Event, Message, Progress, TaskLearned
 from ssd_edge.report.wording import describe_stream, percent, points, step_name
 from ssd_edge.system import duration, size
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.console import RenderableType
     from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
     from rich.table import Table
 
 WIDTH = 100  # columns of what is no terminal
@@ -32,60 +33,52 @@ SPARSE_SECONDS = 10.0  # between the lines that stand for the live one where the
 _COLD, _WARM = (26, 36, 52), (111, 176, 245)  # of the accuracy matrix: the dark colours of the report
 
 
-class Progress:
-    """Shows how far a run is: a live line on a terminal, else a line every `SPARSE_SECONDS`."""
-
-    def __init__(self, console: Console, description: str, total: int, step: str, bar: RichProgress | None) -> None:
-        self._console = console
-        self._description = description
-        self._total = total
-        self._step = step
-        self._bar = bar
-        self._line = bar.add_task(description, total=total, note="") if bar else None
-        self._spoke = time.monotonic()
-
-    @property
-    def live(self) -> bool:
-        """Whether there is a terminal with a line that moves."""
-        return self._bar is not None
-
-    def update(self, task_index: int, share: float, note: str = "") -> None:
-        """Say where the run is.
-
-        Args:
-            task_index: of the present task, from 0.
-            share: of it that is done, 0..1.
-            note: a few words, e.g. the loss.
-        """
-        if self._bar is not None:
-            self._bar.update(self._line, completed=task_index + share, note=note)
-        elif time.monotonic() - self._spoke >= SPARSE_SECONDS:
-            self._spoke = time.monotonic()
-            number = f"{self._step} {task_index + 1}/{self._total}, " if self._total > 1 else ""
-            text = f"{self._description}: {number}{100 * share:.0f} %"
-            self._console.say(f"{text}, {note}" if note else text)
-
-
 class Console:
-    """Writes to a stream, standard output by default.
+    """Listener that prints the events of a run to a stream, standard output by default.
 
     Raises:
-        EnvironmentUnfitError: rich is not installed.
+        EnvironmentUnfitError: If rich is not installed.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         stream = stream or sys.stdout
         self._rich = _rich(stream, stream.isatty())
+        self._job: str | None = None  # description of the running job
+        self._live: tuple[RichProgress, TaskID] | None = None  # its progress bar on a terminal
+        self._printed = 0.0  # time of its last progress line elsewhere
 
-    def say(self, text: str) -> None:
-        """One plain line, never wrapped here, so that a path in it can be copied and searched for."""
+    def __call__(self, event: Event) -> None:
+        """Print one event."""
+        if isinstance(event, Message):
+            self.print(event.text)
+        elif isinstance(event, TaskLearned):
+            self._task_line(event)
+        elif isinstance(event, Progress):
+            self._progress(event)
+        elif event.description == self._job:
+            self._end_job()
+
+    def print(self, text: str) -> None:
+        """Print one line without wrapping it, so that a path in it can be copied."""
         self._rich.print(text, soft_wrap=True)
 
-    @contextlib.contextmanager
-    def progress(self, description: str, total_tasks: int, step: str = "task") -> Iterator[Progress]:
-        """Show progress while the block runs; lines written meanwhile appear above the live line."""
+    def _progress(self, event: Progress) -> None:
+        """Update the live bar; without a terminal, print a line at most every `SPARSE_SECONDS`."""
+        if event.description != self._job:
+            self._start_job(event)
+        if self._live is not None:
+            bar, row = self._live
+            bar.update(row, completed=event.step + event.share, note=event.note)
+        elif not event.live_only and time.monotonic() - self._printed >= SPARSE_SECONDS:
+            self._printed = time.monotonic()
+            number = f"{event.step_name} {event.step + 1}/{event.steps}, " if event.steps > 1 else ""
+            text = f"{event.description}: {number}{100 * event.share:.0f} %"
+            self.print(f"{text}, {event.note}" if event.note else text)
+
+    def _start_job(self, event: Progress) -> None:
+        self._end_job()
+        self._job, self._printed = event.description, time.monotonic()
         if not self._rich.is_interactive:
-            yield Progress(self, description, total_tasks, step, None)
             return
         from rich import progress
 
@@ -96,37 +89,23 @@ class Console:
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.fields[note]}", markup=False),
         )
-        with progress.Progress(*columns, console=self._rich, transient=True) as bar:
-            yield Progress(self, description, total_tasks, step, bar)
+        bar = progress.Progress(*columns, console=self._rich, transient=True)
+        bar.start()
+        self._live = bar, bar.add_task(event.description, total=event.steps, note="")
 
-    def task_line(
-        self,
-        index: int,
-        total: int,
-        classes: Sequence[str],
-        curve_accuracy: float,
-        per_task_accuracies: Sequence[float],
-        seconds: float,
-        step: str = "task",
-    ) -> None:
-        """One line on a task, or an experience, that has been learned.
+    def _end_job(self) -> None:
+        if self._live is not None:
+            self._live[0].stop()
+        self._job = self._live = None
 
-        Args:
-            index: of the task, from 0.
-            total: number of tasks.
-            classes: names of its classes.
-            curve_accuracy: mean accuracy on the tasks seen.
-            per_task_accuracies: of each task seen, in order.
-            seconds: that it took.
-            step: what to call it.
-        """
+    def _task_line(self, event: TaskLearned) -> None:
         from rich.cells import set_cell_size
 
-        shown = [f"{100 * accuracy:.0f}" for accuracy in per_task_accuracies]
+        shown = [f"{100 * accuracy:.0f}" for accuracy in event.accuracies]
         each = " ".join(shown[i] if i is not None else "…" for i in _elided(len(shown), 10))
-        number = f"{step} {index + 1:>{len(str(total))}}/{total}"
-        names = set_cell_size(_shorten(", ".join(classes), 24), 24)
-        line = f"{number}  {names}  {duration(seconds):>11}  mean {percent(curve_accuracy):>7} of {each}"
+        number = f"{event.step_name} {event.step + 1:>{len(str(event.steps))}}/{event.steps}"
+        names = set_cell_size(_shorten(", ".join(event.classes), 24), 24)
+        line = f"{number}  {names}  {duration(event.seconds):>11}  mean {percent(event.mean_accuracy):>7} of {each}"
         self._rich.print(line, no_wrap=True, overflow="ellipsis")
 
     def table(self, metrics: Mapping[str, Any]) -> None:

@@ -25,7 +25,8 @@ import torch
 from ssd_edge import files
 from ssd_edge.data import cache
 from ssd_edge.errors import EnvironmentUnfitError, InputError, SSDEdgeError
-from ssd_edge.report.terminal import Console
+from ssd_edge.report import events
+from ssd_edge.report.events import Listener, Message
 from ssd_edge.report.wording import percent
 from ssd_edge.reproduction import cells, work
 from ssd_edge.reproduction.sources import Sources, found, write_inputs, write_priors
@@ -128,7 +129,7 @@ def _checkpoints() -> Path:
     return cache.folder().parent / "reproduce"
 
 
-def run(request: Request, console: Console) -> SSDEdgeError | None:
+def run(request: Request, listener: Listener) -> SSDEdgeError | None:
     """Run what is not stored yet.
 
     Returns:
@@ -139,15 +140,17 @@ def run(request: Request, console: Console) -> SSDEdgeError | None:
     """
     device = pick_device("auto")
     set_threads(0)
-    sources = Sources(device, console, request.tiny_backbone)
+    sources = Sources(device, listener, request.tiny_backbone)
     named = dict.fromkeys(stream for experiment in request.experiments for stream in experiment.streams)
     for stream in (name for name in named if _lacks_backbone(streams()[name], sources)):
-        console.say(f"{stream}: skipped, because it needs a backbone that has not seen its classes (--tiny-backbone)")
+        listener(
+            Message(f"{stream}: skipped, because it needs a backbone that has not seen its classes (--tiny-backbone)")
+        )
     with tempfile.TemporaryDirectory(prefix="ssd-edge-") as scratch:
         jobs, stored = plan(request, sources, Path(scratch))
-        console.say(f"{len(jobs) + stored} cells, {stored} of them stored already")
+        listener(Message(f"{len(jobs) + stored} cells, {stored} of them stored already"))
         workers = request.workers or (1 if device.type == "cuda" else _cores())
-        failures = _all(jobs, min(workers, max(1, len(jobs))), console)
+        failures = _all(jobs, min(workers, max(1, len(jobs))), listener)
     if not failures:
         return None
     error = SSDEdgeError(f"{len(failures)} of {len(jobs)} cells failed (above); all others are stored")
@@ -203,19 +206,19 @@ def _uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _all(jobs: list[Job], workers: int, console: Console) -> list[tuple[int, str]]:
+def _all(jobs: list[Job], workers: int, listener: Listener) -> list[tuple[int, str]]:
     """Run the jobs; returns exit code and message of those that failed."""
     failures, began = [], time.monotonic()
     outcomes = _here(jobs) if workers == 1 else _beside(jobs, workers)
     width = len(str(len(jobs)))
     # closing: an interrupt must end the worker processes at once
-    with contextlib.closing(outcomes), console.progress("reproduce", len(jobs), "cell") as bar:
+    reporting = events.progress(listener, "reproduce", len(jobs), "cell", live_only=True)
+    with contextlib.closing(outcomes), reporting as update:
         for done, (job, (code, told, seconds)) in enumerate(outcomes, 1):
             left = (time.monotonic() - began) / done * (len(jobs) - done)
             status = f"FAILED, {told.strip()}" if code else f"{told} in {duration(seconds)}"
-            console.say(f"[{done:>{width}}/{len(jobs)}] {title(job)}: {status}; {duration(left)} left")
-            if bar.live:  # elsewhere the line above says it all
-                bar.update(done - 1, 1.0)
+            listener(Message(f"[{done:>{width}}/{len(jobs)}] {title(job)}: {status}; {duration(left)} left"))
+            update(done - 1, 1.0)
             if code:
                 failures.append((code, told))
     return failures

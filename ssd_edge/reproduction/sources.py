@@ -17,7 +17,8 @@ from ssd_edge.backbones.keys import pretrain_student
 from ssd_edge.config import BackboneConfig, DataConfig, StudentConfig
 from ssd_edge.data import Dataset, Images, cache, load
 from ssd_edge.learners.priors import Landmarks, Priors
-from ssd_edge.report.terminal import Console
+from ssd_edge.report import events
+from ssd_edge.report.events import Listener
 from ssd_edge.reproduction.specs import StreamSource
 from ssd_edge.run.embed import embed
 
@@ -60,13 +61,13 @@ class Sources:
 
     Args:
         device: where embeddings are computed.
-        console: told what is being done.
+        listener: receives progress events.
         tiny_backbone: folder of a package pretrained on the first half of Tiny-ImageNet; None: look under
             ``$SSD_EDGE_DATA/backbones/tiny-100``.
     """
 
-    def __init__(self, device: torch.device, console: Console, tiny_backbone: Path | None = None) -> None:
-        self.device, self.console = device, console
+    def __init__(self, device: torch.device, listener: Listener, tiny_backbone: Path | None = None) -> None:
+        self.device, self.listener = device, listener
         self.tiny_backbone = tiny_backbone or found("backbones/tiny-100")
         self._embedders: dict[str, Embedder] = {}
         self._datasets: dict[tuple[str, tuple[str, ...]], Dataset] = {}
@@ -108,7 +109,7 @@ class Sources:
                 made, identity, priors = pixels(dataset), "pixels", Priors()
             else:
                 embedder = self.embedder("shipped" if absent else stream.backbone)
-                made = embed(dataset, embedder, self.console, True)
+                made = embed(dataset, embedder, self.listener, True)
                 identity, priors = embedder.identity, embedder.priors
             empty = Images([], ())
             light = dataclasses.replace(dataset, train=empty, test=empty)
@@ -156,13 +157,13 @@ class Sources:
         return priors, {"source": "pretrained here", **recipe}, (f"keys pretrained here for {said}",)
 
     def _pretrained(self, config: StudentConfig, dataset: Dataset, backbone: str) -> dict[str, np.ndarray]:
-        vectors = torch.from_numpy(embed(dataset, self.embedder(backbone), self.console, True)["train"])
+        vectors = torch.from_numpy(embed(dataset, self.embedder(backbone), self.listener, True)["train"])
         labels = torch.from_numpy(dataset.train_labels)
         said = f"pretraining {config.neurons:,} keys, k = {config.k}"
-        with self.console.progress(said, config.epochs) as bar:
+        with events.progress(self.listener, said, config.epochs) as update:
             done = iter(range(1, config.epochs + 1))
             keys, counters, switch, _ = pretrain_student(
-                vectors, labels, int(labels.max()) + 1, config, 0, lambda text: bar.update(next(done), 0.0, "")
+                vectors, labels, int(labels.max()) + 1, config, 0, lambda text: update(next(done), 0.0)
             )
         return {"keys": keys.numpy(), "counters": counters.numpy(), "switch": np.array([switch])}
 

@@ -14,7 +14,8 @@ from ssd_edge.backbones.embedder import Embedder
 from ssd_edge.backbones.embedder import standardisation as measure
 from ssd_edge.data import Dataset, cache
 from ssd_edge.errors import InputError
-from ssd_edge.report.terminal import Console
+from ssd_edge.report import events
+from ssd_edge.report.events import Listener, Message
 from ssd_edge.run.streams import Stream
 
 EMBED_BATCH = 512
@@ -52,19 +53,19 @@ class Prepared:
         return learners.Task(self.train[index], self.train_rows[index])
 
 
-def embed(dataset: Dataset, embedder: Embedder, console: Console, use_cache: bool) -> dict[str, np.ndarray]:
+def embed(dataset: Dataset, embedder: Embedder, listener: Listener, use_cache: bool) -> dict[str, np.ndarray]:
     """Embeddings ``train`` and ``test``, from the cache where backbone and data are the same."""
 
     def compute() -> dict[str, np.ndarray]:
         total, done, parts = len(dataset.train) + len(dataset.test), 0, {}
-        console.say(f"embedding {total:,} images")
-        with console.progress("embedding", 1) as bar:
+        listener(Message(f"embedding {total:,} images"))
+        with events.progress(listener, "embedding") as update:
             for part, images in (("train", dataset.train), ("test", dataset.test)):
                 arrays = []
                 for pixels in images.batches(embedder.size, EMBED_BATCH):
                     arrays.append(embedder.embed(pixels))
                     done += len(pixels)
-                    bar.update(0, done / total, f"{done:,} images")
+                    update(0, done / total, f"{done:,} images")
                 parts[part] = np.concatenate(arrays)
         for part, array in parts.items():
             if not np.isfinite(array).all():

@@ -14,13 +14,13 @@ from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import TrainConfig
 from ssd_edge.data import Dataset, load
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.report.terminal import Console
+from ssd_edge.report.events import Listener
 from ssd_edge.run import storage
 from ssd_edge.run.embed import embed
 from ssd_edge.run.train import pick_device, set_threads, with_absolute_paths
 
 
-def embeddings_of(folder: Path, config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, np.ndarray]:
+def embeddings_of(folder: Path, config: TrainConfig, dataset: Dataset, listener: Listener) -> dict[str, np.ndarray]:
     """Standardised embeddings of any data set with the backbone of a run.
 
     Raises:
@@ -36,21 +36,21 @@ def embeddings_of(folder: Path, config: TrainConfig, dataset: Dataset, console: 
             f"the run was made with the backbone {recorded['identity']}, but the one here is {embedder.identity}; "
             "restore that backbone or train again"
         )
-    embedded = embed(dataset, embedder, console, config.backbone.cache)
+    embedded = embed(dataset, embedder, listener, config.backbone.cache)
     if not embedder.standardised:
         arrays, _ = files.read_tensors(folder / "standardisation.safetensors")
         embedded = {part: (array - arrays["mu"]) / arrays["sigma"] for part, array in embedded.items()}
     return embedded
 
 
-def evaluate(folder: Path, config: TrainConfig, console: Console) -> dict[str, Any]:
+def evaluate(folder: Path, config: TrainConfig, listener: Listener) -> dict[str, Any]:
     """Score a finished run on data: the test images where the data brings a split of its own or is the run's,
     all images otherwise.
 
     Args:
         folder: the run.
         config: the run's configuration, with another ``data`` section perhaps.
-        console: for progress.
+        listener: Receives progress events.
 
     Raises:
         InputError: unfinished, or the data has a class that the run never learned.
@@ -68,7 +68,7 @@ def evaluate(folder: Path, config: TrainConfig, console: Console) -> dict[str, A
             f"the run never learned {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; it knows "
             f"{', '.join(registry.names[:10])}. Leave them out with data.exclude={','.join(unknown[:5])}"
         )
-    embedded = embeddings_of(folder, config, dataset, console)
+    embedded = embeddings_of(folder, config, dataset, listener)
     own = dataset.own_split or with_absolute_paths(config).data.path == storage.open_folder(folder).data.path
     vectors, labels = embedded["test"], dataset.test_labels
     if not own:

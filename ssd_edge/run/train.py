@@ -27,9 +27,10 @@ from ssd_edge.learners import auto
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.gradient.finetune import JOINT, FineTune
 from ssd_edge.learners.gradient.penalties import PenaltySettings
+from ssd_edge.report import events
 from ssd_edge.report.compare import DISPLAY
+from ssd_edge.report.events import Listener, Message, TaskLearned
 from ssd_edge.report.html import render
-from ssd_edge.report.terminal import Console
 from ssd_edge.report.wording import extent, step_name, stream_name
 from ssd_edge.run import metrics, storage
 from ssd_edge.run.embed import Prepared, accuracies, embed, prepare
@@ -93,8 +94,8 @@ def once(options: Mapping[str, Any], online: bool) -> dict[str, Any]:
 class Run:
     """One run in its folder. `execute` goes from wherever the last one stopped to the end."""
 
-    def __init__(self, config: TrainConfig, console: Console) -> None:
-        self.config, self.console = config, console
+    def __init__(self, config: TrainConfig, listener: Listener) -> None:
+        self.config, self.listener = config, listener
         self.prepared: Prepared | None = None
         undecided = auto.wanted(config.learner)
         self.device = pick_device(config.run.device)
@@ -112,17 +113,17 @@ class Run:
     def choose(self) -> auto.Choice:
         """Settle ``learner.name=auto`` by the training images: from here on the configuration names a learner."""
         self._prepare()
-        data, console = self.prepared, self.console
-        with console.progress("choosing a learner", 1) as bar:
+        data, listener = self.prepared, self.listener
+        with events.progress(listener, "choosing a learner") as update:
             choice = auto.choose(
                 data.train,
                 data.train_rows,
                 self.embedder.priors,
                 self.config.run.seed,
                 self.device,
-                lambda share, name: bar.update(0, share, name),
+                lambda share, name: update(0, share, name),
             )
-        console.say(f"learner.name={learners.AUTO} takes {choice.sentence}")
+        listener(Message(f"learner.name={learners.AUTO} takes {choice.sentence}"))
         self.config = dataclasses.replace(self.config, learner={"name": choice.name})
         self.settings = self._settings()
         return choice
@@ -145,20 +146,22 @@ class Run:
     def _prepare(self) -> None:
         if self.prepared is None:
             started = time.monotonic()
-            embedded = embed(self.dataset, self.embedder, self.console, self.config.backbone.cache)
+            embedded = embed(self.dataset, self.embedder, self.listener, self.config.backbone.cache)
             self.prepared = prepare(self.dataset, self.stream, self.embedder, embedded)
             self.embed_seconds = time.monotonic() - started
 
     def execute(self) -> dict[str, Any]:
         """Run every system, write all results, and return the metrics."""
-        config, console = self.config, self.console
+        config, listener = self.config, self.listener
         self._prepare()
         prepared = self.prepared
         main = config.learner["name"]
-        console.say(
-            f"{self.dataset.name}: {len(prepared.train):,} training and {len(prepared.test):,} test images, "
-            f"{extent(len(prepared.names), len(prepared.test_tasks), len(prepared.train_tasks))}, "
-            f"{stream_name(config.stream.kind, config.stream.online)}, order {config.stream.order}"
+        listener(
+            Message(
+                f"{self.dataset.name}: {len(prepared.train):,} training and {len(prepared.test):,} test images, "
+                f"{extent(len(prepared.names), len(prepared.test_tasks), len(prepared.train_tasks))}, "
+                f"{stream_name(config.stream.kind, config.stream.online)}, order {config.stream.order}"
+            )
         )
         results = {main: self._stream(config.learner, announce=True)}
         others = [*(BASELINES if config.run.baselines else ()), *(PANEL if config.run.panel else ())]
@@ -171,7 +174,7 @@ class Run:
 
     def _stream(self, options: Mapping[str, Any], announce: bool) -> dict[str, Any]:
         """Take one learner through the experiences, from its last checkpoint on."""
-        prepared, config, console = self.prepared, self.config, self.console
+        prepared, config, listener = self.prepared, self.config, self.listener
         options = once(options, config.stream.online)
         name, tasks = options["name"], len(prepared.train_tasks)
         step = step_name(len(prepared.test_tasks), tasks)
@@ -182,13 +185,13 @@ class Run:
                 learner = learners.build(options, self.embedder.dim, self.embedder.priors, config.run.seed, self.device)
                 learner.expect(len(prepared.names))
                 if learner.note:
-                    console.say(f"{learner.display}: {learner.note}")
+                    listener(Message(f"{learner.display}: {learner.note}"))
             else:
                 learner = learners.restore(*checkpoint, device=self.device)
-            with console.progress(learner.display, tasks, step) as bar:
+            with events.progress(listener, learner.display, tasks, step) as update:
                 for number in range(len(entry["rows"]), tasks):
                     began, task = time.monotonic(), prepared.task(number)
-                    learner.learn(task, lambda share, n=number: bar.update(n, share, ""))
+                    learner.learn(task, lambda share, n=number: update(n, share))
                     seconds = time.monotonic() - began
                     row = accuracies(learner, prepared, number)
                     last = number + 1 == tasks
@@ -207,11 +210,12 @@ class Run:
                     )
                     if announce:
                         seen = [accuracy for accuracy in row if accuracy is not None]
-                        classes = [prepared.names[r] for r in task.rows.tolist()]
-                        console.task_line(number, tasks, classes, sum(seen) / len(seen), seen, seconds, step)
+                        classes = tuple(prepared.names[r] for r in task.rows.tolist())
+                        mean = sum(seen) / len(seen)
+                        listener(TaskLearned(number, tasks, classes, mean, tuple(seen), seconds, step))
             if not announce:
                 result = self._result(name)
-                console.say(f"{result['display']}: average accuracy {result['average_accuracy']:.3f}")
+                listener(Message(f"{result['display']}: average accuracy {result['average_accuracy']:.3f}"))
         return self._result(name)
 
     def _result(self, name: str) -> dict[str, Any]:
@@ -237,13 +241,13 @@ class Run:
             settings = dataclasses.replace(JOINT, neurons=neurons)
             learner = FineTune(self.embedder.dim, settings, self.embedder.priors, self.config.run.seed, self.device)
             began = time.monotonic()
-            with self.console.progress(JOINT_NAME, 1) as bar:
+            with events.progress(self.listener, JOINT_NAME) as update:
                 task = learners.Task(prepared.train, prepared.train_rows)
-                learner.learn(task, lambda share: bar.update(0, share, ""))
+                learner.learn(task, lambda share: update(0, share))
             row = accuracies(learner, prepared, len(prepared.train_tasks) - 1)
             seconds, size = time.monotonic() - began, learner.memory_bytes()
             self.progress.commit(JOINT_NAME, None, rows=[row], seconds=seconds, state_bytes=size, done=True)
-            self.console.say(f"{JOINT_NAME}: average accuracy {sum(row) / len(row):.3f}")
+            self.listener(Message(f"{JOINT_NAME}: average accuracy {sum(row) / len(row):.3f}"))
         row = entry["rows"][0]
         none = dict.fromkeys(metrics.summary([[0.0]]))  # there was no stream to measure
         return {**none, "average_accuracy": sum(row) / len(row), **self._cost(JOINT_NAME)}
@@ -323,7 +327,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, backbone=backbone, data=data)
 
 
-def start(config: TrainConfig, argv: list[str], console: Console) -> Run:
+def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
     """A new run; its folder is made only when configuration, data and backbone have proved usable.
 
     Raises:
@@ -331,7 +335,7 @@ def start(config: TrainConfig, argv: list[str], console: Console) -> Run:
     """
     set_threads(config.run.threads)
     config = with_absolute_paths(config)
-    run = Run(config, console)
+    run = Run(config, listener)
     choice = {"choice": run.choose().to_json()} if auto.wanted(config.learner) else {}
     config = run.config
     folder = storage.new_folder(Path(config.run.out))
@@ -363,7 +367,7 @@ def start(config: TrainConfig, argv: list[str], console: Console) -> Run:
     return run.attach(folder)
 
 
-def resume(folder: Path, console: Console) -> Run:
+def resume(folder: Path, listener: Listener) -> Run:
     """A run that was interrupted, to be continued.
 
     Raises:
@@ -373,8 +377,8 @@ def resume(folder: Path, console: Console) -> Run:
     record = files.read_json(folder / "run.json")
     set_threads(config.run.threads or int(record.get("threads", 0)))
     for difference in storage.changed_environment(record):
-        console.say(f"warning: {difference}; the resumed weights may differ in their last bits")
-    run = Run(config, console).attach(folder)
+        listener(Message(f"warning: {difference}; the resumed weights may differ in their last bits"))
+    run = Run(config, listener).attach(folder)
     present = run.identity()
     for key, value in record.get("identity", {}).items():
         if present[key] != value:

@@ -11,7 +11,9 @@ import pytest
 from rich.cells import cell_len
 
 from ssd_edge.errors import EnvironmentUnfitError
+from ssd_edge.report import events
 from ssd_edge.report import terminal as module
+from ssd_edge.report.events import Message, TaskLearned
 from ssd_edge.report.terminal import WIDTH, Console, export_svg
 from ssd_edge.run.metrics import summary
 
@@ -87,8 +89,8 @@ def test_the_elided_matrix_keeps_both_ends() -> None:
 def test_task_line() -> None:
     stream = io.StringIO()
     console = Console(stream)
-    console.task_line(2, 10, ["bird", "[red]cat"], 0.8123, [0.9, 0.8, 0.74], 1.2)
-    console.task_line(49, 50, ["犬" * 64, "b"], 1.0, [0.5] * 49 + [1.0], 7512)
+    console(TaskLearned(2, 10, ("bird", "[red]cat"), 0.8123, (0.9, 0.8, 0.74), 1.2))
+    console(TaskLearned(49, 50, ("犬" * 64, "b"), 1.0, (*[0.5] * 49, 1.0), 7512))
     first, second = stream.getvalue().splitlines()
     assert first == "task  3/10  bird, [red]cat                 1.20 s  mean  81.2 % of 90 80 74"
     assert second.endswith("…    2 h 05 min  mean 100.0 % of 50 50 50 50 50 … 50 50 50 100")
@@ -98,14 +100,14 @@ def test_task_line() -> None:
 
 def test_a_task_is_one_line_even_when_it_does_not_fit() -> None:
     stream = io.StringIO()
-    Console(stream).task_line(999, 1000, ["犬" * 64], 1.0, [1.0] * 1000, 7512)
+    Console(stream)(TaskLearned(999, 1000, ("犬" * 64,), 1.0, (1.0,) * 1000, 7512))
     assert stream.getvalue().count("\n") == 1
 
 
-def test_say_neither_wraps_nor_interprets() -> None:
+def test_a_message_is_neither_wrapped_nor_interpreted() -> None:
     stream = io.StringIO()
     text = "[bold]saved[/bold] :smile: " + "/long/path" * 30
-    Console(stream).say(text)
+    Console(stream)(Message(text))
     assert stream.getvalue() == text + "\n"
 
 
@@ -113,10 +115,10 @@ def test_progress_in_a_pipe_is_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     stream = io.StringIO()
-    with Console(stream).progress("SSD", 5) as progress:
+    with events.progress(Console(stream), "SSD", 5) as update:
         for second in range(26):
             now = float(second)
-            progress.update(second // 6, (second % 6) / 6, "loss 0.1" if second < 15 else "")
+            update(second // 6, (second % 6) / 6, "loss 0.1" if second < 15 else "")
     assert stream.getvalue() == "SSD: task 2/5, 67 %, loss 0.1\nSSD: task 4/5, 33 %\n"
 
 
@@ -124,20 +126,30 @@ def test_progress_of_a_single_thing_counts_no_tasks(monkeypatch: pytest.MonkeyPa
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     stream = io.StringIO()
-    with Console(stream).progress("embedding", 1) as progress:
+    with events.progress(Console(stream), "embedding") as update:
         now = 11.0
-        progress.update(0, 0.5, "300 images")
-        assert not progress.live
+        update(0, 0.5, "300 images")
     assert stream.getvalue() == "embedding: 50 %, 300 images\n"
+
+
+def test_live_only_progress_is_not_printed_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    piped, terminal = io.StringIO(), Terminal()
+    for stream in (piped, terminal):
+        with events.progress(Console(stream), "reproduce", 5, live_only=True) as update:
+            now += 11.0
+            update(0, 1.0)
+    assert piped.getvalue() == ""
+    assert "reproduce" in terminal.getvalue()
 
 
 def test_progress_on_a_terminal_is_one_live_line() -> None:
     stream = Terminal()
     console = Console(stream)
-    with console.progress("SSD [x]", 2) as progress:
-        assert progress.live
-        progress.update(1, 0.5, "loss [0.1]")
-        console.say("between")
+    with events.progress(console, "SSD [x]", 2) as update:
+        update(1, 0.5, "loss [0.1]")
+        console(Message("between"))
     written = stream.getvalue()
     assert ESCAPE + "[2K" in written
     assert "SSD [x]" in written
