@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from device_runtime.backbone.embedder import Embedder, open_embedder
+from device_runtime.backbone.embedder import open_embedder
+from device_runtime.backbone.interface import DeviceEmbedder
 from device_runtime.install.trust import check_signature
 from device_runtime.learning import edit, exchange, lessons, teach
 from device_runtime.learning.budget import Budget, Meter, Watcher
@@ -112,7 +113,7 @@ class Device:
         self._starting = threading.Lock()
         # From reading or moving CURRENT to answering by it; else one that has read it before a commit would go back.
         self._following = threading.Lock()
-        self._embedders: dict[str, Embedder] = {}  # by backbone; the one of `state`
+        self._embedders: dict[str, DeviceEmbedder] = {}  # by backbone; the one of `state`
         self._use(store.read_current(State.read))
 
     @classmethod
@@ -180,11 +181,11 @@ class Device:
         return self.state.known.facts
 
     @property
-    def embedder(self) -> Embedder:
+    def embedder(self) -> DeviceEmbedder:
         """The backbone, started when it is first needed; an engine that no longer fits the machine is built anew."""
         return self._embedder_of(self.state)
 
-    def _embedder_of(self, state: State) -> Embedder:
+    def _embedder_of(self, state: State) -> DeviceEmbedder:
         backbone = state.generation.backbone
         with self._starting:
             if backbone not in self._embedders:

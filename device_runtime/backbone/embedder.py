@@ -11,11 +11,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from device_runtime.backbone.interface import DeviceEmbedder, check_embeddings
 from device_runtime.machine.board import usable_cpus
+from device_runtime.store.generations import Generations
 from ssd_edge import targets
 from ssd_edge.errors import (
     BundleRefusedError,
@@ -26,9 +28,6 @@ from ssd_edge.errors import (
 )
 from ssd_edge.system import EXACT_INT8
 
-if TYPE_CHECKING:
-    from device_runtime.store.generations import Generations
-
 BATCH = 32
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 LADDER = (CUDA, CPU)  # of ONNX Runtime, fastest first
@@ -38,27 +37,7 @@ Say = Callable[[str], None]
 Probe = tuple[Mapping[str, np.ndarray], Mapping[str, float]]  # see selftest
 
 
-class Embedder(Protocol):
-    """A backbone that runs.
-
-    Attributes:
-        provider: what really runs it.
-        size: side of its input in pixels.
-        dim: D of its embeddings.
-        engine: what was noted when its TensorRT engine was built (`EngineCache.record`); None without one.
-    """
-
-    provider: str
-    size: int
-    dim: int
-    engine: Mapping[str, Any] | None
-
-    def embed(self, images: np.ndarray) -> np.ndarray:
-        """uint8 RGB ``(N, size, size, 3)`` → float32 ``(N, D)``."""
-        ...
-
-
-class OnnxEmbedder:
+class OnnxRuntimeEmbedder:
     """A backbone with preprocessing and standardisation in its graph.
 
     Args:
@@ -120,23 +99,9 @@ class OnnxEmbedder:
         except Exception as error:
             told = f"{self.provider} of ONNX Runtime cannot run the backbone ({_line(error)}); see ssd-edge doctor"
             raise EnvironmentUnfitError(told) from error
-        return checked(np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32), len(images), self.dim)
-
-
-def checked(embeddings: np.ndarray, count: int, dim: int) -> np.ndarray:
-    """What a backbone gave, if it is float32 ``(count, dim)`` and finite.
-
-    Raises:
-        BundleRefusedError: it is not.
-    """
-    if embeddings.shape != (count, dim) or embeddings.dtype != np.float32:
-        raise BundleRefusedError(
-            f"the backbone gives {embeddings.dtype} {embeddings.shape}, but the bundle says float32 "
-            f"{(count, dim)}; deploy it again"
+        return check_embeddings(
+            np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32), len(images), self.dim
         )
-    if not np.isfinite(embeddings).all():
-        raise BundleRefusedError("the backbone gives NaN or infinity for an image; deploy it again")
-    return embeddings
 
 
 def open_embedder(
@@ -146,7 +111,7 @@ def open_embedder(
     probe: Probe,
     say: Say = lambda text: None,
     strict: bool = False,
-) -> Embedder:
+) -> DeviceEmbedder:
     """What runs a root's backbone fastest here: TensorRT with a usable GPU, else ONNX Runtime.
 
     Engines are taken from the root's cache, or built, which takes minutes on a small board. What runs on a GPU is used
@@ -203,14 +168,14 @@ def _speed(provider: str) -> int:
 
 def _ladder(
     folder: Path, path: Path, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say
-) -> Iterator[tuple[str, Callable[[], Embedder]]]:
+) -> Iterator[tuple[str, Callable[[], DeviceEmbedder]]]:
     """What may run the backbone here, fastest first: its name, and what starts it."""
     from device_runtime.backbone import selftest
 
     size, dim = facts["size"], facts["dim"]
 
-    def tested(provider: str) -> Embedder:
-        embedder = OnnxEmbedder(path, size, dim, provider)
+    def tested(provider: str) -> DeviceEmbedder:
+        embedder = OnnxRuntimeEmbedder(path, size, dim, provider)
         selftest.run(embedder.embed, *probe)
         return embedder
 
@@ -218,7 +183,7 @@ def _ladder(
         yield "TensorRT", lambda: _tensorrt(folder, path, backbone, facts, probe, say)
     if CUDA in require("onnxruntime", "device", "run the backbone").get_available_providers():
         yield CUDA, lambda: tested(CUDA)
-    yield CPU, lambda: OnnxEmbedder(path, size, dim)
+    yield CPU, lambda: OnnxRuntimeEmbedder(path, size, dim)
 
 
 def _line(error: Exception) -> str:
@@ -226,7 +191,9 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _tensorrt(folder: Path, path: Path, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say) -> Embedder:
+def _tensorrt(
+    folder: Path, path: Path, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say
+) -> DeviceEmbedder:
     from device_runtime.backbone import selftest
     from device_runtime.backbone.tensorrt import engines
     from device_runtime.backbone.tensorrt.api import TensorRT

@@ -83,10 +83,10 @@ def _probe(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:
     except EnvironmentUnfitError as error:
         return None, str(error)
     from device_runtime.backbone import selftest
-    from device_runtime.backbone.embedder import OnnxEmbedder
+    from device_runtime.backbone.embedder import OnnxRuntimeEmbedder
 
     described = opened.manifest["backbone"]
-    embedder = OnnxEmbedder(opened.read("backbone"), described["size"], described["dim"])
+    embedder = OnnxRuntimeEmbedder(opened.read("backbone"), described["size"], described["dim"])
     try:
         found = selftest.run(embedder.embed, *opened.tensors("probe"))
     except GateRefusedError as error:  # here nothing is to be installed: it is the bundle that is wrong

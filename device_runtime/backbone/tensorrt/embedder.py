@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from device_runtime.backbone.embedder import checked
+from device_runtime.backbone.interface import check_embeddings
 from device_runtime.backbone.tensorrt.api import Engine, TensorRT
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, require
@@ -62,7 +62,7 @@ class TensorRTEmbedder:
 
     Attributes:
         provider: e.g. ``TensorRT 10.3.0 (Orin)``.
-        engine: see `Embedder`; set by whoever took the engine from its cache.
+        engine: see `DeviceEmbedder`; set by whoever took the engine from its cache.
 
     Raises:
         EnvironmentUnfitError: TensorRT or PyTorch cannot use the GPU, or another TensorRT built the engine.
@@ -112,7 +112,7 @@ class TensorRTEmbedder:
             for start in range(0, len(images), engine.max_batch):
                 part = images[start : start + engine.max_batch]
                 embeddings[start : start + len(part)] = self._run(engine, part)
-        return checked(embeddings, len(images), self.dim)
+        return check_embeddings(embeddings, len(images), self.dim)
 
     def _run(self, engine: Engine, part: np.ndarray) -> np.ndarray:
         cuda, count = self._cuda, len(part)

@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 
 from device_runtime.backbone import embedder
-from device_runtime.backbone.embedder import CPU, CUDA, OnnxEmbedder, open_embedder
+from device_runtime.backbone.embedder import CPU, CUDA, OnnxRuntimeEmbedder, open_embedder
 from device_runtime.backbone.tensorrt import api as tensorrt_api
 from device_runtime.backbone.tensorrt import embedder as tensorrt_embedder
 from device_runtime.backbone.tensorrt import engines
@@ -101,7 +101,7 @@ class StandIn:
 
     def __init__(self, plan: Path, size: int, dim: int, api: object) -> None:
         self.size, self.dim = size, dim
-        self._runs = OnnxEmbedder(plan, size, dim)
+        self._runs = OnnxRuntimeEmbedder(plan, size, dim)
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         return self._runs.embed(images) + np.float32(self.wrong)
