@@ -47,9 +47,9 @@ from ssd_edge.learners.priors import Priors
 from ssd_edge.report.terminal import Console
 from ssd_edge.reproduction.sources import Inputs, Sources, read_inputs, write_inputs
 from ssd_edge.reproduction.specs import ORDERS, streams
-from ssd_edge.run.embed import Prepared, prepare
 from ssd_edge.run.storage import environment
 from ssd_edge.run.streams import make_stream
+from ssd_edge.run.tasks import StreamData, prepare
 
 STREAMS = ("cifar10", "cifar100-10x10", "cifar100-50x2", "mnist-pixels", "mnist", "tiny-imagenet")
 TWINS = {"cifar100-50x2": "cifar100-10x10"}  # the same images and classes in other tasks
@@ -92,7 +92,7 @@ def read(path: Path) -> Inputs:
 
 
 @functools.lru_cache(maxsize=2)
-def ordered(stream: str, order: int) -> Prepared:
+def ordered(stream: str, order: int) -> StreamData:
     """A stream with its classes in the order of that number."""
     inputs = read(_opened[stream][0])
     config = StreamConfig(**streams()[stream].stream, order=f"sdmlp-{ORDERS[order]}")

@@ -29,7 +29,7 @@ SIDE, FRAME = 32, 2  # MNIST's 28 × 28 pixels are read with a black frame
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a learner sees of a data set; stands for its embedder in `prepared.prepare`.
+    """What a learner sees of a data set; stands for its embedder in `run.tasks.prepare`.
 
     Attributes:
         dataset: labels and class names; its images are no longer needed.

@@ -13,7 +13,7 @@ from ssd_edge.learners.gradient import representation
 from ssd_edge.learners.gradient.distillation import count_activations, parse_top_n
 from ssd_edge.learners.gradient.network import SDMLP
 from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
-from ssd_edge.run.embed import Prepared
+from ssd_edge.run.tasks import StreamData
 
 TEMPERATURE = 8.0  # of Eq. 9 for a learner that has none of its own
 TOP_SHARE = 10  # a learner without a Top-n table is looked at through the r/10 most frequent neurons
@@ -66,12 +66,12 @@ class Watch:
         changed = {**self.change(), "top_n_jaccard": shared}
         return {**report, **changed}, top.tolist()
 
-    def overall(self, prepared: Prepared) -> dict[str, float]:
+    def overall(self, prepared: StreamData) -> dict[str, float]:
         """What the neurons do on the training data of all tasks, in the end."""
         inputs = self.learner.prepared(prepared.train)
         return representation.neuron_report(self.learner.net, inputs, prepared.train_rows, len(prepared.names))
 
-    def point(self, prepared: Prepared, number: int, epoch: int, former: Mapping[str, Any] | None) -> dict[str, Any]:
+    def point(self, prepared: StreamData, number: int, epoch: int, former: Mapping[str, Any] | None) -> dict[str, Any]:
         """One point of a trace; accuracies are over all outputs, as the papers' are.
 
         Args:

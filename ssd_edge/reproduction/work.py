@@ -22,8 +22,8 @@ from ssd_edge.learners.priors import Priors
 from ssd_edge.reproduction import cells, sources
 from ssd_edge.reproduction.traces import Watch, watch
 from ssd_edge.run import metrics, storage
-from ssd_edge.run.embed import Prepared, prepare
 from ssd_edge.run.streams import Stream, make_stream
+from ssd_edge.run.tasks import StreamData, prepare
 from ssd_edge.run.train import JOINT_NAME
 
 CHECKPOINT_SECONDS = 20.0  # of learning since the last one: below, doing it again is cheaper than keeping it
@@ -91,7 +91,7 @@ def run(job: Job) -> dict[str, Any]:
     return result
 
 
-def _joint(job: Job, prepared: Prepared) -> tuple[dict[str, Any], FineTune]:
+def _joint(job: Job, prepared: StreamData) -> tuple[dict[str, Any], FineTune]:
     """All tasks at once."""
     values = {key: value for key, value in job.cell["settings"].items() if key != "name"}
     dim, order = prepared.train.shape[1], job.cell["order"]
@@ -103,7 +103,7 @@ def _joint(job: Job, prepared: Prepared) -> tuple[dict[str, Any], FineTune]:
     return {"matrix": [row], "learned": None, "measured": _columns([measured]), "seconds": seconds}, learner
 
 
-def _stream(job: Job, prepared: Prepared, priors: Priors) -> tuple[dict[str, Any], learners.Learner]:
+def _stream(job: Job, prepared: StreamData, priors: Priors) -> tuple[dict[str, Any], learners.Learner]:
     """One experience after the other, from the checkpoint on if there is one."""
     settings, points, count = job.cell["settings"], job.cell["asked"]["trace"], len(prepared.train_tasks)
     learner, done = _kept(job) or _new(job, prepared, priors)
@@ -143,7 +143,7 @@ def _stream(job: Job, prepared: Prepared, priors: Priors) -> tuple[dict[str, Any
     return result, learner
 
 
-def _new(job: Job, prepared: Prepared, priors: Priors) -> tuple[learners.Learner, dict[str, Any]]:
+def _new(job: Job, prepared: StreamData, priors: Priors) -> tuple[learners.Learner, dict[str, Any]]:
     """A learner at its start, and what is done: nothing."""
     dim, order = prepared.train.shape[1], job.cell["order"]
     learner = learners.build(job.cell["settings"], dim, priors, order, job.device)
@@ -166,7 +166,7 @@ def _kept(job: Job) -> tuple[learners.Learner, dict[str, Any]] | None:
 
 
 def _looker(
-    watched: Watch | None, prepared: Prepared, number: int, settings: Mapping[str, Any], points: int, trace: list[Any]
+    watched: Watch | None, prepared: StreamData, number: int, settings: Mapping[str, Any], points: int, trace: list[Any]
 ) -> Callable[[float], None]:
     """Called once an epoch with the share done: adds a point to the trace every so many epochs."""
     if watched is None or not points:
@@ -193,7 +193,7 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _accuracies(learner: learners.Learner, prepared: Prepared, experience: int) -> tuple[list[float | None], Tensor]:
+def _accuracies(learner: learners.Learner, prepared: StreamData, experience: int) -> tuple[list[float | None], Tensor]:
     """Accuracy on each group of classes that has been introduced, and the rows predicted for all test samples."""
     predicted = learner.predict(prepared.test)
     right = (predicted == prepared.test_rows).double()
@@ -204,7 +204,7 @@ def _accuracies(learner: learners.Learner, prepared: Prepared, experience: int) 
     return row, predicted
 
 
-def _after(learner: learners.Learner, prepared: Prepared, job: Job) -> dict[str, Any]:
+def _after(learner: learners.Learner, prepared: StreamData, job: Job) -> dict[str, Any]:
     """What is measured once, at the end."""
     row, predicted = _accuracies(learner, prepared, len(prepared.train_tasks) - 1)
     samples = [len(index) for index in prepared.test_tasks]

@@ -33,8 +33,9 @@ from ssd_edge.report.events import Listener, Message, TaskLearned
 from ssd_edge.report.html import render
 from ssd_edge.report.wording import extent, step_name, stream_name
 from ssd_edge.run import metrics, storage
-from ssd_edge.run.embed import Prepared, accuracies, embed, prepare
+from ssd_edge.run.embed import embed
 from ssd_edge.run.streams import make_stream
+from ssd_edge.run.tasks import StreamData, accuracies, prepare
 
 BASELINES = ("ssd", "sdmlp", "finetune")
 PANEL = ("ncm", "slda", "ridge", "ranpac", "fecam", "flymodel")
@@ -96,7 +97,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, listener: Listener) -> None:
         self.config, self.listener = config, listener
-        self.prepared: Prepared | None = None
+        self.prepared: StreamData | None = None
         undecided = auto.wanted(config.learner)
         self.device = pick_device(config.run.device)
         self.dataset = load(config.data, config.run.seed)

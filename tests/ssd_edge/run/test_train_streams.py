@@ -20,7 +20,7 @@ from ssd_edge.learners import Task
 from ssd_edge.report import figures, html
 from ssd_edge.run import storage
 from ssd_edge.run import train as training
-from ssd_edge.run.embed import Prepared, accuracies
+from ssd_edge.run.tasks import StreamData, accuracies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -232,7 +232,7 @@ class Constant:
 
 
 def test_accuracies_and_tasks() -> None:
-    prepared = Prepared(
+    prepared = StreamData(
         train=torch.arange(8.0).view(4, 2),
         train_rows=torch.tensor([0, 1, 0, 2]),
         test=torch.zeros(5, 2),
