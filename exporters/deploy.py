@@ -22,7 +22,7 @@ from exporters import ladder, parity
 from exporters.export import export_package
 from exporters.head import export_head
 from exporters.parity import Reference
-from ssd_edge import __version__, bundle, files, learners, targets
+from ssd_edge import bundle, files, learners, targets
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder
@@ -32,6 +32,7 @@ from ssd_edge.errors import GateRefusedError, InputError, require
 from ssd_edge.learners.priors import Priors
 from ssd_edge.run import finished
 from ssd_edge.run.finished import FinishedRun
+from ssd_edge.system import VERSION
 from ssd_edge.targets import Target
 
 Say = Callable[[str], None]
@@ -247,7 +248,7 @@ def _manifest(
         "release": finish if release is None else release,
         "target": target.name,
         "producer": {
-            "ssd_edge": __version__,
+            "ssd_edge": VERSION,
             "git": record.get("git_sha") or "unknown",
             "packages": {m: require(m, "export", "export a backbone").__version__ for m in exported_with},
         },

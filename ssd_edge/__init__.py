@@ -1,3 +1,5 @@
 """SSD-Edge: continual learning for edge devices (see README.md)."""
 
-__version__ = "0.1.0"
+from ssd_edge.system import VERSION
+
+__version__ = VERSION

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+VERSION = "0.1.0"
 PROCESS = Path("/proc/self")
 # On x86-64 without VNNI, ONNX Runtime multiplies int8 with instructions that add two products in 16 bits and saturate:
 # an int8 backbone then computes something else than on every other machine. This entry selects kernels that do not.

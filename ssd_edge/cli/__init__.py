@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import click
 
-from ssd_edge import __version__
 from ssd_edge.cli.bench import bench
 from ssd_edge.cli.config import config
 from ssd_edge.cli.deploy import deploy
@@ -28,6 +27,7 @@ from ssd_edge.cli.reproduce import reproduce
 from ssd_edge.cli.train import train
 from ssd_edge.cli.verify import verify
 from ssd_edge.errors import EnvironmentUnfitError, SSDEdgeError, printable
+from ssd_edge.system import VERSION
 
 INTERRUPTED = 130
 OPTIONAL = {
@@ -39,7 +39,7 @@ OPTIONAL = {
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="ssd-edge")
+@click.version_option(VERSION, prog_name="ssd-edge")
 def cli() -> None:
     """Continual learning for edge devices: train, deploy, learn on the device, undo.
 

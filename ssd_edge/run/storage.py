@@ -28,9 +28,10 @@ import numpy as np
 import torch
 import yaml
 
-from ssd_edge import __version__, files
+from ssd_edge import files
 from ssd_edge.config import TrainConfig, parse, read_yaml, to_tree
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
+from ssd_edge.system import VERSION
 
 
 def new_folder(out: Path) -> Path:
@@ -85,7 +86,7 @@ def environment() -> dict[str, Any]:
     """What a result depends on besides its configuration."""
     return {
         "versions": {
-            "ssd_edge": __version__,
+            "ssd_edge": VERSION,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
