@@ -35,8 +35,9 @@ from device_runtime.learning.state import Knowledge
 from device_runtime.learning.unknown import UNKNOWN
 from device_runtime.machine.board import default_root
 from device_runtime.machine.vitals import vitals
-from device_runtime.store import pruning, watch_state
-from device_runtime.store.generations import Generation, Generations
+from device_runtime.store import watch_state
+from device_runtime.store.generations import Generations
+from device_runtime.store.record import Generation
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
 from ssd_edge.classes import ClassRegistry
@@ -392,7 +393,7 @@ class Device:
         contents, again = known.reread()
         with self._following:
             generation = self.store.commit(contents, info, parent=self.generation.number)
-            pruning.tidy(self.store)
+            self.store.tidy()
             self._use(State(generation, again))
         return {"generation": generation.number, "classes": self.classes, **info}
 
@@ -400,7 +401,7 @@ class Device:
         """Return to an earlier generation: the one that this was learned from, or any by its number.
 
         Predictions are then those of that generation, bit for bit. The later generation stays, and can be returned to
-        as well, until `pruning.KEEP` newer ones have been committed.
+        as well, until `generations.KEEP` newer ones have been committed.
 
         Raises:
             InputError: there is none to return to, or the number does not exist.

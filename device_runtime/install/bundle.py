@@ -19,8 +19,8 @@ from device_runtime.backbone.embedder import open_embedder
 from device_runtime.install.trust import check_signature
 from device_runtime.learning.state import Knowledge, restore_statistics
 from device_runtime.learning.unknown import Rejector
-from device_runtime.store import pruning
-from device_runtime.store.generations import Generation, Generations
+from device_runtime.store.generations import Generations
+from device_runtime.store.record import Generation
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
@@ -85,7 +85,7 @@ def install(
             **({"engine": dict(embedder.engine)} if embedder.engine else {}),
         }
         generation = store.commit(known.contents(), info, parent=None, backbone=backbone)
-        pruning.tidy(store)
+        store.tidy()
         return generation
 
 

@@ -17,8 +17,9 @@ from device_runtime.learning.edit import described, judged
 from device_runtime.learning.guard import Limits
 from device_runtime.learning.state import Knowledge, restore_statistics
 from device_runtime.learning.teach import copy_of
-from device_runtime.store.generations import Generation, Generations
+from device_runtime.store.generations import Generations
 from device_runtime.store.journal import utc
+from device_runtime.store.record import Generation
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
 from ssd_edge.bundle import card

@@ -1,4 +1,4 @@
-"""Checks of a whole store: what is damaged, what a cut left behind, what is odd. Nothing is changed here."""
+"""Checks of a whole store: what is damaged, what a cut left behind, what is odd. And their repair."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from device_runtime.store.generations import Generations, remove
 from device_runtime.store.journal import Journal
+from device_runtime.store.record import Generation
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, InputError
-
-if TYPE_CHECKING:
-    from device_runtime.store.generations import Generation, Generations
 
 DAMAGE, LEFTOVER, NOTE = "damage", "leftover", "note"
 
@@ -64,7 +62,36 @@ def check(store: Generations) -> list[Finding]:
     return [dataclasses.replace(one, path=os.path.relpath(one.path, store.root)) for one in found]
 
 
-def unused_backbones(store: Generations, opened: dict[int, Generation]) -> list[Path]:
+def repair(store: Generations) -> list[Finding]:
+    """Verify a store, and repair what can be repaired.
+
+    Remove what cuts left behind, complete the journal, and point CURRENT to the generation that stands in; where no
+    older one is intact, to the next newer. Nothing that is intact is deleted.
+
+    Raises:
+        InputError: nothing is installed.
+        EnvironmentUnfitError: someone else is writing, or the root is not writable.
+    """
+    if store.writing:
+        raise RuntimeError("repair outside of 'with generations.writer():', which already repairs some of it")
+    if not store.root.is_dir():
+        store.check_installed()
+    with store.writer(recover=False):
+        before = check(store)
+        store.recover()
+        opened = store.intact()
+        pointer = store.pointer()
+        if pointer not in opened and opened:
+            best = next((n for n in store.candidates(pointer) if n in opened), min(opened))
+            store.switch(best, "repaired", info={"from": pointer})
+        for path in _unused_backbones(store, opened):
+            remove(path)
+        Journal(store.root / "journal.jsonl").drop_unreadable()
+        left = {(one.path, one.problem) for one in check(store)}
+    return [dataclasses.replace(one, repaired=(one.path, one.problem) not in left) for one in before]
+
+
+def _unused_backbones(store: Generations, opened: dict[int, Generation]) -> list[Path]:
     """Backbones that no generation refers to; none while a damaged generation may be the one that does."""
     if len(opened) < len(store.numbers()):
         return []
@@ -103,7 +130,7 @@ def _backbones(store: Generations, opened: dict[int, Generation], problems: dict
     users: dict[str, list[int]] = {}
     for number, generation in opened.items():
         users.setdefault(generation.backbone, []).append(number)
-    unused = unused_backbones(store, opened)
+    unused = _unused_backbones(store, opened)
     for digest in sorted({*users, *(path.stem for path in store.backbones())}):
         path = store.root / "backbones" / f"{digest}.onnx"
         if path in unused:

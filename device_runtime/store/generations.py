@@ -25,16 +25,18 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from device_runtime.store import fsck, pruning
-from device_runtime.store.generation import RECORD, VERSION, Generation, check_damage, open_generation, sealed
 from device_runtime.store.journal import Journal, utc
+from device_runtime.store.record import RECORD, VERSION, Generation, check_damage, open_generation, sealed
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
 
+KEEP = 10  # generations, unless $SSD_EDGE_KEEP says otherwise; those in use and the last installed one stay anyway
+MIB = 2**20
+EVENTS = 1000  # of the journal: a year of three learns a day; its installations stay whatever their age
 _BLOCK = 4096  # bytes
 _TRIES = 5  # of a reader; each but the last needs ten commits of another process while one generation is read
 _NUMBER = re.compile(r"[0-9]{6}")
@@ -44,6 +46,32 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """What `Generations.prune` deleted.
+
+    Attributes:
+        generations: their numbers.
+        backbones: sha256 of those that no generation needs any more.
+        freed_bytes: of their files.
+        left_bytes: of the generations and backbones that stay.
+    """
+
+    generations: tuple[int, ...]
+    backbones: tuple[str, ...]
+    freed_bytes: int
+    left_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is to go, in this order: generations, oldest first, then backbones."""
+
+    pointer: int
+    pruned: Pruned
+    paths: tuple[Path, ...]
 
 
 class Generations:
@@ -87,7 +115,7 @@ class Generations:
             BundleRefusedError: neither the current one nor an older one is intact; or what `read` raises.
             EnvironmentUnfitError: CURRENT moved on every time.
         """
-        self._check_installed()
+        self.check_installed()
         for _ in range(_TRIES):
             number = self.pointer()
             try:
@@ -120,7 +148,7 @@ class Generations:
                 generation, fallback=problem and f"{problem}; generation {candidate} is used instead"
             )
         raise BundleRefusedError(
-            f"{problem}, and no older generation is intact (newer: {self._intact()}); choose one with "
+            f"{problem}, and no older generation is intact (newer: {self._intact_numbers()}); choose one with "
             f"ssd-edge device rollback, or run: {self._install}"
         )
 
@@ -130,18 +158,18 @@ class Generations:
         Raises:
             InputError: it does not exist or is damaged; lists those that are intact.
         """
-        self._check_installed()
+        self.check_installed()
         try:
             return self.open(number)
         except BundleRefusedError as error:
             pruned = [event.get("generations") for event in self.journal() if event.get("event") == "pruned"]
             gone = any(number in numbers for numbers in pruned if isinstance(numbers, list))
             told = f"generation {number} was pruned" if gone and number not in self.numbers() else error
-            raise InputError(f"{told}; available generations: {self._intact()}") from error
+            raise InputError(f"{told}; available generations: {self._intact_numbers()}") from error
 
     def list(self) -> Sequence[dict[str, Any]]:
         """A summary of each generation (a damaged one: ``intact`` False, ``problem``); raises like `get`."""
-        self._check_installed()
+        self.check_installed()
         summaries = []
         for number in self.numbers():
             summary = {"number": number, "current": number == self.pointer(), "intact": True, "problem": ""}
@@ -176,15 +204,24 @@ class Generations:
             raise BundleRefusedError(f"{path} is missing or damaged ({found}); run: {self._install}")
         return path
 
+    @property
+    def writing(self) -> bool:
+        """Whether this object is inside of `writer`."""
+        return self._writing
+
     @contextlib.contextmanager
-    def writer(self) -> Iterator[None]:
+    def writer(self, recover: bool = True) -> Iterator[None]:
         """Hold the root for writing; not to be nested. First repairs what a cut has left behind.
+
+        Args:
+            recover: False: the caller calls `recover` later, as `fsck.repair` does.
 
         Raises:
             EnvironmentUnfitError: someone else is writing, or the root is not writable.
         """
         with self._locked():
-            self._recover()
+            if recover:
+                self.recover()
             self._writing = True
             try:
                 yield
@@ -248,12 +285,12 @@ class Generations:
                 files.write_bytes(temporary / name, data)
             files.write_bytes(temporary / RECORD, sealed(body))
             files.commit_directory(temporary, final)
-            self._switch(number, body["origin"], parent=parent, info=info)
+            self.switch(number, body["origin"], parent=parent, info=info)
         except BaseException:  # also an interrupt; after a failure: a full disk must not stay full
             with contextlib.suppress(EnvironmentUnfitError, OSError):
                 shutil.rmtree(temporary, ignore_errors=True)
                 if self.pointer() != number and final.exists():  # it has never been current
-                    pruning.remove(final)
+                    remove(final)
             raise
         return self.open(number)
 
@@ -265,10 +302,10 @@ class Generations:
         """
         self._check_writing()
         generation = self.get(number)
-        self._switch(number, event, info=info or {})
+        self.switch(number, event, info=info or {})
         return generation
 
-    def prune(self, keep: int = 5, budget_bytes: int | None = None) -> pruning.Pruned:
+    def prune(self, keep: int = 5, budget_bytes: int | None = None) -> Pruned:
         """Delete old generations, oldest first, and the backbones that no generation refers to any more.
 
         What is used now, what would stand in for it, the last installed one and the one with the highest number
@@ -285,11 +322,11 @@ class Generations:
             EnvironmentUnfitError: the disk is read-only or forbidden; what is deleted by then is journalled.
         """
         self._check_writing()
-        plan = pruning.plan(self, keep, budget_bytes)
+        plan = self._plan(keep, budget_bytes)
         gone: list[Path] = []
         try:
             for path in plan.paths:
-                pruning.remove(path)
+                remove(path)
                 gone.append(path)
         finally:
             if gone:
@@ -302,41 +339,28 @@ class Generations:
             log.warning(told, self.root, plan.pruned.left_bytes, budget_bytes)
         return plan.pruned
 
-    def shorten_journal(self, keep: int) -> None:
-        """`Journal.shorten`; with `writer`."""
-        self._check_writing()
-        self._journal.shorten(keep)
+    def tidy(self) -> None:
+        """Delete old generations and events after a commit; with the root held for writing.
 
-    def fsck(self, repair: bool = False) -> Sequence[fsck.Finding]:
-        """Verify every file of the store: CURRENT, generations, backbones, journal; and find what should not be there.
-
-        Args:
-            repair: remove what cuts left behind, complete the journal, and point CURRENT to the generation that
-                stands in; where no older one is intact, to the next newer. Nothing that is intact is deleted.
-
-        Raises:
-            InputError: nothing is installed.
-            EnvironmentUnfitError: with `repair`: someone else is writing, or the root is not writable.
+        The newest ``$SSD_EDGE_KEEP`` generations stay (`KEEP`), as many of them as ``$SSD_EDGE_DISK_MB`` has room for.
         """
-        if not repair:
-            return fsck.check(self)
-        if self._writing:
-            raise RuntimeError("repair outside of 'with generations.writer():', which already repairs some of it")
-        if not self.root.is_dir():
-            self._check_installed()
-        with self._locked():
-            before = fsck.check(self)
-            self._recover()
-            opened = pruning.opened(self)
-            if self.pointer() not in opened and opened:
-                pointer = self.pointer()
-                best = next((n for n in self.candidates(pointer) if n in opened), min(opened))
-                self._switch(best, "repaired", info={"from": pointer})
-            for path in fsck.unused_backbones(self, opened):
-                pruning.remove(path)
-            self._journal.drop_unreadable()
-            left = {(one.path, one.problem) for one in fsck.check(self)}
-        return [dataclasses.replace(one, repaired=(one.path, one.problem) not in left) for one in before]
+        keep, budget = _number("SSD_EDGE_KEEP"), _number("SSD_EDGE_DISK_MB")
+        self._check_writing()
+        try:
+            self.prune(keep or KEEP, budget and budget * MIB)
+            self._journal.shorten(EVENTS)
+        except EnvironmentUnfitError as error:  # the commit has happened, and the next one tries again
+            log.warning("old generations were not deleted: %s", error)
+
+    def intact(self) -> dict[int, Generation]:
+        """The intact generations by their numbers, ascending."""
+        found = {}
+        for number in self.numbers():
+            try:
+                found[number] = self.open(number)
+            except BundleRefusedError:
+                continue
+        return found
 
     def numbers(self) -> Sequence[int]:
         """The numbers of the generations that have a folder, whatever is in it; ascending."""
@@ -350,10 +374,10 @@ class Generations:
         """The files of all backbones."""
         return sorted(p for p in self.root.glob("backbones/*.onnx") if _DIGEST.fullmatch(p.stem))
 
-    def _intact(self) -> str:
+    def _intact_numbers(self) -> str:
         return ", ".join(str(item["number"]) for item in self.list() if item["intact"]) or "none"
 
-    def _check_installed(self) -> None:
+    def check_installed(self) -> None:
         # A first install that was cut may have left a generation, but neither of these.
         if not (self.root / "CURRENT").exists() and not self.journal():
             raise InputError(f"no bundle is installed in {self.root}; run: {self._install}")
@@ -398,6 +422,49 @@ class Generations:
         """Read and verify a generation; raises like `open_generation`."""
         return open_generation(self.folder(number), number)
 
+    def _plan(self, keep: int, budget_bytes: int | None) -> _Plan:
+        """What `Generations.prune` would delete now; changes nothing.
+
+        Raises:
+            InputError: nothing is installed, or `keep` or the budget is out of range.
+            BundleRefusedError: no generation is fit for use; all may be needed to find a way out.
+        """
+        if keep < 1 or (budget_bytes is not None and budget_bytes < 0):
+            raise InputError(f"keep must be at least 1 and the budget at least 0, not {keep} and {budget_bytes}")
+        in_use = self.current().number
+        pointer = self.pointer() or in_use
+        numbers, intact = self.numbers(), self.intact()
+        installed = [n for n, generation in intact.items() if generation.parent is None]
+        stand_in = next((n for n in self.candidates(in_use)[1:] if n in intact), in_use)
+        # The last one of all keeps its number from being given again.
+        bound = {in_use, pointer, stand_in, numbers[-1], *installed[-1:]}
+        sizes = {path: _size(path) for path in (*map(self.folder, numbers), *self.backbones())}
+
+        def kept(stays: Iterable[int]) -> list[Path]:
+            stays = set(stays)
+            needed = {intact[n].backbone for n in stays if n in intact}
+            unknown = not stays <= set(intact)  # nobody can say which backbone a damaged one needs
+            folders = [self.folder(n) for n in numbers if n in stays]
+            return folders + [path for path in self.backbones() if unknown or path.stem in needed]
+
+        oldest_kept = list(intact)[-keep:][0]
+        stays = [n for n in numbers if n in bound or n >= oldest_kept]
+        for number in [n for n in stays if n not in bound]:
+            if budget_bytes is not None and sum(sizes[path] for path in kept(stays)) > budget_bytes:
+                stays.remove(number)
+        left = kept(stays)
+        paths = tuple(path for path in sizes if path not in left)
+        return _Plan(
+            pointer,
+            Pruned(
+                tuple(n for n in numbers if n not in stays),
+                tuple(path.stem for path in paths if path.suffix == ".onnx"),
+                sum(sizes[path] for path in paths),
+                sum(sizes[path] for path in left),
+            ),
+            paths,
+        )
+
     def _lock(self) -> int:
         path = self.root / ".lock"
         try:
@@ -438,14 +505,14 @@ class Generations:
                     with contextlib.suppress(OSError):
                         path.unlink()
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """Clear what a cut has left behind, and complete the journal."""
         self._sweep()
         events, pointer = self.journal(), self.pointer()
         if pointer and (not events or events[-1]["generation"] != pointer):
             self._tell(f"generation {pointer} is current", "recovered", pointer)
 
-    def _switch(self, number: int, event: str, **fields: Any) -> None:
+    def switch(self, number: int, event: str, **fields: Any) -> None:
         """The commit. Once CURRENT has been replaced it has happened, so a later failure must not deny it."""
         json.dumps(fields, allow_nan=False)  # what cannot be journalled is found before, not after
         try:
@@ -467,3 +534,37 @@ def _pointer_bytes(number: int) -> bytes:
     """The content of CURRENT. The check sum is there so that a flipped bit cannot name another generation."""
     digits = f"{number:06d}".encode()
     return digits + b" " + files.sha256(digits)[:16].encode() + b"\n"
+
+
+def remove(path: Path) -> None:
+    """Delete a generation's folder, or a backbone.
+
+    Raises:
+        EnvironmentUnfitError: the disk is read-only or forbidden, or what it holds does not let itself be deleted.
+    """
+    try:
+        if path.suffix == ".onnx":
+            path.unlink()
+            files.fsync_directory(path.parent)
+            return
+        gone = path.with_name(f"{files.TEMPORARY_PREFIX}pruned-{path.name}")
+        files.commit_directory(path, gone)  # `files.remove_directory` does not wait for the rename to be durable
+        shutil.rmtree(gone, ignore_errors=True)  # what stays of it, the next writer removes
+    except OSError as error:
+        raise EnvironmentUnfitError(f"cannot delete {path}: {error.strerror}; run: ssd-edge doctor") from error
+
+
+def _number(name: str) -> int | None:
+    """A whole number above 0 from the environment; what is none is said and left out, as the commit has happened."""
+    text = os.environ.get(name, "")
+    if not text:
+        return None
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    log.warning("%s is %r, but must be a whole number above 0; it is left out", name, text)
+    return None
+
+
+def _size(path: Path) -> int:
+    members = [path] if path.is_file() else path.rglob("*")
+    return sum(member.lstat().st_size for member in members if member.is_file())

@@ -27,7 +27,7 @@ from device_runtime.device import Device
 from device_runtime.install import bundle
 from device_runtime.learning.guard import Limits
 from device_runtime.machine.vitals import rss_mb
-from device_runtime.store import pruning
+from device_runtime.store import generations
 from device_runtime.store.generations import Generations
 from ssd_edge import bundle as bundles
 from ssd_edge import files
@@ -332,7 +332,7 @@ class Devices(RuleBasedStateMachine):
             return
         numbers = self.store.numbers()
         assert {self.number, max(self.models)} <= set(numbers)
-        assert len(numbers) <= pruning.KEEP + 3  # the current one, its stand-in, the last installed one
+        assert len(numbers) <= generations.KEEP + 3  # the current one, its stand-in, the last installed one
         for number in numbers:
             digests = {name: one["sha256"] for name, one in self.store.get(number).files.items()}
             assert digests == {name: files.sha256(data) for name, data in self.models[number].files.items()}
@@ -345,7 +345,7 @@ class Devices(RuleBasedStateMachine):
         journal = (self.root / "journal.jsonl").stat().st_size
         assert journal <= 2_000 * (2 * EVENTS + 1 + len([one for one in events if one["event"] == "install"]))
         state = STORE["disk_bytes"](self.root) - journal
-        assert state <= (pruning.KEEP + 3) * self.largest + 3 * 2_000
+        assert state <= (generations.KEEP + 3) * self.largest + 3 * 2_000
 
     def teardown(self) -> None:
         shutil.rmtree(self.home)
@@ -358,7 +358,7 @@ class Devices(RuleBasedStateMachine):
 @pytest.mark.parametrize(("runs", "steps", "least"), [(4, 30, 60), pytest.param(14, 120, 1000, marks=pytest.mark.slow)])
 def test_any_order(tiny_bundle, monkeypatch, runs, steps, least):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setattr(pruning, "EVENTS", EVENTS)
+    monkeypatch.setattr(generations, "EVENTS", EVENTS)
     options = settings(
         max_examples=runs,
         stateful_step_count=steps,

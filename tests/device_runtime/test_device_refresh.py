@@ -8,7 +8,7 @@ from pathlib import Path
 
 from device_runtime.device import Device
 from device_runtime.install.bundle import install
-from device_runtime.store.generations import Generation
+from device_runtime.store.record import Generation
 
 
 def test_who_has_read_before_a_commit_does_not_go_back(tmp_path: Path, tiny_bundle) -> None:

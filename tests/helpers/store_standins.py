@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from device_runtime.store.generations import Generation, Generations
-from device_runtime.store.pruning import Pruned
+from device_runtime.store.generations import Generations, Pruned
+from device_runtime.store.record import Generation
 from ssd_edge import files
 from ssd_edge.classes import ClassRegistry
 

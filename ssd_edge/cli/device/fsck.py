@@ -17,10 +17,11 @@ from ssd_edge.errors import BundleRefusedError
 @JSON
 def fsck(repair: bool, root: Path | None, as_json: bool) -> None:
     """Look for damage in the device's state; no intact generation is ever deleted. Exit code 5 if some is left."""
+    from device_runtime.store import fsck as checks
     from device_runtime.store.generations import Generations
 
     root = root_or_default(root)
-    found = Generations(root).fsck(repair)
+    found = (checks.repair if repair else checks.check)(Generations(root))
     left = [finding for finding in found if finding.severity == "damage" and not finding.repaired]
     if as_json:
         print_json({"root": str(root), "findings": [{**dataclasses.asdict(f), "path": str(f.path)} for f in found]})

@@ -354,7 +354,7 @@ def test_history_says_what_was_done(device):
 
 
 def test_the_journal_does_not_grow_for_ever(device, monkeypatch):
-    monkeypatch.setattr("device_runtime.store.pruning.EVENTS", 10)
+    monkeypatch.setattr("device_runtime.store.generations.EVENTS", 10)
     for number in range(30):
         device.rename("cup" if number % 2 == 0 else "mug", "mug" if number % 2 == 0 else "cup")
     events = device.store.journal()
@@ -378,7 +378,7 @@ def test_how_many_generations_stay_can_be_chosen(device, monkeypatch):
 
 def test_generations_keep_within_a_disk_budget(device, monkeypatch):
     size = sum(path.stat().st_size for path in device.store.folder(1).iterdir())
-    monkeypatch.setattr("device_runtime.store.pruning.MIB", 6 * size)
+    monkeypatch.setattr("device_runtime.store.generations.MIB", 6 * size)
     backbone = sum(path.stat().st_size for path in device.store.backbones())
     monkeypatch.setenv("SSD_EDGE_DISK_MB", "1")
     numbers = renamed(device, 10)

@@ -15,6 +15,7 @@ import warnings
 import pytest
 from helpers import store_standins
 
+from device_runtime.store import fsck
 from device_runtime.store.generations import Generations
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
@@ -51,7 +52,7 @@ def test_a_flipped_bit_is_found(store, count):
         data = path.read_bytes()
         flip(path, rng.randrange(8 * len(data)))
         flipped.add(path.name)
-        found = [one for one in store.fsck() if one.severity == "damage"]
+        found = [one for one in fsck.check(store) if one.severity == "damage"]
         assert any(str(store.root / one.path) in (str(path), str(path.parent)) for one in found), path
         got = store.current()
         assert contents(got) == committed[got.number]
@@ -68,7 +69,7 @@ def test_a_flipped_bit_is_found(store, count):
         path.unlink()
         path.write_bytes(data)
     assert flipped == {"CURRENT", "classes.json", "generation.json", "learner.safetensors", backbone.name}
-    assert (store.fsck(), store.current().fallback) == ([], "")
+    assert (fsck.check(store), store.current().fallback) == ([], "")
 
 
 ACTIONS = {
@@ -76,7 +77,7 @@ ACTIONS = {
     "learn": (lambda store: learn(store, 4.0), 4),
     "rollback": (lambda store: roll_back(store, 1), 1),
     "prune": (lambda store: prune(store, keep=1), 3),
-    "repair": (lambda store: store.fsck(repair=True), 3),
+    "repair": (lambda store: fsck.repair(store), 3),
 }
 
 
@@ -123,8 +124,8 @@ def test_an_error_of_the_disk_at_any_step(store, tmp_path, name, number, caplog)
         if expected == after != now or name == "prune":
             assert "for now: cannot write" in caplog.text or "may take it back" in caplog.text or expected == now
         assert learn(Generations(root), 6.0).parent == got.number
-        assert {one.severity for one in Generations(root).fsck(repair=True)} <= {"note", "leftover", "damage"}
-        assert not [one for one in Generations(root).fsck() if one.severity != "note"]
+        assert {one.severity for one in fsck.repair(Generations(root))} <= {"note", "leftover", "damage"}
+        assert not [one for one in fsck.check(Generations(root)) if one.severity != "note"]
     assert at >= 4
     assert done >= 1
     assert told
@@ -170,13 +171,13 @@ def test_a_disk_that_is_really_full(small_disk):
         with pytest.raises(EnvironmentUnfitError, match=r"the disk is full|bytes of free disk"):
             call()
     assert contents(store.current()) == state(float(now))
-    assert not [one for one in store.fsck() if one.severity == "damage"]
+    assert not [one for one in fsck.check(store) if one.severity == "damage"]
     assert len(prune(store, keep=2).generations) == now - 3
     assert (store.current().number, len(store.numbers())) == (now, 3)
     assert learn(store, 60.0).number == now + 1
-    assert store.fsck(repair=True) == []
+    assert fsck.repair(store) == []
     assert subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=False).returncode == 0
-    for call in (lambda: learn(store, 70.0), lambda: prune(store), lambda: store.fsck(repair=True)):
+    for call in (lambda: learn(store, 70.0), lambda: prune(store), lambda: fsck.repair(store)):
         with pytest.raises((EnvironmentUnfitError, InputError), match=r"[Rr]ead-only"):
             call()
     assert contents(store.current()) == state(60.0)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import store_standins
 
+from device_runtime.store import fsck
 from device_runtime.store.generations import Generations
 from ssd_edge import files
 from ssd_edge.errors import EnvironmentUnfitError, InputError
@@ -27,13 +28,13 @@ def _quick(monkeypatch):
 def store(tmp_path):
     """1.0 → 2.0 → 3.0; nothing is wrong with it."""
     store = STORE["three"](tmp_path / "root")
-    assert store.fsck() == []
+    assert fsck.check(store) == []
     return store
 
 
 def only(store: Generations, repair: bool = False) -> tuple[str, str, str, bool]:
     """The one finding."""
-    (found,) = store.fsck(repair)
+    (found,) = (fsck.repair if repair else fsck.check)(store)
     return found.path, found.severity, found.problem, found.repaired
 
 
@@ -44,7 +45,7 @@ def snapshot(root: Path) -> dict[str, bytes]:
 def test_an_empty_root(tmp_path):
     for repair in (False, True):
         with pytest.raises(InputError, match="no bundle is installed in"):
-            Generations(tmp_path / "root").fsck(repair)
+            (fsck.repair if repair else fsck.check)(Generations(tmp_path / "root"))
     assert not (tmp_path / "root").exists()
 
 
@@ -56,13 +57,13 @@ def test_a_damaged_pointer_is_written_anew(store, damage):
     assert only(store) == (*told, False)
     assert snapshot(store.root) == before
     assert only(store, repair=True) == (*told, True)
-    assert (store.current().number, store.current().fallback, store.fsck()) == (3, "", [])
+    assert (store.current().number, store.current().fallback, fsck.check(store)) == (3, "", [])
     assert store.journal()[-1]["event"] == "repaired"
 
 
 def test_the_best_generation_becomes_current(store):
     flip(store.folder(3) / "learner.safetensors")
-    found = {(one.path, one.severity, one.repaired) for one in store.fsck(repair=True)}
+    found = {(one.path, one.severity, one.repaired) for one in fsck.repair(store)}
     assert found == {("CURRENT", "damage", True), ("generations/000003", "damage", False)}
     assert (store.current().number, store.current().fallback) == (2, "")
     path, severity, problem, repaired = only(store)
@@ -84,7 +85,7 @@ def test_pointer_and_journal_lost(store):
     (store.root / "journal.jsonl").unlink()
     with pytest.raises(InputError, match="no bundle is installed"):
         store.current()
-    repaired = {one.path: one.repaired for one in store.fsck(repair=True)}
+    repaired = {one.path: one.repaired for one in fsck.repair(store)}
     assert repaired.pop("CURRENT")
     assert sorted(repaired) == [f"generations/00000{number}" for number in (1, 2, 3)]
     assert value(store.current()) == 3.0
@@ -94,7 +95,7 @@ def test_nothing_intact_is_left_alone(store):
     for number in store.numbers():
         flip(store.folder(number) / "generation.json")
     before = snapshot(store.root)
-    assert not any(one.repaired for one in store.fsck(repair=True))
+    assert not any(one.repaired for one in fsck.repair(store))
     assert snapshot(store.root) == before
 
 
@@ -108,8 +109,8 @@ def test_leftovers_go_and_strange_files_stay(store):
     (store.root / unused).write_bytes(b"cut")
     names = {name.removesuffix("/x") for name in leftovers}
     wanted = {(name, "leftover", True) for name in (*names, unused)} | {(name, "note", False) for name in strange}
-    assert {(one.path, one.severity, one.repaired) for one in store.fsck(repair=True)} == wanted
-    assert {one.path for one in store.fsck()} == set(strange)
+    assert {(one.path, one.severity, one.repaired) for one in fsck.repair(store)} == wanted
+    assert {one.path for one in fsck.check(store)} == set(strange)
 
 
 def test_an_unused_backbone_stays_while_a_generation_is_unreadable(store):
@@ -117,7 +118,7 @@ def test_an_unused_backbone_stays_while_a_generation_is_unreadable(store):
     flip(store.folder(1) / "generation.json")
     flip(store.folder(2) / "generation.json")
     flip(store.folder(3) / "generation.json")
-    store.fsck(repair=True)
+    fsck.repair(store)
     assert len(store.backbones()) == 2
 
 
@@ -128,33 +129,33 @@ def test_a_damaged_backbone_is_refused_with_the_fix(store, damage):
     assert (path.split("/")[0], severity, repaired) == ("backbones", "damage", False)
     assert f"run: ssd-edge device install BUNDLE --root {store.root}; generations that need it: 1, 2, 3" in problem
     install(store, 4.0)
-    assert store.fsck() == []
+    assert fsck.check(store) == []
 
 
 def test_a_cut_journal(store):
     path = store.root / "journal.jsonl"
     os.truncate(path, path.stat().st_size - 5)
-    found = [(one.severity, one.problem, one.repaired) for one in store.fsck(repair=True)]
+    found = [(one.severity, one.problem, one.repaired) for one in fsck.repair(store)]
     assert found[0] == ("leftover", "a cut has ended line 3 early", True)
     # a generation that is current, and for all the journal says has never been made
     assert found[1] == ("leftover", "it lacks that generation 3 is current", True)
     assert [(event["seq"], event["event"]) for event in store.journal()][2:] == [(3, "recovered")]
-    assert store.fsck() == []
+    assert fsck.check(store) == []
 
 
 def test_a_damaged_journal(store):
     path = store.root / "journal.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"{" + lines[1] + lines[2])
-    unknown, first, second = store.fsck(repair=True)
+    unknown, first, second = fsck.repair(store)
     assert (unknown.path, unknown.severity) == ("generations/000002", "note")
     unreadable = "cannot read line 2; states are not affected"
     assert (first.severity, first.problem, first.repaired) == ("damage", unreadable, True)
     lost = "events 2 to 2 are lost; states are not affected"
     assert (second.severity, second.problem, second.repaired) == ("note", lost, False)
-    assert [one.problem for one in store.fsck()][1:] == [lost]
+    assert [one.problem for one in fsck.check(store)][1:] == [lost]
     path.write_bytes(lines[0] + lines[2] + lines[1])
-    problems = [one.problem for one in store.fsck()]
+    problems = [one.problem for one in fsck.check(store)]
     assert "event 2 comes after event 3: someone has changed the file" in problems
 
 
@@ -179,7 +180,7 @@ def test_a_generation_that_a_cut_kept_from_becoming_current(store, monkeypatch):
 def test_the_folder_of_engines(store):
     folder = store.root / "engines"
     folder.mkdir(mode=0o700)
-    assert store.fsck() == []
+    assert fsck.check(store) == []
     for mode, severity in ((0o750, "note"), (0o770, "damage")):
         folder.chmod(mode)
         told = f"its mode is {mode:o}, not 700; remove it: engines are built again"
@@ -193,7 +194,7 @@ def test_repair_waits_for_nobody(store):
     other = Generations(store.root)
     with store.writer():
         with pytest.raises(EnvironmentUnfitError, match="another process is writing"):
-            other.fsck(repair=True)
+            fsck.repair(other)
         with pytest.raises(RuntimeError, match="repair outside of"):
-            store.fsck(repair=True)
-        assert other.fsck() == []
+            fsck.repair(store)
+        assert fsck.check(other) == []

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import store_standins
 
+from device_runtime.store import fsck
 from device_runtime.store.generations import Generations
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
@@ -193,7 +194,7 @@ def test_what_cannot_be_read_now_is_not_damaged(store, monkeypatch, name, number
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    for call in (store.current, lambda: prune(store), lambda: store.fsck(repair=True), lambda: learn(store, 9.0)):
+    for call in (store.current, lambda: prune(store), lambda: fsck.repair(store), lambda: learn(store, 9.0)):
         with pytest.raises(EnvironmentUnfitError, match=f"{name} cannot be read: .*; that does not mean damage"):
             call()
     monkeypatch.undo()

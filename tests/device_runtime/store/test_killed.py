@@ -30,6 +30,7 @@ from helpers import store_standins
 from device_runtime.device import Device
 from device_runtime.install import bundle
 from device_runtime.learning.guard import Limits
+from device_runtime.store import fsck
 from device_runtime.store.generations import Generations
 from device_runtime.store.journal import Journal
 from ssd_edge import files
@@ -224,7 +225,7 @@ def examine(root: Path, before: dict[int, dict[str, bytes]], action: str, after:
     assert leftovers(root) == []
     assert journal.is_whole()
     assert None not in [event for _, event in journal.lines()]
-    assert {one.severity for one in store.fsck()} <= {"note"}
+    assert {one.severity for one in fsck.check(store)} <= {"note"}
     return inside, now.number
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 
 from device_runtime.device import Device
 from device_runtime.install import bundle
+from device_runtime.store import fsck
 from device_runtime.store.generations import Generations
 from device_runtime.store.journal import Journal
 from ssd_edge import files
@@ -111,7 +112,7 @@ class Box:
         journal = Journal(root / "journal.jsonl")
         assert journal.is_whole()
         assert None not in [event for _, event in journal.lines()]
-        assert {one.severity for one in device.store.fsck()} <= {"note"}
+        assert {one.severity for one in fsck.check(device.store)} <= {"note"}
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,7 @@ def test_asked_to_end(box, tmp_path):
             assert "Traceback" not in told or "atexit" in told, told  # PyTorch's own tidying up can be interrupted
         assert code != 0 or number == box.after[verb][0]
         assert leftovers(root) == []
-        assert not any("a cut came before" in one.problem for one in Generations(root).fsck())
+        assert not any("a cut came before" in one.problem for one in fsck.check(Generations(root)))
         box.go_on(root, number)
     print(f"(verb, generation, exit code): {outcomes}")
 
@@ -235,7 +236,7 @@ def test_asked_to_end_at_any_step(box, tmp_path, monkeypatch, verb):
                 code = 0
         outcomes.add((box.examine(verb, root), code))
         assert leftovers(root) == [], at
-        assert not any("a cut came before" in one.problem for one in Generations(root).fsck()), at
+        assert not any("a cut came before" in one.problem for one in fsck.check(Generations(root))), at
         shutil.rmtree(root)
         if next(steps) <= at:
             break

@@ -10,8 +10,9 @@ from helpers import store_standins
 from device_runtime.device import Device
 from device_runtime.install import bundle
 from device_runtime.learning.state import Knowledge
-from device_runtime.store import pruning
-from device_runtime.store.generations import Generation, Generations
+from device_runtime.store import generations
+from device_runtime.store.generations import Generations
+from device_runtime.store.record import Generation
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError
 
 STORE = vars(store_standins)
@@ -84,7 +85,7 @@ def test_what_is_damaged_while_it_is_read_is_damaged(store):
 def test_a_device_that_is_overtaken_while_it_reads(tiny_bundle, tmp_path, monkeypatch, caplog, refresh):
     """Another process commits, and prunes what is being read: no warning, and no stand-in."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setattr(pruning, "KEEP", 1)
+    monkeypatch.setattr(generations, "KEEP", 1)
     (tmp_path / "tiny.ssdedge").write_bytes(tiny_bundle())
     root = tmp_path / "root"
     bundle.install(root, tmp_path / "tiny.ssdedge")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import store_standins
 
+from device_runtime.store import fsck
 from device_runtime.store.generations import Generations
 from ssd_edge import files
 from ssd_edge.errors import InputError
@@ -34,7 +35,7 @@ ACTIONS: list[tuple[str, Callable[[Generations], object]]] = [
     ("learn", lambda store: learn(store, 5.0)),
     ("prune", lambda store: prune(store, keep=1)),
     ("learn", lambda store: learn(store, 6.0)),
-    ("repair", lambda store: store.fsck(repair=True)),
+    ("repair", lambda store: fsck.repair(store)),
 ]
 
 
@@ -174,7 +175,7 @@ def test_whatever_the_medium_kept_is_a_committed_generation(recorder, tmp_path):
                 opened_as.append(got.number)
                 following = learn(survivor, 9.0)
                 assert following.number > max(got.number, max(survivor.numbers()[:-1]))
-                damage = [one for one in survivor.fsck() if one.severity != "note"]
+                damage = [one for one in fsck.check(survivor) if one.severity != "note"]
                 assert not [one for one in damage if "no generation refers" not in one.problem], name
         finally:
             files.fault_hook, os.fsync = hook, fsync
