@@ -55,7 +55,7 @@ class Knowledge:
     def contents(self) -> dict[str, bytes]:
         """File name → bytes, for `Generations.commit`; `read` is the inverse, bit for bit."""
         arrays = {name: tensor.numpy() for name, tensor in self.statistics.state().items()}
-        contents = {
+        return {
             "learner.safetensors": files.tensor_bytes(*learners.pack(self.learner)),
             "statistics.safetensors": files.tensor_bytes(arrays),
             "unknown.safetensors": files.tensor_bytes(self.rejector.state()),
@@ -64,10 +64,6 @@ class Knowledge:
             "probe.safetensors": self.probe,
             "MODEL_CARD.md": self.card,
         }
-        table = learners.top_n_table(self.learner)
-        if table is not None:
-            contents["top_n.safetensors"] = files.tensor_bytes(table, {"learner": self.learner.name})
-        return contents
 
     def replace(self, **parts: Any) -> Knowledge:
         """With other parts in place of some."""

@@ -31,12 +31,11 @@ ROLES = {  # role -> the name of its entry
     "learner": "learner.safetensors",
     "statistics": "statistics.safetensors",
     "probe": "probe.safetensors",
-    "top_n": "top_n.safetensors",
     "head": "head.onnx",
     "classes": "classes.json",
     "card": "MODEL_CARD.md",
 }
-OPTIONAL_ROLES = frozenset({"top_n", "head"})
+OPTIONAL_ROLES = frozenset({"head"})
 
 # The reason of each limit is in docs/bundle.md.
 MAX_JSON_BYTES = 2 * 2**20

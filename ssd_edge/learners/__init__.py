@@ -9,7 +9,6 @@ from ssd_edge.learners.registry import (
     restore,
     settings_class,
     settings_of,
-    top_n_table,
 )
 from ssd_edge.learners.removal import without_rows
 
@@ -24,6 +23,5 @@ __all__ = [
     "restore",
     "settings_class",
     "settings_of",
-    "top_n_table",
     "without_rows",
 ]

@@ -136,14 +136,3 @@ def restore(
         raise BundleRefusedError(f"the learner's state does not say what it is ({error}); restore the file") from error
     learner.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
     return learner
-
-
-def top_n_table(learner: Learner) -> dict[str, np.ndarray] | None:
-    """The Top-n table as arrays (uint32 indices, float32 frequencies); None where a learner has none."""
-    table = getattr(learner, "top_n", None)
-    if table is None:
-        return None
-    return {
-        "indices": table.indices.numpy().astype(np.uint32),
-        "frequencies": table.frequencies.numpy().astype(np.float32),
-    }

@@ -78,9 +78,6 @@ def emptied(run: FinishedRun, priors: Priors) -> FinishedRun:
     learner = learners.build(options, run.learner.dim, priors, described["seed"])
     statistics = {name: tensor.numpy() for name, tensor in ClassStatistics(learner.dim).state().items()}
     states = {"learner": files.tensor_bytes(*learners.pack(learner)), "statistics": files.tensor_bytes(statistics)}
-    table = learners.top_n_table(learner)
-    if table is not None:
-        states["top_n"] = files.tensor_bytes(table, {"learner": learner.name})
     return dataclasses.replace(run, registry=ClassRegistry(), learner=learner, states=states)
 
 
@@ -101,8 +98,7 @@ def read(folder: Path) -> FinishedRun:
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder} is not a complete run: {', '.join(missing)} missing; restore or train again")
-    roles = [role for role in ("learner", "statistics", "top_n") if (folder / bundle.ROLES[role]).is_file()]
-    states = {role: files.read_bytes(folder / bundle.ROLES[role]) for role in roles}
+    states = {role: files.read_bytes(folder / bundle.ROLES[role]) for role in ("learner", "statistics")}
     record = _read_object(folder / "run.json", {**RECORD, "finished": str})
     try:
         time.strptime(record["finished"], TIME)
@@ -144,8 +140,6 @@ def _check_together(state: FinishedRun) -> None:
             f"{state.folder}: the learner has {len(learner.seen)} classes and embeddings of {learner.dim}, but "
             f"classes.json and backbone.json say {classes} and {dim}; restore the files of one run"
         )
-    if learners.top_n_table(learner) is not None and "top_n" not in state.states:
-        raise InputError(f"{state.folder} is not a complete run: top_n.safetensors missing; restore or train again")
     path = state.folder / "statistics.safetensors"
     arrays, _ = files.parse_tensors(state.states["statistics"], str(path))
     schema = {

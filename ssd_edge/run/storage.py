@@ -7,7 +7,7 @@ runs/<n>/config.yaml              the resolved configuration
          classes.json             class registry by learner row
          progress.json            per system: accuracies so far, seconds, the checkpoint that goes with them
          checkpoints/             the newest state of each system that is not finished
-         metrics.json report.html learner.safetensors top_n.safetensors statistics.safetensors
+         metrics.json report.html learner.safetensors statistics.safetensors
          standardisation.safetensors   mu, sigma of a user's ONNX backbone, from the first task
 ```
 Each file is replaced atomically, and `progress.json` only after the checkpoint that it names, so a run that

@@ -257,9 +257,6 @@ class Run:
         """Write what a deployment and an evaluation need."""
         prepared, folder = self.prepared, self.folder
         files.write_tensors(folder / "learner.safetensors", *state)
-        table = learners.top_n_table(learner)
-        if table is not None:
-            files.write_tensors(folder / "top_n.safetensors", table, {"learner": learner.name})
         statistics = ClassStatistics(prepared.train.shape[1])
         statistics.add(prepared.train, prepared.train_rows)
         arrays = {name: tensor.numpy() for name, tensor in statistics.state().items()}

@@ -96,9 +96,6 @@ def write_run(folder: Path, config: TrainConfig, embedder: Embedder) -> Path:
         learner.learn(learners.Task(vectors[chosen], rows[chosen]))
     storage.write_config(folder, config)
     files.write_tensors(folder / "learner.safetensors", *learners.pack(learner))
-    table = learners.top_n_table(learner)
-    if table is not None:
-        files.write_tensors(folder / "top_n.safetensors", table)
     statistics = ClassStatistics(embedder.dim)
     statistics.add(vectors, rows)
     state = {name: tensor.numpy() for name, tensor in statistics.state().items()}
@@ -164,7 +161,7 @@ def package_run(package_folder: Path, package: BackbonePackage, tmp_path_factory
     tree = {
         "data": {"path": "digits", "classes": ["1", "3", "4"], "max_per_class": 40},
         "backbone": {"path": str(package_folder)},
-        "learner": {"name": "landmark", "directions": 60, "top_n": 10},
+        "learner": {"name": "landmark", "directions": 60},
     }
     embedder = TorchEmbedder(package, torch.device("cpu"))
     return write_run(tmp_path_factory.mktemp("runs") / "1", parse(TrainConfig, tree), embedder)

@@ -88,7 +88,7 @@ def test_bundle_and_run_predict_the_same(deployed, package_run, package):
 def test_states_are_those_of_the_run_byte_for_byte(deployed, package_run):
     read = bundle.read(deployed[0])
     assert set(read.roles) == set(bundle.ROLES) - {"head"}
-    for role in ("learner", "statistics", "top_n"):
+    for role in ("learner", "statistics"):
         assert read.read(role) == (package_run / bundle.ROLES[role]).read_bytes()
 
 
@@ -120,7 +120,6 @@ def test_a_users_backbone_is_standardised_in_the_graph(onnx_run, tmp_path):
     path = tmp_path / "own.ssdedge"
     returned = quietly(onnx_run, path)
     read = bundle.read(path)
-    assert "top_n" not in read.roles  # NCM has none
     images = digits(onnx_run, 8)
     arrays, _ = files.read_tensors(onnx_run / "standardisation.safetensors")
     wanted = (OnnxEmbedder(storage.open_folder(onnx_run).backbone).embed(images) - arrays["mu"]) / arrays["sigma"]
@@ -182,12 +181,6 @@ def test_an_unfinished_run_is_refused_with_the_command_that_finishes_it(own_run,
 def test_a_run_without_one_of_its_files_is_refused_by_name(own_run, tmp_path, name):
     (own_run / name).unlink()
     refused(own_run, tmp_path / "b", f"is not a complete run: {name} missing")
-
-
-def test_a_learner_with_a_top_n_table_needs_it(package_run, tmp_path):
-    copy = shutil.copytree(package_run, tmp_path / "run")
-    (copy / "top_n.safetensors").unlink()
-    refused(copy, tmp_path / "b", "is not a complete run: top_n.safetensors missing")
 
 
 def test_without_its_standardisation_it_is_refused(own_run, tmp_path):

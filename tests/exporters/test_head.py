@@ -35,7 +35,7 @@ ROUNDING = 2e-5
 PERCEPTRON = {"neurons": 20, "epochs": 3, "batch": 16}
 SMALL = {"neurons": 48, "k": 4, "epochs": 3, "batch": 16}
 CASES: dict[str, dict[str, Any]] = {
-    "landmark": {"top_n": 10},
+    "landmark": {},
     "landmark, fewer directions": {"directions": 7},
     "landmark, random keys": {"directions": 40, "keys": "random"},
     "ssd": SMALL,

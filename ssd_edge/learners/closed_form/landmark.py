@@ -20,10 +20,9 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import Progress, Task, TensorSpec
+from ssd_edge.learners.base import TensorSpec
 from ssd_edge.learners.closed_form.linear import PER_CLASS, LinearLearner
 from ssd_edge.learners.closed_form.sums import gaussian_readout, likeliest_weight, ridge_strength, signal_scale
-from ssd_edge.learners.gradient.distillation import TopNTable, select
 from ssd_edge.learners.gradient.network import prepare, respond, unit_rows
 from ssd_edge.learners.priors import Priors
 
@@ -32,7 +31,6 @@ from ssd_edge.learners.priors import Priors
 RANDOM_GAIN, OF_VARIANCE, FLOOR = 0.5, 0.003, 0.001
 DIRECTIONS, TINY, ROUNDING = 900, 1e-12, 4e-7
 SHIPPED = ("keys", "mean", "projection", "signal", "gain")
-ANSWERING = 0.1  # share of the neurons that count as answering a sample: those nearest to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +45,11 @@ class Settings:
     prior_weight: float = setting(
         0.0, "samples that the expected spread counts for beside those seen; 0: in closed form", minimum=0.0
     )
-    top_n: int = setting(100, "neurons listed in the Top-n table", minimum=1)
     per_class: bool = setting(False, PER_CLASS)
 
 
 class Landmark(LinearLearner):
-    """Landmark responses along n directions; values solved in closed form.
-
-    Attributes:
-        frequencies: share of the last task's samples to which each neuron was among the nearest tenth, ``(r,)``. They
-            describe that task alone, so removing a class leaves them, and merging takes over none of the other
-            learner's.
-    """
+    """Landmark responses along n directions; values solved in closed form."""
 
     name: ClassVar[str] = "landmark"
     display: str = "landmark"
@@ -88,7 +79,6 @@ class Landmark(LinearLearner):
         self.directions = len(self.shipped["signal"]) if self.shipped else settings.directions or DIRECTIONS
         super().__init__(dim, settings, priors, seed, device)
         self._prepare()
-        self.frequencies = torch.zeros(len(self.keys))
         if landmarks is None and settings.keys == "pretrained":
             self.note = "the backbone brings no landmarks; random keys are used"
 
@@ -109,13 +99,7 @@ class Landmark(LinearLearner):
 
     def features(self, embeddings: Tensor) -> Tensor:
         """Activity along the directions, ``(N, n)``."""
-        return self._along(self._cosines(embeddings))
-
-    def _cosines(self, embeddings: Tensor) -> Tensor:
-        return prepare(embeddings, None) @ self.keys.T
-
-    def _along(self, cosines: Tensor) -> Tensor:
-        response = respond(cosines, self.gain)
+        response = respond(prepare(embeddings, None) @ self.keys.T, self.gain)
         return (response - self.mean) @ self.projection if self.shipped else response
 
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -154,23 +138,6 @@ class Landmark(LinearLearner):
             weight = max(weight, likeliest_weight(scatter, freedom, prior))
         return weight
 
-    def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
-        self.answered = torch.zeros(len(self.keys))
-        measured = super()._learn(task, progress)
-        self.frequencies = self.answered / len(task.labels)
-        return measured
-
-    def observe(self, embeddings: Tensor) -> Tensor:
-        cosines, nearest = self._cosines(embeddings), max(1, round(ANSWERING * len(self.keys)))
-        chosen = cosines.topk(nearest, dim=1, sorted=False).indices.flatten()
-        self.answered += torch.bincount(chosen, minlength=len(self.answered)).cpu()
-        return self._along(cosines)
-
-    @property
-    def top_n(self) -> TopNTable:
-        """The neurons that answered most often in the last task."""
-        return select(self.frequencies, min(self.settings.top_n, len(self.frequencies)))
-
     def _common(self) -> dict[str, Any]:
         words = {"keys": "the landmarks", "mean": "the landmarks' mean response", "projection": "the directions",
                  "signal": "the directions' signal", "gain": "the landmarks' gain"}  # fmt: skip
@@ -182,10 +149,7 @@ class Landmark(LinearLearner):
         }
 
     def schema(self) -> dict[str, TensorSpec]:
-        own = {
-            **super().schema(),
-            "frequencies": TensorSpec(("r",), "float32", "how often each neuron answered in the last task"),
-        }
+        own = super().schema()
         if not self.shipped:
             return own
         n = self.directions
@@ -209,10 +173,9 @@ class Landmark(LinearLearner):
         super().load_state_dict(state)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {**super()._tensors(), **self.shipped, "frequencies": self.frequencies}
+        return {**super()._tensors(), **self.shipped}
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         super()._load(tensors)
-        self.frequencies = tensors["frequencies"]
         self.shipped = {name: tensors[name] for name in self.shipped}
         self._prepare()

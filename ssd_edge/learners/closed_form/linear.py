@@ -60,10 +60,6 @@ class LinearLearner(Learner):
         """Features ``(N, F)`` of embeddings ``(N, D)``."""
         return embeddings
 
-    def observe(self, embeddings: Tensor) -> Tensor:
-        """`features` of a part of the task that is being learned."""
-        return self.features(embeddings)
-
     @abc.abstractmethod
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Values ``(F, C)`` and biases ``(C,)`` from the statistics, and measurements."""
@@ -72,7 +68,7 @@ class LinearLearner(Learner):
         self.statistics.grow(int(task.labels.max()) + 1)
         for start in range(0, len(task.labels), BATCH):
             part = slice(start, start + BATCH)
-            features = self.observe(task.embeddings[part].to(self.device))
+            features = self.features(task.embeddings[part].to(self.device))
             self.statistics.add(features, task.labels[part])
             progress(0.9 * start / len(task.labels))
         measured = self._update()

@@ -283,11 +283,6 @@ class SSD(SDMLPLearner):
         self.kept = now
 
     # ── the state ────────────────────────────────────────────────────────────────────────────────────
-    @property
-    def top_n(self) -> TopNTable:
-        """The neurons of the top layer that the next task distils."""
-        return TopNTable(self.tables[-1].indices.cpu(), self.tables[-1].frequencies.cpu())
-
     def schema(self) -> dict[str, TensorSpec]:
         r, settings, schema = self.settings.neurons, self.settings, super().schema()
         for layer in range(settings.layers):

@@ -20,7 +20,7 @@ from ssd_edge.learners.priors import Priors
 DIM, OLD, EACH = 24, 5, 80
 KNOWN = ("cup", "nut", "screw", "plug", "fuse")
 NETWORK = {"epochs": 20, "neurons": 100}
-SMALL = {"directions": 60, "top_n": 50}
+SMALL = {"directions": 60}
 LEARNERS = ({"name": "ncm"}, {"name": "slda"}, {"name": "landmark", **SMALL}, {"name": "finetune", **NETWORK})
 
 

@@ -71,8 +71,8 @@ def test_a_generation_is_what_was_committed(root):
     assert now.registry.names == ["cup"]
     assert store.backbone_path(now.backbone).read_bytes() == BACKBONE
     assert (store.get(1).parent, store.get(1).origin) == (None, "install")
-    with pytest.raises(InputError, match=r"has no file 'top_n\.safetensors'; it has: classes\.json, lear"):
-        now.read("top_n.safetensors")
+    with pytest.raises(InputError, match=r"has no file 'probe\.safetensors'; it has: classes\.json, lear"):
+        now.read("probe.safetensors")
     flip(now.path / "learner.safetensors")
     with pytest.raises(BundleRefusedError, match=r" is damaged: its sha256 is \w{12}…, not \w{12}…"):
         now.tensors("learner.safetensors")

@@ -76,7 +76,7 @@ def test_student_keeps_the_backbone_and_changes_the_keys(made: Path, shapes: Pat
 
 def test_a_run_uses_the_package(made: Path, shapes: Path, cli, tmp_path: Path) -> None:
     cli(
-        "train", f"data.path={shapes}", f"backbone.path={made}", "learner.directions=20", "learner.top_n=8",
+        "train", f"data.path={shapes}", f"backbone.path={made}", "learner.directions=20",
         "run.panel=false", "run.baselines=false", f"run.out={tmp_path}",
     )  # fmt: skip
     backbone = json.loads((tmp_path / "1" / "backbone.json").read_text())

@@ -84,8 +84,8 @@ def test_every_role_is_there_once_under_its_name(refusal):
     assert "it has no entry with the role 'statistics' (statistics.safetensors)" in message
     message = refusal(hand.with_entry("more.safetensors", hand.vector(0.0), "learner"))
     assert "learner.safetensors and more.safetensors have one role, 'learner'" in message
-    message = refusal(hand.with_entry("table.safetensors", hand.vector(0.0), "top_n"))
-    assert "its entry table.safetensors has the role 'top_n', but that is of top_n.safetensors" in message
+    message = refusal(hand.with_entry("table.safetensors", hand.vector(0.0), "head"))
+    assert "its entry table.safetensors has the role 'head', but that is of head.onnx" in message
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])

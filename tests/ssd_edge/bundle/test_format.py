@@ -62,7 +62,7 @@ def test_zipfile_and_unzip_open_it(tmp_path):
 def test_what_is_packed_is_read(tmp_path):
     manifest, entries = parts()
     table = files.tensor_bytes({"indices": np.arange(3, dtype=np.uint32)}, {"n": 3})
-    entries["top_n.safetensors"] = ("top_n", table)
+    entries["table.safetensors"] = ("table", table)
     entries["calibration/notes.txt"] = ("notes", b"")
     manifest["learner"]["since"] = "a key that version 1 does not know"
     data = bundle.pack(manifest, entries)
@@ -78,7 +78,7 @@ def test_what_is_packed_is_read(tmp_path):
     assert got.read("backbone") == hand.onnx()
     assert got.signature is None
     assert got.roles["notes"] == "calibration/notes.txt"
-    arrays, metadata = got.tensors("top_n")
+    arrays, metadata = got.tensors("table")
     assert (arrays["indices"].tolist(), metadata) == ([0, 1, 2], {"n": 3})
     assert os.listdir(path.parent) == ["robot.ssdedge"]
     with pytest.raises(InputError, match="no entry for 'notes2'; it has: card, backbone, notes, cl"):

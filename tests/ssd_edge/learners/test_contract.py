@@ -13,7 +13,7 @@ from helpers.small_landmarks import landmarks
 from numpy.typing import NDArray
 
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.learners import LEARNERS, Learner, Task, build, pack, restore, top_n_table
+from ssd_edge.learners import LEARNERS, Learner, Task, build, pack, restore
 from ssd_edge.learners.base import BASE_SCHEMA
 from ssd_edge.learners.priors import Priors
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DIM = 12
 SMALL = {"neurons": 48, "k": 4, "epochs": 3, "batch": 16}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "landmark": {"name": "landmark", "directions": 15, "top_n": 10},
+    "landmark": {"name": "landmark", "directions": 15},
     "ssd": {"name": "ssd", **SMALL},
     "sdmlp": {"name": "sdmlp", **SMALL},
     "finetune": {"name": "finetune", "neurons": 20, "epochs": 3, "batch": 16},
@@ -58,8 +58,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fecam": {"name": "fecam"},
     "flymodel": {"name": "flymodel", "neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
     "slda by class": {"name": "slda", "per_class": True},
-    "ssd, random keys": {"name": "landmark", "directions": 40, "top_n": 10, "keys": "random"},
-    "ssd by class": {"name": "landmark", "directions": 20, "top_n": 10, "per_class": True},
+    "ssd, random keys": {"name": "landmark", "directions": 40, "keys": "random"},
+    "ssd by class": {"name": "landmark", "directions": 20, "per_class": True},
 }  # fmt: skip
 RANDOM = ("landmark", "ssd", "sdmlp", "finetune", "lwf", "icarl", "ranpac", "flymodel")
 
@@ -369,24 +369,6 @@ def test_unknown_learner(options: dict[str, Any]) -> None:
 def test_unknown_setting() -> None:
     with pytest.raises(InputError, match=r"unknown key 'learner.direction'. Did you mean 'directions'"):
         build({"name": "landmark", "direction": 5}, DIM, Priors())
-
-
-# ── the Top-n table ──────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("case", OPTIONS)
-def test_top_n_table(case: str) -> None:
-    learner = make(case)
-    learner.learn(task((0, 1)))
-    table = top_n_table(learner)
-    if OPTIONS[case]["name"] not in ("landmark", "ssd"):
-        assert table is None
-        return
-    assert table["indices"].dtype == np.uint32
-    assert table["frequencies"].dtype == np.float32
-    assert table["indices"].shape == table["frequencies"].shape == (10 if OPTIONS[case]["name"] == "landmark" else 4,)
-    assert len(set(table["indices"].tolist())) == len(table["indices"])
-    assert 0 < table["frequencies"].max() <= 1
 
 
 @pytest.mark.parametrize("name", ["ncm", "slda", "ridge", "ranpac", "fecam", "flymodel", "landmark"])

@@ -55,7 +55,7 @@ CLOSED: dict[str, dict[str, Any]] = {
             ("slda", {}),
             ("ridge", {}),
             ("ranpac", {"features": 30}),
-            ("landmark", {"directions": 20, "top_n": 5}),
+            ("landmark", {"directions": 20}),
         )
         for per_class in (False, True)
     },

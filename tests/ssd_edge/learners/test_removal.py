@@ -25,7 +25,7 @@ BY_CLASS: dict[str, dict[str, Any]] = {
     "slda": {"name": "slda", "per_class": True},
     "ridge": {"name": "ridge", "per_class": True},
     "ranpac": {"name": "ranpac", "features": 40, "per_class": True},
-    "landmark": {"name": "landmark", "directions": 40, "top_n": 10, "per_class": True},
+    "landmark": {"name": "landmark", "directions": 40, "per_class": True},
     "fecam": {"name": "fecam"},
     "flymodel": {"name": "flymodel", "neurons": 60, "inputs_per_neuron": 4, "active": 0.1, "lr": 0.03},
 }
@@ -376,14 +376,6 @@ def test_learners_of_other_priors_kinds_or_sizes_are_not_merged() -> None:
 def test_rows_that_do_not_fit_the_other_learner(rows: list[Any]) -> None:
     with pytest.raises(InputError, match="a row of at least 0 for each of the other learner's 4 rows, but was given"):
         make("ncm").merge(taught("ncm", STREAM), torch.tensor(rows))
-
-
-def test_the_table_of_ssd_describes_the_own_last_task_whatever_is_edited() -> None:
-    learner = taught("landmark", STREAM[:1])
-    before = learner.frequencies.clone()
-    learner.merge(taught("landmark", STREAM[1:]))
-    learner.remove(0)
-    assert torch.equal(learner.frequencies, before)
 
 
 # ── subtracting ──────────────────────────────────────────────────────────────────────────────────────

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIM = 16
 CLOSED_FORM: list[dict[str, Any]] = [
-    {"name": "landmark", "directions": 60, "top_n": 10},
+    {"name": "landmark", "directions": 60},
     {"name": "ncm"},
     {"name": "slda"},
     {"name": "ridge"},
@@ -210,7 +210,7 @@ def test_random_features_separate_what_is_not_linear() -> None:
 
 def few_beside_many(few: int, spread: float) -> tuple[Learner, Tensor, Tensor]:
     """Four classes of 2000 images, then one of a few; the learner, and unseen images of all five."""
-    learner = build({"name": "landmark", "directions": 240, "top_n": 10}, DIM, Priors())
+    learner = build({"name": "landmark", "directions": 240}, DIM, Priors())
     learner.learn(gaussians(dict.fromkeys(range(4), 2000), spread, seed=1))
     learner.learn(gaussians({4: few}, spread, seed=2))
     test = gaussians(dict.fromkeys(range(5), 200), spread, seed=3)
@@ -307,18 +307,6 @@ def test_ssd_keeps_two_megabytes_for_ten_classes() -> None:
         learner.statistics.grow(classes)
         learner.values, learner.bias = torch.zeros(900, classes), torch.zeros(classes)
         assert learner.memory_bytes() < most
-
-
-def test_ssd_top_n_are_the_neurons_nearest_to_the_last_task() -> None:
-    learner = build(CLOSED_FORM[0], DIM, Priors())
-    learner.learn(gaussians({0: 50, 1: 50}))
-    last = gaussians({2: 40, 3: 40})
-    learner.learn(last)
-    responses = learner.features(last.embeddings)
-    share = torch.zeros(60).index_add(0, responses.topk(6).indices.flatten(), torch.ones(6 * 80)) / 80
-    best = sorted(range(60), key=lambda j: (-float(share[j]), j))[:10]
-    assert learner.top_n.indices.tolist() == best
-    torch.testing.assert_close(learner.top_n.frequencies, share[best])
 
 
 @pytest.mark.parametrize(
