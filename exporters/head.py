@@ -30,7 +30,6 @@ from ssd_edge.learners.closed_form.ridge import RandomProjectionRidge
 from ssd_edge.learners.gradient.finetune import FineTune, name_of
 from ssd_edge.learners.gradient.icarl import ICaRL
 from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
-from ssd_edge.learners.gradient.topk import decayed_k
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -229,25 +228,18 @@ def _ranpac(graph: _Graph, learner: RandomProjectionRidge, x: str) -> str:
 
 def _sdmlp(graph: _Graph, learner: SDMLPLearner, x: str) -> str:
     net, settings = learner.net, learner.settings
-    if settings.count_in_eval and any(gamma is not None for gamma in net.gammas):
-        raise InputError(
-            f"{learner.display} with learner.count_in_eval answers otherwise after every prediction, which a graph "
-            "cannot do; train with count_in_eval=false, or leave the head out"
-        )
     if settings.shift:
         x = graph.add("Sub", x, graph.scalar(settings.shift))
     below = graph.unit(graph.add("Relu", x))
-    setting = "learner.decay_epochs" if net.epochs_done < net.decay_epochs else "learner.k"
     for number, (layer, gamma) in enumerate(zip(net.layers, net.gammas, strict=True)):
         neurons, label = len(layer.keys), f"_{number}" if number else ""
         if number:
             below = graph.unit(below)
         scores = graph.matmul(below, f"keys{label}", layer.keys.T)
-        k = decayed_k(net.k, neurons, net.epochs_done, net.decay_epochs)
         if net.inhibition == "mask":
-            below = _mask(graph, scores, k, neurons, setting)
+            below = _mask(graph, scores, net.k, neurons, "learner.k")
         else:
-            below = _inhibit(graph, scores, k, neurons, gamma, label, setting)
+            below = _inhibit(graph, scores, net.k, neurons, gamma, label, "learner.k")
     return graph.matmul(below, "values", net.values[:, : graph.classes])
 
 

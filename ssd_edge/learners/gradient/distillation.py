@@ -20,9 +20,9 @@ from torch import Tensor
 from ssd_edge.errors import InputError
 from ssd_edge.learners.gradient.network import SDMLP
 
-Direction = Literal["teacher_student", "student_teacher", "symmetric"]
-HiddenLoss = Literal["kl_softmax", "mse", "normalised_mse", "cosine"]
-Selection = Literal["frequency", "low_entropy", "class_entropy", "random", "all"]
+Direction = Literal["teacher_student", "student_teacher"]
+HiddenLoss = Literal["kl_softmax", "mse"]
+Selection = Literal["frequency", "random", "all"]
 
 SCORES = 2**20  # held at a time in passes over a task: 4 MiB
 
@@ -70,29 +70,10 @@ def parse_top_n(value: str | int | float, k: int, neurons: int) -> int:
     return count
 
 
-def activation_entropy(frequencies: Tensor) -> Tensor:
-    """Eq. 1 per neuron, in nats: H = −p ln p − (1 − p) ln(1 − p), with 0 ln 0 = 0."""
-    return -(torch.xlogy(frequencies, frequencies) + torch.xlogy(1 - frequencies, 1 - frequencies))
-
-
-def class_entropy(class_counts: Tensor) -> Tensor:
-    """Entropy of the classes that activate a neuron, in nats: −Σ_c q_c ln q_c, float64 ``(r,)``.
-
-    0 is a neuron of a single class, ln C one that answers all alike; a dead neuron has 0 too.
-
-    Args:
-        class_counts: activations by class, ``(r, C)``; q are its rows brought to sum 1.
-    """
-    counts = class_counts.double()
-    share = counts / counts.sum(1, keepdim=True).clamp_min(1)
-    return -torch.xlogy(share, share).sum(1)
-
-
 def select(
     frequencies: Tensor,
     n: int,
     rule: Selection = "frequency",
-    class_counts: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> TopNTable:
     """Choose the neurons to distil (Algorithm 1). Ties go to the lower index.
@@ -100,24 +81,16 @@ def select(
     Args:
         frequencies: p, ``(r,)``.
         n: how many.
-        rule: by frequency as in Algorithm 1; or lowest activation entropy (Eq. 1) or lowest class entropy among
-            neurons that were active at all; at random; or all.
-        class_counts: ``(r, C)``, activations by class; needed for ``class_entropy``.
+        rule: by frequency as in Algorithm 1; at random; or all.
         generator: needed for ``random``.
     """
-    neurons, last = len(frequencies), 1e9  # dead neurons come last
+    neurons = len(frequencies)
     if rule == "all":
         indices = torch.arange(neurons, device=frequencies.device)
     elif rule == "random":
         indices = torch.randperm(neurons, generator=generator)[:n].to(frequencies.device)
     else:
-        key = -frequencies
-        if rule == "low_entropy":
-            key = activation_entropy(frequencies) + last * (frequencies == 0)
-        elif rule == "class_entropy":
-            # no count where only another pass or an earlier task saw the neuron active
-            key = class_entropy(class_counts) + last * (class_counts.sum(1) == 0)
-        indices = key.sort(stable=True).indices[:n]
+        indices = (-frequencies).sort(stable=True).indices[:n]
     return TopNTable(indices, frequencies[indices].float())
 
 
@@ -147,15 +120,11 @@ def divergence(
     log_q = (student / temperature).log_softmax(1)
     log_p = (teacher / temperature).log_softmax(1)
     p, q = log_p.exp(), log_q.exp()
-    loss, gradient = student.new_zeros(()), torch.zeros_like(student)
-    share = 0.5 if direction == "symmetric" else 1.0
-    if direction in ("teacher_student", "symmetric"):
-        loss = loss + share * (p * (log_p - log_q)).sum()
-        gradient = gradient + share * (q - p)
-    if direction in ("student_teacher", "symmetric"):
+    if direction == "teacher_student":
+        loss, gradient = (p * (log_p - log_q)).sum(), q - p
+    else:
         each = (q * (log_q - log_p)).sum(1, keepdim=True)
-        loss = loss + share * each.sum()
-        gradient = gradient + share * q * (log_q - log_p - each)
+        loss, gradient = each.sum(), q * (log_q - log_p - each)
     batch = max(1, len(student))
     return temperature**2 * loss / batch, temperature * gradient / batch
 
@@ -166,22 +135,13 @@ def hidden_loss(
     """Distance between the activations of the Top-n neurons, ``(B, n)``, and its gradient.
 
     ``kl_softmax`` is the paper's Eq. 2. Post-Top-K activations are so small that its softmax is almost flat
-    and its gradient nearly nothing; the other kinds show what a stronger term would do.
+    and its gradient nearly nothing; ``mse`` shows what a stronger term would do.
     """
     if kind == "kl_softmax":
         return divergence(student, teacher, temperature, direction)
     batch = max(1, len(student))
-    if kind == "cosine":
-        norm_s = student.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        norm_t = teacher.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        cosine = (student * teacher).sum(1, keepdim=True) / (norm_s * norm_t)
-        gradient = -(teacher / (norm_s * norm_t) - cosine * student / norm_s.square())
-        return (1 - cosine).sum() / batch, gradient / batch
     difference = student - teacher
     scale = 1.0 / batch
-    if kind == "normalised_mse":
-        energy = float(teacher.square().sum())
-        scale = 1.0 / energy if energy else 0.0  # a silent teacher gives nothing to be relative to
     return difference.square().sum() * scale, 2 * difference * scale
 
 
@@ -223,7 +183,6 @@ def teacher_targets(
     teacher: SDMLP,
     inputs: Tensor,
     tables: Sequence[TopNTable],
-    before_inhibition: bool = False,
     batch: int | None = None,
 ) -> Targets:
     """One pass of the teacher over the prepared inputs ``(N, D)`` of the new task; nothing is counted.
@@ -232,7 +191,6 @@ def teacher_targets(
         teacher: a former self.
         inputs: ``(N, D)``.
         tables: per hidden layer, the neurons to note.
-        before_inhibition: ReLU(z) of them in place of their activations.
         batch: inputs at a time; None: as many as have `SCORES` scores.
     """
     gammas, layers = teacher.gammas, range(len(teacher.layers))
@@ -244,11 +202,7 @@ def teacher_targets(
         logits.append(state.top.matmul(teacher.values))
         for number in layers:
             width = len(tables[number].indices)
-            if before_inhibition:
-                dense = (state.inputs[number] @ teacher.layers[number].keys[tables[number].indices].T).clamp_min(0)
-            else:
-                dense = state.activations[number].columns(slots[number], width)
-            parts[number].append(_pad(dense, width))
+            parts[number].append(_pad(state.activations[number].columns(slots[number], width), width))
     hidden = []
     for number in layers:
         width, most = len(tables[number].indices), max(slot.shape[1] for slot, _ in parts[number])

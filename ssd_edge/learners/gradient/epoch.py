@@ -169,11 +169,11 @@ class LazyEpochs:
         self.state: tuple[np.ndarray, ...] | None = None
 
     def ready(self) -> bool:
-        """Whether the next epoch can be compiled: few open switches, k at its value, caches that are worth it."""
+        """Whether the next epoch can be compiled: few open switches, and caches that are worth it."""
         if self.wait:
             self.wait -= 1
             return False
-        return self.net.epochs_done >= self.net.decay_epochs and len(self._opened()) <= OPEN * self.neurons
+        return len(self._opened()) <= OPEN * self.neurons
 
     def drop(self) -> None:
         """Forget the caches: the keys were changed by someone else."""

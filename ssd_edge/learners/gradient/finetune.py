@@ -258,9 +258,6 @@ class FineTune(Learner):
         if penalty.active:
             for name, parameter in parameters.items():
                 parameter.grad += penalty.gradient(name, parameter)
-        if settings.si_grad_accumulation_quirk:
-            for parameter, gradient in zip(parameters.values(), likelihood, strict=False):  # none but with SI
-                parameter.grad += gradient * len(index)
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()} if likelihood else {}
         torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
         optimiser.step()

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ssd_edge.learners.gradient.topk import Activations, decayed_k, gaba, inhibit
+from ssd_edge.learners.gradient.topk import Activations, gaba, inhibit
 
 Inhibition = Literal["gaba", "subtract", "mask"]
 
@@ -114,11 +114,6 @@ class Gradients:
         """Global L2 norm."""
         return math.sqrt(sum(float(part.square().sum()) for part in (*self.keys, self.values)))
 
-    def plus(self, other: Gradients, factor: float) -> Gradients:
-        """This and `factor` times another over the same rows."""
-        keys = [mine + factor * theirs for mine, theirs in zip(self.keys, other.keys, strict=True)]
-        return Gradients(self.rows, keys, self.values + factor * other.values)
-
     def widened(self, wider: Sequence[Tensor]) -> Gradients:
         """The same with zeros for further rows.
 
@@ -153,8 +148,6 @@ class SDMLP:
         k: neurons that stay active in each layer.
         switch: C of the GABA switch.
         inhibition: ``gaba`` (subtraction behind a switch), ``subtract`` (switch closed from the start), ``mask``.
-        decay_epochs: without a switch, passes over which k falls linearly from r to its value.
-        epochs_done: passes so far.
     """
 
     def __init__(
@@ -164,7 +157,6 @@ class SDMLP:
         k: int,
         switch: float,
         inhibition: Inhibition = "gaba",
-        decay_epochs: int = 0,
     ) -> None:
         # counters are counted on in place; keys and values are new tensors already
         self.layers = [Layer(unit_rows(layer.keys.clamp_min(0)), layer.counters.clone()) for layer in layers]
@@ -172,8 +164,6 @@ class SDMLP:
         self.k = k
         self.switch = switch
         self.inhibition = inhibition
-        self.decay_epochs = decay_epochs
-        self.epochs_done = 0
 
     @property
     def keys(self) -> Tensor:
@@ -202,10 +192,10 @@ class SDMLP:
 
     def copy(self) -> SDMLP:
         """An independent copy."""
-        twin = SDMLP(self.layers, self.values, self.k, self.switch, self.inhibition, self.decay_epochs)
+        twin = SDMLP(self.layers, self.values, self.k, self.switch, self.inhibition)
         # as they are: normalising unit rows once more would change their last bits
         twin.layers = [Layer(layer.keys.clone(), layer.counters.clone()) for layer in self.layers]
-        twin.values, twin.epochs_done = self.values.clone(), self.epochs_done
+        twin.values = self.values.clone()
         return twin
 
     def grow(self, classes: int, generator: torch.Generator) -> None:
@@ -230,8 +220,7 @@ class SDMLP:
                 norms.append(norm)
             else:
                 scores = x @ layer.keys.T
-            k = decayed_k(self.k, len(layer.keys), self.epochs_done, self.decay_epochs)
-            activations.append(inhibit(scores, k, gamma, self.inhibition == "mask"))
+            activations.append(inhibit(scores, self.k, gamma, self.inhibition == "mask"))
         return Pass(inputs, norms, activations)
 
     def activate(self, x: Tensor, gammas: Sequence[Tensor | None] | None = None) -> Activations:
@@ -283,7 +272,6 @@ class SDMLP:
         state: Pass,
         to_logits: Tensor,
         to_activations: Sequence[Tensor | None] | None = None,
-        to_scores: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     ) -> Gradients:
         """Gradients of the touched rows.
 
@@ -291,30 +279,22 @@ class SDMLP:
             state: of the forward pass.
             to_logits: as `entry_gradients`.
             to_activations: as `entry_gradients`.
-            to_scores: per layer, (neurons ``(n,)``, ∂L/∂z ``(B, n)``) for a loss on scores before the inhibition;
-                such a loss does not reach the layers below.
         """
         hidden = self.entry_gradients(state, to_logits, to_activations)
         rows, keys, values = [], [], to_logits
         for number, layer in enumerate(self.layers):
             activations, neurons = state.activations[number], len(layer.keys)
-            scored = None if to_scores is None else to_scores[number]
             everything = torch.arange(neurons, device=layer.keys.device)
             if activations.is_dense:
                 touched = position = everything
             else:
                 mask = torch.zeros(neurons, dtype=torch.bool, device=layer.keys.device)
                 mask[activations.neuron] = True
-                if scored is not None:
-                    mask[scored[0]] = True
                 touched = mask.nonzero().flatten()
                 position = torch.empty_like(everything)
                 position[touched] = torch.arange(len(touched), device=layer.keys.device)
-            gradient = activations.transposed_matmul(hidden[number], state.inputs[number], position, len(touched))
-            if scored is not None:
-                gradient = gradient.index_add(0, position[scored[0]], scored[1].T @ state.inputs[number])
             rows.append(touched)
-            keys.append(gradient)
+            keys.append(activations.transposed_matmul(hidden[number], state.inputs[number], position, len(touched)))
             if number == len(self.layers) - 1:
                 values = activations.transposed_matmul(None, to_logits, position, len(touched))
         return Gradients(rows, keys, values)

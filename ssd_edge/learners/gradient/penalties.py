@@ -53,9 +53,6 @@ class PenaltySettings:
         "exact", "of ewc; batch as SDMLP's code: the squared gradient of a batch, not of a sample"
     )
     si_damping: float = setting(0.1, "added to SI's squared way; as published", above=0)
-    si_grad_accumulation_quirk: bool = setting(
-        False, "SDMLP's code adds the gradient that SI observes to the update (and sums it over the batch)"
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ssd_edge.errors import InputError
-from ssd_edge.learners.gradient.distillation import activation_entropy, class_entropy, count_activations, divergence
+from ssd_edge.learners.gradient.distillation import count_activations, divergence
 from ssd_edge.learners.gradient.network import SDMLP
 from ssd_edge.learners.gradient.topk import DENSE_ABOVE, Activations
 
@@ -25,6 +25,11 @@ GRAPH_PAIRS = 4_000_000  # a report leaves out the graph where more pairs may be
 
 
 # ── how often ────────────────────────────────────────────────────────────────────────────────────────
+def activation_entropy(frequencies: Tensor) -> Tensor:
+    """Eq. 1 per neuron, in nats: H = −p ln p − (1 − p) ln(1 − p), with 0 ln 0 = 0."""
+    return -(torch.xlogy(frequencies, frequencies) + torch.xlogy(1 - frequencies, 1 - frequencies))
+
+
 def activation_frequencies(counts: Tensor, samples: int) -> Tensor:
     """p_i = a_i / N, float64 ``(r,)``.
 
@@ -89,6 +94,19 @@ def mean_gamma(gamma: Tensor | None) -> float:
 
 
 # ── for which classes ────────────────────────────────────────────────────────────────────────────────
+def class_entropy(class_counts: Tensor) -> Tensor:
+    """Entropy of the classes that activate a neuron, in nats: −Σ_c q_c ln q_c, float64 ``(r,)``.
+
+    0 is a neuron of a single class, ln C one that answers all alike; a dead neuron has 0 too.
+
+    Args:
+        class_counts: activations by class, ``(r, C)``; q are its rows brought to sum 1.
+    """
+    counts = class_counts.double()
+    share = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    return -torch.xlogy(share, share).sum(1)
+
+
 def mean_class_entropy(class_counts: Tensor, weighted: bool = False) -> float:
     """Mean of `class_entropy` over the neurons that are not dead; 0 if there is none.
 

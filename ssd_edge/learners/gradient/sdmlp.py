@@ -42,10 +42,8 @@ class NetworkSettings:
     inhibition: Literal["gaba", "subtract", "mask"] = setting(
         "gaba", "gaba: subtraction behind the switch; subtract: closed from the start; mask: the k largest pass"
     )
-    decay_epochs: int = setting(0, "without a switch: passes over which k falls linearly from r", minimum=0)
     gaba: Literal["close", "keep"] = setting("close", "switches of pretrained keys: left alone a third never closes")
     switch: float = setting(0.0, "C, activations that close a switch; 0: half of samples x epochs of a task", minimum=0)
-    count_in_eval: bool = setting(False, "whether predicting advances the switches too, as SDMLP's code does")
     outputs: Literal["announced", "arriving"] = setting("announced", "announced: later classes are negatives too")
     engine: Literal["auto", "torch", "compiled"] = setting(
         "auto", "what runs an epoch; auto: compiled where numba is there, the loss is plain and the task long enough"
@@ -55,11 +53,6 @@ class NetworkSettings:
         """Check what one field says against another."""
         if self.k > self.neurons:
             raise InputError(f"learner.k must be at most learner.neurons, but is {self.k} of {self.neurons}")
-        if self.decay_epochs and self.inhibition == "gaba":
-            raise InputError(
-                f"learner.decay_epochs is {self.decay_epochs}, but learner.inhibition=gaba has its own switch; "
-                "set inhibition to mask or subtract, or decay_epochs to 0"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +70,6 @@ class Component:
         weight: in the sum.
         to_logits: ∂loss/∂logits, ``(B, C)``, or None.
         to_activations: per layer, as `SDMLP.gradients` takes them, or None.
-        to_scores: per layer, as `SDMLP.gradients` takes them, or None.
     """
 
     name: str
@@ -85,7 +77,6 @@ class Component:
     weight: float
     to_logits: Tensor | None = None
     to_activations: list[Tensor | None] | None = None
-    to_scores: list[tuple[Tensor, Tensor] | None] | None = None
 
 
 def name_of(what: str, layer: int) -> str:
@@ -130,7 +121,6 @@ class SDMLPLearner(Learner):
             settings.k,
             self.switch or math.inf,  # set by the first task
             settings.inhibition,
-            settings.decay_epochs,
         )
         self.announced = 0
         self.penalty = Penalty(settings, self.device, self.dtype)
@@ -159,7 +149,6 @@ class SDMLPLearner(Learner):
         self.penalty.begin(self.parameters())
         self.moved = self._moved()
         measured: dict[str, float] = {}
-        self.epochs_before = net.epochs_done
         fast = epochs.start(net, settings, epochs.known_terms(self), inputs, labels)
         for epoch in range(settings.epochs):
             order = torch.randperm(len(labels), generator=generator).to(self.device)
@@ -173,7 +162,6 @@ class SDMLPLearner(Learner):
                 if fast is not None:
                     fast.drop()
                 totals = self._epoch(order, inputs, labels)
-            net.epochs_done += 1
             if not all(math.isfinite(value) for value in totals.values()):
                 raise InputError(f"{self.display} diverged in epoch {epoch + 1}; lower learner.lr ({settings.lr})")
             if self.penalty.active:
@@ -213,9 +201,6 @@ class SDMLPLearner(Learner):
         if penalty.tracks:
             beta = settings.penalty_beta
             likelihood = net.gradients(state, beta * cross_entropy(beta * logits, labels)[1])
-            if settings.si_grad_accumulation_quirk:
-                reached = [_mask(rows, layer.keys) for rows, layer in zip(gradients.rows, net.layers, strict=True)]
-                gradients = gradients.plus(likelihood.widened(reached), float(len(labels)))
         if penalty.active:
             gradients = self._penalised(gradients)
         before = self._rows(gradients.rows) if penalty.tracks else {}
@@ -234,14 +219,11 @@ class SDMLPLearner(Learner):
         if not isinstance(to_logits, Tensor):  # a hidden term alone
             to_logits = torch.zeros(state.top.shape[0], self.net.values.shape[1]).to(self.net.values)
         to_activations: list[Tensor | None] = [None for _ in layers]
-        to_scores: list[tuple[Tensor, Tensor] | None] = [None for _ in layers]
         for part in components:
             for layer in layers:
                 if part.to_activations is not None and (slope := part.to_activations[layer]) is not None:
                     to_activations[layer] = part.weight * slope
-                if part.to_scores is not None and (scored := part.to_scores[layer]) is not None:
-                    to_scores[layer] = (scored[0], part.weight * scored[1])
-        return self.net.gradients(state, to_logits, to_activations, to_scores)
+        return self.net.gradients(state, to_logits, to_activations)
 
     def _norms(self, components: list[Component], state: Pass, when: str) -> dict[str, float]:
         """How strongly each weighted loss term pulls at the weights, in this batch."""
@@ -337,20 +319,19 @@ class SDMLPLearner(Learner):
 
     # ── predicting, and the state ────────────────────────────────────────────────────────────────────
     def scores(self, embeddings: Tensor) -> Tensor:
-        inputs = self.prepared(embeddings)
-        logits = self.net.logits(inputs)
-        if self.settings.count_in_eval:
-            for part in inputs.split(2048):
-                self.net.count(self.net.forward(part))
-        return logits.float().cpu()
+        return self.net.logits(self.prepared(embeddings)).float().cpu()
 
     def schema(self) -> dict[str, TensorSpec]:
+        schema, r = {}, self.settings.neurons
+        for layer in range(self.settings.layers):
+            keys, counters = name_of("keys", layer), name_of("counters", layer)
+            schema[keys] = TensorSpec((r, r if layer else "D"), self.number, "W1, the addresses")
+            schema[counters] = TensorSpec((r,), self.number, "activations so far, for the GABA switch")
         return {
-            **self._net_schema(""),
-            "values": TensorSpec((self.settings.neurons, "C"), self.number, "W2, what each neuron says of each class"),
+            **schema,
+            "values": TensorSpec((r, "C"), self.number, "W2, what each neuron says of each class"),
             "switch": TensorSpec((1,), "float64", "C, fixed by the first task or by pretraining"),
             "announced": TensorSpec((1,), "int64", "classes that the stream has announced"),
-            "epochs_done": TensorSpec((1,), "int64", "passes so far, for a k that falls"),
             **self._penalty_schema(),
         }
 
@@ -359,30 +340,6 @@ class SDMLPLearner(Learner):
         """Name of the network's number type."""
         return str(self.dtype).removeprefix("torch.")
 
-    def _net_schema(self, prefix: str) -> dict[str, TensorSpec]:
-        """Keys and counters of every layer of a network."""
-        schema, r = {}, self.settings.neurons
-        for layer in range(self.settings.layers):
-            inputs = r if layer else "D"
-            keys, counters = name_of("keys", layer), name_of("counters", layer)
-            schema[prefix + keys] = TensorSpec((r, inputs), self.number, "W1, the addresses")
-            schema[prefix + counters] = TensorSpec((r,), self.number, "activations so far, for the GABA switch")
-        return schema
-
-    def _net_tensors(self, prefix: str, layers: Sequence[Layer]) -> dict[str, Tensor]:
-        tensors = {}
-        for number, layer in enumerate(layers):
-            tensors[prefix + name_of("keys", number)] = layer.keys
-            tensors[prefix + name_of("counters", number)] = layer.counters
-        return tensors
-
-    def _net_layers(self, prefix: str, tensors: dict[str, Tensor]) -> list[Layer]:
-        """The inverse of `_net_tensors`."""
-        return [
-            Layer(*(tensors[prefix + name_of(what, number)].to(self.device) for what in ("keys", "counters")))
-            for number in range(self.settings.layers)
-        ]
-
     def _penalty_schema(self) -> dict[str, TensorSpec]:
         r, layers = self.settings.neurons, range(self.settings.layers)
         shapes = {name_of("keys", layer): (r, r if layer else "D") for layer in layers}
@@ -390,12 +347,15 @@ class SDMLPLearner(Learner):
         return {name: TensorSpec(*spec) for name, spec in described.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
+        layers: dict[str, Tensor] = {}
+        for number, layer in enumerate(self.net.layers):
+            layers[name_of("keys", number)] = layer.keys
+            layers[name_of("counters", number)] = layer.counters
         return {
-            **self._net_tensors("", self.net.layers),
+            **layers,
             "values": self.net.values,
             "switch": torch.tensor([self.switch], dtype=torch.float64),
             "announced": torch.tensor([self.announced]),
-            "epochs_done": torch.tensor([self.net.epochs_done]),
             **self.penalty.tensors(self.parameters()),
         }
 
@@ -405,8 +365,11 @@ class SDMLPLearner(Learner):
     def _load(self, tensors: dict[str, Tensor]) -> None:
         self.switch, self.announced = float(tensors["switch"][0]), int(tensors["announced"][0])
         net = self.net
-        net.layers, net.values = self._net_layers("", tensors), tensors["values"].to(self.device)
-        net.switch, net.epochs_done = self.switch or math.inf, int(tensors["epochs_done"][0])
+        net.layers = [
+            Layer(*(tensors[name_of(what, number)].to(self.device) for what in ("keys", "counters")))
+            for number in range(self.settings.layers)
+        ]
+        net.values, net.switch = tensors["values"].to(self.device), self.switch or math.inf
         self.penalty.load({name: tensors[name] for name in self._penalty_schema()})
 
 

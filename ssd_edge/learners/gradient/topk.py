@@ -129,20 +129,6 @@ def gaba(counters: Tensor, switch: float) -> Tensor:
     return (2.0 * counters / switch - 1.0).clamp(-1.0, 1.0)
 
 
-def decayed_k(k: int, neurons: int, epoch: int, epochs: int) -> int:
-    """k while it falls linearly from r to its final value, as SDMLP's LINEAR_DECAY variants let it.
-
-    Args:
-        k: the final value.
-        neurons: r, the first value.
-        epoch: passes over data so far, over all tasks.
-        epochs: passes after which k is reached; 0: at once.
-    """
-    if epoch >= epochs:
-        return k
-    return max(k, int(neurons - (neurons - k) * epoch / epochs))
-
-
 def inhibit(scores: Tensor, k: int, gamma: Tensor | None = None, mask: bool = False) -> Activations:
     """Top-K inhibition, by subtraction (SDMLP's own) or by masking.
 

@@ -31,20 +31,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ridge": {"name": "ridge"},
     "ranpac": {"name": "ranpac", "features": 30},
     # settings that add to the state or to what a task draws
-    "paper, averaged teacher": {
-        "name": "ssd", **SMALL, "teacher": "ema", "accumulate_tasks": True, "student_init": "pretrained",
-        "index_mode": "rank_matched",
-    },
-    "paper, first teacher": {
-        "name": "ssd", **SMALL, "teacher": "first", "selection": "random", "outputs": "arriving",
-        "frequency_source": "gaba_counter", "gaba": "keep",
+    "ssd, random selection": {
+        "name": "ssd", **SMALL, "selection": "random", "outputs": "arriving", "gaba": "keep",
     },
     "one-cycle finetune": {
         "name": "finetune", "neurons": 20, "epochs": 3, "batch": 16, "optimiser": "adamw", "one_cycle": True,
         "weight_decay": 0.05, "outputs": "arriving",
     },
-    "two hidden layers": {"name": "ssd", **SMALL, "layers": 2, "teacher": "ema", "accumulate_tasks": True},
-    "falling mask": {"name": "sdmlp", **SMALL, "inhibition": "mask", "decay_epochs": 5},
+    "two hidden layers": {"name": "ssd", **SMALL, "layers": 2},
+    "masked": {"name": "sdmlp", **SMALL, "inhibition": "mask"},
     "sdmlp, ewc": {"name": "sdmlp", **SMALL, "penalty": "ewc", "layers": 2},
     "paper, si": {"name": "ssd", **SMALL, "penalty": "si", "outputs": "arriving"},
     "sdmlp, mas": {"name": "sdmlp", **SMALL, "penalty": "mas"},

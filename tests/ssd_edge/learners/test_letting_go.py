@@ -37,13 +37,8 @@ TRAINED |= {
     "icarl": {"name": "icarl", **RELU, "memory": 24},
     "two layers, ewc": {**TRAINED["ssd, ewc"], "layers": 2},
     "arriving, si": {**TRAINED["finetune"], "penalty": "si", "outputs": "arriving"},
-    "averaged teacher": {**TRAINED["ssd"], "teacher": "ema", "accumulate_tasks": True},
-    "first teacher": {
-        **TRAINED["ssd"], "teacher": "first", "student_init": "pretrained", "outputs": "arriving",
-        "frequency_source": "running",
-    },
-    "counted": {**TRAINED["ssd"], "frequency_source": "gaba_counter", "accumulate_tasks": True},
-    "falling k": {**TRAINED["sdmlp"], "inhibition": "mask", "decay_epochs": 5},
+    "arriving, ssd": {**TRAINED["ssd"], "outputs": "arriving"},
+    "masked": {**TRAINED["sdmlp"], "inhibition": "mask"},
 }  # fmt: skip
 CLOSED: dict[str, dict[str, Any]] = {
     "ncm": {"name": "ncm"},

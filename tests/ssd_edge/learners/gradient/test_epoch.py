@@ -65,7 +65,7 @@ def test_compiled_is_refused_where_it_does_not_fit(name: str, options: dict[str,
 
 @pytest.mark.parametrize(
     "options",
-    [{"hidden": "mse"}, {"hidden_source": "before_inhibition"}, {"direction": "symmetric"}, {"layers": 2}],
+    [{"hidden": "mse"}, {"direction": "student_teacher"}, {"layers": 2}],
     ids=str,
 )
 def test_other_distillation_is_not_compiled(options: dict[str, Any]) -> None:

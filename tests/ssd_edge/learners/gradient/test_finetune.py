@@ -177,10 +177,9 @@ def test_more_layers_learn_too() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("quirk", [False, True])
-def test_one_step_with_a_penalty_is_that_of_autograd(quirk: bool) -> None:
-    """SI, two tasks of one full batch each: path, importance, pull before the clip, and the code's quirk."""
-    options = {"si_grad_accumulation_quirk": quirk, "penalty_beta": 0.5, "penalty_weight": 50.0}
+def test_one_step_with_a_penalty_is_that_of_autograd() -> None:
+    """SI, two tasks of one full batch each: path, importance, pull before the clip."""
+    options = {"penalty_beta": 0.5, "penalty_weight": 50.0}
     learner = make(epochs=1, batch=500, clip=0.5, lr=0.1, neurons=9, penalty="si", **options)
     learner.expect(4)
     anchor = importance = None
@@ -196,8 +195,6 @@ def test_one_step_with_a_penalty_is_that_of_autograd(quirk: bool) -> None:
         if anchor is not None:
             loss = loss + 50 * sum((importance[n] * (before[n] - anchor[n]).square()).sum() for n in before)
         gradients = list(torch.autograd.grad(loss, leaves))
-        if quirk:
-            gradients = [mine + len(new.labels) * other for mine, other in zip(gradients, observed, strict=True)]
         norm = float(sum(gradient.square().sum() for gradient in gradients) ** 0.5)
         assert norm > 0.5
         measured = learner.learn(new)

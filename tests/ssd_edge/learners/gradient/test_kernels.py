@@ -87,7 +87,6 @@ NETWORKS = [
     {"neurons": 40, "k": 4, "batch": 7},
     {"neurons": 700, "k": 10, "batch": 200},  # one step an epoch
     {"inhibition": "mask"},
-    {"inhibition": "mask", "decay_epochs": 5},  # dense until the second task
     {"outputs": "arriving"},
 ]
 
@@ -102,9 +101,8 @@ DISTILLED = [
     {"top_n": "40", "temperature": 2.0, "hidden_weight": 0.6, "ce_weight": 0.3},
     {"top_n": "120", "temperature": 0.1, "hidden_weight": 1.0},
     {"hidden_weight": 0.0, "logit_scope": "old"},
-    {"logit_scope": "seen", "frequency_source": "running", "accumulate_tasks": True},
-    {"frequency_source": "gaba_counter", "first_task_weight": "alpha", "teacher": "ema"},
-    {"index_mode": "union", "inhibition": "mask", "temperature": 0.2, "hidden_weight": 0.5},
+    {"logit_scope": "seen", "selection": "random"},
+    {"inhibition": "mask", "temperature": 0.2, "hidden_weight": 0.5},
     {"lr": 10.0, "clip": 10.0, "top_n": "30", "hidden_weight": 0.5, "temperature": 0.5},
 ]
 

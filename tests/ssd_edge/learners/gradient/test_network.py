@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssd_edge.learners.gradient.distillation import cross_entropy
-from ssd_edge.learners.gradient.network import SDMLP, Layer, initial_rows, prepare, unit_rows
+from ssd_edge.learners.gradient.network import SDMLP, Layer, initial_rows, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,21 +152,6 @@ def test_a_step_clips_the_whole_gradient_and_gives_its_norm() -> None:
     assert norm == same > 1e-3
     inside = (free != 0) & (make().values > 1e-2)  # where the clamp at zero plays no part
     torch.testing.assert_close(clipped[inside], free[inside] * 1e-3 / (norm + 1e-6), rtol=1e-6, atol=0.0)
-
-
-def test_a_gradient_on_scores_reaches_inactive_neurons() -> None:
-    """A loss before the inhibition moves its table's keys, active or not, and no values."""
-    net = make()
-    x, _ = batch(1)
-    state = net.forward(x)
-    table = (state.top.counts() == 0).nonzero().flatten()[:2]
-    keys, values = net.keys.clone(), net.values.clone()
-    slope = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
-    nothing = torch.zeros(1, 3, dtype=torch.float64)
-    net.apply(net.gradients(state, nothing, to_scores=[(table, slope)]), 1.0, 1e9)
-    wanted = unit_rows((keys[table] - slope.T @ x).clamp_min(0))
-    torch.testing.assert_close(net.keys[table], wanted, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(net.values, values)
 
 
 def deep(closed: bool, inhibition: str = "gaba") -> SDMLP:

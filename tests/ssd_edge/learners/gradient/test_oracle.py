@@ -31,29 +31,29 @@ class Oracle:
         self.w1, self.w2 = w1.clone().to(dtype), w2.T.clone().to(dtype).contiguous()  # (r, D), (C, r)
         self.counters, self.switch = counters.clone().to(dtype), switch
 
-    def activations(self, x: Tensor, k: int = K) -> tuple[Tensor, Tensor]:
-        """Post-Top-K activations ``(B, r)`` and u = ReLU(z)."""
+    def activations(self, x: Tensor, k: int = K) -> Tensor:
+        """Post-Top-K activations ``(B, r)``."""
         u = F.relu(x @ self.w1.T)
         inhibition = u.topk(min(k + 1, u.shape[1]), dim=1).values.min(1, keepdim=True).values.detach()
         gamma = torch.clip(-1 + 2 * self.counters / self.switch, -1, 1)
-        return F.relu(u - gamma * inhibition), u
+        return F.relu(u - gamma * inhibition)
 
     def step(
         self, x: Tensor, labels: Tensor, lr: float, clip: float, distil: Any = None, penalty: Any = None
     ) -> Tensor:
         """One step; returns the activations that it started from.
 
-        `distil(logits, a, u)` is added to α·CE, `penalty(w1, w2)` to the whole.
+        `distil(logits, a)` is added to α·CE, `penalty(w1, w2)` to the whole.
         """
         self.w1.requires_grad_(True)
         self.w2.requires_grad_(True)
         optimiser = torch.optim.SGD([self.w1, self.w2], lr=lr)
-        a, u = self.activations(x)
+        a = self.activations(x)
         self.counters = self.counters + (a.detach() > 0).sum(0)
         logits = a @ self.w2.T
         loss = F.cross_entropy(logits, labels)
         if distil is not None:
-            alpha, extra = distil(logits, a, u)
+            alpha, extra = distil(logits, a)
             loss = alpha * loss + extra
         if penalty is not None:
             loss = loss + penalty(self.w1, self.w2)
@@ -76,19 +76,16 @@ def softened(student: Tensor, teacher: Tensor, temperature: float, direction: st
         * {
             "teacher_student": forward,
             "student_teacher": backward,
-            "symmetric": (forward + backward) / 2,
         }[direction]
     )
 
 
-def distillation(settings: Any, table: Tensor, teacher: tuple[Tensor, Tensor, Tensor], scope: list[int]) -> Any:
-    """(α, (1 − α)(λ·hidden + (1 − λ)·logits)) of one batch; `teacher` is its logits, a and u."""
-    wanted_logits, wanted_a, wanted_u = teacher
-    before = settings.hidden_source == "before_inhibition"
+def distillation(settings: Any, table: Tensor, teacher: tuple[Tensor, Tensor], scope: list[int]) -> Any:
+    """(α, (1 − α)(λ·hidden + (1 − λ)·logits)) of one batch; `teacher` is its logits and a."""
+    wanted_logits, wanted_a = teacher
 
-    def losses(logits: Tensor, a: Tensor, u: Tensor) -> tuple[float, Tensor]:
-        mine, theirs = (u, wanted_u) if before else (a, wanted_a)
-        mine, theirs = mine[:, table], theirs[:, table]
+    def losses(logits: Tensor, a: Tensor) -> tuple[float, Tensor]:
+        mine, theirs = a[:, table], wanted_a[:, table]
         if settings.hidden == "mse":
             hidden = ((mine - theirs) ** 2).sum(1).mean()
         else:
@@ -202,7 +199,7 @@ def taught(learner: Learner, first: Task, second: Task) -> Any:
     learner.learn(first)
     net, settings = learner.net, learner.settings
     teacher = Oracle(net.keys, net.values, net.counters, net.switch, learner.dtype)
-    a, _ = teacher.activations(inputs_of(first.embeddings, learner.dtype))
+    a = teacher.activations(inputs_of(first.embeddings, learner.dtype))
     count = (a > 0).sum(0)
     table = torch.tensor(sorted(range(NEURONS), key=lambda j: (-int(count[j]), j))[: learner.n])
     assert torch.equal(learner.tables[0].indices, table)
@@ -212,8 +209,8 @@ def taught(learner: Learner, first: Task, second: Task) -> Any:
     x = inputs_of(second.embeddings, learner.dtype)
 
     def make(index: Tensor) -> Any:
-        wanted_a, wanted_u = teacher.activations(x[index])
-        return distillation(settings, table, (wanted_a @ teacher.w2.T, wanted_a, wanted_u), scope)
+        wanted_a = teacher.activations(x[index])
+        return distillation(settings, table, (wanted_a @ teacher.w2.T, wanted_a), scope)
 
     return make
 
@@ -221,12 +218,12 @@ def taught(learner: Learner, first: Task, second: Task) -> Any:
 CASES = [
     {"hidden": "kl_softmax", "direction": "teacher_student"},
     {"hidden": "kl_softmax", "direction": "student_teacher", "temperature": 2.0},
-    {"hidden": "kl_softmax", "direction": "symmetric", "hidden_weight": 0.9, "temperature": 0.5},
+    {"hidden": "kl_softmax", "direction": "student_teacher", "hidden_weight": 0.9, "temperature": 0.5},
     {"hidden": "mse", "hidden_weight": 0.9},
     {"hidden": "mse", "hidden_weight": 0.9, "direction": "student_teacher", "logit_scope": "old"},
-    {"hidden": "mse", "hidden_weight": 0.5, "direction": "symmetric", "logit_scope": "seen"},
-    {"hidden": "mse", "hidden_weight": 0.9, "hidden_source": "before_inhibition", "top_n": "0.25"},
-    {"hidden": "kl_softmax", "hidden_weight": 0.9, "hidden_source": "before_inhibition", "temperature": 0.2},
+    {"hidden": "mse", "hidden_weight": 0.5, "logit_scope": "seen"},
+    {"hidden": "mse", "hidden_weight": 0.9, "top_n": "0.25"},
+    {"hidden": "kl_softmax", "hidden_weight": 0.9, "temperature": 0.2},
     {"hidden": "kl_softmax", "hidden_weight": 1.0, "temperature": 0.1, "top_n": "96"},
 ]
 
@@ -241,11 +238,10 @@ def test_distillation_with_a_closed_switch(options: dict[str, Any]) -> None:
     assert_same(learner, oracle, 1e-9)
 
 
-@pytest.mark.parametrize("source", ["after_inhibition", "before_inhibition"])
 @pytest.mark.parametrize("hidden", ["kl_softmax", "mse"])
-def test_distillation_while_the_switch_closes(hidden: str, source: str) -> None:
+def test_distillation_while_the_switch_closes(hidden: str) -> None:
     """Dense batches with a gradient on table activations, then sparse ones; the teacher half open as well."""
-    options = {"hidden": hidden, "hidden_source": source, "hidden_weight": 0.8, "temperature": 0.5, "top_n": "3k"}
+    options = {"hidden": hidden, "hidden_weight": 0.8, "temperature": 0.5, "top_n": "3k"}
     options = {**options, "epochs": EPOCHS, "lr": 0.3, "ce_weight": 0.4, "switch": 2500.0}
     learner = watched("ssd", torch.float64, options, "open")
     learner.expect(4)
@@ -261,21 +257,20 @@ def test_distillation_while_the_switch_closes(hidden: str, source: str) -> None:
 @pytest.mark.parametrize("switches", ["open", "closed", "mixed"])
 def test_one_step_in_float32(switches: str, seed: int) -> None:
     """From equal state, against the oracle in float64: equal selection but for near ties, weights within 1e-5."""
-    options = {"epochs": 1, "lr": 3.0, "hidden": "mse", "hidden_weight": 0.5, "ce_weight": 0.5, "teacher": "first"}
+    options = {"epochs": 1, "lr": 3.0, "hidden": "mse", "hidden_weight": 0.5, "ce_weight": 0.5}
     learner = watched("ssd", torch.float32, {**options, "switch": 800.0}, switches)
     learner.expect(6)
-    learner.learn(task(0, seed))
-    kept = learner.kept
-    teacher = Oracle(kept.keys, kept.values, kept.counters, switch=800.0, dtype=torch.float64)
-    learner.learn(task(2, seed + 10))
+    for number in (0, 2):
+        learner.learn(task(number, seed + 5 * number))
+    net, table = learner.net.copy(), learner.tables[0].indices
+    teacher = Oracle(net.keys, net.values, net.counters, switch=800.0, dtype=torch.float64)
     new, order = task(4, seed + 20, count=BATCH), learner.generator()
     learner.learn(new)
     index = torch.randperm(BATCH, generator=order)
     x, labels = inputs_of(new.embeddings, torch.float64)[index], new.labels[index]
     oracle = Oracle(*learner.start, switch=800.0, dtype=torch.float64)
-    wanted_a, wanted_u = teacher.activations(x)
-    answers = (wanted_a @ teacher.w2.T, wanted_a, wanted_u)
-    distil = distillation(learner.settings, learner.teacher_tables[0].indices, answers, list(range(6)))
+    wanted_a = teacher.activations(x)
+    distil = distillation(learner.settings, table, (wanted_a @ teacher.w2.T, wanted_a), list(range(6)))
     a = oracle.step(x, labels, learner.settings.lr, learner.settings.clip, distil)
     selected = learner.last.to_dense()
     torch.testing.assert_close(selected.double(), a, rtol=0, atol=1e-6)  # so a neuron of one only is a near tie
@@ -299,7 +294,7 @@ def importances(oracle: Oracle, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     frozen = Oracle(oracle.w1, oracle.w2.T, oracle.counters, oracle.switch, oracle.w1.dtype)
     for sample in x:
         frozen.w1, frozen.w2 = w1, w2
-        logits = (frozen.activations(sample[None])[0] @ w2.T)[0]
+        logits = (frozen.activations(sample[None]) @ w2.T)[0]
         if kind == "mas":
             gradients = torch.autograd.grad(logits.square().sum(), [w1, w2])
             parts = [(1.0, gradients)]
@@ -349,13 +344,13 @@ def test_penalties_over_three_tasks(name: str, kind: str, weight: float) -> None
 
         make = None
         if name == "ssd":
-            counts = (at_anchor.activations(inputs_of(previous.embeddings, torch.float64))[0] > 0).sum(0)
+            counts = (at_anchor.activations(inputs_of(previous.embeddings, torch.float64)) > 0).sum(0)
             table = torch.tensor(sorted(range(NEURONS), key=lambda j: (-int(counts[j]), j))[: learner.n])
             x = inputs_of(new.embeddings, torch.float64)
 
             def make(index: Tensor) -> Any:
-                a, u = at_anchor.activations(x[index])
-                return distillation(learner.settings, table, (a @ at_anchor.w2.T, a, u), list(range(6)))
+                a = at_anchor.activations(x[index])
+                return distillation(learner.settings, table, (a @ at_anchor.w2.T, a), list(range(6)))
 
         oracle = walk(learner, new, make, penalty)
         assert_same(learner, oracle, 1e-9)
@@ -366,13 +361,12 @@ def test_penalties_over_three_tasks(name: str, kind: str, weight: float) -> None
     assert float((free.net.values - learner.net.values).abs().max()) > 1e-3  # the penalty did something
 
 
-@pytest.mark.parametrize("quirk", [False, True])
-def test_synaptic_intelligence_along_the_path(quirk: bool) -> None:
+def test_synaptic_intelligence_along_the_path() -> None:
     """SI accumulates −g·Δθ over the real updates, g of the β-softmax cross-entropy alone."""
     beta, weight, damping = 0.5, 2.0, 0.1
     options = {
         "epochs": 5, "lr": 0.3, "penalty": "si", "penalty_weight": weight, "penalty_beta": beta,
-        "si_damping": damping, "si_grad_accumulation_quirk": quirk,
+        "si_damping": damping,
     }  # fmt: skip
     learner = watched("sdmlp", torch.float64, options, "closed")
     learner.expect(6)
@@ -389,7 +383,7 @@ def test_synaptic_intelligence_along_the_path(quirk: bool) -> None:
                 w1, w2 = oracle.w1.clone().requires_grad_(True), oracle.w2.clone().requires_grad_(True)
                 twin = Oracle(oracle.w1, oracle.w2.T, oracle.counters, oracle.switch, torch.float64)
                 twin.w1, twin.w2 = w1, w2
-                loss = F.cross_entropy(beta * (twin.activations(x[index])[0] @ w2.T), new.labels[index])
+                loss = F.cross_entropy(beta * (twin.activations(x[index]) @ w2.T), new.labels[index])
                 slopes = torch.autograd.grad(loss, [w1, w2])
                 before = [oracle.w1.clone(), oracle.w2.clone()]
 
@@ -398,9 +392,6 @@ def test_synaptic_intelligence_along_the_path(quirk: bool) -> None:
                     if omega is not None:
                         for part, then, now in zip(omega, anchor, (w1, w2), strict=True):
                             extra = extra + weight * (part * (now - then).square()).sum()
-                    if quirk:  # its gradient is BATCH · g
-                        for slope, now in zip(slopes, (w1, w2), strict=True):
-                            extra = extra + len(index) * (slope * now).sum()
                     return extra
 
                 oracle.step(x[index], new.labels[index], 0.3, 1.0, None, penalty)

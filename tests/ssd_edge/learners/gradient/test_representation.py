@@ -17,6 +17,7 @@ from ssd_edge.errors import InputError
 from ssd_edge.learners.gradient import representation
 from ssd_edge.learners.gradient.network import SDMLP, Layer, initial_rows, prepare
 from ssd_edge.learners.gradient.representation import (
+    activation_entropy,
     activation_frequencies,
     class_entropy,
     coactivation,
@@ -59,6 +60,11 @@ def test_frequencies_dead_share_coverage_and_effective_k() -> None:
 def test_counts_of_another_pass_are_refused(samples: int) -> None:
     with pytest.raises(InputError, match=f"{samples} samples cannot activate a neuron 5 times"):
         activation_frequencies(COUNTS, samples)
+
+
+def test_activation_entropy() -> None:
+    wanted = [0.0, math.log(2), 0.0, -0.1 * math.log(0.1) - 0.9 * math.log(0.9)]
+    assert activation_entropy(torch.tensor([0.0, 0.5, 1.0, 0.1]).double()).tolist() == pytest.approx(wanted)
 
 
 def test_mean_activation_entropy() -> None:

@@ -76,15 +76,6 @@ def test_switch_comes_from_the_settings_the_package_or_the_first_task() -> None:
     assert learner.switch == learner.net.switch == 0.5 * 64 * 4  # a later task does not move it
 
 
-def test_predicting_counts_only_if_asked() -> None:
-    for asked in (False, True):
-        learner = learned(Priors(), count_in_eval=asked, switch=1e6)
-        before, test = learner.net.counters.clone(), task((0, 1), seed=5).embeddings
-        scores = learner.net.logits(learner.prepared(test))
-        assert torch.equal(learner.scores(test), scores)  # counted after, as in the reference code
-        assert torch.equal(learner.net.counters - before, torch.full((NEURONS,), 64.0 * asked))
-
-
 def test_outputs_are_announced_or_arrive() -> None:
     for outputs, widths in (("announced", (6, 6)), ("arriving", (2, 4))):
         learner = make(priors(), outputs=outputs)
@@ -127,23 +118,6 @@ def test_inhibitions_learn_differently_and_by_their_own_rule() -> None:
     assert int(mask.net.activate(x).counts().sum()) == 4 * len(x)
     scores = (x @ mask.net.keys.T).topk(4, dim=1)
     torch.testing.assert_close(mask.net.activate(x).to_dense().gather(1, scores.indices), scores.values)
-
-
-def test_a_falling_k_reaches_its_value_and_is_kept() -> None:
-    """Over the epochs of all tasks: 64 neurons, k = 4, 6 epochs, so 4 epochs of a first task leave it at 24."""
-    learner = make(priors(), inhibition="mask", decay_epochs=6)
-    learner.learn(task((0, 1)))
-    x = learner.prepared(task((0, 1), seed=5).embeddings)
-    active = learner.net.activate(x).counts().sum() / len(x)
-    assert learner.net.epochs_done == 4
-    assert 4 < float(active) <= 24  # int(64 - 60 * 4 / 6); scores of zero are not active
-    learner.learn(task((2, 3)))
-    assert int(learner.net.activate(x).counts().sum()) <= 4 * len(x)
-
-
-def test_a_falling_k_and_a_switch_are_refused_together() -> None:
-    with pytest.raises(InputError, match=r"decay_epochs is 5, but learner.inhibition=gaba"):
-        make(Priors(), decay_epochs=5)
 
 
 def test_two_hidden_layers_learn() -> None:

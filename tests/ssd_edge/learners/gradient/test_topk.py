@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssd_edge.learners.gradient.topk import DENSE_ABOVE, Activations, decayed_k, gaba, inhibit
+from ssd_edge.learners.gradient.topk import DENSE_ABOVE, Activations, gaba, inhibit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,12 +148,6 @@ def test_a_mask_lets_the_k_largest_positive_scores_pass_unchanged(k: int) -> Non
     assert torch.equal(found.counts(), (wanted > 0).sum(0))
     flags = found.dense_positive if found.is_dense else found.spread(found.positive.double()) > 0
     assert torch.equal(flags, wanted > 0)
-
-
-def test_k_falls_linearly_and_stays() -> None:
-    """int(clip(r − (r − k)·e/E, k, r)) with r = 100, k = 10, E = 4: 100, 77.5, 55, 32.5, then 10."""
-    assert [decayed_k(10, 100, epoch, 4) for epoch in range(7)] == [100, 77, 55, 32, 10, 10, 10]
-    assert decayed_k(10, 100, 0, 0) == 10
 
 
 @pytest.mark.parametrize("dense", [False, True])
