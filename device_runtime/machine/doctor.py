@@ -17,7 +17,7 @@ from pathlib import Path
 from device_runtime.install import trust
 from device_runtime.machine import packages
 from device_runtime.machine.board import MIB, Board, default_root, describe, disk_free_mb, nearest_folder
-from device_runtime.machine.packages import Check, Examined, Situation
+from device_runtime.machine.checks import Check, Examined, Situation
 from device_runtime.machine.profile import estimate
 from ssd_edge import files, targets
 from ssd_edge.bundle.format import Bundle

@@ -51,13 +51,13 @@ def watch(source: Path, existing: bool, every: float | None, strict: bool, root:
     import json
 
     from device_runtime.device import Device
-    from device_runtime.service import systemd
+    from device_runtime.service import logs
     from device_runtime.service.watch import watch as run
 
     if existing and str(source) == "-":
         raise click.UsageError("--existing is for a folder, but the source is a stream; leave it out")
     stop = _Stop()
-    systemd.log_json()
+    logs.log_json()
     with Device.open(root, strict) as device:
         feed = raw_stdin() if str(source) == "-" else source
         run(

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from device_runtime.machine import doctor
-from device_runtime.machine import packages as runtimes
 from device_runtime.machine.board import MIB, Board, describe
-from device_runtime.machine.doctor import Check, examine, verdict
+from device_runtime.machine.checks import STATES, Check
+from device_runtime.machine.doctor import examine, verdict
+from device_runtime.machine.packages import CONVOLUTION
 from ssd_edge import bundle as bundles
 from ssd_edge import targets
 from ssd_edge.bundle import signing
@@ -147,7 +148,7 @@ def test_this_machine_is_fit(tmp_path: Path) -> None:
 
 def test_the_network_that_is_run_is_valid_onnx() -> None:
     onnx = pytest.importorskip("onnx")
-    onnx.checker.check_model(onnx.load_from_string(runtimes.CONVOLUTION), full_check=True)
+    onnx.checker.check_model(onnx.load_from_string(CONVOLUTION), full_check=True)
 
 
 def test_nothing_but_the_base_packages(packages: Any, tmp_path: Path) -> None:
@@ -452,5 +453,5 @@ def test_every_state_is_one_that_is_documented(jetson: Any, tmp_path: Path, made
     for board in (NANO, XAVIER, PC, describe()):
         for bundle in (None, made(target="jetson-thor")):
             checks = examine(bundle, tmp_path, board)
-            assert {check.state for check in checks} <= set(runtimes.STATES)
+            assert {check.state for check in checks} <= set(STATES)
             assert all(check.fix for check in checks if check.state == "unfit")
