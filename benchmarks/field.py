@@ -131,11 +131,11 @@ def accuracies(root: Path, generations: int) -> list[dict[str, dict[str, float]]
         found = []
         for number in range(1, generations + 1):
             device.rollback(number)
-            known = device.state.known
+            state = device.state
             row: dict[str, dict[str, float]] = {}
             for truth, name in enumerate(device.classes):
-                answered = known.learner.predict(vectors[name])
-                near, _ = known.rejector.known(vectors[name], answered)
+                answered = state.learner.predict(vectors[name])
+                near, _ = state.rejector.known(vectors[name], answered)
                 shares = {"right": answered == truth, "right_and_near": (answered == truth) & near, "unknown": ~near}
                 row[name] = {key: float(share.double().mean()) for key, share in shares.items()}
             found.append(row)

@@ -27,11 +27,11 @@ import torch
 from device_runtime.backbone.embedder import open_embedder
 from device_runtime.backbone.interface import DeviceEmbedder
 from device_runtime.install.trust import check_signature
-from device_runtime.learning import edit, exchange, lessons, teach
+from device_runtime.learning import edit, exchange, teach
 from device_runtime.learning.budget import Budget, Meter, Watcher
 from device_runtime.learning.guard import Limits
-from device_runtime.learning.lessons import ImageSource
-from device_runtime.learning.state import Knowledge
+from device_runtime.learning.state import DeviceState
+from device_runtime.learning.teach import ImageSource
 from device_runtime.learning.unknown import UNKNOWN
 from device_runtime.machine.board import default_root
 from device_runtime.machine.vitals import vitals
@@ -46,7 +46,7 @@ from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 64  # images that are decoded before they are embedded: 10 MB of 224 × 224 pixels
+DECODE_BATCH = 64  # images that are decoded before they are embedded: 10 MB of 224 × 224 pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +72,16 @@ class Prediction:
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
+class Snapshot:
     """One generation, opened."""
 
     generation: Generation
-    known: Knowledge
+    state: DeviceState
 
     @classmethod
-    def read(cls, generation: Generation) -> State:
-        """Raises like `Knowledge.read`."""
-        return cls(generation, Knowledge.read(generation.read))
+    def read(cls, generation: Generation) -> Snapshot:
+        """Raises like `DeviceState.read`."""
+        return cls(generation, DeviceState.read(generation.read))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +91,12 @@ class Observation:
     Attributes:
         predictions: one an image.
         embeddings: float32 ``(N, D)``.
-        state: that answered.
+        snapshot: that answered.
     """
 
     predictions: list[Prediction]
     embeddings: torch.Tensor
-    state: State
+    snapshot: Snapshot
 
 
 class Device:
@@ -106,7 +106,7 @@ class Device:
     of the one after. Learning, renaming and rolling back take turns, also among processes; who comes second is refused.
 
     Attributes:
-        state: the generation that answers; replaced as a whole.
+        snapshot: the generation that answers; replaced as a whole.
     """
 
     def __init__(self, store: Generations, strict: bool = False) -> None:
@@ -115,7 +115,7 @@ class Device:
         # From reading or moving CURRENT to answering by it; else one that has read it before a commit would go back.
         self._following = threading.Lock()
         self._embedders: dict[str, DeviceEmbedder] = {}  # by backbone; the one of `state`
-        self._use(store.read_current(State.read))
+        self._use(store.read_current(Snapshot.read))
 
     @classmethod
     def open(cls, root: str | Path | None = None, strict: bool = False) -> Device:
@@ -138,11 +138,11 @@ class Device:
     def __exit__(self, *exception: object) -> None:
         self._embedders = {}
 
-    def _use(self, state: State) -> None:
-        self.state = state
+    def _use(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
         with self._starting:
-            running = self._embedders.get(state.generation.backbone)
-            self._embedders = {} if running is None else {state.generation.backbone: running}
+            running = self._embedders.get(snapshot.generation.backbone)
+            self._embedders = {} if running is None else {snapshot.generation.backbone: running}
 
     def refresh(self) -> bool:
         """Take over what another process has committed; whether there was something new.
@@ -151,48 +151,53 @@ class Device:
             BundleRefusedError: every generation is damaged.
         """
         with self._following:
-            state = self.store.read_current(lambda found: None if found == self.generation else State.read(found))
-            if state is not None:
-                self._use(state)
-            return state is not None
+            snapshot = self.store.read_current(lambda found: None if found == self.generation else Snapshot.read(found))
+            if snapshot is not None:
+                self._use(snapshot)
+            return snapshot is not None
 
     @property
     def generation(self) -> Generation:
         """The one that answers."""
-        return self.state.generation
+        return self.snapshot.generation
+
+    @property
+    def state(self) -> DeviceState:
+        """What it knows."""
+        return self.snapshot.state
 
     @property
     def registry(self) -> ClassRegistry:
         """Its classes."""
-        return self.state.known.registry
+        return self.state.registry
 
     @property
     def learner(self) -> learners.Learner:
         """Its learner; not to be taught."""
-        return self.state.known.learner
+        return self.state.learner
 
     @property
     def statistics(self) -> ClassStatistics:
         """Of the embeddings of its classes."""
-        return self.state.known.statistics
+        return self.state.statistics
 
     @property
     def facts(self) -> dict[str, Any]:
         """What its bundle said besides tensors."""
-        return self.state.known.facts
+        return self.state.facts
 
     @property
     def embedder(self) -> DeviceEmbedder:
         """The backbone, started when it is first needed; an engine that no longer fits the machine is built anew."""
-        return self._embedder_of(self.state)
+        return self._embedder_of(self.snapshot)
 
-    def _embedder_of(self, state: State) -> DeviceEmbedder:
-        backbone = state.generation.backbone
+    def _embedder_of(self, snapshot: Snapshot) -> DeviceEmbedder:
+        backbone = snapshot.generation.backbone
         with self._starting:
             if backbone not in self._embedders:
-                known = state.known
-                probe = files.parse_tensors(known.probe, "probe.safetensors")
-                found = open_embedder(self.store, backbone, known.facts, probe, log.warning, self.strict)
+                state = snapshot.state
+                probe = files.parse_tensors(state.probe, "probe.safetensors")
+                found = open_embedder(self.store, backbone, state.facts, probe, log.warning, self.strict)
                 self._embedders = {backbone: found}
             return self._embedders[backbone]
 
@@ -207,19 +212,19 @@ class Device:
         Raises:
             InputError: an image cannot be read; the sentence names it.
         """
-        return self._embed(self.state, sources)
+        return self._embed(self.snapshot, sources)
 
     def _embed(
-        self, state: State, sources: Sequence[ImageSource], progress: Callable[[float], Any] = lambda share: None
+        self, snapshot: Snapshot, sources: Sequence[ImageSource], progress: Callable[[float], Any] = lambda share: None
     ) -> torch.Tensor:
-        size, embedder = state.known.facts["size"], self._embedder_of(state)
+        size, embedder = snapshot.state.facts["size"], self._embedder_of(snapshot)
         parts = []
-        for start in range(0, len(sources), AT_ONCE):
-            some = sources[start : start + AT_ONCE]
-            pixels = [lessons.pixels(one, lessons.name_of(one, start + n), size) for n, one in enumerate(some)]
+        for start in range(0, len(sources), DECODE_BATCH):
+            some = sources[start : start + DECODE_BATCH]
+            pixels = [teach.decode(one, teach.image_name(one, start + n), size) for n, one in enumerate(some)]
             parts.append(torch.from_numpy(embedder.embed(np.stack(pixels))))
             progress((start + len(some)) / len(sources))
-        return torch.cat(parts) if parts else torch.zeros(0, state.known.facts["dim"])
+        return torch.cat(parts) if parts else torch.zeros(0, snapshot.state.facts["dim"])
 
     def observe(self, sources: Sequence[ImageSource], reject: bool = True) -> Observation:
         """What each image shows, with its embedding, all by one generation.
@@ -231,27 +236,28 @@ class Device:
         Raises:
             InputError: an image cannot be read, or this device knows no class yet.
         """
-        state = self.state  # one for the whole answer: another thread may replace it at any time
-        classes = state.known.registry.names
+        snapshot = self.snapshot  # one for the whole answer: another thread may replace it at any time
+        state = snapshot.state
+        classes = state.registry.names
         if not classes:
             raise InputError("this device knows no class yet; teach it one: ssd-edge device learn --label NAME FOLDER")
-        embeddings = self._embed(state, sources)
-        scores = state.known.learner.scores(embeddings)[:, : len(classes)]
+        embeddings = self._embed(snapshot, sources)
+        scores = state.learner.scores(embeddings)[:, : len(classes)]
         share, rows = scores.softmax(1).max(1) if len(scores) else (torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-        near, margins = state.known.rejector.known(embeddings, rows)
+        near, margins = state.rejector.known(embeddings, rows)
         answers = zip(sources, rows.tolist(), share.tolist(), near.tolist(), margins.tolist(), strict=True)
         found = [
             Prediction(
-                lessons.name_of(source, number),
+                teach.image_name(source, number),
                 classes[row] if passes or not reject else UNKNOWN,
                 score,
-                state.generation.number,
+                snapshot.generation.number,
                 classes[row],
                 margin,
             )
             for number, (source, row, score, passes, margin) in enumerate(answers)
         ]
-        return Observation(found, embeddings, state)
+        return Observation(found, embeddings, snapshot)
 
     def predict(self, sources: Sequence[ImageSource], reject: bool = True) -> list[Prediction]:
         """The best class of each image, or `UNKNOWN`; arguments and errors as `observe`."""
@@ -289,14 +295,14 @@ class Device:
         """
         meter = Meter(budget, watcher)
         with self.store.writer():  # from reading to committing: nobody else can commit in between
-            state = self._latest()
-            embed = functools.partial(self._embed, state)
-            return self._commit(*teach.teach(state.known, images, embed, state.generation.number, limits, meter))
+            snapshot = self._latest()
+            embed = functools.partial(self._embed, snapshot)
+            return self._commit(*teach.teach(snapshot.state, images, embed, self.generation.number, limits, meter))
 
-    def _latest(self) -> State:
+    def _latest(self) -> Snapshot:
         """The state to make the next one of; with the root held for writing."""
         self.refresh()
-        return self.state
+        return self.snapshot
 
     def rename(self, label: str, new: str) -> dict[str, Any]:
         """Give a class another name, and commit a generation; what was learned stays as it is.
@@ -305,10 +311,10 @@ class Device:
             InputError: no such class, or the new name is bad or taken.
         """
         with self.store.writer():
-            known = self._latest().known
-            registry = known.registry.rename(label, new)
-            row = known.registry.row(label)
-            return self._commit(known.replace(registry=registry), {"renamed": [self.classes[row], registry.names[row]]})
+            state = self._latest().state
+            registry = state.registry.rename(label, new)
+            row = state.registry.row(label)
+            return self._commit(state.replace(registry=registry), {"renamed": [self.classes[row], registry.names[row]]})
 
     def forget(self, label: str, exactly: bool = False, limits: Limits | None = None) -> dict[str, Any]:
         """Take a class out, and commit a generation. Older generations still know it, until they are pruned.
@@ -327,7 +333,7 @@ class Device:
             GateRefusedError: the others would be recognised less often than `limits` allow.
         """
         with self.store.writer():
-            return self._commit(*edit.forget(self._latest().known, label, exactly, limits))
+            return self._commit(*edit.forget(self._latest().state, label, exactly, limits))
 
     def merge_labels(self, labels: Sequence[str], into: str, limits: Limits | None = None) -> dict[str, Any]:
         """Make one class of several, as if they had been taught under one name, and commit a generation.
@@ -345,7 +351,7 @@ class Device:
             GateRefusedError: they would be recognised less often than `limits` allow.
         """
         with self.store.writer():
-            return self._commit(*edit.merge_labels(self._latest().known, labels, into, limits))
+            return self._commit(*edit.merge_labels(self._latest().state, labels, into, limits))
 
     def export(self, path: str | Path, key: str | Path | None = None) -> dict[str, Any]:
         """Write what this device knows as a bundle, for another device or as a backup.
@@ -360,7 +366,7 @@ class Device:
         Raises:
             InputError: the path is a folder, or there is no such key.
         """
-        return exchange.export(self.store, self.state.generation, self.state.known, Path(path), key)
+        return exchange.export(self.store, self.generation, self.state, Path(path), key)
 
     def merge(self, path: str | Path, limits: Limits | None = None) -> dict[str, Any]:
         """Learn what another device has learned since both installed one bundle, from what that one has exported.
@@ -385,16 +391,16 @@ class Device:
         opened = bundles.read(Path(path))
         check_signature(self.store.root, opened)
         with self.store.writer():
-            known = self._latest().known
-            return self._commit(*exchange.merge(known, exchange.base_of(self.store, known), opened, limits))
+            state = self._latest().state
+            return self._commit(*exchange.merge(state, exchange.base_of(self.store, state), opened, limits))
 
-    def _commit(self, known: Knowledge, info: dict[str, Any]) -> dict[str, Any]:
+    def _commit(self, state: DeviceState, info: dict[str, Any]) -> dict[str, Any]:
         """Make a generation of the current one, and answer with it from now on; with the root held for writing."""
-        contents, again = known.reread()
+        contents, again = state.verified_contents()
         with self._following:
             generation = self.store.commit(contents, info, parent=self.generation.number)
             self.store.tidy()
-            self._use(State(generation, again))
+            self._use(Snapshot(generation, again))
         return {"generation": generation.number, "classes": self.classes, **info}
 
     def rollback(self, number: int | None = None) -> dict[str, Any]:
@@ -416,7 +422,7 @@ class Device:
                 raise InputError(f"generation {current.number} was installed, not learned, so it has no parent; {hint}")
             with self._following:
                 generation = self.store.set_current(number, "rollback", {"from": current.number})
-                self._use(State.read(generation))
+                self._use(Snapshot.read(generation))
         return {"generation": generation.number, "classes": self.classes, "from": current.number}
 
     def status(self) -> dict[str, Any]:
@@ -443,7 +449,7 @@ class Device:
 
     def history(self) -> dict[str, Any]:
         """Every generation, with what made it in words, and every event, oldest first; JSON values."""
-        generations = [{**entry, "what": edit.described(entry["info"] or {})} for entry in self.store.list()]
+        generations = [{**entry, "what": edit.describe(entry["info"] or {})} for entry in self.store.list()]
         return {
             "generation": self.generation.number,
             "classes": self.classes,

@@ -17,7 +17,7 @@ import torch
 from device_runtime.backbone import selftest
 from device_runtime.backbone.embedder import open_embedder
 from device_runtime.install.trust import check_signature
-from device_runtime.learning.state import Knowledge, restore_statistics
+from device_runtime.learning.state import DeviceState, restore_statistics
 from device_runtime.learning.unknown import Rejector
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
@@ -61,7 +61,7 @@ def install(
     store = Generations(root)
     signed_by = check_signature(store.root, opened)
     facts = _facts(opened, signed_by)
-    known = _known(opened, facts)
+    state = _initial_state(opened, facts)
     with store.writer():
         if not allow_downgrade:
             _check_release(store, facts["release"], bundle)
@@ -69,7 +69,7 @@ def install(
         arrays, limits = opened.tensors("probe")
         embedder = open_embedder(store, backbone, facts, (arrays, limits), say, strict)
         tested = selftest.run(embedder.embed, arrays, limits)
-        tested["agreement"] = _check_learner(known.learner, embedder.embed(arrays["images"]), arrays["rows"])
+        tested["agreement"] = _check_learner(state.learner, embedder.embed(arrays["images"]), arrays["rows"])
         say(
             f"self-test on {tested['images']} images with {embedder.provider}: cosine {tested['min_cosine']:.6f}, "
             f"largest difference {tested['max_difference']:.1e} σ, {tested['agreement']:.0%} of the decisions agree"
@@ -84,7 +84,7 @@ def install(
             "self_test": tested,
             **({"engine": dict(embedder.engine)} if embedder.engine else {}),
         }
-        generation = store.commit(known.contents(), info, parent=None, backbone=backbone)
+        generation = store.commit(state.contents(), info, parent=None, backbone=backbone)
         store.tidy()
         return generation
 
@@ -106,10 +106,10 @@ def _facts(opened: bundles.Bundle, signed_by: str | None) -> dict[str, Any]:
     }
 
 
-def _known(opened: bundles.Bundle, facts: dict[str, Any]) -> Knowledge:
+def _initial_state(opened: bundles.Bundle, facts: dict[str, Any]) -> DeviceState:
     """What a bundle knows, with thresholds for what is none of its classes."""
     statistics = restore_statistics(opened.tensors("statistics")[0])
-    known = Knowledge(
+    state = DeviceState(
         opened.registry,
         learners.restore(*opened.tensors("learner")),
         statistics,
@@ -118,8 +118,8 @@ def _known(opened: bundles.Bundle, facts: dict[str, Any]) -> Knowledge:
         opened.read("probe"),
         opened.read("card"),
     )
-    known.check()
-    return known
+    state.check()
+    return state
 
 
 def _check_release(store: Generations, release: int, name: str | Path) -> None:

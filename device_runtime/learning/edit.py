@@ -6,44 +6,44 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from device_runtime.learning.guard import Limits, judge_edit
-from device_runtime.learning.state import Knowledge
-from device_runtime.learning.teach import NOTHING_KNOWN, copy_of
+from device_runtime.learning.state import DeviceState
+from device_runtime.learning.teach import NO_CLASSES_BEFORE, copy_learner
 from ssd_edge import learners
 from ssd_edge.errors import InputError
 from ssd_edge.learners.closed_form.linear import LinearLearner
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 
-def judged(
-    known: Knowledge,
+def estimate_cost(
+    state: DeviceState,
     learner: learners.Learner,
     statistics: ClassStatistics,
     limits: Limits | None,
     renumbered: dict[int, int] | None = None,
 ) -> dict[str, Any]:
     """What the edit costs the classes in `statistics`, as `guard.judge_edit` estimates."""
-    judgement = judge_edit(known.learner, learner, statistics, known.registry, limits, renumbered)
+    judgement = judge_edit(state.learner, learner, statistics, state.registry, limits, renumbered)
     judgement.check()
-    return {"old_classes": judgement.retention or NOTHING_KNOWN, "warnings": judgement.warnings}
+    return {"old_classes": judgement.retention or NO_CLASSES_BEFORE, "warnings": judgement.warnings}
 
 
-def forget(known: Knowledge, label: str, exactly: bool, limits: Limits | None) -> tuple[Knowledge, dict[str, Any]]:
+def forget(state: DeviceState, label: str, exactly: bool, limits: Limits | None) -> tuple[DeviceState, dict[str, Any]]:
     """Without a class; arguments, report and errors as `Device.forget`."""
-    registry = known.registry.without(label)
-    row = known.registry.row_of(label)
-    learner = copy_of(known.learner)
+    registry = state.registry.without(label)
+    row = state.registry.row_of(label)
+    learner = copy_learner(state.learner)
     exact = learner.remove(row, approximately=not exactly)
-    statistics = known.statistics.copy()
+    statistics = state.statistics.copy()
     statistics.remove(row, approximately=True)  # of no answer, but of the guard and the thresholds for 'unknown'
     left = "" if exact else _LEFT_IN_THE_COVARIANCE if isinstance(learner, LinearLearner) else _LEFT_IN_THE_WEIGHTS
     report = {
-        "forgot": known.registry.names[row],
-        "images": known.registry.entries[row].images,
+        "forgot": state.registry.names[row],
+        "images": state.registry.entries[row].images,
         "exact": exact,
         "left": left,
-        **judged(known, learner, statistics, limits),
+        **estimate_cost(state, learner, statistics, limits),
     }
-    after = known.replace(learner=learner, statistics=statistics)
+    after = state.replace(learner=learner, statistics=statistics)
     return _without_rows(after, [row]).replace(registry=registry), report
 
 
@@ -55,44 +55,44 @@ _LEFT_IN_THE_WEIGHTS = "it is never answered again; what it taught the neurons t
 
 
 def merge_labels(
-    known: Knowledge, labels: Sequence[str], into: str, limits: Limits | None
-) -> tuple[Knowledge, dict[str, Any]]:
+    state: DeviceState, labels: Sequence[str], into: str, limits: Limits | None
+) -> tuple[DeviceState, dict[str, Any]]:
     """With one class in place of several; arguments, report and errors as `Device.merge_labels`."""
-    registry = known.registry
-    rows = [known.registry.row_of(label) for label in dict.fromkeys(labels)]
+    registry = state.registry
+    rows = [state.registry.row_of(label) for label in dict.fromkeys(labels)]
     if registry.row(into) is None and rows:
         registry = registry.rename(registry.names[rows[0]], into)
     target = registry.row(into)
     others = [row for row in rows if row != target]
     if target is None or not others:
         raise InputError(f"'{into}' can only be merged with other classes; name at least one besides it")
-    renamed, learner = registry, copy_of(known.learner)
-    statistics = known.statistics.copy()
+    renamed, learner = registry, copy_learner(state.learner)
+    statistics = state.statistics.copy()
     for row in others:
         learner.join(row, target)
         statistics.join(row, target)
-        registry = registry.joined(known.registry.names[row], into)
-    now = known.replace(registry=renamed)
-    cost = judged(now, learner, known.statistics, limits, dict.fromkeys(others, target))
+        registry = registry.joined(state.registry.names[row], into)
+    now = state.replace(registry=renamed)
+    cost = estimate_cost(now, learner, state.statistics, limits, dict.fromkeys(others, target))
     report = {
-        "merged_labels": [known.registry.names[row] for row in rows],
+        "merged_labels": [state.registry.names[row] for row in rows],
         "into": registry.names[registry.row_of(into)],
     }
-    rejector = known.rejector.refitted(target, statistics)
-    after = known.replace(learner=learner, statistics=statistics, rejector=rejector)
+    rejector = state.rejector.refitted(target, statistics)
+    after = state.replace(learner=learner, statistics=statistics, rejector=rejector)
     return _without_rows(after, others).replace(registry=registry), {**report, **cost}
 
 
-def _without_rows(known: Knowledge, rows: Sequence[int]) -> Knowledge:
+def _without_rows(state: DeviceState, rows: Sequence[int]) -> DeviceState:
     """Without rows that are empty by now; those above move up. The registry is the caller's."""
-    return known.replace(
-        learner=learners.without_rows(known.learner, rows),
-        statistics=known.statistics.without_rows(rows),
-        rejector=known.rejector.without_rows(rows),
+    return state.replace(
+        learner=learners.without_rows(state.learner, rows),
+        statistics=state.statistics.without_rows(rows),
+        rejector=state.rejector.without_rows(rows),
     )
 
 
-def described(info: Mapping[str, Any]) -> str:
+def describe(info: Mapping[str, Any]) -> str:
     """What made a generation, in a few words, from what was committed with it; empty where nothing is known."""
     if "renamed" in info:
         return "rename '{}' to '{}'".format(*info["renamed"])

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from device_runtime.learning.edit import described, judged
+from device_runtime.learning.edit import describe, estimate_cost
 from device_runtime.learning.guard import Limits
-from device_runtime.learning.state import Knowledge, restore_statistics
-from device_runtime.learning.teach import copy_of
+from device_runtime.learning.state import DeviceState, restore_statistics
+from device_runtime.learning.teach import copy_learner
 from device_runtime.store.generations import Generations
 from device_runtime.store.journal import utc
 from device_runtime.store.record import Generation
@@ -27,7 +27,7 @@ from ssd_edge.errors import BundleRefusedError, InputError
 
 
 def export(
-    store: Generations, generation: Generation, known: Knowledge, path: Path, key: str | Path | None
+    store: Generations, generation: Generation, state: DeviceState, path: Path, key: str | Path | None
 ) -> dict[str, Any]:
     """Write what a generation knows as a bundle; arguments, report and errors as `Device.export`."""
     sign = None
@@ -36,7 +36,7 @@ def export(
 
         sign = signing.signer(Path(key))
     backbone = files.read_bytes(store.backbone_path(generation.backbone))
-    packed = pack(known, generation.number, backbone, lineage(store, generation), path.stem, sign)
+    packed = pack(state, generation.number, backbone, lineage(store, generation), path.stem, sign)
     opened = bundles.parse(packed)
     bundles.write(path, packed)
     return {
@@ -44,7 +44,7 @@ def export(
         "bytes": len(packed),
         "sha256": opened.sha256,
         "generation": generation.number,
-        "classes": known.registry.names,
+        "classes": state.registry.names,
         "signed_by": opened.signature.key if opened.signature else None,
     }
 
@@ -56,21 +56,21 @@ def lineage(store: Generations, generation: Generation) -> list[str]:
     number: int | None = generation.number
     while number in made:
         event = made.pop(number)
-        told.append(described(event.get("info") or {}))
+        told.append(describe(event.get("info") or {}))
         number = event.get("parent")
     return told[::-1]
 
 
-def base_of(store: Generations, known: Knowledge) -> Knowledge:
+def base_of(store: Generations, state: DeviceState) -> DeviceState:
     """What the bundle knew that a state goes back to.
 
     Raises:
         InputError: the generation that was installed from it is gone or damaged.
     """
-    started = known.facts["bundle_sha256"]
+    started = state.facts["bundle_sha256"]
     for entry in store.list():
         if entry["intact"] and entry["origin"] == "install" and entry["info"].get("bundle_sha256") == started:
-            return Knowledge.read(store.get(entry["number"]).read)
+            return DeviceState.read(store.get(entry["number"]).read)
     raise InputError(
         f"the generation that was installed from the bundle {started[:12]}… is needed for a merge, but is gone or "
         "damaged; install one bundle on both devices"
@@ -78,7 +78,7 @@ def base_of(store: Generations, known: Knowledge) -> Knowledge:
 
 
 def pack(
-    known: Knowledge,
+    state: DeviceState,
     generation: int,
     backbone: bytes,
     events: Sequence[str],
@@ -88,59 +88,59 @@ def pack(
     """The bytes of a bundle of what a device knows.
 
     Args:
-        known: what goes into it.
+        state: what goes into it.
         generation: that it is.
         backbone: the ONNX file.
         events: what happened since the bundle was deployed, for the card.
         name: of the bundle.
         sign: as for `bundle.pack`.
     """
-    manifest = dict(known.facts["manifest"])
-    _, learner = learners.pack(known.learner)
-    contents = known.contents()
+    manifest = dict(state.facts["manifest"])
+    _, learner = learners.pack(state.learner)
+    contents = state.contents()
     entries = {role: contents[path] for role, path in bundles.ROLES.items() if path in contents}
     manifest.update(
         name=name[: bundles.MAX_TITLE_LENGTH],
         created=utc(),
         learner={"name": learner["learner"], "settings": learner["settings"]},
-        classes=known.registry.names,
+        classes=state.registry.names,
         device={
             "generation": generation,
-            "installation": known.facts["installation"],
-            "merged": known.facts["merged"],
-            "bundle_sha256": known.facts["bundle_sha256"],
+            "installation": state.facts["installation"],
+            "merged": state.facts["merged"],
+            "bundle_sha256": state.facts["bundle_sha256"],
         },
     )
     if events:
         manifest["metrics"] = {}  # they are of what was deployed
-        entries["card"] = card.amended(known.card.decode(), known.registry, events).encode()
-    entries |= {"backbone": backbone, "probe": _probe(known)}
+        entries["card"] = card.amended(state.card.decode(), state.registry, events).encode()
+    entries |= {"backbone": backbone, "probe": _probe(state)}
     packed = {bundles.ROLES[role]: (role, data) for role, data in entries.items()}
     return bundles.pack(manifest, packed, sign)
 
 
-def _probe(known: Knowledge) -> bytes:
+def _probe(state: DeviceState) -> bytes:
     """The bundle's probe with the decisions of the learner as it is now."""
-    arrays, limits = files.parse_tensors(known.probe, "probe.safetensors")
+    arrays, limits = files.parse_tensors(state.probe, "probe.safetensors")
     rows = np.full(len(arrays["images"]), -1)
-    if len(known.registry):
-        rows = known.learner.predict(torch.from_numpy(arrays["embeddings"])).numpy()
+    if len(state.registry):
+        rows = state.learner.predict(torch.from_numpy(arrays["embeddings"])).numpy()
     return files.tensor_bytes({**arrays, "rows": rows}, limits)
 
 
 def merge(
-    known: Knowledge, base: Knowledge, other: bundles.Bundle, limits: Limits | None
-) -> tuple[Knowledge, dict[str, Any]]:
+    state: DeviceState, base: DeviceState, other: bundles.Bundle, limits: Limits | None
+) -> tuple[DeviceState, dict[str, Any]]:
     """What a device knows once it also knows what another was taught; report and errors as `Device.merge`.
 
     Args:
-        known: of this device.
+        state: of this device.
         base: of the bundle that both have started from.
         other: what the other one has exported.
         limits: of what it may cost the classes that this device knows.
     """
-    theirs = _lineage(known, other.manifest)
-    registry, base_registry = known.registry, base.registry
+    theirs = _lineage(state, other.manifest)
+    registry, base_registry = state.registry, base.registry
     for place, registries in (("on this device", registry), ("there", other.registry)):
         ids = {entry.id for entry in registries.entries}
         gone = [entry.name for entry in base_registry.entries if entry.id not in ids]
@@ -163,29 +163,29 @@ def merge(
             registry = registry.taught(registry.names[row], images)
         rows.append(row)
         if images:
-            taught.append({"label": registry.names[row], "images": images, "new": row >= len(known.registry)})
+            taught.append({"label": registry.names[row], "images": images, "new": row >= len(state.registry)})
     if not taught:
         raise InputError("that device has learned nothing since the bundle that both started from; nothing was changed")
     to_here = torch.tensor(rows, dtype=torch.int64)
     base_to_here = torch.tensor([here[entry.id] for entry in base_registry.entries], dtype=torch.int64)
-    learner = copy_of(known.learner)
+    learner = copy_learner(state.learner)
     learner.merge(learners.restore(*other.tensors("learner")), to_here)
     learner.subtract(base.learner, base_to_here)
-    statistics = known.statistics.copy()
+    statistics = state.statistics.copy()
     statistics.merge(restore_statistics(other.tensors("statistics")[0]), to_here)
     statistics.subtract(base.statistics, base_to_here)
-    rejector = known.rejector
+    rejector = state.rejector
     for row in sorted({registry.row(one["label"]) for one in taught}):
         rejector = rejector.refitted(row, statistics)
-    facts = {**known.facts, "merged": [*known.facts["merged"], theirs["installation"], *theirs["merged"]]}
-    after = known.replace(registry=registry, learner=learner, statistics=statistics, rejector=rejector, facts=facts)
+    facts = {**state.facts, "merged": [*state.facts["merged"], theirs["installation"], *theirs["merged"]]}
+    after = state.replace(registry=registry, learner=learner, statistics=statistics, rejector=rejector, facts=facts)
     report = {"merged": theirs["installation"], "bundle_sha256": other.sha256, "taught": taught}
-    return after, {**report, **judged(known, learner, known.statistics, limits)}
+    return after, {**report, **estimate_cost(state, learner, state.statistics, limits)}
 
 
-def _lineage(known: Knowledge, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _lineage(state: DeviceState, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Where another device's state comes from: both must have started from one bundle, and nothing may count twice."""
-    theirs, ours = manifest.get("device"), known.facts
+    theirs, ours = manifest.get("device"), state.facts
     if not isinstance(theirs, dict):
         raise InputError("that bundle was not exported by a device; on the other one: ssd-edge device export FILE")
     try:

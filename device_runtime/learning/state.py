@@ -17,7 +17,7 @@ from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 
 @dataclasses.dataclass(frozen=True)
-class Knowledge:
+class DeviceState:
     """The parts of one state; they speak of the same classes, in the same rows.
 
     Attributes:
@@ -65,12 +65,12 @@ class Knowledge:
             "MODEL_CARD.md": self.card,
         }
 
-    def replace(self, **parts: Any) -> Knowledge:
+    def replace(self, **parts: Any) -> DeviceState:
         """With other parts in place of some."""
         return dataclasses.replace(self, **parts)
 
     @classmethod
-    def read(cls, read: Callable[[str], bytes]) -> Knowledge:
+    def read(cls, read: Callable[[str], bytes]) -> DeviceState:
         """The inverse of `contents`, with a learner and statistics of its own.
 
         Args:
@@ -95,14 +95,14 @@ class Knowledge:
         found.check()
         return found
 
-    def reread(self) -> tuple[dict[str, bytes], Knowledge]:
+    def verified_contents(self) -> tuple[dict[str, bytes], DeviceState]:
         """`contents`, and what a restart will read from them: the same answers, or they must not be committed.
 
         Raises:
             GateRefusedError: they are not.
         """
         contents = self.contents()
-        again = Knowledge.read(contents.__getitem__)
+        again = DeviceState.read(contents.__getitem__)
         arrays, _ = files.parse_tensors(self.probe, "probe.safetensors")
         vectors = torch.from_numpy(arrays["embeddings"])
         if len(self.registry) and not torch.equal(self.learner.scores(vectors), again.learner.scores(vectors)):

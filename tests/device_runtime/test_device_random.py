@@ -323,7 +323,7 @@ class Devices(RuleBasedStateMachine):
         for device, number in ((self.device, self.number), (self.reader, self.read)):  # the reader's may be pruned
             wanted = self.models[number]
             assert device.generation.number == number
-            assert device.state.known.contents() == wanted.files
+            assert device.state.contents() == wanted.files
             assert torch.equal(device.learner.scores(self.vectors), wanted.scores)
 
     @invariant()

@@ -27,7 +27,7 @@ from PIL import Image
 
 from device_runtime import Device
 from device_runtime.install.bundle import install
-from device_runtime.learning import lessons
+from device_runtime.learning import teach
 from ssd_edge import images
 from ssd_edge.errors import BundleRefusedError, InputError, printable
 
@@ -134,7 +134,7 @@ def attempt(rng: np.random.Generator, data: bytes, folder: Path, device: Device,
             except Exception:  # by the caller, in whose program it would be raised
                 return "image: not opened"
             with opened, one_sentence("image 7"):
-                check(lessons.pixels(opened, "image 7", SIZE))
+                check(teach.decode(opened, "image 7", SIZE))
         elif way == "predict":
             with one_sentence(str(path)):
                 assert device.predict([path])[0].image == str(path)
@@ -147,7 +147,7 @@ def attempt(rng: np.random.Generator, data: bytes, folder: Path, device: Device,
             assert learned == before + 1
         else:
             with one_sentence(str(path)):
-                check(lessons.pixels(path, "", SIZE))
+                check(teach.decode(path, "", SIZE))
     except InputError:
         assert device.store.current().number == before
         return f"{way}: refused"
@@ -201,7 +201,7 @@ def test_ten_thousand_mutants(root, tmp_path):
 def test_other_formats_are_refused_whatever_their_name(tmp_path, data):
     (tmp_path / "x.jpg").write_bytes(data)
     with pytest.raises(InputError, match=r"x\.jpg is not a JPEG, PNG, WebP or BMP image; remove it or convert it"):
-        lessons.pixels(tmp_path / "x.jpg", "", SIZE)
+        teach.decode(tmp_path / "x.jpg", "", SIZE)
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -401,8 +401,8 @@ def test_arrays_however_they_lie_in_memory(root):
     rng = np.random.default_rng(0)
     whole = rng.integers(0, 256, (20, 12, 3), dtype=np.uint8)
     for view in (whole[::-1], whole[:, ::-2], whole[..., ::-1], np.asfortranarray(whole), whole.transpose(1, 0, 2)):
-        plain = lessons.pixels(np.ascontiguousarray(view), "", SIZE)
-        assert (lessons.pixels(view, "", SIZE) == plain).all()
+        plain = teach.decode(np.ascontiguousarray(view), "", SIZE)
+        assert (teach.decode(view, "", SIZE) == plain).all()
     square = np.asfortranarray(whole[:8, :8])[::-1]
     device = Device.open(root)
     assert device.embed([square]).equal(device.embed([np.ascontiguousarray(square)]))
@@ -411,7 +411,7 @@ def test_arrays_however_they_lie_in_memory(root):
 def test_the_callers_image_is_left_as_it_is(tmp_path):
     Image.new("RGB", (640, 480), "teal").save(tmp_path / "x.jpg")
     with Image.open(tmp_path / "x.jpg") as image:
-        assert (lessons.pixels(image, "", SIZE) == lessons.pixels(tmp_path / "x.jpg", "", SIZE)).all()
+        assert (teach.decode(image, "", SIZE) == teach.decode(tmp_path / "x.jpg", "", SIZE)).all()
         assert image.size == (640, 480)
 
 

@@ -209,7 +209,7 @@ def examine(root: Path, before: dict[int, dict[str, bytes]], action: str, after:
     assert now.fallback == ""
     assert now.number in (10, after.number), action
     assert not (inside and now.number != 10), action
-    assert device.state.known.contents() == committed[now.number]  # as read, and as it would be written again
+    assert device.state.contents() == committed[now.number]  # as read, and as it would be written again
     for number in store.numbers():
         generation = store.get(number)
         assert contents(generation) == committed[number], (action, number)

@@ -9,7 +9,7 @@ from helpers import store_standins
 
 from device_runtime.device import Device
 from device_runtime.install import bundle
-from device_runtime.learning.state import Knowledge
+from device_runtime.learning.state import DeviceState
 from device_runtime.store import generations
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
@@ -91,7 +91,7 @@ def test_a_device_that_is_overtaken_while_it_reads(tiny_bundle, tmp_path, monkey
     bundle.install(root, tmp_path / "tiny.ssdedge")
     writer, reader = Device.open(root), Device.open(root)
     writer.rename("cup", "mug")
-    real, overtaken = Knowledge.read, []
+    real, overtaken = DeviceState.read, []
 
     def read(source):
         if not overtaken:
@@ -101,7 +101,7 @@ def test_a_device_that_is_overtaken_while_it_reads(tiny_bundle, tmp_path, monkey
             assert not writer.store.folder(2).exists()
         return real(source)
 
-    monkeypatch.setattr(Knowledge, "read", read)
+    monkeypatch.setattr(DeviceState, "read", read)
     if refresh:
         assert reader.refresh()
     else:
