@@ -3,14 +3,13 @@
 The graph is written down from the learner's tensors, operator by operator: nothing is traced. It holds what predicting
 needs and nothing that only learning needs: no statistics, counters, exemplars, importances or teacher.
 
-The Top-K of SDMLP subtracts the (k+1)-th largest value, and only that value is asked for: a tie with it becomes 0 in
-the graph as it does in `topk.inhibit`. Only the inhibition `mask` needs the winners' places.
+Each learner writes its own operators (`Learner.write_head`) into the graph that is built here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,15 +20,7 @@ from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.onnx import EMBEDDINGS
 from ssd_edge.errors import InputError, require
 from ssd_edge.learners import Learner
-from ssd_edge.learners.closed_form.fecam import FeCAM
-from ssd_edge.learners.closed_form.flymodel import FlyModel
-from ssd_edge.learners.closed_form.landmark import Landmark
-from ssd_edge.learners.closed_form.linear import NEVER, LinearLearner
-from ssd_edge.learners.closed_form.ncm import NCM
-from ssd_edge.learners.closed_form.ridge import RandomProjectionRidge
-from ssd_edge.learners.gradient.finetune import FineTune, name_of
-from ssd_edge.learners.gradient.icarl import ICaRL
-from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
+from ssd_edge.learners.closed_form.linear import NEVER
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -37,7 +28,6 @@ if TYPE_CHECKING:
 SCHEMA = "ssd-edge-head/1"  # of the model's metadata
 SCORES = "scores"
 MAX_TOP_K = 3840  # TensorRT's operator takes no larger K
-_TINY = float(np.finfo(np.float32).tiny)
 _SHORTEST = 1e-12  # a shorter vector is not brought to unit length, here and in `sdmlp.prepare` and PyTorch
 
 
@@ -70,14 +60,11 @@ def export_head(learner: Learner, class_names: Sequence[str]) -> bytes:
         )
     if not bool(learner.seen.any()):
         raise InputError("nothing has been taught yet, so there is nothing to export; learn a class first")
-    write = _WRITERS.get(learner.name)
-    if write is None:
-        raise InputError(
-            f"no graph is known for the scores of '{learner.name}', only for {', '.join(_WRITERS)}; leave the head out"
-        )
     graph = _Graph(learner.display, len(names))
     with torch.no_grad():
-        scores = write(graph, learner, EMBEDDINGS)
+        scores = learner.write_head(graph, EMBEDDINGS)
+    if scores is None:
+        raise InputError(f"the scores of '{learner.name}' cannot be written as an ONNX graph; leave the head out")
     if bool((learner.seen == 0).any()):
         taught = graph.constant("taught", (learner.seen == 1)[None].numpy())
         scores = graph.add("Where", taught, scores, graph.constant("never", np.float32(NEVER)))
@@ -188,122 +175,3 @@ class _Graph:
         opsets = [helper.make_opsetid("", onnx_file.OPSET)]
         # the oldest version that has the opset, for the sake of older runtimes
         return helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
-
-
-def _inhibit(
-    graph: _Graph, scores: str, k: int, neurons: int, gamma: Tensor | None, label: str, setting: str = "learner.k"
-) -> str:
-    """ReLU(u − γ I): u = ReLU(scores), I its (k+1)-th largest; without γ every switch is closed."""
-    u, rank = graph.add("Relu", scores), min(k + 1, neurons)
-    inhibition = graph.column(graph.top(u, rank, neurons, setting), rank - 1)
-    if gamma is not None:
-        inhibition = graph.add("Mul", graph.weight(f"gamma{label}", gamma), inhibition)
-    return graph.add("Relu", graph.add("Sub", u, inhibition))
-
-
-def _mask(graph: _Graph, scores: str, k: int, neurons: int, setting: str) -> str:
-    """The k largest positive scores, zeros elsewhere; which of equal ones pass is the runtime's choice."""
-    count = min(k, neurons)
-    top = graph.top(scores, count, neurons, setting)
-    zeros = graph.add("ConstantOfShape", graph.add("Shape", scores))
-    return graph.add("ScatterElements", zeros, f"{top}/1", graph.add("Relu", top), axis=1)
-
-
-def _linear(graph: _Graph, learner: LinearLearner, x: str) -> str:
-    values, bias = learner.values[:, : graph.classes], learner.bias[: graph.classes]
-    return graph.affine(x, "output", values.T, bias)
-
-
-def _landmark(graph: _Graph, learner: Landmark, x: str) -> str:
-    response = graph.add("Exp", graph.matmul(graph.unit(x), "keys", learner.gain * learner.keys.T))
-    if learner.shipped:
-        centred = graph.add("Sub", response, graph.weight("mean", learner.mean))
-        response = graph.matmul(centred, "projection", learner.projection)
-    return _linear(graph, learner, response)
-
-
-def _ranpac(graph: _Graph, learner: RandomProjectionRidge, x: str) -> str:
-    return _linear(graph, learner, graph.add("Relu", graph.matmul(x, "projection", learner.projection)))
-
-
-def _sdmlp(graph: _Graph, learner: SDMLPLearner, x: str) -> str:
-    net, settings = learner.net, learner.settings
-    if settings.shift:
-        x = graph.add("Sub", x, graph.scalar(settings.shift))
-    below = graph.unit(graph.add("Relu", x))
-    for number, (layer, gamma) in enumerate(zip(net.layers, net.gammas, strict=True)):
-        neurons, label = len(layer.keys), f"_{number}" if number else ""
-        if number:
-            below = graph.unit(below)
-        scores = graph.matmul(below, f"keys{label}", layer.keys.T)
-        if net.inhibition == "mask":
-            below = _mask(graph, scores, net.k, neurons, "learner.k")
-        else:
-            below = _inhibit(graph, scores, net.k, neurons, gamma, label, "learner.k")
-    return graph.matmul(below, "values", net.values[:, : graph.classes])
-
-
-def _hidden(graph: _Graph, learner: FineTune, x: str) -> str:
-    """The last hidden layer of a ReLU MLP."""
-    for layer in range(learner.settings.layers):
-        weight, bias = (learner.parameters[name_of(what, layer)] for what in ("weight", "bias"))
-        x = graph.add("Relu", graph.affine(x, f"hidden_{layer}", weight, bias))
-    return x
-
-
-def _finetune(graph: _Graph, learner: FineTune, x: str) -> str:
-    weight, bias = learner.output_weight[: graph.classes], learner.output_bias[: graph.classes]
-    return graph.affine(_hidden(graph, learner, x), "output", weight, bias)
-
-
-def _icarl(graph: _Graph, learner: ICaRL, x: str) -> str:
-    means = learner.means.new_zeros(graph.classes, learner.means.shape[1])
-    means[learner.mean_rows] = learner.means  # all taught classes have one
-    return graph.matmul(graph.unit(_hidden(graph, learner, x)), "means", means.T)
-
-
-def _ncm(graph: _Graph, learner: NCM, x: str) -> str:
-    means = torch.nn.functional.normalize((learner.sums / learner.counts.clamp_min(1)[:, None]).float())
-    return graph.matmul(graph.unit(x), "means", means.T)
-
-
-def _fecam(graph: _Graph, learner: FeCAM, x: str) -> str:
-    """Squared distances of all classes at once: (x − m_c) L_c⁻ᵀ is one product of ``(C, N, D)`` and ``(C, D, D)``."""
-    if learner.settings.tukey != 1.0:
-        power = graph.add("Pow", graph.add("Abs", x), graph.scalar(learner.settings.tukey))
-        x = graph.add("Mul", graph.add("Sign", x), power)
-    means = torch.zeros(graph.classes, 1, learner.dim)
-    factors = torch.zeros(graph.classes, learner.dim, learner.dim)
-    for row in learner.statistics.counts.nonzero().flatten().tolist():
-        means[row, 0], factors[row] = learner.solve(row)
-    away = graph.add("Sub", graph.unit(x), graph.weight("means", means))
-    squares = graph.add("ReduceSumSquare", graph.matmul(away, "factors", factors), graph.indices(-1), keepdims=0)
-    return graph.add("Neg", graph.add("Transpose", squares, perm=[1, 0]))
-
-
-def _flymodel(graph: _Graph, learner: FlyModel, x: str) -> str:
-    least = graph.reduce("ReduceMin", x)
-    span = graph.add("Sub", graph.reduce("ReduceMax", x), least)
-    scaled = graph.divide(graph.add("Sub", x, least), span, _TINY)
-    sums = graph.add("Relu", graph.matmul(scaled, "projection", learner.projection))
-    strongest = graph.top(sums, learner.kept, learner.settings.neurons, "learner.active")
-    weaker = graph.add("Less", sums, graph.column(strongest, learner.kept - 1))  # ties with the last stay
-    kept = graph.add("Where", weaker, graph.scalar(0.0), sums)
-    code = graph.divide(kept, graph.column(strongest, 0), _TINY)
-    return graph.matmul(code, "weights", learner.weights[: graph.classes].T)
-
-
-_WRITERS: dict[str, Callable[[_Graph, Any, str], str]] = {
-    "landmark": _landmark,
-    "ssd": _sdmlp,
-    "sdmlp": _sdmlp,
-    "finetune": _finetune,
-    "lwf": _finetune,
-    "icarl": _icarl,
-    "ncm": _ncm,
-    "slda": _linear,
-    "ridge": _linear,
-    "ranpac": _ranpac,
-    "fecam": _fecam,
-    "flymodel": _flymodel,
-}

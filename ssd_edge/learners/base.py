@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -98,8 +98,72 @@ BASE_SCHEMA = {
 }
 
 
+class HeadGraph(Protocol):
+    """ONNX graph that a learner writes its scores into (`Learner.write_head`).
+
+    Values are referred to by name. ``add`` and the methods built on it append an operator and return the name of its
+    first output; ``weight`` and ``indices`` add a constant. `exporters.head` has the implementation, so that learners
+    import neither it nor onnx.
+
+    Attributes:
+        classes: C, the number of columns that the scores must have.
+    """
+
+    @property
+    def classes(self) -> int: ...
+
+    def add(self, operator: str, *inputs: str, output: str = "", outputs: int = 1, **attributes: Any) -> str:
+        """Append an operator; output i > 0 is named ``<first output>/i``."""
+
+    def weight(self, name: str, tensor: Tensor) -> str:
+        """Add a float32 constant, which must be finite."""
+
+    def indices(self, *values: int) -> str:
+        """Add a constant int64 ``(n,)``."""
+
+    def scalar(self, value: float) -> str:
+        """Add a float32 constant without dimensions."""
+
+    def reduce(self, operator: str, x: str) -> str:
+        """Reduce the last axis, keeping it with size 1."""
+
+    def divide(self, x: str, by: str, least: float) -> str:
+        """Divide by ``max(by, least)``."""
+
+    def unit(self, x: str) -> str:
+        """Scale rows to unit length; a zero row stays zero."""
+
+    def matmul(self, x: str, name: str, matrix: Tensor) -> str:
+        """Multiply ``(N, n)`` by a constant ``(n, m)``."""
+
+    def affine(self, x: str, name: str, weight: Tensor, bias: Tensor) -> str:
+        """Compute x Wᵀ + b with constants W ``(m, n)`` and b ``(m,)``."""
+
+    def top(self, x: str, count: int, of: int, setting: str) -> str:
+        """Select the `count` largest of the `of` values per row, descending; their indices are ``<output>/1``."""
+
+    def column(self, x: str, index: int) -> str:
+        """Select one column of ``(N, n)``, as ``(N, 1)``."""
+
+
 class Learner(abc.ABC):
-    """Base of all learners.
+    """Base class of all learners.
+
+    A subclass declares what it is in class variables; `learners.registry` derives every list of learners from them.
+
+    Attributes:
+        name: ``learner.name`` in a configuration.
+        display: name in tables and reports. An instance whose settings change the method may override it.
+        family: how it learns: solved from sufficient statistics, or trained by gradient descent.
+        panel: True if a run with ``run.panel`` compares it as a head on the same embeddings.
+        baseline: True if a run with ``run.baselines`` trains it beside the main learner.
+        candidate: True if ``learner.name=auto`` tries it.
+        replay: True if its state stores samples of earlier tasks; reports and cards say so.
+        removal: how completely `remove` takes out a class. ``exact``: as if it had never been taught; ``with
+            per_class``: exact if ``learner.per_class`` is set, otherwise the pooled second moment keeps the class's
+            share of the within-class covariance; ``output only``: the class is never predicted again, but shared
+            weights keep what they learned from it.
+        Settings: frozen dataclass of its settings.
 
     Args:
         dim: D of the embeddings.
@@ -110,8 +174,13 @@ class Learner(abc.ABC):
     """
 
     name: ClassVar[str]
-    display: str  # of the class; an instance whose settings change the method may say so in its own
-    replay: ClassVar[bool] = False  # whether it stores samples of earlier tasks; said wherever its name is printed
+    display: str
+    family: ClassVar[Literal["closed form", "gradient"]]
+    panel: ClassVar[bool] = False
+    baseline: ClassVar[bool] = False
+    candidate: ClassVar[bool] = False
+    replay: ClassVar[bool] = False
+    removal: ClassVar[Literal["exact", "with per_class", "output only"]]
     Settings: ClassVar[type]
 
     def __init__(
@@ -144,6 +213,21 @@ class Learner(abc.ABC):
     @abc.abstractmethod
     def _load(self, tensors: dict[str, Tensor]) -> None:
         """Take over tensors that have passed `schema`."""
+
+    def write_head(self, graph: HeadGraph, x: str) -> str | None:
+        """Write the operators that compute `scores` into an ONNX graph.
+
+        Args:
+            graph: to write into.
+            x: name of the embeddings ``(N, D)``, N ≥ 1.
+
+        Returns:
+            Name of the scores ``(N, graph.classes)``; None if they cannot be written as a graph.
+
+        Raises:
+            InputError: the settings or the state of this learner rule out a graph.
+        """
+        return None
 
     def expect(self, classes: int) -> None:  # noqa: B027  an announcement that most learners do not need
         """Announce how many classes the stream will have; classes may also arrive unannounced."""

@@ -294,10 +294,18 @@ def test_weights_that_are_not_finite_are_refused(name):
         export_head(learner, NAMES)
 
 
-def test_a_learner_of_an_unknown_kind_is_refused(monkeypatch):
+def test_a_learner_that_changes_as_it_predicts_is_refused():
+    learner = taught("sdmlp", {**SMALL, "layers": 2, "count_in_eval": True})  # the second layer's switches are open
+    with pytest.raises(InputError, match="count_in_eval"):
+        export_head(learner, NAMES)
+
+
+def test_a_learner_without_a_graph_is_refused(monkeypatch):
     learner = taught("ncm", {})
-    monkeypatch.setattr(type(learner), "name", "oracle")
-    with pytest.raises(InputError, match="'oracle', only for landmark, ssd"):
+    monkeypatch.setattr(type(learner), "write_head", lambda self, graph, x: None)
+    with pytest.raises(
+        InputError, match=r"^the scores of 'ncm' cannot be written as an ONNX graph; leave the head out$"
+    ):
         export_head(learner, NAMES)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
 from ssd_edge.learners.closed_form.linear import BATCH, NEVER, statistics_schema
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
@@ -82,6 +82,10 @@ class FeCAM(Learner):
 
     name: ClassVar[str] = "fecam"
     display: str = "FeCAM"
+    family = "closed form"
+    panel = True
+    candidate = True
+    removal = "exact"
     Settings: ClassVar[type] = Settings
 
     def __init__(
@@ -149,6 +153,19 @@ class FeCAM(Learner):
                 mean, factor = self.solve(row)
                 scores[part, row] = -((unit - mean) @ factor).square().sum(1).cpu()
         return scores
+
+    def write_head(self, graph: HeadGraph, x: str) -> str:
+        if self.settings.tukey != 1.0:
+            power = graph.add("Pow", graph.add("Abs", x), graph.scalar(self.settings.tukey))
+            x = graph.add("Mul", graph.add("Sign", x), power)
+        # All classes at once: (x − m_c) L_c⁻ᵀ is one product of (C, N, D) and (C, D, D).
+        means = torch.zeros(graph.classes, 1, self.dim)
+        factors = torch.zeros(graph.classes, self.dim, self.dim)
+        for row in self.statistics.counts.nonzero().flatten().tolist():
+            means[row, 0], factors[row] = self.solve(row)
+        away = graph.add("Sub", graph.unit(x), graph.weight("means", means))
+        squares = graph.add("ReduceSumSquare", graph.matmul(away, "factors", factors), graph.indices(-1), keepdims=0)
+        return graph.add("Neg", graph.add("Transpose", squares, perm=[1, 0]))
 
     def schema(self) -> dict[str, TensorSpec]:
         return statistics_schema(self.dim, per_class=True)

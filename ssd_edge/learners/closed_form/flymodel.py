@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
 from ssd_edge.learners.closed_form.linear import BATCH
 from ssd_edge.learners.priors import Priors
 
@@ -46,6 +46,9 @@ class FlyModel(Learner):
 
     name: ClassVar[str] = "flymodel"
     display: str = "FlyModel"
+    family = "closed form"
+    panel = True
+    removal = "exact"
     Settings: ClassVar[type] = Settings
 
     def __init__(
@@ -117,6 +120,17 @@ class FlyModel(Learner):
         weights = self.weights.T.to(self.device)
         parts = [(self.code(part.to(self.device)) @ weights).cpu() for part in embeddings.split(BATCH)]
         return torch.cat(parts) if len(embeddings) else torch.zeros(0, len(self.weights))
+
+    def write_head(self, graph: HeadGraph, x: str) -> str:
+        tiny, least = torch.finfo(torch.float32).tiny, graph.reduce("ReduceMin", x)
+        span = graph.add("Sub", graph.reduce("ReduceMax", x), least)
+        scaled = graph.divide(graph.add("Sub", x, least), span, tiny)
+        sums = graph.add("Relu", graph.matmul(scaled, "projection", self.projection))
+        strongest = graph.top(sums, self.kept, self.settings.neurons, "learner.active")
+        weaker = graph.add("Less", sums, graph.column(strongest, self.kept - 1))  # ties with the last one stay
+        kept = graph.add("Where", weaker, graph.scalar(0.0), sums)
+        code = graph.divide(kept, graph.column(strongest, 0), tiny)
+        return graph.matmul(code, "weights", self.weights[: graph.classes].T)
 
     def schema(self) -> dict[str, TensorSpec]:
         return {"weights": TensorSpec(("C", self.settings.neurons), "float32", "how often a class used each neuron")}

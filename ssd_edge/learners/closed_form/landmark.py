@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import TensorSpec
+from ssd_edge.learners.base import HeadGraph, TensorSpec
 from ssd_edge.learners.closed_form.linear import PER_CLASS, LinearLearner
 from ssd_edge.learners.closed_form.sums import gaussian_readout, likeliest_weight, ridge_strength, signal_scale
 from ssd_edge.learners.gradient.network import prepare, respond, unit_rows
@@ -53,6 +53,7 @@ class Landmark(LinearLearner):
 
     name: ClassVar[str] = "landmark"
     display: str = "landmark"
+    candidate = True
     Settings: ClassVar[type] = Settings
     single: ClassVar[bool] = True
 
@@ -101,6 +102,13 @@ class Landmark(LinearLearner):
         """Activity along the directions, ``(N, n)``."""
         response = respond(prepare(embeddings, None) @ self.keys.T, self.gain)
         return (response - self.mean) @ self.projection if self.shipped else response
+
+    def _write_features(self, graph: HeadGraph, x: str) -> str:
+        response = graph.add("Exp", graph.matmul(graph.unit(x), "keys", self.gain * self.keys.T))
+        if not self.shipped:
+            return response
+        centred = graph.add("Sub", response, graph.weight("mean", self.mean))
+        return graph.matmul(centred, "projection", self.projection)
 
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         statistics, freedom, size = self.statistics, self.statistics.freedom, self.directions

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
 
@@ -42,6 +42,8 @@ class LinearLearner(Learner):
     be removed exactly.
     """
 
+    family = "closed form"
+    removal = "with per_class"
     single: ClassVar[bool] = False  # whether the statistics are kept in float32
 
     def __init__(
@@ -112,6 +114,14 @@ class LinearLearner(Learner):
         values, bias = self.values.to(self.device), self.bias.to(self.device)
         parts = [(self.features(part.to(self.device)) @ values + bias).cpu() for part in embeddings.split(BATCH)]
         return torch.cat(parts) if parts else torch.zeros(0, self.values.shape[1])
+
+    def write_head(self, graph: HeadGraph, x: str) -> str:
+        values, bias = self.values[:, : graph.classes], self.bias[: graph.classes]
+        return graph.affine(self._write_features(graph, x), "output", values.T, bias)
+
+    def _write_features(self, graph: HeadGraph, x: str) -> str:
+        """Write `features` into an ONNX graph; return the name of the result."""
+        return x
 
     def schema(self) -> dict[str, TensorSpec]:
         return self._schema_of(self.feature_count())

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
 from ssd_edge.learners.closed_form.sums import counts_without
 from ssd_edge.learners.priors import Priors
 
@@ -26,6 +26,10 @@ class NCM(Learner):
 
     name: ClassVar[str] = "ncm"
     display: str = "NCM"
+    family = "closed form"
+    panel = True
+    candidate = True
+    removal = "exact"
     Settings: ClassVar[type] = Settings
 
     def __init__(
@@ -73,8 +77,14 @@ class NCM(Learner):
         return self.counts
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        means = torch.nn.functional.normalize((self.sums / self.counts.clamp_min(1)[:, None]).float())
-        return torch.nn.functional.normalize(embeddings.cpu()) @ means.T
+        return torch.nn.functional.normalize(embeddings.cpu()) @ self._unit_means().T
+
+    def write_head(self, graph: HeadGraph, x: str) -> str:
+        return graph.matmul(graph.unit(x), "means", self._unit_means().T)
+
+    def _unit_means(self) -> Tensor:
+        """Class means of unit length, float32 ``(C, D)``; zero for a class without samples."""
+        return torch.nn.functional.normalize((self.sums / self.counts.clamp_min(1)[:, None]).float())
 
     def schema(self) -> dict[str, TensorSpec]:
         return {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import BASE_SCHEMA, DTYPES, TensorSpec
+from ssd_edge.learners.base import BASE_SCHEMA, DTYPES, HeadGraph, TensorSpec
 from ssd_edge.learners.closed_form.linear import PER_CLASS, LinearLearner
 from ssd_edge.learners.closed_form.sums import ridge
 from ssd_edge.learners.priors import Priors
@@ -37,6 +37,8 @@ class Ridge(LinearLearner):
 
     name: ClassVar[str] = "ridge"
     display: str = "ridge"
+    panel = True
+    candidate = True
     Settings: ClassVar[type] = RidgeSettings
 
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -110,6 +112,9 @@ class RandomProjectionRidge(Ridge):
 
     def features(self, embeddings: Tensor) -> Tensor:
         return (embeddings @ self.projection).clamp_min(0)
+
+    def _write_features(self, graph: HeadGraph, x: str) -> str:
+        return graph.add("Relu", graph.matmul(x, "projection", self.projection))
 
     def _common(self) -> dict[str, Any]:
         return {**super()._common(), "the seed of the random features": self.seed}

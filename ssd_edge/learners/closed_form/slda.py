@@ -28,6 +28,8 @@ class SLDA(LinearLearner):
 
     name: ClassVar[str] = "slda"
     display: str = "SLDA"
+    panel = True
+    candidate = True
     Settings: ClassVar[type] = Settings
 
     def __init__(

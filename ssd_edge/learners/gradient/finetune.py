@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
 from ssd_edge.learners.gradient.penalties import DISPLAY, Penalty, PenaltySettings, Slot
 from ssd_edge.learners.priors import Priors
 from ssd_edge.learners.removal import blank
@@ -76,6 +76,9 @@ class FineTune(Learner):
 
     name: ClassVar[str] = "finetune"
     display: str = "fine-tuning"
+    family = "gradient"
+    baseline = True
+    removal = "output only"
     with_penalty: ClassVar[str] = "{}"  # its display name when a penalty is set
     Settings: ClassVar[type] = Settings
 
@@ -276,6 +279,17 @@ class FineTune(Learner):
     def scores(self, embeddings: Tensor) -> Tensor:
         parts = [self._forward(part.to(self.device)).cpu() for part in embeddings.split(4096)]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.output_bias))
+
+    def write_head(self, graph: HeadGraph, x: str) -> str:
+        weight, bias = self.output_weight[: graph.classes], self.output_bias[: graph.classes]
+        return graph.affine(self._write_hidden(graph, x), "output", weight, bias)
+
+    def _write_hidden(self, graph: HeadGraph, x: str) -> str:
+        """Write the hidden layers into an ONNX graph; return the name of the last one's output."""
+        for layer in range(self.settings.layers):
+            weight, bias = (self.parameters[name_of(kind, layer)] for kind in ("weight", "bias"))
+            x = graph.add("Relu", graph.affine(x, f"hidden_{layer}", weight, bias))
+        return x
 
     def _shapes(self) -> dict[str, tuple[str | int, ...]]:
         """Symbolic shapes of the parameters."""

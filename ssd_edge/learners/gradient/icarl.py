@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.learners.base import Progress, Task, TensorSpec
+from ssd_edge.learners.base import HeadGraph, Progress, Task, TensorSpec
 from ssd_edge.learners.closed_form.linear import NEVER
 from ssd_edge.learners.gradient import finetune
 from ssd_edge.learners.gradient.finetune import FineTune
@@ -77,7 +77,8 @@ class ICaRL(FineTune):
 
     name: ClassVar[str] = "icarl"
     display: str = "iCaRL (replay)"
-    replay: ClassVar[bool] = True  # keeps samples
+    baseline = False
+    replay = True
     Settings: ClassVar[type] = Settings
 
     def __init__(
@@ -179,6 +180,11 @@ class ICaRL(FineTune):
         scores = torch.full((len(embeddings), len(self.output_bias)), NEVER)
         scores[:, self.mean_rows.cpu()] = (self._features(embeddings) @ self.means.T).cpu()
         return scores
+
+    def write_head(self, graph: HeadGraph, x: str) -> str:
+        means = self.means.new_zeros(graph.classes, self.means.shape[1])
+        means[self.mean_rows] = self.means  # all taught classes have one
+        return graph.matmul(graph.unit(self._write_hidden(graph, x)), "means", means.T)
 
     def schema(self) -> dict[str, TensorSpec]:
         memory = self.settings.memory

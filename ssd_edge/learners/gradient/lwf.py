@@ -33,6 +33,7 @@ class LwF(FineTune):
 
     name: ClassVar[str] = "lwf"
     display: str = "LwF"
+    baseline = False
     with_penalty: ClassVar[str] = "LwF+{}"
     Settings: ClassVar[type] = Settings
 

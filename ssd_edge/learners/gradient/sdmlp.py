@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
 from ssd_edge.learners.gradient import epoch as epochs
 from ssd_edge.learners.gradient.distillation import cross_entropy
 from ssd_edge.learners.gradient.network import SDMLP, Gradients, Layer, Pass, initial_rows, prepare
@@ -89,6 +89,9 @@ class SDMLPLearner(Learner):
 
     name: ClassVar[str] = "sdmlp"
     display: str = "SDMLP"
+    family = "gradient"
+    baseline = True
+    removal = "output only"
     Settings: ClassVar[type] = Settings
     dtype = torch.float32
 
@@ -321,6 +324,22 @@ class SDMLPLearner(Learner):
     def scores(self, embeddings: Tensor) -> Tensor:
         return self.net.logits(self.prepared(embeddings)).float().cpu()
 
+    def write_head(self, graph: HeadGraph, x: str) -> str:
+        net = self.net
+        if self.settings.shift:
+            x = graph.add("Sub", x, graph.scalar(self.settings.shift))
+        below = graph.unit(graph.add("Relu", x))
+        for number, (layer, gamma) in enumerate(zip(net.layers, net.gammas, strict=True)):
+            neurons, label = len(layer.keys), f"_{number}" if number else ""
+            if number:
+                below = graph.unit(below)
+            scores = graph.matmul(below, f"keys{label}", layer.keys.T)
+            if net.inhibition == "mask":
+                below = _write_mask(graph, scores, net.k, neurons)
+            else:
+                below = _write_inhibition(graph, scores, net.k, neurons, gamma, label)
+        return graph.matmul(below, "values", net.values[:, : graph.classes])
+
     def schema(self) -> dict[str, TensorSpec]:
         schema, r = {}, self.settings.neurons
         for layer in range(self.settings.layers):
@@ -377,3 +396,23 @@ def _mask(rows: Tensor, keys: Tensor) -> Tensor:
     mask = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
     mask[rows] = True
     return mask
+
+
+def _write_inhibition(graph: HeadGraph, scores: str, k: int, neurons: int, gamma: Tensor | None, label: str) -> str:
+    """Write ReLU(u − γ I): u = ReLU(scores), I its (k+1)-th largest value; without γ all switches are closed.
+
+    Only the value of I is needed: a tie with it becomes 0, as in `topk.inhibit`.
+    """
+    u, rank = graph.add("Relu", scores), min(k + 1, neurons)
+    inhibition = graph.column(graph.top(u, rank, neurons, "learner.k"), rank - 1)
+    if gamma is not None:
+        inhibition = graph.add("Mul", graph.weight(f"gamma{label}", gamma), inhibition)
+    return graph.add("Relu", graph.add("Sub", u, inhibition))
+
+
+def _write_mask(graph: HeadGraph, scores: str, k: int, neurons: int) -> str:
+    """Write the k largest positive scores, zeros elsewhere; the runtime decides between equal scores."""
+    count = min(k, neurons)
+    top = graph.top(scores, count, neurons, "learner.k")
+    zeros = graph.add("ConstantOfShape", graph.add("Shape", scores))
+    return graph.add("ScatterElements", zeros, f"{top}/1", graph.add("Relu", top), axis=1)
