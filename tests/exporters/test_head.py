@@ -294,12 +294,6 @@ def test_weights_that_are_not_finite_are_refused(name):
         export_head(learner, NAMES)
 
 
-def test_a_learner_that_changes_as_it_predicts_is_refused():
-    learner = taught("sdmlp", {**SMALL, "layers": 2, "count_in_eval": True})  # the second layer's switches are open
-    with pytest.raises(InputError, match="count_in_eval"):
-        export_head(learner, NAMES)
-
-
 def test_a_learner_without_a_graph_is_refused(monkeypatch):
     learner = taught("ncm", {})
     monkeypatch.setattr(type(learner), "write_head", lambda self, graph, x: None)
