@@ -1,10 +1,10 @@
-"""Send a bundle to a device over the system's ssh; the device checks it, installs it, and switches over last.
+"""Send a bundle to a device with the system's ssh and sftp, and install it there.
 
-One connection (so one password) starts ``ssd-edge device receive`` there, and `device_runtime.receive` says what both
-speak. Only what the device lacks is sent. When the connection breaks, the next one goes on where it stopped.
+Three connections: one to check that ssd-edge is installed and how much of the bundle has already arrived, one to upload
+the rest with sftp, and one to run ``doctor`` and ``device install``, which switches to the new generation last. An
+interrupted upload is resumed, because the path on the device contains the SHA-256 of the bundle.
 
-Checks of host keys are ssh's and stay as they are configured. Nothing passes through a shell of this machine, and what
-passes through the device's is quoted.
+Host keys are checked by ssh as configured. No local shell is involved, and everything the remote shell sees is quoted.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ import contextlib
 import ipaddress
 import json
 import os
-import queue
 import re
 import shlex
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from device_runtime.receive import MAGIC
-from ssd_edge import bundle, files
+from ssd_edge import bundle
 from ssd_edge.errors import (
     BundleRefusedError,
     EnvironmentUnfitError,
@@ -36,76 +33,108 @@ from ssd_edge.errors import (
     printable,
 )
 
-ENVIRONMENT = "SSD_EDGE_SSH"
+SSH_VARIABLE = "SSD_EDGE_SSH"
+SFTP_VARIABLE = "SSD_EDGE_SFTP"
 TRIES = 3
 PAUSE = 2.0  # seconds before the second try; twice as long before the third
-# A link that is dead must end: only then can another connection go on. No terminal: it would change the bytes.
+# Detect a dead link, so that another connection can resume. A terminal would change the bytes.
 OPTIONS = ("-T", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
-MAX_BANNER = 1 << 16  # bytes that a login may print before the device answers
-MAX_LINE = 1 << 20
+UPLOADS = ".cache/ssd-edge"  # in the home folder, if no root is given
+MAX_OUTPUT = 1 << 20  # bytes that a remote command may print
 MAX_SENTENCE = 500  # characters
+MAX_NAME = 128  # characters
 SSH_FAILED = 255
-BLOCK = 1 << 17
+CANNOT_CREATE = 73
+
+# Both scripts receive their values as positional arguments, so that nothing is interpolated into them.
+# They print MARKER first; whatever a login script prints before it is ignored.
+# Arguments: file, size, and the command that starts ssd-edge.
+MARKER = "ssd-edge-push"
+PREPARE = (
+    f"echo; echo {MARKER}; exec 2>&1; "
+    'file=$1 size=$2; shift 2; "$@" --version >/dev/null || exit; '
+    f'folder=${{file%/*}}; mkdir -p "$folder" && touch "$folder" "$file" || exit {CANNOT_CREATE}; '
+    'find "${folder%/*}" -mindepth 1 -maxdepth 1 -mtime +7 -exec rm -rf {} +; '  # leftovers of abandoned uploads
+    'test "$(wc -c <"$file")" -le "$size" || : >"$file"; echo "uploaded $(wc -c <"$file")"'
+)
+# Arguments: file, --root=… or an empty string, --allow-downgrade or an empty string, and the command.
+# A crash or a lost connection (exit code 1 or above 128) keeps the upload for the next try.
+INSTALL = (
+    f"echo; echo {MARKER}; exec 2>&1; "
+    'file=$1 root=$2 downgrade=$3; shift 3; "$@" doctor ${root:+"$root"} --json -- "$file" && '
+    '"$@" device install ${root:+"$root"} $downgrade --json -- "$file"; '
+    'code=$?; case $code in 0|[2-6]) rm -rf "${file%/*}";; esac; exit $code'
+)
 
 _USER = re.compile(r"[\w.+@][\w.+@-]*")
 _HOST = re.compile(r"[A-Za-z0-9_.:%][A-Za-z0-9_.:%-]*")
+_UPLOADED = re.compile(r"uploaded +(\d+)")
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")
 _EXAMPLE = "e.g. user@camera-3 or user@camera-3:/data/ssd-edge"
 _ERRORS = {
     kind.exit_code: kind
-    for kind in (InputError, EnvironmentUnfitError, GateRefusedError, BundleRefusedError, SlowerProviderError)
-}
+    for kind in (SSDEdgeError, InputError, EnvironmentUnfitError, GateRefusedError, BundleRefusedError)
+} | {SlowerProviderError.exit_code: SlowerProviderError}
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A device, and where its state is.
+    """A device and the folder of its state.
 
     Attributes:
-        login: what ssh is given: ``host`` or ``user@host``.
-        root: folder on the device, a relative one below the user's home; None: the device's own default.
+        login: Argument for ssh: ``host`` or ``user@host``.
+        root: Folder on the device, relative to the user's home unless absolute. None: the device's default.
     """
 
     login: str
     root: str | None
 
 
+@dataclass(frozen=True)
+class PushResult:
+    """An installed bundle.
+
+    Attributes:
+        generation: Number of the new generation.
+        sent_bytes: Bytes that were not on the device yet.
+        device: Everything that ``device install --json`` printed.
+    """
+
+    generation: int
+    sent_bytes: int
+    device: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of ``ssd-edge push --json``."""
+        return {**self.device, "generation": self.generation, "sent_bytes": self.sent_bytes}
+
+
 class _BrokenError(Exception):
-    """The connection ended before there was a result."""
-
-
-@dataclass
-class _Job:
-    """What is sent, and how much of it was."""
-
-    offer: dict[str, Any]
-    blobs: dict[str, bytes]
-    say: Say
-    connected: bool = False
-    sent: int = 0
-    total: int = 0  # of what this connection is to send
+    """The connection ended before the command had finished."""
 
 
 def parse_destination(text: str) -> Destination:
-    """Read ``[user@]host[:root]``; an IPv6 address is put in brackets.
+    """Parse ``[user@]host[:root]``; an IPv6 address needs brackets.
 
     Raises:
-        InputError: it is none, or something that ssh or a shell could take for an option or a command.
+        InputError: The text is malformed, or contains something that ssh or a shell could take for an option or a
+            command.
 
     Example:
         >>> parse_destination("robot@[fe80::1%eth0]:/data/ssd-edge")
         Destination(login='robot@fe80::1%eth0', root='/data/ssd-edge')
     """
     if not text.isprintable():
-        _refuse(text, "it has control characters or line breaks")
+        _refuse(text, "it contains control characters or line breaks")
     if "://" in text:
-        _refuse(text, f"it is a URL; a port goes into ~/.ssh/config, or into ${ENVIRONMENT}, e.g. 'ssh -p 2222'")
+        _refuse(text, f"it is a URL; set a port in ~/.ssh/config or with ${SSH_VARIABLE}, e.g. 'ssh -p 2222'")
     user, at, place = _split_user(text)
     if place.startswith("["):
         host, bracket, rest = place[1:].partition("]")
         if not bracket or (rest and not rest.startswith(":")):
-            _refuse(text, "a ']' is missing, or something other than ':' follows it")
+            _refuse(text, "']' is missing or is not followed by ':'")
         colon, root = rest[:1], rest[1:]
     else:
         with contextlib.suppress(ValueError):
@@ -113,23 +142,23 @@ def parse_destination(text: str) -> Destination:
             _refuse(text, f"an IPv6 address needs brackets: [{place}]")
         host, colon, root = place.partition(":")
     if at and not _USER.fullmatch(user):
-        _refuse(text, "its user is empty, begins with '-', or has characters that no user has")
+        _refuse(text, "the user is empty, begins with '-', or contains a character that is not allowed in a user name")
     if not _HOST.fullmatch(host):
-        _refuse(text, "its host is empty, begins with '-', or has characters that no host has")
+        _refuse(text, "the host is empty, begins with '-', or contains a character that is not allowed in a host name")
     if colon and not root:
-        _refuse(text, "no folder follows the ':'; leave both away for the device's default")
+        _refuse(text, "no folder follows the ':'; omit the ':' to use the device's default")
     return Destination(user + at + host, _below_home(root) if colon else None)
 
 
 def _split_user(text: str) -> tuple[str, str, str]:
-    """``user``, ``@``, and the rest; an @ behind the first colon belongs to the root."""
+    """Return user, ``@`` and the rest; an ``@`` after the first colon belongs to the root."""
     end = text.find(":")
     at = text.rfind("@", 0, len(text) if end < 0 else end)
     return (text[:at], "@", text[at + 1 :]) if at >= 0 else ("", "", text)
 
 
 def _below_home(path: str) -> str:
-    """A path with ``~/`` as one relative to the home folder, where ssh starts: quoted, a ~ would be a folder's name."""
+    """Return ``~/…`` as a path relative to the home folder, where ssh starts: a quoted ``~`` is not expanded."""
     if path.startswith("~"):
         if path not in ("~", "~/") and not path.startswith("~/"):
             raise InputError(f"{path} is in the home folder of another user; write it as /home/…")
@@ -138,244 +167,278 @@ def _below_home(path: str) -> str:
 
 
 def _refuse(text: str, reason: str) -> NoReturn:
-    raise InputError(f"{text!r} is no destination: {reason}; {_EXAMPLE}")
+    raise InputError(f"{text!r} is not a valid destination: {reason}; {_EXAMPLE}")
 
 
 def push(
     path: str | Path,
     destination: Destination,
-    say: Say,
+    log: Log,
     *,
     command: str = "ssd-edge",
     allow_downgrade: bool = False,
-) -> dict[str, Any]:
-    """Bring a bundle to a device and install it there.
+) -> PushResult:
+    """Upload a bundle to a device and install it there.
 
     Args:
-        path: the bundle.
-        destination: from `parse_destination`.
-        say: told what happens, here and on the device.
-        command: command line that starts ssd-edge there, quoted as for a shell, e.g. ``'/my apps/ssd-edge'``.
-        allow_downgrade: let the device take an older release.
-
-    Returns:
-        ``generation``, ``root``, what the device keeps about the installation, and ``sent_bytes``.
+        path: The bundle.
+        destination: Result of `parse_destination`.
+        log: Receives progress messages, also those of the device.
+        command: Command line that starts ssd-edge there, quoted as for a shell, e.g. ``'/my apps/ssd-edge'``.
+        allow_downgrade: Allow an older release than the installed one.
 
     Raises:
-        InputError: no such bundle, or the device refuses what it was asked for.
-        BundleRefusedError: the bundle is damaged, or the device refuses it.
-        EnvironmentUnfitError: there is no ssh, no connection, or no fitting ssd-edge there; the device is unfit.
-        GateRefusedError: the self-test failed there.
+        InputError: The bundle does not exist, or the device rejects the arguments.
+        BundleRefusedError: The bundle is damaged, or the device refuses it.
+        EnvironmentUnfitError: No connection, no suitable ssd-edge on the device, or the device is unfit.
+        GateRefusedError: The self-test failed on the device.
     """
-    opened = bundle.read(path)
-    blobs = {files.sha256(data): data for data in opened.entries.values()}
-    entries = [{"path": name, "sha256": files.sha256(data), "size": len(data)} for name, data in opened.entries.items()]
-    stated = {"bundle": opened.sha256, "size": Path(path).stat().st_size, "name": Path(path).name, "entries": entries}
-    job = _Job({**stated, "allow_downgrade": allow_downgrade, "retry": False}, blobs, say)
-    arguments = _arguments(destination, command)
+    opened, path = bundle.read(path), Path(path).absolute()
+    if not str(path).isprintable():
+        raise InputError(f"the path {str(path)!r} contains characters that sftp cannot transfer; rename it")
+    size = path.stat().st_size
+    device = _Device(destination, command, log)
+    file = device.upload_path(opened.sha256, path.name)
+    first: int | None = None
     for attempt in range(TRIES):
         if attempt:
             pause = PAUSE * attempt
-            say(f"the connection broke; trying again in {pause:.0f} s ({attempt + 1} of {TRIES})")
+            log(f"the connection broke; trying again in {pause:.0f} s ({attempt + 1} of {TRIES})")
             time.sleep(pause)
-            job.offer["retry"] = True
         try:
-            with _Remote(arguments, destination.login, command) as remote:
-                result = _converse(remote, job)
-            return {**result, "sent_bytes": job.sent}
+            uploaded = device.prepare(file, size)
+            first = uploaded if first is None else first
+            if uploaded < size:
+                log(f"sending {(size - uploaded) / 1e6:.1f} of {size / 1e6:.1f} MB")
+                device.upload(path, file)
+            answer = device.install(file, allow_downgrade)
+            return PushResult(answer["generation"], size - first, answer)
         except _BrokenError:
-            if not job.connected:
+            if first is None:
                 break
-    if job.connected:
+    if first is None:
         raise EnvironmentUnfitError(
-            f"the connection to {destination.login} broke {TRIES} times; what has come over stays there, so push again"
+            f"ssh could not connect to {destination.login}, see its message above; make 'ssh {destination.login}' work "
+            "first"
         )
     raise EnvironmentUnfitError(
-        f"ssh could not connect to {destination.login} and says why above; get 'ssh {destination.login}' to work first"
+        f"the connection to {destination.login} broke {TRIES} times; what has arrived stays there, so push again. If "
+        "sftp fails at once, see its message above: it needs OpenSSH 8.7 here and the sftp subsystem of sshd there"
     )
 
 
-def _arguments(destination: Destination, command: str) -> list[str]:
-    """The command line of ssh."""
-    try:
-        ssh, words = shlex.split(os.environ.get(ENVIRONMENT, "")) or ["ssh"], shlex.split(command)
-    except ValueError as error:
-        raise InputError(f"${ENVIRONMENT} or --push-command has a quotation mark that does not end: {error}") from error
-    if not words:
-        raise InputError("--push-command is empty; give what starts ssd-edge on the device")
-    words = [_below_home(words[0]), *words[1:], "device", "receive"]
-    if destination.root is not None:
-        words.append(f"--root={destination.root}")
-    return [*ssh, *OPTIONS, "--", destination.login, shlex.join(words)]
+class _Device:
+    """The ssh and sftp commands for one device."""
 
-
-def _converse(remote: _Remote, job: _Job) -> dict[str, Any]:
-    """Offer, send what the device wants, wait for the result."""
-    remote.wait_for_magic()
-    job.connected = True
-    remote.send(json.dumps(job.offer).encode() + b"\n")
-    for message in remote.messages():
-        if "want" in message:
-            _send(remote, job, _checked(message["want"], job.blobs))
-        elif (result := _heard(remote, job, message)) is not None:
-            return result
-    remote.fail()
-
-
-def _send(remote: _Remote, job: _Job, wanted: list[memoryview]) -> None:
-    job.total = sum(map(len, wanted))
-    job.say(f"{job.total / 1e6:.1f} of {sum(map(len, job.blobs.values())) / 1e6:.1f} MB are to be sent")
-    for part in wanted:
-        for start in range(0, len(part), BLOCK):
-            block = part[start : start + BLOCK]
-            if not remote.send(block):
-                return
-            job.sent += len(block)
-            for message in remote.messages(wait=False):
-                _heard(remote, job, message)
-
-
-def _heard(remote: _Remote, job: _Job, message: dict[str, Any]) -> dict[str, Any] | None:
-    """Pass on what the device says; returns its result."""
-    if "say" in message:
-        job.say(_clean(message["say"]))
-    elif "have" in message:
-        job.say(f"{_number(message['have']) / 1e6:.1f} of {job.total / 1e6:.1f} MB have arrived")
-    elif "error" in message:
-        kind = _ERRORS.get(_number(message.get("code")), SSDEdgeError)
-        raise kind(f"{remote.login}: {_clean(message['error'])}")
-    elif message.get("ok") is True:
-        _number(message.get("generation"))
-        return {key: value for key, value in message.items() if key != "ok"}
-    return None
-
-
-def _checked(want: Any, blobs: dict[str, bytes]) -> list[memoryview]:
-    try:
-        wanted = [(blobs[digest], start) for digest, start in want]
-        if not all(type(start) is int and 0 <= start <= len(data) for data, start in wanted):
-            raise ValueError("a position outside of an entry")
-    except (KeyError, ValueError, TypeError) as error:
-        raise EnvironmentUnfitError(f"the device asks for what is not in the bundle ({error}); upgrade it") from error
-    return [memoryview(data)[start:] for data, start in wanted]
-
-
-def _number(value: Any) -> int:
-    if type(value) is not int:
-        raise EnvironmentUnfitError(f"the device answers {_clean(value)} where a number is expected; upgrade it")
-    return value
-
-
-def _clean(text: Any) -> str:
-    """One sentence from the device: no line breaks or escape codes from there, and no end."""
-    text = text.decode("utf-8", "replace").strip() if isinstance(text, bytes) else str(text)
-    return printable(text[:MAX_SENTENCE])
-
-
-class _Remote:
-    """A running ssh. Its errors, and the device's, go to standard error as they come."""
-
-    def __init__(self, arguments: Sequence[str], login: str, command: str) -> None:
-        self.login, self._command = login, command
+    def __init__(self, destination: Destination, command: str, log: Log) -> None:
+        self._login, self._root, self._command, self._log = destination.login, destination.root, command, log
         try:
-            self._process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        except OSError as error:
-            raise EnvironmentUnfitError(
-                f"{arguments[0]} cannot be started ({error.strerror}); install OpenSSH's client, or set ${ENVIRONMENT}"
+            ssh = shlex.split(os.environ.get(SSH_VARIABLE, "")) or ["ssh"]
+            self._sftp = shlex.split(os.environ.get(SFTP_VARIABLE, "")) or ["sftp"]
+            words = shlex.split(command)
+        except ValueError as error:
+            raise InputError(
+                f"${SSH_VARIABLE}, ${SFTP_VARIABLE} or --push-command has an unclosed quotation mark: {error}"
             ) from error
-        self._lines: queue.Queue[bytes] = queue.Queue()
-        self._reading = False
+        if not words:
+            raise InputError("--push-command is empty; give the command that starts ssd-edge on the device")
+        self._ssh = [*ssh, *OPTIONS]
+        self._words = [_below_home(words[0]), *words[1:]]
 
-    def __enter__(self) -> _Remote:
-        return self
+    def upload_path(self, sha256: str, name: str) -> str:
+        """Return the path of an upload on the device, absolute or beginning with ``./``."""
+        folder = UPLOADS if self._root is None else self._root
+        if not folder.startswith(("/", "./")):
+            folder = f"./{folder}"
+        name = _NOT_IN_NAMES.sub("_", name.removesuffix(".ssdedge"))[:MAX_NAME].lstrip(".-") or "pushed"
+        return f"{folder.rstrip('/')}/incoming/{sha256}/{name}.ssdedge"
 
-    def __exit__(self, *exception: object) -> None:
-        if exception[0] is not None:
-            self._process.terminate()
-        self._end()
-        if not self._reading:  # else the other thread closes it
-            self._process.stdout.close()
+    def prepare(self, file: str, size: int) -> int:
+        """Check that ssd-edge starts, create the file, and return how many bytes of it are on the device.
 
-    def _end(self) -> int:
-        """Wait for ssh; its exit code is the device's, unless it is `SSH_FAILED`."""
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        return self._process.wait()
-
-    def send(self, data: bytes | memoryview) -> bool:
-        """Write to the device; False: it no longer listens, and what it says last tells why."""
-        try:
-            self._process.stdin.write(data)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return False
-        return True
-
-    def wait_for_magic(self) -> None:
-        """Skip what a login prints, until the device answers."""
-        read = 0
-        while read < MAX_BANNER:
-            line = self._process.stdout.readline(MAX_BANNER)
-            if not line:
-                self._fail_early()
-            if line.strip() == MAGIC:
-                self._reading = True
-                threading.Thread(target=self._read, daemon=True).start()
-                return
-            read += len(line)
-            if line.startswith(MAGIC.partition(b"/")[0] + b"/"):
-                raise EnvironmentUnfitError(
-                    f"the ssd-edge on {self.login} speaks {_clean(line.strip())}, but this one {_clean(MAGIC)}; bring "
-                    "both to the same version"
-                )
-        raise EnvironmentUnfitError(
-            f"{self.login} printed {MAX_BANNER} bytes, but no answer of ssd-edge; its login scripts must be quiet when "
-            "there is no terminal"
-        )
-
-    def _fail_early(self) -> NoReturn:
-        code = self._end()
-        if code < 0 or code == SSH_FAILED:
-            raise _BrokenError
+        Raises:
+            EnvironmentUnfitError: ssd-edge is not installed there, or the folder cannot be created.
+        """
+        uploaded: int | None = None
+        session = self._start(PREPARE, file, str(size))
+        for line in session:
+            if match := _UPLOADED.fullmatch(line):
+                uploaded = int(match[1])
+            else:
+                self._log(line)
+        code = session.wait()
         if code in (126, 127):
-            reason = f"{self._command} cannot be started on {self.login}; say where it is: --push-command /…/ssd-edge"
-        elif code == 2:
-            reason = f"the ssd-edge on {self.login} cannot receive bundles; bring it to the version of this one"
-        else:
-            reason = f"{self._command} on {self.login} ended with exit code {code} and no answer; it says why above"
-        raise EnvironmentUnfitError(reason)
+            raise EnvironmentUnfitError(
+                f"{self._command} cannot be started on {self._login}; if ssd-edge is installed there, give its path: "
+                "--push-command /…/ssd-edge"
+            )
+        if code == CANNOT_CREATE:
+            raise EnvironmentUnfitError(f"{file} cannot be created on {self._login}; name another root")
+        if code or uploaded is None:
+            self._fail(code)
+        return uploaded
 
-    def _read(self) -> None:
-        """Collect the device's lines, so that it never waits for this side while this side waits for it."""
-        with contextlib.suppress(OSError), self._process.stdout as stream:
-            while line := stream.readline(MAX_LINE):
-                self._lines.put(line)
-        self._lines.put(b"")
+    def upload(self, local: Path, file: str) -> None:
+        """Append what is missing of a file on the device.
 
-    def messages(self, wait: bool = True) -> Iterator[dict[str, Any]]:
-        """What the device says, until it ends; without `wait`, what it has said by now."""
-        while wait or not self._lines.empty():
-            if not (line := self._lines.get()):
-                self._lines.put(b"")  # ended: whoever asks next must not wait
-                return
-            try:
-                message = json.loads(line)
-                if not isinstance(message, dict):
-                    raise ValueError("no object")
-            except (ValueError, RecursionError) as error:
-                if not line.endswith(b"\n"):  # cut
-                    continue
+        Raises:
+            EnvironmentUnfitError: sftp is not installed here, or the file cannot be written there.
+        """
+        # With -D, sftp reaches the device through the same ssh command as everything else.
+        server = shlex.join([*self._ssh, "-s", "--", self._login, "sftp"])
+        batch = f"reput {_sftp_quoted(str(local))} {_sftp_quoted(file)}\n"
+        try:
+            done = subprocess.run(
+                [*self._sftp, "-b", "-", "-D", server], input=batch.encode(), stdout=subprocess.DEVNULL, check=False
+            )
+        except OSError as error:
+            raise _cannot_start(self._sftp[0], error, SFTP_VARIABLE) from error
+        if done.returncode == 1:
+            raise EnvironmentUnfitError(
+                f"sftp could not write {file} on {self._login}, see its message above; free some space there or name "
+                "another root"
+            )
+        if done.returncode:
+            raise _BrokenError
+
+    def install(self, file: str, allow_downgrade: bool) -> dict[str, Any]:
+        """Run ``doctor`` and ``device install`` for an uploaded bundle, and return the answer of the latter.
+
+        Raises:
+            SSDEdgeError: The error of the device, of the class that belongs to its exit code.
+        """
+        root = "" if self._root is None else f"--root={self._root}"
+        answer: dict[str, Any] | None = None
+        sentence = unfit = ""
+        session = self._start(INSTALL, file, root, "--allow-downgrade" if allow_downgrade else "")
+        for line in session:
+            value = _json_object(line)
+            if "generation" in value:
+                answer = value
+            elif "checks" in value:
+                unfit = self._log_checks(value["checks"])
+            elif line.startswith("error: "):
+                sentence = _clean(line.removeprefix("error: "))
+            else:
+                self._log(line)
+        try:
+            code = session.wait()
+        except _BrokenError:
+            if not session.started:
+                raise
+            status = " ".join([self._command, "device status", root]).rstrip()
+            raise EnvironmentUnfitError(
+                f"the connection to {self._login} broke while the device was installing; check there with '{status}' "
+                "whether it succeeded, and push again if not"
+            ) from None
+        if unfit:
+            raise EnvironmentUnfitError(f"{self._login}: unfit for this bundle: {unfit}")
+        if code == 0 and answer is not None:
+            if type(answer["generation"]) is not int:
                 raise EnvironmentUnfitError(
-                    f"{self.login} answers '{_clean(line[:60])}', which means nothing here; bring both machines to the "
-                    "same version"
-                ) from error
-            yield message
+                    f"{self._login} answers '{_clean(answer['generation'])}' where the number of a generation is "
+                    "expected; bring both machines to the same version"
+                )
+            return answer
+        if sentence and code in _ERRORS:
+            raise _ERRORS[code](f"{self._login}: {sentence}")
+        self._fail(code)
 
-    def fail(self) -> NoReturn:
-        """It ended without a result."""
-        code = self._end()
+    def _log_checks(self, checks: Any) -> str:
+        """Log the warnings of ``doctor``; return the first problem that makes the device unfit, or an empty string."""
+        unfit = ""
+        for check in checks if isinstance(checks, list) else []:
+            if not isinstance(check, dict):
+                continue
+            fix = f"; {check['fix']}" if check.get("fix") else ""
+            problem = _clean(f"{check.get('name')}: {check.get('found')}{fix}")
+            if check.get("state") == "unfit":
+                unfit = unfit or problem
+            elif check.get("state") == "warning":
+                self._log(f"warning: {problem}")
+        return unfit
+
+    def _fail(self, code: int) -> NoReturn:
+        """Raise for a command that ended without the expected output."""
+        if code == InputError.exit_code:
+            raise EnvironmentUnfitError(
+                f"the ssd-edge on {self._login} does not accept these arguments; install the version that runs here"
+            )
+        kind = SSDEdgeError if code == SSDEdgeError.exit_code else EnvironmentUnfitError
+        raise kind(
+            f"{self._command} on {self._login} ended with exit code {code} and no result; see its messages above"
+        )
+
+    def _start(self, script: str, *args: str) -> _Session:
+        """Start a script on the device."""
+        remote = shlex.join(["sh", "-c", script, "sh", *args, *self._words])
+        return _Session([*self._ssh, "--", self._login, remote], self._login)
+
+
+class _Session:
+    """A script that runs on the device. Iterating yields the lines that it prints; messages of ssh are not among them.
+
+    Attributes:
+        started: True once the script has started.
+    """
+
+    def __init__(self, args: list[str], login: str) -> None:
+        self.started = False
+        self._login = login
+        try:
+            self._process = subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        except OSError as error:
+            raise _cannot_start(args[0], error, SSH_VARIABLE) from error
+
+    def __iter__(self) -> Iterator[str]:
+        read = 0
+        with self._process as process:
+            assert process.stdout is not None
+            while line := process.stdout.readline(MAX_OUTPUT):
+                read += len(line)
+                if read >= MAX_OUTPUT:
+                    process.terminate()
+                    raise EnvironmentUnfitError(
+                        f"{self._login} printed more than {MAX_OUTPUT} bytes; its login scripts must print nothing "
+                        "when there is no terminal"
+                    )
+                text = _clean(line.decode("utf-8", "replace"), MAX_OUTPUT)
+                if self.started and text:
+                    yield text
+                self.started = self.started or text == MARKER
+
+    def wait(self) -> int:
+        """Return the exit code of the script.
+
+        Raises:
+            _BrokenError: The connection could not be made, or broke.
+        """
+        code = self._process.wait()
         if code < 0 or code == SSH_FAILED:
             raise _BrokenError
-        raise EnvironmentUnfitError(
-            f"{self._command} on {self.login} ended with exit code {code} and no result; it says why above"
-        )
+        return code
+
+
+def _cannot_start(program: str, error: OSError, variable: str) -> EnvironmentUnfitError:
+    return EnvironmentUnfitError(
+        f"{program} cannot be started ({error.strerror}); install OpenSSH's client, or set ${variable}"
+    )
+
+
+def _json_object(line: str) -> dict[str, Any]:
+    """Return the JSON object at the end of a line, or an empty one: a driver may print before it."""
+    try:
+        value = json.loads(line[line.index("{") :])
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _clean(text: object, limit: int = MAX_SENTENCE) -> str:
+    """Return text of the device without line breaks and escape codes, cut to a length."""
+    return printable(str(text).strip()[:limit])
+
+
+def _sftp_quoted(path: str) -> str:
+    """Quote a path for a command of sftp; within quotes it does not expand wildcards."""
+    return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'

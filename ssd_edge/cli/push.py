@@ -14,9 +14,9 @@ PUSH_COMMAND = click.option(
     default="ssd-edge",
     metavar="COMMAND",
     show_default=True,
-    help="What starts ssd-edge on the device, e.g. /opt/ssd-edge/bin/ssd-edge.",
+    help="Command that starts ssd-edge on the device, e.g. /opt/ssd-edge/bin/ssd-edge.",
 )
-ALLOW_DOWNGRADE = click.option("--allow-downgrade", is_flag=True, help="Let the device take an older release.")
+ALLOW_DOWNGRADE = click.option("--allow-downgrade", is_flag=True, help="Let the device install an older release.")
 
 
 @click.command()
@@ -26,10 +26,9 @@ ALLOW_DOWNGRADE = click.option("--allow-downgrade", is_flag=True, help="Let the 
 @ALLOW_DOWNGRADE
 @JSON
 def push(bundle: Path, destination: str, push_command: str, allow_downgrade: bool, as_json: bool) -> None:
-    """Send BUNDLE to a device over ssh; it checks it, tests itself, and only then switches over.
+    """Send BUNDLE to a device over ssh; the device checks it, tests itself, and only then switches over.
 
-    What a broken connection has brought over is not sent again; nor is what the device has. $SSD_EDGE_SSH is used in
-    place of ssh, e.g. "ssh -p 2222".
+    An interrupted upload is resumed. $SSD_EDGE_SSH replaces the ssh command, e.g. "ssh -p 2222".
     """
     result = send(bundle, destination, push_command, allow_downgrade)
     if as_json:
@@ -42,7 +41,8 @@ def send(bundle: Path, destination: str, command: str, allow_downgrade: bool) ->
     from exporters.push import parse_destination
     from exporters.push import push as run
 
-    return run(bundle, parse_destination(destination), log, command=command, allow_downgrade=allow_downgrade)
+    result = run(bundle, parse_destination(destination), log, command=command, allow_downgrade=allow_downgrade)
+    return result.to_dict()
 
 
 def print_pushed(result: dict[str, Any], destination: str) -> None:

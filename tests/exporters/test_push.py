@@ -1,25 +1,27 @@
-"""`push`: where to, what is sent, and what is said when it fails; over a real ssh where one is installed."""
+"""Tests of `push` with scripts in place of ssh and sftp, and over a real sshd where one is installed."""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import stat
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import by_hand as hand
 from helpers import sshd
+from helpers.sshd import Sshd
 
 from exporters import push as pushing
-from exporters.push import Destination, parse_destination, push
-from ssd_edge import bundle, files
+from exporters.push import Destination, PushResult, parse_destination, push
+from ssd_edge import bundle
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, SSDEdgeError
-
-HERE = Path(__file__).parent
 
 # Destinations
 
@@ -41,7 +43,7 @@ HERE = Path(__file__).parent
         ("camera:-x", "camera", "-x"),
     ],
 )
-def test_destinations(text, login, root):
+def test_parse_destination(text: str, login: str, root: str | None) -> None:
     assert parse_destination(text) == Destination(login, root)
 
 
@@ -54,18 +56,17 @@ def test_destinations(text, login, root):
         *("host;reboot", "$(x)@host", "host`x`", "user|x@host", "host:~other/x"),
     ],
 )
-def test_what_is_no_destination(text):
+def test_parse_destination_refuses_malformed_text(text: str) -> None:
     with pytest.raises(InputError):
         parse_destination(text)
 
 
-# A bundle that is made quickly
+# Scripts in place of ssh and sftp
 
 
-def make(path: Path, release: int = 1, weight: float = 1.0, extra: bytes = b"") -> Path:
-    """A valid bundle, with a learner that nobody loads."""
+def make(path: Path, release: int = 1, extra: bytes = b"") -> Path:
+    """Write a valid bundle, whose learner cannot be loaded."""
     manifest, entries = hand.parts()
-    entries["learner.safetensors"] = ("learner", hand.vector(*[weight] * 500))
     if extra:
         entries["extra.txt"] = ("extra", extra)
     bundle.write(path, bundle.pack({**manifest, "release": release}, entries))
@@ -77,143 +78,223 @@ def robot(tmp_path: Path) -> Path:
     return make(tmp_path / "robot.ssdedge")
 
 
+Fake = Callable[..., None]
+
+
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """In place of ssh, a script of the test: ``fake("exit 127")``."""
+def fake(tmp_path: Path, robot: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Replace ssh by a script: ``fake("exit 127")``, or ``fake(install=…, uploaded=…)`` once ssd-edge was found."""
     monkeypatch.setattr(pushing, "PAUSE", 0.01)
 
-    def write(script: str) -> list[str]:
-        path = tmp_path / "fake ssh"
-        path.write_text(
-            f"#!/bin/sh\nprintf '%s\\n' \"$@\" > '{tmp_path}/arguments'\necho x >> '{tmp_path}/calls'\n{script}\n"
+    def write(script: str = "", install: str = "", uploaded: int | None = None) -> None:
+        uploaded = robot.stat().st_size if uploaded is None else uploaded
+        script = script or (
+            f'case "$*" in *"device install"*) {install};; *) echo {pushing.MARKER}; echo "uploaded {uploaded}";; esac'
         )
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("SSD_EDGE_SSH", f"{shlex.quote(str(path))} -p 2222")
-        return said
+        executable(
+            tmp_path / "fake ssh",
+            f"printf '%s\\n' \"$@\" > '{tmp_path}/arguments'\necho x >> '{tmp_path}/calls'\n{script}",
+        )
+        monkeypatch.setenv("SSD_EDGE_SSH", f"{shlex.quote(str(tmp_path / 'fake ssh'))} -p 2222")
 
-    said: list[str] = []
     return write
 
 
-def send(robot: Path, said: list[str] | None = None, **options) -> dict:
-    return push(robot, parse_destination("u@camera:/data"), (said if said is not None else []).append, **options)
+def executable(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-MAGIC = "echo ssd-edge-receive/1\n"
+def send(robot: Path, log: list[str] | None = None, command: str = "ssd-edge") -> PushResult:
+    return push(robot, parse_destination("u@camera:/data"), ([] if log is None else log).append, command=command)
 
 
-def test_what_ssh_is_given(robot, tmp_path, fake):
+START = f"echo {pushing.MARKER}\n"
+
+
+def test_arguments_of_ssh(robot: Path, tmp_path: Path, fake: Fake) -> None:
     fake("exit 3")
     with pytest.raises(EnvironmentUnfitError):
         send(robot, command="'/my apps/ssd-edge' -v")
     arguments = (tmp_path / "arguments").read_text().splitlines()
     assert arguments[:2] == ["-p", "2222"]
-    assert arguments[-3:] == ["--", "u@camera", "'/my apps/ssd-edge' -v device receive --root=/data"]
+    assert arguments[-3:-1] == ["--", "u@camera"]
+    file = f"/data/incoming/{bundle.read(robot).sha256}/robot.ssdedge"
+    words = ["sh", "-c", pushing.PREPARE, "sh", file, str(robot.stat().st_size), "/my apps/ssd-edge", "-v"]
+    assert shlex.split(arguments[-1]) == words
     assert not any("HostKey" in word or "KnownHosts" in word for word in arguments)
 
 
-def test_a_command_below_the_home_folder(robot, tmp_path, fake):
+def test_command_below_the_home_folder(robot: Path, tmp_path: Path, fake: Fake) -> None:
     fake("exit 3")
     with pytest.raises(EnvironmentUnfitError):
         send(robot, command="~/.venv/bin/ssd-edge")
-    assert (tmp_path / "arguments").read_text().splitlines()[-1].startswith("./.venv/bin/ssd-edge device receive")
+    assert (tmp_path / "arguments").read_text().splitlines()[-1].endswith(" ./.venv/bin/ssd-edge")
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("root", "folder"),
+    [
+        (None, "./.cache/ssd-edge/incoming/abc"),
+        ("/data/", "/data/incoming/abc"),
+        ("-x", "./-x/incoming/abc"),
+        ("./", "./incoming/abc"),
+    ],
+)
+def test_folder_of_the_upload(root: str | None, folder: str) -> None:
+    device = pushing._Device(Destination("camera", root), "ssd-edge", print)
+    assert device.upload_path("abc", "robot.ssdedge") == f"{folder}/robot.ssdedge"
+
+
+@pytest.mark.parametrize(
+    ("name", "uploaded"),
+    [
+        ("..", "pushed.ssdedge"),
+        ("-rf.ssdedge", "rf.ssdedge"),
+        ("x" * 500, "x" * 128 + ".ssdedge"),
+        ("Ärger\x1b[0m", "_rger__0m.ssdedge"),
+        ("a b.ssdedge", "a_b.ssdedge"),
+    ],
+)
+def test_name_of_the_upload(name: str, uploaded: str) -> None:
+    device = pushing._Device(Destination("camera", "/data"), "ssd-edge", print)
+    assert device.upload_path("abc", name) == f"/data/incoming/abc/{uploaded}"
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
     [
         ("exit 255", "could not connect"),
         ("exit 127", "--push-command"),
         ("exit 126", "--push-command"),
         ("exit 2", "version"),
         ("exit 0", "exit code 0"),
-        ("echo ssd-edge-receive/9; cat", "ssd-edge-receive/9"),
+        ("exit 73", "cannot be created"),
         ("yes welcome", "login scripts"),
-        ("head -c 200000 /dev/zero", "login scripts"),
-        (MAGIC + "exit 137", "137"),
-        (MAGIC + "echo hello", "hello"),
-        (MAGIC + "echo '[1]'", "means nothing"),
-        (MAGIC + """echo '{"want": [["00", 0]]}'""", "not in the bundle"),
-        (MAGIC + """echo '{"want": 7}'""", "not in the bundle"),
-        (MAGIC + """echo '{"ok": true, "generation": "1"}'""", "number"),
+        ("head -c 2000000 /dev/zero", "login scripts"),
+        (START + "exit 137", "137"),
+        (START + "echo hello", "exit code 0"),
+        (START + "echo uploaded many", "exit code 0"),
     ],
 )
-def test_what_is_said_when_the_device_does_not_answer_as_it_should(robot, tmp_path, fake, script, told):
+def test_device_without_ssd_edge(robot: Path, tmp_path: Path, fake: Fake, script: str, message: str) -> None:
     fake(script)
-    with pytest.raises(EnvironmentUnfitError, match=told):
+    with pytest.raises(EnvironmentUnfitError, match=message):
         send(robot)
     assert (tmp_path / "calls").read_text() == "x\n"
 
 
 @pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 6])
-def test_an_error_of_the_device_keeps_its_exit_code(robot, fake, code):
-    fake(MAGIC + f"""printf '{{"error": "so \\\\u001b[0m it is", "code": {code}}}\\n'; exit {code}""")
-    with pytest.raises(SSDEdgeError, match=r"^u@camera: so \?\[0m it is$") as refused:
+def test_error_of_the_device_keeps_its_exit_code(robot: Path, fake: Fake, code: int) -> None:
+    fake(install=START + f"printf 'error: not \\033[0m signed\\n'; exit {code}")
+    with pytest.raises(SSDEdgeError, match=r"^u@camera: not \?\[0m signed$") as refused:
         send(robot)
     assert refused.value.exit_code == code
 
 
-def test_an_error_in_the_middle_of_sending_is_heard(tmp_path, fake):
-    robot = make(tmp_path / "big.ssdedge", extra=bytes(4 << 20))
-    digest = files.sha256(bytes(4 << 20))
-    fake(
-        MAGIC
-        + f"""echo '{{"want": [["{digest}", 0]]}}'
-head -c 3000 > /dev/null
-echo '{{"error": "the disk is full", "code": 3}}'; exit 3"""
-    )
-    with pytest.raises(EnvironmentUnfitError, match="disk is full"):
+@pytest.mark.parametrize(
+    ("script", "message", "code"),
+    [
+        ("exit 1", "exit code 1", 1),
+        ("echo Usage: ssd-edge; exit 2", "version", 3),
+        ("exit 4", "exit code 4", 3),
+        ("exit 0", "exit code 0 and no result", 3),
+        ("echo 'error: odd'; exit 9", "exit code 9", 3),
+        ("""echo '{"generation": "1"}'""", "number", 3),
+        ("""echo '{"checks": [7], "verdict": 7}'; echo '[{'""", "no result", 3),
+    ],
+)
+def test_device_that_gives_no_result(robot: Path, fake: Fake, script: str, message: str, code: int) -> None:
+    fake(install=START + script)
+    with pytest.raises(SSDEdgeError, match=message) as refused:
         send(robot)
+    assert refused.value.exit_code == code
 
 
-def test_a_connection_that_breaks_every_time_is_tried_three_times(robot, tmp_path, fake):
-    said = []
-    fake(MAGIC + f"head -n 1 >> '{tmp_path}/offers'; exit 255")
+def test_unfit_device_is_named(robot: Path, fake: Fake) -> None:
+    checks = [
+        {"name": "power", "state": "warning", "found": "15W", "fix": "nvpmodel -m 0"},
+        {"name": "torch", "state": "unfit", "found": "missing", "fix": "install it"},
+        {"name": "disk", "state": "unfit", "found": "full", "fix": ""},
+        {"name": "python", "state": "ok", "found": "3.10", "fix": ""},
+    ]
+    fake(install=START + f"echo '{json.dumps({'verdict': 'unfit', 'checks': checks})}'; exit 3")
+    log: list[str] = []
+    with pytest.raises(EnvironmentUnfitError, match=r"^u@camera: unfit for this bundle: torch: missing; install it$"):
+        send(robot, log)
+    assert log == ["warning: power: 15W; nvpmodel -m 0"]
+
+
+def test_noise_around_the_result_is_ignored(robot: Path, fake: Fake) -> None:
+    log: list[str] = []
+    noise = "echo Welcome to JetPack; printf 'no newline'; echo\n"
+    result = """printf 'driver 7: '; echo '{"generation": 4, "root": "/data"}'; echo goodbye"""
+    fake(install=noise + START + "echo self-test; " + result)
+    assert send(robot, log).to_dict() == {"generation": 4, "root": "/data", "sent_bytes": 0}
+    assert log == ["self-test", "goodbye"]
+
+
+def test_upload_that_breaks_every_time_is_tried_three_times(
+    robot: Path, tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    fake(uploaded=100)
+    executable(tmp_path / "fake sftp", f"cat >> '{tmp_path}/batch'; exit 255")
+    monkeypatch.setenv("SSD_EDGE_SFTP", shlex.quote(str(tmp_path / "fake sftp")))
     with pytest.raises(EnvironmentUnfitError, match="push again"):
-        send(robot, said)
+        send(robot, log)
     assert (tmp_path / "calls").read_text() == "x\n" * 3
-    assert [line for line in said if "trying again" in line][-1].endswith("(3 of 3)")
-    offers = [json.loads(line) for line in (tmp_path / "offers").read_text().splitlines()]
-    assert [offer["retry"] for offer in offers] == [False, True, True]
+    assert [line for line in log if "trying again" in line][-1].endswith("(3 of 3)")
+    file = f"/data/incoming/{bundle.read(robot).sha256}/robot.ssdedge"
+    assert (tmp_path / "batch").read_text() == f'reput "{robot}" "{file}"\n' * 3
 
 
-def test_whoever_asks_after_the_end_does_not_wait():
-    script = MAGIC + """echo '{"say": "x"}'; exit 7"""
-    with pushing._Remote(["sh", "-c", script], "u@camera", "ssd-edge") as remote:
-        remote.wait_for_magic()
-        assert list(remote.messages()) == [{"say": "x"}]
-        again: list[list] = []
-        asking = threading.Thread(target=lambda: again.append(list(remote.messages())), daemon=True)
-        asking.start()
-        asking.join(5)
-        assert again == [[]]
-
-
-def test_a_banner_is_skipped_and_what_the_device_says_is_passed_on(robot, fake):
-    said = []
-    fake(
-        "echo Welcome to JetPack; printf 'no newline'; echo\n"
-        + MAGIC
-        + """echo '{"want": []}'; echo '{"say": "testing"}'; echo '{"have": 0}'; echo '{"ok": true, "generation": 4}'"""
-    )
-    assert send(robot, said) == {"generation": 4, "sent_bytes": 0}
-    assert "testing" in said
-
-
-@pytest.mark.parametrize(("value", "told"), [("/no/such/ssh", "cannot be started"), ("ssh 'x", "quotation mark")])
-def test_no_ssh(robot, monkeypatch, value, told):
-    monkeypatch.setenv("SSD_EDGE_SSH", value)
-    with pytest.raises((EnvironmentUnfitError, InputError), match=told):
+def test_upload_that_cannot_be_written(
+    robot: Path, tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(uploaded=0)
+    executable(tmp_path / "sftp", "exit 1")
+    monkeypatch.setenv("SSD_EDGE_SFTP", str(tmp_path / "sftp"))
+    with pytest.raises(EnvironmentUnfitError, match=r"could not write /data/incoming/.* free some space"):
         send(robot)
+    assert (tmp_path / "calls").read_text() == "x\n"
+
+
+def test_lost_connection_while_installing_is_not_tried_again(robot: Path, tmp_path: Path, fake: Fake) -> None:
+    fake(install=START + "exit 255")
+    with pytest.raises(EnvironmentUnfitError, match="ssd-edge device status --root=/data"):
+        send(robot)
+    assert (tmp_path / "calls").read_text() == "x\n" * 2
+
+
+def test_lost_connection_before_installing_is_tried_again(robot: Path, tmp_path: Path, fake: Fake) -> None:
+    once = f"test -e '{tmp_path}/once' || {{ touch '{tmp_path}/once'; exit 255; }}; "
+    fake(install=once + START + """echo '{"generation": 2}'""")
+    assert send(robot) == PushResult(2, 0, {"generation": 2})
+    assert (tmp_path / "calls").read_text() == "x\n" * 4
+
+
+@pytest.mark.parametrize("variable", ["SSD_EDGE_SSH", "SSD_EDGE_SFTP"])
+@pytest.mark.parametrize(
+    ("value", "message"), [("/no/such/program", "cannot be started"), ("ssh 'x", "quotation mark")]
+)
+def test_missing_client(
+    robot: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    fake(uploaded=0)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises((EnvironmentUnfitError, InputError), match=message) as refused:
+        send(robot)
+    assert variable in str(refused.value)
 
 
 @pytest.mark.parametrize("command", ["", "  ", "ssd-edge 'x"])
-def test_no_command(robot, command):
+def test_malformed_command(robot: Path, command: str) -> None:
     with pytest.raises(InputError, match="--push-command"):
         send(robot, command=command)
 
 
-def test_a_damaged_bundle_does_not_leave(robot, fake, tmp_path):
+def test_damaged_bundle_is_not_sent(robot: Path, fake: Fake, tmp_path: Path) -> None:
     fake("exit 1")
     robot.write_bytes(robot.read_bytes()[:-1])
     with pytest.raises(BundleRefusedError):
@@ -221,94 +302,179 @@ def test_a_damaged_bundle_does_not_leave(robot, fake, tmp_path):
     assert not (tmp_path / "calls").exists()
 
 
-# Over a real ssh
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[0m", os.fsdecode(b"latin-1 \xe4")])
+def test_path_that_sftp_cannot_transfer_is_refused(robot: Path, fake: Fake, tmp_path: Path, name: str) -> None:
+    fake("exit 1")
+    path = tmp_path / name
+    path.write_bytes(robot.read_bytes())
+    with pytest.raises(InputError, match="rename it"):
+        send(path)
+    assert not (tmp_path / "calls").exists()
+
+
+# Over a real sshd
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
     yield from sshd.start(tmp_path_factory.mktemp("sshd"))
 
 
+Over = Callable[..., PushResult]
+
+
 @pytest.fixture
-def over(server, monkeypatch):
-    """``over(bundle, root)``: push to the quick device."""
+def over(server: Sshd, monkeypatch: pytest.MonkeyPatch) -> Over:
+    """Return ``over(bundle, root)``, which pushes to the stand-in for ssd-edge."""
     monkeypatch.setenv("SSD_EDGE_SSH", server.ssh)
     monkeypatch.setattr(pushing, "PAUSE", 0.1)
+    for name in ("calls.jsonl", "answer.json"):
+        (server.home / name).unlink(missing_ok=True)
 
-    def run(path: Path, root: str | Path, said: list[str] | None = None, **options) -> dict:
-        options = {"command": server.device, **options}
-        said = [] if said is None else said
-        return push(path, parse_destination(f"{server.login}:{root}"), said.append, **options)
+    def run(
+        path: Path, root: str | Path, log: list[str] | None = None, command: str = server.device, **options: bool
+    ) -> PushResult:
+        log = [] if log is None else log
+        return push(path, parse_destination(f"{server.login}:{root}"), log.append, command=command, **options)
 
     return run
 
 
-def test_the_first_push_sends_all_and_the_next_only_what_changed(over, tmp_path):
-    root = tmp_path / "device"
-    first = make(tmp_path / "robot.ssdedge")
-    done = over(first, root, allow_downgrade=True)
-    assert done["allow_downgrade"] is True
-    assert (root / "installed").read_bytes() == first.read_bytes()
-    sizes = {name: len(data) for name, data in bundle.read(first).entries.items()}
-    assert done["sent_bytes"] == sum(sizes.values())
-    (root / "backbones").mkdir()  # as the real installation would
-    backbone = bundle.read(first).entries["backbone.onnx"]
-    (root / "backbones" / f"{files.sha256(backbone)}.onnx").write_bytes(backbone)
-    second = make(tmp_path / "robot-2.ssdedge", release=2, weight=2.0)
-    said: list[str] = []
-    assert over(second, root, said)["sent_bytes"] == sum(sizes.values()) - sizes["backbone.onnx"]
-    assert (root / "installed").read_bytes() == second.read_bytes()
-    assert "testing" in said
-    assert {path.name for path in (root / "incoming").iterdir()} == {".lock"}
+def calls(server: Sshd) -> list[list[str]]:
+    return [json.loads(line) for line in (server.home / "calls.jsonl").read_text().splitlines()]
 
 
-def test_a_host_whose_key_is_not_known_is_refused(over, server, robot, tmp_path, monkeypatch):
+def test_push_uploads_and_installs_and_removes_the_upload(
+    over: Over, server: Sshd, robot: Path, tmp_path: Path
+) -> None:
+    root, log = tmp_path / "new" / "device", list[str]()
+    old = root / "incoming" / "abandoned"
+    recent = root / "incoming" / "recent"
+    for folder, days in ((old, 8), (recent, 6)):
+        folder.mkdir(parents=True)
+        (folder / "x.ssdedge").write_bytes(b"x")
+        os.utime(folder, (time.time() - days * 86_400,) * 2)
+    result = over(robot, root, log, allow_downgrade=True)
+    size, file = robot.stat().st_size, f"{root}/incoming/{bundle.read(robot).sha256}/robot.ssdedge"
+    assert result.to_dict() == {"generation": 1, "root": str(root), "bundle": "robot.ssdedge", "sent_bytes": size}
+    assert (root / "installed").read_bytes() == robot.read_bytes()
+    assert calls(server) == [
+        ["--version"],
+        ["doctor", f"--root={root}", "--json", "--", file],
+        ["device", "install", f"--root={root}", "--allow-downgrade", "--json", "--", file],
+    ]
+    assert log == ["sending 0.0 of 0.0 MB", "self-test on 2 images"]
+    assert list((root / "incoming").iterdir()) == [recent]
+
+
+def test_unknown_host_key_is_refused(
+    over: Over, server: Sshd, robot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SSD_EDGE_SSH", server.stranger)
     with pytest.raises(EnvironmentUnfitError, match="could not connect"):
         over(robot, tmp_path / "device")
     assert not (tmp_path / "device").exists()
+    assert not (server.home / "calls.jsonl").exists()
 
 
-def test_a_transfer_that_is_cut_goes_on_where_it_stopped(over, server, tmp_path):
-    extra = np.random.default_rng(1).bytes(12 << 20)
-    path = make(tmp_path / "big.ssdedge", extra=extra)
-    cut = 8 << 20
-    (server.home / "cut-at").write_text(str(cut))
-    said: list[str] = []
-    over(path, tmp_path / "device", said)
-    assert (tmp_path / "device" / "installed").read_bytes() == path.read_bytes()
-    assert [line for line in said if "trying again" in line] == ["the connection broke; trying again in 0 s (2 of 3)"]
-    todo = [float(line.split()[0]) for line in said if "to be sent" in line]
-    assert len(todo) == 2
-    assert todo[1] <= (path.stat().st_size - cut + 200_000) / 1e6  # not from zero
-    assert not (server.home / "cut-at").exists()
+def test_interrupted_upload_is_resumed(
+    over: Over, server: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path / "big.ssdedge", extra=np.random.default_rng(1).bytes(12 << 20))
+    monkeypatch.setenv("SSD_EDGE_SFTP", "sftp -l 80000")  # 10 MB/s
+    root, cut = tmp_path / "device", 4 << 20
+    file = root / "incoming" / bundle.read(path).sha256 / path.name
+    sizes: list[int] = []
+
+    def interrupt() -> None:
+        for _ in range(6000):
+            if file.exists() and file.stat().st_size > cut:
+                server.cut()
+                sizes.append(file.stat().st_size)
+                return
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    log: list[str] = []
+    result = over(path, root, log)
+    thread.join()
+    assert (root / "installed").read_bytes() == path.read_bytes()
+    assert [line for line in log if "trying again" in line] == ["the connection broke; trying again in 0 s (2 of 3)"]
+    left = [float(line.split()[1]) for line in log if line.startswith("sending")]
+    assert len(left) == 2
+    assert left[1] <= (path.stat().st_size - cut) / 1e6
+    assert sizes[0] < path.stat().st_size
+    assert result.sent_bytes == path.stat().st_size
 
 
-def test_a_root_with_quotes_and_a_command_in_it_arrives_as_it_is(over, server, robot, tmp_path):
-    root = tmp_path / "a b'c\"d $(touch x) `touch x` ;touch x"
+@pytest.mark.parametrize("code", [1, 5])
+def test_refused_bundle_leaves_the_installed_one(over: Over, server: Sshd, tmp_path: Path, code: int) -> None:
+    root = tmp_path / "device"
+    first, second = make(tmp_path / "robot.ssdedge"), make(tmp_path / "robot-2.ssdedge", release=2)
+    over(first, root)
+    (server.home / "answer.json").write_text(json.dumps({"error": "no", "code": code}))
+    with pytest.raises(SSDEdgeError, match=r"127\.0\.0\.1: no$") as refused:
+        over(second, root)
+    assert refused.value.exit_code == code
+    assert (root / "installed").read_bytes() == first.read_bytes()
+    (server.home / "answer.json").unlink()
+    kept = code == 1  # after a crash the upload is still good
+    assert over(second, root).sent_bytes == (0 if kept else second.stat().st_size)
+    assert (root / "installed").read_bytes() == second.read_bytes()
+    assert list((root / "incoming").iterdir()) == []
+
+
+def test_unfit_device_is_not_installed_to(over: Over, server: Sshd, robot: Path, tmp_path: Path) -> None:
+    check = {"name": "torch", "state": "unfit", "found": "missing", "fix": ""}
+    (server.home / "answer.json").write_text(json.dumps({"checks": [check], "doctor": 3}))
+    with pytest.raises(EnvironmentUnfitError, match=r"unfit for this bundle: torch: missing$"):
+        over(robot, tmp_path / "device")
+    assert [args[0] for args in calls(server)] == ["--version", "doctor"]
+    assert list((tmp_path / "device" / "incoming").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a b'c\"d $(touch x) `touch x` ;touch x", "größe \\ * \\* ? [x] #", "--x"])
+def test_special_characters_in_paths(over: Over, server: Sshd, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    robot, root = make(tmp_path / name / f"{name}.ssdedge"), tmp_path / name / f"device {name}"
     over(robot, root)
-    assert json.loads((server.home / "words.json").read_text()) == ["device", "receive", f"--root={root}"]
-    assert (root / "installed").exists()
+    assert f"--root={root}" in calls(server)[-1]
+    assert (root / "installed").read_bytes() == robot.read_bytes()
+    assert list((root / "incoming").iterdir()) == []
     assert not any((Path(folder) / "x").exists() for folder in (Path.home(), tmp_path, Path.cwd()))
 
 
-def test_a_command_that_is_not_there_and_one_that_is_too_old(over, robot, tmp_path):
+def test_root_that_cannot_be_created(over: Over, robot: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentUnfitError, match="cannot be created"):
+        over(robot, tmp_path / "file" / "device")
+
+
+def test_missing_command_and_outdated_command(over: Over, robot: Path, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentUnfitError, match="--push-command"):
         over(robot, tmp_path / "device", command="/nowhere/ssd-edge")
     with pytest.raises(EnvironmentUnfitError, match="version"):
         over(robot, tmp_path / "device", command="sh -c 'exit 2'")
 
 
-def test_a_run_is_deployed_to_a_device_that_tests_itself(over, server, onnx_run, tmp_path):
+def test_push_to_a_real_device(over: Over, onnx_run: Path, tmp_path: Path) -> None:
     from device_runtime.device import Device
     from exporters.deploy import Options, deploy
 
-    path, root, said = tmp_path / "robot.ssdedge", tmp_path / "device", []
-    deploy(onnx_run, Options("cpu"), path, said.append)
-    done = over(path, root, said, command=shlex.join([sys.executable, "-m", "ssd_edge"]))
-    assert done["generation"] == 1
-    assert done["bundle_sha256"] == bundle.read(path).sha256
-    assert any(line.startswith("self-test on ") for line in said)
+    path, root, log = tmp_path / "robot.ssdedge", tmp_path / "device", list[str]()
+    deploy(onnx_run, Options("cpu"), path, log.append)
+    upload = root / "incoming" / bundle.read(path).sha256 / path.name
+    upload.parent.mkdir(parents=True)
+    upload.write_bytes(bytes(path.stat().st_size))  # damaged by a power failure
+    command = shlex.join([sys.executable, "-m", "ssd_edge"])
+    with pytest.raises(BundleRefusedError, match=r"127\.0\.0\.1: "):
+        over(path, root, log, command=command)
+    result = over(path, root, log, command=command)
+    assert result.generation == 1
+    assert result.device["bundle_sha256"] == bundle.read(path).sha256
+    assert result.device["bundle"] == path.name
+    assert any(line.startswith("self-test on ") for line in log)
     with Device.open(root) as device:
         assert device.classes == bundle.read(path).registry.names
-    assert {each.name for each in (root / "incoming").iterdir()} == {".lock"}
+    assert list((root / "incoming").iterdir()) == []

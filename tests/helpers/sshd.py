@@ -1,11 +1,13 @@
-"""A real sshd on the loopback interface, with keys of its own, and a device behind it that is quick to answer."""
+"""A real sshd on the loopback interface with its own keys, and a fast stand-in for ssd-edge behind it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,67 +17,43 @@ from pathlib import Path
 
 import pytest
 
-# Speaks the device's part of the protocol with the real `receive`, but needs no PyTorch: it takes 0.2 s, not 5.
-# "cut-at N" makes it kill the sshd above it after N bytes, once.
-DEVICE = '''
-import json, os, signal, sys
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Stands in for ssd-edge on the device, without PyTorch. It answers as HOME/answer.json says and records its arguments.
+DEVICE = """
+import json, sys
 from pathlib import Path
-from types import SimpleNamespace
-from device_runtime.receive import receive
 
-home = Path(sys.argv[1])
-words = sys.argv[2:]
-(home / "words.json").write_text(json.dumps(words))
-root = Path(next((w.partition("=")[2] for w in words if w.startswith("--root=")), home / "default"))
-
-
-def session():
-    """The sshd process that carries this connection."""
-    pid = os.getppid()
-    while Path(f"/proc/{pid}/comm").read_text().strip() not in ("sshd", "sshd-session"):
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return pid
-
-
-class Source:
-    def __init__(self):
-        self.stream, self.count, self.cut = open(0, "rb", buffering=0), 0, home / "cut-at"
-
-    def read(self, limit):
-        data = self.stream.read(limit)
-        self.count += len(data)
-        if self.cut.exists() and self.count >= int(self.cut.read_text()):
-            self.cut.unlink()
-            os.kill(session(), signal.SIGKILL)
-        return data
-
-    def fileno(self):
-        return self.stream.fileno()
-
-
-def install(root, path, *, allow_downgrade, say):
-    say("testing")
-    (root / "installed").write_bytes(path.read_bytes())
-    return SimpleNamespace(number=len(list(root.iterdir())), info={"allow_downgrade": allow_downgrade})
-
-
-sink = open(os.dup(1), "wb", buffering=0)
-os.dup2(2, 1)
-sys.exit(receive(root, Source(), sink, examine=lambda path, root: [], install=install))
-'''
+home, args = Path(sys.argv[1]), sys.argv[2:]
+with open(home / "calls.jsonl", "a") as calls:
+    calls.write(json.dumps(args) + "\\n")
+path = home / "answer.json"
+answer = json.loads(path.read_text()) if path.exists() else {}
+root = next((Path(arg[len("--root="):]) for arg in args if arg.startswith("--root=")), None)
+if args[0] == "doctor":
+    print(json.dumps({"verdict": "fit", "checks": answer.get("checks", [])}))
+    sys.exit(answer.get("doctor", 0))
+if args[0] == "device":
+    print("self-test on 2 images", file=sys.stderr)
+    if "error" in answer:
+        print("error: " + answer["error"], file=sys.stderr)
+        sys.exit(answer["code"])
+    (root / "installed").write_bytes(Path(args[-1]).read_bytes())
+    print(json.dumps({"generation": 1, "root": str(root), "bundle": Path(args[-1]).name}))
+"""
 
 
 class Sshd:
     """A running sshd.
 
     Attributes:
-        login: for `parse_destination`.
-        ssh: for ``$SSD_EDGE_SSH``; it knows the host's key.
-        stranger: the same, but the host's key is not known.
-        device: command line for ``--push-command``: `DEVICE`, which keeps its files in `home`.
+        login: Argument for `parse_destination`.
+        ssh: Value for ``$SSD_EDGE_SSH`` with the host key among the known hosts.
+        stranger: The same without the host key.
+        device: Value for ``--push-command`` that starts `DEVICE`, which keeps its files in `home`.
     """
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, pid: int) -> None:
+        self._pid = pid
         self.login = f"{pwd.getpwuid(os.getuid()).pw_name}@127.0.0.1"
         self.home = folder / "home"
         self.home.mkdir()
@@ -88,6 +66,20 @@ class Sshd:
         self.ssh = _client(folder, "known_hosts", port)
         self.stranger = _client(folder, "no_hosts", port)
 
+    def cut(self) -> None:
+        """Kill every session, but not the listening process."""
+        parents = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        for pid in parents:
+            ancestor = pid
+            while ancestor in parents and ancestor != self._pid:
+                ancestor = parents[ancestor]
+            if ancestor == self._pid != pid:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+
 
 def _client(folder: Path, known: str, port: int) -> str:
     config = folder / f"{known}.config"
@@ -95,7 +87,7 @@ def _client(folder: Path, known: str, port: int) -> str:
         f"Port {port}",
         f"IdentityFile {folder / 'client_key'}",
         "IdentitiesOnly yes",
-        "BatchMode yes",  # no question at the terminal of whoever runs the tests
+        "BatchMode yes",  # no prompts on the terminal that runs the tests
         f"UserKnownHostsFile {folder / known}",
         "GlobalKnownHostsFile none",
         "LogLevel ERROR",
@@ -105,13 +97,13 @@ def _client(folder: Path, known: str, port: int) -> str:
 
 
 def start(folder: Path) -> Iterator[Sshd]:
-    """Run one until the generator is closed; skips the test where OpenSSH is not installed."""
+    """Run an sshd until the generator is closed; skip the test if OpenSSH is not installed."""
     program = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
-    if not program or not shutil.which("ssh") or not shutil.which("ssh-keygen"):
+    if not program or not all(map(shutil.which, ("ssh", "sftp", "ssh-keygen"))):
         pytest.skip("NOT TESTED: push over a real ssh; install openssh-server and openssh-client")
     for name in ("host_key", "client_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    separation = Path("/run/sshd")  # sshd of Debian wants it when it runs as root
+    separation = Path("/run/sshd")  # Debian's sshd needs it when it runs as root
     made = os.geteuid() == 0 and not separation.exists()
     if made:
         separation.mkdir(mode=0o755)
@@ -125,17 +117,18 @@ def start(folder: Path) -> Iterator[Sshd]:
         f"AuthorizedKeysFile {folder / 'client_key.pub'}",
         f"PidFile {folder / 'sshd.pid'}",
         "StrictModes no",
+        "Subsystem sftp internal-sftp",
         "UsePAM no",
         "PasswordAuthentication no",
         "PermitRootLogin prohibit-password",
-        "SetEnv OMP_NUM_THREADS=1",
+        f"SetEnv OMP_NUM_THREADS=1 PYTHONPATH={ROOT}",
     ]
     (folder / "sshd_config").write_text("\n".join(lines) + "\n")
     log = folder / "sshd.log"
     server = subprocess.Popen([program, "-D", "-E", str(log), "-f", str(folder / "sshd_config")])
     try:
         _wait(port, server, log)
-        yield Sshd(folder, port)
+        yield Sshd(folder, port, server.pid)
     finally:
         server.terminate()
         server.wait(10)
@@ -151,4 +144,4 @@ def _wait(port: int, server: subprocess.Popen, log: Path) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.05)
-    raise AssertionError(f"sshd does not run: {log.read_text() if log.exists() else 'no log'}")
+    raise AssertionError(f"sshd did not start: {log.read_text() if log.exists() else 'no log'}")

@@ -20,7 +20,6 @@ from ssd_edge.cli.device.rollback import rollback
 from ssd_edge.cli.device.status import status
 from ssd_edge.cli.device.trust import trust
 from ssd_edge.cli.device.watch import watch
-from ssd_edge.cli.receive import receive
 
 
 @click.group()
@@ -45,4 +44,3 @@ device.add_command(merge_labels)
 device.add_command(export)
 device.add_command(merge)
 device.add_command(watch)
-device.add_command(receive)
