@@ -68,7 +68,7 @@ def run(options: dict[str, Any], priors: Priors, vectors: torch.Tensor, labels: 
         right = learner.predict(vectors[held_out]) == row[held_out]
         of = row[held_out] // 2
         matrix.append([float(right[of == other].double().mean()) if other <= task else None for other in range(TASKS)])
-    return {**metrics.summary(matrix), "seconds": time.perf_counter() - began}
+    return {**metrics.summary(matrix).to_dict(), "seconds": time.perf_counter() - began}
 
 
 def main() -> None:

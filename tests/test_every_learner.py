@@ -48,8 +48,7 @@ def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch
         "learner": {"name": name, **QUICK.get(name, {})},
     }
     run = train.start(parse(TrainConfig, tree), ["test"], Console())
-    metrics = run.execute()
-    assert metrics["learner"] == name
+    assert run.execute().learner == name
     deploy.deploy(run.folder, deploy.Options("cpu"), tmp_path / "x.ssdedge", lambda text: None)
     install(tmp_path / "root", tmp_path / "x.ssdedge")
     limits = Limits(1.0 if name in FORGETTING else 0.1)

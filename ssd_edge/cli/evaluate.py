@@ -39,8 +39,8 @@ def evaluate(run: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
 
     result = score(run, config, Console(sys.stderr))
     if as_json:
-        print_json(result)
+        print_json(result.to_dict())
         return
-    for name, accuracy in sorted(result["class_accuracy"].items(), key=lambda item: item[1]):
+    for name, accuracy in sorted(result.class_accuracy.items(), key=lambda item: item[1]):
         click.echo(f"{accuracy:7.3f}  {name}")
-    click.echo(f"{result['accuracy']:7.3f}  all {result['images']:,} images of {result['data']} ({result['which']})")
+    click.echo(f"{result.accuracy:7.3f}  all {result.images:,} images of {result.data} ({result.which})")

@@ -44,6 +44,6 @@ def train(config_file: Path | None, resume: Path | None, overrides: tuple[str, .
         result = run.execute()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with: ssd-edge train --resume {run.folder}") from None
-    console.table(result)
+    console.table(result.to_dict())
     console.print(f"report: {run.folder / 'report.html'}")
     console.print(f"next:   ssd-edge deploy --target jetson {run.folder} -o robot.ssdedge")

@@ -183,7 +183,7 @@ def _looker(
 
 
 def _summary(rows: list[Any], learned: list[int]) -> dict[str, Any]:
-    found = metrics.summary(rows, learned)
+    found = metrics.summary(rows, learned).to_dict()
     return {name: value for name, value in found.items() if name != "accuracy_matrix"}
 
 

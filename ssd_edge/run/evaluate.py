@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.report.events import Listener
 from ssd_edge.run import storage
 from ssd_edge.run.embed import embed
+from ssd_edge.run.results import Evaluation
 from ssd_edge.run.train import pick_device, set_threads, with_absolute_paths
 
 
@@ -43,7 +43,7 @@ def embeddings_of(folder: Path, config: TrainConfig, dataset: Dataset, listener:
     return embedded
 
 
-def evaluate(folder: Path, config: TrainConfig, listener: Listener) -> dict[str, Any]:
+def evaluate(folder: Path, config: TrainConfig, listener: Listener) -> Evaluation:
     """Score a finished run on data: the test images where the data brings a split of its own or is the run's,
     all images otherwise.
 
@@ -76,13 +76,13 @@ def evaluate(folder: Path, config: TrainConfig, listener: Listener) -> dict[str,
         labels = np.concatenate([labels, dataset.train_labels])
     truth = torch.from_numpy(np.array([rows[name] for name in dataset.classes])[labels])
     right = (learner.predict(torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))) == truth).double()
-    return {
-        "run": str(folder),
-        "data": dataset.name,
-        "images": len(right),
-        "which": dataset.split if own else "all images",
-        "accuracy": float(right.mean()),
-        "class_accuracy": {
+    return Evaluation(
+        run=str(folder),
+        data=dataset.name,
+        images=len(right),
+        which=dataset.split if own else "all images",
+        accuracy=float(right.mean()),
+        class_accuracy={
             name: float(right[truth == rows[name]].mean()) for name in dataset.classes if (truth == rows[name]).any()
         },
-    }
+    )

@@ -8,6 +8,7 @@ no group at all, such as the forgetting of a single task, is 0. ValueError: a ne
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -127,18 +128,41 @@ def intransigence(matrix: Matrix, reference: Sequence[float], learned: Sequence[
     return _mean(reference[group] - _entry(matrix, t, group) for group, t in enumerate(first))
 
 
-def summary(matrix: Matrix, learned: Sequence[int] | None = None) -> dict[str, Any]:
-    """All that the matrix alone gives, with the matrix."""
-    return {
-        "average_accuracy": average_accuracy(matrix),
-        "average_incremental_accuracy": average_incremental_accuracy(matrix, learned),
-        "backward_transfer": backward_transfer(matrix, learned),
-        "forgetting": forgetting(matrix, learned),
-        "forgetting_first_last": forgetting_first_last(matrix, learned),
-        "learning_accuracy": learning_accuracy(matrix, learned),
-        "accuracy_curve": accuracy_curve(matrix, learned),
-        "accuracy_matrix": [list(row) for row in matrix],
-    }
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """All metrics that the accuracy matrix alone gives. Joint training has no stream and only an average accuracy.
+
+    Attributes:
+        average_accuracy: See the function of the same name; so for the others.
+        accuracy_matrix: R.
+    """
+
+    average_accuracy: float
+    average_incremental_accuracy: float | None = None
+    backward_transfer: float | None = None
+    forgetting: float | None = None
+    forgetting_first_last: float | None = None
+    learning_accuracy: float | None = None
+    accuracy_curve: list[float] | None = None
+    accuracy_matrix: list[list[float | None]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def summary(matrix: Matrix, learned: Sequence[int] | None = None) -> Summary:
+    """Return all metrics that the matrix alone gives, with the matrix."""
+    return Summary(
+        average_accuracy=average_accuracy(matrix),
+        average_incremental_accuracy=average_incremental_accuracy(matrix, learned),
+        backward_transfer=backward_transfer(matrix, learned),
+        forgetting=forgetting(matrix, learned),
+        forgetting_first_last=forgetting_first_last(matrix, learned),
+        learning_accuracy=learning_accuracy(matrix, learned),
+        accuracy_curve=accuracy_curve(matrix, learned),
+        accuracy_matrix=[list(row) for row in matrix],
+    )
 
 
 def _last(matrix: Matrix) -> int:

@@ -17,12 +17,14 @@ was killed at any point loses at most its current task.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +34,8 @@ from ssd_edge import files
 from ssd_edge.config import TrainConfig, parse, read_yaml, to_tree
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
 from ssd_edge.system import VERSION
+
+State: TypeAlias = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays and metadata of a learner, as `learners.pack`
 
 
 def new_folder(out: Path) -> Path:
@@ -135,37 +139,81 @@ def changed_environment(before: dict[str, Any]) -> list[str]:
     return differences
 
 
-class Progress:
-    """What of a run is done, system by system.
+@dataclasses.dataclass(frozen=True)
+class LearnerProgress:
+    """Progress of one learner, as ``progress.json`` records it.
 
     Attributes:
-        systems: name → {"rows": accuracies after each task, "seconds", "state_bytes", "done", "checkpoint"}.
+        rows: Accuracies after each finished task; None where a group of classes comes later.
+        seconds: Training time so far.
+        done: True after the last task.
+        checkpoint: File in ``checkpoints/`` with the state after the last finished task; None before the first task and
+            after the last.
+        state_bytes: Size of the learned state.
+        display: Name of the learner for people; None to use the default name.
+        class_accuracy: Final test accuracy by class name, for the main learner.
+    """
+
+    rows: tuple[tuple[float | None, ...], ...] = ()
+    seconds: float = 0.0
+    done: bool = False
+    checkpoint: str | None = None
+    state_bytes: int = 0
+    display: str | None = None
+    class_accuracy: Mapping[str, float] | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LearnerProgress:
+        """Build from a value of ``progress.json``."""
+        return cls(**{**values, "rows": tuple(map(tuple, values["rows"]))})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, without the optional ones that are None."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if value is not None or key == "checkpoint"}
+
+
+class ProgressStore:
+    """Progress and checkpoints of all learners in the folder of a run.
+
+    Raises:
+        BundleRefusedError: If ``progress.json`` is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.path = folder / "progress.json"
-        self.systems: dict[str, dict[str, Any]] = files.read_json(self.path) if self.path.exists() else {}
+        self.checkpoints = folder / "checkpoints"
+        stored = files.read_json(self.path) if self.path.exists() else {}
+        try:
+            self.learners = {name: LearnerProgress.from_dict(values) for name, values in stored.items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise BundleRefusedError(f"{self.path} is damaged ({error!r}); restore it or train again") from error
 
-    def entry(self, name: str) -> dict[str, Any]:
-        """The record of one system, empty at first."""
-        return self.systems.setdefault(name, {"rows": [], "seconds": 0.0, "done": False, "checkpoint": None})
+    def entry(self, name: str) -> LearnerProgress:
+        """Return the progress of one learner, which is empty at first."""
+        return self.learners.get(name, LearnerProgress())
 
-    def checkpoint(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """The state that goes with the recorded rows, or None at the start."""
-        file = self.entry(name)["checkpoint"]
-        return files.read_tensors(self.folder / "checkpoints" / file) if file else None
+    def checkpoint(self, name: str) -> State | None:
+        """Return the state that belongs to the recorded rows, or None before the first task."""
+        file = self.entry(name).checkpoint
+        return files.read_tensors(self.checkpoints / file) if file else None
 
-    def commit(self, name: str, state: tuple[dict[str, np.ndarray], dict[str, Any]] | None, **changes: Any) -> None:
-        """Record a finished task: first its checkpoint, then the progress that names it, then the old one goes."""
-        entry = self.entry(name)
-        old = entry["checkpoint"]
-        entry.update(changes)
-        if state is not None:
-            entry["checkpoint"] = f"{name}-{len(entry['rows'])}.safetensors"
-            files.write_tensors(self.folder / "checkpoints" / entry["checkpoint"], *state)
-        else:
-            entry["checkpoint"] = None
-        files.write_json(self.path, self.systems)
-        if old and old != entry["checkpoint"]:
-            (self.folder / "checkpoints" / old).unlink(missing_ok=True)
+    def commit(self, name: str, progress: LearnerProgress, state: State | None) -> None:
+        """Record a finished task.
+
+        The new checkpoint is written before the progress file that names it, and the old one is removed last, so that a
+        crash at any point leaves a consistent pair.
+
+        Args:
+            name: Name of the learner.
+            progress: Its progress; `checkpoint` is set here.
+            state: Arrays and metadata to resume from; None if the learner is done.
+        """
+        old = self.entry(name).checkpoint
+        file = None if state is None else f"{name}-{len(progress.rows)}.safetensors"
+        if state is not None and file is not None:
+            files.write_tensors(self.checkpoints / file, *state)
+        self.learners[name] = dataclasses.replace(progress, checkpoint=file)
+        files.write_json(self.path, {key: value.to_dict() for key, value in self.learners.items()})
+        if old and old != file:
+            (self.checkpoints / old).unlink(missing_ok=True)

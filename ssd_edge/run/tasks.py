@@ -30,6 +30,7 @@ class StreamData:
         introduced: per group, the experience that introduces it.
         names: class names by row.
         standardisation: (mu, sigma) that the first task gave to a backbone without its own; else None.
+        embed_seconds: time spent on the embeddings.
     """
 
     train: Tensor
@@ -41,6 +42,7 @@ class StreamData:
     introduced: tuple[int, ...]
     names: tuple[str, ...]
     standardisation: tuple[np.ndarray, np.ndarray] | None
+    embed_seconds: float = 0.0
 
     def task(self, number: int) -> learners.Task:
         """Training data of one experience."""

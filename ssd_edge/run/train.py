@@ -7,6 +7,7 @@ training, the upper bound, is the one that is given all tasks at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import time
@@ -14,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ssd_edge import files, learners
@@ -34,6 +34,9 @@ from ssd_edge.report.html import render
 from ssd_edge.report.wording import extent, step_name, stream_name
 from ssd_edge.run import metrics, storage
 from ssd_edge.run.embed import embed
+from ssd_edge.run.metrics import Summary
+from ssd_edge.run.results import LearnerResult, RunResult, TaskInfo
+from ssd_edge.run.storage import LearnerProgress
 from ssd_edge.run.streams import make_stream
 from ssd_edge.run.tasks import StreamData, accuracies, prepare
 
@@ -92,50 +95,55 @@ def once(options: Mapping[str, Any], online: bool) -> dict[str, Any]:
     return {**options, **fixed}
 
 
-class Run:
-    """One run in its folder. `execute` goes from wherever the last one stopped to the end."""
+class Setup:
+    """Everything that a configuration names, opened and checked before any work is done.
+
+    Raises:
+        InputError: If a setting, the data or the backbone cannot be used.
+    """
 
     def __init__(self, config: TrainConfig, listener: Listener) -> None:
         self.config, self.listener = config, listener
-        self.prepared: StreamData | None = None
         undecided = auto.wanted(config.learner)
         self.device = pick_device(config.run.device)
         self.dataset = load(config.data, config.run.seed)
         self.embedder = open_backbone(config.backbone, self.device)
-        self.settings = None if undecided else self._settings()  # fails on a wrong one before any work is done
+        if not undecided:
+            self._check_learner()
         self.stream = make_stream(self.dataset.classes, config.stream, config.run.seed)
         self.experiences = self.stream.experiences(self.dataset.train_labels)
 
-    def _settings(self) -> Any:
-        config, embedder = self.config, self.embedder
-        options = once(config.learner, config.stream.online)
-        return learners.build(options, embedder.dim, embedder.priors, config.run.seed).settings
+    def _check_learner(self) -> None:
+        options = once(self.config.learner, self.config.stream.online)
+        learners.build(options, self.embedder.dim, self.embedder.priors, self.config.run.seed)
 
-    def choose(self) -> auto.Choice:
-        """Settle ``learner.name=auto`` by the training images: from here on the configuration names a learner."""
-        self._prepare()
-        data, listener = self.prepared, self.listener
-        with events.progress(listener, "choosing a learner") as update:
+    @functools.cached_property
+    def data(self) -> StreamData:
+        """Embeddings and tasks of the stream; computed on first use."""
+        started = time.monotonic()
+        embedded = embed(self.dataset, self.embedder, self.listener, self.config.backbone.cache)
+        data = prepare(self.dataset, self.stream, self.embedder, embedded)
+        return dataclasses.replace(data, embed_seconds=time.monotonic() - started)
+
+    def choose_learner(self) -> auto.Choice:
+        """Settle ``learner.name=auto`` on the training images; afterwards the configuration names a learner."""
+        data = self.data
+        with events.progress(self.listener, "choosing a learner") as update:
             choice = auto.choose(
                 data.train,
                 data.train_rows,
                 self.embedder.priors,
                 self.config.run.seed,
                 self.device,
-                lambda share, name: update(0, share, name),
+                functools.partial(update, 0),
             )
-        listener(Message(f"learner.name={learners.AUTO} takes {choice.sentence}"))
+        self.listener(Message(f"learner.name={learners.AUTO} takes {choice.sentence}"))
         self.config = dataclasses.replace(self.config, learner={"name": choice.name})
-        self.settings = self._settings()
+        self._check_learner()
         return choice
 
-    def attach(self, folder: Path) -> Run:
-        """Work in this folder, from whatever progress it holds."""
-        self.folder, self.progress = folder, storage.Progress(folder)
-        return self
-
     def identity(self) -> dict[str, Any]:
-        """What must be the same when the run is taken up again."""
+        """Return what must be unchanged when the run is resumed."""
         samples = [indices.tolist() for indices in self.experiences]
         return {
             "data": self.dataset.fingerprint,
@@ -144,168 +152,176 @@ class Run:
             "experiences": hashlib.sha256(files.json_bytes(samples)).hexdigest(),
         }
 
-    def _prepare(self) -> None:
-        if self.prepared is None:
-            started = time.monotonic()
-            embedded = embed(self.dataset, self.embedder, self.listener, self.config.backbone.cache)
-            self.prepared = prepare(self.dataset, self.stream, self.embedder, embedded)
-            self.embed_seconds = time.monotonic() - started
 
-    def execute(self) -> dict[str, Any]:
-        """Run every system, write all results, and return the metrics."""
-        config, listener = self.config, self.listener
-        self._prepare()
-        prepared = self.prepared
-        main = config.learner["name"]
-        listener(
+class Run:
+    """A training run in its folder. `execute` continues after the last finished task."""
+
+    def __init__(self, setup: Setup, folder: Path) -> None:
+        self.setup, self.folder = setup, folder
+        self.config, self.listener = setup.config, setup.listener
+        self.progress = storage.ProgressStore(folder)
+
+    def execute(self) -> RunResult:
+        """Train all learners, write all results, and return them."""
+        config, data, main = self.config, self.setup.data, self.config.learner["name"]
+        self.listener(
             Message(
-                f"{self.dataset.name}: {len(prepared.train):,} training and {len(prepared.test):,} test images, "
-                f"{extent(len(prepared.names), len(prepared.test_tasks), len(prepared.train_tasks))}, "
+                f"{self.setup.dataset.name}: {len(data.train):,} training and {len(data.test):,} test images, "
+                f"{extent(len(data.names), len(data.test_tasks), len(data.train_tasks))}, "
                 f"{stream_name(config.stream.kind, config.stream.online)}, order {config.stream.order}"
             )
         )
-        results = {main: self._stream(config.learner, announce=True)}
+        results = {main: self._train(config.learner, is_main=True)}
         others = [*(BASELINES if config.run.baselines else ()), *(PANEL if config.run.panel else ())]
         for name in others:
             if name not in results:
-                results[name] = self._stream(options_for(name, config.learner), announce=False)
+                results[name] = self._train(options_for(name, config.learner), is_main=False)
         if config.run.panel:
-            results[JOINT_NAME] = self._joint()
+            results[JOINT_NAME] = self._train_joint()
         return self._finish(results)
 
-    def _stream(self, options: Mapping[str, Any], announce: bool) -> dict[str, Any]:
-        """Take one learner through the experiences, from its last checkpoint on."""
-        prepared, config, listener = self.prepared, self.config, self.listener
-        options = once(options, config.stream.online)
-        name, tasks = options["name"], len(prepared.train_tasks)
-        step = step_name(len(prepared.test_tasks), tasks)
-        entry = self.progress.entry(name)
-        if not entry["done"]:
-            checkpoint = self.progress.checkpoint(name)
-            if checkpoint is None:
-                learner = learners.build(options, self.embedder.dim, self.embedder.priors, config.run.seed, self.device)
-                learner.expect(len(prepared.names))
-                if learner.note:
-                    listener(Message(f"{learner.display}: {learner.note}"))
-            else:
-                learner = learners.restore(*checkpoint, device=self.device)
-            with events.progress(listener, learner.display, tasks, step) as update:
-                for number in range(len(entry["rows"]), tasks):
-                    began, task = time.monotonic(), prepared.task(number)
-                    learner.learn(task, lambda share, n=number: update(n, share))
+    def _train(self, options: Mapping[str, Any], is_main: bool) -> LearnerResult:
+        """Train one learner on the remaining experiences."""
+        options = once(options, self.config.stream.online)
+        name, data = options["name"], self.setup.data
+        if not self.progress.entry(name).done:
+            learner = self._start_or_restore(name, options)
+            steps = len(data.train_tasks)
+            noun = step_name(len(data.test_tasks), steps)
+            with events.progress(self.listener, learner.display, steps, noun) as update:
+                for step in range(len(self.progress.entry(name).rows), steps):
+                    began, task = time.monotonic(), data.task(step)
+                    learner.learn(task, functools.partial(update, step))
                     seconds = time.monotonic() - began
-                    row = accuracies(learner, prepared, number)
-                    last = number + 1 == tasks
-                    state = learners.pack(learner)
-                    if last and announce:
-                        self._keep(learner, state)
-                    self.progress.commit(
-                        name,
-                        None if last else state,
-                        rows=[*entry["rows"], row],
-                        seconds=entry["seconds"] + seconds,
-                        state_bytes=learner.memory_bytes(),
-                        display=learner.display,
-                        done=last,
-                        **({"class_accuracy": self._class_accuracy(learner)} if last and announce else {}),
-                    )
-                    if announce:
-                        seen = [accuracy for accuracy in row if accuracy is not None]
-                        classes = tuple(prepared.names[r] for r in task.rows.tolist())
+                    row = tuple(accuracies(learner, data, step))
+                    self._commit(learner, row, seconds, is_last=step + 1 == steps, is_main=is_main)
+                    if is_main:
+                        seen = tuple(accuracy for accuracy in row if accuracy is not None)
+                        classes = tuple(data.names[class_row] for class_row in task.rows.tolist())
                         mean = sum(seen) / len(seen)
-                        listener(TaskLearned(number, tasks, classes, mean, tuple(seen), seconds, step))
-            if not announce:
+                        self.listener(TaskLearned(step, steps, classes, mean, seen, seconds, noun))
+            if not is_main:
                 result = self._result(name)
-                listener(Message(f"{result['display']}: average accuracy {result['average_accuracy']:.3f}"))
+                self.listener(Message(f"{result.display}: average accuracy {result.average_accuracy:.3f}"))
         return self._result(name)
 
-    def _result(self, name: str) -> dict[str, Any]:
-        rows = self.progress.entry(name)["rows"]
-        return {**metrics.summary(rows, self.prepared.introduced), **self._cost(name)}
+    def _start_or_restore(self, name: str, options: Mapping[str, Any]) -> learners.Learner:
+        checkpoint, setup = self.progress.checkpoint(name), self.setup
+        if checkpoint is not None:
+            return learners.restore(*checkpoint, device=setup.device)
+        priors, seed = setup.embedder.priors, self.config.run.seed
+        learner = learners.build(options, setup.embedder.dim, priors, seed, setup.device)
+        learner.expect(len(setup.data.names))
+        if learner.note:
+            self.listener(Message(f"{learner.display}: {learner.note}"))
+        return learner
 
-    def _cost(self, name: str) -> dict[str, Any]:
+    def _commit(
+        self, learner: learners.Learner, row: tuple[float | None, ...], seconds: float, is_last: bool, is_main: bool
+    ) -> None:
+        """Record a finished task, and write the final state of the main learner."""
+        entry, state = self.progress.entry(learner.name), learners.pack(learner)
+        final = is_last and is_main
+        if final:
+            self._write_state(learner, state)
+        progress = LearnerProgress(
+            rows=(*entry.rows, row),
+            seconds=entry.seconds + seconds,
+            done=is_last,
+            state_bytes=learner.memory_bytes(),
+            display=learner.display,
+            class_accuracy=self._class_accuracy(learner) if final else None,
+        )
+        self.progress.commit(learner.name, progress, None if is_last else state)
+
+    def _result(self, name: str) -> LearnerResult:
         entry = self.progress.entry(name)
-        display = entry.get("display", DISPLAY[name])  # of a learner with a penalty: SDMLP+EWC
-        return {"display": display, "seconds": entry["seconds"], "state_bytes": entry["state_bytes"]}
+        if name == JOINT_NAME:  # there was no stream to measure
+            final = [accuracy for accuracy in entry.rows[0] if accuracy is not None]
+            summary = Summary(average_accuracy=sum(final) / len(final))
+        else:
+            summary = metrics.summary(entry.rows, self.setup.data.introduced)
+        return LearnerResult(summary, entry.display or DISPLAY[name], entry.seconds, entry.state_bytes)
 
     def _class_accuracy(self, learner: learners.Learner) -> dict[str, float]:
-        right = (learner.predict(self.prepared.test) == self.prepared.test_rows).double()
-        return {
-            name: float(right[self.prepared.test_rows == row].mean()) for row, name in enumerate(self.prepared.names)
-        }
+        data = self.setup.data
+        right = (learner.predict(data.test) == data.test_rows).double()
+        return {name: float(right[data.test_rows == row].mean()) for row, name in enumerate(data.names)}
 
-    def _joint(self) -> dict[str, Any]:
-        """All tasks at once: what a network of this size can know of these embeddings."""
-        entry, prepared = self.progress.entry(JOINT_NAME), self.prepared
-        if not entry["done"]:
-            neurons = self.settings.neurons if "neurons" in self.config.learner else JOINT.neurons
-            settings = dataclasses.replace(JOINT, neurons=neurons)
-            learner = FineTune(self.embedder.dim, settings, self.embedder.priors, self.config.run.seed, self.device)
+    def _train_joint(self) -> LearnerResult:
+        """Train a network on all tasks at once, as an upper bound."""
+        if not self.progress.entry(JOINT_NAME).done:
+            setup, data = self.setup, self.setup.data
+            settings = JOINT
+            if "neurons" in self.config.learner:
+                settings = dataclasses.replace(JOINT, neurons=learners.settings_of(self.config.learner).neurons)
+            learner = FineTune(setup.embedder.dim, settings, setup.embedder.priors, self.config.run.seed, setup.device)
             began = time.monotonic()
             with events.progress(self.listener, JOINT_NAME) as update:
-                task = learners.Task(prepared.train, prepared.train_rows)
-                learner.learn(task, lambda share: update(0, share))
-            row = accuracies(learner, prepared, len(prepared.train_tasks) - 1)
+                learner.learn(learners.Task(data.train, data.train_rows), functools.partial(update, 0))
+            row = tuple(accuracies(learner, data, len(data.train_tasks) - 1))
             seconds, size = time.monotonic() - began, learner.memory_bytes()
-            self.progress.commit(JOINT_NAME, None, rows=[row], seconds=seconds, state_bytes=size, done=True)
-            self.listener(Message(f"{JOINT_NAME}: average accuracy {sum(row) / len(row):.3f}"))
-        row = entry["rows"][0]
-        none = dict.fromkeys(metrics.summary([[0.0]]))  # there was no stream to measure
-        return {**none, "average_accuracy": sum(row) / len(row), **self._cost(JOINT_NAME)}
+            progress = LearnerProgress(rows=(row,), seconds=seconds, done=True, state_bytes=size)
+            self.progress.commit(JOINT_NAME, progress, None)
+            result = self._result(JOINT_NAME)
+            self.listener(Message(f"{JOINT_NAME}: average accuracy {result.average_accuracy:.3f}"))
+        return self._result(JOINT_NAME)
 
-    def _keep(self, learner: learners.Learner, state: tuple[dict[str, np.ndarray], dict[str, Any]]) -> None:
-        """Write what a deployment and an evaluation need."""
-        prepared, folder = self.prepared, self.folder
+    def _write_state(self, learner: learners.Learner, state: storage.State) -> None:
+        """Write the files that a deployment and an evaluation need."""
+        data, folder = self.setup.data, self.folder
         files.write_tensors(folder / "learner.safetensors", *state)
-        statistics = ClassStatistics(prepared.train.shape[1])
-        statistics.add(prepared.train, prepared.train_rows)
+        statistics = ClassStatistics(data.train.shape[1])
+        statistics.add(data.train, data.train_rows)
         arrays = {name: tensor.numpy() for name, tensor in statistics.state().items()}
         files.write_tensors(folder / "statistics.safetensors", arrays)
         registry = ClassRegistry()
-        for row, name in enumerate(prepared.names):
-            registry = registry.add(name, "base", int((prepared.train_rows == row).sum()))
+        for row, name in enumerate(data.names):
+            registry = registry.add(name, "base", int((data.train_rows == row).sum()))
         files.write_json(folder / "classes.json", registry.to_json())
-        if prepared.standardisation is not None:
-            mu, sigma = prepared.standardisation
+        if data.standardisation is not None:
+            mu, sigma = data.standardisation
             files.write_tensors(folder / "standardisation.safetensors", {"mu": mu, "sigma": sigma})
 
-    def _finish(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Metrics, report and the run's record, in this order: a run is finished when its record says so."""
-        prepared, name = self.prepared, self.config.learner["name"]
-        main, groups = results[name], self.stream.groups(self.dataset.train_labels)
-        panel = {other: results[other] for other in (*PANEL, JOINT_NAME) if other in results and other != name}
-        result = {
-            **main,
-            "learner": name,
-            "data": self.dataset.name,
-            "split": self.dataset.split,
-            "classes": list(prepared.names),
-            "tasks": [
-                {"classes": [self.dataset.classes[label] for label in task], "train": len(train), "test": len(test)}
-                for task, train, test in zip(self.stream.tasks, groups, prepared.test_tasks, strict=True)
-            ],
-            "stream": {"kind": self.config.stream.kind, "online": self.config.stream.online},
-            "introduced": list(prepared.introduced),
-            "experiences": [
-                {"classes": [prepared.names[row] for row in rows.unique().tolist()], "train": len(rows)}
-                for rows in (prepared.train_rows[index] for index in prepared.train_tasks)
-            ],
-            "train_images": len(prepared.train),
-            "test_images": len(prepared.test),
-            "class_accuracy": self.progress.entry(name)["class_accuracy"],
-            "embed_seconds": self.embed_seconds,
-            "baselines": {other: results[other] for other in BASELINES if other in results and other != name},
-            "panel": {other: values["average_accuracy"] for other, values in panel.items()},
-            "panel_details": panel,
-        }
+    def _finish(self, results: Mapping[str, LearnerResult]) -> RunResult:
+        """Write metrics, report and record, in this order: the record marks the run as finished."""
         record = files.read_json(self.folder / "run.json")
-        if "choice" in record:
-            result["choice"] = record["choice"]
-        files.write_json(self.folder / "metrics.json", result)
+        result = self._collect(results, record.get("choice"))
+        files.write_json(self.folder / "metrics.json", result.to_dict())
         record.update(status="finished", finished=record.get("finished") or storage.now())
-        files.write_text(self.folder / "report.html", render(result, record))
+        files.write_text(self.folder / "report.html", render(result.to_dict(), record))
         files.write_json(self.folder / "run.json", record)
         return result
+
+    def _collect(self, results: Mapping[str, LearnerResult], choice: Mapping[str, Any] | None) -> RunResult:
+        config, data, dataset, stream = self.config, self.setup.data, self.setup.dataset, self.setup.stream
+        name = config.learner["name"]
+        train_groups = stream.groups(dataset.train_labels)
+        arriving = (data.train_rows[index] for index in data.train_tasks)
+        return RunResult(
+            learner=name,
+            main=results[name],
+            baselines={other: results[other] for other in BASELINES if other in results and other != name},
+            panel={other: results[other] for other in (*PANEL, JOINT_NAME) if other in results and other != name},
+            data=dataset.name,
+            split=dataset.split,
+            classes=data.names,
+            tasks=tuple(
+                TaskInfo(tuple(dataset.classes[label] for label in task), len(train), len(test))
+                for task, train, test in zip(stream.tasks, train_groups, data.test_tasks, strict=True)
+            ),
+            experiences=tuple(
+                TaskInfo(tuple(data.names[row] for row in rows.unique().tolist()), len(rows)) for rows in arriving
+            ),
+            introduced=data.introduced,
+            kind=config.stream.kind,
+            online=config.stream.online,
+            train_images=len(data.train),
+            test_images=len(data.test),
+            class_accuracy=self.progress.entry(name).class_accuracy or {},
+            embed_seconds=data.embed_seconds,
+            choice=choice,
+        )
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -333,9 +349,9 @@ def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
     """
     set_threads(config.run.threads)
     config = with_absolute_paths(config)
-    run = Run(config, listener)
-    choice = {"choice": run.choose().to_json()} if auto.wanted(config.learner) else {}
-    config = run.config
+    setup = Setup(config, listener)
+    choice = {"choice": setup.choose_learner().to_json()} if auto.wanted(config.learner) else {}
+    config, embedder = setup.config, setup.embedder
     folder = storage.new_folder(Path(config.run.out))
     storage.write_config(folder, config)
     files.write_json(
@@ -343,11 +359,11 @@ def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
         {
             "kind": "onnx" if config.backbone.onnx else "package",
             "path": config.backbone.onnx or config.backbone.path,
-            "identity": run.embedder.identity,
-            "size": run.embedder.size,
-            "dim": run.embedder.dim,
-            "standardised": run.embedder.standardised,
-            "provenance": run.embedder.provenance,
+            "identity": embedder.identity,
+            "size": embedder.size,
+            "dim": embedder.dim,
+            "standardised": embedder.standardised,
+            "provenance": embedder.provenance,
         },
     )
     record = {
@@ -355,14 +371,14 @@ def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
         "seed": config.run.seed,
         "started": storage.now(),
         "status": "running",
-        "identity": run.identity(),
+        "identity": setup.identity(),
         "config": to_tree(config),
-        "backbone": {"identity": run.embedder.identity, "provenance": run.embedder.provenance},
+        "backbone": {"identity": embedder.identity, "provenance": embedder.provenance},
         **choice,
         **storage.environment(),
     }
     files.write_json(folder / "run.json", record)
-    return run.attach(folder)
+    return Run(setup, folder)
 
 
 def resume(folder: Path, listener: Listener) -> Run:
@@ -376,9 +392,9 @@ def resume(folder: Path, listener: Listener) -> Run:
     set_threads(config.run.threads or int(record.get("threads", 0)))
     for difference in storage.changed_environment(record):
         listener(Message(f"warning: {difference}; the resumed weights may differ in their last bits"))
-    run = Run(config, listener).attach(folder)
-    present = run.identity()
+    setup = Setup(config, listener)
+    present = setup.identity()
     for key, value in record.get("identity", {}).items():
         if present[key] != value:
             raise InputError(f"{folder} cannot be resumed: its {key} has changed since it was started; start a new run")
-    return run
+    return Run(setup, folder)

@@ -115,7 +115,7 @@ def write_run(folder: Path, config: TrainConfig, embedder: Embedder) -> Path:
     }
     files.write_json(folder / "backbone.json", backbone)
     results = {
-        **metrics.summary([[0.9, None], [0.8, 0.7]]),
+        **metrics.summary([[0.9, None], [0.8, 0.7]]).to_dict(),
         "data": dataset.name,
         "split": dataset.split,
         "train_images": len(dataset.train),

@@ -209,14 +209,14 @@ def read(folder: Path, name: str) -> dict:
 
 @pytest.mark.usefixtures("quickly")
 def test_a_run_keeps_the_choice_and_resumes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words, folder, commit = [*DIGITS, *QUICK, f"run.out={tmp_path}"], tmp_path / "1", storage.Progress.commit
+    words, folder, commit = [*DIGITS, *QUICK, f"run.out={tmp_path}"], tmp_path / "1", storage.ProgressStore.commit
 
-    def interrupted(self: storage.Progress, *args: object, **changes: object) -> None:
+    def interrupted(self: storage.ProgressStore, *args: object, **changes: object) -> None:
         commit(self, *args, **changes)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage.Progress, "commit", interrupted)
+        patch.setattr(storage.ProgressStore, "commit", interrupted)
         done = CliRunner().invoke(train, words)
     choice = read(folder, "run.json")["choice"]
     assert f"learner.name=auto takes {choice['sentence']}" in done.output.replace("\n", " ")

@@ -28,7 +28,8 @@ RUN: dict[str, Any] = {
 
 def scores(tasks: int, first: float, keep: float) -> dict[str, Any]:
     """Metrics of a matrix whose diagonal is `first`, and of which each further task keeps a share."""
-    values = summary([[first * keep ** (t - i) if i <= t else 0.0 for i in range(tasks)] for t in range(tasks)])
+    matrix = [[first * keep ** (t - i) if i <= t else 0.0 for i in range(tasks)] for t in range(tasks)]
+    values = summary(matrix).to_dict()
     values["accuracy_matrix"] = [
         [value if i <= t else None for i, value in enumerate(row)] for t, row in enumerate(values["accuracy_matrix"])
     ]

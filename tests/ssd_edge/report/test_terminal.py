@@ -35,7 +35,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(tasks: int, name: str = "class") -> dict[str, Any]:
     def scores(first: float, keep: float) -> dict[str, Any]:
         matrix = [[first * keep ** (t - i) if i <= t else 0.0 for i in range(tasks)] for t in range(tasks)]
-        return {**summary(matrix), "seconds": 83.6, "state_bytes": 4_112_000}
+        return {**summary(matrix).to_dict(), "seconds": 83.6, "state_bytes": 4_112_000}
 
     slda = scores(0.9, 0.99)
     names = [f"{name} {row}" for row in range(2 * tasks)]

@@ -178,14 +178,14 @@ def test_resuming_a_run_with_repetition(shapes: Path, tmp_path: Path, monkeypatc
     words = (f"data.path={shapes}", *QUICK, *REPETITION, "learner.name=finetune", "learner.neurons=8")
     words += ("learner.epochs=2", f"run.out={tmp_path}")
     run(*words)
-    commit = storage.Progress.commit
+    commit = storage.ProgressStore.commit
 
-    def interrupted(self: storage.Progress, name: str, state: object, **changes: object) -> None:
-        commit(self, name, state, **changes)
-        if len(changes["rows"]) == 4:
+    def interrupted(self: storage.ProgressStore, name: str, progress: storage.LearnerProgress, state: object) -> None:
+        commit(self, name, progress, state)
+        if len(progress.rows) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage.Progress, "commit", interrupted)
+    monkeypatch.setattr(storage.ProgressStore, "commit", interrupted)
     done = CliRunner().invoke(train, list(map(str, words)))
     assert done.exit_code != 0
     monkeypatch.undo()
