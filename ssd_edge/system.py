@@ -1,18 +1,40 @@
-"""How much memory this process holds and has held, as Linux counts it (proc(5))."""
+"""Package version, the process and its machine (cores, memory, disk, clock, locks), and units for people."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-VERSION = "0.1.0"
+from ssd_edge.errors import EnvironmentUnfitError
+
+VERSION = "0.1.0"  # the only place: pyproject.toml and ssd_edge.__version__ read it
+MIB = 2**20
 PROCESS = Path("/proc/self")
-# On x86-64 without VNNI, ONNX Runtime multiplies int8 with instructions that add two products in 16 bits and saturate:
-# an int8 backbone then computes something else than on every other machine. This entry selects kernels that do not.
+# On x86-64 without VNNI, ONNX Runtime multiplies int8 with instructions that add two products in 16 bits and saturate,
+# so an int8 backbone gives other results than on every other machine. This session option selects kernels that do not.
 EXACT_INT8 = ("session.x64quantprecision", "1")
 
 
-def resident(field: str, process: Path = PROCESS) -> int:
-    """Bytes of a field of ``status``: ``VmRSS`` now, ``VmHWM`` at most; 0 when the system does not say."""
+def usable_cores() -> int:
+    """Return the number of processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resident(field: str = "VmRSS", process: Path = PROCESS) -> int:
+    """Return the resident memory of a process in bytes, as reported by Linux (proc(5)).
+
+    Args:
+        field: ``VmRSS`` for the current value, ``VmHWM`` for the peak.
+        process: Folder of the process in ``/proc``.
+
+    Returns:
+        Bytes, or 0 where the system does not report the field.
+    """
     try:
         for line in (process / "status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith(f"{field}:"):
@@ -23,7 +45,11 @@ def resident(field: str, process: Path = PROCESS) -> int:
 
 
 def reset_peak(process: Path = PROCESS) -> bool:
-    """Let the count of peak memory begin anew; whether it does."""
+    """Reset the peak memory (``VmHWM``) to the current value.
+
+    Returns:
+        True if the system allows it.
+    """
     try:
         (process / "clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -31,8 +57,82 @@ def reset_peak(process: Path = PROCESS) -> bool:
     return True
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return `path` as an absolute path, or its nearest parent that exists."""
+    path = Path(path).absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def disk_free(path: Path) -> int:
+    """Return the bytes that this user can still write at `path`, which need not exist yet.
+
+    Raises:
+        OSError: The file system does not respond.
+    """
+    return shutil.disk_usage(nearest_folder(path)).free
+
+
+def utc_now() -> str:
+    """Return the wall-clock time in UTC as ISO 8601 with whole seconds.
+
+    A device without a clock battery starts in 1970, and a clock can be set back: do not order events by it.
+    """
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a file between processes, without waiting for it.
+
+    The file is created if it does not exist, contains the process id of the holder, and is never removed.
+
+    Yields:
+        True while the lock is held, False if another process holds it (see `lock_holder`).
+
+    Raises:
+        EnvironmentUnfitError: The file cannot be created, or its file system does not support locks.
+    """
+    # The file is opened in place: an atomic rename (files.py) would replace it by another file with another lock.
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise _cannot_lock(path, error) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise _cannot_lock(path, error) from error
+        try:
+            with contextlib.suppress(OSError):  # on a full disk: the process id is only for messages
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            yield True
+        finally:
+            # Closing does not release the lock while a child process, forked in the meantime, has the file open.
+            fcntl.flock(handle, fcntl.LOCK_UN)
+    finally:
+        os.close(handle)
+
+
+def lock_holder(path: Path) -> str:
+    """Return the id of the process that last locked `path` with `file_lock`, or ``unknown``."""
+    try:
+        return path.read_bytes()[:20].decode("ascii", "replace").strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def _cannot_lock(path: Path, error: OSError) -> EnvironmentUnfitError:
+    return EnvironmentUnfitError(f"cannot lock {path}: {error.strerror}; choose another root")
+
+
 def duration(seconds: float | None) -> str:
-    """``4 ms``, ``0.42 s``, ``12.3 s``, ``3 min 04 s``, ``2 h 05 min``, or a dash."""
+    """Format seconds as ``4 ms``, ``0.42 s``, ``12.3 s``, ``3 min 04 s`` or ``2 h 05 min``; None as a dash."""
     if seconds is None:
         return "–"
     if seconds < 0.0995:
@@ -44,7 +144,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(count: float | None) -> str:
-    """Bytes as ``812 B``, ``4.1 kB``, ``12.3 MB`` (powers of 1,000), or a dash."""
+    """Format bytes as ``812 B``, ``4.1 kB`` or ``12.3 MB`` (powers of 1,000); None as a dash."""
     if count is None:
         return "–"
     for unit in ("B", "kB", "MB"):

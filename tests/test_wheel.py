@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ssd_edge.system import VERSION
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -40,6 +42,7 @@ def test_it_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
         assert f"{package}/py.typed" in names
         tracked = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
         assert {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")} == tracked
+    assert wheel.name == f"ssd_edge-{VERSION}-py3-none-any.whl"
     assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 12_000_000
 
 
