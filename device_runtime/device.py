@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from device_runtime.backbone.embedder import open_embedder
-from device_runtime.backbone.interface import DeviceEmbedder
+from device_runtime.backbone.interface import BackboneSpec, DeviceEmbedder
 from device_runtime.install.trust import check_signature
 from device_runtime.learning import edit, exchange, teach
 from device_runtime.learning.budget import Budget, Meter, Watcher
@@ -197,7 +197,8 @@ class Device:
             if backbone not in self._embedders:
                 state = snapshot.state
                 probe = files.parse_tensors(state.probe, "probe.safetensors")
-                found = open_embedder(self.store, backbone, state.facts, probe, log.warning, self.strict)
+                spec = BackboneSpec.from_facts(backbone, state.facts)
+                found = open_embedder(self.store, spec, probe, log.warning, self.strict)
                 self._embedders = {backbone: found}
             return self._embedders[backbone]
 

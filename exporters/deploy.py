@@ -191,9 +191,9 @@ def _check_tensorrt(onnx: bytes, what: str, target: Target, say: Say) -> dict[st
     from device_runtime.backbone.tensorrt.engines import check_graph
 
     checked = check_graph(onnx)
-    size = f"{checked['layers']} layers, {checked['bytes'] / 1e6:.1f} MB"
-    say(f"TensorRT-RTX {checked['version']} takes the {what}: {size}")
-    return checked
+    size = f"{checked.layers} layers, {checked.bytes / 1e6:.1f} MB"
+    say(f"TensorRT-RTX {checked.version} takes the {what}: {size}")
+    return checked.to_dict()
 
 
 def _check_memory(opened: bundle.Bundle, target: Target, say: Say) -> None:

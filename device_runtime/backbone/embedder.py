@@ -9,13 +9,16 @@ runs is read back, and its own falling back is switched off.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from device_runtime.backbone.interface import DeviceEmbedder, check_embeddings
+from device_runtime.backbone import selftest
+from device_runtime.backbone.interface import BackboneSpec, DeviceEmbedder, EngineRecord, check_embeddings
+from device_runtime.backbone.selftest import Probe
+from device_runtime.backbone.tensorrt import api, engines
+from device_runtime.backbone.tensorrt import embedder as tensorrt
 from device_runtime.machine.board import usable_cpus
 from device_runtime.store.generations import Generations
 from ssd_edge import targets
@@ -34,7 +37,6 @@ LADDER = (CUDA, CPU)  # of ONNX Runtime, fastest first
 ENGINES = "engines"  # folder of a root
 
 Say = Callable[[str], None]
-Probe = tuple[Mapping[str, np.ndarray], Mapping[str, float]]  # see selftest
 
 
 class OnnxRuntimeEmbedder:
@@ -53,7 +55,7 @@ class OnnxRuntimeEmbedder:
         EnvironmentUnfitError: ONNX Runtime is missing or cannot run the file here, or not with this provider.
     """
 
-    engine: Mapping[str, Any] | None = None
+    engine: EngineRecord | None = None
 
     def __init__(self, model: Path | bytes, size: int, dim: int, provider: str = CPU) -> None:
         runtime = require("onnxruntime", "device", "run the backbone")
@@ -106,8 +108,7 @@ class OnnxRuntimeEmbedder:
 
 def open_embedder(
     store: Generations,
-    backbone: str,
-    facts: Mapping[str, Any],
+    spec: BackboneSpec,
     probe: Probe,
     say: Say = lambda text: None,
     strict: bool = False,
@@ -119,8 +120,7 @@ def open_embedder(
 
     Args:
         store: of the root.
-        backbone: sha256 of the backbone's file.
-        facts: ``size``, ``dim``, ``precision`` and ``target``.
+        spec: of the backbone.
         probe: arrays and limits of the bundle's probe.
         say: told what happens.
         strict: refuse what is slower than what the target is prepared for; else that is said.
@@ -130,9 +130,9 @@ def open_embedder(
         EnvironmentUnfitError: nothing here can run it.
         SlowerProviderError: under `strict`.
     """
-    path = store.backbone_path(backbone)
+    path = store.backbone_path(spec.sha256)
     failed: dict[str, str] = {}
-    for name, start in _ladder(store.root / ENGINES, path, backbone, facts, probe, say):
+    for name, start in _ladder(store.root / ENGINES, path, spec, probe, say):
         try:
             found = start()
             break
@@ -141,9 +141,9 @@ def open_embedder(
                 raise
             failed[name] = str(error)  # the error itself would hold what was started, and its memory
     reason = "; ".join(f"{name}: {error}" if name in LADDER else error for name, error in failed.items())
-    wanted = _prepared_for(facts["target"])
+    wanted = _prepared_for(spec.target)
     if _speed(found.provider) < _speed(wanted):
-        told = f"{found.provider} runs the backbone, slower than {wanted}, for which {facts['target']} stands"
+        told = f"{found.provider} runs the backbone, slower than {wanted}, for which {spec.target} stands"
         told += f": {reason}" if reason else ""
         if strict:
             raise SlowerProviderError(f"{told}; see ssd-edge doctor, or leave --strict out")
@@ -167,23 +167,20 @@ def _speed(provider: str) -> int:
 
 
 def _ladder(
-    folder: Path, path: Path, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say
+    folder: Path, path: Path, spec: BackboneSpec, probe: Probe, say: Say
 ) -> Iterator[tuple[str, Callable[[], DeviceEmbedder]]]:
     """What may run the backbone here, fastest first: its name, and what starts it."""
-    from device_runtime.backbone import selftest
-
-    size, dim = facts["size"], facts["dim"]
 
     def tested(provider: str) -> DeviceEmbedder:
-        embedder = OnnxRuntimeEmbedder(path, size, dim, provider)
+        embedder = OnnxRuntimeEmbedder(path, spec.size, spec.dim, provider)
         selftest.run(embedder.embed, *probe)
         return embedder
 
     if importlib.util.find_spec("tensorrt") is not None:
-        yield "TensorRT", lambda: _tensorrt(folder, path, backbone, facts, probe, say)
+        yield "TensorRT", lambda: _tensorrt(folder, path, spec, probe, say)
     if CUDA in require("onnxruntime", "device", "run the backbone").get_available_providers():
         yield CUDA, lambda: tested(CUDA)
-    yield CPU, lambda: OnnxRuntimeEmbedder(path, size, dim)
+    yield CPU, lambda: OnnxRuntimeEmbedder(path, spec.size, spec.dim)
 
 
 def _line(error: Exception) -> str:
@@ -191,30 +188,23 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _tensorrt(
-    folder: Path, path: Path, backbone: str, facts: Mapping[str, Any], probe: Probe, say: Say
-) -> DeviceEmbedder:
-    from device_runtime.backbone import selftest
-    from device_runtime.backbone.tensorrt import engines
-    from device_runtime.backbone.tensorrt.api import TensorRT
-    from device_runtime.backbone.tensorrt.embedder import TensorRTEmbedder
-
-    api = TensorRT()
+def _tensorrt(folder: Path, path: Path, spec: BackboneSpec, probe: Probe, say: Say) -> DeviceEmbedder:
+    installed = api.TensorRT()
     gpu = engines.gpu_facts()
     if gpu is None:
         raise EnvironmentUnfitError("PyTorch finds no GPU that it can use; see ssd-edge doctor")
     cache = engines.EngineCache(folder)
-    wanted = engines.engine_facts(backbone, facts["precision"], gpu, api.version)
+    wanted = engines.engine_facts(spec.sha256, spec.precision, gpu, installed.version)
     plan = cache.get(wanted)
     built = plan is None
     if plan is None:
         say("building the TensorRT engine, once for this board and backbone; it may take minutes")
         plan = cache.build(path, wanted, say)
-    embedder = TensorRTEmbedder(plan, facts["size"], facts["dim"], api)
+    embedder = tensorrt.TensorRTEmbedder(plan, spec.size, spec.dim, installed)
     embedder.engine = record = cache.record(wanted)
     if built:
-        told = ", ".join(f"{key} {value}" for key, value in record["layers"].items())
-        say(f"built the TensorRT engine in {record['seconds']:.0f} s: {record['bytes'] / 1e6:.1f} MB; layers: {told}")
+        told = ", ".join(f"{key} {value}" for key, value in record.layers.items())
+        say(f"built the TensorRT engine in {record.seconds:.0f} s: {record.bytes / 1e6:.1f} MB; layers: {told}")
     try:
         selftest.run(embedder.embed, *probe)
     except BaseException:

@@ -2,12 +2,80 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
-from ssd_edge.errors import BundleRefusedError
+from ssd_edge.errors import BundleRefusedError, InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSpec:
+    """The facts of a bundle's backbone that running it depends on.
+
+    Attributes:
+        sha256: Digest of the backbone's file, its name in the store.
+        size: Side of the input in pixels.
+        dim: Dimension D of the embeddings.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        target: Name of the target that the bundle was prepared for.
+    """
+
+    sha256: str
+    size: int
+    dim: int
+    precision: str
+    target: str
+
+    @classmethod
+    def from_facts(cls, sha256: str, facts: Mapping[str, Any]) -> BackboneSpec:
+        """Select the fields from a mapping that may have others."""
+        return cls(sha256, facts["size"], facts["dim"], facts["precision"], facts["target"])
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineRecord:
+    """The record of a TensorRT build, as it is stored next to the engine.
+
+    Attributes:
+        seconds: Duration of the build.
+        bytes: Size of the serialized engine.
+        sha256: Digest of the serialized engine.
+        layers: Number of layers before and after optimization, and their kinds and types as far as TensorRT reports
+            them.
+        facts: `EngineFacts` as JSON values.
+        cache: Version of the cache format.
+        version: Version of TensorRT.
+        warnings: Warnings of the builder.
+    """
+
+    seconds: float
+    bytes: int
+    sha256: str
+    layers: dict[str, Any]
+    facts: dict[str, Any]
+    cache: int
+    version: str = ""
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> EngineRecord:
+        """Read a record from JSON values; unknown keys are ignored.
+
+        Raises:
+            InputError: The value is not an object, or a key is missing.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        try:
+            return cls(**{name: values[name] for name in names if name in values})
+        except TypeError as error:
+            raise InputError(f"the record of a TensorRT engine is not valid ({error}); delete the engine") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON values."""
+        return dataclasses.asdict(self)
 
 
 class DeviceEmbedder(Protocol):
@@ -23,7 +91,7 @@ class DeviceEmbedder(Protocol):
     provider: str
     size: int
     dim: int
-    engine: Mapping[str, Any] | None
+    engine: EngineRecord | None
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """uint8 RGB ``(N, size, size, 3)`` → float32 ``(N, D)``."""

@@ -7,21 +7,42 @@ engine or a provider with another arithmetic shows here and not in the field.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
 from ssd_edge.errors import GateRefusedError
 
+Probe = tuple[Mapping[str, np.ndarray], Mapping[str, float]]  # arrays and limits, see `run`
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (P, size, size, 3) → float32 (P, D)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfTest:
+    """Result of a passed self-test.
+
+    Attributes:
+        images: Number of probe images.
+        min_cosine: Smallest cosine between an embedding and its expected value.
+        max_difference: Largest absolute difference in standard deviations of the expected values.
+    """
+
+    images: int
+    min_cosine: float
+    max_difference: float
+
+    def to_dict(self) -> dict[str, int | float]:
+        """Return the result as JSON values."""
+        return dataclasses.asdict(self)
 
 
 def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Cosine of each pair of rows ``(P, D)``, in float64; of a zero row: 0."""
     one, other = one.astype(np.float64), other.astype(np.float64)
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    return (one * other).sum(1) / np.maximum(lengths, np.finfo(np.float64).tiny)
+    dots = (one * other).sum(1)
+    return np.asarray(dots / np.maximum(lengths, np.finfo(np.float64).tiny))
 
 
 def compare(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:
@@ -36,7 +57,7 @@ def compare(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:
     return float(cosines(wanted, found).min(initial=1.0)), float(np.abs(one - other).max(initial=0.0) / deviation)
 
 
-def run(embed: Embed, arrays: Mapping[str, np.ndarray], limits: Mapping[str, float]) -> dict[str, Any]:
+def run(embed: Embed, arrays: Mapping[str, np.ndarray], limits: Mapping[str, float]) -> SelfTest:
     """Embed the probe's images and compare; all together, and the first one alone.
 
     Args:
@@ -45,7 +66,7 @@ def run(embed: Embed, arrays: Mapping[str, np.ndarray], limits: Mapping[str, flo
         limits: ``min_cosine`` and ``max_difference``, of the bundle's precision.
 
     Returns:
-        ``images``, ``min_cosine``, ``max_difference``.
+        The figures, rounded.
 
     Raises:
         GateRefusedError: they differ by more than the limits; in one sentence.
@@ -59,4 +80,4 @@ def run(embed: Embed, arrays: Mapping[str, np.ndarray], limits: Mapping[str, flo
             f"{limits['min_cosine']:g} is needed; largest difference {difference:.2g} σ, but at most "
             f"{limits['max_difference']:g}; run ssd-edge doctor, or deploy in fp32"
         )
-    return {"images": len(images), "min_cosine": round(cosine, 7), "max_difference": float(f"{difference:.1e}")}
+    return SelfTest(len(images), round(cosine, 7), float(f"{difference:.1e}"))

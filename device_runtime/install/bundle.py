@@ -16,6 +16,7 @@ import torch
 
 from device_runtime.backbone import selftest
 from device_runtime.backbone.embedder import open_embedder
+from device_runtime.backbone.interface import BackboneSpec
 from device_runtime.install.trust import check_signature
 from device_runtime.learning.state import DeviceState, restore_statistics
 from device_runtime.learning.unknown import Rejector
@@ -67,12 +68,13 @@ def install(
             _check_release(store, facts["release"], bundle)
         backbone = store.add_backbone(opened.read("backbone"))
         arrays, limits = opened.tensors("probe")
-        embedder = open_embedder(store, backbone, facts, (arrays, limits), say, strict)
+        spec = BackboneSpec.from_facts(backbone, facts)
+        embedder = open_embedder(store, spec, (arrays, limits), say, strict)
         tested = selftest.run(embedder.embed, arrays, limits)
-        tested["agreement"] = _check_learner(state.learner, embedder.embed(arrays["images"]), arrays["rows"])
+        agreement = _check_learner(state.learner, embedder.embed(arrays["images"]), arrays["rows"])
         say(
-            f"self-test on {tested['images']} images with {embedder.provider}: cosine {tested['min_cosine']:.6f}, "
-            f"largest difference {tested['max_difference']:.1e} σ, {tested['agreement']:.0%} of the decisions agree"
+            f"self-test on {tested.images} images with {embedder.provider}: cosine {tested.min_cosine:.6f}, "
+            f"largest difference {tested.max_difference:.1e} σ, {agreement:.0%} of the decisions agree"
         )
         info = {
             "bundle": Path(bundle).name,
@@ -81,8 +83,8 @@ def install(
             "release": facts["release"],
             "signed_by": signed_by,
             "provider": embedder.provider,
-            "self_test": tested,
-            **({"engine": dict(embedder.engine)} if embedder.engine else {}),
+            "self_test": {**tested.to_dict(), "agreement": agreement},
+            **({"engine": embedder.engine.to_dict()} if embedder.engine else {}),
         }
         generation = store.commit(state.contents(), info, parent=None, backbone=backbone)
         store.tidy()

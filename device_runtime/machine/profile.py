@@ -160,7 +160,7 @@ def profile(
         "machine": {"title": board.title, **board.to_json()},
         "versions": {"python": platform.python_version(), **_versions()},
         "provider": embedder.provider,
-        "engine": dict(embedder.engine) if embedder.engine else None,
+        "engine": embedder.engine.to_dict() if embedder.engine else None,
         **measured,
         "bytes": {
             "bundle": Path(path).stat().st_size,
@@ -238,14 +238,14 @@ def _store(opened: Bundle, root: Path) -> Iterator[Path]:
 def _load(opened: Bundle, root: Path, say: Say) -> tuple[Any, Any]:
     """Embedder and learner, as the device opens them."""
     from device_runtime.backbone.embedder import open_embedder
+    from device_runtime.backbone.interface import BackboneSpec
     from device_runtime.store.generations import Generations
     from ssd_edge import learners
 
-    backbone = opened.manifest["backbone"]
-    facts = {key: backbone[key] for key in ("size", "dim", "precision")} | {"target": opened.manifest["target"]}
     learner = learners.restore(*opened.tensors("learner"))
-    digest = files.sha256(opened.read("backbone"))
-    return open_embedder(Generations(root), digest, facts, opened.tensors("probe"), say), learner
+    facts = {**opened.manifest["backbone"], "target": opened.manifest["target"]}
+    spec = BackboneSpec.from_facts(files.sha256(opened.read("backbone")), facts)
+    return open_embedder(Generations(root), spec, opened.tensors("probe"), say), learner
 
 
 def _versions() -> dict[str, str]:

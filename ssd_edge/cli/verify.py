@@ -91,4 +91,4 @@ def _probe(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:
         found = selftest.run(embedder.embed, *opened.tensors("probe"))
     except GateRefusedError as error:  # here nothing is to be installed: it is the bundle that is wrong
         raise BundleRefusedError(str(error)) from error
-    return {**found, "provider": embedder.provider}, None
+    return {**found.to_dict(), "provider": embedder.provider}, None

@@ -356,5 +356,5 @@ def test_tensorrt_parses_and_builds_every_head(heads, case):
     from device_runtime.backbone.tensorrt.engines import check_graph
 
     checked = check_graph(heads[case][1], module=MODULE)
-    assert checked["bytes"] > 0
-    assert checked["input"] == "float"
+    assert checked.bytes > 0
+    assert checked.input == "float"

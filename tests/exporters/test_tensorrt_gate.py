@@ -33,7 +33,7 @@ needs_parser = pytest.mark.skipif(
 def check(graph: bytes) -> dict:
     from device_runtime.backbone.tensorrt.engines import check_graph
 
-    return check_graph(graph, module=MODULE)
+    return check_graph(graph, module=MODULE).to_dict()
 
 
 def pictures(count: int, size: int, seed: int) -> np.ndarray:

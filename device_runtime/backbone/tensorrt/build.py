@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import queue
@@ -41,7 +42,32 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PROGRESS_SECONDS = 1.0
 
 
-def build(request: dict[str, Any], write: Write) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class BuildRequest:
+    """Arguments of a build, which reach the building process as JSON.
+
+    Attributes:
+        onnx: Path of the graph.
+        onnx_sha256: Its expected digest.
+        plan: Path of the engine to write.
+        timing_cache: Path of the timing cache; None to use none.
+        module: Import name of TensorRT.
+        batches: Smallest, usual and largest batch.
+        workspace: Scratch memory in bytes.
+        parent: Id of the process that waits for the result; None for no check.
+    """
+
+    onnx: str
+    onnx_sha256: str
+    plan: str
+    timing_cache: str | None
+    module: str
+    batches: Sequence[int]
+    workspace: int
+    parent: int | None = None
+
+
+def build(request: BuildRequest, write: Write) -> dict[str, Any]:
     """Build what a request asks for, and write the plan atomically.
 
     Args:
@@ -54,19 +80,18 @@ def build(request: dict[str, Any], write: Write) -> dict[str, Any]:
     Raises:
         SSDEdgeError: like `TensorRT.build`, and when a file cannot be read or written.
     """
-    api = TensorRT(request["module"])
-    onnx = files.read_bytes(Path(request["onnx"]))
+    api = TensorRT(request.module)
+    onnx = files.read_bytes(Path(request.onnx))
     found = files.sha256(onnx)
-    if found != request["onnx_sha256"]:
+    if found != request.onnx_sha256:
         raise BundleRefusedError(
-            f"{request['onnx']} has the sha256 {found}, but {request['onnx_sha256']} was asked for; install the bundle "
-            "again"
+            f"{request.onnx} has the sha256 {found}, but {request.onnx_sha256} was asked for; install the bundle again"
         )
-    timings = Path(request["timing_cache"]) if request.get("timing_cache") else None
+    timings = Path(request.timing_cache) if request.timing_cache else None
     known = None if timings is None else timings.read_bytes() if timings.exists() else b""
-    built = api.build(onnx, request["batches"], request["workspace"], known, _Progress(write))
+    built = api.build(onnx, request.batches, request.workspace, known, _Progress(write))
     warnings = built.warnings
-    files.write_bytes(Path(request["plan"]), built.plan)
+    files.write_bytes(Path(request.plan), built.plan)
     if timings is not None and built.timing_cache is not None:
         with contextlib.suppress(EnvironmentUnfitError):  # it only saves time
             files.write_bytes(timings, built.timing_cache)
@@ -118,8 +143,8 @@ def main() -> int:
         lines.write(json.dumps(record) + "\n")
         lines.flush()
 
-    request = json.loads(sys.argv[1] if len(sys.argv) > 1 else sys.stdin.read())
-    if request.get("parent") not in (None, os.getppid()):
+    request = BuildRequest(**json.loads(sys.argv[1] if len(sys.argv) > 1 else sys.stdin.read()))
+    if request.parent not in (None, os.getppid()):
         return 1  # it ended before `_die_with_parent`
     try:
         result = build(request, write)
@@ -137,7 +162,7 @@ class Crashed(EnvironmentUnfitError):
 
 
 def run_apart(
-    command: Sequence[str], request: dict[str, Any], say: Say, deadline: float, timeout: float
+    command: Sequence[str], request: BuildRequest, say: Say, deadline: float, timeout: float
 ) -> dict[str, Any]:
     """Run the building process to its result; it never outlives this call.
 
@@ -184,16 +209,14 @@ def run_apart(
     return result
 
 
-def _listen(
-    child: subprocess.Popen[bytes], request: dict[str, Any], say: Say, deadline: float
-) -> dict[str, Any] | None:
+def _listen(child: subprocess.Popen[bytes], request: BuildRequest, say: Say, deadline: float) -> dict[str, Any] | None:
     """Give it the request and read its lines until it ends; returns the result, if it gave one."""
     assert child.stdin is not None
     assert child.stdout is not None
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_pump, args=(child.stdout, lines), daemon=True).start()
     with contextlib.suppress(BrokenPipeError), child.stdin:  # it may have ended already
-        child.stdin.write(json.dumps(request).encode())
+        child.stdin.write(json.dumps(dataclasses.asdict(request)).encode())
     started = time.monotonic()
     beat, doing, result = started + HEARTBEAT, "", None
     while True:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from device_runtime.backbone.interface import check_embeddings
+from device_runtime.backbone.interface import EngineRecord, check_embeddings
 from device_runtime.backbone.tensorrt.api import Engine, TensorRT
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, require
@@ -47,7 +47,8 @@ class Cuda:
 
     def use(self) -> contextlib.AbstractContextManager[Any]:
         """Copies in the block go through `stream`."""
-        return self.torch.cuda.stream(self.stream)
+        block: contextlib.AbstractContextManager[Any] = self.torch.cuda.stream(self.stream)
+        return block
 
 
 class TensorRTEmbedder:
@@ -69,7 +70,7 @@ class TensorRTEmbedder:
         BundleRefusedError: the engine takes or gives other shapes than the bundle says.
     """
 
-    engine: Mapping[str, Any] | None = None
+    engine: EngineRecord | None = None
 
     def __init__(self, plan: Path | bytes, size: int, dim: int, api: TensorRT | None = None, cuda: Any = None) -> None:
         api = api or TensorRT()
@@ -122,7 +123,8 @@ class TensorRTEmbedder:
             self._images[:count].copy_(cuda.torch.from_numpy(np.array(part)))  # PyTorch wants to write to what it holds
             engine.run(batch, self._images.data_ptr(), self._embeddings.data_ptr(), cuda.stream.cuda_stream)
             cuda.stream.synchronize()
-            return self._embeddings[:count].cpu().numpy()
+            embeddings: np.ndarray = self._embeddings[:count].cpu().numpy()
+            return embeddings
 
     def close(self) -> None:
         """Free the engine and its memory on the GPU."""

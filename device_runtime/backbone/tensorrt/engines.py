@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import fcntl
-import json
 import logging
 import os
 import stat
@@ -27,8 +27,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from device_runtime.backbone.interface import EngineRecord
 from device_runtime.backbone.tensorrt.api import BATCHES, WORKSPACE, TensorRT
-from device_runtime.backbone.tensorrt.build import HEARTBEAT, Crashed, run_apart
+from device_runtime.backbone.tensorrt.build import HEARTBEAT, BuildRequest, Crashed, run_apart
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, SSDEdgeError
 
@@ -41,18 +42,96 @@ _OF_THE_GRAPH = ("onnx_sha256", "precision", "batches")  # facts that kernel tim
 log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
-Facts = Mapping[str, Any]
 
 
-def check_graph(onnx: bytes, module: str = "tensorrt_rtx") -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class GpuFacts:
+    """The properties of a GPU and its driver that an engine depends on.
+
+    Attributes:
+        name: Name of the device; the same for all Orin modules.
+        capability: Compute capability, e.g. ``8.7``.
+        multiprocessors: Number of multiprocessors.
+        cuda: CUDA version of PyTorch.
+        driver: CUDA version of the driver, e.g. ``12.6``; None if unknown.
+    """
+
+    name: str
+    capability: str
+    multiprocessors: int
+    cuda: str | None
+    driver: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class BuilderSettings:
+    """The settings of TensorRT's builder."""
+
+    workspace: int = WORKSPACE
+    strongly_typed: bool = True
+    tf32: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineFacts:
+    """Everything that an engine depends on.
+
+    Attributes:
+        onnx_sha256: Digest of the backbone's file.
+        precision: Precision that the bundle states.
+        batches: Smallest, usual and largest batch.
+        module: Import name of TensorRT.
+        tensorrt: Version of TensorRT.
+        gpu: The GPU; None for TensorRT-RTX, which builds without one.
+        l4t: Contents of ``/etc/nv_tegra_release``; None if this is no Jetson.
+        builder: Settings of the builder.
+    """
+
+    onnx_sha256: str
+    precision: str
+    batches: Sequence[int]
+    module: str
+    tensorrt: str
+    gpu: GpuFacts | None
+    l4t: str | None
+    builder: BuilderSettings = BuilderSettings()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON values."""
+        return {**dataclasses.asdict(self), "batches": list(self.batches)}
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphCheck:
+    """Result of building an engine from a graph without keeping it.
+
+    Attributes:
+        module: Import name of TensorRT.
+        version: Version of TensorRT.
+        bytes: Size of the engine.
+        layers: Number of layers of the parsed network.
+        input: Type of the input.
+        seconds: Duration of parsing and building.
+    """
+
+    module: str
+    version: str
+    bytes: int
+    layers: int
+    input: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return dataclasses.asdict(self)
+
+
+def check_graph(onnx: bytes, module: str = "tensorrt_rtx") -> GraphCheck:
     """Parse and build a graph strongly typed, as a device will; with TensorRT-RTX no GPU is needed.
 
     Args:
         onnx: the graph; a single file.
         module: import name of the TensorRT to ask.
-
-    Returns:
-        ``module``, ``version``, ``bytes`` of the engine, ``layers`` of the network, type of the ``input``, ``seconds``.
 
     Raises:
         GateRefusedError: it is not taken; in the words of the parser or builder.
@@ -60,23 +139,11 @@ def check_graph(onnx: bytes, module: str = "tensorrt_rtx") -> dict[str, Any]:
     """
     api = TensorRT(module)
     built = api.build(onnx)
-    return {
-        "module": module,
-        "version": api.version,
-        "bytes": len(built.plan),
-        "layers": built.layers,
-        "input": built.input,
-        "seconds": built.seconds,
-    }
+    return GraphCheck(module, api.version, len(built.plan), built.layers, built.input, built.seconds)
 
 
-def gpu_facts() -> dict[str, Any] | None:
-    """What an engine depends on of the GPU that PyTorch uses; None where it has none or cannot run on it.
-
-    Returns:
-        ``name``, ``capability`` (e.g. ``8.7``), ``multiprocessors``, ``cuda`` (of PyTorch), ``driver`` (CUDA version
-        of the driver, e.g. ``12.6``; None: not known).
-    """
+def gpu_facts() -> GpuFacts | None:
+    """What an engine depends on of the GPU that PyTorch uses; None where it has none or cannot run on it."""
     try:
         import torch
     except (ImportError, OSError):
@@ -89,13 +156,8 @@ def gpu_facts() -> dict[str, Any] | None:
     except RuntimeError as error:
         log.warning("PyTorch %s cannot use the GPU: %s", torch.__version__, str(error).splitlines()[0])
         return None
-    return {
-        "name": found.name,  # all Orin modules have one name
-        "capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
-        "cuda": torch.version.cuda,
-        "driver": _driver(),
-    }
+    capability = f"{found.major}.{found.minor}"
+    return GpuFacts(found.name, capability, found.multi_processor_count, torch.version.cuda, _driver())
 
 
 def _driver() -> str | None:
@@ -110,11 +172,11 @@ def _driver() -> str | None:
 def engine_facts(
     onnx_sha256: str,
     precision: str,
-    gpu: Facts | None,
+    gpu: GpuFacts | None,
     version: str,
     module: str = "tensorrt",
     root: Path = Path("/"),
-) -> dict[str, Any]:
+) -> EngineFacts:
     """All that an engine is built from and for.
 
     Args:
@@ -129,20 +191,15 @@ def engine_facts(
         l4t = (root / "etc/nv_tegra_release").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:  # no Jetson
         l4t = None
-    return {
-        "onnx_sha256": onnx_sha256,
-        "precision": precision,
-        "batches": list(BATCHES),
-        "module": module,
-        "tensorrt": version,
-        "gpu": None if gpu is None else dict(gpu),
-        "l4t": l4t,
-        "builder": {"workspace": WORKSPACE, "strongly_typed": True, "tf32": False},
-    }
+    return EngineFacts(onnx_sha256, precision, BATCHES, module, version, gpu, l4t)
 
 
-def fingerprint(facts: Facts) -> str:
+def fingerprint(facts: EngineFacts) -> str:
     """Name of the engine that has these facts: hex sha256 of their canonical JSON and the cache's version."""
+    return _digest(facts.to_dict())
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
     return files.sha256(files.json_bytes({"cache": CACHE_VERSION, "facts": facts}))
 
 
@@ -158,7 +215,7 @@ class EngineCache:
         self.folder = Path(folder).absolute()
         self._command = list(command or (sys.executable, "-m", "device_runtime.backbone.tensorrt.build"))
 
-    def get(self, facts: Facts) -> Path | None:
+    def get(self, facts: EngineFacts) -> Path | None:
         """The engine with these facts, if an intact one is there; a damaged one is removed.
 
         Raises:
@@ -177,7 +234,9 @@ class EngineCache:
                     self._remove(self._path(facts))
         return None
 
-    def build(self, onnx: str | Path, facts: Facts, say: Say = lambda text: None, timeout: float = TIMEOUT) -> Path:
+    def build(
+        self, onnx: str | Path, facts: EngineFacts, say: Say = lambda text: None, timeout: float = TIMEOUT
+    ) -> Path:
         """Build the engine with these facts in a process of its own; or take it, if another process just did.
 
         Args:
@@ -201,22 +260,21 @@ class EngineCache:
             if self._unusable(facts) is None:
                 return plan
             timings = self._timings(facts)
-            request = {
-                "onnx": str(Path(onnx).absolute()),
-                "onnx_sha256": facts["onnx_sha256"],
-                "plan": str(plan),
-                "timing_cache": str(timings),
-                "module": facts["module"],
-                "batches": facts["batches"],
-                "workspace": facts["builder"]["workspace"],
-                "parent": os.getpid(),
-            }
+            request = BuildRequest(
+                onnx=str(Path(onnx).absolute()),
+                onnx_sha256=facts.onnx_sha256,
+                plan=str(plan),
+                timing_cache=str(timings),
+                module=facts.module,
+                batches=list(facts.batches),
+                workspace=facts.builder.workspace,
+                parent=os.getpid(),
+            )
             self._remove(plan)
             try:
                 result = run_apart(self._command, request, say, deadline, timeout)
-                del result["ok"]
-                sidecar = {**result, "facts": facts, "cache": CACHE_VERSION}
-                files.write_json(plan.with_suffix(".json"), sidecar)
+                record = EngineRecord.from_dict({**result, "facts": facts.to_dict(), "cache": CACHE_VERSION})
+                files.write_json(plan.with_suffix(".json"), record.to_dict())
                 if (reason := self._unusable(facts)) is not None:
                     raise EnvironmentUnfitError(f"the TensorRT engine {plan} was built, but {reason}; check the disk")
             except BaseException as error:
@@ -229,39 +287,37 @@ class EngineCache:
             self._prune(facts, plan, timings)
             return plan
 
-    def record(self, facts: Facts) -> dict[str, Any]:
+    def record(self, facts: EngineFacts) -> EngineRecord:
         """What was noted when the engine with these facts was built: seconds, bytes, layers, warnings.
 
         Raises:
             InputError: there is none.
         """
-        return files.read_json(self._path(facts).with_suffix(".json"))
+        return EngineRecord.from_dict(files.read_json(self._path(facts).with_suffix(".json")))
 
-    def _path(self, facts: Facts) -> Path:
+    def _path(self, facts: EngineFacts) -> Path:
         return self.folder / f"{fingerprint(facts)}.plan"
 
-    def _both(self, facts: Facts) -> tuple[Path, Path]:
+    def _both(self, facts: EngineFacts) -> tuple[Path, Path]:
         plan = self._path(facts)
         return plan, plan.with_suffix(".json")
 
-    def _timings(self, facts: Facts) -> Path:
-        machine = {name: value for name, value in facts.items() if name not in _OF_THE_GRAPH}
-        return self.folder / f"timing-{fingerprint(machine)[:16]}.cache"
+    def _timings(self, facts: EngineFacts) -> Path:
+        machine = {name: value for name, value in facts.to_dict().items() if name not in _OF_THE_GRAPH}
+        return self.folder / f"timing-{_digest(machine)[:16]}.cache"
 
-    def _unusable(self, facts: Facts) -> str | None:
+    def _unusable(self, facts: EngineFacts) -> str | None:
         """Why there is no engine with these facts to use; None: there is."""
         plan, sidecar = self._both(facts)
         try:
-            noted = files.read_json(sidecar)
+            noted = EngineRecord.from_dict(files.read_json(sidecar))
             size, digest = plan.stat().st_size, files.sha256_file(plan)
         except (InputError, BundleRefusedError, OSError) as error:
             return f"it is not complete ({error})"
-        # through JSON once, as what was noted has been: tuples become lists
-        if not isinstance(noted, dict) or noted.get("facts") != json.loads(files.json_bytes(facts)):
+        if noted.facts != facts.to_dict():
             return "it was noted with other facts"
-        if (size, digest) != (noted.get("bytes"), noted.get("sha256")):
-            was = f"{noted.get('bytes')} and {noted.get('sha256')}"
-            return f"it has {size} bytes and sha256 {digest}, but {was} were noted"
+        if (size, digest) != (noted.bytes, noted.sha256):
+            return f"it has {size} bytes and sha256 {digest}, but {noted.bytes} and {noted.sha256} were noted"
         return None
 
     def _check_folder(self) -> bool:
@@ -347,13 +403,13 @@ class EngineCache:
         plan.with_suffix(".json").unlink(missing_ok=True)
         plan.unlink(missing_ok=True)
 
-    def _prune(self, facts: Facts, newest: Path, timings: Path) -> None:
+    def _prune(self, facts: EngineFacts, newest: Path, timings: Path) -> None:
         others = []
         for plan in self.folder.glob("*.plan"):
             if plan == newest:
                 continue
             try:
-                of_the_same = files.read_json(plan.with_suffix(".json"))["facts"]["onnx_sha256"] == facts["onnx_sha256"]
+                of_the_same = files.read_json(plan.with_suffix(".json"))["facts"]["onnx_sha256"] == facts.onnx_sha256
             except (SSDEdgeError, KeyError, TypeError):
                 of_the_same = True  # not usable anyway
             if of_the_same:

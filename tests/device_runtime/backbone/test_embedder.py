@@ -18,6 +18,7 @@ import pytest
 
 from device_runtime.backbone import embedder
 from device_runtime.backbone.embedder import CPU, CUDA, OnnxRuntimeEmbedder, open_embedder
+from device_runtime.backbone.interface import BackboneSpec, EngineRecord
 from device_runtime.backbone.tensorrt import api as tensorrt_api
 from device_runtime.backbone.tensorrt import embedder as tensorrt_embedder
 from device_runtime.backbone.tensorrt import engines
@@ -39,7 +40,7 @@ def opened(tiny_bundle, tmp_path):
 
     def run(say=lambda text: None, target="cpu", strict=False, **changes):
         facts = {**read.manifest["backbone"], "target": target, **changes}
-        return open_embedder(store, backbone, facts, (arrays, limits), say, strict)
+        return open_embedder(store, BackboneSpec.from_facts(backbone, facts), (arrays, limits), say, strict)
 
     run.arrays, run.store = arrays, store
     return run
@@ -115,7 +116,7 @@ def tensorrt(monkeypatch):
     """A machine with TensorRT and a GPU; the attributes say what was done, and may be changed."""
 
     class Machine:
-        gpu, built, failure = {"name": "Orin", "capability": "8.7"}, [], None
+        gpu, built, failure = engines.GpuFacts("Orin", "8.7", 8, "12.6", "12.6"), [], None
 
     class Cache:
         def __init__(self, folder: Path) -> None:
@@ -127,13 +128,13 @@ def tensorrt(monkeypatch):
         def build(self, onnx, facts, say):
             if Machine.failure is not None:
                 raise Machine.failure
-            assert facts["tensorrt"] == "10.3.0"
-            assert facts["precision"] == "fp32"
+            assert facts.tensorrt == "10.3.0"
+            assert facts.precision == "fp32"
             Machine.built.append(onnx)
             return onnx
 
         def record(self, facts):
-            return {"seconds": 61.0, "bytes": 4_000_000, "layers": {"parsed": 12}}
+            return EngineRecord(61.0, 4_000_000, "", {"parsed": 12}, {}, 1)
 
     class Api:
         version = "10.3.0"
@@ -163,7 +164,7 @@ def test_with_tensorrt_an_engine_is_built_once_and_its_layers_are_told(opened, t
     said = []
     found = opened(said.append)
     assert found.provider == "TensorRT 10.3.0 (stand-in)"
-    assert found.engine["layers"] == {"parsed": 12}
+    assert found.engine.layers == {"parsed": 12}
     assert "it may take minutes" in said[0]
     assert said[1] == "built the TensorRT engine in 61 s: 4.0 MB; layers: parsed 12"
     opened(said.append)

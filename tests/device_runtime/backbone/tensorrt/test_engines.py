@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, InputError
 
 STANDINS = vars(tensorrt_standins)
-GPU = {"name": "Orin", "capability": "8.7", "multiprocessors": 8, "cuda": "12.6", "driver": "12.6"}
+GPU = engines.GpuFacts("Orin", "8.7", 8, "12.6", "12.6")
 
 # A builder that is not TensorRT: a plan that says which process made it, and a result.
 CHILD = """
@@ -82,24 +83,23 @@ def dies(pid: int, seconds: float = 5.0) -> bool:
         {"batches": [1, 8, 64]},
         {"module": "tensorrt_rtx"},
         {"tensorrt": "10.3.1"},
-        {"gpu": {**GPU, "name": "Thor"}},
-        {"gpu": {**GPU, "capability": "11.0"}},
-        {"gpu": {**GPU, "multiprocessors": 16}},
-        {"gpu": {**GPU, "driver": "13.0"}},
-        {"gpu": {**GPU, "cuda": "13.0"}},
+        {"gpu": replace(GPU, name="Thor")},
+        {"gpu": replace(GPU, capability="11.0")},
+        {"gpu": replace(GPU, multiprocessors=16)},
+        {"gpu": replace(GPU, driver="13.0")},
+        {"gpu": replace(GPU, cuda="13.0")},
         {"gpu": None},
         {"l4t": "# R39 (release), REVISION: 2.0"},
-        {"builder": {"workspace": 1}},
+        {"builder": engines.BuilderSettings(workspace=1)},
     ],
-    ids=lambda change: json.dumps(change)[:40],
+    ids=lambda change: str(change)[:40],
 )
 def test_another_fact_is_another_engine(facts, change):
-    assert fingerprint({**facts, **change}) != fingerprint(facts)
+    assert fingerprint(replace(facts, **change)) != fingerprint(facts)
 
 
-def test_the_fingerprint_knows_neither_order_nor_tuples_and_the_cache_has_a_version(facts, monkeypatch):
-    assert fingerprint(dict(reversed(facts.items()))) == fingerprint(facts)
-    assert fingerprint({**facts, "batches": tuple(facts["batches"])}) == fingerprint(facts)
+def test_the_fingerprint_does_not_tell_tuples_from_lists_and_the_cache_has_a_version(facts, monkeypatch):
+    assert fingerprint(replace(facts, batches=list(facts.batches))) == fingerprint(facts)
     before = fingerprint(facts)
     monkeypatch.setattr(engines, "CACHE_VERSION", engines.CACHE_VERSION + 1)
     assert fingerprint(facts) != before
@@ -108,8 +108,8 @@ def test_the_fingerprint_knows_neither_order_nor_tuples_and_the_cache_has_a_vers
 def test_the_release_of_a_jetson_is_read(tmp_path):
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 4.3, BOARD: generic\n")
-    assert engine_facts("a", "fp32", GPU, "10.3.0", root=tmp_path)["l4t"].startswith("# R36 (release), REVISION: 4.3")
-    assert engine_facts("a", "fp32", GPU, "10.3.0", root=tmp_path / "none")["l4t"] is None
+    assert engine_facts("a", "fp32", GPU, "10.3.0", root=tmp_path).l4t.startswith("# R36 (release), REVISION: 4.3")
+    assert engine_facts("a", "fp32", GPU, "10.3.0", root=tmp_path / "none").l4t is None
 
 
 def test_gpu_facts_where_there_is_none(monkeypatch, caplog):
@@ -142,17 +142,17 @@ def test_an_engine_is_built_once_and_taken_from_then_on(cache, facts, tmp_path):
     assert builder.build(tmp_path / "x.onnx", facts).read_bytes() == made
     assert stat.S_IMODE(builder.folder.stat().st_mode) == 0o700
     record = builder.record(facts)
-    assert record["facts"] == facts
-    assert (record["sha256"], record["bytes"]) == (files.sha256(made), len(made))
-    assert "ok" not in record
+    assert record.facts == facts.to_dict()
+    assert (record.sha256, record.bytes) == (files.sha256(made), len(made))
+    assert "ok" not in json.loads(plan.with_suffix(".json").read_text())
     with pytest.raises(InputError):
-        builder.record({**facts, "precision": "int8"})
+        builder.record(replace(facts, precision="int8"))
 
 
 def test_other_facts_have_no_engine(cache, facts, tmp_path):
     builder = cache()
     builder.build(tmp_path / "x.onnx", facts)
-    assert builder.get({**facts, "tensorrt": "10.16.2.10"}) is None
+    assert builder.get(replace(facts, tensorrt="10.16.2.10")) is None
     assert builder.get(facts) is not None
 
 
@@ -229,14 +229,14 @@ def test_a_folder_of_another_user_or_behind_a_link_is_refused(cache, facts, tmp_
 
 def test_old_engines_go(cache, facts, tmp_path):
     builder = cache()
-    same = builder.build(tmp_path / "x.onnx", {**facts, "tensorrt": "10.2.0"})
+    same = builder.build(tmp_path / "x.onnx", replace(facts, tensorrt="10.2.0"))
     now = builder.build(tmp_path / "x.onnx", facts)
     assert now.exists()
     assert not same.exists()  # the same backbone for a TensorRT that is no longer here
     assert not same.with_suffix(".json").exists()
     plans = [now]
     for number in range(engines.KEEP):
-        plans.append(builder.build(tmp_path / "x.onnx", {**facts, "onnx_sha256": f"{number:064d}"}))
+        plans.append(builder.build(tmp_path / "x.onnx", replace(facts, onnx_sha256=f"{number:064d}")))
         for age, plan in enumerate(reversed(plans)):
             if plan.exists():
                 os.utime(plan, (1e9 - age, 1e9 - age))
@@ -252,7 +252,7 @@ def test_the_request_holds_what_the_facts_say(cache, facts, tmp_path):
     request = json.loads((tmp_path / "request").read_text())
     assert request["onnx"] == str(tmp_path / "x.onnx")
     assert (request["onnx_sha256"], request["module"], request["batches"]) == ("a" * 64, "tensorrt", [1, 8, 32])
-    assert request["workspace"] == facts["builder"]["workspace"]
+    assert request["workspace"] == facts.builder.workspace
     assert request["parent"] == os.getpid()
 
 
@@ -379,10 +379,10 @@ def rtx(tmp_path):
 
 def test_the_gate_takes_a_real_graph(rtx):
     checked = check_graph(rtx[0].read_bytes())
-    assert (checked["module"], checked["version"], checked["input"]) == ("tensorrt_rtx", rtx[1]["tensorrt"], "uint8")
-    assert checked["bytes"] > 10_000
-    assert checked["layers"] >= 4
-    assert checked["seconds"] >= 0
+    assert (checked.module, checked.version, checked.input) == ("tensorrt_rtx", rtx[1].tensorrt, "uint8")
+    assert checked.bytes > 10_000
+    assert checked.layers >= 4
+    assert checked.seconds >= 0
 
 
 def test_the_gate_refuses_a_broken_graph(rtx):
@@ -398,20 +398,20 @@ def test_the_real_process_builds_a_real_engine(rtx, tmp_path):
     plan = cache.build(path, facts)
     assert cache.get(facts) == plan
     record = cache.record(facts)
-    assert record["version"] == facts["tensorrt"]
-    assert record["bytes"] == plan.stat().st_size > 10_000
-    assert record["layers"]["parsed"] >= 4
+    assert record.version == facts.tensorrt
+    assert record.bytes == plan.stat().st_size > 10_000
+    assert record.layers["parsed"] >= 4
 
 
 def test_the_real_process_refuses_a_broken_graph_and_another_file(rtx, tmp_path):
     path, facts = rtx
     cache = EngineCache(tmp_path / "engines")
     with pytest.raises(BundleRefusedError, match="was asked for; install the bundle again"):
-        cache.build(path, {**facts, "onnx_sha256": "0" * 64})
+        cache.build(path, replace(facts, onnx_sha256="0" * 64))
     broken = STANDINS["real_onnx"](operator="NoSuchOperator")
     path.write_bytes(broken)
     with pytest.raises(GateRefusedError, match="NoSuchOperator"):
-        cache.build(path, {**facts, "onnx_sha256": files.sha256(broken)})
+        cache.build(path, replace(facts, onnx_sha256=files.sha256(broken)))
     assert left(cache) == []
 
 
