@@ -35,6 +35,7 @@ from device_runtime.install.bundle import install
 from ssd_edge.config import DataConfig
 from ssd_edge.data import Dataset, load
 from ssd_edge.run.storage import environment
+from ssd_edge.system import usable_cores
 
 NEW = {"truck": 10, "wardrobe": 100, "orange": 100, "mountain": 100, "keyboard": 100}  # and the CIFAR that it is from
 IMAGES = 20
@@ -245,5 +246,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
     main()

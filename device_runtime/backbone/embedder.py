@@ -19,7 +19,6 @@ from device_runtime.backbone.interface import BackboneSpec, DeviceEmbedder, Engi
 from device_runtime.backbone.selftest import Probe
 from device_runtime.backbone.tensorrt import api, engines
 from device_runtime.backbone.tensorrt import embedder as tensorrt
-from device_runtime.machine.board import usable_cpus
 from device_runtime.store.generations import Generations
 from ssd_edge import targets
 from ssd_edge.errors import (
@@ -29,7 +28,7 @@ from ssd_edge.errors import (
     SlowerProviderError,
     require,
 )
-from ssd_edge.system import EXACT_INT8
+from ssd_edge.system import EXACT_INT8, usable_cores
 
 BATCH = 32
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -61,7 +60,7 @@ class OnnxRuntimeEmbedder:
         runtime = require("onnxruntime", "device", "run the backbone")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = usable_cpus()
+        options.intra_op_num_threads = usable_cores()
         options.add_session_config_entry(*EXACT_INT8)
         available = runtime.get_available_providers()
         others = [name for name in LADDER[LADDER.index(provider) + 1 :] if name in available]

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 
 from device_runtime.machine.board import MIB
-from device_runtime.machine.vitals import rss_mb
 from ssd_edge.errors import GateRefusedError, InputError
 from ssd_edge.system import reset_peak, resident
 
@@ -136,7 +135,7 @@ class Meter:
         """
         if self.budget.mb is None:
             return
-        held = rss_mb()
+        held = resident() // MIB
         needed = held + more / MIB
         if needed > self.budget.mb:
             coming = f", and {more / MIB:.0f} more are needed" if more else ""

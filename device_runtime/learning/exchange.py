@@ -18,12 +18,12 @@ from device_runtime.learning.guard import Limits
 from device_runtime.learning.state import DeviceState, restore_statistics
 from device_runtime.learning.teach import copy_learner
 from device_runtime.store.generations import Generations
-from device_runtime.store.journal import utc
 from device_runtime.store.record import Generation
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
 from ssd_edge.bundle import card
 from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.system import utc_now
 
 
 def export(
@@ -101,7 +101,7 @@ def pack(
     entries = {role: contents[path] for role, path in bundles.ROLES.items() if path in contents}
     manifest.update(
         name=name[: bundles.MAX_TITLE_LENGTH],
-        created=utc(),
+        created=utc_now(),
         learner={"name": learner["learner"], "settings": learner["settings"]},
         classes=state.registry.names,
         device={

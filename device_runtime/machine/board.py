@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssd_edge.system import usable_cores
 from ssd_edge.targets import numbers
 
 MIB = 2**20
@@ -99,7 +100,7 @@ def describe(root: Path = Path("/"), run: Run | None = None) -> Board:
         jetpack=JETPACKS.get(numbers(l4t)[:2], ""),
         architecture=platform.machine(),
         processor=_field(r"model name\s*:\s*(.+)", _text(root / "proc/cpuinfo")),
-        cpus=usable_cpus(),
+        cpus=usable_cores(),
         memory_mb=memory.get("MemTotal", 0),
         available_mb=memory.get("MemAvailable", 0),
         power_mode=_field(r"NV Power Mode:\s*(.+)", (run or run_tool)(["nvpmodel", "-q"])),
@@ -107,11 +108,6 @@ def describe(root: Path = Path("/"), run: Run | None = None) -> Board:
         python=platform.python_version(),
         system=_field(r'PRETTY_NAME="?([^"\n]+)', _text(root / "etc/os-release")) or platform.system(),
     )
-
-
-def usable_cpus() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
 
 
 def default_root() -> Path:

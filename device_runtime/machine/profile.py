@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from device_runtime.machine.board import MIB, Board, default_root, describe, usable_cpus
+from device_runtime.machine.board import MIB, Board, default_root, describe
 from ssd_edge import bundle as bundles
 from ssd_edge import files, images, targets
 from ssd_edge.bundle.format import Bundle
 from ssd_edge.errors import EnvironmentUnfitError, InputError
-from ssd_edge.system import resident
+from ssd_edge.system import resident, usable_cores
 
 PERCENTILES = (50, 90, 99)
 NEW_IMAGES = 20  # of the class that is learned
@@ -201,7 +201,7 @@ def _times(opened: Bundle, embedder: Any, learner: Any, calls: int, warm_up: int
         "calls": calls,
         "warm_up": warm_up,
         "batch": batch,
-        "threads": {"backbone": usable_cpus(), "learner": torch.get_num_threads()},
+        "threads": {"backbone": usable_cores(), "learner": torch.get_num_threads()},
         "latency_ms": latency,
         "learn": {"images": NEW_IMAGES, "seconds": seconds, "median": percentile(seconds, 50)},
     }

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from device_runtime.machine import board
-
-
-def rss_mb(root: Path = Path("/")) -> int:
-    """Return the resident memory of this process in MiB, or 0 where the system does not report it."""
-    try:
-        pages = int((root / "proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") // board.MIB
+from ssd_edge.system import MIB, resident
 
 
 def vitals(state: Path, root: Path = Path("/"), run: board.Run | None = None) -> dict[str, Any]:
@@ -38,7 +29,7 @@ def vitals(state: Path, root: Path = Path("/"), run: board.Run | None = None) ->
     except OSError:
         free = None
     return {
-        "rss_mb": rss_mb(root),
+        "rss_mb": resident(process=root / "proc/self") // MIB,
         "available_mb": found.available_mb,
         "disk_free_mb": free,
         "temperatures": found.temperatures,

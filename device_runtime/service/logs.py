@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from device_runtime.store.journal import utc
+from ssd_edge.system import utc_now
 
 LONGEST = 4000  # characters of one text in a log line: flash is small, and a name may be a stranger's
 
@@ -27,7 +27,7 @@ class JsonLines(logging.Formatter):
         """The line, without its end."""
         line: dict[str, Any] = {
             "monotonic": round(time.monotonic(), 3),
-            "untrusted_time": utc(),
+            "untrusted_time": utc_now(),
             "level": record.levelname.lower(),
             "source": record.name,
             "event": record.getMessage()[:LONGEST],

@@ -29,10 +29,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from device_runtime.store.journal import Journal, utc
+from device_runtime.store.journal import Journal
 from device_runtime.store.record import RECORD, VERSION, Generation, check_damage, open_generation, sealed
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
+from ssd_edge.system import utc_now
 
 KEEP = 10  # generations, unless $SSD_EDGE_KEEP says otherwise; those in use and the last installed one stay anyway
 MIB = 2**20
@@ -271,7 +272,7 @@ class Generations:
             "number": number,
             "parent": parent,
             "origin": "install" if parent is None else "learn",
-            "created_utc": utc(),
+            "created_utc": utc_now(),
             "backbone": backbone or self.open(parent).backbone,
             "info": info,
             "files": {n: {"size": len(data), "sha256": files.sha256(data)} for n, data in contents.items()},

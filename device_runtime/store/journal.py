@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ssd_edge import files
-
-_UTC = "%Y-%m-%dT%H:%M:%SZ"
-
-
-def utc() -> str:
-    """The wall clock, for people: a device without a clock battery starts in 1970, and one may be set back."""
-    return time.strftime(_UTC, time.gmtime())
+from ssd_edge.system import utc_now
 
 
 class Journal:
@@ -55,7 +48,7 @@ class Journal:
         if not self.is_whole():
             files.append_line(self.path, "")  # ends the line that a cut left incomplete
         seq = max((earlier["seq"] for earlier in self.events()), default=0) + 1
-        line = {"seq": seq, "untrusted_time": utc(), "event": event, "generation": number, **fields}
+        line = {"seq": seq, "untrusted_time": utc_now(), "event": event, "generation": number, **fields}
         files.append_line(self.path, json.dumps(line, allow_nan=False))
 
     def drop_unreadable(self) -> None:

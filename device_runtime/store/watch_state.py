@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from device_runtime.store.journal import utc
 from ssd_edge import files
 from ssd_edge.errors import SSDEdgeError
+from ssd_edge.system import utc_now
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def save(root: Path, counts: Mapping[str, np.ndarray], fields: Mapping[str, Any]
     Raises:
         EnvironmentUnfitError: The disk is full or read-only.
     """
-    record = {"version": 1, **fields, "untrusted_time": utc(), "monotonic": monotonic, "boot": _boot()}
+    record = {"version": 1, **fields, "untrusted_time": utc_now(), "monotonic": monotonic, "boot": _boot()}
     record["digest"] = _digest(counts, record)
     try:
         files.write_tensors(root / NAME, counts, record)

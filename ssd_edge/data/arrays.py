@@ -6,7 +6,6 @@ The other readers (`folders`, `cifar`, `mnist`) return a `Source` as well; `data
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from ssd_edge import images
 from ssd_edge.errors import InputError, require
 from ssd_edge.images import decode, from_array
+from ssd_edge.system import usable_cores
 
 MAX_BYTES = 2 << 30  # what is read into memory at once: an archive, an .npz
 # What reading a damaged .npz raises; MemoryError: by its header it would be larger than memory.
@@ -34,7 +34,7 @@ def _in_threads(work: Callable[[int], None], count: int) -> None:
             work(index)
 
     starts = range(0, count, _CHUNK)
-    workers = min(len(os.sched_getaffinity(0)), len(starts))
+    workers = min(usable_cores(), len(starts))
     if workers < 2:
         for start in starts:
             run(start)

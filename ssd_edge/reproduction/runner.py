@@ -33,7 +33,7 @@ from ssd_edge.reproduction.sources import Sources, found, write_inputs, write_pr
 from ssd_edge.reproduction.specs import Experiment, StreamSource, streams
 from ssd_edge.reproduction.work import Job
 from ssd_edge.run.train import pick_device, set_threads
-from ssd_edge.system import duration
+from ssd_edge.system import duration, usable_cores
 
 ATTEMPTS = 3  # at a cell whose process dies
 RESULTS = Path("results") / "reproduce"
@@ -149,7 +149,7 @@ def run(request: Request, listener: Listener) -> SSDEdgeError | None:
     with tempfile.TemporaryDirectory(prefix="ssd-edge-") as scratch:
         jobs, stored = plan(request, sources, Path(scratch))
         listener(Message(f"{len(jobs) + stored} cells, {stored} of them stored already"))
-        workers = request.workers or (1 if device.type == "cuda" else _cores())
+        workers = request.workers or (1 if device.type == "cuda" else usable_cores())
         failures = _all(jobs, min(workers, max(1, len(jobs))), listener)
     if not failures:
         return None
@@ -162,10 +162,6 @@ def run(request: Request, listener: Listener) -> SSDEdgeError | None:
 def _lacks_backbone(stream: StreamSource, sources: Sources) -> bool:
     """Whether the data is here but not the backbone that it needs (digits stand in for data that is not)."""
     return stream.backbone != "shipped" and sources.tiny_backbone is None and found(stream.data) is not None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def title(job: Job) -> str:

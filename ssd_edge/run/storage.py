@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import os
 import platform
 import subprocess
@@ -79,11 +78,6 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     """Save the resolved configuration."""
     text = yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
     files.write_text(folder / "config.yaml", text)
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, whole seconds."""
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def environment() -> dict[str, Any]:

@@ -39,6 +39,7 @@ from ssd_edge.run.results import LearnerResult, RunResult, TaskInfo
 from ssd_edge.run.storage import LearnerProgress
 from ssd_edge.run.streams import make_stream
 from ssd_edge.run.tasks import StreamData, accuracies, prepare
+from ssd_edge.system import usable_cores, utc_now
 
 BASELINES = ("ssd", "sdmlp", "finetune")
 PANEL = ("ncm", "slda", "ridge", "ranpac", "fecam", "flymodel")
@@ -65,8 +66,7 @@ def pick_device(name: str) -> torch.device:
 
 def set_threads(count: int) -> None:
     """PyTorch's threads; 0: one per core that this process may use."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(count or available)
+    torch.set_num_threads(count or usable_cores())
 
 
 def options_for(name: str, main: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,7 +288,7 @@ class Run:
         record = files.read_json(self.folder / "run.json")
         result = self._collect(results, record.get("choice"))
         files.write_json(self.folder / "metrics.json", result.to_dict())
-        record.update(status="finished", finished=record.get("finished") or storage.now())
+        record.update(status="finished", finished=record.get("finished") or utc_now())
         files.write_text(self.folder / "report.html", render(result.to_dict(), record))
         files.write_json(self.folder / "run.json", record)
         return result
@@ -369,7 +369,7 @@ def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
     record = {
         "argv": argv,
         "seed": config.run.seed,
-        "started": storage.now(),
+        "started": utc_now(),
         "status": "running",
         "identity": setup.identity(),
         "config": to_tree(config),

@@ -26,12 +26,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from device_runtime.device import Device
 from device_runtime.install import bundle
 from device_runtime.learning.guard import Limits
-from device_runtime.machine.vitals import rss_mb
 from device_runtime.store import generations
 from device_runtime.store.generations import Generations
 from ssd_edge import bundle as bundles
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
+from ssd_edge.system import resident
 
 STORE = vars(store_standins)
 COLOURS, contents, leftovers, photos = (STORE[key] for key in ("COLOURS", "contents", "leftovers", "photos"))
@@ -352,7 +352,7 @@ class Devices(RuleBasedStateMachine):
         if self.models:
             self.device = self.reader = None
             gc.collect()
-            type(self).seen.append((sum(self.did.values()), rss_mb(), len(os.listdir("/proc/self/fd"))))
+            type(self).seen.append((sum(self.did.values()), resident() // 2**20, len(os.listdir("/proc/self/fd"))))
 
 
 @pytest.mark.parametrize(("runs", "steps", "least"), [(4, 30, 60), pytest.param(14, 120, 1000, marks=pytest.mark.slow)])

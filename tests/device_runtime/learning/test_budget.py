@@ -137,7 +137,7 @@ def test_memory_over_the_budget_is_refused(device):
 
 
 def test_what_will_be_needed_counts_too(monkeypatch):
-    monkeypatch.setattr(budget, "rss_mb", lambda: 100)
+    monkeypatch.setattr(budget, "resident", lambda: 100 * 2**20)
     meter = Meter(Budget(mb=150))
     meter.check_memory(49 * 2**20)
     with pytest.raises(GateRefusedError, match="holds 100 MiB, and 51 more are needed"):
