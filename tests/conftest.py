@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.shared import shared_folder
 from PIL import Image, ImageDraw
 
 # Two workers on two cores, each with all threads, wait for each other more than they work (OpenMP spins).
@@ -68,10 +69,12 @@ def write_shapes(folder: Path, shapes: tuple[str, ...], count: int, seed: int) -
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder: train/ with 40 and test/ with 15 pictures of each of five shapes."""
-    folder = tmp_path_factory.mktemp("shapes")
-    write_shapes(folder / "train", SHAPES, 40, seed=1)
-    write_shapes(folder / "test", SHAPES, 15, seed=2)
-    return folder
+
+    def draw_all(folder: Path) -> None:
+        write_shapes(folder / "train", SHAPES, 40, seed=1)
+        write_shapes(folder / "test", SHAPES, 15, seed=2)
+
+    return shared_folder(tmp_path_factory, "shapes", draw_all)
 
 
 Cli = Callable[..., subprocess.CompletedProcess]
@@ -133,17 +136,21 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
 @pytest.fixture(scope="session")
 def trained(shapes: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the default learner on four of the five shapes, with all baselines and the panel."""
-    out = tmp_path_factory.mktemp("runs")
-    cli("train", f"data.path={shapes}", "data.exclude=triangle", f"run.out={out}")
-    return out / "1"
+
+    def train(out: Path) -> None:
+        cli("train", f"data.path={shapes}", "data.exclude=triangle", f"run.out={out}")
+
+    return shared_folder(tmp_path_factory, "trained", train) / "1"
 
 
 @pytest.fixture(scope="session")
 def bundle(trained: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle deployed from `trained`."""
-    path = tmp_path_factory.mktemp("bundle") / "robot.ssdedge"
-    cli("deploy", "--target", "jetson", trained, "-o", path)
-    return path
+
+    def deploy(folder: Path) -> None:
+        cli("deploy", "--target", "jetson", trained, "-o", folder / "robot.ssdedge")
+
+    return shared_folder(tmp_path_factory, "deployed", deploy) / "robot.ssdedge"
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +158,4 @@ def installed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with the session's bundle; copy it before changing it."""
     from device_runtime.install.bundle import install
 
-    root = tmp_path_factory.mktemp("device") / "root"
-    install(root, bundle)
-    return root
+    return shared_folder(tmp_path_factory, "installed", lambda folder: install(folder / "root", bundle)) / "root"
