@@ -44,6 +44,7 @@ from ssd_edge.backbones import package
 from ssd_edge.config import StreamConfig
 from ssd_edge.errors import InputError
 from ssd_edge.learners.priors import Priors
+from ssd_edge.learners.registry import CLOSED_FORM
 from ssd_edge.report.terminal import Console
 from ssd_edge.reproduction.sources import Inputs, Sources, read_inputs, write_inputs
 from ssd_edge.reproduction.specs import ORDERS, streams
@@ -59,12 +60,8 @@ BUDGETS_MB = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
 MOST = {"ranpac": 20_000, "fecam": 1_000_000, "flymodel": 10_000}
 TUNING_NEURONS = 4_000  # FlyModel's settings for all images are chosen at this size; for fewer images lr would differ
 SHRINKAGES = ((1.0, 1.0), (0.1, 0.1), (10.0, 0.0))
-CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
-    "landmark": ({},),
-    "ncm": ({},),
+GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
     "slda": tuple({"prior_weight": weight} for weight in (-1.0, 0.0, 1000.0)),
-    "ridge": ({},),
-    "ranpac": ({},),
     "fecam": tuple(
         {"tukey": tukey, "shrink_diagonal": one, "shrink_off_diagonal": two}
         for tukey in (1.0, 0.5)
@@ -72,6 +69,7 @@ CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "flymodel": tuple({"lr": lr, "active": active} for lr in (0.005, 0.2) for active in (0.01, 0.05)),
 }
+CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {head: GRIDS.get(head, ({},)) for head in CLOSED_FORM}
 AGREE = 0.0005  # of accuracy: two orders that should differ by rounding alone
 LEAST_LOSS = 0.003  # of accuracy: `landmark` is called worse only beyond this, and beyond two standard errors
 
@@ -542,8 +540,8 @@ def main() -> None:
                     book.save(streams=found)
                     print(f"{one['stream']}, order {one['order']}: {100 * one['accuracy']:.2f}", flush=True)
             if words.frontier and "cifar10" in opened:
-                priors = package.load(words.landmark_priors).priors if words.ssd_priors else None
-                asked = [(head, 0.0) for head in ("landmark", "ncm", "slda", "ridge")]
+                priors = package.load(words.landmark_priors).priors if words.landmark_priors else None
+                asked = [(head, 0.0) for head in CANDIDATES if head not in MOST]
                 asked += [(head, budget) for head in ("landmark", *MOST) for budget in BUDGETS_MB]
                 jobs = [pool.submit(frontier, "cifar10", *one, priors) for one in asked]
                 points = []

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from ssd_edge.learners import LEARNERS
 from ssd_edge.report.wording import percent, points
 from ssd_edge.reproduction.drawings import Series, lines
 from ssd_edge.system import size
@@ -24,15 +25,8 @@ PROTOCOLS = {
     "cifar10-blurry": "blurry",
     "cifar10-online": "online, one pass",
 }
-HEADS = {
-    "landmark": "landmark",
-    "ranpac": "RanPAC",
-    "fecam": "FeCAM",
-    "flymodel": "FlyModel",
-    "slda": "SLDA",
-    "ridge": "ridge",
-    "ncm": "NCM",
-}
+# In the order of the tables: heads whose size can be set come before those of one size.
+HEADS = {name: LEARNERS[name].display for name in ("landmark", "ranpac", "fecam", "flymodel", "slda", "ridge", "ncm")}
 SHOTS = (5, 20, 100, 0)
 
 

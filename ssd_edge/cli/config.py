@@ -28,7 +28,7 @@ def config(name: str) -> None:
             click.echo(f"  name: {name}".ljust(40) + f"  # one of {', '.join(LEARNERS)}; or {AUTO}")
             values = settings
             if settings is None:
-                from ssd_edge.learners.auto import CANDIDATES
+                from ssd_edge.learners.registry import CANDIDATES
 
                 click.echo(f"  # train compares {', '.join(CANDIDATES)} on a held-out part of the training images,")
                 click.echo("  # each with its defaults, and takes one of them; no other key may stand here")

@@ -18,11 +18,10 @@ from torch import Tensor
 from ssd_edge.errors import InputError
 from ssd_edge.learners.base import Task
 from ssd_edge.learners.priors import Priors
-from ssd_edge.learners.registry import AUTO, build
+from ssd_edge.learners.registry import AUTO, CANDIDATES, build
 from ssd_edge.system import size
 
 DEFAULT = "landmark"
-CANDIDATES = (DEFAULT, "ncm", "slda", "ridge", "fecam", "ranpac")
 ONE_IN = 5  # of each class, how many samples there are to one held out
 MOST_HELD_OUT, MOST_LEARNED = 200, 1000  # a class: enough to tell learners apart, in seconds
 ROUNDING = 1e-9  # one sample of difference is exactly one standard error, which rounding must not decide

@@ -16,7 +16,8 @@ from ssd_edge.learners.closed_form.fecam import FeCAM
 from ssd_edge.learners.closed_form.flymodel import FlyModel
 from ssd_edge.learners.closed_form.landmark import Landmark
 from ssd_edge.learners.closed_form.ncm import NCM
-from ssd_edge.learners.closed_form.ridge import RandomProjectionRidge, Ridge
+from ssd_edge.learners.closed_form.ranpac import RanPAC
+from ssd_edge.learners.closed_form.ridge import Ridge
 from ssd_edge.learners.closed_form.slda import SLDA
 from ssd_edge.learners.gradient.finetune import FineTune
 from ssd_edge.learners.gradient.icarl import ICaRL
@@ -26,13 +27,18 @@ from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
 from ssd_edge.learners.gradient.ssd import SSD
 from ssd_edge.learners.priors import Priors
 
+# All learners, in the order of tables, legends and colours; every other list of learners is a query on this one.
 LEARNERS: dict[str, type[Learner]] = {
     kind.name: kind
     for kind in (
         *(Landmark, SSD, SDMLPLearner, FineTune, LwF, ICaRL),
-        *(NCM, SLDA, Ridge, RandomProjectionRidge, FeCAM, FlyModel),
+        *(NCM, SLDA, Ridge, RanPAC, FeCAM, FlyModel),
     )
 }
+BASELINES = tuple(name for name, kind in LEARNERS.items() if kind.baseline)
+PANEL = tuple(name for name, kind in LEARNERS.items() if kind.panel)
+CANDIDATES = tuple(name for name, kind in LEARNERS.items() if kind.candidate)
+CLOSED_FORM = tuple(name for name, kind in LEARNERS.items() if kind.family == "closed form")
 AUTO = "auto"  # no learner: `train` takes one of them for it before a run starts (choosing.py)
 
 

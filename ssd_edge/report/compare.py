@@ -6,21 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-DISPLAY = {
-    "landmark": "landmark",
-    "ssd": "SSD",
-    "sdmlp": "SDMLP",
-    "finetune": "fine-tuning",
-    "lwf": "LwF",
-    "icarl": "iCaRL (replay)",
-    "ncm": "NCM",
-    "slda": "SLDA",
-    "ridge": "ridge",
-    "ranpac": "RanPAC",
-    "fecam": "FeCAM",
-    "flymodel": "FlyModel",
-    "joint": "joint",
-}
+from ssd_edge.learners import LEARNERS
+
+DISPLAY = {**{name: kind.display for name, kind in LEARNERS.items()}, "joint": "joint"}
 ROLES = {"learner": "this run", "baseline": "baseline", "panel": "panel head", "joint": "all data at once"}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ssd_edge import files
+from ssd_edge.learners.registry import CLOSED_FORM
 from ssd_edge.report.wording import points
 from ssd_edge.reproduction import cells
 from ssd_edge.reproduction.drawings import figures
@@ -18,7 +19,6 @@ from ssd_edge.reproduction.specs import BUDGETS, Experiment, budgets, experiment
 PAGE, RESULTS, FIGURES = "results.md", Path("results") / "reproduce", Path("results") / "figures"
 BEST_FIRST = ("full", "reduced", "smoke")
 NONE = "–"
-CLOSED_FORM = ("ncm", "slda", "ridge", "ranpac", "fecam", "flymodel", "landmark")
 GRADIENT_SSD = "ssd"
 
 

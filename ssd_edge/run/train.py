@@ -27,6 +27,7 @@ from ssd_edge.learners import auto
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.gradient.finetune import JOINT, FineTune
 from ssd_edge.learners.gradient.penalties import PenaltySettings
+from ssd_edge.learners.registry import BASELINES, PANEL
 from ssd_edge.report import events
 from ssd_edge.report.compare import DISPLAY
 from ssd_edge.report.events import Listener, Message, TaskLearned
@@ -41,8 +42,6 @@ from ssd_edge.run.streams import make_stream
 from ssd_edge.run.tasks import StreamData, accuracies, prepare
 from ssd_edge.system import usable_cores, utc_now
 
-BASELINES = ("ssd", "sdmlp", "finetune")
-PANEL = ("ncm", "slda", "ridge", "ranpac", "fecam", "flymodel")
 JOINT_NAME = "joint"
 ONE_PASS = {"epochs": 1, "min_steps": 0}  # settings with which a learner sees each sample of a task once
 

@@ -374,6 +374,23 @@ def test_a_penalty_needs_a_gradient(name: str, key: str) -> None:
         build({"name": name, key: value}, DIM, Priors())
 
 
+@pytest.mark.parametrize("name", LEARNERS)
+def test_removal_is_as_exact_as_declared(name: str) -> None:
+    learner, declared = make(name), LEARNERS[name].removal
+    learner.learn(task((0, 1, 2)))
+    assert hasattr(learner.settings, "per_class") == (declared == "with per_class")
+    if declared == "exact":
+        assert learner.remove(1)
+    else:
+        with pytest.raises(InputError, match="take it out approximately"):
+            learner.remove(1)
+        assert not learner.remove(1, approximately=True)
+    if declared == "with per_class":
+        separate = build({**OPTIONS[name], "per_class": True}, DIM, priors())
+        separate.learn(task((0, 1, 2)))
+        assert separate.remove(1)
+
+
 def test_replay_is_said_of_the_one_learner_that_stores_samples() -> None:
     stores = [name for name, kind in LEARNERS.items() if kind.replay]
     assert stores == ["icarl"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ssd_edge.report.compare import DISPLAY, compared, lead_note, ranked
+from ssd_edge.report.compare import compared, lead_note, ranked
 from ssd_edge.system import duration, size
 
 
@@ -66,9 +66,3 @@ def test_durations() -> None:
 def test_sizes() -> None:
     texts = ["0 B", "999 B", "1.0 kB", "4.1 kB", "100 kB", "1.0 MB", "12.3 MB", "4.0 GB", "–"]
     assert [size(value) for value in (0, 999, 1000, 4100, 99_960, 999_600, 12_345_678, 4e9, None)] == texts
-
-
-def test_names_are_those_of_the_learners() -> None:
-    from ssd_edge.learners import LEARNERS
-
-    assert {name: kind.display for name, kind in LEARNERS.items()} == {k: v for k, v in DISPLAY.items() if k != "joint"}

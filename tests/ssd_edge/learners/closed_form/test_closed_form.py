@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssd_edge.errors import InputError
 from ssd_edge.learners import Learner, Task, build
-from ssd_edge.learners.closed_form import ridge as ridge_module
+from ssd_edge.learners.closed_form import ranpac as ranpac_module
 from ssd_edge.learners.closed_form.sums import ClassStatistics, gaussian_readout, shrink
 from ssd_edge.learners.priors import Priors
 
@@ -171,7 +171,7 @@ def test_random_features_that_fit_a_memory_budget(megabytes: float, per_class: b
 
 
 def test_a_memory_budget_is_no_reason_for_endless_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ridge_module, "MOST_FEATURES", 30)
+    monkeypatch.setattr(ranpac_module, "MOST_FEATURES", 30)
     assert build({"name": "ranpac", "budget_mb": 1e7}, DIM, Priors()).feature_count() == 30
 
 
