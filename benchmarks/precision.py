@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from exporters import parity
+from exporters import precision as precisions
 from exporters.deploy import Options, deploy
 from ssd_edge import bundle, data
 from ssd_edge.backbones import package as packages
@@ -28,7 +29,6 @@ from ssd_edge.backbones.embedder import TorchEmbedder
 from ssd_edge.backbones.onnx import open_session
 from ssd_edge.run import finished, storage
 from ssd_edge.run.train import set_threads
-from ssd_edge.targets import PRECISIONS
 
 REPEATS = 200
 
@@ -49,7 +49,7 @@ def main() -> None:
     path = run.config.backbone.path
     wanted = TorchEmbedder(packages.load(Path(path) if path else None), torch.device("cpu")).embed(images)
     rows, graphs = [], {}
-    for precision in PRECISIONS:
+    for precision in precisions.names():
         row, graphs[precision] = _deploy(words.run, precision)
         measured = parity.measure(graphs[precision], lambda _: wanted, images, run.learner, labels)
         rows.append({**row, **measured})

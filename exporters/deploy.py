@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from device_runtime.machine import profile
-from exporters import ladder, parity
+from exporters import ladder, precision
 from exporters.export import export_package
 from exporters.head import export_head
 from exporters.parity import Reference
@@ -48,7 +48,7 @@ class Options:
 
     Attributes:
         target: one of `targets.targets`, or an alias.
-        precision: one of `ladder.CHOICES`; empty: the target's default.
+        precision: name of a precision, or ``auto``; empty: the target's default.
         calibration: a folder of images for int8; None: the run's training images.
         head: also put the learner into the bundle as ``head.onnx``, for hosts that only predict.
         sign: file of a private key.
@@ -143,13 +143,18 @@ def deploy(folder: Path, options: Options, output: Path, say: Say) -> dict[str, 
 
 def _check_options(options: Options, target: Target) -> None:
     """Refuse what cannot be meant, before anything is exported."""
-    if options.precision not in ("", *ladder.CHOICES):
-        raise InputError(f"unknown precision '{options.precision}'; known: {', '.join(ladder.CHOICES)}")
+    known = [ladder.AUTO, *precision.names()]
+    if options.precision not in ("", *known):
+        raise InputError(f"unknown precision '{options.precision}'; known: {', '.join(known)}")
     wanted = options.precision or target.default_precision
     if wanted != ladder.AUTO:
         targets.check_precision(target, wanted)
-        if options.calibration is not None and wanted != "int8":
-            raise InputError(f"--calibration is for int8, but the precision is {wanted}; add --precision int8 or auto")
+        calibrated = " or ".join(each.name for each in precision.PRECISIONS if each.calibrated)
+        if options.calibration is not None and not precision.get(wanted).calibrated:
+            raise InputError(
+                f"--calibration is for {calibrated}, but the precision is {wanted}; add --precision {calibrated} or "
+                f"{ladder.AUTO}"
+            )
     if options.head and options.empty:
         raise InputError("--head is a learner that only predicts, but with --classes none it knows nothing; drop one")
     if options.release is not None and options.release < 0:
@@ -228,10 +233,10 @@ def _probe(state: FinishedRun, choice: ladder.Choice) -> bytes:
 
 def _probe_limits(choice: ladder.Choice) -> dict[str, float]:
     """What another machine may differ by: what the precision may, or what its rounding does to such images."""
-    allowed, measured = parity.limits(choice.precision), choice.report["synthetic"]
+    allowed, measured = precision.get(choice.precision).limits, choice.report["synthetic"]
     return {
-        "min_cosine": max(0.0, min(allowed["min_cosine"], 1 - PROBE_MARGIN * (1 - measured["min_cosine"]))),
-        "max_difference": max(allowed["max_difference"], PROBE_MARGIN * measured["max_difference"]),
+        "min_cosine": max(0.0, min(allowed.min_cosine, 1 - PROBE_MARGIN * (1 - measured["min_cosine"]))),
+        "max_difference": max(allowed.max_difference, PROBE_MARGIN * measured["max_difference"]),
     }
 
 

@@ -24,7 +24,6 @@ from ssd_edge.targets import Target
 Say = Callable[[str], None]
 
 AUTO = "auto"
-CHOICES = (AUTO, *targets.PRECISIONS)
 SYNTHETIC_IMAGES = 32
 TEST_IMAGES = 1024  # of 32 × 32 pixels; fewer of larger ones
 MIN_TEST_IMAGES = 256
@@ -116,7 +115,7 @@ def choose(
         learner: of the run; None: its decisions are not compared.
         images: of `samples`.
         target: that it is for.
-        wanted: one of `CHOICES`; empty: the target's default. ``auto`` takes the fastest that passes.
+        wanted: `AUTO` for the fastest precision that passes, or the name of one; empty: the target's default.
         say: told the figures.
 
     Raises:
@@ -125,7 +124,7 @@ def choose(
     """
     ladder = _Ladder(onnx, reference, learner, images, say)
     native = onnx_file.precision(onnx)
-    if native != "fp32":
+    if native != precision.FP32.name:
         if wanted not in ("", AUTO, native):
             raise InputError(f"the backbone is {native} itself and cannot be made {wanted}; leave --precision out")
         return ladder.step(native)
@@ -163,12 +162,15 @@ class _Ladder:
 
     def step(self, name: str) -> Choice:
         """One precision, or why not; raises like `choose`."""
-        if name != onnx_file.precision(self.onnx) and not self.sound:
+        native = onnx_file.precision(self.onnx)
+        if name != native and not self.sound:
             # a mistake of the export that is smaller than the rounding of int8 would not be seen there
-            self.step("fp32")
-        calibration = self.images.calibration if name == "int8" else None
-        if isinstance(calibration, str) and onnx_file.precision(self.onnx) != "int8":
-            raise InputError(f"int8 needs images to calibrate with, but {calibration}; name some: --calibration FOLDER")
+            self.step(precision.FP32.name)
+        calibration = self.images.calibration if precision.get(name).calibrated else None
+        if isinstance(calibration, str) and name != native:
+            raise InputError(
+                f"{name} needs images to calibrate with, but {calibration}; name some: --calibration FOLDER"
+            )
         graph = precision.convert(self.onnx, name, calibration if isinstance(calibration, np.ndarray) else None)
         report: dict[str, Any] = {"precision": name}
         if isinstance(calibration, np.ndarray):
@@ -183,7 +185,7 @@ class _Ladder:
             measured = parity.measure(graph, lambda _, known=embeddings: known, pixels, self.learner, rows)
             report[kind] = measured
             # Rounding weighs more on noise than on photographs, which it says little about where there are some.
-            if kind != "synthetic" or name == "fp32" or len(self.images.judged) == 1:
+            if kind != "synthetic" or name == precision.FP32.name or len(self.images.judged) == 1:
                 problems += [f"{problem} on {kind} images" for problem in parity.failures(measured, name)]
             self.say(f"{name} on {measured['images']} {kind} images: {_told(measured)}")
         if problems:

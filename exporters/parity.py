@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from device_runtime.backbone.selftest import cosines
+from exporters import precision as precisions
 from exporters.precision import element_types
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.onnx import batch_size, open_session, run
@@ -42,42 +43,6 @@ _ROUNDED = 1e-4  # of the shares in a report
 _WORST = 1e9  # stands for infinity, which JSON has not
 
 Reference = Callable[[np.ndarray], np.ndarray]  # uint8 (N, size, size, 3) → float32 (N, D)
-
-# Differences and shifts in standard deviations of the reference, over all its dimensions.
-_LIMITS = {
-    "fp32": {
-        "min_cosine": 0.9999,
-        "max_difference": 5e-4,
-        "p99_difference": 1e-4,
-        "min_agreement": 0.99,
-        "max_accuracy_drop": 0.01,
-        "max_mean_shift": 1e-4,
-        "max_spread": 1.0005,
-    },
-    "fp16": {
-        "min_cosine": 0.9995,
-        "max_difference": 0.05,
-        "p99_difference": 0.015,
-        "min_agreement": 0.99,
-        "max_accuracy_drop": 0.01,
-        "max_mean_shift": 0.01,
-        "max_spread": 1.01,
-    },
-    "int8": {
-        "min_cosine": 0.975,
-        "max_difference": 1.5,
-        "p99_difference": 0.3,
-        "min_agreement": 0.95,
-        "max_accuracy_drop": 0.01,
-        "max_mean_shift": 0.12,
-        "max_spread": 1.2,
-    },
-}
-
-
-def limits(precision: str) -> dict[str, float]:
-    """What a graph of this precision may differ by, by the names that `failures` reads."""
-    return dict(_LIMITS[precision])
 
 
 def measure(
@@ -139,16 +104,17 @@ def measure(
 
 def failures(report: dict[str, Any], precision: str) -> list[str]:
     """What in a report of `measure` is over the limits of a precision, the plainest first; empty: it passes."""
-    limit = _LIMITS[precision]
+    declared = precisions.get(precision)
     found = []
 
     def check(value: float, name: str, words: str) -> None:
-        passed = value >= limit[name] if name.startswith("min_") else value <= limit[name]
+        limit: float = getattr(declared.limits, name)
+        passed = value >= limit if name.startswith("min_") else value <= limit
         if not passed:  # also for NaN
-            found.append(f"{words}, but the limit is {limit[name]:g}")
+            found.append(f"{words}, but the limit is {limit:g}")
 
     if report["nonfinite"]:
-        overflow = " (float16 ends at 65,504: use fp32)" if precision == "fp16" else ""
+        overflow = f" ({declared.overflow})" if declared.overflow else ""
         found.append(f"{report['nonfinite']} of {report['images']} images give NaN or infinity{overflow}")
     value = report["max_difference"]
     check(value, "max_difference", f"an embedding differs by {value:.2g} standard deviations")

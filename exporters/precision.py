@@ -21,7 +21,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,6 @@ from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.onnx import INPUT, batch_size, finish, open_session
 from ssd_edge.errors import InputError, require
 from ssd_edge.images import decode, image_files
-from ssd_edge.targets import PRECISIONS
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -60,33 +60,94 @@ _QUANTISED = ("Conv", "Gemm", "MatMul", "Relu", "Clip", "MaxPool")
 _WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
-def convert(onnx_bytes: bytes, precision: str, calibration: np.ndarray | None = None) -> bytes:
-    """A backbone's graph in another precision.
+@dataclass(frozen=True)
+class Limits:
+    """Allowed differences between an exported graph and its reference.
 
-    Args:
-        onnx_bytes: of `export_package` or `compose`.
-        precision: one of `PRECISIONS`.
-        calibration: uint8 RGB ``(N, size, size, 3)``, typical images; for int8 only.
+    Differences and shifts are in standard deviations of the reference, over all its dimensions.
+
+    Attributes:
+        min_cosine: Smallest cosine of the two embeddings of an image.
+        max_difference: Largest difference of a single value.
+        p99_difference: 99th percentile of the differences of single values.
+        min_agreement: Share of equal decisions.
+        max_accuracy_drop: Drop of the accuracy.
+        max_mean_shift: Largest shift of the mean of a dimension.
+        max_spread: Largest ratio of the two standard deviations of a dimension.
+    """
+
+    min_cosine: float
+    max_difference: float
+    p99_difference: float
+    min_agreement: float
+    max_accuracy_drop: float
+    max_mean_shift: float
+    max_spread: float
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A precision of a backbone's graph.
+
+    Attributes:
+        name: Name on the command line, in manifests and in the files of targets.
+        limits: Allowed differences from the embeddings of the run.
+        convert: Function from an fp32 graph and calibration images to a graph in this precision.
+        calibrated: True if `convert` needs calibration images.
+        overflow: Advice for a graph that gives NaN or infinity, as a parenthesis.
+    """
+
+    name: str
+    limits: Limits
+    convert: Callable[[bytes, np.ndarray | None], bytes]
+    calibrated: bool = False
+    overflow: str = ""
+
+
+def get(name: str) -> Precision:
+    """Return the precision with this name.
 
     Raises:
-        InputError: it is narrower than fp32 already, cannot be converted, or int8 without enough images.
+        InputError: The name is unknown.
+    """
+    for precision in PRECISIONS:
+        if precision.name == name:
+            return precision
+    raise InputError(f"unknown precision '{name}'; known: {', '.join(names())}")
+
+
+def names() -> list[str]:
+    """Return the names of all precisions, the widest first."""
+    return [precision.name for precision in PRECISIONS]
+
+
+def convert(onnx_bytes: bytes, precision: str, calibration: np.ndarray | None = None) -> bytes:
+    """Convert the graph of a backbone to another precision.
+
+    Args:
+        onnx_bytes: Result of `export_package` or `compose`.
+        precision: One of `names`.
+        calibration: Typical images, uint8 RGB ``(N, size, size, 3)``, for a precision that is calibrated.
+
+    Raises:
+        InputError: The graph is narrower than fp32 already or cannot be converted, or calibration images are missing.
         EnvironmentUnfitError: onnx or onnxruntime is missing.
     """
-    if precision not in PRECISIONS:
-        raise InputError(f"unknown precision '{precision}'; known: {', '.join(PRECISIONS)}")
+    wanted = get(precision)
     found = onnx_file.precision(onnx_bytes)
     if found == precision:
         return onnx_bytes
-    if found != "fp32":
+    if found != FP32.name:
         raise InputError(
-            f"the backbone is {found} itself and cannot be made {precision}: what rounding took away is gone; "
+            f"the backbone is {found} itself and cannot be made {precision}: rounding cannot be undone; "
             "export it again in fp32, or leave it as it is"
         )
-    if precision == "fp16":
-        return to_fp16(onnx_bytes)
-    if calibration is None:
-        raise InputError("int8 needs images to calibrate with; name a folder of at least 16 typical ones")
-    return to_int8(onnx_bytes, calibration)
+    if wanted.calibrated and calibration is None:
+        raise InputError(
+            f"{precision} needs images to calibrate with; name a folder of at least {MIN_CALIBRATION_IMAGES} typical "
+            "images"
+        )
+    return wanted.convert(onnx_bytes, calibration)
 
 
 def calibration_images(folder: Path, size: int, limit: int) -> np.ndarray:
@@ -192,7 +253,7 @@ def _holds(constant: np.ndarray) -> bool:
     return bool(error <= _LOST * np.linalg.norm(constant[finite]))
 
 
-def to_int8(onnx_bytes: bytes, images: np.ndarray) -> bytes:
+def to_int8(onnx_bytes: bytes, images: np.ndarray | None) -> bytes:
     """The same graph with its network quantised, in the form that TensorRT's parser takes.
 
     Weights are int8 with a scale a channel, activations int8 with one scale, all symmetric, between QuantizeLinear
@@ -210,6 +271,7 @@ def to_int8(onnx_bytes: bytes, images: np.ndarray) -> bytes:
     from onnxruntime import quantization
 
     model = _parse(onnx_bytes)
+    images = np.empty(0, np.uint8) if images is None else images
     _check_count(len(images), "the calibration set")
     session = open_session(onnx_bytes)
     taken = tuple(session.get_inputs()[0].shape[1:])
@@ -380,3 +442,47 @@ def _quiet() -> Iterator[None]:
     finally:
         root.setLevel(level)
         root.removeHandler(handler)
+
+
+FP32 = Precision(
+    "fp32",
+    Limits(
+        min_cosine=0.9999,
+        max_difference=5e-4,
+        p99_difference=1e-4,
+        min_agreement=0.99,
+        max_accuracy_drop=0.01,
+        max_mean_shift=1e-4,
+        max_spread=1.0005,
+    ),
+    convert=lambda graph, calibration: graph,
+)
+FP16 = Precision(
+    "fp16",
+    Limits(
+        min_cosine=0.9995,
+        max_difference=0.05,
+        p99_difference=0.015,
+        min_agreement=0.99,
+        max_accuracy_drop=0.01,
+        max_mean_shift=0.01,
+        max_spread=1.01,
+    ),
+    convert=lambda graph, calibration: to_fp16(graph),
+    overflow="float16 ends at 65,504: use fp32",
+)
+INT8 = Precision(
+    "int8",
+    Limits(
+        min_cosine=0.975,
+        max_difference=1.5,
+        p99_difference=0.3,
+        min_agreement=0.95,
+        max_accuracy_drop=0.01,
+        max_mean_shift=0.12,
+        max_spread=1.2,
+    ),
+    convert=to_int8,
+    calibrated=True,
+)
+PRECISIONS = (FP32, FP16, INT8)  # the widest first

@@ -135,10 +135,10 @@ def check_backbone(at: Situation) -> Examined:
         yield Check("backbone", "unfit", "neither ONNX Runtime nor TensorRT can run one here", fix)
         return
     told = f"can be run by {', '.join(at.runners)}"
-    half = at.bundle is not None and at.bundle.manifest["backbone"]["precision"] == "fp16"
-    if half and at.runners == ["ONNX Runtime CPU"]:
-        fix = "deploy it with --precision int8 or fp32"
-        yield Check("backbone", "note", f"{told}, which has few fp16 kernels: no faster than fp32", fix)
+    precision, suited = at.bundle.manifest["backbone"]["precision"] if at.bundle else "", targets.get("cpu").precisions
+    if precision and precision not in suited and at.runners == ["ONNX Runtime CPU"]:
+        fix = f"deploy it with --precision {' or '.join(suited)}"
+        yield Check("backbone", "note", f"{told}, which has few {precision} kernels: no faster than {suited[-1]}", fix)
     else:
         yield Check("backbone", "ok", told)
 

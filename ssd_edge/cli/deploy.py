@@ -19,14 +19,14 @@ from ssd_edge.cli.push import ALLOW_DOWNGRADE, PUSH_COMMAND, print_pushed, send
 @click.option(
     "--precision",
     default="",
-    metavar="fp32|fp16|int8|auto",
-    help="Of the backbone [default: the target's]; auto: the fastest that computes what the run computed.",
+    metavar="NAME",
+    help="Precision of the backbone [default: the target's]; auto: the fastest that computes what the run computed.",
 )
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Images for int8 [default: training images of the run].",
+    help="Images to calibrate int8 with [default: training images of the run].",
 )
 @click.option("--head", is_flag=True, help="Add the learner as head.onnx, for hosts that only predict.")
 @click.option(

@@ -19,7 +19,6 @@ import yaml
 from ssd_edge.errors import InputError, did_you_mean
 
 KINDS = ("jetson", "cuda", "cpu")
-PRECISIONS = ("fp32", "fp16", "int8")
 SHARE_OF_MEMORY = 0.5  # a Jetson's memory is shared with the GPU, the system and the camera
 
 Range = tuple[str | None, str | None]
@@ -82,7 +81,6 @@ def _target(name: str, raw: dict[str, Any]) -> Target:
     target = Target(name=name, **fields)
     right = (
         target.kind in KINDS
-        and set(target.precisions) <= set(PRECISIONS)
         and target.default_precision in target.precisions
         and (target.kind == "cpu") == (target.tensorrt is None)
         and (target.kind == "jetson") == (target.jetpack is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.parity import failures, limits, measure
+from exporters import precision
+from exporters.parity import failures, measure
 from ssd_edge.backbones import onnx_file
 
 IMAGES = np.random.default_rng(2).integers(0, 256, (40, 2, 2, 3), dtype=np.uint8)
@@ -187,8 +189,8 @@ def test_measuring_does_not_refuse_and_a_report_is_json():
 
 
 def test_limits_widen_down_the_ladder():
-    for name in limits("fp32"):
-        values = [limits(precision)[name] for precision in ("fp32", "fp16", "int8")]
-        assert values == sorted(values, reverse=name.startswith("min_"))
-    limits("fp32")["min_cosine"] = 0  # a copy
-    assert limits("fp32")["min_cosine"] == 0.9999
+    for field in dataclasses.fields(precision.Limits):
+        values = [getattr(each.limits, field.name) for each in precision.PRECISIONS]
+        assert values == sorted(values, reverse=field.name.startswith("min_"))
+    assert precision.names() == ["fp32", "fp16", "int8"]
+    assert precision.FP32.limits.min_cosine == 0.9999

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from exporters import parity, precision
+from ssd_edge import targets
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.onnx import compose, open_session, run
 from ssd_edge.errors import InputError
@@ -150,6 +151,11 @@ def test_int8_needs_images_and_a_precision_needs_a_name(plain):
         precision.convert(plain, "int8")
     with pytest.raises(InputError, match="unknown precision 'fp8'; known: fp32, fp16, int8"):
         precision.convert(plain, "fp8")
+
+
+@pytest.mark.parametrize("target", targets.targets().values(), ids=targets.targets())
+def test_every_precision_of_a_target_is_declared(target: targets.Target) -> None:
+    assert set(target.precisions) <= set(precision.names())
 
 
 def test_preprocessing_and_standardisation_stay_in_fp32(plain, quantised):
