@@ -8,9 +8,8 @@ import math
 import time
 from collections.abc import Callable
 
-from device_runtime.machine.board import MIB
 from ssd_edge.errors import GateRefusedError, InputError
-from ssd_edge.system import reset_peak, resident
+from ssd_edge.system import MIB, reset_peak, resident
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 from ssd_edge.system import usable_cores
 from ssd_edge.targets import numbers
 
-MIB = 2**20
 TIMEOUT = 5.0  # seconds, for a tool that only prints a line
 
 # Jetson Linux release → the JetPack that brings it, as NVIDIA published them; 36.4 came with more than one.
@@ -115,23 +113,6 @@ def default_root() -> Path:
     if named := os.environ.get("SSD_EDGE_ROOT"):
         return Path(named)
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "ssd-edge" / "device"
-
-
-def nearest_folder(path: Path) -> Path:
-    """The path itself, or the nearest one above it that exists."""
-    path = Path(path).absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
-def disk_free_mb(path: Path) -> int:
-    """MiB that this user can still write where `path` is, or would be made.
-
-    Raises:
-        OSError: the file system does not answer.
-    """
-    return shutil.disk_usage(nearest_folder(path)).free // MIB
 
 
 def run_tool(command: Sequence[str]) -> str:

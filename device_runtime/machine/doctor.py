@@ -16,12 +16,13 @@ from pathlib import Path
 
 from device_runtime.install import trust
 from device_runtime.machine import packages
-from device_runtime.machine.board import MIB, Board, default_root, describe, disk_free_mb, nearest_folder
+from device_runtime.machine.board import Board, default_root, describe
 from device_runtime.machine.checks import Check, Examined, Situation
 from device_runtime.machine.profile import estimate
 from ssd_edge import files, targets
 from ssd_edge.bundle.format import Bundle
 from ssd_edge.errors import EnvironmentUnfitError, InputError, SSDEdgeError
+from ssd_edge.system import MIB, disk_free, nearest_folder
 
 OLDEST_PYTHON = "3.10"
 SPARE_MB = 100  # free disk besides the bundle's: generations, journal, an engine
@@ -194,7 +195,7 @@ def _disk(at: Situation) -> Examined:
         fix = "name another --root, or make it writable for this user"
         yield Check("disk", "unfit", f"{at.root} cannot be written ({error.strerror})", fix)
         return
-    free = disk_free_mb(folder)
+    free = disk_free(folder) // MIB
     told = f"{free:,} MiB free in {at.root}"
     if free < needed:
         fix = "free some space, or name another --root"

@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from device_runtime.machine.board import MIB, Board, default_root, describe
+from device_runtime.machine.board import Board, default_root, describe
 from ssd_edge import bundle as bundles
 from ssd_edge import files, images, targets
 from ssd_edge.bundle.format import Bundle
 from ssd_edge.errors import EnvironmentUnfitError, InputError
-from ssd_edge.system import resident, usable_cores
+from ssd_edge.system import MIB, resident, usable_cores
 
 PERCENTILES = (50, 90, 99)
 NEW_IMAGES = 20  # of the class that is learned

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from device_runtime.machine import board
-from ssd_edge.system import MIB, resident
+from ssd_edge.system import MIB, disk_free, resident
 
 
 def vitals(state: Path, root: Path = Path("/"), run: board.Run | None = None) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def vitals(state: Path, root: Path = Path("/"), run: board.Run | None = None) ->
     """
     found = board.describe(root, run)
     try:
-        free: int | None = board.disk_free_mb(state)
+        free: int | None = disk_free(state) // MIB
     except OSError:
         free = None
     return {

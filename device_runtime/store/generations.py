@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -33,10 +32,9 @@ from device_runtime.store.journal import Journal
 from device_runtime.store.record import RECORD, VERSION, Generation, check_damage, open_generation, sealed
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
-from ssd_edge.system import utc_now
+from ssd_edge.system import MIB, disk_free, file_lock, lock_holder, utc_now
 
 KEEP = 10  # generations, unless $SSD_EDGE_KEEP says otherwise; those in use and the last installed one stay anyway
-MIB = 2**20
 EVENTS = 1000  # of the journal: a year of three learns a day; its installations stay whatever their age
 _BLOCK = 4096  # bytes
 _TRIES = 5  # of a reader; each but the last needs ten commits of another process while one generation is read
@@ -391,7 +389,7 @@ class Generations:
         """Refuse a generation with files of these sizes, bytes, unless twice that is free."""
         # Every file takes whole blocks; so do its folder, CURRENT and the next line of the journal.
         needed = 2 * (sum(-(-size // _BLOCK) for size in sizes) + 3) * _BLOCK
-        if (free := shutil.disk_usage(self.root).free) < needed:
+        if (free := disk_free(self.root)) < needed:
             raise EnvironmentUnfitError(
                 f"a new generation needs {needed} bytes of free disk, twice its size, but {self.root} has {free}; free "
                 "some space; nothing was written"
@@ -466,35 +464,17 @@ class Generations:
             paths,
         )
 
-    def _lock(self) -> int:
-        path = self.root / ".lock"
-        try:
-            # Not through files.py: a replaced file would be another lock. It holds no state.
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            pid = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(handle)
-            reason = f"another process is writing {self.root}, pid {pid}; try again when it is done"
-            raise EnvironmentUnfitError(reason) from error
-        except OSError as error:  # also a network file system without locks
-            raise EnvironmentUnfitError(f"cannot lock {path}: {error.strerror}; name another root") from error
-        with contextlib.suppress(OSError):  # a full disk: the pid is only for the message above
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        return handle
-
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         for folder in ("generations", "backbones"):
             files.make_directory(self.root / folder)
-        lock = self._lock()
-        try:
+        path = self.root / ".lock"
+        with file_lock(path) as locked:
+            if not locked:
+                raise EnvironmentUnfitError(
+                    f"another process is writing {self.root}, pid {lock_holder(path)}; try again when it is done"
+                )
             yield
-        finally:
-            # Closing alone would not release it while a child that was forked meanwhile has it open.
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            os.close(lock)
 
     def _sweep(self) -> None:
         """Remove temporary files and folders; with the root locked, they are nobody's."""

@@ -9,8 +9,7 @@ import click
 
 from ssd_edge.cli.options import JSON, ROOT, print_json
 from ssd_edge.errors import printable
-
-MIB = 2**20
+from ssd_edge.system import MIB
 
 
 @click.command()

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import logging
 import os
 import stat
@@ -32,6 +31,7 @@ from device_runtime.backbone.tensorrt.api import BATCHES, WORKSPACE, TensorRT
 from device_runtime.backbone.tensorrt.build import HEARTBEAT, BuildRequest, Crashed, run_apart
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, SSDEdgeError
+from ssd_edge.system import file_lock
 
 CACHE_VERSION = 1
 KEEP = 4  # engines, the newest; each is of one backbone
@@ -353,26 +353,8 @@ class EngineCache:
             raise EnvironmentUnfitError(f"cannot create {self.folder}: {error.strerror}; name another root") from error
         self._check_folder()
 
-    @contextlib.contextmanager
-    def _try_lock(self) -> Iterator[bool]:
-        """The folder's lock; yields whether it was free."""
-        path = self.folder / ".lock"
-        try:
-            # Not through files.py: a replaced file would be another lock. It holds no state.
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise EnvironmentUnfitError(f"cannot lock {path}: {error.strerror}; name another root") from error
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            except OSError as error:  # a network file system without locks
-                raise EnvironmentUnfitError(f"cannot lock {path}: {error.strerror}; name another root") from error
-            yield True
-        finally:
-            os.close(handle)  # and with it the lock
+    def _try_lock(self) -> contextlib.AbstractContextManager[bool]:
+        return file_lock(self.folder / ".lock")
 
     @contextlib.contextmanager
     def _lock(self, say: Say, deadline: float, timeout: float) -> Iterator[None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from device_runtime.machine import board as boards
-from device_runtime.machine.board import describe, disk_free_mb, nearest_folder, run_tool
+from device_runtime.machine.board import describe, run_tool
 
 ORIN_NANO = {
     "proc/device-tree/model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
@@ -122,11 +122,6 @@ def test_a_tool_that_fails_hangs_or_is_missing_is_no_error(monkeypatch: pytest.M
     assert run_tool([sys.executable, "-S", "-c", "print('x'); raise SystemExit(1)"]) == ""
     assert run_tool(["sleep", "5"]) == ""
     assert run_tool(["echo", "yes"]) == "yes\n"
-
-
-def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
-    assert nearest_folder(tmp_path / "a" / "b") == tmp_path
-    assert disk_free_mb(tmp_path / "a" / "b") == pytest.approx(disk_free_mb(tmp_path), abs=64)
 
 
 def test_the_default_root(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from device_runtime.machine import doctor
-from device_runtime.machine.board import MIB, Board, describe
+from device_runtime.machine.board import Board, describe
 from device_runtime.machine.checks import STATES, Check
 from device_runtime.machine.doctor import examine, verdict
 from device_runtime.machine.packages import CONVOLUTION
@@ -22,6 +22,7 @@ from ssd_edge import bundle as bundles
 from ssd_edge import targets
 from ssd_edge.bundle import signing
 from ssd_edge.errors import EnvironmentUnfitError
+from ssd_edge.system import MIB
 
 JETPACK_6 = {"l4t": "36.4.3", "jetpack": "6.1 to 6.2", "python": "3.10.12", "power_mode": "15W"}
 NANO = Board(model="NVIDIA Jetson Orin Nano Developer Kit", cpus=6, memory_mb=7620, available_mb=5000, **JETPACK_6)
@@ -392,7 +393,7 @@ def test_a_trusted_key_without_cryptography(
 
 
 def test_a_disk_without_room(packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
-    monkeypatch.setattr(doctor, "disk_free_mb", lambda path: 99)
+    monkeypatch.setattr(doctor, "disk_free", lambda path: 99 * MIB)
     for bundle in (None, made()):
         checks = examine(bundle, tmp_path, PC)
         assert "99 MiB free" in found(checks, "disk", "unfit").found
@@ -404,9 +405,9 @@ def test_twice_the_bundle_is_asked_for(
 ) -> None:
     bundle = made()
     bundle = dataclasses.replace(bundle, entries={**bundle.entries, "big": bytes(20 * MIB)})
-    monkeypatch.setattr(doctor, "disk_free_mb", lambda path: 139)
+    monkeypatch.setattr(doctor, "disk_free", lambda path: 139 * MIB)
     assert "but 140 are needed" in found(examine(bundle, tmp_path, PC), "disk", "unfit").found
-    monkeypatch.setattr(doctor, "disk_free_mb", lambda path: 141)
+    monkeypatch.setattr(doctor, "disk_free", lambda path: 141 * MIB)
     assert found(examine(bundle, tmp_path, PC), "disk", "ok")
 
 

@@ -38,7 +38,7 @@ def test_vitals_of_a_machine_that_says_nothing(tmp_path: Path, monkeypatch):
     def dead(path: Path) -> int:
         raise OSError("input/output error")
 
-    monkeypatch.setattr(vitals.board, "disk_free_mb", dead)
+    monkeypatch.setattr(vitals, "disk_free", dead)
     found = vitals.vitals(tmp_path, tmp_path / "empty", lambda command: "")
     assert found == {
         "rss_mb": 0, "available_mb": 0, "disk_free_mb": None, "temperatures": {}, "hottest": None, "power_mode": "",

@@ -35,7 +35,7 @@ def test_a_table_that_ends_in_a_verdict(tmp_path: Path) -> None:
 
 
 def test_an_unfit_machine_ends_with_code_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examination, "disk_free_mb", lambda path: 1)
+    monkeypatch.setattr(examination, "disk_free", lambda path: 1 << 20)
     done = run(doctor, "--root", tmp_path)
     assert done.exit_code == 3
     assert done.stdout.splitlines()[-1] == "unfit: disk"
