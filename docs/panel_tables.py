@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from ssd_edge.learners import LEARNERS
+from ssd_edge.report.figures import learner_style
 from ssd_edge.report.wording import percent, points
 from ssd_edge.reproduction.drawings import Series, lines
 from ssd_edge.system import size
@@ -100,11 +101,8 @@ def frontier_figure(found: Sequence[dict]) -> str:
             for one in found
             if one["head"] == head and "accuracy" in one
         )
-        if len(points_) == 1:  # a dash, or it would not be seen
-            ((x, y),) = points_
-            points_ = [(x - 0.1, y), (x + 0.1, y)]
         if points_:
-            series.append(Series(title, points_))
+            series.append(Series(title, points_, learner_style(head)))
     across = "state in MB, as a power of 2 (0: 1 MB, 5: 32 MB)"
     return lines("CIFAR-10, all images: accuracy in percent", series, across)
 

@@ -14,8 +14,16 @@ ROLES = {"learner": "this run", "baseline": "baseline", "panel": "panel head", "
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One line of the comparison; `role` is a key of `ROLES`, `values` has the keys of metrics.json."""
+    """One line of the comparison.
 
+    Attributes:
+        name: name of the learner, or ``joint``.
+        display: name to show.
+        role: a key of `ROLES`.
+        values: as in metrics.json.
+    """
+
+    name: str
     display: str
     role: str
     values: Mapping[str, Any]
@@ -33,15 +41,15 @@ def compared(metrics: Mapping[str, Any]) -> list[Method]:
         return known.index(item[0]) if item[0] in known else len(known)
 
     learner = metrics["learner"]
-    methods = [Method(metrics.get("display") or DISPLAY.get(learner, learner), "learner", metrics)]
+    methods = [Method(learner, metrics.get("display") or DISPLAY.get(learner, learner), "learner", metrics)]
     for key, values in sorted(metrics.get("baselines", {}).items(), key=place):
         if key != learner:
-            methods.append(Method(values.get("display") or DISPLAY.get(key, key), "baseline", values))
+            methods.append(Method(key, values.get("display") or DISPLAY.get(key, key), "baseline", values))
     for key, accuracy in sorted(metrics.get("panel", {}).items(), key=place):
         if key != learner:
             values = {**metrics.get("panel_details", {}).get(key, {}), "average_accuracy": accuracy}
             role = "joint" if key == "joint" else "panel"
-            methods.append(Method(values.get("display") or DISPLAY.get(key, key), role, values))
+            methods.append(Method(key, values.get("display") or DISPLAY.get(key, key), role, values))
     return sorted(methods, key=lambda method: list(ROLES).index(method.role))
 
 

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from ssd_edge.report.compare import ROLES, compared, lead_note, ranked
-from ssd_edge.report.figures import bar, curves, heat_map, scale, tag
+from ssd_edge.report.figures import curves, heat_map
 from ssd_edge.report.wording import describe_stream, percent, points, step_name
 from ssd_edge.system import duration, size
 
@@ -45,7 +45,7 @@ def render(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> str:
             "What is remembered",
             f"Test accuracy in percent: each row is the state after one more {step}, each column one task’s images. "
             "A column begins where its classes, named beside it, are learned; downwards it shows what becomes of them.",
-            tag("div", heat_map(metrics), scale(), class_="scroll"),
+            tag("div", heat_map(metrics), class_="scroll"),
         ),
         _comparison_section(metrics),
         _section("Class by class", "Final test accuracy, the worst first.", _class_bars(metrics)),
@@ -67,6 +67,31 @@ def _choice(choice: Mapping[str, Any]) -> str:
         return f"{row['name']}{accuracy} ({size(row['state_bytes'])})"
 
     return f"Chosen by learner.name=auto: {choice['sentence']}. Candidates: {', '.join(map(one, choice['rows']))}."
+
+
+def tag(name: str, *content: str, **attributes: object) -> str:
+    """Return an element.
+
+    Args:
+        name: of the element.
+        content: markup; text in it must be escaped already.
+        attributes: escaped here. ``class_`` is written ``class`` and ``text_anchor`` ``text-anchor``; an attribute
+            that is None is left out.
+    """
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{round(value, 1) if isinstance(value, float) else escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return f"<{name}{written}>{''.join(content)}</{name}>"
+
+
+def _bar(share: float, title: str, limit: float | None = None) -> str:
+    """Return a bar over the full width, 0 to 100 %, with a mark at `limit`; it grows with the page."""
+    mark = "" if limit is None else tag("line", x1=f"{100 * limit:.1f}%", x2=f"{100 * limit:.1f}%", y1=0, y2=26)
+    track = tag("rect", y=6, width="100%", height=14, rx=3, class_="track")
+    fill = tag("rect", y=6, width=f"{100 * share:.1f}%", height=14, rx=3, class_="fill")
+    return tag("svg", tag("title", escape(title)), track, fill, mark, width="100%", height=26, role="img")
 
 
 def _section(heading: str, caption: str, *content: str) -> str:
@@ -129,7 +154,7 @@ def _bars(metrics: Mapping[str, Any]) -> str:
     for method in methods:
         if method.role != "joint":
             accuracy = method.values["average_accuracy"]
-            drawn = bar(accuracy, f"{method.display}: {percent(accuracy)}", limit)
+            drawn = _bar(accuracy, f"{method.display}: {percent(accuracy)}", limit)
             rows.append(_bar_row(method.display, drawn, percent(accuracy), method.role))
     return tag("div", *rows, class_="bars")
 
@@ -165,7 +190,7 @@ def _table(metrics: Mapping[str, Any]) -> str:
 def _class_bars(metrics: Mapping[str, Any]) -> str:
     ordered = sorted(metrics["class_accuracy"].items(), key=lambda item: item[1])
     shown, rest = ordered[:MOST_CLASSES], ordered[MOST_CLASSES:]
-    rows = [_bar_row(name, bar(value, f"{name}: {percent(value)}"), percent(value)) for name, value in shown]
+    rows = [_bar_row(name, _bar(value, f"{name}: {percent(value)}"), percent(value)) for name, value in shown]
     bars = tag("div", *(tag("div", row) for row in rows), class_="classes")
     if not rest:
         return bars
@@ -197,18 +222,14 @@ def _tree(value: Any) -> str:
     return "–" if value is None or value == "" else escape(str(value))
 
 
-# `.s0` … `.s10` are the lines of `figures.curves`. Dark is for screens only: paper stays white.
+# The colours of lines and cells are in `figures`. Dark is for screens only: paper stays white.
 _STYLE = """
 :root { color-scheme: light dark;
   --page: #f5f6f8; --card: #fff; --edge: #dde2e8; --ink: #17202b; --soft: #56616f; --accent: #0a56c4; --tint: #e8f0fc;
-  --warn: #8a5300; --warn-tint: #fdf3e0; --heat: #08347e; --pale: #000; --full: #fff; --track: #eceff3; --bar: #8291a4;
-  --c1: #c2410c; --c2: #8e3fa8; --c3: #8f6400; --c4: #00776c; --c5: #4b5b70; --c6: #3a7d1e; --c7: #b8336f;
-  --c8: #7a4b2a; --c9: #5a3fc0; --c10: #9c2f2f; }
+  --warn: #8a5300; --warn-tint: #fdf3e0; --track: #eceff3; --bar: #8291a4; }
 @media screen and (prefers-color-scheme: dark) { :root {
   --page: #0d1117; --card: #161b22; --edge: #2b333e; --ink: #e6ebf1; --soft: #9aa7b5; --accent: #6cb2ff;
-  --tint: #14263d; --warn: #f0bb62; --warn-tint: #2b2314; --heat: #6fb0f5; --pale: #fff; --full: #000;
-  --track: #222a34; --bar: #67788b; --c1: #ff9a6b; --c2: #d7a1ea; --c3: #e0b84a; --c4: #46cdbd; --c5: #a9b8ca;
-  --c6: #8bd672; --c7: #ff8fbb; --c8: #d3a27e; --c9: #a99bff; --c10: #ff8a8a; } }
+  --tint: #14263d; --warn: #f0bb62; --warn-tint: #2b2314; --track: #222a34; --bar: #67788b; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
   Roboto, "Noto Sans", sans-serif; -webkit-text-size-adjust: 100%; }
@@ -232,29 +253,13 @@ h3 { font-size: 13px; font-weight: 600; color: var(--soft); }
 .card:first-child .value { color: var(--accent); }
 section, details { padding: 24px; margin-top: 16px; }
 .caption { color: var(--soft); max-width: 96ch; margin: 4px 0 18px; }
-svg { display: block; }
-svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; fill: var(--soft);
-  font-variant-numeric: tabular-nums; }
+svg { display: block; color: var(--soft); font: 13px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans",
+  sans-serif; font-variant-numeric: tabular-nums; }
+svg text { fill: currentColor; }
+svg .learner, svg .number { color: var(--ink); }
 .scroll { overflow-x: auto; }
 .narrow { display: none; }
-.wide svg, .narrow svg { width: 100%; height: auto; }
-.grid { stroke: var(--edge); }
-.series { --c: var(--accent); }
-.s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); } .s4 { --c: var(--c4); }
-.s5 { --c: var(--c5); } .s6 { --c: var(--c6); } .s7 { --c: var(--c7); } .s8 { --c: var(--c8); }
-.s9 { --c: var(--c9); } .s10 { --c: var(--c10); }
-.line, .leader { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
-.leader { stroke-width: 1; opacity: .55; }
-.mark { fill: var(--c); stroke: var(--card); }
-svg .name { fill: var(--c); }
-.series.learner .line { stroke-width: 3.5; }
-.series.learner .name { font-weight: 700; }
-.cells rect { fill: var(--heat); }
-svg .number { fill: var(--pale); text-anchor: middle; pointer-events: none; }
-svg .number.full { fill: var(--full); }
-.cells rect:hover { stroke: var(--ink); stroke-width: 1.5; }
-.scale { margin-top: 14px; }
-.scale rect { stroke: var(--edge); }
+.cells use:hover { stroke: var(--ink); stroke-width: 1.5; }
 .bars, .classes > div { display: grid; grid-template-columns: 128px 1fr 64px; column-gap: 12px;
   align-items: center; }
 .label { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }

@@ -1,50 +1,30 @@
-"""Figures of the results page: one SVG file each, of stored results alone, readable on light and dark pages."""
+"""Figures of the results page: one SVG file each, drawn from stored results."""
 
 from __future__ import annotations
 
+import colorsys
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 
-from ssd_edge.report.figures import tag
+from ssd_edge.report.figures import HEAT, INK, STYLES, LineStyle, document, drawing, text_width
 from ssd_edge.report.wording import points
 from ssd_edge.reproduction.rows import Result, Row, mean
 from ssd_edge.reproduction.specs import Experiment
 
-WIDTH, HEIGHT = 760, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 590, 34, 250  # of the plot; names of lines stand to its right
-COLOURS = ("#2a6fb0", "#c4622d", "#3f8f4f", "#8a4fa3", "#a8862b", "#5b6b7a")
-DASHES = (None, "6 3", "2 3", "8 3 2 3", "4 2", "1 3")
+BOX = (60, 590, 34, 250)  # left, right, top and bottom of the axes
+HEIGHT = 300
 RANKS = 10  # neurons drawn at each point
-STYLE = (
-    "text{font:13px sans-serif;fill:#222}.axis{stroke:#999;fill:none}.grid{stroke:#ddd}.edge{stroke:#bbb}"
-    "rect.page{fill:#fff}"
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One line of a plot."""
+    """One line of a plot; without a style it gets that of its position."""
 
     name: str
     points: Sequence[tuple[float, float]]
-
-
-def _svg(title: str, *parts: str, width: int = WIDTH, height: int = HEIGHT) -> str:
-    page = tag("rect", x=0, y=0, width=width, height=height, class_="page")
-    heading = tag("text", escape(title), x=LEFT, y=20)
-    view = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width} {height}", "width": width}
-    return tag("svg", tag("style", STYLE), page, heading, *parts, **view, role="img", aria_label=title) + "\n"
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers from `low` to `high`."""
-    span = (high - low) or 1.0
-    step = next(size * 10**power for power in range(-4, 7) for size in (1, 2, 5) if span / (size * 10**power) <= 6)
-    first = int(low / step) * step
-    found = [first + step * number for number in range(9)]
-    return [round(value, 6) for value in found if low - 1e-9 <= value <= high + 1e-9]
+    style: LineStyle | None = None
 
 
 def lines(
@@ -54,44 +34,43 @@ def lines(
     edges: Sequence[float] = (),
     limits: tuple[float, float] | None = None,
 ) -> str:
-    """Lines over a common axis.
+    """Draw lines over a common axis.
 
     Args:
-        title: above the plot; says what the vertical axis is.
-        series: at least one, with at least one point in all.
-        across: what the horizontal axis is.
+        title: heading, which names the vertical axis.
+        series: at least one line, with at least one point in all.
+        across: label of the horizontal axis.
         edges: where tasks end.
-        limits: of the vertical axis; None: those of the points.
+        limits: limits of the vertical axis; None: those of the points.
     """
-    every = [point for one in series for point in one.points]
-    xs = [x for x, _ in every]
+    styles = [line.style or STYLES[number % len(STYLES)] for number, line in enumerate(series)]
+    every = [point for line in series for point in line.points]
+    left, right = min(x for x, _ in every), max(x for x, _ in every)
     low, high = limits or (min(y for _, y in every), max(y for _, y in every))
-    left, right = min(xs), max(xs)
-    high, right = (high if high > low else low + 1), (right if right > left else left + 1)
+    width = math.ceil(BOX[1] + 50 + max(text_width(line.name) for line in series))
+    with drawing(width, HEIGHT, BOX) as figure:
+        from matplotlib.ticker import MaxNLocator
 
-    def at_x(x: float) -> float:
-        return LEFT + (RIGHT - LEFT) * (x - left) / (right - left)
-
-    def at_y(y: float) -> float:
-        return BOTTOM - (BOTTOM - TOP) * (y - low) / (high - low)
-
-    parts = [tag("path", d=f"M{LEFT} {TOP}V{BOTTOM}H{RIGHT}", class_="axis")]
-    for tick in _ticks(low, high):
-        parts.append(tag("path", d=f"M{LEFT} {at_y(tick):.1f}H{RIGHT}", class_="grid"))
-        parts.append(tag("text", f"{tick:g}", x=LEFT - 6, y=at_y(tick) + 4, text_anchor="end"))
-    for tick in _ticks(left, right):
-        parts.append(tag("text", f"{tick:g}", x=at_x(tick), y=BOTTOM + 18, text_anchor="middle"))
-    parts += [tag("path", d=f"M{at_x(edge):.1f} {TOP}V{BOTTOM}", class_="edge") for edge in edges]
-    parts.append(tag("text", escape(across), x=(LEFT + RIGHT) / 2, y=BOTTOM + 38, text_anchor="middle"))
-    for number, one in enumerate(series):
-        colour = COLOURS[number % len(COLOURS)]
-        way = "L".join(f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in one.points)
-        look = {"stroke": colour, "stroke_width": 1.6, "stroke_dasharray": DASHES[number % len(DASHES)]}
-        parts.append(tag("path", d=f"M{way}", fill="none", **look))
-        y = TOP + 10 + 20 * number
-        parts.append(tag("path", d=f"M{RIGHT + 12} {y - 4}h22", fill="none", **look))
-        parts.append(tag("text", escape(one.name), x=RIGHT + 40, y=y))
-    return _svg(title, *parts)
+        high, right = (high if high > low else low + 1), (right if right > left else left + 1)
+        figure.title(title)
+        figure.across(across)
+        figure.axes.set(xlim=(left, right), ylim=(low, high))
+        for axis in (figure.axes.xaxis, figure.axes.yaxis):
+            axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        figure.axes.grid(axis="y", clip_on=False)
+        figure.axes.vlines(
+            [edge for edge in edges if left < edge < right],
+            low,
+            high,
+            colors=INK,
+            alpha=0.4,
+            lw=1,
+            gid=figure.group("edge"),
+        )
+        for line, style in zip(series, styles, strict=True):
+            figure.line(line.points, style, marked=range(0, len(line.points), math.ceil(len(line.points) / 12)))
+        figure.legend([line.name for line in series], styles)
+        return document(figure.svg(title))
 
 
 def _position(trace: Sequence[Mapping[str, object]], point: Mapping[str, object]) -> float:
@@ -163,25 +142,29 @@ def tasks(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def neurons(rows: Sequence[Row]) -> dict[str, str]:
-    """Figure 2: the most frequent neurons by epoch; a colour is a neuron."""
+    """Figure 2: the most frequent neurons by epoch; each colour is a neuron."""
+    title = "most frequent neurons; each colour is a neuron"
     made = {}
     for _, one in _traced(rows)[:1]:
         trace = one["trace"]
         ranks = min(RANKS, len(trace[0]["top"]))
-        width = (RIGHT - LEFT) / len(trace)
-        tall = (BOTTOM - TOP) / ranks
-        parts = []
+        centres, colours, titles = [], [], []
         for column, point in enumerate(trace):
-            for rank, neuron in enumerate(point["top"][:ranks]):
-                said = tag("title", f"task {point['task']}, epoch {point['epoch']}, rank {rank + 1}: neuron {neuron}")
-                hue = neuron * 137 % 360  # neighbours in number differ in colour
-                spot = {"x": LEFT + column * width, "y": TOP + rank * tall, "width": width + 0.3, "height": tall - 1}
-                parts.append(tag("rect", said, **spot, fill=f"hsl({hue},55%,{40 + neuron % 3 * 12}%)"))
-        parts.append(tag("text", "rank 1", x=LEFT - 6, y=TOP + 12, text_anchor="end"))
-        parts.append(tag("text", str(ranks), x=LEFT - 6, y=BOTTOM - 4, text_anchor="end"))
-        said = f"epochs, {max(point['task'] for point in trace) + 1} tasks one after the other"
-        parts.append(tag("text", said, x=(LEFT + RIGHT) / 2, y=BOTTOM + 38, text_anchor="middle"))
-        made[""] = _svg("most frequent neurons; each colour is a neuron", *parts)
+            for rank, neuron in enumerate(point["top"][:ranks], 1):
+                centres.append((column + 0.5, rank))
+                hue, light = neuron * 137 % 360 / 360, 0.4 + neuron % 3 * 0.12  # neighbours in number differ in colour
+                colours.append(colorsys.hls_to_rgb(hue, light, 0.55))
+                titles.append(f"task {point['task']}, epoch {point['epoch']}, rank {rank}: neuron {neuron}")
+        with drawing(BOX[1] + 20, HEIGHT, BOX) as figure:
+            figure.title(title)
+            tasks = max(point["task"] for point in trace) + 1
+            across = f"epochs, {tasks} tasks one after the other"
+            figure.axes.set(xlim=(0, len(trace)), ylim=(ranks + 0.5, 0.5), xticks=[])
+            figure.across(across)
+            figure.axes.set_yticks([1, ranks], ["rank 1", str(ranks)])
+            size = (BOX[1] - BOX[0]) / len(trace) + 0.3, (BOX[3] - BOX[2]) / ranks - 1
+            figure.cells(centres, colours, size, titles)
+            made[""] = document(figure.svg(title))
     return made
 
 
@@ -211,20 +194,22 @@ def surface(rows: Sequence[Row]) -> dict[str, str]:
     down, across = (sorted({key[axis] for key in found}, key=float) for axis in (0, 1))
     low, high = min(found.values()), max(found.values())
     names = [part.split("=")[0].strip() for part in rows[0].system.name.split(",")]
-    wide, tall, parts = 90, 44, []
-    for (first, second), accuracy in sorted(found.items()):
-        x, y = LEFT + 40 + across.index(second) * wide, TOP + 26 + down.index(first) * tall
-        shade = 0.08 + 0.6 * ((accuracy - low) / (high - low) if high > low else 0.5)
-        spot = {"x": x, "y": y, "width": wide - 2, "height": tall - 2}
-        parts.append(tag("rect", **spot, fill=COLOURS[0], fill_opacity=f"{shade:.2f}"))
-        parts.append(tag("text", points(accuracy), x=x + wide / 2, y=y + tall / 2 + 4, text_anchor="middle"))
-    for number, value in enumerate(across):
-        x = LEFT + 40 + (number + 0.5) * wide
-        parts.append(tag("text", f"{names[1]} = {value}", x=x, y=TOP + 18, text_anchor="middle"))
-    for number, value in enumerate(down):
-        y = TOP + 26 + (number + 0.5) * tall + 4
-        parts.append(tag("text", f"{names[0]} = {value}", x=LEFT + 32, y=y, text_anchor="end"))
-    return {"": _svg("final accuracy in percent", *parts, height=TOP + 40 + tall * len(down))}
+    labels = [[f"{name} = {value}" for value in known] for name, known in zip(names, (down, across), strict=True)]
+    wide, tall, left, top = 90, 44, 24 + math.ceil(max(map(text_width, labels[0]))), 60
+    box = (left, left + wide * len(across), top, top + tall * len(down))
+    with drawing(max(box[1] + 10, 320), box[3] + 10, box) as figure:
+        figure.title("final accuracy in percent")
+        figure.axes.set(xlim=(-0.5, len(across) - 0.5), ylim=(len(down) - 0.5, -0.5))
+        figure.axes.spines[:].set_visible(False)
+        figure.axes.tick_params(labeltop=True, labelbottom=False)
+        figure.axes.set_xticks(range(len(across)), labels[1])
+        figure.axes.set_yticks(range(len(down)), labels[0])
+        spots = {key: (across.index(key[1]), down.index(key[0])) for key in sorted(found)}
+        shares = [(found[key] - low) / (high - low) if high > low else 0.5 for key in spots]
+        figure.cells(list(spots.values()), [(HEAT, 0.08 + 0.6 * share) for share in shares], (wide - 2, tall - 2))
+        for key, (x, y) in spots.items():
+            figure.text(x, y, points(found[key]), "number", ha="center")
+        return {"": document(figure.svg("final accuracy in percent"))}
 
 
 DRAWN: dict[str, Callable[[Sequence[Row]], dict[str, str]]] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ssd_edge.report.html import render
+from ssd_edge.report.html import render, tag
 from ssd_edge.run.metrics import summary
 
 CHEAP = {"seconds": 1.5, "state_bytes": 4100}
@@ -86,6 +86,11 @@ class Page(HTMLParser):
         return sum(name == tag and wanted in (values.get("class") or "").split() for name, values in self.elements)
 
 
+def test_tag_escapes_attributes_and_leaves_out_none() -> None:
+    written = tag("a", "<b></b>", class_='"x"&', stroke_width=1.26, title=None)
+    assert written == '<a class="&quot;x&quot;&amp;" stroke-width="1.3"><b></b></a>'
+
+
 @pytest.mark.parametrize("tasks", [1, 2, 5, 10, 50])
 @pytest.mark.parametrize("others", [True, False])
 def test_well_formed_and_self_contained(tasks: int, others: bool) -> None:
@@ -96,8 +101,13 @@ def test_well_formed_and_self_contained(tasks: int, others: bool) -> None:
     assert not {key for _, values in page.elements for key in values} & {"href", "src", "style", "onclick"}
     assert "url(" not in source
     assert not re.search(r"\b(nan|None|inf)\b", source)
-    ids = re.findall(r'class="series s(\d)', source)
-    assert len(ids) == (2 * (4 if others else 1) if tasks > 1 else 0)  # a wide and a narrow drawing
+    drawings = 2 if tasks > 1 else 0  # a wide and a narrow one
+    assert page.count("g", "series") == drawings * (4 if others else 1)
+    for method, accuracy in (("SSD", made(tasks)["average_accuracy"]), ("SLDA", None), ("fine-tuning", None)):
+        wanted = rf"{method}, {tasks} of {tasks} tasks learned: ([\d.]+) %"
+        found = [match[1] for text in page.text if (match := re.fullmatch(wanted, text))]
+        assert len(found) == (drawings if others or method == "SSD" else 0)
+        assert accuracy is None or set(found) <= {f"{100 * accuracy:.1f}"}
 
 
 def test_the_numbers_are_there() -> None:
@@ -116,7 +126,7 @@ def test_the_numbers_are_there() -> None:
 def test_heat_map_has_one_cell_for_each_learned_task(tasks: int, numbered: bool) -> None:
     page = Page(render(made(tasks), RUN))
     cells = tasks * (tasks + 1) // 2
-    assert page.count("text", "number") == (cells if numbered else 0)
+    assert page.count("g", "number") == (cells if numbered else 0)
     assert sum(bool(re.match(r"after task \d+, on task", text)) for text in page.text) == cells
 
 

@@ -8,11 +8,12 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from ssd_edge.reproduction import drawings
-from ssd_edge.reproduction.drawings import BOTTOM, LEFT, RIGHT, TOP, Series, lines
+from ssd_edge.reproduction.drawings import BOX, Series, lines
 from ssd_edge.reproduction.rows import Row
 from ssd_edge.reproduction.specs import System
 
 SVG = "{http://www.w3.org/2000/svg}"
+LEFT, RIGHT, TOP, BOTTOM = BOX
 
 
 def row(name: str, accuracy: float, trace: list[dict] | None = None, reported: float | None = None) -> Row:
@@ -24,14 +25,23 @@ def point(task: int, epoch: int, top: list[int]) -> dict:
     return {"task": task, "epoch": epoch, "train_accuracy": 0.1 * epoch, "test_accuracy": [0.8, 0.4], "top": top}
 
 
-def paths(svg: str) -> list[list[tuple[float, float]]]:
-    """The points of each drawn line that is in colour."""
-    found = [path.get("d") for path in ElementTree.fromstring(svg).iter(f"{SVG}path") if path.get("stroke")]
-    drawn = [way for way in found if "h22" not in way]  # without those of the legend
-    return [[(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", way)] for way in drawn]
+def groups(svg: str, kind: str) -> list[ElementTree.Element]:
+    return [group for group in ElementTree.fromstring(svg).iter(f"{SVG}g") if group.get("class") == kind]
 
 
-def words(svg: str) -> list[str]:
+def paths(svg: str, kind: str = "series") -> list[list[tuple[float, float]]]:
+    """The points of each line."""
+    drawn = [path.get("d") for group in groups(svg, kind) for path in group.findall(f"{SVG}path")]
+    return [[(float(x), float(y)) for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", way)] for way in drawn]
+
+
+def cells(svg: str) -> list[ElementTree.Element]:
+    """Every cell of a grid, drawn as a path of its own or as the use of a common one."""
+    (group,) = groups(svg, "cells")
+    return list(group.iter(f"{SVG}use")) or group.findall(f"{SVG}path")
+
+
+def words(svg: str) -> list[str | None]:
     return [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
@@ -40,9 +50,9 @@ def test_lines_span_the_plot() -> None:
     first, second = paths(svg)
     assert first == [(LEFT, BOTTOM), (RIGHT, TOP)]
     assert second == [((LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2)]
-    assert {"title & more", "a <b>", "c", "epoch", "10", "3"} <= set(words(svg))
-    edge = next(p for p in ElementTree.fromstring(svg).iter(f"{SVG}path") if p.get("class") == "edge")
-    assert edge.get("d").startswith(f"M{(LEFT + RIGHT) / 2:.1f} ")
+    assert {"title & more", "a <b>", "c", "epoch", "10", "3.0"} <= set(words(svg))
+    ((edge, _),) = paths(svg, "edge")
+    assert edge[0] == (LEFT + RIGHT) / 2
 
 
 def test_lines_of_one_value_do_not_divide_by_zero() -> None:
@@ -50,13 +60,17 @@ def test_lines_of_one_value_do_not_divide_by_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "wanted"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.1, 0.16, None), (3, 3, [3])]
+    ("low", "high", "wanted"),
+    [
+        (0, 1, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (0.1, 0.16, ["0.10", "0.11", "0.12", "0.13", "0.14", "0.15", "0.16"]),
+        (3, 3, ["3.0", "3.2", "3.4", "3.6", "3.8", "4.0"]),
+    ],
 )
-def test_ticks_are_round_and_inside(low: float, high: float, wanted: list[float] | None) -> None:
-    found = drawings._ticks(low, high)
-    assert all(low <= tick <= high for tick in found)
-    assert 1 <= len(found) <= 7
-    assert wanted is None or found == pytest.approx(wanted)
+def test_ticks_are_round_and_inside(low: float, high: float, wanted: list[str]) -> None:
+    svg = ElementTree.fromstring(lines("t", [Series("a", [(0, low), (1, high)])], "x"))
+    found = [text for text in svg.iter(f"{SVG}text") if text.get("text-anchor") == "end"]
+    assert [text.text for text in found] == wanted
 
 
 def test_each_task_has_a_line_from_where_it_is_taught() -> None:
@@ -75,11 +89,10 @@ def test_runs_of_different_length_share_an_axis_of_tasks() -> None:
 
 def test_a_neuron_keeps_its_colour() -> None:
     trace = [point(0, 1, [7, 8]), point(0, 2, [8, 7])]
-    svg = ElementTree.fromstring(drawings.neurons([row("SSD", 0.6, trace)])[""])
-    cells = [rect for rect in svg.iter(f"{SVG}rect") if rect.get("class") is None]
-    colours = {title.text.split()[-1]: set() for rect in cells for title in rect}
-    for rect in cells:
-        colours[rect[0].text.split()[-1]].add(rect.get("fill"))
+    drawn = cells(drawings.neurons([row("SSD", 0.6, trace)])[""])
+    colours: dict[str, set[str | None]] = {}
+    for cell in drawn:
+        colours.setdefault(str(cell[0].text).split()[-1], set()).add(cell.get("fill"))
     assert {name: len(found) for name, found in colours.items()} == {"7": 1, "8": 1}
     assert colours["7"] != colours["8"]
 
@@ -97,8 +110,7 @@ def test_a_surface_has_a_shade_for_each_pair() -> None:
     rows = [row(f"α = {a}, T = {t}", a * t / 10) for a in (0.3, 0.5) for t in (1, 10)]
     svg = drawings.surface(rows)[""]
     assert {"α = 0.3", "α = 0.5", "T = 1", "T = 10", "3.0", "50.0"} <= set(words(svg))
-    rects = [rect for rect in ElementTree.fromstring(svg).iter(f"{SVG}rect") if rect.get("fill-opacity")]
-    shades = [float(rect.get("fill-opacity")) for rect in rects]
+    shades = [float(cell.get("fill-opacity", "nan")) for cell in cells(svg)]
     assert len(shades) == 4
     assert max(shades) == pytest.approx(0.68)
     assert min(shades) == pytest.approx(0.08)

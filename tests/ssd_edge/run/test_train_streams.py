@@ -17,7 +17,8 @@ from ssd_edge import files
 from ssd_edge.cli.train import train
 from ssd_edge.errors import InputError
 from ssd_edge.learners import Task
-from ssd_edge.report import figures, html
+from ssd_edge.report import figures
+from ssd_edge.report.compare import DISPLAY
 from ssd_edge.run import storage
 from ssd_edge.run import train as training
 from ssd_edge.run.tasks import StreamData, accuracies
@@ -256,8 +257,7 @@ def test_accuracies_and_tasks() -> None:
 
 def test_every_method_of_a_full_run_has_a_line_of_its_own() -> None:
     methods = 2 + len(training.BASELINES) + len(training.PANEL)  # with the learner and joint training
-    assert methods <= len(figures._MARKERS) == len(figures._DASHES)
-    assert len(set(figures._MARKERS)) == len(set(figures._DASHES)) == len(figures._DASHES)
-    for style in range(1, len(figures._MARKERS)):
-        assert f".s{style} {{ --c: var(--c{style}); }}" in html._STYLE
-        assert html._STYLE.count(f"--c{style}: #") == 2  # light and dark
+    styles = {figures.learner_style(name) for name in DISPLAY}
+    assert methods <= len(styles) == len(DISPLAY)
+    for part in ("colour", "dash", "marker"):
+        assert len({getattr(style, part) for style in figures.STYLES}) == len(figures.STYLES)
