@@ -21,23 +21,19 @@ def evaluate(run: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
     ssd-edge evaluate runs/1
     ssd-edge evaluate runs/1 data.path=FOLDER
     """
-    from ssd_edge.config import TrainConfig, merge, parse, to_tree
+    from ssd_edge.config import merge
     from ssd_edge.errors import InputError
     from ssd_edge.report.terminal import Console
+    from ssd_edge.run import evaluate as evaluation
     from ssd_edge.run import storage
 
-    for word in overrides:
-        if not word.startswith("data."):
-            raise InputError(f"'{word}': only keys of the section data can be set here; the run's own settings stay")
+    for override in overrides:
+        if not override.startswith("data."):
+            raise InputError(f"'{override}': only keys of the section data can be set here")
     config = storage.open_folder(run)
     if overrides:
-        tree = to_tree(config)
-        if any(word.startswith("data.path=") for word in overrides):
-            tree["data"] = {}  # other data: what the run selected from its own does not apply
-        config = parse(TrainConfig, merge(tree, overrides))
-    from ssd_edge.run.evaluate import evaluate as score
-
-    result = score(run, config, Console(sys.stderr))
+        config = evaluation.with_data(config, merge({}, overrides)["data"])
+    result = evaluation.evaluate(run, config, Console(sys.stderr))
     if as_json:
         print_json(result.to_dict())
         return

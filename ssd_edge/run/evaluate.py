@@ -1,17 +1,19 @@
-"""Score a finished run on images: its own test images, or a data set that it has never seen."""
+"""Evaluation of a finished run on images: its own test images, or another data set."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ssd_edge import files, learners
-from ssd_edge.backbones.embedder import open_backbone
+from ssd_edge.backbones.embedder import Embedder, open_backbone
 from ssd_edge.classes import ClassRegistry
-from ssd_edge.config import TrainConfig
-from ssd_edge.data import Dataset, load
+from ssd_edge.config import TrainConfig, parse, to_tree
+from ssd_edge.data import load
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.report.events import Listener
 from ssd_edge.run import storage
@@ -20,12 +22,28 @@ from ssd_edge.run.results import Evaluation
 from ssd_edge.run.train import pick_device, set_threads, with_absolute_paths
 
 
-def embeddings_of(folder: Path, config: TrainConfig, dataset: Dataset, listener: Listener) -> dict[str, np.ndarray]:
-    """Standardised embeddings of any data set with the backbone of a run.
+def with_data(config: TrainConfig, selection: Mapping[str, Any]) -> TrainConfig:
+    """Return a run's configuration with other ``data`` settings.
+
+    Args:
+        config: Configuration of the run.
+        selection: Settings of the section ``data``. With a ``path``, they replace the whole section: what the run
+            selected from its own data does not apply to other data.
 
     Raises:
-        InputError: the backbone is not the one that the run used.
-        BundleRefusedError: the run's record is damaged.
+        InputError: If a setting is unknown or out of range.
+    """
+    tree = to_tree(config)
+    tree["data"] = dict(selection) if "path" in selection else {**tree["data"], **selection}
+    return parse(TrainConfig, tree)
+
+
+def open_embedder(folder: Path, config: TrainConfig) -> Embedder:
+    """Open the backbone of a run.
+
+    Raises:
+        InputError: If the backbone is not the one that the run used.
+        BundleRefusedError: If the record of the run is damaged.
     """
     embedder = open_backbone(config.backbone, pick_device(config.run.device))
     recorded = files.read_json(folder / "backbone.json")
@@ -36,24 +54,29 @@ def embeddings_of(folder: Path, config: TrainConfig, dataset: Dataset, listener:
             f"the run was made with the backbone {recorded['identity']}, but the one here is {embedder.identity}; "
             "restore that backbone or train again"
         )
-    embedded = embed(dataset, embedder, listener, config.backbone.cache)
+    return embedder
+
+
+def standardise(folder: Path, embedder: Embedder, embeddings: np.ndarray) -> np.ndarray:
+    """Standardise the output of a run's embedder as the run did, float32 ``(N, D)``."""
     if not embedder.standardised:
         arrays, _ = files.read_tensors(folder / "standardisation.safetensors")
-        embedded = {part: (array - arrays["mu"]) / arrays["sigma"] for part, array in embedded.items()}
-    return embedded
+        embeddings = (embeddings - arrays["mu"]) / arrays["sigma"]
+    return np.ascontiguousarray(embeddings, dtype=np.float32)
 
 
 def evaluate(folder: Path, config: TrainConfig, listener: Listener) -> Evaluation:
-    """Score a finished run on data: the test images where the data brings a split of its own or is the run's,
-    all images otherwise.
+    """Measure the accuracy of a finished run.
+
+    Test images are scored if the data has a test split of its own or is the data of the run; otherwise all images are.
 
     Args:
-        folder: the run.
-        config: the run's configuration, with another ``data`` section perhaps.
+        folder: Folder of the run.
+        config: Configuration of the run, possibly with another ``data`` section.
         listener: Receives progress events.
 
     Raises:
-        InputError: unfinished, or the data has a class that the run never learned.
+        InputError: If the run is not finished, or the data has a class that it did not learn.
     """
     if not (folder / "learner.safetensors").is_file():
         raise InputError(f"{folder} has not finished; continue it with: ssd-edge train --resume {folder}")
@@ -68,21 +91,23 @@ def evaluate(folder: Path, config: TrainConfig, listener: Listener) -> Evaluatio
             f"the run never learned {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; it knows "
             f"{', '.join(registry.names[:10])}. Leave them out with data.exclude={','.join(unknown[:5])}"
         )
-    embedded = embeddings_of(folder, config, dataset, listener)
+    embedder = open_embedder(folder, config)
+    embedded = embed(dataset, embedder, listener, config.backbone.cache)
     own = dataset.own_split or with_absolute_paths(config).data.path == storage.open_folder(folder).data.path
     vectors, labels = embedded["test"], dataset.test_labels
     if not own:
         vectors = np.concatenate([vectors, embedded["train"]])
         labels = np.concatenate([labels, dataset.train_labels])
     truth = torch.from_numpy(np.array([rows[name] for name in dataset.classes])[labels])
-    right = (learner.predict(torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))) == truth).double()
+    predicted = learner.predict(torch.from_numpy(standardise(folder, embedder, vectors)))
+    correct = (predicted == truth).double()
     return Evaluation(
         run=str(folder),
         data=dataset.name,
-        images=len(right),
+        images=len(correct),
         which=dataset.split if own else "all images",
-        accuracy=float(right.mean()),
+        accuracy=float(correct.mean()),
         class_accuracy={
-            name: float(right[truth == rows[name]].mean()) for name in dataset.classes if (truth == rows[name]).any()
+            name: float(correct[truth == rows[name]].mean()) for name in dataset.classes if (truth == rows[name]).any()
         },
     )
