@@ -26,7 +26,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from device_runtime.learning.unknown import Rejector
-from device_runtime.service.drift import DRIFTED, MODERATE, WINDOW, Monitor, Reference
+from device_runtime.service.drift import DRIFTED, MODERATE, WINDOW, DriftReport, Monitor, Reference
 from ssd_edge import files, learners
 from ssd_edge.backbones.embedder import Embedder, open_backbone
 from ssd_edge.classes import ClassRegistry
@@ -98,7 +98,7 @@ class Box:
         best, rows = shares.max(1)
         return vectors, best, self.rejector.known(vectors, rows)[0]
 
-    def report(self, *parts: tuple[tuple[Tensor, Tensor, Tensor], np.ndarray]) -> dict[str, Any]:
+    def report(self, *parts: tuple[tuple[Tensor, Tensor, Tensor], np.ndarray]) -> DriftReport:
         """Of a monitor that was fed with these images, one part after the other."""
         monitor = Monitor(self.reference)
         for seen, chosen in parts:
@@ -134,11 +134,14 @@ def index_of(box: Box, clean: tuple[Tensor, ...], shifted: tuple[Tensor, ...]) -
             some = rng.permutation(len(shifted[0]))[:count]
             later.append(box.report((clean, first), (shifted, some)))
             early.append(box.report((shifted, some)))
-            levels[later[-1]["level"]] += 1
+            levels[later[-1].level] += 1
         after[str(count)] = {
-            **{key: float(np.mean([one[key] for one in later])) for key in ("psi_directions", "psi_distance", "psi")},
-            "psi_score": float(np.mean([one["psi_score"] for one in later])),
-            "psi_directions_from_start": float(np.mean([one["psi_directions"] for one in early])),
+            **{
+                key: float(np.mean([getattr(one, key) for one in later]))
+                for key in ("psi_directions", "psi_distance", "psi")
+            },
+            "psi_score": float(np.mean([one.psi_score for one in later])),
+            "psi_directions_from_start": float(np.mean([one.psi_directions for one in early])),
             "levels": {level: levels[level] / DRAWS for level in ("stable", "moderate", "drifted")},
         }
     known = shifted[2]
@@ -156,8 +159,8 @@ def false_alarms(box: Box, clean: tuple[Tensor, ...]) -> dict[str, Any]:
             window = clean, order[WINDOW : WINDOW + count]
             for kind, parts in (("from_start", [window]), ("after_first_window", [(clean, order[:WINDOW]), window])):
                 report = box.report(*parts)
-                levels[kind][report["level"]] += 1
-                indices[kind].append(report["psi"])
+                levels[kind][report.level] += 1
+                indices[kind].append(report.psi)
         found[str(count)] = {
             kind: {
                 **{level: counted[level] / CLEAN_DRAWS for level in ("moderate", "drifted")},

@@ -443,7 +443,7 @@ class Device:
             "precision": self.facts["precision"],
             "installation": self.facts["installation"],
             "root": str(self.store.root),
-            "machine": vitals(self.store.root),
+            "machine": vitals(self.store.root).to_dict(),
             "watched": watch_state.last_report(self.store.root),
             "warning": self.generation.fallback,
         }

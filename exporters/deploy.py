@@ -203,7 +203,7 @@ def _check_tensorrt(onnx: bytes, what: str, target: Target, say: Say) -> dict[st
 
 def _check_memory(opened: bundle.Bundle, target: Target, say: Say) -> None:
     """Refuse what is too large for the board by far; near the limit the estimate is too rough to refuse anything."""
-    needed = profile.estimate(opened)["total"]
+    needed = profile.estimate(opened).total
     if needed > target.memory_mb:
         raise InputError(
             f"learning on the device would take roughly {needed:,.0f} MiB, but the smallest {target.name} has "

@@ -18,7 +18,7 @@ from ssd_edge.targets import numbers
 TIMEOUT = 5.0  # seconds, for a tool that only prints a line
 
 # Jetson Linux release → the JetPack that brings it, as NVIDIA published them; 36.4 came with more than one.
-JETPACKS = {
+JETPACKS: dict[tuple[int, ...], str] = {
     (32, 7): "4.6",
     (35, 4): "5.1.2",
     (36, 3): "6.0",
@@ -78,8 +78,8 @@ class Board:
             parts.append(f"mode {self.power_mode}" if self.power_mode else "power mode unknown")
         return ", ".join([*parts, f"{self.cpus} CPUs"])
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return all attributes and `jetson` as JSON values."""
         return {**dataclasses.asdict(self), "jetson": self.jetson}
 
 

@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Literal, get_args
 
 from device_runtime.machine.board import Board
 from ssd_edge import targets
 from ssd_edge.bundle.format import Bundle
 
-STATES = ("ok", "note", "warning", "unfit")
+State = Literal["ok", "note", "warning", "unfit"]
+STATES: tuple[State, ...] = get_args(State)
 VENV = "use a venv made with python3 -m venv --system-site-packages"
 ON_JETSON = {
     "torch": f"install NVIDIA's PyTorch for this JetPack, not PyPI's, and {VENV}",
@@ -37,7 +39,7 @@ class Check:
     """
 
     name: str
-    state: str
+    state: State
     found: str
     fix: str = ""
 
@@ -58,6 +60,11 @@ class Situation:
     def fix(self, package: str) -> str:
         """How to get a package here; on a Jetson never from PyPI, whose builds would shadow JetPack's."""
         return (ON_JETSON if self.board.jetson else ON_PC)[package]
+
+    @property
+    def loss(self) -> State:
+        """Whether doing without the GPU is a loss that a user should know of."""
+        return "warning" if self.gpu_wanted else "note"
 
     @property
     def gpu_wanted(self) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from device_runtime.install import trust
 from device_runtime.machine import packages
 from device_runtime.machine.board import Board, default_root, describe
-from device_runtime.machine.checks import Check, Examined, Situation
+from device_runtime.machine.checks import Check, Examined, Situation, State
 from device_runtime.machine.profile import estimate
 from ssd_edge import files, targets
 from ssd_edge.bundle.format import Bundle
@@ -79,19 +79,19 @@ def _machine(at: Situation) -> Examined:
 
 
 def _python(at: Situation) -> Examined:
-    version, bounds = at.board.python, at.target.python if at.target else (OLDEST_PYTHON, None)
+    version, target = at.board.python, at.target
     if not targets.within(version, (OLDEST_PYTHON, None)):
         yield Check("python", "unfit", f"{version}, but {OLDEST_PYTHON} is the oldest", "use a newer Python")
-    elif not targets.within(version, bounds):
-        known = f"{bounds[0]} to {bounds[1]}"
+    elif target is not None and not targets.within(version, target.python):
+        known = f"{target.python[0]} to {target.python[1]}"
         fix = f"use Python {known}: JetPack's packages are built for its own" if at.board.jetson else ""
-        yield Check("python", "warning", f"{version}, but the target {at.target.name} knows {known}", fix)
+        yield Check("python", "warning", f"{version}, but the target {target.name} knows {known}", fix)
     else:
         yield Check("python", "ok", version)
 
 
 def _jetpack(at: Situation) -> Examined:
-    board, oldest = at.board, targets.get("jetson").l4t[0]
+    board, oldest = at.board, _oldest(targets.get("jetson"))
     if not board.jetson:
         return
     if not board.l4t:
@@ -102,7 +102,7 @@ def _jetpack(at: Situation) -> Examined:
     if targets.within(board.l4t, (oldest, None)):
         yield Check("jetpack", "ok", found)
         return
-    state = "warning" if at.target and at.target.kind == "cpu" else "unfit"
+    state: State = "warning" if at.target and at.target.kind == "cpu" else "unfit"
     fix = f"install JetPack 6.1 (L4T {oldest}) or newer; a board that has none, like Xavier and Nano, is not supported"
     yield Check("jetpack", state, f"{found}, is not supported", fix)
 
@@ -146,12 +146,16 @@ def _misplaced(at: Situation, target: targets.Target) -> tuple[str, str] | None:
     if target.name not in ("jetson", right):
         return f"{target.name}, but this is: {board.model}", f"ssd-edge deploy --target {right}"
     if board.l4t and not targets.within(board.l4t, target.l4t):
-        oldest = target.l4t[0]
-        return f"{target.name} needs L4T {oldest} or newer, but this is {board.l4t}", "install a newer JetPack"
+        return f"{target.name} needs L4T {_oldest(target)} or newer, but this is {board.l4t}", "install a newer JetPack"
     if at.capability and target.compute_capability and at.capability not in target.compute_capability:
         told = f"{target.name} has compute capability {' or '.join(target.compute_capability)}, but this GPU"
         return f"{told} {at.capability}", "ssd-edge deploy --target cpu"
     return None
+
+
+def _oldest(target: targets.Target) -> str | None:
+    """The oldest Jetson Linux that a target knows."""
+    return target.l4t[0] if target.l4t else None
 
 
 def _signature(at: Situation) -> Examined:
@@ -213,7 +217,7 @@ def _memory(at: Situation) -> Examined:
     if at.bundle is None:
         yield Check("memory", "ok", told)
         return
-    needed = estimate(at.bundle)["total"]
+    needed = estimate(at.bundle).total
     told += f"; the bundle needs roughly {needed:,.0f}, a GPU's share not counted"
     fix = "a smaller backbone or learner, or a larger board"
     if needed > board.memory_mb:

@@ -56,12 +56,14 @@ def check_torch(at: Situation) -> Examined:
 
 
 def check_gpu(at: Situation) -> Examined:
-    torch, loss = at.torch, "warning" if at.gpu_wanted else "note"
+    torch = at.torch
     if torch is None:
         return
     if not torch.cuda.is_available():
         why = "no CUDA GPU that PyTorch can use" if torch.version.cuda else "this PyTorch is built without CUDA"
-        yield Check("gpu", loss, f"{why}; the learner runs on the processor", at.fix("torch") if at.gpu_wanted else "")
+        yield Check(
+            "gpu", at.loss, f"{why}; the learner runs on the processor", at.fix("torch") if at.gpu_wanted else ""
+        )
         return
     name, capability = torch.cuda.get_device_name(0), ".".join(map(str, torch.cuda.get_device_capability(0)))
     found = f"{name}, compute capability {capability}, CUDA {torch.version.cuda}"
@@ -99,28 +101,27 @@ def check_onnxruntime(at: Situation) -> Examined:
 
 
 def check_tensorrt(at: Situation) -> Examined:
-    loss = "warning" if at.gpu_wanted else "note"
     trt, problem = _import("tensorrt")
     if trt is None:
-        yield Check("tensorrt", loss, f"cannot be imported ({problem})", at.fix("tensorrt"))
+        yield Check("tensorrt", at.loss, f"cannot be imported ({problem})", at.fix("tensorrt"))
         return
     version = str(trt.__version__)
     usual = targets.get("jetson" if at.board.jetson else "generic-cuda")
     known = at.target if at.target and at.target.tensorrt else usual
-    oldest, newest = known.tensorrt
+    oldest, newest = known.tensorrt or (None, None)
     if not targets.within(version, (oldest, None)):
         told = f"{version}, but {oldest} is the oldest that is used"
-        yield Check("tensorrt", loss, told, "install a newer JetPack" if at.board.jetson else at.fix("tensorrt"))
+        yield Check("tensorrt", at.loss, told, "install a newer JetPack" if at.board.jetson else at.fix("tensorrt"))
         return
     try:
         builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
     except Exception as error:  # without a GPU: TypeError, from a factory that returned nullptr
-        yield Check("tensorrt", loss, f"{version}, but no builder can be made, as without a GPU ({_line(error)})")
+        yield Check("tensorrt", at.loss, f"{version}, but no builder can be made, as without a GPU ({_line(error)})")
         return
     del builder
     if not at.capability:
         told = f"{version}, but it is not used: PyTorch, which holds its memory, cannot use the GPU"
-        yield Check("tensorrt", loss, told, at.fix("torch") if at.board.jetson else "")
+        yield Check("tensorrt", at.loss, told, at.fix("torch") if at.board.jetson else "")
         return
     at.runners.insert(0, f"TensorRT {version}")
     if not targets.within(version, (oldest, newest)):

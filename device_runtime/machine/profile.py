@@ -11,6 +11,7 @@ not count.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -22,16 +23,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from device_runtime.backbone.interface import BackboneSpec, DeviceEmbedder, EngineRecord
 from device_runtime.machine.board import Board, default_root, describe
 from ssd_edge import bundle as bundles
 from ssd_edge import files, images, targets
 from ssd_edge.bundle.format import Bundle
 from ssd_edge.errors import EnvironmentUnfitError, InputError
 from ssd_edge.system import MIB, resident, usable_cores
+
+if TYPE_CHECKING:
+    from ssd_edge.learners import Learner
 
 PERCENTILES = (50, 90, 99)
 NEW_IMAGES = 20  # of the class that is learned
@@ -51,6 +56,126 @@ ACTIVATION_CHANNELS, LIVE_MAPS = 64, 3  # of the first layers, where feature map
 FULL_RESOLUTION = 64  # pixels; larger inputs are halved by a network's first layer
 
 Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Estimated peak memory of a device's process, in MiB, by cause.
+
+    Attributes:
+        runtime: Interpreter and libraries.
+        bundle: The bundle's bytes, while it is installed.
+        backbone: The backbone, with its weights laid out anew.
+        activations: A batch of 32 images in layers of 64 channels, at half the resolution if the input is larger than
+            64 pixels.
+        learner: The learner, with the copies that learning makes.
+        old_classes: The samples that measure the effect on the old classes.
+        total: Their sum.
+    """
+
+    runtime: float
+    bundle: float
+    backbone: float
+    activations: float
+    learner: float
+    old_classes: float
+    total: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetFit:
+    """Whether a process fits into the memory of a target.
+
+    Attributes:
+        target: Name of the target.
+        limit_mb: Memory budget of the target in MiB.
+        needed_mb: Memory of the process in MiB.
+        fits: True if the process stays within the budget.
+        note: What the figure leaves out; empty if nothing.
+    """
+
+    target: str
+    limit_mb: int
+    needed_mb: float
+    fits: bool
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Resident memory of a process in MiB, libraries included, as it does a device's work.
+
+    Attributes:
+        imports: With interpreter, NumPy, PyTorch and ONNX Runtime loaded.
+        loaded: With the bundle, its learner and its backbone loaded, too.
+        predicted: After predicting one image.
+        learned: After learning a class of 20 images, with the copies that learning makes and the estimate of its
+            effect on the old classes.
+        peak: Highest value at any time.
+    """
+
+    imports: float
+    loaded: float
+    predicted: float
+    learned: float
+    peak: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Durations of a bundle's work on a machine.
+
+    Attributes:
+        calls: Number of timed calls.
+        warm_up: Number of calls before them.
+        batch: Images per call.
+        threads: Threads of ``backbone`` and ``learner``.
+        latency_ms: Percentiles ``p50``, ``p90`` and ``p99`` of ``decode`` (a 640 × 480 JPEG, resized), ``backbone`` (a
+            call) and ``head`` (the learner's scores for one embedding).
+        learn: ``images`` of the new class, ``seconds`` of each repetition and their ``median``.
+    """
+
+    calls: int
+    warm_up: int
+    batch: int
+    threads: dict[str, int]
+    latency_ms: dict[str, dict[str, float]]
+    learn: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Costs of a bundle on a machine.
+
+    Attributes:
+        bundle: Its ``name``, ``target``, ``release``, ``sha256``, ``precision``, ``learner``, ``classes`` (number),
+            ``size`` and ``dim``.
+        machine: The board as JSON values, with its ``title``.
+        versions: Versions of Python and the packages that run a bundle.
+        provider: Runtime of the backbone.
+        engine: Record of the TensorRT engine; None without one.
+        times: Durations.
+        bytes: Sizes of ``bundle``, ``backbone``, ``learner`` (in the file) and ``learner_state`` (in use).
+        memory_mb: Measured memory.
+        estimate_mb: Estimated memory.
+        fits: Comparison of the measured peak with each target.
+    """
+
+    bundle: dict[str, Any]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    provider: str
+    engine: EngineRecord | None
+    times: Times
+    bytes: dict[str, int]
+    memory_mb: Footprint
+    estimate_mb: MemoryEstimate
+    fits: list[TargetFit]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the profile as JSON values, with the attributes of `times` on the top level."""
+        values = dataclasses.asdict(self)
+        return {**values.pop("times"), **values}
 
 
 def percentile(values: Sequence[float], q: float) -> float:
@@ -75,7 +200,7 @@ def timed(call: Callable[[int], Any], calls: int, warm_up: int) -> dict[str, flo
     return {f"p{q}": round(percentile(counted, q), 4) for q in PERCENTILES}
 
 
-def estimate(bundle: Bundle) -> dict[str, float]:
+def estimate(bundle: Bundle) -> MemoryEstimate:
     """What a device's process will roughly need with this bundle at its peak, MiB, from sizes alone; nothing is run.
 
     ``runtime``: interpreter and libraries. ``bundle``: its bytes, while it is installed. ``backbone``: with its weights
@@ -95,19 +220,21 @@ def estimate(bundle: Bundle) -> dict[str, float]:
         "learner": LEARNER_TIMES * len(bundle.read("learner")) / MIB,
         "old_classes": PSEUDO_BYTES * values / MIB,
     }
-    return {name: round(value, 1) for name, value in {**parts, "total": sum(parts.values())}.items()}
+    return MemoryEstimate(
+        **{name: round(value, 1) for name, value in parts.items()}, total=round(sum(parts.values()), 1)
+    )
 
 
-def fits(needed_mb: float) -> list[dict[str, Any]]:
+def fits(needed_mb: float) -> list[TargetFit]:
     """For each target: its limit, whether so many MiB stay below it, and what is not in the figure."""
     return [
-        {
-            "target": target.name,
-            "limit_mb": target.budget_mb,
-            "needed_mb": round(needed_mb, 1),
-            "fits": needed_mb <= target.budget_mb,
-            "note": "" if target.kind == "cpu" else UNMEASURED,
-        }
+        TargetFit(
+            target=target.name,
+            limit_mb=target.budget_mb,
+            needed_mb=round(needed_mb, 1),
+            fits=needed_mb <= target.budget_mb,
+            note="" if target.kind == "cpu" else UNMEASURED,
+        )
         for target in targets.targets().values()
     ]
 
@@ -121,7 +248,7 @@ def profile(
     root: Path | None = None,
     board: Board | None = None,
     say: Say = lambda text: None,
-) -> dict[str, Any]:
+) -> Profile:
     """Measure a bundle on this machine. Nothing is learned for good, and the device's state is not changed.
 
     Args:
@@ -133,10 +260,6 @@ def profile(
             cache is used; else an engine is built for this run alone.
         board: this machine, if it is known already.
         say: told what takes long.
-
-    Returns:
-        JSON values; ``latency_ms`` has p50, p90 and p99 of ``decode`` (a 640 × 480 JPEG, resized), ``backbone`` (a
-        call) and ``head`` (the learner's scores for one embedding).
 
     Raises:
         InputError: no such bundle, or a number below its least value.
@@ -150,31 +273,31 @@ def profile(
     board = board or describe()
     with _store(opened, default_root() if root is None else root) as place:
         embedder, learner = _load(opened, place, say)
-        measured = _times(opened, embedder, learner, math.ceil(images_timed / batch), warm_up, batch)
+        times = _times(opened, embedder, learner, math.ceil(images_timed / batch), warm_up, batch)
         memory = _footprint_of_child(path, place)
     manifest = opened.manifest
-    return {
-        "bundle": {key: manifest.get(key) for key in ("name", "target", "release")}
+    return Profile(
+        bundle={key: manifest.get(key) for key in ("name", "target", "release")}
         | {"sha256": opened.sha256, "precision": manifest["backbone"]["precision"]}
         | {"learner": learner.name, "classes": len(opened.registry), "size": embedder.size, "dim": embedder.dim},
-        "machine": {"title": board.title, **board.to_json()},
-        "versions": {"python": platform.python_version(), **_versions()},
-        "provider": embedder.provider,
-        "engine": embedder.engine.to_dict() if embedder.engine else None,
-        **measured,
-        "bytes": {
+        machine={"title": board.title, **board.to_dict()},
+        versions={"python": platform.python_version(), **_versions()},
+        provider=embedder.provider,
+        engine=embedder.engine,
+        times=times,
+        bytes={
             "bundle": Path(path).stat().st_size,
             "backbone": len(opened.read("backbone")),
             "learner": len(opened.read("learner")),
             "learner_state": learner.memory_bytes(),
         },
-        "memory_mb": memory,
-        "estimate_mb": estimate(opened),
-        "fits": fits(memory["peak"]),
-    }
+        memory_mb=memory,
+        estimate_mb=estimate(opened),
+        fits=fits(memory.peak),
+    )
 
 
-def _times(opened: Bundle, embedder: Any, learner: Any, calls: int, warm_up: int, batch: int) -> dict[str, Any]:
+def _times(opened: Bundle, embedder: DeviceEmbedder, learner: Learner, calls: int, warm_up: int, batch: int) -> Times:
     import torch
 
     from ssd_edge import learners
@@ -197,14 +320,9 @@ def _times(opened: Bundle, embedder: Any, learner: Any, calls: int, warm_up: int
         "backbone": timed(lambda number: embedder.embed(pool[number % POOL :][:batch]), calls, warm_up),
         "head": timed(lambda number: learner.scores(embedded[number % POOL][None]), calls, warm_up),
     }
-    return {
-        "calls": calls,
-        "warm_up": warm_up,
-        "batch": batch,
-        "threads": {"backbone": usable_cores(), "learner": torch.get_num_threads()},
-        "latency_ms": latency,
-        "learn": {"images": NEW_IMAGES, "seconds": seconds, "median": percentile(seconds, 50)},
-    }
+    threads = {"backbone": usable_cores(), "learner": torch.get_num_threads()}
+    learn = {"images": NEW_IMAGES, "seconds": seconds, "median": percentile(seconds, 50)}
+    return Times(calls, warm_up, batch, threads, latency, learn)
 
 
 def _photo() -> bytes:
@@ -235,10 +353,9 @@ def _store(opened: Bundle, root: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _load(opened: Bundle, root: Path, say: Say) -> tuple[Any, Any]:
+def _load(opened: Bundle, root: Path, say: Say) -> tuple[DeviceEmbedder, Learner]:
     """Embedder and learner, as the device opens them."""
     from device_runtime.backbone.embedder import open_embedder
-    from device_runtime.backbone.interface import BackboneSpec
     from device_runtime.store.generations import Generations
     from ssd_edge import learners
 
@@ -259,7 +376,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def footprint(path: str | Path, root: Path) -> dict[str, float]:
+def footprint(path: str | Path, root: Path) -> Footprint:
     """Memory of this process (MiB of resident pages, libraries included) while it does a device's work.
 
     Returns:
@@ -291,19 +408,19 @@ def footprint(path: str | Path, root: Path) -> dict[str, float]:
     if len(opened.registry):
         retention.estimate(learner, copies[0], restore_statistics(opened.tensors("statistics")[0]))
     found["learned"] = _resident("VmRSS")
-    return {**found, "peak": _resident("VmHWM")}
+    return Footprint(**found, peak=_resident("VmHWM"))
 
 
 def _resident(field: str) -> float:
     return round(resident(field) / MIB, 1)
 
 
-def _footprint_of_child(path: str | Path, root: Path) -> dict[str, float]:
+def _footprint_of_child(path: str | Path, root: Path) -> Footprint:
     command = [sys.executable, "-m", "device_runtime.machine.profile", str(Path(path).absolute()), str(root.absolute())]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError) as error:
+        return Footprint(**json.loads(done.stdout.splitlines()[-1]))
+    except (ValueError, IndexError, TypeError) as error:
         told = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise EnvironmentUnfitError(
             f"the process that measures memory ended with code {done.returncode} ({told}); a negative code is a "
@@ -312,4 +429,4 @@ def _footprint_of_child(path: str | Path, root: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(footprint(sys.argv[1], Path(sys.argv[2]))))
+    print(json.dumps(dataclasses.asdict(footprint(sys.argv[1], Path(sys.argv[2])))))

@@ -14,14 +14,16 @@ embedding is kept. What the figures mean on CIFAR-10 is in docs/service.md.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ssd_edge.errors import InputError
@@ -43,6 +45,7 @@ SAMPLES, AT_ONCE = 20_000, 1000
 
 DISTANCES = np.geomspace(0.5, 1.5, BINS - 1)  # edges of the distance divided by √D, which is 1 for a Gaussian
 SHARES = np.array([0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.99999])  # edges of the score
+Level = Literal["collecting", "stable", "moderate", "drifted"]
 KEYS = ("counts", "images", "rejected", "windows", "reference")
 
 
@@ -104,6 +107,39 @@ class Reference:
         return (offset @ self._axes).numpy(), (square / self.dim).sqrt().numpy(), solid
 
 
+@dataclasses.dataclass(frozen=True)
+class DriftReport:
+    """Drift over the last one to two windows of images; a figure is None while there are too few images for it.
+
+    Attributes:
+        level: ``collecting`` (fewer than `MINIMUM` images), ``stable``, ``moderate`` (index of at least 0.1) or
+            ``drifted`` (at least 0.25).
+        psi: The index that decides, the larger of `psi_directions` and `psi_distance`.
+        psi_directions: Mean index over the directions, relative to the bundle's statistics; relative to the device's
+            first window if no class was learned from at least `SOLID` images.
+        psi_distance: Index of the distances, relative to the first window.
+        psi_score: Index of the scores, relative to the first window.
+        images: Number of images.
+        images_needed: Smallest number of further images until there is a level.
+        reject_rate: Share of rejected images.
+        reject_rate_at_first: Share of rejected images in the first window.
+    """
+
+    level: Level
+    psi: float | None
+    psi_directions: float | None
+    psi_distance: float | None
+    psi_score: float | None
+    images: int
+    images_needed: int
+    reject_rate: float | None
+    reject_rate_at_first: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return dataclasses.asdict(self)
+
+
 class Monitor:
     """Counts of what a device has seen: of its first window, the last full one, and the current one.
 
@@ -122,7 +158,7 @@ class Monitor:
         self._rejected = np.zeros(3, np.int64)
         self._windows = np.zeros(1, np.int64)  # that were filled
 
-    def add(self, embeddings: Tensor | np.ndarray, scores: Tensor | np.ndarray, known: Any = None) -> None:
+    def add(self, embeddings: Tensor | np.ndarray, scores: ArrayLike, known: ArrayLike | None = None) -> None:
         """Count images.
 
         Args:
@@ -134,7 +170,7 @@ class Monitor:
             InputError: shapes that do not fit, NaN or infinity, a score beyond 0..1; nothing is counted.
         """
         vectors = torch.as_tensor(embeddings)
-        shares = np.asarray(torch.as_tensor(scores).double())
+        shares = np.asarray(scores, np.float64)
         accepted = np.ones(len(shares), bool) if known is None else np.asarray(known, bool)
         count, dim = len(vectors), self.reference.dim
         if tuple(vectors.shape) != (count, dim) or shares.shape != (count,) or accepted.shape != (count,):
@@ -175,19 +211,8 @@ class Monitor:
                 kept[2] = 0
             self._windows += 1
 
-    def report(self) -> dict[str, Any]:
-        """What was seen of late, as JSON values; None: not enough images to say.
-
-        Returns:
-            level: ``collecting`` (fewer than `MINIMUM` images), ``stable``, ``moderate`` (0.1) or ``drifted`` (0.25).
-            psi: that decides: the larger of the next two.
-            psi_directions: mean over the directions, against the bundle; against the device's own first window where no
-                class was learned from `SOLID` images.
-            psi_distance, psi_score: against the own first window.
-            images, reject_rate: of the last one to two windows.
-            reject_rate_at_first: of the first window.
-            images_needed: how many more, at least, until there is a level.
-        """
+    def report(self) -> DriftReport:
+        """Return the drift over the last one to two windows."""
         with self._lock:
             counts, images, rejected = self._counts.copy(), self._images.copy(), self._rejected.copy()
             filled = int(self._windows[0])
@@ -199,26 +224,33 @@ class Monitor:
         else:
             pairs = list(zip(later[:-2], first[:-2], strict=True))
         each = [psi(*pair) for pair in pairs]
-        directions = None if None in each else float(np.mean(each))
+        known = [value for value in each if value is not None]
+        directions = float(np.mean(known)) if len(known) == len(each) else None
         distance, score = psi(later[-2], first[-2]), psi(later[-1], first[-1])
         needed = MINIMUM if self.reference.solid else WINDOW + MINIMUM
         worst = max((value for value in (directions, distance) if value is not None), default=None)
-        return {
-            "level": level(worst),
-            "psi": _rounded(worst),
-            "psi_directions": _rounded(directions),
-            "psi_distance": _rounded(distance),
-            "psi_score": _rounded(score),
-            "images": total,
-            "images_needed": 0 if worst is not None else max(needed - total, 1),
-            "reject_rate": _rounded(int(rejected[1] + rejected[2]) / total if total else None),
-            "reject_rate_at_first": _rounded(int(rejected[0]) / WINDOW if filled else None),
-        }
+        return DriftReport(
+            level=level(worst),
+            psi=_rounded(worst),
+            psi_directions=_rounded(directions),
+            psi_distance=_rounded(distance),
+            psi_score=_rounded(score),
+            images=total,
+            images_needed=0 if worst is not None else max(needed - total, 1),
+            reject_rate=_rounded(int(rejected[1] + rejected[2]) / total if total else None),
+            reject_rate_at_first=_rounded(int(rejected[0]) / WINDOW if filled else None),
+        )
 
     def state(self) -> dict[str, np.ndarray]:
         """Named arrays of a size that does not depend on what was seen, for `ssd_edge.files.write_tensors`."""
         with self._lock:
-            arrays = (self._counts, self._images, self._rejected, self._windows, self.reference.digest)
+            arrays: list[np.ndarray] = [
+                self._counts,
+                self._images,
+                self._rejected,
+                self._windows,
+                self.reference.digest,
+            ]
             return {name: array.copy() for name, array in zip(KEYS, arrays, strict=True)}
 
     @classmethod
@@ -250,7 +282,7 @@ def psi(observed: np.ndarray, expected: np.ndarray | None) -> float | None:
     return float(((shares - expected) * np.log(shares / expected)).sum())
 
 
-def level(index: float | None) -> str:
+def level(index: float | None) -> Level:
     """What an index is called."""
     if index is None:
         return "collecting"
@@ -259,7 +291,7 @@ def level(index: float | None) -> str:
 
 def _shares(counts: np.ndarray) -> np.ndarray:
     """With half an image more in every bin, so that none is empty."""
-    return (counts + 0.5) / (counts.sum() + BINS / 2)
+    return np.asarray((counts + 0.5) / (counts.sum() + BINS / 2))
 
 
 def _plausible(state: Mapping[str, np.ndarray]) -> bool:

@@ -364,7 +364,7 @@ class Folder:
         return None
 
 
-def _about(entry: os.DirEntry | Path) -> tuple[int, _Identity]:
+def _about(entry: os.DirEntry[str] | Path) -> tuple[int, _Identity]:
     """When a file last changed (its ctime in ns), and what tells one content of it from another."""
     own = entry.stat(follow_symlinks=False)
     about = entry.stat() if entry.is_symlink() else own

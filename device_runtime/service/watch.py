@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,10 +32,42 @@ NAP = 0.1  # seconds; a signal does not end a sleep
 REFRESH, STATUS, SAVE = 1.0, 10.0, 60.0  # seconds between two
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The prediction for one image.
+
+    Attributes:
+        image: Path of the image; None for a frame of a stream.
+        frame: Number of the frame in the stream; None for a file.
+        label: Predicted class, or ``unknown``.
+        nearest: Nearest class.
+        score: Probability of the nearest class.
+        generation: Number of the generation that answered.
+        stable: For a stream, the `Consensus` of the last frames, or None if they do not agree.
+        monotonic: Time of the prediction in seconds since boot.
+    """
+
+    image: str | None
+    frame: int | None
+    label: str
+    nearest: str
+    score: float
+    generation: int
+    stable: str | None
+    monotonic: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values: ``image`` for a file, ``frame`` and ``stable`` for a frame, and the other attributes."""
+        values = dataclasses.asdict(self)
+        for name in ("image",) if self.image is None else ("frame", "stable"):
+            del values[name]
+        return values
+
+
 def watch(
     device: Device,
     source: Path | BinaryIO,
-    answer: Callable[[dict[str, Any]], object],
+    answer: Callable[[Answer], object],
     *,
     existing: bool = False,
     every: float | None = None,
@@ -66,7 +99,11 @@ def watch(
         InputError: the source is no folder.
         SlowerProviderError, EnvironmentUnfitError, BundleRefusedError: the backbone cannot run here.
     """
-    feed = _Stream(source, every, clock) if hasattr(source, "read") else _Files(Path(source), existing, every, clock)
+    feed: _Files | _Stream
+    if isinstance(source, str | Path):
+        feed = _Files(Path(source), existing, every, clock)
+    else:
+        feed = _Stream(source, every, clock)
     loop = _Loop(device, feed, answer, clock)
     loop.start()
     ready()
@@ -74,8 +111,8 @@ def watch(
         while not stopped() and not feed.ended:
             begun = clock()
             if known := loop.knows_classes():
-                for fields, pixels in feed.images(lambda: device.facts["size"]):
-                    loop.name(fields, pixels)
+                for name, pixels in feed.images(lambda: device.facts["size"]):
+                    loop.predict(name, pixels)
                     loop.upkeep()
                     if stopped():
                         break
@@ -99,10 +136,9 @@ class _Files:
         self._every = LOOK if every is None else every
         self._trouble = Sparingly(clock)
 
-    def images(self, size: Callable[[], int]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    def images(self, size: Callable[[], int]) -> Iterator[tuple[str, np.ndarray]]:
         try:
-            for path, pixels in self._folder.images(size):
-                yield {"image": path}, pixels
+            yield from self._folder.images(size)
         except OSError as error:  # a card that was pulled out, a share that is gone
             self._trouble.warn(f"{self.name} cannot be read ({error}); it is tried again")
 
@@ -113,9 +149,9 @@ class _Files:
         """Seconds from look to look; a folder of a hundred thousand images is looked at less often."""
         return max(self._every, self._folder.seconds / SHARE)
 
-    def settle(self, prediction: Prediction, at: float) -> tuple[dict[str, Any], bool]:
+    def settle(self, prediction: Prediction, at: float) -> tuple[str | None, bool]:
         """What else to answer, and whether the image counts for drift: here each is an event of its own."""
-        return {}, True
+        return None, True
 
 
 class _Stream:
@@ -133,7 +169,7 @@ class _Stream:
     def ended(self) -> bool:
         return self._newest.ended
 
-    def images(self, size: Callable[[], int]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    def images(self, size: Callable[[], int]) -> Iterator[tuple[int, np.ndarray]]:
         taken = self._newest.take(NAP)
         if taken is None:
             return
@@ -142,7 +178,7 @@ class _Stream:
         except InputError as error:
             self._damaged.warn(str(error))
             return
-        yield {"frame": taken[0]}, pixels
+        yield taken[0], pixels
 
     def skip(self) -> None:
         """Without classes: frames pass."""
@@ -151,7 +187,7 @@ class _Stream:
     def pause(self) -> float:
         return self._every
 
-    def settle(self, prediction: Prediction, at: float) -> tuple[dict[str, Any], bool]:
+    def settle(self, prediction: Prediction, at: float) -> tuple[str | None, bool]:
         """The stable answer. A frame counts for drift where that changes: a still part is one image, not thirty."""
         if prediction.generation != self._generation:
             self._consensus.reset()
@@ -159,7 +195,7 @@ class _Stream:
         stable = self._consensus.add(prediction.label, prediction.score, at)
         event = stable is not None and stable != self._stable
         self._stable = self._stable if stable is None else stable
-        return {"stable": stable}, event
+        return stable, event
 
 
 class _Loop:
@@ -169,7 +205,7 @@ class _Loop:
         self,
         device: Device,
         feed: _Files | _Stream,
-        answer: Callable[[dict[str, Any]], object],
+        answer: Callable[[Answer], object],
         clock: Callable[[], float],
     ) -> None:
         self._device, self._feed, self._answer, self._clock = device, feed, answer, clock
@@ -205,21 +241,31 @@ class _Loop:
         self._feed.skip()
         return False
 
-    def name(self, fields: Mapping[str, Any], pixels: np.ndarray) -> None:
+    def predict(self, name: str | int, pixels: np.ndarray) -> None:
         """Answer one image and count it."""
         at = self._clock()
         try:
             seen = self._device.observe([pixels])
         except InputError as error:
-            log.warning("%s was not named: %s", *fields.values(), error)
+            log.warning("%s was not named: %s", name, error)
             return
         (found,) = seen.predictions
-        more, event = self._feed.settle(found, at)
+        stable, event = self._feed.settle(found, at)
         if event and self._monitor is not None:
             self._monitor.add(seen.embeddings, [found.score], [found.label != UNKNOWN])
         self.named, self._last = self.named + 1, found.label
-        told = {"label": found.label, "nearest": found.nearest, "score": round(found.score, 6)}
-        self._answer({**fields, **told, "generation": found.generation, **more, "monotonic": round(at, 3)})
+        self._answer(
+            Answer(
+                image=name if isinstance(name, str) else None,
+                frame=name if isinstance(name, int) else None,
+                label=found.label,
+                nearest=found.nearest,
+                score=round(found.score, 6),
+                generation=found.generation,
+                stable=stable,
+                monotonic=round(at, 3),
+            )
+        )
 
     def upkeep(self) -> None:
         """What is due: a heartbeat, a look for a new generation, the status, the counts."""
@@ -268,7 +314,7 @@ class _Loop:
         self._monitor = Monitor(reference) if counts is None else Monitor.from_state(reference, counts)
 
     def _tell(self) -> None:
-        level = "collecting" if self._monitor is None else self._monitor.report()["level"]
+        level = "collecting" if self._monitor is None else self._monitor.report().level
         last = f", the last: {self._last}" if self._last else ""
         systemd.notify("", f"generation {self._device.generation.number}: {self.named} images{last}; drift: {level}")
 
@@ -276,10 +322,10 @@ class _Loop:
         if self._monitor is None or self._saved == self.named:
             return
         report = self._monitor.report()
-        if report["level"] != self._level and report["level"] in ("moderate", "drifted"):
-            log.warning("what the camera shows has changed (drift: %s, index %s)", report["level"], report["psi"])
-        self._level = report["level"]
-        fields = {"report": report, "named": self.named, "generation": self._device.generation.number}
+        if report.level != self._level and report.level in ("moderate", "drifted"):
+            log.warning("what the camera shows has changed (drift: %s, index %s)", report.level, report.psi)
+        self._level = report.level
+        fields = {"report": report.to_dict(), "named": self.named, "generation": self._device.generation.number}
         try:
             watch_state.save(self._device.store.root, self._monitor.state(), fields, self._clock())
         except (SSDEdgeError, OSError) as error:

@@ -35,7 +35,7 @@ def doctor(bundle: Path | None, root: Path | None, as_json: bool) -> None:
                 "verdict": told,
                 "fit": told == "fit",
                 "checks": [dataclasses.asdict(check) for check in checks],
-                "machine": board.to_json(),
+                "machine": board.to_dict(),
             }
         )
     else:

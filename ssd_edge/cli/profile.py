@@ -30,7 +30,7 @@ def profile(bundle: Path, images: int, warm_up: int, batch: int, root: Path | No
         batch=batch,
         root=root,
         say=lambda text: click.echo(text, err=True),
-    )
+    ).to_dict()
     if as_json:
         print_json(result)
     else:

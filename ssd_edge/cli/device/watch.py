@@ -63,7 +63,7 @@ def watch(source: Path, existing: bool, every: float | None, strict: bool, root:
         run(
             device,
             feed,
-            lambda line: click.echo(json.dumps(line, allow_nan=False)),
+            lambda answer: click.echo(json.dumps(answer.to_dict(), allow_nan=False)),
             existing=existing,
             every=every,
             ready=stop.listen,

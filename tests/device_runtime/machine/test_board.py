@@ -64,7 +64,7 @@ def test_an_orin_nano(tmp_path: Path) -> None:
     assert board.temperatures == {"cpu-thermal": 51.812, "tj-thermal": 53.25}
     assert "mode MAXN_SUPER" in board.title
     assert "JetPack 6.1 to 6.2" in board.title
-    assert board.to_json()["jetson"] is True
+    assert board.to_dict()["jetson"] is True
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -35,13 +36,13 @@ def path(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(path: Path) -> dict[str, Any]:
     """A whole profile, its memory measured in a real process."""
-    return profile(path, images_timed=7, warm_up=2, batch=2, root=path.parent / "root", board=ORIN)
+    return profile(path, images_timed=7, warm_up=2, batch=2, root=path.parent / "root", board=ORIN).to_dict()
 
 
 @pytest.fixture
 def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of its own takes seconds to import PyTorch."""
-    stages = dict.fromkeys(("imports", "loaded", "predicted", "learned", "peak"), 1.0)
+    stages = profiling.Footprint(1.0, 1.0, 1.0, 1.0, 1.0)
     monkeypatch.setattr(profiling, "_footprint_of_child", lambda path, root: stages)
 
 
@@ -179,22 +180,22 @@ def test_a_child_that_is_killed_or_fails(
 
 def test_a_target_with_less_memory_than_needed() -> None:
     limit = targets.get("cpu").budget_mb
-    assert {row["target"] for row in fits(limit) if not row["fits"]} == set()
-    assert {row["target"] for row in fits(limit + 0.5) if not row["fits"]} == {"cpu"}
-    assert {row["target"] for row in fits(1) if not row["note"]} == {"cpu"}  # the others have a GPU, not counted
+    assert {row.target for row in fits(limit) if not row.fits} == set()
+    assert {row.target for row in fits(limit + 0.5) if not row.fits} == {"cpu"}
+    assert {row.target for row in fits(1) if not row.note} == {"cpu"}  # the others have a GPU, not counted
 
 
 def test_the_estimate_needs_sizes_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = bundles.read(path)
     monkeypatch.setitem(sys.modules, "torch", None)
     small = estimate(opened)
-    parts = {key: value for key, value in small.items() if key != "total"}
-    assert small["total"] == pytest.approx(sum(parts.values()), abs=0.5)
-    assert small["runtime"] == profiling.RUNTIME_MB
+    parts = {key: value for key, value in dataclasses.asdict(small).items() if key != "total"}
+    assert small.total == pytest.approx(sum(parts.values()), abs=0.5)
+    assert small.runtime == profiling.RUNTIME_MB
     name = opened.roles["learner"]
     larger = bundles.Bundle(opened.manifest, {**opened.entries, name: bytes(10 * 2**20)}, opened.sha256)
-    assert estimate(larger)["learner"] == 10 * profiling.LEARNER_TIMES
-    assert estimate(larger)["total"] > small["total"] + 200
+    assert estimate(larger).learner == 10 * profiling.LEARNER_TIMES
+    assert estimate(larger).total > small.total + 200
 
 
 def test_the_estimate_knows_how_many_samples_a_learn_is_judged_on() -> None:

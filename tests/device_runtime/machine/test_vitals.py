@@ -23,7 +23,7 @@ def test_vitals_are_those_of_the_machine(tmp_path: Path):
     for name, text in written.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    found = vitals.vitals(tmp_path / "not yet", tmp_path, lambda command: "NV Power Mode: 15W\n0\n")
+    found = vitals.vitals(tmp_path / "not yet", tmp_path, lambda command: "NV Power Mode: 15W\n0\n").to_dict()
     assert found.pop("disk_free_mb") == pytest.approx(shutil.disk_usage(tmp_path).free / 2**20, rel=0.1)
     assert found == {
         "rss_mb": 100,
@@ -39,7 +39,7 @@ def test_vitals_of_a_machine_that_says_nothing(tmp_path: Path, monkeypatch):
         raise OSError("input/output error")
 
     monkeypatch.setattr(vitals, "disk_free", dead)
-    found = vitals.vitals(tmp_path, tmp_path / "empty", lambda command: "")
+    found = vitals.vitals(tmp_path, tmp_path / "empty", lambda command: "").to_dict()
     assert found == {
         "rss_mb": 0, "available_mb": 0, "disk_free_mb": None, "temperatures": {}, "hottest": None, "power_mode": "",
     }  # fmt: skip

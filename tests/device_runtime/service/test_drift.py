@@ -73,35 +73,35 @@ def test_index_is_its_formula():
 
 def test_says_nothing_before_there_are_enough(world: World, reference: Reference):
     monitor = Monitor(reference)
-    assert monitor.report()["level"] == "collecting"
-    assert monitor.report()["reject_rate"] is None
+    assert monitor.report().level == "collecting"
+    assert monitor.report().reject_rate is None
     monitor.add(world.draw(MINIMUM - 1, shift=9.0)[0], scores(MINIMUM - 1))
-    assert (monitor.report()["psi"], monitor.report()["images_needed"]) == (None, 1)
+    assert (monitor.report().psi, monitor.report().images_needed) == (None, 1)
     monitor.add(world.draw(1)[0], scores(1))
-    assert monitor.report()["level"] == "drifted"
+    assert monitor.report().level == "drifted"
 
 
 def test_the_same_is_stable_with_the_fewest_images_and_with_many(world: World, reference: Reference):
-    found = [fed(reference, world.draw(MINIMUM)[0]).report()["psi"] for _ in range(60)]
+    found = [fed(reference, world.draw(MINIMUM)[0]).report().psi for _ in range(60)]
     assert max(found) < 0.1
     report = fed(reference, world.draw(2 * WINDOW + MINIMUM)[0]).report()
-    assert report["psi_distance"] < 0.03
-    assert report["psi_score"] == pytest.approx(0.0, abs=0.01)
-    assert report["level"] == "stable"
+    assert report.psi_distance < 0.03
+    assert report.psi_score == pytest.approx(0.0, abs=0.01)
+    assert report.level == "stable"
 
 
 def test_one_class_all_day_is_no_drift(world: World, reference: Reference):
     report = fed(reference, world.draw(WINDOW)[0], world.draw(WINDOW, classes=1)[0]).report()
-    assert report["level"] == "stable", report
+    assert report.level == "stable", report
 
 
 def test_a_shift_is_found_and_forgotten_when_it_is_over(world: World, reference: Reference):
     monitor = fed(reference, world.draw(WINDOW)[0])
-    assert monitor.report()["level"] == "stable"
+    assert monitor.report().level == "stable"
     monitor.add(world.draw(2 * WINDOW, shift=1.0)[0], scores(2 * WINDOW))
-    assert monitor.report()["level"] == "drifted"
+    assert monitor.report().level == "drifted"
     monitor.add(world.draw(2 * WINDOW)[0], scores(2 * WINDOW))
-    assert monitor.report()["level"] == "stable"
+    assert monitor.report().level == "stable"
 
 
 def test_a_wider_spread_is_found_by_the_distance(world: World, reference: Reference):
@@ -109,12 +109,12 @@ def test_a_wider_spread_is_found_by_the_distance(world: World, reference: Refere
     wide, labels = world.draw(WINDOW)
     means = torch.from_numpy(world.means).float()[labels]
     report = fed(reference, usual[0], means + 1.3 * (wide - means)).report()
-    assert report["psi_distance"] > 0.25
+    assert report.psi_distance > 0.25
 
 
 def test_the_larger_index_decides(world: World, reference: Reference):
     report = fed(reference, world.draw(WINDOW)[0], world.draw(WINDOW, shift=0.5)[0]).report()
-    assert report["psi"] == max(report["psi_directions"], report["psi_distance"])
+    assert report.psi == max(report.psi_directions, report.psi_distance)
 
 
 def test_order_does_not_matter_within_a_window_nor_how_images_come(world: World, reference: Reference):
@@ -134,22 +134,22 @@ def test_memory_does_not_grow(world: World, reference: Reference):
     few, many = fed(reference, world.draw(5)[0]), fed(reference, world.draw(5 * WINDOW)[0])
     sizes = [len(files.tensor_bytes(monitor.state())) for monitor in (few, many)]
     assert sizes[0] == sizes[1] < 6000
-    assert many.report()["images"] == WINDOW
+    assert many.report().images == WINDOW
 
 
 def test_rejects_are_counted(world: World, reference: Reference):
     monitor = Monitor(reference)
     monitor.add(world.draw(WINDOW)[0], scores(WINDOW), np.arange(WINDOW) % 10 > 0)
     monitor.add(world.draw(WINDOW)[0], scores(WINDOW), np.arange(WINDOW) % 2 > 0)
-    assert monitor.report()["reject_rate"] == 0.5
-    assert monitor.report()["reject_rate_at_first"] == 0.1
+    assert monitor.report().reject_rate == 0.5
+    assert monitor.report().reject_rate_at_first == 0.1
 
 
 def test_scores_are_told_but_do_not_decide(world: World, reference: Reference):
     monitor = fed(reference, world.draw(WINDOW)[0])
     monitor.add(world.draw(WINDOW)[0], scores(WINDOW, 0.4))
-    assert monitor.report()["psi_score"] > 1
-    assert monitor.report()["level"] == "stable"
+    assert monitor.report().psi_score > 1
+    assert monitor.report().level == "stable"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_bad_input_is_refused_and_not_counted(world: World, reference: Reference
     monitor = Monitor(reference)
     with pytest.raises(InputError, match=words):
         monitor.add(*spoil(world.draw(8)[0], scores(8)))
-    assert monitor.report()["images"] == 0
+    assert monitor.report().images == 0
 
 
 def test_a_state_goes_on_where_it_was(world: World, reference: Reference):
@@ -180,7 +180,7 @@ def test_a_state_goes_on_where_it_was(world: World, reference: Reference):
     for monitor in (before, after):
         monitor.add(more, scores(700))
     assert after.report() == before.report()
-    assert before.report()["images"] == WINDOW + 200
+    assert before.report().images == WINDOW + 200
     again = World(0)
     assert np.array_equal(again.reference().digest, World(0).reference().digest)  # the same after a restart
 
@@ -202,21 +202,21 @@ def test_a_damaged_or_foreign_state_begins_anew(world: World, reference: Referen
     else:
         state["reference"] = world.reference().digest
     monitor = Monitor.from_state(reference, state)
-    assert monitor.report()["images"] == 0
+    assert monitor.report().images == 0
     assert "begins anew" in caplog.text
     monitor.add(world.draw(3)[0], scores(3))
-    assert monitor.report()["images"] == 3
+    assert monitor.report().images == 3
 
 
 def test_few_images_a_class_are_no_reference_but_the_first_window_is(world: World):
     reference = world.reference(images=40)
     assert not reference.solid
     monitor = fed(reference, world.draw(WINDOW + MINIMUM - 1)[0])
-    assert (monitor.report()["level"], monitor.report()["images_needed"]) == ("collecting", 1)
+    assert (monitor.report().level, monitor.report().images_needed) == ("collecting", 1)
     monitor.add(world.draw(MINIMUM)[0], scores(MINIMUM))
-    assert monitor.report()["level"] == "stable"
+    assert monitor.report().level == "stable"
     monitor.add(world.draw(2 * WINDOW, shift=1.0)[0], scores(2 * WINDOW))
-    assert monitor.report()["level"] == "drifted"
+    assert monitor.report().level == "drifted"
 
 
 def test_images_near_a_class_taught_with_few_are_left_out(world: World):
@@ -228,8 +228,8 @@ def test_images_near_a_class_taught_with_few_are_left_out(world: World):
     reference = Reference(statistics)
     vectors, labels = world.draw(8000)
     report = fed(reference, vectors[labels == CLASSES - 1][:MINIMUM]).report()
-    assert (report["level"], report["images"]) == ("collecting", MINIMUM)
-    assert fed(reference, vectors[labels < CLASSES - 1][:MINIMUM]).report()["level"] == "stable"
+    assert (report.level, report.images) == ("collecting", MINIMUM)
+    assert fed(reference, vectors[labels < CLASSES - 1][:MINIMUM]).report().level == "stable"
 
 
 def test_no_class_no_reference():
@@ -247,4 +247,4 @@ def test_overlapping_classes_are_expected_to_overlap():
 
     statistics = ClassStatistics(DIM)
     statistics.add(*draw(12_000))
-    assert fed(Reference(statistics), draw(WINDOW)[0]).report()["psi"] < 0.03
+    assert fed(Reference(statistics), draw(WINDOW)[0]).report().psi < 0.03

@@ -22,7 +22,7 @@ from device_runtime.install.bundle import install
 from device_runtime.service import drift
 from device_runtime.service import watch as module
 from device_runtime.service.drift import MINIMUM
-from device_runtime.service.watch import watch
+from device_runtime.service.watch import Answer, watch
 from device_runtime.store import watch_state
 from device_runtime.store.watch_state import last_report
 from ssd_edge import bundle, files, learners
@@ -106,8 +106,11 @@ class Driven:
             act()
         return act is None
 
+    def answer(self, answer: Answer) -> None:
+        self.lines.append(answer.to_dict())
+
     def run(self, device: Device, source: Any, **options: Any) -> list[dict[str, Any]]:
-        watch(device, source, self.lines.append, stopped=self.stopped, clock=lambda: self.now, **options)
+        watch(device, source, self.answer, stopped=self.stopped, clock=lambda: self.now, **options)
         return self.lines
 
 
@@ -261,8 +264,8 @@ def test_frames_have_numbers_and_a_stable_answer(root: Path, monkeypatch):
     live, driven = Live(), Driven(monkeypatch)
     shown = ["cup", "cup", "nut", "cup", "cup", *["screw"] * 4]
 
-    def answer(line: dict[str, Any]) -> None:
-        driven.lines.append(line)
+    def answer(answer: Answer) -> None:
+        driven.answer(answer)
         driven.now += 0.1
         live.frames.put(frame(shown[len(driven.lines)], 5) if len(driven.lines) < len(shown) else b"")
 
@@ -278,8 +281,8 @@ def test_frames_have_numbers_and_a_stable_answer(root: Path, monkeypatch):
 def test_frames_of_another_generation_do_not_vote(root: Path, monkeypatch):
     live, other, driven = Live(), Device.open(root), Driven(monkeypatch)
 
-    def answer(line: dict[str, Any]) -> None:
-        driven.lines.append(line)
+    def answer(answer: Answer) -> None:
+        driven.answer(answer)
         driven.now += 1.1  # a look at what was committed is due
         if len(driven.lines) == 3:
             other.rename("cup", "mug")
@@ -292,7 +295,7 @@ def test_frames_of_another_generation_do_not_vote(root: Path, monkeypatch):
 
 
 def test_a_stream_that_ends_ends_it(root: Path, caplog):
-    lines: list[dict[str, Any]] = []
+    lines: list[Answer] = []
     assert watch(Device.open(root), stream(), lines.append) == 0
     assert watch(Device.open(root), stream(frame("cup")[:-9]), lines.append) == 0
     assert "ended within a frame" in caplog.text
