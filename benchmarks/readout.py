@@ -45,8 +45,7 @@ def readout(learner: learners.Learner, train: tuple, test: tuple) -> float:
     vectors, rows = train
     for part, truth in zip(vectors.split(4096), rows.split(4096), strict=True):
         statistics.add(code(part), truth)
-    freedom = statistics.total - len(statistics.counts)
-    covariance = statistics.scatter_within() / freedom
+    covariance, freedom = statistics.within_covariance(), statistics.degrees_of_freedom
     values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom)
     vectors, rows = test
     return float(((code(vectors).double() @ values + bias).argmax(1) == rows).double().mean())

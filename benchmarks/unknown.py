@@ -41,7 +41,6 @@ def scores_of(learner: learners.Learner, statistics: ClassStatistics, vectors: T
     classes = len(statistics.counts)
     logits = torch.cat([learner.scores(part) for part in vectors.split(4096)])[:, :classes].double()
     rows, wide = logits.argmax(1), vectors.double()
-    samples = statistics.total - classes
     centre = statistics.sums.sum(0) / statistics.total
     everything = statistics.second / statistics.total - torch.outer(centre, centre)
 
@@ -49,7 +48,7 @@ def scores_of(learner: learners.Learner, statistics: ClassStatistics, vectors: T
         factor = torch.linalg.cholesky(covariance)
         return torch.linalg.solve_triangular(factor, points.T, upper=False).square().sum(0)
 
-    own = squared(wide - statistics.means[rows], shrink(statistics.scatter_within() / samples, samples))
+    own = squared(wide - statistics.means[rows], statistics.shrunk_covariance())
     background = squared(wide - centre, shrink(everything, statistics.total))
     best = logits.topk(2).values
     return {

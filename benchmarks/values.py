@@ -48,7 +48,7 @@ def main() -> None:
         learner = learners.build({"name": "landmark"}, embedder.dim, embedder.priors)
         learner.learn(learners.Task(train[index], labels[index]))
         s = learner.statistics
-        covariance, freedom = s.scatter_within() / (s.total - last - 1), s.total - last - 1
+        covariance, freedom = s.within_covariance(), s.degrees_of_freedom
         solutions = {
             "ridge": ridge(s)[:2],
             "discriminant": discriminant(s.means, s.counts, covariance, freedom),

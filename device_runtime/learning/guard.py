@@ -23,7 +23,7 @@ from device_runtime.learning.retention import Answers, ask, scores_of
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import GateRefusedError, InputError
 from ssd_edge.learners import Learner
-from ssd_edge.learners.closed_form.sums import ClassStatistics, shrink
+from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 # Thresholds on images were set on CIFAR-10's embeddings (256 values), see benchmarks/retention.py --images.
 SAME_CLASS = 2.0  # squared distance of means under which the best linear rule errs on Φ(−√2/2) = 24 % of images
@@ -240,13 +240,11 @@ class _Space:
     """Embeddings in which the pooled within-class covariance is the identity, and the old means in it."""
 
     def __init__(self, statistics: ClassStatistics) -> None:
-        known = int((statistics.counts > 0).sum())
-        freedom = statistics.total - known
-        covariance = statistics.scatter_within() / freedom
-        self.factor = torch.linalg.cholesky(shrink(covariance, freedom))
+        known, covariance = int((statistics.counts > 0).sum()), statistics.within_covariance()
+        self.factor = torch.linalg.cholesky(statistics.shrunk_covariance())
         self.means, self.counts = self.whiten(statistics.means), statistics.counts
         # From fewer images than this the covariance is too rough for a judgement of a few images.
-        self.trusted = freedom >= 2 * self.factor.shape[0]
+        self.trusted = statistics.degrees_of_freedom >= 2 * self.factor.shape[0]
         self.trace = float(torch.cholesky_solve(covariance, self.factor).trace())  # D, less what shrinkage takes
         centred = self.means[self.counts > 0] - self.means[self.counts > 0].mean(0)
         self.axes = torch.linalg.svd(centred, full_matrices=False).Vh[: min(known - 1, AXES)].T
@@ -275,7 +273,7 @@ def _look_at_images(
 ) -> list[str]:
     """Warnings about duplicates of known classes, mixed-up folders and images far from the others."""
     warnings: list[str] = []
-    if statistics.total <= int((statistics.counts > 0).sum()):
+    if statistics.degrees_of_freedom <= 0:
         return warnings  # no class with two images: nothing is known about distances
     space, answered = _Space(statistics), before.predict(embeddings)
     for row in rows.unique().tolist():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssd_edge.learners import Learner
-from ssd_edge.learners.closed_form.sums import ClassStatistics, shrink
+from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 SAMPLES = 100  # per old class: a standard error of at most five points for a class, far less for the mean
 SPREAD = 1.3  # times the standard deviation: images near a boundary are commoner than a Gaussian says (benchmarks/)
@@ -66,8 +66,7 @@ def pseudo_embeddings(statistics: ClassStatistics, seed: int = 0, spread: float 
         spread: factor on the noise. A Gaussian with the true covariance is easier to tell apart than real
             embeddings are, so that it hides small losses; `SPREAD` was chosen by ``benchmarks/retention.py``.
     """
-    freedom = max(statistics.total - int((statistics.counts > 0).sum()), 1.0)
-    factor = spread * torch.linalg.cholesky(shrink(statistics.scatter_within() / freedom, freedom))
+    factor = spread * torch.linalg.cholesky(statistics.shrunk_covariance())
     rows = (statistics.counts > 0).nonzero().flatten().repeat_interleave(SAMPLES)
     generator = torch.Generator().manual_seed(seed)
     half = torch.randn(len(rows) // SAMPLES, SAMPLES // 2, len(factor), generator=generator, dtype=torch.float64)

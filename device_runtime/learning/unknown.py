@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.learners.closed_form.sums import ClassStatistics, shrink
+from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 UNKNOWN = "unknown"
 RATE = 0.95
@@ -69,14 +69,13 @@ class Rejector:
             raise InputError(f"the rate of own images that pass must be above 0.5 and below 1, but is {rate}")
         if not all(bool(torch.isfinite(t).all()) for t in statistics.state().values()):
             raise InputError("the class statistics hold NaN or infinity; roll back or deploy the bundle again")
-        samples = max(statistics.total - int((statistics.counts > 0).sum()), 0.0)
+        samples = max(statistics.degrees_of_freedom, 0.0)
         dim = statistics.sums.shape[1]
-        covariance = statistics.scatter_within() / max(samples, 1.0)
-        if samples == 0 or float(covariance.trace()) <= 0:
+        if samples == 0 or float(statistics.within_covariance().trace()) <= 0:
             whitening = torch.eye(dim, dtype=torch.float64)
         else:
             identity = torch.eye(dim, dtype=torch.float64)
-            factor = torch.linalg.cholesky(shrink(covariance, samples))
+            factor = torch.linalg.cholesky(statistics.shrunk_covariance())
             whitening = torch.linalg.solve_triangular(factor, identity, upper=False)
         # contiguous: another memory order would change the last bits of a product after a restart
         empty = cls(rate, samples, whitening.float().contiguous(), torch.zeros(0, dim), torch.zeros(0))

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ssd_edge.errors import InputError
-from ssd_edge.learners.closed_form.sums import ClassStatistics, shrink
+from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,7 @@ class Reference:
         self._means = statistics.means[seen].double()
         self._solid = (statistics.counts[seen] >= SOLID).numpy()
         self.dim, self.solid = self._means.shape[1], bool(self._solid.any())
-        freedom = max(statistics.total - int(seen.sum()), 1.0)
-        covariance = shrink(statistics.scatter_within() / freedom, freedom)
+        covariance = statistics.shrunk_covariance()
         variances, vectors = torch.linalg.eigh(covariance)  # ascending
         kept = min(DIRECTIONS, self.dim)
         self._axes = vectors[:, -kept:] / variances[-kept:].sqrt()

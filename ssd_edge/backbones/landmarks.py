@@ -77,7 +77,7 @@ def _joint_axes(statistics: ClassStatistics, classes: int) -> tuple[Tensor, Tens
     Returns:
         Axes as columns ``(n, n)`` and signal ``(n,)``, float64.
     """
-    within = shrink_to_diagonal(statistics.scatter_within() / max(statistics.freedom, 1.0), TO_DIAGONAL)
+    within = shrink_to_diagonal(statistics.within_covariance(), TO_DIAGONAL)
     means = statistics.means
     means = means - means.mean(0)
     # estimated means lie apart by their own noise too

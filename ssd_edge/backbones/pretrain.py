@@ -39,8 +39,7 @@ def within_covariance(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Pooled covariance ``(D, D)`` around the class means, divided by N − C."""
     statistics = ClassStatistics(embeddings.shape[1])
     statistics.add(torch.from_numpy(embeddings), torch.from_numpy(labels))
-    freedom = max(1, len(embeddings) - int((statistics.counts > 0).sum()))
-    return (statistics.scatter_within() / freedom).numpy()
+    return statistics.within_covariance().numpy()
 
 
 def pretrain_backbone(

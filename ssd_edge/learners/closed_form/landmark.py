@@ -111,7 +111,7 @@ class Landmark(LinearLearner):
         return graph.matmul(centred, "projection", self.projection)
 
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
-        statistics, freedom, size = self.statistics, self.statistics.freedom, self.directions
+        statistics, freedom, size = self.statistics, self.statistics.degrees_of_freedom, self.directions
         identity, scatter = torch.eye(size, dtype=torch.float64), statistics.scatter_within()
         # Rounding second moments to float32 can turn a scatter indefinite by about this much a sample.
         square = float(statistics.second.diagonal().mean()) / max(statistics.total, 1.0)
@@ -137,7 +137,7 @@ class Landmark(LinearLearner):
         The weight under which the scatter is likeliest trusts too few images where they vary unlike pretraining's; the
         λ of generalised cross-validation, which here is the same weight, where they are very few.
         """
-        freedom = self.statistics.freedom
+        freedom = self.statistics.degrees_of_freedom
         if freedom < 1:
             return 1.0
         weight = ridge_strength(self.statistics) / variance

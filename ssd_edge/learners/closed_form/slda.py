@@ -44,7 +44,7 @@ class SLDA(LinearLearner):
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         statistics = self.statistics
         scatter, weight = statistics.scatter_within(), self.prior_weight
-        freedom = statistics.freedom
+        freedom = statistics.degrees_of_freedom
         if weight < 0:
             weight = likeliest_weight(scatter, freedom, shrink(self.prior.double(), float("inf")))
         covariance = (scatter + weight * self.prior.double()) / max(freedom + weight, 1.0)

@@ -96,10 +96,10 @@ class ClassStatistics:
             for kept in (self.counts, self.sums, self.moments):
                 kept[row] = 0.0
         elif count:
-            scatter, freedom = self.scatter_within(), self.freedom
+            scatter, freedom = self.scatter_within(), self.degrees_of_freedom
             self.counts[row], self.sums[row] = 0.0, 0.0
             # put together from its parts, not subtracted: nothing can turn negative, and of no class 0 is left
-            moments = (self.freedom / freedom if freedom else 0.0) * scatter + self._scatter_of_means()
+            moments = (self.degrees_of_freedom / freedom if freedom else 0.0) * scatter + self._scatter_of_means()
             self.moments = (moments + moments.mT) / 2
         return self.per_class or count <= 1 or count == total
 
@@ -183,13 +183,21 @@ class ClassStatistics:
         return float(self.counts.sum())
 
     @property
-    def freedom(self) -> float:
-        """Degrees of freedom of `scatter_within`: samples less classes that have some."""
+    def degrees_of_freedom(self) -> float:
+        """Degrees of freedom of `scatter_within`: samples minus classes that have any."""
         return self.total - int((self.counts > 0).sum())
 
     def scatter_within(self) -> Tensor:
         """Σ (z − μ_y)(z − μ_y)ᵀ, ``(D, D)``: exact, from the sums alone."""
         return self.second - self._scatter_of_means()
+
+    def within_covariance(self) -> Tensor:
+        """Return the pooled within-class covariance ``(D, D)``, zero if no class has two samples."""
+        return self.scatter_within() / max(self.degrees_of_freedom, 1.0)
+
+    def shrunk_covariance(self) -> Tensor:
+        """Return `within_covariance` shrunk by `oas_shrinkage`: positive definite."""
+        return shrink(self.within_covariance(), max(self.degrees_of_freedom, 1.0))
 
     def _scatter_of_means(self) -> Tensor:
         """Σ_c n_c μ_c μ_cᵀ, ``(D, D)``."""

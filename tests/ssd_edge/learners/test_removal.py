@@ -158,7 +158,7 @@ def test_out_of_a_pooled_second_moment_a_class_is_taken_approximately(case: str)
     never = taught(case, [without(task, 1) for task in STREAM])
     assert torch.equal(learner.statistics.counts, never.statistics.counts)
     torch.testing.assert_close(learner.statistics.means, never.statistics.means, rtol=1e-12, atol=1e-12)
-    kept, before = (s.scatter_within() / s.freedom for s in (learner.statistics, pooled))
+    kept, before = (s.within_covariance() for s in (learner.statistics, pooled))
     rounding = 1e-6 if pooled.single else 1e-9
     torch.testing.assert_close(kept, before, rtol=rounding, atol=rounding * float(before.abs().max()))
     answers = learner.predict(TEST)

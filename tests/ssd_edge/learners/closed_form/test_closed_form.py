@@ -257,7 +257,7 @@ def test_the_read_out_of_many_images_is_the_discriminant() -> None:
     task = gaussians(dict.fromkeys(range(4), 500))
     statistics = ClassStatistics(DIM)
     statistics.add(task.embeddings, task.labels)
-    covariance = shrink(statistics.scatter_within() / statistics.freedom, statistics.freedom)
+    covariance = statistics.shrunk_covariance()
     signal = 1e3 * torch.eye(DIM, dtype=torch.float64)
     values, bias = gaussian_readout(statistics.means, statistics.counts, covariance, signal)
     shrunk = OAS(store_precision=False)

@@ -152,7 +152,7 @@ def test_an_approximate_removal_keeps_the_pooled_covariance(counts: list[int], r
     statistics.grow(len(counts))
     if len(labels):
         statistics.add(vectors, labels)
-    before, freedom = statistics.scatter_within(), statistics.freedom
+    before, freedom = statistics.scatter_within(), statistics.degrees_of_freedom
     exact = statistics.remove(row, approximately=True)
     assert exact == (counts[row] <= 1 or counts[row] == sum(counts))
     moments, scale = statistics.moments, 1e-12 * float(vectors.double().square().sum()) + 1e-300
@@ -161,10 +161,8 @@ def test_an_approximate_removal_keeps_the_pooled_covariance(counts: list[int], r
     assert statistics.counts.tolist() == [0 if c == row else count for c, count in enumerate(counts)]
     if not statistics.counts.any():
         assert not moments.any()
-    elif statistics.freedom:
-        torch.testing.assert_close(
-            statistics.scatter_within() / statistics.freedom, before / freedom, rtol=0, atol=scale
-        )
+    elif statistics.degrees_of_freedom:
+        torch.testing.assert_close(statistics.within_covariance(), before / freedom, rtol=0, atol=scale)
     else:  # one sample a class, which is its mean: nothing lies around it
         torch.testing.assert_close(statistics.scatter_within(), torch.zeros_like(before), rtol=0, atol=scale)
     if exact:
