@@ -46,17 +46,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a quarter of the epochs, and no larger networks")
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     real = bool(os.environ.get("SSD_EDGE_DATA"))
-    size = dataclasses.replace(bench.FULL, epochs=10, curve=()) if words.quick else bench.FULL
-    result = bench.bench(size, lambda text: print(text, file=sys.stderr), cifar() if real else None)
-    print("\n".join(lines(result)))
-    if words.json:
+    size = dataclasses.replace(bench.FULL, epochs=10, curve=()) if args.quick else bench.FULL
+    report = bench.bench(size, lambda text: print(text, file=sys.stderr), cifar() if real else None)
+    print("\n".join(lines(report)))
+    if args.json:
         about = {
-            "command": "python benchmarks/epoch.py" + " --quick" * words.quick,
+            "command": "python benchmarks/epoch.py" + " --quick" * args.quick,
             "data": "embeddings of CIFAR-10" if real else "clustered Gaussian embeddings",
         }
-        words.json.write_text(json.dumps({**about, **result}, indent=2) + "\n")
+        args.json.write_text(json.dumps({**about, **report.to_dict()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long learning takes here: SSD by dense autograd, by touched rows in PyTorch, and compiled, side by side.
+"""Speed of learning on this machine: SSD by dense autograd, by touched rows in PyTorch, and compiled, side by side.
 
 All start from the same state, see the same batches and the same cached teacher targets, and minimise the same loss.
 """
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_edge import learners
+from ssd_edge.errors import InputError
+from ssd_edge.learners.base import Task
 from ssd_edge.learners.gradient import epoch
+from ssd_edge.learners.gradient.network import Engine
+from ssd_edge.learners.gradient.ssd import SSD, DistillationLoss, Settings
+from ssd_edge.learners.gradient.trainer import Trainer
 from ssd_edge.learners.priors import Priors
 from ssd_edge.run.storage import environment
 from ssd_edge.system import PROCESS, reset_peak, resident
 
 DIM, CLASSES, BATCH, CLUSTERS = 256, 10, 128, 6
-FIRST_EPOCHS = 10  # of the task before the measured one
-FEW_EPOCHS = 2  # of what is only timed
+FIRST_EPOCHS = 10  # on the task before the measured one
+FEW_EPOCHS = 2  # of variants that are only timed
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve", "bf16", "i8mm")
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much is measured.
+    """Amount of work to measure.
 
     Attributes:
-        neurons: sizes of the network that are compared with dense autograd.
-        samples: of the task.
-        epochs: over it.
-        curve: sizes of which only the compiled epoch is timed, against the scores alone.
-        curve_epochs: over the task, in those.
+        neurons: network sizes that are compared with dense autograd.
+        samples: samples of a task.
+        epochs: epochs over it.
+        curve: network sizes of which only the compiled epoch is timed, against the scores alone.
+        curve_epochs: epochs over the task for these.
     """
 
     neurons: tuple[int, ...] = (1000, 10_000)
@@ -56,16 +59,170 @@ class Size:
 FULL = Size(samples=10_000, epochs=40, curve=(1000, 3000, 10_000, 30_000, 100_000))
 
 
-def clustered(samples: int, rows: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Embeddings of two classes as a backbone might give them: ``(N, 256)`` of unit variance, and their rows.
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Seconds of the epochs of one variant."""
 
-    A class is a mixture of six Gaussians. Their means have variance ½ in every dimension, the noise around them has ½:
-    neighbours stay neighbours, so training converges, and a few neurons come to answer a class.
+    median: float
+    least: float
+    most: float
+    sum: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Comparison of the compiled epochs with the other variants at one network size.
+
+    Attributes:
+        ratio: seconds of the whole task by dense autograd over those compiled, one thread each.
+        ratio_all_threads: the same with all threads.
+        scores_ratio: median compiled epoch of the second half over the scores alone.
+        first_epoch: seconds of the first compiled epoch, in which the caches are filled.
+        second_half: median seconds of an epoch of the second half.
+        equal_predictions: share of test samples for which dense autograd and the compiled epochs predict the same.
+        evaluated: number of neurons that are evaluated for every sample at the end.
+        anchored: how often the caches were filled.
+    """
+
+    ratio: float
+    ratio_all_threads: float
+    scores_ratio: float
+    first_epoch: float
+    second_half: float
+    equal_predictions: float
+    evaluated: int
+    anchored: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Measurements at one network size.
+
+    Attributes:
+        neurons: r.
+        samples: samples of the task.
+        epochs: epochs over it.
+        seconds: by variant, with one thread.
+        seconds_all_threads: by variant, with all threads.
+        threads: number of all threads.
+        touched_ratio: median epoch by dense autograd over that by touched rows.
+        accuracy: test accuracy at the end, by variant.
+        compiled: comparison of the compiled epochs; None without Numba.
+    """
+
+    neurons: int
+    samples: int
+    epochs: int
+    seconds: dict[str, Spread]
+    seconds_all_threads: dict[str, Spread]
+    threads: int
+    touched_ratio: float
+    accuracy: dict[str, float]
+    compiled: Compiled | None
+
+    def ratios(self) -> dict[str, float | None]:
+        """Return the ratios by their names in the report."""
+        compiled = self.compiled
+        return {
+            f"cpu_r{self.neurons}": None if compiled is None else compiled.ratio,
+            f"cpu_r{self.neurons}_all_threads": None if compiled is None else compiled.ratio_all_threads,
+            f"cpu_r{self.neurons}_without_numba": self.touched_ratio,
+            f"scores_r{self.neurons}": None if compiled is None else compiled.scores_ratio,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON."""
+        row = dataclasses.asdict(self)
+        compiled = row.pop("compiled")
+        return {**row, **(compiled or {"ratio": None, "ratio_all_threads": None, "scores_ratio": None})}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """The compiled epoch at one network size, in seconds with one thread.
+
+    Attributes:
+        neurons: r.
+        first_epoch: the first epoch, in which the caches are filled.
+        second_half: median epoch of the second half.
+        scores: the scores of an epoch alone.
+        evaluated: number of neurons that are evaluated for every sample at the end.
+    """
+
+    neurons: int
+    first_epoch: float
+    second_half: float
+    scores: float
+    evaluated: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Memory of learning one task, in MiB.
+
+    Attributes:
+        on_top: peak beyond what was resident before.
+        peak: peak of the process.
+        model: keys and values.
+        inputs: embeddings of the task.
+        batch_scores: scores of one batch.
+        all_scores: scores of the whole task, which are never held.
+    """
+
+    on_top: float
+    peak: float
+    model: float
+    inputs: float
+    batch_scores: float
+    all_scores: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that `bench` measures.
+
+    Attributes:
+        rows: one comparison per network size.
+        curve: one point per network size of the curve.
+        memory: memory of learning a task; None if not measured.
+        loading_seconds: seconds to load the compiled epoch; None without Numba.
+        features: features of the processor that matter for the speed.
+        environment: machine and versions, as of `environment`.
+    """
+
+    rows: list[Comparison]
+    curve: list[Point]
+    memory: Memory | None
+    loading_seconds: float | None
+    features: list[str]
+    environment: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as ``ssd-edge bench --json`` prints it."""
+        return {
+            "ratios": {name: value for row in self.rows for name, value in row.ratios().items()},
+            "rows": [row.to_dict() for row in self.rows],
+            "curve": [dataclasses.asdict(point) for point in self.curve],
+            "memory_mib": None if self.memory is None else dataclasses.asdict(self.memory),
+            "loading_seconds": self.loading_seconds,
+            "features": self.features,
+            **self.environment,
+        }
+
+
+def clustered(samples: int, rows: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Draw embeddings of two classes, similar to those of a backbone.
+
+    A class is a mixture of six Gaussians. Their means have variance ½ in every dimension, and so has the noise around
+    them. Neighbours stay neighbours, so training converges and few neurons respond to a class.
 
     Args:
         samples: N.
-        rows: of the classes.
-        seed: of the samples; a class's means depend on its row alone.
+        rows: rows of the classes.
+        seed: seed of the samples; the means of a class depend on its row alone.
+
+    Returns:
+        Embeddings ``(N, 256)`` of unit variance, and their rows.
     """
     draw = torch.Generator().manual_seed(1000 + seed)
     labels = torch.tensor(rows)[torch.randint(2, (samples,), generator=draw)]
@@ -77,23 +234,25 @@ def clustered(samples: int, rows: tuple[int, int], seed: int = 0) -> tuple[Tenso
     return (means[labels, cluster] + noise) / 2**0.5, labels
 
 
-def dense_epoch(
-    learner: Any, keys: Tensor, values: Tensor, inputs: Tensor, labels: Tensor, order: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the usual PyTorch code does: every neuron through forward, backward, clip, step, clamp and norm.
+def dense_epoch(learner: SSD, trainer: Trainer, keys: Tensor, values: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Run one epoch as usual PyTorch code does: every neuron in forward, backward, clip, step, clamp and norm.
 
     Args:
-        learner: an ``ssd`` whose task has begun; gives settings, table and teacher targets.
+        learner: an ``ssd``.
+        trainer: its training of a task that distils.
         keys: ``(r, D)``.
         values: ``(r, C)``.
-        inputs: prepared, ``(N, D)``.
-        labels: ``(N,)``.
-        order: of the samples, ``(N,)``.
+        order: order of the samples, ``(N,)``.
 
     Returns:
         Keys and values after the epoch.
+
+    Raises:
+        InputError: the task does not distil.
     """
-    settings, targets, table = learner.settings, learner.targets, learner.tables[0].indices
+    if not isinstance(trainer.loss, DistillationLoss):
+        raise InputError("the first task does not distil; train a task before it")
+    settings, targets, table = learner.settings, trainer.loss.targets, learner.tables[0].indices
     keys, values = keys.clone().requires_grad_(True), values.clone().requires_grad_(True)
     optimiser = torch.optim.SGD([keys, values], settings.lr)
     alpha, lam, temperature = settings.ce_weight, settings.hidden_weight, settings.temperature
@@ -102,16 +261,17 @@ def dense_epoch(
         log_q, p = F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
         return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
 
-    for index in order.split(settings.batch):
-        u = F.relu(inputs[index] @ keys.T)
+    for index in torch.split(order, settings.batch):
+        u = F.relu(trainer.inputs[index] @ keys.T)
         inhibition = u.topk(settings.k + 1, dim=1).values[:, -1:].detach()
         a = F.relu(u - inhibition)
         logits = a @ values
         hidden = divergence(a[:, table], targets.hidden[0].table(index))
         logit = divergence(logits, targets.logits[index])
-        loss = alpha * F.cross_entropy(logits, labels[index]) + (1 - alpha) * (lam * hidden + (1 - lam) * logit)
+        cross_entropy = F.cross_entropy(logits, trainer.labels[index])
+        loss = alpha * cross_entropy + (1 - alpha) * (lam * hidden + (1 - lam) * logit)
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
         torch.nn.utils.clip_grad_norm_([keys, values], settings.clip)
         optimiser.step()
         with torch.no_grad():
@@ -121,92 +281,105 @@ def dense_epoch(
     return keys.detach(), values.detach()
 
 
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A learner in the middle of a task.
+
+    Attributes:
+        learner: the learner.
+        trainer: its training of the task.
+    """
+
+    learner: SSD
+    trainer: Trainer
+
+
+Run = Iterator[Contestant]  # runs an epoch per step
+
+
 class Race:
     """One task, learned in several ways from the same state.
 
     Args:
         neurons: r.
-        first: the task before it.
-        second: the task.
-        epochs: over it.
+        first: the task before the measured one.
+        second: the measured task.
+        epochs: epochs over it.
     """
 
-    def __init__(self, neurons: int, first: learners.Task, second: learners.Task, epochs: int) -> None:
-        self.options = {"name": "ssd", "neurons": neurons, "inhibition": "subtract", "batch": BATCH}
-        self.options["top_n"] = "1000" if neurons > 1000 else "1.0k"
+    def __init__(self, neurons: int, first: Task, second: Task, epochs: int) -> None:
+        self.neurons, self.epochs, self.second = neurons, epochs, second
         before = self._learner(FIRST_EPOCHS, "auto")
         before.learn(first)
-        self.state, self.epochs = before.state_dict(), epochs
-        self.learner = self._ready("torch", second)
-        self.inputs, self.labels = self.learner.prepared(second.embeddings), second.labels
-        self.second, draw = second, torch.Generator().manual_seed(1)
-        self.orders = [torch.randperm(len(self.labels), generator=draw) for _ in range(epochs)]
+        self.state = before.state_dict()
+        self.start = self._contestant("torch")
+        draw = torch.Generator().manual_seed(1)
+        self.orders = [torch.randperm(len(second.labels), generator=draw) for _ in range(epochs)]
 
-    def _learner(self, epochs: int, engine: str) -> Any:
-        learner = learners.build({**self.options, "epochs": epochs, "engine": engine}, DIM, Priors())
-        learner.expect(CLASSES)
-        return learner
+    def _learner(self, epochs: int, engine: Engine) -> SSD:
+        return new_learner(self.neurons, epochs, engine)
 
-    def _ready(self, engine: str, task: learners.Task) -> Any:
-        """A learner in the common state, with the teacher's targets in hand."""
+    def _contestant(self, engine: Engine) -> Contestant:
+        """Return a learner in the common state, with the teacher's targets computed."""
         learner = self._learner(self.epochs, engine)
         learner.load_state_dict(self.state)
-        learner._begin(learner.prepared(task.embeddings), task.labels)
-        learner.moved = learner._moved()
-        return learner
+        return Contestant(learner, learner.trainer(self.second))
 
-    def dense(self) -> Iterator[Any]:
-        """An epoch by dense autograd at each step; yields the learner. What comes before an epoch is done at once."""
-        twin = self._ready("torch", self.second)
+    # What comes before the first epoch is not part of a run's time, so each method prepares its contestant at once and
+    # returns a generator of the epochs.
+    def dense(self) -> Run:
+        """Return a run by dense autograd."""
+        contestant = self._contestant("torch")
 
-        def go() -> Iterator[Any]:
+        def epochs() -> Run:
+            net = contestant.learner.net
             for order in self.orders:
-                twin.net.layers[0].keys, twin.net.values = dense_epoch(
-                    twin, twin.net.keys, twin.net.values, self.inputs, self.labels, order
+                net.layers[0].keys, net.values = dense_epoch(
+                    contestant.learner, contestant.trainer, net.keys, net.values, order
                 )
-                yield twin
+                yield contestant
 
-        return go()
+        return epochs()
 
-    def touched(self) -> Iterator[Any]:
-        """An epoch by touched rows in PyTorch at each step."""
-        twin = self._ready("torch", self.second)
+    def touched(self) -> Run:
+        """Return a run by touched rows in PyTorch."""
+        return self._run("torch")
 
-        def go() -> Iterator[Any]:
+    def compiled(self) -> Run:
+        """Return a run of compiled epochs; the first one fills the caches."""
+        return self._run("compiled")
+
+    def _run(self, engine: Engine) -> Run:
+        contestant = self._contestant(engine)
+
+        def epochs() -> Run:
             for order in self.orders:
-                twin._epoch(order, self.inputs, self.labels)
-                yield twin
+                contestant.trainer.epoch(order)
+                yield contestant
 
-        return go()
+        return epochs()
 
-    def compiled(self) -> Iterator[Any]:
-        """A compiled epoch at each step, as `SDMLPLearner._learn` runs it; the first has the making of the caches."""
-        twin = self._ready("compiled", self.second)
-
-        def go() -> Iterator[Any]:
-            twin.lazy = epoch.start(twin.net, twin.settings, epoch.known_terms(twin), self.inputs, self.labels)
-            for order in self.orders:
-                if twin.lazy.ready():
-                    twin.lazy.run(order)
-                else:
-                    twin.lazy.drop()
-                    twin._epoch(order, self.inputs, self.labels)
-                yield twin
-
-        return go()
-
-    def scores(self) -> Iterator[Any]:
-        """Nothing but the float32 scores of an epoch's batches, all that an exact Top-K seems to need."""
-        net = self.learner.net
+    def scores(self) -> Run:
+        """Compute only the float32 scores of an epoch's batches, seemingly the least that an exact Top-K needs."""
+        net, inputs = self.start.learner.net, self.start.trainer.inputs
         for order in self.orders:
-            for index in order.split(BATCH):
-                self.inputs[index] @ net.keys.T
-            yield self.learner
+            for index in torch.split(order, BATCH):
+                inputs[index] @ net.keys.T
+            yield self.start
+
+
+def new_learner(neurons: int, epochs: int, engine: Engine) -> SSD:
+    """Return a new ``ssd`` for `CLASSES` announced classes."""
+    top_n = "1000" if neurons > 1000 else "1.0k"
+    settings = Settings(neurons=neurons, inhibition="subtract", batch=BATCH, top_n=top_n, epochs=epochs, engine=engine)
+    learner = SSD(DIM, settings, Priors())
+    learner.expect(CLASSES)
+    return learner
 
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """PyTorch with so many threads."""
+    """Let PyTorch use this number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -215,10 +388,14 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def timed(runs: dict[str, Iterator[Any]], epochs: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of every epoch of each run, and the learner each ends with; they take turns, epoch by epoch."""
+def timed(runs: Mapping[str, Run], epochs: int) -> tuple[dict[str, list[float]], dict[str, Contestant]]:
+    """Time every epoch of several runs, which take turns epoch by epoch.
+
+    Returns:
+        Seconds per epoch, and the contestant at the end, by name of the run.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    ends = {}
+    ends: dict[str, Contestant] = {}
     for _ in range(epochs):
         for name, run in runs.items():
             began = time.perf_counter()
@@ -227,13 +404,8 @@ def timed(runs: dict[str, Iterator[Any]], epochs: int) -> tuple[dict[str, list[f
     return seconds, ends
 
 
-def compare(race: Race, test: learners.Task) -> dict[str, Any]:
-    """One network size: seconds, ratios, and what both ends answer.
-
-    Returns:
-        ``ratio`` is the whole task by dense autograd over the whole task compiled, one thread each; ``scores_ratio``
-        the median compiled epoch of the second half over the scores alone; both None without Numba.
-    """
+def compare(race: Race, test: Task) -> Comparison:
+    """Measure seconds, ratios and predictions at one network size."""
     epochs, few = race.epochs, min(FEW_EPOCHS, race.epochs)
     native = epoch.kernels("auto") is not None
     with threads(1):
@@ -246,152 +418,136 @@ def compare(race: Race, test: learners.Task) -> dict[str, Any]:
         all_cores, _ = timed({"dense": race.dense(), "touched": race.touched()}, few)
         if native:
             all_cores.update(timed({"compiled": race.compiled()}, epochs)[0])
-    row: dict[str, Any] = {
-        "neurons": race.options["neurons"],
-        "samples": len(race.labels),
-        "epochs": epochs,
-        "seconds": {name: _spread(times) for name, times in seconds.items()},
-        "seconds_all_threads": {name: _spread(times) for name, times in all_cores.items()},
-        "threads": cores,
-        "touched_ratio": statistics.median(seconds["dense"]) / statistics.median(seconds["touched"]),
-    }
-    answers = {name: learner.predict(test.embeddings) for name, learner in ends.items()}
-    row["accuracy"] = {name: float((rows == test.labels).double().mean()) for name, rows in answers.items()}
-    if not native:
-        return {**row, "ratio": None, "ratio_all_threads": None, "scores_ratio": None}
-    late = statistics.median(seconds["compiled"][epochs // 2 :])
-    lazy = ends["compiled"].lazy
-    return {
-        **row,
-        "ratio": sum(seconds["dense"]) / sum(seconds["compiled"]),
-        "ratio_all_threads": statistics.median(all_cores["dense"]) * epochs / sum(all_cores["compiled"]),
-        "scores_ratio": late / statistics.median(seconds["scores"]),
-        "first_epoch": seconds["compiled"][0],
-        "second_half": late,
-        "equal_predictions": float((answers["dense"] == answers["compiled"]).double().mean()),
-        "evaluated": lazy.evaluated,
-        "anchored": lazy.anchored,
-    }
+    predictions = {name: end.learner.predict(test.embeddings) for name, end in ends.items()}
+    compiled = None
+    engine = ends["compiled"].trainer.compiled if native else None
+    if engine is not None:
+        late = statistics.median(seconds["compiled"][epochs // 2 :])
+        compiled = Compiled(
+            ratio=sum(seconds["dense"]) / sum(seconds["compiled"]),
+            ratio_all_threads=statistics.median(all_cores["dense"]) * epochs / sum(all_cores["compiled"]),
+            scores_ratio=late / statistics.median(seconds["scores"]),
+            first_epoch=seconds["compiled"][0],
+            second_half=late,
+            equal_predictions=float((predictions["dense"] == predictions["compiled"]).double().mean()),
+            evaluated=engine.evaluated,
+            anchored=engine.fills,
+        )
+    return Comparison(
+        neurons=race.neurons,
+        samples=len(race.second.labels),
+        epochs=epochs,
+        seconds={name: _spread(times) for name, times in seconds.items()},
+        seconds_all_threads={name: _spread(times) for name, times in all_cores.items()},
+        threads=cores,
+        touched_ratio=statistics.median(seconds["dense"]) / statistics.median(seconds["touched"]),
+        accuracy={name: float((rows == test.labels).double().mean()) for name, rows in predictions.items()},
+        compiled=compiled,
+    )
 
 
-def _spread(times: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(times), "least": min(times), "most": max(times), "sum": sum(times)}
+def _spread(times: list[float]) -> Spread:
+    return Spread(median=statistics.median(times), least=min(times), most=max(times), sum=sum(times))
 
 
-def growth(neurons: int, first: learners.Task, second: learners.Task, epochs: int) -> dict[str, Any]:
-    """The compiled epoch alone at one network size, one thread: first epoch, median of the second half, scores."""
+def growth(neurons: int, first: Task, second: Task, epochs: int) -> Point:
+    """Measure the compiled epoch alone at one network size, with one thread."""
     with threads(1):
         race = Race(neurons, first, second, epochs)
         scores, _ = timed({"scores": race.scores()}, 2)
         seconds, ends = timed({"compiled": race.compiled()}, epochs)
-    times = seconds["compiled"]
-    return {
-        "neurons": neurons,
-        "first_epoch": times[0],
-        "second_half": statistics.median(times[epochs // 2 :]),
-        "scores": min(scores["scores"]),
-        "evaluated": ends["compiled"].lazy.evaluated,
-    }
+    times, engine = seconds["compiled"], ends["compiled"].trainer.compiled
+    return Point(
+        neurons=neurons,
+        first_epoch=times[0],
+        second_half=statistics.median(times[epochs // 2 :]),
+        scores=min(scores["scores"]),
+        evaluated=0 if engine is None else engine.evaluated,
+    )
 
 
 def warm_up() -> float | None:
-    """Load the compiled epoch, or compile it where no machine code is kept yet; seconds, or None without Numba."""
+    """Load the compiled epoch, or compile it if no machine code is cached; return the seconds, None without Numba."""
     began = time.perf_counter()
     if epoch.kernels("auto") is None:
         return None
-    options = {"name": "ssd", "neurons": 64, "k": 3, "epochs": 1, "inhibition": "subtract", "engine": "compiled"}
-    learner = learners.build(options, DIM, Priors())
-    learner.learn(learners.Task(*clustered(9, (0, 1))))
+    settings = Settings(neurons=64, k=3, epochs=1, inhibition="subtract", engine="compiled")
+    SSD(DIM, settings, Priors()).learn(Task(*clustered(9, (0, 1))))
     return time.perf_counter() - began
 
 
-def memory(neurons: int, samples: int) -> dict[str, float] | None:
-    """MiB that learning a task takes beyond the learner and its embeddings, in a process of its own; Linux only."""
+def memory(neurons: int, samples: int) -> Memory | None:
+    """Measure the memory of learning a task, in a process of its own; None if the system does not report peaks."""
     if not (PROCESS / "clear_refs").exists():
         return None
-    code = f"from ssd_edge import benching; benching._print_memory({neurons}, {samples})"
-    # what is freed goes back at once: else the peak depends on what the allocator happens to keep
+    code = f"from ssd_edge.run import bench; bench.print_memory({neurons}, {samples})"
+    # freed memory is returned at once; otherwise the peak depends on what the allocator happens to keep
     variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=variables)
-    return json.loads(run.stdout) if run.returncode == 0 else None
+    return Memory(**json.loads(run.stdout)) if run.returncode == 0 else None
 
 
-def _print_memory(neurons: int, samples: int) -> None:
+def print_memory(neurons: int, samples: int) -> None:
+    """Learn a task and print the fields of `Memory` as JSON; `memory` calls it in a new process."""
     torch.set_num_threads(1)
-    options = {"name": "ssd", "neurons": neurons, "epochs": 5, "inhibition": "subtract", "engine": "compiled"}
-    learner: Any = learners.build({**options, "top_n": "1000" if neurons > 1000 else "1.0k"}, DIM, Priors())
-    learner.expect(CLASSES)
-    for rows in ((0, 1), (2, 3)):  # everything is loaded and compiled then
-        learner.learn(learners.Task(*clustered(BATCH, rows)))
-    task = learners.Task(*clustered(samples, (4, 5)))
+    learner = new_learner(neurons, 5, "compiled")
+    for rows in ((0, 1), (2, 3)):  # loads and compiles everything
+        learner.learn(Task(*clustered(BATCH, rows)))
+    task = Task(*clustered(samples, (4, 5)))
     reset_peak()
     before = resident("VmRSS")
     learner.learn(task)
     net, mib = learner.net, 2**20
-    parts = {
-        "on_top": resident("VmHWM") - before,
-        "peak": resident("VmHWM"),
-        "model": 4 * (net.keys.numel() + net.values.numel()),
-        "inputs": 4 * task.embeddings.numel(),
-        "batch_scores": 4 * BATCH * neurons,
-        "all_scores": 4 * samples * neurons,
-    }
-    print(json.dumps({name: value / mib for name, value in parts.items()}))
+    measured = Memory(
+        on_top=(resident("VmHWM") - before) / mib,
+        peak=resident("VmHWM") / mib,
+        model=4 * (net.keys.numel() + net.values.numel()) / mib,
+        inputs=4 * task.embeddings.numel() / mib,
+        batch_scores=4 * BATCH * neurons / mib,
+        all_scores=4 * samples * neurons / mib,
+    )
+    print(json.dumps(dataclasses.asdict(measured)))
 
 
-def synthetic(samples: int) -> tuple[learners.Task, learners.Task, learners.Task]:
-    """Two tasks of `clustered` embeddings, and 4,000 others of both to test with."""
+def synthetic(samples: int) -> tuple[Task, Task, Task]:
+    """Return two tasks of `clustered` embeddings, and 4,000 other samples of both for testing."""
     parts = [clustered(2000, rows, seed=1) for rows in ((0, 1), (2, 3))]
-    test = learners.Task(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    return learners.Task(*clustered(samples, (0, 1))), learners.Task(*clustered(samples, (2, 3))), test
+    test = Task(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return Task(*clustered(samples, (0, 1))), Task(*clustered(samples, (2, 3))), test
 
 
 def bench(
     size: Size | None = None,
-    say: Say = lambda text: None,
-    tasks: tuple[learners.Task, learners.Task, learners.Task] | None = None,
-) -> dict[str, Any]:
-    """Everything, as ``ssd-edge bench --json`` prints it.
+    log: Callable[[str], None] = lambda text: None,
+    tasks: tuple[Task, Task, Task] | None = None,
+) -> Report:
+    """Run the whole benchmark.
 
     Args:
-        size: how much; None: what takes less than a minute.
-        say: told what is being measured.
-        tasks: the one before, the one that is measured, and what to test with; None: `synthetic`.
-
-    Returns:
-        ``ratios`` by name (None without Numba), one row a network size, the curve, memory, machine and versions.
+        size: amount of work; None: an amount that takes less than a minute.
+        log: called with a line per measurement that starts.
+        tasks: the task before the measured one, the measured task, and test samples; None: `synthetic`.
     """
     size = size or Size()
     loading = warm_up()
     first, second, test = tasks or synthetic(size.samples)
-    rows, curve, ratios = [], [], {}
+    rows: list[Comparison] = []
+    curve: list[Point] = []
     for neurons in size.neurons:
-        say(f"{neurons:,} neurons")
-        row = compare(Race(neurons, first, second, size.epochs), test)
-        rows.append(row)
-        ratios[f"cpu_r{neurons}"] = row["ratio"]
-        ratios[f"cpu_r{neurons}_all_threads"] = row["ratio_all_threads"]
-        ratios[f"cpu_r{neurons}_without_numba"] = row["touched_ratio"]
-        ratios[f"scores_r{neurons}"] = row["scores_ratio"]
+        log(f"{neurons:,} neurons")
+        rows.append(compare(Race(neurons, first, second, size.epochs), test))
     if loading is not None:
         for neurons in size.curve:
-            say(f"the compiled epoch at {neurons:,} neurons")
+            log(f"the compiled epoch at {neurons:,} neurons")
             curve.append(growth(neurons, first, second, size.curve_epochs))
-    return {
-        "ratios": ratios,
-        "rows": rows,
-        "curve": curve,
-        "memory_mib": memory(max(size.neurons), 10_000) if loading is not None and size.curve else None,
-        "loading_seconds": loading,
-        "features": features(),
-        **environment(),
-    }
+    held = memory(max(size.neurons), 10_000) if loading is not None and size.curve else None
+    return Report(rows, curve, held, loading, features(), environment())
 
 
 def features() -> list[str]:
-    """What this processor can do that matters here."""
+    """Return the processor's features that matter here."""
     try:
-        told = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+        listed = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:
         return []
-    return [name for name in FEATURES if name in told]
+    return [name for name in FEATURES if name in listed]

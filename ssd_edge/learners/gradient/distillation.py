@@ -197,7 +197,7 @@ def teacher_targets(
     slots = [table.slots(len(layer.keys)) for table, layer in zip(tables, teacher.layers, strict=True)]
     logits: list[Tensor] = []
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
-    for part in inputs.split(batch or _portion(teacher)):
+    for part in torch.split(inputs, batch or _portion(teacher)):
         state = teacher.forward(part, gammas)
         logits.append(state.top.matmul(teacher.values))
         for number in layers:

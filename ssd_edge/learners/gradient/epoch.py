@@ -1,7 +1,8 @@
-"""Whether a task can be learned by the compiled epoch, and the arrays that it works on.
+"""Compiled epochs: the decision whether a task can use them, and the arrays that they work on.
 
-A sample's Top-K is looked for among its m best neurons at an earlier time and among neurons whose keys have moved
-far since; a bound on what all others can have gained proves it complete, or all are evaluated (docs/speed.md).
+The Top-K of a sample is searched among its m best neurons at an earlier time and among neurons whose keys have moved
+far since. A bound on what all other neurons can have gained proves it complete; without a proof all neurons are
+evaluated (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -10,41 +11,40 @@ import dataclasses
 import importlib
 import math
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ssd_edge.errors import EnvironmentUnfitError, InputError
 from ssd_edge.learners.gradient.distillation import HiddenTargets
-from ssd_edge.learners.gradient.network import SDMLP
+from ssd_edge.learners.gradient.network import SDMLP, Engine, NetworkSettings
 from ssd_edge.learners.gradient.topk import DENSE_ABOVE
 
-Engine = Literal["auto", "torch", "compiled"]
-
-CANDIDATES = 6  # m of a sample is so many times k
-FEW = 2e10  # multiplications of all scores of a task below which loading machine code takes longer than it saves
-FEW_UNKEPT = 1e12  # the same where it has to be compiled in every process
-OPEN = 1 / 8  # share of neurons with an open switch above which nothing is sparse
-LANES_SHARE = 1 / 4  # of r, at most, for always-evaluated keys: they are held twice
+CANDIDATES = 6  # m is this multiple of k
+MIN_WORK = 2e10  # multiplications of all scores of a task below which loading machine code takes longer than it saves
+MIN_WORK_UNCACHED = 1e12  # the same where the code is compiled in every process
+MAX_OPEN = 1 / 8  # share of neurons with an open switch above which activations are not sparse
+LANES_SHARE = 1 / 4  # of r, largest share of always-evaluated keys, which are stored twice
 LANES_LEAST = 256
-EVALUATE = 3.0  # cost of one neuron's score in a full evaluation; 1: of one in a lane
-HOPELESS = 0.5  # share of samples that could not be proved from which an epoch is better taken by plain PyTorch
+EVALUATION_COST = 3.0  # cost of one score in a full evaluation relative to one in a lane
+MAX_MISSES = 0.5  # share of samples without a proof above which plain PyTorch takes less time
 
 
 @dataclasses.dataclass(frozen=True)
-class Terms:
-    """The loss of a task, as the compiled epoch can compute it.
+class CompiledLoss:
+    """The loss of a task as the compiled epoch can compute it.
 
     Attributes:
-        cross_entropy: its weight.
-        logits: the teacher's logits ``(N, C)``, or None: nothing is distilled.
-        logit_weight: of their divergence.
-        outputs: which of them, int64, or None: all.
-        hidden: the teacher's table activations, or None.
-        hidden_weight: of their divergence.
-        slots: the table column of each neuron, int64 ``(r,)``, or -1.
+        cross_entropy: weight of the cross-entropy.
+        logits: the teacher's logits ``(N, C)``, or None without distillation.
+        logit_weight: weight of the logit distillation.
+        outputs: the outputs that are distilled, int64, or None for all.
+        hidden: the teacher's activations of table neurons, or None.
+        hidden_weight: weight of the hidden distillation.
+        slots: the table column of each neuron, int64 ``(r,)``, or -1; required with `hidden`.
         temperature: T of both.
     """
 
@@ -59,16 +59,74 @@ class Terms:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the losses that are reported."""
+        """Names of the loss terms that are reported."""
         distilled = ("logit_distillation",) if self.logits is not None else ()
         return ("cross_entropy", *distilled, *(("hidden_distillation",) if self.hidden is not None else ()))
 
 
+class Caches(NamedTuple):
+    """The best neurons of every sample, in the order that the kernel takes them.
+
+    Attributes:
+        neurons: int32 ``(N, m)`` by score, descending, padded with -1.
+        scores: ``(N, m)``, their scores.
+        bound: ``(N,)``, largest score of all other neurons.
+        slack: ``(N,)``, difference between the lowest rank that matters and the bound.
+        path: float64 ``(r,)``, distance that each key has moved since the caches were filled.
+    """
+
+    neurons: NDArray[np.int32]
+    scores: NDArray[Any]
+    bound: NDArray[Any]
+    slack: NDArray[Any]
+    path: NDArray[np.float64]
+
+
+class Lanes(NamedTuple):
+    """Neurons that are evaluated for every sample, in the order that the kernel takes them.
+
+    Attributes:
+        lane: int32 ``(r,)``, the lane of each neuron, or -1.
+        neurons: int32, the neuron of each lane.
+        blocks: their keys, transposed, ``(blocks, D, LANES)``.
+        counts: int64 ``(2,)``, number of lanes in use, and how many of them, first, have an open switch.
+    """
+
+    lane: NDArray[np.int32]
+    neurons: NDArray[np.int32]
+    blocks: NDArray[Any]
+    counts: NDArray[np.int64]
+
+
+class TeacherArrays(NamedTuple):
+    """The teacher's answers, in the order that the kernel takes them; arrays without columns if not distilled.
+
+    Attributes:
+        outputs: int64 ``(O,)``, outputs that are distilled.
+        probabilities: ``(N, O)``, softened.
+        entropy: ``(N,)``, negative entropy of the probabilities.
+        table: int32 ``(r,)``, the table column of each neuron, or -1.
+        slots: int64 ``(N, t)``, active columns of the table.
+        hidden: float64 ``(N, t)``, their probabilities.
+        rest: float64 ``(N,)``, probability of each other column.
+        hidden_entropy: float64 ``(N,)``, negative entropy over the table.
+    """
+
+    outputs: NDArray[np.int64]
+    probabilities: NDArray[Any]
+    entropy: NDArray[Any]
+    table: NDArray[np.int32]
+    slots: NDArray[np.int64]
+    hidden: NDArray[np.float64]
+    rest: NDArray[np.float64]
+    hidden_entropy: NDArray[np.float64]
+
+
 def kernels(engine: Engine) -> ModuleType | None:
-    """`kernels`, or None where Numba is missing.
+    """Import `ssd_edge.learners.gradient.kernels`; return None without Numba.
 
     Raises:
-        EnvironmentUnfitError: it is missing, and the setting insists.
+        EnvironmentUnfitError: Numba is missing and engine is ``compiled``.
     """
     try:
         return importlib.import_module("ssd_edge.learners.gradient.kernels")
@@ -81,25 +139,8 @@ def kernels(engine: Engine) -> ModuleType | None:
         return None
 
 
-def known_terms(learner: Any) -> Terms | None:
-    """The loss of an `SDMLPLearner`'s task; None where a penalty or a subclass adds what a compiled epoch cannot know.
-
-    A subclass that changes a step's part without saying so in `_terms` (or `_counted`) is run by PyTorch.
-    """
-    if learner.penalty.active or learner.penalty.tracks:
-        return None
-
-    def depth(method: str) -> int:
-        return next(depth for depth, base in enumerate(type(learner).__mro__) if method in vars(base))
-
-    steps = (("_components", "_terms"), ("_step", "_terms"), ("_gradient", "_terms"), ("_observe", "_counted"))
-    if any(depth(changed) < depth(known) for changed, known in steps):
-        return None
-    return learner._terms()
-
-
-def unfit(net: SDMLP, settings: Any, terms: Terms | None) -> str:
-    """Why a task cannot be learned by the compiled epoch; empty where it can."""
+def unfit(net: SDMLP, settings: NetworkSettings, loss: CompiledLoss | None) -> str:
+    """Return why a task cannot use the compiled epoch, or "" if it can."""
     r = len(net.keys)
     if net.keys.device.type != "cpu":
         return f"the learner is on {net.keys.device.type}"
@@ -107,216 +148,242 @@ def unfit(net: SDMLP, settings: Any, terms: Terms | None) -> str:
         return f"learner.layers is {len(net.layers)}, not 1"
     if settings.k + 1 > DENSE_ABOVE * r:
         return f"learner.k = {settings.k} of {r} neurons is not sparse (at most an eighth)"
-    if terms is None:
-        return "its loss is none that the compiled epoch knows (a penalty, or another distillation than the paper's)"
+    if loss is None:
+        return "it does not support this loss (a penalty, or distillation other than the paper's)"
     return ""
 
 
-def start(net: SDMLP, settings: Any, terms: Terms | None, inputs: Tensor, labels: Tensor) -> LazyEpochs | None:
-    """The compiled epochs of a task, or None: plain PyTorch.
+def start(
+    net: SDMLP, settings: NetworkSettings, loss: CompiledLoss | None, inputs: Tensor, labels: Tensor
+) -> CompiledEpochs | None:
+    """Return the compiled epochs of a task, or None if it is trained in PyTorch.
 
     Args:
-        net: the network; changed in place by each epoch.
-        settings: the learner's.
-        terms: of the loss, or None where they are not known.
+        net: network; each epoch changes it in place.
+        settings: settings of the training.
+        loss: loss of the task, or None if the compiled epoch cannot compute it.
         inputs: prepared, ``(N, D)``.
         labels: int64 ``(N,)``.
 
     Raises:
-        InputError: learner.engine=compiled, but this task cannot be learned so.
+        InputError: learner.engine=compiled, but this task cannot use it.
         EnvironmentUnfitError: learner.engine=compiled without Numba.
     """
     if settings.engine == "torch":
         return None
-    reason = unfit(net, settings, terms)
+    reason = unfit(net, settings, loss)
     if settings.engine == "compiled" and reason:
         raise InputError(f"learner.engine is compiled, but {reason}; set learner.engine=auto")
     work = math.inf if settings.engine == "compiled" else net.keys.numel() * len(labels) * settings.epochs
-    compiled = None if reason or work < FEW else kernels(settings.engine)
-    if compiled is None or (work < FEW_UNKEPT and not compiled.KEPT):
+    compiled = None if reason or work < MIN_WORK else kernels(settings.engine)
+    if compiled is None or loss is None or (work < MIN_WORK_UNCACHED and not compiled.CACHED):
         return None
-    return LazyEpochs(compiled, net, settings, terms, inputs, labels)
+    return CompiledEpochs(compiled, net, settings, loss, inputs, labels)
 
 
-class LazyEpochs:
-    """Epochs over one task.
+class CompiledEpochs:
+    """Compiled epochs over one task.
 
     Args:
-        compiled: `kernels`.
-        net: changed in place.
-        settings: the learner's.
-        terms: of the loss.
+        compiled: the module `kernels`.
+        net: network; changed in place.
+        settings: settings of the training.
+        loss: loss of the task.
         inputs: prepared, ``(N, D)``.
         labels: int64 ``(N,)``.
 
     Attributes:
-        full: evaluations of all neurons that single samples needed in the last epoch.
-        evaluated: neurons that were evaluated for every sample at the end of it.
-        anchored: how often the caches of all samples were made.
+        full: number of samples for which all neurons were evaluated in the last epoch.
+        fills: how often the caches of all samples were filled.
     """
 
     def __init__(
-        self, compiled: ModuleType, net: SDMLP, settings: Any, terms: Terms, inputs: Tensor, labels: Tensor
+        self,
+        compiled: ModuleType,
+        net: SDMLP,
+        settings: NetworkSettings,
+        loss: CompiledLoss,
+        inputs: Tensor,
+        labels: Tensor,
     ) -> None:
-        self.compiled, self.net, self.settings, self.terms = compiled, net, settings, terms
+        self.compiled, self.net, self.settings, self.loss = compiled, net, settings, loss
         self.inputs, self.x, self.labels = inputs, inputs.contiguous().numpy(), labels.contiguous().numpy()
         (self.neurons, self.dim), self.samples = net.keys.shape, len(inputs)
         self.rank = net.k + (net.inhibition != "mask")
         self.cached = min(CANDIDATES * net.k, self.neurons - 1)
         self.density = max(float((inputs[:512] != 0).float().mean()), 1 / self.dim)
-        self.loss = _targets(terms, self.x, self.neurons)
-        self.full = self.anchored = self.pause = self.wait = 0
-        self.state: tuple[np.ndarray, ...] | None = None
+        self.teacher = _teacher_arrays(loss, self.x, self.neurons)
+        self.full = self.fills = self.pause = self.wait = 0
+        self.search: tuple[Caches, Lanes] | None = None
+        self.limit = self.excess = 0.0  # distance at which a key gets a lane; cost above that of fresh caches
+        self.first_lanes: int | None = None  # number of lanes after the first epoch with these caches
 
     def ready(self) -> bool:
-        """Whether the next epoch can be compiled: few open switches, and caches that are worth it."""
+        """Return True if the next epoch can be compiled: few open switches, and caches that are worth it."""
         if self.wait:
             self.wait -= 1
             return False
-        return len(self._opened()) <= OPEN * self.neurons
+        return len(self._open()) <= MAX_OPEN * self.neurons
 
-    def drop(self) -> None:
-        """Forget the caches: the keys were changed by someone else."""
-        self.state = None
+    def invalidate(self) -> None:
+        """Drop the caches after the keys were changed elsewhere."""
+        self.search = None
 
     @property
     def evaluated(self) -> int:
-        """Neurons that are evaluated for every sample."""
-        return 0 if self.state is None else int(self.lanes[3][0])
+        """Number of neurons that are evaluated for every sample."""
+        return 0 if self.search is None else int(self.search[1].counts[0])
 
-    def run(self, order: Tensor) -> tuple[dict[str, float], Tensor]:
-        """One epoch.
+    def run(self, order: Tensor) -> dict[str, float]:
+        """Run one epoch.
 
         Args:
-            order: of the samples, int64 ``(N,)``.
+            order: order of the samples, int64 ``(N,)``.
 
         Returns:
-            The means that a step reports, by name; activations of each neuron, int64 ``(r,)``.
+            Means over the epoch, by name, as of `Trainer.epoch`.
         """
-        net, settings, terms, compiled = self.net, self.settings, self.terms, self.compiled
+        net, settings, loss, compiled = self.net, self.settings, self.loss, self.compiled
         layer = net.layers[0]
-        layer.keys, layer.counters, net.values = layer.keys.contiguous(), layer.counters, net.values.contiguous()
-        if self.state is None:
-            self._anchor()
-        weights = (terms.cross_entropy, terms.logit_weight, terms.hidden_weight)
-        width = 0 if terms.hidden is None else terms.hidden.width
+        layer.keys, net.values = layer.keys.contiguous(), net.values.contiguous()
+        caches, lanes = self.search or self._fill()
+        weights = (loss.cross_entropy, loss.logit_weight, loss.hidden_weight)
+        width = 0 if loss.hidden is None else loss.hidden.width
         subtracts = net.inhibition != "mask"
-        numbers = (settings.lr, settings.clip, *weights, terms.temperature, net.switch, width)
-        totals, activity = np.zeros(compiled.TOTALS), np.zeros(self.neurons, np.int64)
-        before = self.state[4].copy()
+        numbers = (settings.lr, settings.clip, *weights, loss.temperature, net.switch, width)
+        totals = np.zeros(compiled.TOTALS)
+        before = caches.path.copy()
         compiled.epoch(
             *(self.x, self.labels, order.numpy(), min(settings.batch, self.samples)),
             *(layer.keys.numpy(), net.values.numpy(), layer.counters.numpy()),
-            *(self.state, self.lanes, self.loss),
-            *(np.array([*numbers, self.rank, subtracts, self.limit], np.float64), totals, activity),
+            *(tuple(caches), tuple(lanes), tuple(self.teacher)),
+            *(np.array([*numbers, self.rank, subtracts, self.limit], np.float64), totals),
         )
         self.full = int(totals[compiled.MISSES])
-        self._plan(self.state[4] - before)
+        self._plan(caches, lanes, caches.path - before)
         places = (compiled.CROSS_ENTROPY, compiled.LOGIT, compiled.HIDDEN)
         named = zip(("cross_entropy", "logit_distillation", "hidden_distillation"), places, strict=True)
-        told = {"gradient_norm": compiled.NORM, "clipped": compiled.CLIPPED, "active_neurons": compiled.ACTIVE}
-        told.update({name: place for name, place in named if name in terms.names})
-        return {name: float(totals[place]) for name, place in told.items()}, torch.from_numpy(activity)
+        reported = {"gradient_norm": compiled.NORM, "clipped": compiled.CLIPPED, "active_neurons": compiled.ACTIVE}
+        reported.update({name: place for name, place in named if name in loss.names})
+        return {name: float(totals[place]) for name, place in reported.items()}
 
     # ── caches ───────────────────────────────────────────────────────────────────────────────────────
-    def _opened(self) -> np.ndarray:
-        """Neurons whose switch is open."""
+    def _open(self) -> NDArray[np.int64]:
+        """Return the neurons whose switch is open."""
         net = self.net
         if net.inhibition != "gaba":
             return np.zeros(0, np.int64)
         return (net.counters < net.switch).nonzero().flatten().numpy()
 
-    def _anchor(self) -> None:
-        """Cache every sample's best neurons, by scores of a batch at a time."""
+    def _fill(self) -> tuple[Caches, Lanes]:
+        """Cache the best neurons of every sample, from the scores of one batch at a time."""
         net, count = self.net, self.samples
-        opened, number = self._opened(), self.x.dtype
+        opened, dtype = self._open(), self.x.dtype
         lane, most = np.full(self.neurons, -1, np.int32), max(LANES_LEAST, int(LANES_SHARE * self.neurons))
         listed = np.zeros(max(min(most, self.neurons), len(opened)), np.int32)
         lane[opened], listed[: len(opened)] = np.arange(len(opened)), opened
         side = self.compiled.LANES
-        blocks = _aligned((-(-len(listed) // side), self.dim, side), number)
+        blocks = _aligned((-(-len(listed) // side), self.dim, side), dtype)
         keys = net.keys.numpy()
         for at, neuron in enumerate(opened):
             blocks[at // side, :, at % side] = keys[neuron]
-        best, scores = np.empty((count, self.cached), np.int32), np.empty((count, self.cached), number)
-        bound, slack = np.empty(count, number), np.empty(count, number)
+        best, scores = np.empty((count, self.cached), np.int32), np.empty((count, self.cached), dtype)
+        bound, slack = np.empty(count, dtype), np.empty(count, dtype)
         closed, portion = torch.from_numpy(opened), min(self.settings.batch, count)
-        held = torch.empty(portion, self.neurons, dtype=self.inputs.dtype)
+        buffer = torch.empty(portion, self.neurons, dtype=self.inputs.dtype)
         for begin in range(0, count, portion):
             part = slice(begin, begin + portion)
             samples = self.inputs[part]
-            all_scores = torch.mm(samples, net.keys.T, out=held[: len(samples)])
+            all_scores = torch.mm(samples, net.keys.T, out=buffer[: len(samples)])
             all_scores[:, closed] = -torch.inf  # always evaluated
             top, index = all_scores.topk(self.cached + 1, dim=1)
             best[part], scores[part] = index[:, :-1], top[:, :-1]
             bound[part], slack[part] = top[:, -1], top[:, self.rank - 1] - top[:, -1]
         best[~np.isfinite(scores)] = -1
-        self.state = (best, scores, bound, slack, np.zeros(self.neurons))
-        self.lanes = (lane, listed, blocks, np.array([len(opened), len(opened)]))
-        self.anchored += 1
+        caches = Caches(best, scores, bound, slack, np.zeros(self.neurons))
+        self.search = (caches, Lanes(lane, listed, blocks, np.array([len(opened), len(opened)])))
+        self.fills += 1
         self.limit = max(float(np.quantile(slack, 0.02)), 0.0)
-        self.excess, self.lanes_at_first = 0.0, None
+        self.excess, self.first_lanes = 0.0, None
+        return self.search
 
-    def _plan(self, moved: np.ndarray) -> None:
-        """After an epoch: how far a key may move before it gets a lane; whether to begin anew.
+    def _plan(self, caches: Caches, lanes: Lanes, moved: NDArray[np.float64]) -> None:
+        """Decide after an epoch how far a key may move before it gets a lane, and whether to fill the caches anew.
 
-        Costs are counted, never timed, so that the same run takes the same path on every machine.
+        Costs are counted, never timed, so that a run takes the same path on every machine.
 
         Args:
-            moved: how far each key has moved in the epoch, ``(r,)``.
+            caches: caches of the epoch.
+            lanes: lanes of the epoch.
+            moved: distance that each key has moved in the epoch, ``(r,)``.
         """
-        # infinite where all neurons are cached or in lanes; no score of unit vectors changes by more than 2
-        lane, path, slack = self.lanes[0], self.state[4], np.sort(np.minimum(self.state[3], 2.0))
+        # infinite if all neurons are cached or in lanes; no score of unit vectors changes by more than 2
+        slack = np.sort(np.minimum(caches.slack, 2.0))
         count = self.evaluated
-        if self.full > HOPELESS * self.samples and self.anchored > 1:
-            # began anew, and in vain: each time twice as long until the next try
+        if self.full > MAX_MISSES * self.samples and self.fills > 1:
+            # filling the caches anew did not help: wait twice as long before the next try
             self.pause = self.wait = max(1, 2 * self.pause)
-            self.state = None
+            self.search = None
             return
-        expected = np.sort((path + moved)[lane < 0])
-        full = EVALUATE * self.neurons / self.density
+        expected = np.sort((caches.path + moved)[lanes.lane < 0])
+        full = EVALUATION_COST * self.neurons / self.density
         tried = np.unique(np.quantile(slack, np.linspace(0, 0.3, 61)).clip(0))
-        lanes = len(expected) - np.searchsorted(expected, tried, side="right")
+        new_lanes = len(expected) - np.searchsorted(expected, tried, side="right")
         misses = np.searchsorted(slack, tried) / self.samples
-        self.limit = float(tried[np.argmin(lanes + full * misses)])
-        # rent or buy: what caches cost more than new ones would, summed up, against the cost of new ones
-        if self.lanes_at_first is None:
-            self.lanes_at_first = count
-        self.excess += full * self.full + self.samples * max(0, count - self.lanes_at_first)
+        self.limit = float(tried[np.argmin(new_lanes + full * misses)])
+        # rent or buy: fill anew once the accumulated extra cost of these caches exceeds the cost of filling
+        if self.first_lanes is None:
+            self.first_lanes = count
+        self.excess += full * self.full + self.samples * max(0, count - self.first_lanes)
         if self.excess > full * self.samples:
-            self.state = None
+            self.search = None
 
 
-def _aligned(shape: tuple[int, ...], number: np.dtype) -> np.ndarray:
-    """Zeros that begin where a line of cache does: else every wide load would touch two."""
-    size = int(np.prod(shape)) * number.itemsize
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return zeros aligned to a cache line; otherwise every wide load would touch two lines."""
+    size = int(np.prod(shape)) * dtype.itemsize
     raw = np.zeros(size + 64, np.uint8)
     begin = -raw.ctypes.data % 64
-    return raw[begin : begin + size].view(number).reshape(shape)
+    return raw[begin : begin + size].view(dtype).reshape(shape)
 
 
-def _targets(terms: Terms, x: np.ndarray, neurons: int) -> tuple[np.ndarray, ...]:
-    """The teacher's answers as the kernel takes them: probabilities and negative entropies."""
-    samples, number = len(x), x.dtype
-    table, width = np.full(neurons, -1, np.int32), 0
-    none, zeros = np.zeros((samples, 0)), np.zeros(samples)
-    outputs, wanted, entropy = np.zeros(0, np.int64), none.astype(number), zeros.astype(number)
-    slots, hidden, rest, hidden_entropy = np.zeros((samples, 0), np.int64), none, zeros, zeros
-    if terms.logits is not None:
-        outputs = torch.arange(terms.logits.shape[1]) if terms.outputs is None else terms.outputs
-        log_p = (terms.logits[:, outputs] / terms.temperature).log_softmax(1)
-        wanted, entropy = log_p.exp().numpy(), (log_p.exp() * log_p).sum(1).numpy()
-        outputs = outputs.numpy()
-    if terms.hidden is not None:
-        answers, width = terms.hidden, terms.hidden.width
-        inside = answers.slots < width
-        answered = (answers.activations.double() / terms.temperature).masked_fill(~inside, 0)
+def _teacher_arrays(loss: CompiledLoss, x: NDArray[Any], neurons: int) -> TeacherArrays:
+    """Compute the arrays of the teacher for the inputs x ``(N, D)``."""
+    samples, dtype = len(x), x.dtype
+    empty, zeros = np.zeros((samples, 0)), np.zeros(samples)
+    arrays = TeacherArrays(
+        outputs=np.zeros(0, np.int64),
+        probabilities=empty.astype(dtype),
+        entropy=zeros.astype(dtype),
+        table=np.full(neurons, -1, np.int32),
+        slots=np.zeros((samples, 0), np.int64),
+        hidden=empty,
+        rest=zeros,
+        hidden_entropy=zeros,
+    )
+    if loss.logits is not None:
+        outputs = torch.arange(loss.logits.shape[1]) if loss.outputs is None else loss.outputs
+        log_p = (loss.logits[:, outputs] / loss.temperature).log_softmax(1)
+        arrays = arrays._replace(
+            outputs=outputs.numpy(),
+            probabilities=log_p.exp().numpy(),
+            entropy=(log_p.exp() * log_p).sum(1).numpy(),
+        )
+    if loss.hidden is not None and loss.slots is not None:
+        targets, width = loss.hidden, loss.hidden.width
+        inside = targets.slots < width
+        scaled = (targets.activations.double() / loss.temperature).masked_fill(~inside, 0)
         others = width - inside.sum(1)
-        # all columns that are not active are equal: exp(0), so many times
-        shift = torch.cat([answered.masked_fill(~inside, -torch.inf), others.to(answered.dtype).log()[:, None]], 1)
-        log_rest = -shift.logsumexp(1)
-        log_p = answered + log_rest[:, None]
+        # all inactive columns are equal, exp(0), so one term with their number stands for them
+        terms = [scaled.masked_fill(~inside, -torch.inf), others.to(scaled.dtype).log()[:, None]]
+        log_rest = -torch.cat(terms, 1).logsumexp(1)
+        log_p = scaled + log_rest[:, None]
         p, rest = log_p.exp().masked_fill(~inside, 0), log_rest.exp()
-        hidden_entropy = ((p * log_p).sum(1) + others * rest * log_rest).numpy()
-        slots, hidden, rest, table = answers.slots.numpy(), p.numpy(), rest.numpy(), terms.slots.numpy()
-    return outputs, wanted, entropy, table.astype(np.int32), slots, hidden, rest, hidden_entropy
+        arrays = arrays._replace(
+            table=loss.slots.numpy().astype(np.int32),
+            slots=targets.slots.numpy(),
+            hidden=p.numpy(),
+            rest=rest.numpy(),
+            hidden_entropy=((p * log_p).sum(1) + others * rest * log_rest).numpy(),
+        )
+    return arrays

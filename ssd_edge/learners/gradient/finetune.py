@@ -223,7 +223,7 @@ class FineTune(Learner):
             for epoch in range(epochs):
                 order = torch.randperm(len(labels), generator=generator).to(self.device)
                 totals: dict[str, Tensor] = {}
-                for index in order.split(settings.batch):
+                for index in torch.split(order, settings.batch):
                     losses = self._step(inputs[index], labels[index], index, optimiser)
                     if schedule is not None:
                         schedule.step()
@@ -257,10 +257,12 @@ class FineTune(Learner):
             observed = F.cross_entropy(settings.penalty_beta * logits, labels)
             likelihood = torch.autograd.grad(observed, list(parameters.values()), retain_graph=True)
         optimiser.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
+        terms = list(losses.values())
+        sum(terms[1:], terms[0]).backward()  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
         if penalty.active:
             for name, parameter in parameters.items():
-                parameter.grad += penalty.gradient(name, parameter)
+                if parameter.grad is not None:
+                    parameter.grad += penalty.gradient(name, parameter)
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()} if likelihood else {}
         torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
         optimiser.step()
@@ -277,7 +279,7 @@ class FineTune(Learner):
     # ── predicting, and the state ────────────────────────────────────────────────────────────────────
     @torch.no_grad()
     def scores(self, embeddings: Tensor) -> Tensor:
-        parts = [self._forward(part.to(self.device)).cpu() for part in embeddings.split(4096)]
+        parts = [self._forward(part.to(self.device)).cpu() for part in torch.split(embeddings, 4096)]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.output_bias))
 
     def write_head(self, graph: HeadGraph, x: str) -> str:
@@ -293,7 +295,8 @@ class FineTune(Learner):
 
     def _shapes(self) -> dict[str, tuple[str | int, ...]]:
         """Symbolic shapes of the parameters."""
-        r, shapes = self.settings.neurons, {}
+        r = self.settings.neurons
+        shapes: dict[str, tuple[str | int, ...]] = {}
         for layer in range(self.settings.layers):
             shapes[name_of("weight", layer)] = (r, r if layer else "D")
             shapes[name_of("bias", layer)] = (r,)

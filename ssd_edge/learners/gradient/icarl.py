@@ -95,7 +95,7 @@ class ICaRL(FineTune):
     @torch.no_grad()
     def _features(self, embeddings: Tensor) -> Tensor:
         """Last hidden layer ``(N, r)`` of embeddings, of unit length; a zero row stays zero."""
-        parts = [F.normalize(self._activations(part.to(self.device))[-1]) for part in embeddings.split(4096)]
+        parts = [F.normalize(self._activations(part.to(self.device))[-1]) for part in torch.split(embeddings, 4096)]
         return torch.cat(parts) if parts else torch.zeros(0, self.settings.neurons, device=self.device)
 
     # ── learning ─────────────────────────────────────────────────────────────────────────────────────
@@ -115,7 +115,7 @@ class ICaRL(FineTune):
 
     @torch.no_grad()
     def _begin(self, inputs: Tensor, labels: Tensor) -> None:
-        self.targets = torch.cat([self._forward(part)[:, self.old].sigmoid() for part in inputs.split(4096)])
+        self.targets = torch.cat([self._forward(part)[:, self.old].sigmoid() for part in torch.split(inputs, 4096)])
 
     def _loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
         wanted = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
@@ -170,7 +170,7 @@ class ICaRL(FineTune):
         """Means of the exemplars by the present network."""
         kept = self.exemplar_rows >= 0
         features, rows = self._features(self.exemplars[kept]), self.exemplar_rows[kept]
-        self.mean_rows = rows.unique()
+        self.mean_rows = torch.unique(rows)
         means = [features[rows == row].mean(0) for row in self.mean_rows]
         self.means = F.normalize(torch.stack(means)) if means else self.means[:0]
 

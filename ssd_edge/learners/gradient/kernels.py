@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 LANES = 64  # always-evaluated keys side by side: the scores of so many at a time
 REASSOCIATE = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity stay what they are
@@ -20,11 +21,17 @@ REASSOCIATE = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and 
 # Places in the array of totals, sums over the batches of an epoch weighed by their size.
 NORM, CLIPPED, ACTIVE, CROSS_ENTROPY, LOGIT, HIDDEN, MISSES, TOTALS = range(8)
 
-_inner = numba.njit(fastmath=REASSOCIATE, inline="never")
+Array = NDArray[Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _inner(function: Function) -> Function:
+    """Compile a function that other compiled functions call; mypy sees its Python signature."""
+    return cast(Function, numba.njit(fastmath=REASSOCIATE, inline="never")(function))
 
 
 @_inner
-def _dot(a, b):
+def _dot(a: Array, b: Array) -> Any:
     total = a.dtype.type(0)
     for d in range(a.shape[0]):
         total += a[d] * b[d]
@@ -32,20 +39,21 @@ def _dot(a, b):
 
 
 @_inner
-def _insert(score, neuron, scores, neurons, filled):
+def _insert(score: float, neuron: int, scores: Array, neurons: Array, filled: int) -> int:
     """Put a score into a descending list of fixed length; the list's new length in use."""
-    place = min(filled, scores.shape[0] - 1)
+    length: int = scores.shape[0]
+    place = min(filled, length - 1)
     while place > 0 and scores[place - 1] < score:
         scores[place] = scores[place - 1]
         neurons[place] = neurons[place - 1]
         place -= 1
     scores[place] = score
     neurons[place] = neuron
-    return min(filled + 1, scores.shape[0])
+    return min(filled + 1, length)
 
 
 @_inner
-def _place(changed, keys, listed, blocks):
+def _place(changed: Array, keys: Array, listed: Array, blocks: Array) -> None:
     """Write the keys of some lanes into the transposed blocks ``(blocks, D, LANES)``, a few cache lines at a time."""
     dim = keys.shape[1]
     for first in range(0, dim, 16):
@@ -57,7 +65,7 @@ def _place(changed, keys, listed, blocks):
 
 
 @_inner
-def _lane_scores(x, batch, used, nonzero, blocks, lanes, scores):
+def _lane_scores(x: Array, batch: Array, used: Array, nonzero: Array, blocks: Array, lanes: int, scores: Array) -> None:
     """Scores ``(B, lanes)`` of a batch with the keys in lanes.
 
     A block stays in a near cache while all samples pass it; of an input only entries that are not zero cost anything,
@@ -94,7 +102,21 @@ def _lane_scores(x, batch, used, nonzero, blocks, lanes, scores):
 
 
 @_inner
-def _lazy(sample, keys, cached, cached_scores, bound, path, lane, scores, listed, delta, margin, top, who):
+def _lazy(
+    sample: Array,
+    keys: Array,
+    cached: Array,
+    cached_scores: Array,
+    bound: float,
+    path: Array,
+    lane: Array,
+    scores: Array,
+    listed: Array,
+    delta: float,
+    margin: float,
+    top: Array,
+    who: Array,
+) -> tuple[bool, int]:
     """The largest scores of one sample, if the cache proves them to be; whether it does, and how many there are.
 
     All neurons in lanes have been evaluated; cached ones follow in descending order until no other can come in.
@@ -118,7 +140,21 @@ def _lazy(sample, keys, cached, cached_scores, bound, path, lane, scores, listed
 
 
 @_inner
-def _full(samples, missed, keys, path, lane, cached, cached_scores, bound, top, who, filled, near, near_who):
+def _full(
+    samples: Array,
+    missed: Array,
+    keys: Array,
+    path: Array,
+    lane: Array,
+    cached: Array,
+    cached_scores: Array,
+    bound: Array,
+    top: Array,
+    who: Array,
+    filled: Array,
+    near: Array,
+    near_who: Array,
+) -> None:
     """Evaluate every neuron for the samples that could not be proved, and cache their best anew.
 
     Args:
@@ -156,7 +192,16 @@ def _full(samples, missed, keys, path, lane, cached, cached_scores, bound, top, 
 
 
 @_inner
-def _logits_loss(logits, label, wanted, entropy, outputs, weights, temperature, slope):
+def _logits_loss(
+    logits: Array,
+    label: int,
+    wanted: Array,
+    entropy: float,
+    outputs: Array,
+    weights: Array,
+    temperature: float,
+    slope: Array,
+) -> tuple[Any, Any]:
     """∂L/∂logits of one sample, without the division by the batch, and its cross-entropy and distillation."""
     one = logits.dtype.type(1)
     largest, total = logits[0], logits.dtype.type(0)
@@ -185,7 +230,20 @@ def _logits_loss(logits, label, wanted, entropy, outputs, weights, temperature, 
 
 
 @_inner
-def _hidden_loss(active, value, table, width, slots, wanted, rest, entropy, weight, temperature, buffer, slope):
+def _hidden_loss(
+    active: Array,
+    value: Array,
+    table: Array,
+    width: int,
+    slots: Array,
+    wanted: Array,
+    rest: float,
+    entropy: float,
+    weight: float,
+    temperature: float,
+    buffer: Array,
+    slope: Array,
+) -> Any:
     """∂L/∂a of one sample's active neurons and the distance of its table activations from the teacher's.
 
     All table entries that are zero have the same probability, `rest` the teacher's, so they cost nothing. The distance
@@ -219,7 +277,7 @@ def _hidden_loss(active, value, table, width, slots, wanted, rest, entropy, weig
 
 
 @_inner
-def _rescore(sample, keys, lane, top, who, filled):
+def _rescore(sample: Array, keys: Array, lane: Array, top: Array, who: Array, filled: int) -> None:
     """Score what was chosen among the lanes as the others are, so that equal keys answer alike to the last bit."""
     for place in range(filled):
         neuron, score = who[place], top[place]
@@ -233,7 +291,20 @@ def _rescore(sample, keys, lane, top, who, filled):
 
 
 @_inner
-def _active(top, who, filled, subtract, lane, listed, gammas, sample, keys, active, value, positive):
+def _active(
+    top: Array,
+    who: Array,
+    filled: int,
+    subtract: int,
+    lane: Array,
+    listed: Array,
+    gammas: Array,
+    sample: Array,
+    keys: Array,
+    active: Array,
+    value: Array,
+    positive: Array,
+) -> int:
     """Active neurons of one sample after the inhibition; how many."""
     rank, found = top.shape[0], 0
     zero = top.dtype.type(0)
@@ -255,7 +326,7 @@ def _active(top, who, filled, subtract, lane, listed, gammas, sample, keys, acti
 
 
 @_inner
-def _move(key, slope, rate, fresh):
+def _move(key: Array, slope: Array, rate: float, fresh: Array) -> tuple[float, bool]:
     """One key's step, clamp and normalisation; how far it moved (rounded up), and whether it is finite."""
     zero, squares, moved = key.dtype.type(0), key.dtype.type(0), key.dtype.type(0)
     for d in range(key.shape[0]):
@@ -269,7 +340,20 @@ def _move(key, slope, rate, fresh):
     return 1.001 * math.sqrt(moved), np.isfinite(squares)
 
 
-def _epoch(x, labels, order, batch, keys, values, counters, state, lanes, loss, settings, totals, activity):
+def _epoch(
+    x: Array,
+    labels: Array,
+    order: Array,
+    batch: int,
+    keys: Array,
+    values: Array,
+    counters: Array,
+    state: tuple[Array, ...],
+    lanes: tuple[Array, ...],
+    loss: tuple[Array, ...],
+    settings: Array,
+    totals: Array,
+) -> None:
     """One pass over a task, in place.
 
     Args:
@@ -291,7 +375,6 @@ def _epoch(x, labels, order, batch, keys, values, counters, state, lanes, loss, 
             rank (scores that the inhibition looks at), whether it subtracts, and how far a key may move before it
             gets a lane, float64 ``(11,)``.
         totals: float64 ``(TOTALS,)``, filled.
-        activity: int64 ``(r,)``, activations of each neuron, added to.
     """
     cached, cached_scores, bound, slack, path = state
     lane, listed, blocks, counts = lanes
@@ -393,7 +476,6 @@ def _epoch(x, labels, order, batch, keys, values, counters, state, lanes, loss, 
             neuron = touched[at]
             slot[neuron] = -1
             counters[neuron] += active_count[at]
-            activity[neuron] += active_count[at]
             for c in range(classes):
                 values[neuron, c] = max(values[neuron, c] - rate * value_slope[at, c], kind(0))
             moved, finite = _move(keys[neuron], key_slope[at], rate, fresh)
@@ -417,11 +499,11 @@ def _compiled(cache: bool) -> Callable[..., None]:
     return numba.njit(fastmath=REASSOCIATE, nogil=True, cache=cache)(_epoch)
 
 
-KEPT = True  # whether machine code is kept for the next process
+CACHED = True  # whether machine code is kept for the next process
 try:
     _kernel = _compiled(True)
 except RuntimeError:  # nowhere to keep it: a read-only installation and no home folder
-    _kernel, KEPT = _compiled(False), False
+    _kernel, CACHED = _compiled(False), False
 
 
 def epoch(*arguments: Any) -> None:

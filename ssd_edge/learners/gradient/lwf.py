@@ -47,7 +47,7 @@ class LwF(FineTune):
     @torch.no_grad()
     def _begin(self, inputs: Tensor, labels: Tensor) -> None:
         self.old = self.seen.nonzero().flatten().to(self.device)
-        self.targets = torch.cat([self._forward(part)[:, self.old] for part in inputs.split(4096)])
+        self.targets = torch.cat([self._forward(part)[:, self.old] for part in torch.split(inputs, 4096)])
 
     def _loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
         losses = super()._loss(logits, labels, index)

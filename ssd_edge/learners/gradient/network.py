@@ -1,66 +1,110 @@
-"""SDMLP: a network of hidden layers whose keys compete (Bricken et al., "Sparse Distributed Memory is a
-Continual Learner", 2023; facts and quirks of the reference code are in docs/method.md).
+"""SDMLP: a network of hidden layers whose keys compete.
 
-x = ReLU(z − s)/‖·‖ → scores W1 x → Top-K inhibition → logits W2ᵀ a. No biases; all weights are
-non-negative, keys have unit length. With more than one hidden layer (SDMLP and SSD are published with one)
-each further layer treats the activations below it, brought to unit length, as its x.
+Bricken et al., "Sparse Distributed Memory is a Continual Learner", 2023; docs/method.md has the details of its code.
 
-The gradient of a cross-entropy-like loss reaches only the rows of neurons that were active in the batch, so a
-step computes, clips, updates and constrains only those: for plain SGD this is exact, because every other row
-has a zero gradient and already obeys the constraints.
+x = ReLU(z − s)/‖·‖ → scores W1 x → Top-K inhibition → logits W2ᵀ a. There are no biases; all weights are non-negative
+and keys have unit length. With more than one hidden layer (SDMLP and SSD are published with one) each further layer
+takes the activations below it, scaled to unit length, as its x.
+
+The gradient of the loss reaches only the rows of neurons that were active in the batch, so a step computes, clips,
+updates and constrains only those. For plain SGD this is exact: every other row has a zero gradient and already obeys
+the constraints.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ssd_edge.config import setting
+from ssd_edge.errors import InputError
+from ssd_edge.learners.gradient.penalties import Slot
 from ssd_edge.learners.gradient.topk import Activations, gaba, inhibit
 
 Inhibition = Literal["gaba", "subtract", "mask"]
+Engine = Literal["auto", "torch", "compiled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkSettings:
+    """Settings of the network and its training. Published: lr=0.05, epochs=2000 (500 for CIFAR-100 and MNIST)."""
+
+    neurons: int = setting(1000, "r, the number of keys of a hidden layer", minimum=2, maximum=1_000_000)
+    layers: int = setting(1, "hidden layers; the papers have one", minimum=1, maximum=8)
+    k: int = setting(10, "neurons that stay active", minimum=1)
+    shift: float = setting(0.0, "s of the input step ReLU(z - s); the keys belong to one s (docs/method.md)")
+    epochs: int = setting(40, "passes over a task; with this lr a fifth of the published schedule", minimum=1)
+    lr: float = setting(0.5, "plain SGD; 0.05 as published needs the published 2,000 epochs", above=0.0)
+    batch: int = setting(128, "samples per step, as published", minimum=1)
+    clip: float = setting(1.0, "largest norm of the gradient, as published", above=0.0)
+    pretrained: bool = setting(True, "start from the backbone's keys if it has keys of this size")
+    inhibition: Literal["gaba", "subtract", "mask"] = setting(
+        "gaba", "gaba: subtraction behind the switch; subtract: closed from the start; mask: the k largest pass"
+    )
+    gaba: Literal["close", "keep"] = setting("close", "switches of pretrained keys; if kept, a third never closes")
+    switch: float = setting(0.0, "C, activations that close a switch; 0: half of samples x epochs of a task", minimum=0)
+    outputs: Literal["announced", "arriving"] = setting("announced", "announced: later classes are negatives too")
+    engine: Literal["auto", "torch", "compiled"] = setting(
+        "auto", "runs an epoch; auto: compiled if numba is installed, the loss is plain and the task is long enough"
+    )
+
+    def __post_init__(self) -> None:
+        """Check fields against each other.
+
+        Raises:
+            InputError: k is larger than the number of neurons.
+        """
+        if self.k > self.neurons:
+            raise InputError(f"learner.k must be at most learner.neurons, but is {self.k} of {self.neurons}")
+
+
+def layer_name(tensor: str, layer: int) -> str:
+    """Return the name of a hidden layer's tensor: ``keys``, ``keys_1``, … from the bottom up."""
+    return f"{tensor}_{layer}" if layer else tensor
 
 
 def prepare(embeddings: Tensor, shift: float | None) -> Tensor:
-    """The network's input step: ReLU(z − s), then L2 per row. A zero row stays zero.
+    """Apply the input step of the network: ReLU(z − s), then the L2 norm per row. A zero row stays zero.
 
     Args:
         embeddings: standardised, ``(N, D)``.
-        shift: s; None: the embedding stays signed and is only brought to unit length.
+        shift: s; None keeps the sign and only scales rows to unit length.
     """
     if shift is None:
         return unit_rows(embeddings)
-    x = (embeddings - shift).clamp_min_(0)  # a task may be large: one copy of it is enough
+    x = (embeddings - shift).clamp_min_(0)  # in place: a task may be large
     return x.div_(x.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def respond(cosines: Tensor, gain: float) -> Tensor:
-    """exp(γ cos): how strongly each neuron answers, ``(N, r)``; nothing inhibits.
+    """Return exp(γ cos), the response of each neuron without inhibition, ``(N, r)``.
 
-    The exponential of the cosine is what addressing in a sparse distributed memory comes to when many hard
-    locations lie around each key (Bricken & Pehlevan 2021), and smooth, as its read-out here needs.
+    The exponential of the cosine is the limit of addressing in a sparse distributed memory with many hard locations
+    around each key (Bricken & Pehlevan 2021), and it is smooth.
 
     Args:
-        cosines: of inputs and keys, ``(N, r)``.
+        cosines: cosines of inputs and keys, ``(N, r)``.
         gain: γ.
     """
     return (gain * cosines).exp()
 
 
 def initial_rows(rows: int, columns: int, fan_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Uniform in ±1/√fan_in (the default of a linear layer), clamped at zero: about half the weights are 0."""
+    """Draw uniformly from ±1/√fan_in (the default of a linear layer) and clamp at zero: about half are 0."""
     bound = 1.0 / math.sqrt(fan_in)
     drawn = torch.rand(rows, columns, generator=generator, dtype=torch.float64) * 2 - 1
     return (drawn * bound).clamp_min(0).to(dtype)
 
 
 def unit_rows(matrix: Tensor) -> Tensor:
-    """Rows divided by their L2 norm; a zero row stays zero (a dead key)."""
-    return matrix / matrix.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    """Divide rows by their L2 norm. A zero row (a dead key) stays zero."""
+    unit: Tensor = matrix / matrix.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return unit
 
 
 @dataclasses.dataclass
@@ -69,7 +113,7 @@ class Layer:
 
     Attributes:
         keys: ``(r, inputs)``, non-negative unit rows.
-        counters: ``(r,)``, times that each neuron was active in training.
+        counters: ``(r,)``, number of times that each neuron was active in training.
     """
 
     keys: Tensor
@@ -78,21 +122,21 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """What a forward pass leaves behind for the backward pass; one entry per hidden layer, bottom first.
+    """State of a forward pass, kept for the backward pass; one entry per hidden layer, bottom first.
 
     Attributes:
         inputs: ``(B, inputs)`` of each layer, rows of unit length.
-        norms: ``(B, 1)``, length of each layer's input before it was brought to 1; None for the first.
-        activations: of each layer.
+        norms: ``(B, 1)``, length of each layer's input before scaling; empty for the first layer.
+        activations: activations of each layer.
     """
 
     inputs: list[Tensor]
-    norms: list[Tensor | None]
+    norms: list[Tensor]
     activations: list[Activations]
 
     @property
     def top(self) -> Activations:
-        """Activations that the logits are read from."""
+        """Activations of the top layer, which the logits are computed from."""
         return self.activations[-1]
 
 
@@ -101,7 +145,7 @@ class Gradients:
     """Gradients of the rows that a batch reaches.
 
     Attributes:
-        rows: per layer, int64 ``(R,)``, which neurons.
+        rows: per layer, int64 ``(R,)``, the neurons.
         keys: per layer, ``(R, inputs)``.
         values: ``(R, C)`` for the rows of the top layer.
     """
@@ -111,21 +155,23 @@ class Gradients:
     values: Tensor
 
     def norm(self) -> float:
-        """Global L2 norm."""
+        """Return the global L2 norm."""
         return math.sqrt(sum(float(part.square().sum()) for part in (*self.keys, self.values)))
 
-    def widened(self, wider: Sequence[Tensor]) -> Gradients:
-        """The same with zeros for further rows.
+    def widened(self, masks: Sequence[Tensor]) -> Gradients:
+        """Return the same gradients with zeros for further rows.
 
         Args:
-            wider: per layer, bool ``(r,)``: further rows to have.
+            masks: per layer, bool ``(r,)``, the rows to add.
         """
-        rows, keys, values = [], [], self.values
-        for layer, (mine, more) in enumerate(zip(self.rows, wider, strict=True)):
-            mask = more.clone()
-            mask[mine] = True
-            all_rows = mask.nonzero().flatten()
-            place = torch.searchsorted(all_rows, mine)
+        rows: list[Tensor] = []
+        keys: list[Tensor] = []
+        values = self.values
+        for layer, (present, mask) in enumerate(zip(self.rows, masks, strict=True)):
+            union = mask.clone()
+            union[present] = True
+            all_rows = union.nonzero().flatten()
+            place = torch.searchsorted(all_rows, present)
             rows.append(all_rows)
             keys.append(_placed(self.keys[layer], place, len(all_rows)))
             if layer == len(self.rows) - 1:
@@ -134,31 +180,27 @@ class Gradients:
 
 
 def _placed(part: Tensor, place: Tensor, rows: int) -> Tensor:
-    whole = part.new_zeros(rows, part.shape[1])
-    whole[place] = part
-    return whole
+    """Return zeros ``(rows, …)`` with `part` in the rows `place`."""
+    result = part.new_zeros(rows, part.shape[1])
+    result[place] = part
+    return result
 
 
 class SDMLP:
-    """The network and its touched-row update. Plain tensors: gradients are closed-form.
+    """The network and its touched-row update. Plain tensors: gradients are in closed form.
 
     Attributes:
         layers: hidden layers, bottom first.
         values: W2, ``(r, C)``, non-negative.
-        k: neurons that stay active in each layer.
+        k: number of neurons that stay active in each layer.
         switch: C of the GABA switch.
-        inhibition: ``gaba`` (subtraction behind a switch), ``subtract`` (switch closed from the start), ``mask``.
+        inhibition: ``gaba`` (subtraction behind a switch), ``subtract`` (switch closed from the start), or ``mask``.
     """
 
     def __init__(
-        self,
-        layers: Sequence[Layer],
-        values: Tensor,
-        k: int,
-        switch: float,
-        inhibition: Inhibition = "gaba",
+        self, layers: Sequence[Layer], values: Tensor, k: int, switch: float, inhibition: Inhibition = "gaba"
     ) -> None:
-        # counters are counted on in place; keys and values are new tensors already
+        # counters change in place, so they are copied; the operations on keys and values create new tensors
         self.layers = [Layer(unit_rows(layer.keys.clamp_min(0)), layer.counters.clone()) for layer in layers]
         self.values = values.clamp_min(0)
         self.k = k
@@ -190,16 +232,21 @@ class SDMLP:
         """γ of the top layer."""
         return self.gammas[-1]
 
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the tensors that gradients change, by name."""
+        keys = {layer_name("keys", number): layer.keys for number, layer in enumerate(self.layers)}
+        return {**keys, "values": self.values}
+
     def copy(self) -> SDMLP:
-        """An independent copy."""
+        """Return an independent copy, equal bit for bit."""
         twin = SDMLP(self.layers, self.values, self.k, self.switch, self.inhibition)
-        # as they are: normalising unit rows once more would change their last bits
+        # assigned again because normalising unit rows once more would change their last bits
         twin.layers = [Layer(layer.keys.clone(), layer.counters.clone()) for layer in self.layers]
         twin.values = self.values.clone()
         return twin
 
     def grow(self, classes: int, generator: torch.Generator) -> None:
-        """Add value columns, initialised as at the start, until there are `classes`."""
+        """Add value columns until there are `classes`, drawn as at initialisation."""
         missing = classes - self.values.shape[1]
         if missing > 0:
             rows = self.values.shape[0]
@@ -208,9 +255,15 @@ class SDMLP:
 
     # ── forward ──────────────────────────────────────────────────────────────────────────────────────
     def forward(self, x: Tensor, gammas: Sequence[Tensor | None] | None = None) -> Pass:
-        """Activations of all layers for prepared inputs ``(N, D)``; pass `gammas` to reuse them over batches."""
+        """Compute the activations of all layers.
+
+        Args:
+            x: prepared inputs, ``(N, D)``.
+            gammas: as the property; pass it to compute it once for several batches.
+        """
         gammas = self.gammas if gammas is None else gammas
-        inputs, norms, activations = [x], [None], []
+        inputs, norms = [x], [x.new_zeros(0)]
+        activations: list[Activations] = []
         for number, (layer, gamma) in enumerate(zip(self.layers, gammas, strict=True)):
             if number:
                 below = activations[-1]
@@ -224,75 +277,57 @@ class SDMLP:
         return Pass(inputs, norms, activations)
 
     def activate(self, x: Tensor, gammas: Sequence[Tensor | None] | None = None) -> Activations:
-        """Activations of the top layer for prepared inputs ``(N, D)``."""
+        """Return the activations of the top layer for prepared inputs ``(N, D)``."""
         return self.forward(x, gammas).top
 
     def logits(self, x: Tensor, batch: int = 2048) -> Tensor:
-        """Logits ``(N, C)`` of prepared inputs ``(N, D)``, in batches; nothing is counted."""
+        """Return the logits ``(N, C)`` of prepared inputs ``(N, D)``, in batches; counters do not change."""
         gammas = self.gammas
-        parts = [self.activate(part, gammas).matmul(self.values) for part in x.split(batch)]
+        parts = [self.activate(part, gammas).matmul(self.values) for part in torch.split(x, batch)]
         return torch.cat(parts) if parts else x.new_zeros(0, self.values.shape[1])
 
     # ── backward ─────────────────────────────────────────────────────────────────────────────────────
     def entry_gradients(
         self, state: Pass, to_logits: Tensor, to_activations: Sequence[Tensor | None] | None = None
     ) -> list[Tensor]:
-        """∂L/∂z of every layer, one number per entry of its activations (dense ``(B, r)`` where they are dense).
+        """Compute ∂L/∂z of every layer, one number per entry of its activations.
 
         Args:
-            state: of the forward pass.
+            state: state of the forward pass.
             to_logits: ∂L/∂logits, ``(B, C)``.
-            to_activations: per layer, ∂L/∂a beyond what comes from above: ``(M,)`` per entry of its
-                activations, ``(B, r)`` if they are dense, or None.
+            to_activations: per layer, ∂L/∂a of loss terms on the activations themselves, one number per entry, or None.
         """
         gradients: list[Tensor] = []
         for number in reversed(range(len(self.layers))):
             activations = state.activations[number]
             if number == len(self.layers) - 1:
-                if activations.is_dense:
-                    hidden = to_logits @ self.values.T
-                else:
-                    hidden = (to_logits[activations.sample] * self.values[activations.neuron]).sum(1)  # (M,)
+                hidden = activations.entry_products(to_logits, self.values)
             else:
                 to_input = state.activations[number + 1].entries_matmul(gradients[-1], self.layers[number + 1].keys)
                 unit, norm = state.inputs[number + 1], state.norms[number + 1]
-                to_input = (to_input - unit * (to_input * unit).sum(1, keepdim=True)) / norm
-                hidden = to_input if activations.is_dense else to_input[activations.sample, activations.neuron]
-            if to_activations is not None and to_activations[number] is not None:
-                hidden = hidden + to_activations[number]
-            if activations.is_dense:
-                hidden = hidden * ((activations.dense > 0) & activations.dense_positive)
-            else:
-                hidden = hidden * activations.positive
-            gradients.append(hidden)
+                hidden = activations.gather((to_input - unit * (to_input * unit).sum(1, keepdim=True)) / norm)
+            direct = None if to_activations is None else to_activations[number]
+            if direct is not None:
+                hidden = hidden + direct
+            gradients.append(activations.passed(hidden))
         return gradients[::-1]
 
     def gradients(
-        self,
-        state: Pass,
-        to_logits: Tensor,
-        to_activations: Sequence[Tensor | None] | None = None,
+        self, state: Pass, to_logits: Tensor, to_activations: Sequence[Tensor | None] | None = None
     ) -> Gradients:
-        """Gradients of the touched rows.
+        """Compute the gradients of the touched rows.
 
         Args:
-            state: of the forward pass.
-            to_logits: as `entry_gradients`.
-            to_activations: as `entry_gradients`.
+            state: state of the forward pass.
+            to_logits: as in `entry_gradients`.
+            to_activations: as in `entry_gradients`.
         """
         hidden = self.entry_gradients(state, to_logits, to_activations)
-        rows, keys, values = [], [], to_logits
-        for number, layer in enumerate(self.layers):
-            activations, neurons = state.activations[number], len(layer.keys)
-            everything = torch.arange(neurons, device=layer.keys.device)
-            if activations.is_dense:
-                touched = position = everything
-            else:
-                mask = torch.zeros(neurons, dtype=torch.bool, device=layer.keys.device)
-                mask[activations.neuron] = True
-                touched = mask.nonzero().flatten()
-                position = torch.empty_like(everything)
-                position[touched] = torch.arange(len(touched), device=layer.keys.device)
+        rows: list[Tensor] = []
+        keys: list[Tensor] = []
+        values = to_logits
+        for number, activations in enumerate(state.activations):
+            touched, position = activations.touched()
             rows.append(touched)
             keys.append(activations.transposed_matmul(hidden[number], state.inputs[number], position, len(touched)))
             if number == len(self.layers) - 1:
@@ -300,12 +335,12 @@ class SDMLP:
         return Gradients(rows, keys, values)
 
     def apply(self, gradients: Gradients, lr: float, clip: float) -> float:
-        """One SGD step with these gradients: global clipping, update, clamp at zero, unit keys.
+        """Take one SGD step: global clipping, update, clamp at zero, unit keys.
 
         Args:
-            gradients: of the rows to change; all others stay as they are.
+            gradients: gradients of the rows to change; all other rows stay unchanged.
             lr: learning rate.
-            clip: the largest global norm.
+            clip: largest global norm.
 
         Returns:
             The norm before clipping.
@@ -319,6 +354,21 @@ class SDMLP:
         return norm
 
     def count(self, state: Pass) -> None:
-        """Advance the GABA counters; called in training only (SDMLP's code also counts in evaluation)."""
+        """Advance the GABA counters. Called in training only, whereas SDMLP's code also counts in evaluation."""
         for layer, activations in zip(self.layers, state.activations, strict=True):
             layer.counters += activations.counts().to(layer.counters.dtype)
+
+    def linearise(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], dict[str, Slot]]]:
+        """Return the logits ``(B, C)`` of prepared inputs, and the map from ∂L/∂logits to per-sample gradients."""
+        state = self.forward(inputs)
+        code = state.top.to_dense()
+
+        def pullback(cotangent: Tensor) -> dict[str, Slot]:
+            slots: dict[str, Slot] = {}
+            for number, entries in enumerate(self.entry_gradients(state, cotangent)):
+                delta = state.activations[number].spread(entries)
+                slots[layer_name("keys", number)] = Slot(delta, state.inputs[number])
+            slots["values"] = Slot(cotangent, code, transposed=True)
+            return slots
+
+        return state.top.matmul(self.values), pullback

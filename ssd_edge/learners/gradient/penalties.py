@@ -97,7 +97,7 @@ def exact_fisher(inputs: Tensor, linearise: Linearise, beta: float, batch: int) 
         By parameter, in its shape.
     """
     totals: dict[str, Tensor] = {}
-    for part in inputs.split(batch):
+    for part in torch.split(inputs, batch):
         logits, pullback = linearise(part)
         probability = (beta * logits).softmax(1)
         slots: dict[str, Slot] = {}
@@ -134,7 +134,7 @@ def batch_fisher(
     """
     totals: dict[str, Tensor] = {}
     order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
-    for index in order.split(batch)[:FISHER_BATCHES]:
+    for index in torch.split(order, batch)[:FISHER_BATCHES]:
         logits, pullback = linearise(inputs[index])
         cotangent = beta * (beta * logits).softmax(1)
         cotangent[torch.arange(len(index), device=logits.device), logits.argmax(1)] -= beta
@@ -153,7 +153,7 @@ def sensitivity(inputs: Tensor, linearise: Linearise, batch: int) -> dict[str, T
         batch: samples at a time; changes memory, not the result.
     """
     totals: dict[str, Tensor] = {}
-    for part in inputs.split(batch):
+    for part in torch.split(inputs, batch):
         logits, pullback = linearise(part)
         for name, slot in pullback(2 * logits).items():
             source = None if slot.source is None else slot.source.abs()

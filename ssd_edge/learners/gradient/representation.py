@@ -7,7 +7,6 @@ vectors of indices without an order. Equations are those of SSD (arXiv 2512.1526
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -205,12 +204,12 @@ def coactivation(activations: Activations, minimum: int = 1) -> Tensor:
     """
     if minimum < 1:
         raise InputError(f"an edge of the co-activation graph needs at least 1 common sample, not {minimum}")
-    ones = _ones(activations)
+    ones = activations.indicator()
     neurons = activations.shape[1]
     frequent = (activations.counts() >= minimum).nonzero().flatten()
     everyone = torch.arange(neurons, device=frequent.device)
     edges = []
-    for part in frequent.split(BLOCK):
+    for part in torch.split(frequent, BLOCK):
         slot = torch.full_like(everyone, -1)
         slot[part] = torch.arange(len(part), device=part.device)
         common = ones.transposed_matmul(None, ones.columns(slot, len(part)), everyone, neurons)  # (r, BLOCK)
@@ -229,7 +228,7 @@ def mean_path_length(edges: Tensor) -> float:
     Args:
         edges: int64 ``(2, M)``, undirected.
     """
-    nodes, ends = edges.unique(return_inverse=True)
+    nodes, ends = torch.unique(edges, return_inverse=True)
     count = len(nodes)
     both = torch.cat([ends, ends.flip(0)], dim=1)
     ones = torch.ones(both.shape[1], device=edges.device)
@@ -237,7 +236,7 @@ def mean_path_length(edges: Tensor) -> float:
     if both.shape[1] > DENSE_ABOVE * count**2:
         adjacency = adjacency.to_dense()
     steps = pairs = 0
-    for sources in torch.arange(count, device=edges.device).split(BLOCK):
+    for sources in torch.split(torch.arange(count, device=edges.device), BLOCK):
         reached = torch.zeros(count, len(sources), dtype=torch.bool, device=edges.device)
         reached[sources, torch.arange(len(sources), device=edges.device)] = True
         frontier, distance, found = reached, 0, 1
@@ -311,16 +310,8 @@ def _only(keys: Tensor, indices: Tensor) -> Tensor:
     return masked
 
 
-def _ones(activations: Activations) -> Activations:
-    """The same with 1 for every activation."""
-    if activations.is_dense:
-        return dataclasses.replace(activations, dense=(activations.dense > 0).to(activations.dense.dtype))
-    return dataclasses.replace(activations, value=torch.ones_like(activations.value))
-
-
 def _most_edges(activations: Activations) -> int:
     """No co-activation graph of these has more edges: pairs of active neurons, in all or sample by sample."""
     alive = int((activations.counts() > 0).sum())
-    dense = activations.dense
-    active = torch.bincount(activations.sample) if dense is None else (dense > 0).sum(1)  # per sample
+    active = activations.per_sample()
     return min(alive * (alive - 1), int((active * (active - 1)).sum())) // 2

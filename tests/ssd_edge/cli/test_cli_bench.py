@@ -18,14 +18,16 @@ def test_json_is_one_object_and_full_is_the_large_size(
 ) -> None:
     asked = []
 
-    def bench(size: benching.Size, say: Any) -> dict[str, Any]:
+    report = benching.Report([], [], None, 2.5, ["avx2"], {"threads": 3})
+
+    def bench(size: benching.Size, log: Any) -> benching.Report:
         asked.append(size)
-        say("10,000 neurons")
-        return {"ratios": {"cpu_r1000": 6.5}}
+        log("10,000 neurons")
+        return report
 
     monkeypatch.setattr(benching, "bench", bench)
     done = CliRunner().invoke(cli, ["bench", "--json", *words])
     assert done.exit_code == 0, done.output
     assert asked == [expected]
-    assert json.loads(done.stdout) == {"ratios": {"cpu_r1000": 6.5}}
+    assert json.loads(done.stdout) == report.to_dict()
     assert done.stderr == "10,000 neurons\n"

@@ -1,4 +1,4 @@
-"""When an epoch is compiled: what the setting says, what is installed, and what the task is."""
+"""Tests of the decision to compile an epoch: by the setting, the installed packages, and the task."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from ssd_edge.errors import EnvironmentUnfitError, InputError
-from ssd_edge.learners import LEARNERS, Task, build
+from ssd_edge.learners import Task, build
 from ssd_edge.learners.gradient import epoch
-from ssd_edge.learners.gradient.network import Pass
 from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
 from ssd_edge.learners.priors import Priors
 
@@ -35,7 +34,7 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_numba_everything_is_learned_by_pytorch(without_numba: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(epoch, "FEW", 0.0)
+    monkeypatch.setattr(epoch, "MIN_WORK", 0.0)
     automatic, plain = learner(engine="auto"), learner(engine="torch")
     assert automatic.learn(task()) == plain.learn(task())
     assert torch.equal(automatic.net.keys, plain.net.keys)
@@ -54,7 +53,7 @@ def test_without_numba_compiled_is_refused(without_numba: None) -> None:
     [
         ("sdmlp", {"layers": 2}, "learner.layers is 2"),
         ("sdmlp", {"k": 8}, "learner.k = 8 of 60 neurons is not sparse"),
-        ("sdmlp", {"penalty": "si"}, "its loss is none that"),
+        ("sdmlp", {"penalty": "si"}, "it does not support this loss"),
     ],
 )
 def test_compiled_is_refused_where_it_does_not_fit(name: str, options: dict[str, Any], reason: str) -> None:
@@ -71,25 +70,20 @@ def test_compiled_is_refused_where_it_does_not_fit(name: str, options: dict[str,
 def test_other_distillation_is_not_compiled(options: dict[str, Any]) -> None:
     student = learner("ssd", **options)
     student.learn(task())
-    new = task((2, 3))
-    student.net.grow(4, student.generator(5))
-    student._begin(student.prepared(new.embeddings), new.labels)
-    assert epoch.known_terms(student) is None
+    assert student.trainer(task((2, 3))).loss.compiled() is None
 
 
-def test_a_subclass_that_looks_at_each_step_is_not_compiled() -> None:
-    class Watching(LEARNERS["ssd"]):  # type: ignore[misc, valid-type]
-        def _observe(self, state: Pass) -> None:
-            super()._observe(state)
-
-    class Named(LEARNERS["ssd"]):  # type: ignore[misc, valid-type]
-        pass
-
-    settings = LEARNERS["ssd"].Settings(neurons=60, k=3)
-    assert epoch.known_terms(Watching(DIM, settings, Priors())) is None
-    assert epoch.known_terms(Named(DIM, settings, Priors())) == epoch.Terms(1.0)
+def test_a_learner_that_is_observed_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[epoch.CompiledLoss | None] = []
+    monkeypatch.setattr(epoch, "start", lambda net, settings, loss, inputs, labels: given.append(loss))
+    plain, observed = learner("ssd"), learner("ssd")
+    observed.observer = lambda state: None
+    for each in (plain, observed):
+        each.trainer(task())
+    assert given == [epoch.CompiledLoss(1.0), None]
 
 
 def test_short_tasks_are_not_worth_the_loading() -> None:
     short = learner(engine="auto")
-    assert epoch.start(short.net, short.settings, epoch.Terms(1.0), torch.rand(40, DIM), task().labels) is None
+    loss = epoch.CompiledLoss(1.0)
+    assert epoch.start(short.net, short.settings, loss, torch.rand(40, DIM), task().labels) is None

@@ -27,16 +27,16 @@ DIM = 12
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[epoch.LazyEpochs]:
-    """Every compiled epoch adds who ran it."""
-    engines: list[epoch.LazyEpochs] = []
-    run = epoch.LazyEpochs.run
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[epoch.CompiledEpochs]:
+    """Record the object that runs each compiled epoch."""
+    engines: list[epoch.CompiledEpochs] = []
+    run = epoch.CompiledEpochs.run
 
-    def noted(self: epoch.LazyEpochs, order: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
+    def noted(self: epoch.CompiledEpochs, order: torch.Tensor) -> dict[str, float]:
         engines.append(self)
         return run(self, order)
 
-    monkeypatch.setattr(epoch.LazyEpochs, "run", noted)
+    monkeypatch.setattr(epoch.CompiledEpochs, "run", noted)
     return engines
 
 
@@ -157,14 +157,13 @@ def test_dense_autograd() -> None:
     learner.expect(5)
     learner.learn(task((1, 3), 1))
     generator, new, net = learner.generator(), task((2, 0), 2), learner.net
-    inputs = learner.prepared(new.embeddings)
     twin = make("ssd", "torch", neurons=200, top_n="50", temperature=0.5, hidden_weight=0.6, epochs=5)
     twin.load_state_dict(learner.state_dict())
-    twin._begin(inputs, new.labels)
+    trainer = twin.trainer(new)
     keys, values = net.keys.clone(), net.values.clone()
     for _ in range(5):
-        order = torch.randperm(len(inputs), generator=generator)
-        keys, values = bench.dense_epoch(twin, keys, values, inputs, new.labels, order)
+        order = torch.randperm(len(new.labels), generator=generator)
+        keys, values = bench.dense_epoch(twin, trainer, keys, values, order)
     learner.learn(new)
     torch.testing.assert_close(learner.net.keys, keys, rtol=0, atol=1e-9)
     torch.testing.assert_close(learner.net.values, values, rtol=0, atol=1e-9)
@@ -192,13 +191,13 @@ def test_few_neurons_are_evaluated_and_no_array_is_samples_by_neurons(ran: list)
     learner = make("sdmlp", "compiled", neurons=3000, k=5, lr=0.5, epochs=6)
     learner.learn(task((0, 1), 1, 400))
     engine = ran[-1]
-    assert engine.anchored == 1
+    assert engine.fills == 1
     assert engine.full <= 0.02 * engine.samples
     assert 0 < engine.evaluated < 0.1 * engine.neurons
-    arrays = [array for group in (engine.state, engine.lanes, engine.loss) for array in group]
-    held = sum(array.nbytes for array in arrays) - engine.lanes[2].nbytes
+    caches, lanes = engine.search
+    held = sum(array.nbytes for group in (caches, lanes, engine.teacher) for array in group) - lanes.blocks.nbytes
     assert held < 0.1 * engine.samples * engine.neurons * 8
-    assert engine.lanes[2].nbytes <= epoch.LANES_SHARE * learner.net.keys.numpy().nbytes + 64 * DIM * 8
+    assert lanes.blocks.nbytes <= epoch.LANES_SHARE * learner.net.keys.numpy().nbytes + 64 * DIM * 8
 
 
 def test_caches_that_prove_nothing_are_given_up(ran: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +210,7 @@ def test_caches_that_prove_nothing_are_given_up(ran: list, monkeypatch: pytest.M
         learner.learn(task((0, 1), 1, 200))
     assert_same(fast, plain)
     assert 1 < len(ran) < 20  # of 30 epochs; the others were plain PyTorch's
-    assert ran[-1].anchored > 1
+    assert ran[-1].fills > 1
 
 
 def test_stops_early_and_goes_on_bit_for_bit() -> None:

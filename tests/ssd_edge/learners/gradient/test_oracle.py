@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssd_edge.learners import LEARNERS, Learner, Task
 from ssd_edge.learners.gradient.network import Pass
+from ssd_edge.learners.gradient.trainer import TaskLoss
 from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,13 +106,13 @@ def watched(name: str, dtype: torch.dtype, options: dict[str, Any], switches: st
     """
 
     class Watched(LEARNERS[name]):  # type: ignore[misc, valid-type]
-        def _begin(self, inputs: Tensor, labels: Tensor) -> None:
-            super()._begin(inputs, labels)
+        def _task_loss(self, inputs: Tensor, labels: Tensor) -> TaskLoss:
             self.start = (self.net.keys.clone(), self.net.values.clone(), self.net.counters.clone())
             self.forms = []
+            self.observer = self.record
+            return super()._task_loss(inputs, labels)
 
-        def _observe(self, state: Pass) -> None:
-            super()._observe(state)
+        def record(self, state: Pass) -> None:
             activations = state.top
             self.forms.append("dense" if activations.is_dense else "sparse")
             self.excited = not activations.is_dense and not bool(activations.positive.all())

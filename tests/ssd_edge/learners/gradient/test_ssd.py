@@ -18,7 +18,8 @@ from ssd_edge.learners import Learner, Task, build, pack, restore
 from ssd_edge.learners.gradient.distillation import count_activations, select
 from ssd_edge.learners.gradient.network import SDMLP
 from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
-from ssd_edge.learners.gradient.ssd import SSD, Settings
+from ssd_edge.learners.gradient.ssd import SSD, DistillationLoss, Settings
+from ssd_edge.learners.gradient.trainer import TaskLoss
 from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,13 +45,14 @@ def priors(switch: float = 100.0) -> Priors:
 
 
 class Watched(SSD):
-    """Remembers, for each task, the network before its first step and what the teacher said."""
+    """SSD that keeps, for each task, the network before its first step and the answers of the teacher."""
 
-    def _begin(self, inputs: Tensor, labels: Tensor) -> None:
-        super()._begin(inputs, labels)
-        net = self.net
-        self.start = net.copy()
-        self.taught, self.inputs = self.targets, inputs
+    def _task_loss(self, inputs: Tensor, labels: Tensor) -> TaskLoss:
+        loss = super()._task_loss(inputs, labels)
+        self.start, self.inputs = self.net.copy(), inputs
+        if isinstance(loss, DistillationLoss):
+            self.taught, self.outputs = loss.targets, loss.outputs
+        return loss
 
 
 def watched(given: Priors | None = None, **options: Any) -> Watched:

@@ -55,7 +55,7 @@ def test_activations_are_those_of_the_loop(case: tuple[Tensor, int, Tensor | Non
     assert torch.equal(a.counts(), (wanted > 0).sum(0))
     active = wanted > 0
     if a.is_dense:
-        assert torch.equal((a.dense > 0) & a.dense_positive, active & (scores > 0))
+        assert torch.equal((a.dense > 0) & a.positive, active & (scores > 0))
         assert int(active.sum()) > DENSE_ABOVE * scores.numel()
         return
     assert bool((a.value > 0).all())
@@ -106,7 +106,7 @@ def test_all_neurons_subtract_the_smallest() -> None:
 def test_open_switch_excites_every_neuron_but_passes_no_gradient_where_the_score_is_not_positive() -> None:
     a = inhibit(torch.tensor([[3.0, 2.0, -1.0]]), k=1, gamma=-torch.ones(3))
     assert a.dense.tolist() == [[5.0, 4.0, 2.0]]
-    assert a.dense_positive.tolist() == [[True, True, False]]
+    assert a.positive.tolist() == [[True, True, False]]
 
 
 def test_a_sparse_entry_below_zero_score_passes_no_gradient() -> None:
@@ -146,7 +146,7 @@ def test_a_mask_lets_the_k_largest_positive_scores_pass_unchanged(k: int) -> Non
             wanted[sample, neuron] = max(row[neuron], 0.0)
     assert torch.equal(found.to_dense(), wanted)
     assert torch.equal(found.counts(), (wanted > 0).sum(0))
-    flags = found.dense_positive if found.is_dense else found.spread(found.positive.double()) > 0
+    flags = found.spread(found.positive)
     assert torch.equal(flags, wanted > 0)
 
 
