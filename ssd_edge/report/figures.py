@@ -27,28 +27,12 @@ DARKEST = 0.8  # largest opacity of a cell: the text on it keeps 4.5 : 1 on a li
 FONT_SIZE = 13
 _SVG, _HREF = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 _SETTINGS = {
-    "font.size": FONT_SIZE,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.labelsize": FONT_SIZE,
-    "axes.xmargin": 0,
-    "axes.ymargin": 0,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": INK,
-    "grid.alpha": 0.16,
-    "xtick.bottom": False,
-    "xtick.labelcolor": INK,
-    "xtick.labelsize": FONT_SIZE,
-    "ytick.left": False,
-    "ytick.labelcolor": INK,
-    "ytick.labelsize": FONT_SIZE,
-    "lines.scale_dashes": False,
-    "path.simplify": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ssd-edge",
-}
+    "font.size": FONT_SIZE, "text.color": INK, "axes.edgecolor": INK, "grid.color": INK, "grid.alpha": 0.16,
+    "axes.xmargin": 0, "axes.ymargin": 0, "axes.spines.right": False, "axes.spines.top": False,
+    "xtick.bottom": False, "xtick.color": INK, "xtick.labelsize": FONT_SIZE,
+    "ytick.left": False, "ytick.color": INK, "ytick.labelsize": FONT_SIZE,
+    "lines.scale_dashes": False, "path.simplify": False, "svg.fonttype": "none", "svg.hashsalt": "ssd-edge",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +108,8 @@ class Drawing:
     def across(self, text: str) -> None:
         """Write a label below the horizontal axis; matplotlib's own depends on its version."""
         left, right, _, bottom = self._box
-        self.axes.text(
-            (left + right) / 2,
-            self._size[1] - bottom - 36,
-            "0",
-            transform=None,
-            gid=self.group("label", [text]),
-            ha="center",
-        )
+        x, y = (left + right) / 2, self._size[1] - bottom - 36
+        self.axes.text(x, y, "0", transform=None, gid=self.group("label", [text]), ha="center")
 
     def text(self, x: float, y: float, text: str, kind: str = "label", title: str = "", **options: Any) -> None:
         """Write a text whose middle line is at a point of the axes.
@@ -159,18 +137,18 @@ class Drawing:
         """Draw a line.
 
         Args:
-            points: coordinates ``(x, y)``.
-            style: colour, dash pattern and marker.
-            width: stroke width in pixels.
-            marked: indices of the points that get a marker.
-            titles: hover titles of the markers.
-            kind: class of the element.
-            options: of matplotlib's line and of its markers.
+            points: Coordinates ``(x, y)``.
+            style: Colour, dash pattern and marker.
+            width: Stroke width in pixels.
+            marked: Indices of the points that get a marker.
+            titles: Hover titles of the markers.
+            kind: Class of the element.
+            options: Options of matplotlib's line, also used for its markers.
         """
-        look: dict[str, Any] = {"color": style.colour, "clip_on": False, **options}
-        self.axes.plot(*zip(*points, strict=True), ls=(0, style.dash), lw=width, gid=self.group(kind), **look)
+        options = {"color": style.colour, "clip_on": False, **options}
+        self.axes.plot(*zip(*points, strict=True), ls=(0, style.dash), lw=width, gid=self.group(kind), **options)
         spots = zip(*(points[index] for index in marked), strict=True)
-        self.axes.plot(*spots, ls="none", marker=style.marker, ms=7, mew=0, gid=self.group("marks", titles), **look)
+        self.axes.plot(*spots, ls="none", marker=style.marker, ms=7, mew=0, gid=self.group("marks", titles), **options)
 
     def cells(
         self,
@@ -180,22 +158,15 @@ class Drawing:
         titles: Sequence[str] = (),
         kind: str = "cells",
     ) -> None:
-        """Draw rectangles of `size` pixels."""
+        """Draw rectangles of `size` pixels around points of the axes."""
         from matplotlib.collections import PolyCollection
         from matplotlib.transforms import Affine2D
 
-        wide, tall = size[0] / 2, size[1] / 2
-        cells = PolyCollection(
-            [[(-wide, -tall), (wide, -tall), (wide, tall), (-wide, tall)]],
-            transform=Affine2D(),
-            offsets=centres,
-            offset_transform=self.axes.transData,
-            facecolors=colours,
-            linewidths=0,
-            clip_on=False,
-            gid=self.group(kind, titles),
-        )
-        self.axes.add_collection(cells, autolim=False)
+        x, y = size[0] / 2, size[1] / 2
+        look: dict[str, Any] = {"linewidths": 0, "clip_on": False, "gid": self.group(kind, titles)}
+        place: dict[str, Any] = {"transform": Affine2D(), "offset_transform": self.axes.transData, "offsets": centres}
+        outline = [[(-x, -y), (x, -y), (x, y), (-x, y)]]
+        self.axes.add_collection(PolyCollection(outline, facecolors=colours, **look, **place), autolim=False)
 
     def legend(self, names: Sequence[str], styles: Sequence[LineStyle]) -> None:
         """List lines to the right of the axes; matplotlib's own legend depends on the fonts of the machine."""
