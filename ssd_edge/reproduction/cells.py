@@ -1,7 +1,7 @@
 """Cells: one learner on one stream in one class order, its name, and where its result is kept.
 
-What a cell asks (its question) is known from YAML alone, so the page needs no data. Its file is named by a hash of
-the question without the order and of what answers it: data, backbone and keys. A cell whose file exists is not run
+What a cell asks (its setup) is known from YAML alone, so the page needs no data. Its file is named by a hash of
+the setup without the order and of what answers it: data, backbone and keys. A cell whose file exists is not run
 again. Of the learner's settings only those that are not defaults are hashed, so that a setting that comes later
 changes nothing; all of them are stored, and a stored cell whose settings are not today's is run anew.
 """
@@ -33,7 +33,7 @@ SCHEDULE = ("epochs", "lr", "min_steps")  # last in a file's name
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class Setup:
     """What a cell asks.
 
     Attributes:
@@ -50,8 +50,8 @@ class Question:
     images: tuple[int, ...] = ()
     trace: int = 0
 
-    def asked(self) -> dict[str, Any]:
-        """The question as JSON, without its order: equal for all orders."""
+    def to_dict(self) -> dict[str, Any]:
+        """The setup as JSON, without its order: equal for all orders."""
         source = streams()[self.stream]
         return {
             "stream": self.stream,
@@ -62,13 +62,13 @@ class Question:
         }
 
     def key(self) -> str:
-        """Names the question with its order."""
-        return _digest({"asked": self.asked(), "order": self.order})
+        """Names the setup with its order."""
+        return _digest({"asked": self.to_dict(), "order": self.order})
 
 
 @dataclasses.dataclass(frozen=True)
-class Answerer:
-    """What a question is answered with, besides the program.
+class Provenance:
+    """What a setup is answered with, besides the program.
 
     Attributes:
         data: fingerprint of the data set.
@@ -81,15 +81,15 @@ class Answerer:
     keys: Mapping[str, Any] | None = None
 
 
-def spec(question: Question, answerer: Answerer) -> dict[str, Any]:
+def spec(setup: Setup, provenance: Provenance) -> dict[str, Any]:
     """All that a result depends on besides the program, as JSON."""
     return {
-        "asked": question.asked(),
-        "order": question.order,
-        "settings": dict(question.learner),
-        "data": answerer.data,
-        "backbone": answerer.backbone,
-        "keys": None if answerer.keys is None else dict(answerer.keys),
+        "asked": setup.to_dict(),
+        "order": setup.order,
+        "settings": dict(setup.learner),
+        "data": provenance.data,
+        "backbone": provenance.backbone,
+        "keys": None if provenance.keys is None else dict(provenance.keys),
     }
 
 
@@ -137,7 +137,7 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
 
 
 class Store:
-    """The results under a folder, by question.
+    """The results under a folder, by setup.
 
     Attributes:
         folder: ``…/results/reproduce``.
@@ -156,12 +156,12 @@ class Store:
             raise BundleRefusedError(f"{path} is not a stored result: it lacks {error}; remove it") from error
         self._found.setdefault(_digest({"asked": asked, "order": order}), []).append(result)
 
-    def find(self, question: Question) -> dict[str, Any] | None:
-        """The result of a question, whatever answered it; real data before stand-ins; None where there is none."""
+    def find(self, setup: Setup) -> dict[str, Any] | None:
+        """The result of a setup, whatever answered it; real data before stand-ins; None where there is none."""
         fitting = [
             result
-            for result in self._found.get(question.key(), [])
-            if same_settings(result["spec"]["settings"], question.learner)
+            for result in self._found.get(setup.key(), [])
+            if same_settings(result["spec"]["settings"], setup.learner)
         ]
         fitting.sort(key=lambda result: (result["stand_in"], result["spec"]["data"]))
         return fitting[0] if fitting else None
@@ -181,20 +181,18 @@ def is_stored(folder: Path, cell: Mapping[str, Any]) -> bool:
     return path.is_file() and same_settings(files.read_json(path)["spec"]["settings"], cell["settings"])
 
 
-def oracle(question: Question) -> Question:
+def upper_bound(setup: Setup) -> Setup:
     """Joint training on the same embeddings with as many neurons: what a row is measured against."""
-    neurons = question.learner.get("neurons", known_settings(JOINT_NAME)["neurons"])
+    neurons = setup.learner.get("neurons", known_settings(JOINT_NAME)["neurons"])
     learner = {**known_settings(JOINT_NAME), "name": JOINT_NAME, "neurons": neurons}
-    for key, limit in budgets()["smoke"].most.items() if question.images else ():
+    for key, limit in budgets()["smoke"].most.items() if setup.images else ():
         if key in learner:
             learner[key] = min(learner[key], limit)
-    return Question(question.stream, learner, question.order, question.images)
+    return Setup(setup.stream, learner, setup.order, setup.images)
 
 
-def questions(
-    experiment: Experiment, system: System, stream: str, budget: str, orders: int | None = None
-) -> list[Question]:
-    """The questions of one row, one for each class order.
+def setups(experiment: Experiment, system: System, stream: str, budget: str, orders: int | None = None) -> list[Setup]:
+    """The setups of one row, one for each class order.
 
     Args:
         experiment: the table.
@@ -208,4 +206,4 @@ def questions(
         count = min(count, experiment.orders)
     learner = options(experiment, system, stream, budget)
     images = budgets()[budget].images
-    return [Question(stream, learner, order, images, experiment.trace) for order in ORDERS[:count]]
+    return [Setup(stream, learner, order, images, experiment.trace) for order in ORDERS[:count]]

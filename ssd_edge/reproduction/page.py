@@ -190,7 +190,8 @@ def _accuracy_table(experiment: Experiment, shown: Sequence[Row], notes: dict[st
         paper = [_percent(row.system.reported.get(row.stream)) for _ in printed]
         body.append([
             *_where(experiment, row), _named(row, notes), *paper,
-            _with_spread(row.values("accuracy")), _percent(mean(row.oracle)), NONE if share is None else f"{share:.2f}",
+            _with_spread(row.values("accuracy")), _percent(mean(row.upper_bound)),
+            NONE if share is None else f"{share:.2f}",
             points(transfer, signed=True), _percent(learned), _percent(mean(row.values("last_task_share"))),
             row.length,
         ])  # fmt: skip
@@ -332,9 +333,9 @@ def _unfinished(store: cells.Store) -> list[str]:
         asked = {}
         for stream in experiment.streams:
             for system in experiment.systems:
-                for question in cells.questions(experiment, system, stream, "full"):
-                    asked[question.key()] = question
-        stored = sum(store.find(question) is not None for question in asked.values())
+                for setup in cells.setups(experiment, system, stream, "full"):
+                    asked[setup.key()] = setup
+        stored = sum(store.find(setup) is not None for setup in asked.values())
         if stored < len(asked):
             command = f"`ssd-edge reproduce {experiment.id} --budget full`"
             body.append([experiment.id, f"{stored} of {len(asked)}", command])

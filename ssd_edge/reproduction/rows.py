@@ -24,7 +24,7 @@ class Row:
         stream: its name.
         budget: its name.
         results: by class order.
-        oracles: joint training, by class order.
+        upper_bounds: joint training, by class order.
         shared: whether the reduced and the full budget come to the same settings.
     """
 
@@ -32,7 +32,7 @@ class Row:
     stream: str
     budget: str
     results: dict[int, Result]
-    oracles: dict[int, Result]
+    upper_bounds: dict[int, Result]
     shared: bool = False
 
     @property
@@ -46,18 +46,18 @@ class Row:
         return [value for value in found if value is not None]
 
     @property
-    def oracle(self) -> list[float]:
+    def upper_bound(self) -> list[float]:
         """Accuracy of joint training, over the orders that are stored of this row."""
-        return [one["accuracy"] for order, one in sorted(self.oracles.items()) if order in self.results]
+        return [one["accuracy"] for order, one in sorted(self.upper_bounds.items()) if order in self.results]
 
     @property
     def share(self) -> float | None:
         """Mean accuracy divided by joint training's over the same orders; None without it."""
-        common = [order for order in self.results if order in self.oracles]
+        common = [order for order in self.results if order in self.upper_bounds]
         if not common:
             return None
         own = statistics.fmean(self.results[order]["accuracy"] for order in common)
-        return own / statistics.fmean(self.oracles[order]["accuracy"] for order in common)
+        return own / statistics.fmean(self.upper_bounds[order]["accuracy"] for order in common)
 
     @property
     def notes(self) -> list[str]:
@@ -70,11 +70,13 @@ def rows(experiment: Experiment, stream: str, budget: str, store: cells.Store) -
     """All rows of an experiment on a stream, also those of which nothing is stored."""
     found = []
     for system in experiment.systems:
-        asked = cells.questions(experiment, system, stream, budget, len(ORDERS))
+        asked = cells.setups(experiment, system, stream, budget, len(ORDERS))
         results = {one.order: result for one in asked if (result := store.find(one)) is not None}
-        oracles = {one.order: result for one in asked if (result := store.find(cells.oracle(one))) is not None}
+        upper_bounds = {
+            one.order: result for one in asked if (result := store.find(cells.upper_bound(one))) is not None
+        }
         shared = bool(results) and _shared(experiment, system, stream, budget)
-        found.append(Row(system, stream, budget, results, oracles, shared))
+        found.append(Row(system, stream, budget, results, upper_bounds, shared))
     return found
 
 
@@ -82,7 +84,7 @@ def _shared(experiment: Experiment, system: System, stream: str, budget: str) ->
     """As `Row.shared`."""
     if budget == "smoke":
         return False
-    reduced, full = (cells.questions(experiment, system, stream, name, 1)[0].key() for name in ("reduced", "full"))
+    reduced, full = (cells.setups(experiment, system, stream, name, 1)[0].key() for name in ("reduced", "full"))
     return reduced == full
 
 

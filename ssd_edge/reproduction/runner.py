@@ -66,21 +66,21 @@ class Request:
         return self.out / RESULTS
 
 
-def wanted(request: Request) -> list[cells.Question]:
-    """All questions, each once: first every one of the first class order with its upper bound, then of the next."""
-    asked: dict[str, cells.Question] = {}
+def wanted(request: Request) -> list[cells.Setup]:
+    """All setups, each once: first every one of the first class order with its upper bound, then of the next."""
+    asked: dict[str, cells.Setup] = {}
     for experiment in request.experiments:
         for stream in experiment.streams:
             for system in experiment.systems:
-                for question in cells.questions(experiment, system, stream, request.budget, request.orders):
-                    for one in (question, cells.oracle(question)):
+                for setup in cells.setups(experiment, system, stream, request.budget, request.orders):
+                    for one in (setup, cells.upper_bound(setup)):
                         asked.setdefault(one.key(), one)
-    return sorted(asked.values(), key=lambda question: question.order)
+    return sorted(asked.values(), key=lambda setup: setup.order)
 
 
-def missing_data(questions: Sequence[cells.Question]) -> list[str]:
-    """Files that the questions need and that are not under ``$SSD_EDGE_DATA``."""
-    return sorted({streams()[q.stream].data for q in questions if found(streams()[q.stream].data) is None})
+def missing_data(setups: Sequence[cells.Setup]) -> list[str]:
+    """Files that the setups need and that are not under ``$SSD_EDGE_DATA``."""
+    return sorted({streams()[q.stream].data for q in setups if found(streams()[q.stream].data) is None})
 
 
 def plan(request: Request, sources: Sources, scratch: Path) -> tuple[list[Job], int]:
@@ -89,21 +89,21 @@ def plan(request: Request, sources: Sources, scratch: Path) -> tuple[list[Job], 
     Raises:
         InputError: data is not here, and this budget takes no other in its place.
     """
-    questions = wanted(request)
+    setups = wanted(request)
     smoke = request.budget == "smoke"
-    lacking = missing_data(questions)
+    lacking = missing_data(setups)
     if lacking and not smoke:
         root = os.environ.get("SSD_EDGE_DATA")
         where = f"not under SSD_EDGE_DATA={root}" if root else "SSD_EDGE_DATA is not set"
         raise InputError(f"the budget {request.budget} needs {', '.join(lacking)}, but {where}; put the files there")
     jobs, stored = [], 0
-    for question in questions:
-        stream = streams()[question.stream]
+    for setup in setups:
+        stream = streams()[setup.stream]
         if _lacks_backbone(stream, sources):
             continue  # `run` has said so
-        inputs = sources.inputs(stream, question.images, smoke)
-        priors, keys, notes = sources.keys(inputs, question.learner, stream, not smoke)
-        cell = cells.spec(question, cells.Answerer(inputs.dataset.fingerprint, inputs.identity, keys))
+        inputs = sources.inputs(stream, setup.images, smoke)
+        priors, keys, notes = sources.keys(inputs, setup.learner, stream, not smoke)
+        cell = cells.spec(setup, cells.Provenance(inputs.dataset.fingerprint, inputs.identity, keys))
         if cells.is_stored(request.results, cell):
             stored += 1
             continue
@@ -272,6 +272,6 @@ def counts(experiment: Experiment, budget: str, store: cells.Store) -> tuple[int
     asked: dict[str, Any] = {}
     for stream in experiment.streams:
         for system in experiment.systems:
-            for question in cells.questions(experiment, system, stream, budget):
-                asked.setdefault(question.key(), question)
-    return sum(store.find(question) is not None for question in asked.values()), len(asked)
+            for setup in cells.setups(experiment, system, stream, budget):
+                asked.setdefault(setup.key(), setup)
+    return sum(store.find(setup) is not None for setup in asked.values()), len(asked)

@@ -11,19 +11,19 @@ import pytest
 from ssd_edge import learners
 from ssd_edge.errors import BundleRefusedError
 from ssd_edge.reproduction import cells
-from ssd_edge.reproduction.cells import Answerer, Question, Store
+from ssd_edge.reproduction.cells import Provenance, Setup, Store
 from ssd_edge.reproduction.specs import experiments
 
-ANSWERER = Answerer("data", "backbone", {"source": "backbone"})
+ANSWERER = Provenance("data", "backbone", {"source": "backbone"})
 
 
-def ncm(**settings: object) -> Question:
-    return Question("cifar10", {"name": "ncm", **settings}, 3)
+def ncm(**settings: object) -> Setup:
+    return Setup("cifar10", {"name": "ncm", **settings}, 3)
 
 
-def sdmlp(**settings: object) -> Question:
+def sdmlp(**settings: object) -> Setup:
     values = dataclasses.asdict(learners.settings_class("sdmlp")(**settings))
-    return Question("cifar10", {"name": "sdmlp", **values}, 3)
+    return Setup("cifar10", {"name": "sdmlp", **values}, 3)
 
 
 def result(cell: dict, **more: object) -> dict:
@@ -44,12 +44,12 @@ def test_a_name_is_readable_and_does_not_depend_on_the_order_of_keys() -> None:
 
 def test_a_name_stays_what_it_is() -> None:
     # stored results would be lost if this changed
-    assert cells.file_name(cells.spec(ncm(), Answerer("data", "backbone"))) == "cifar10/ncm-bb0f1843-3.json"
+    assert cells.file_name(cells.spec(ncm(), Provenance("data", "backbone"))) == "cifar10/ncm-bb0f1843-3.json"
 
 
 def test_orders_share_a_hash_and_nothing_else_does() -> None:
-    def digest(question: Question, answerer: Answerer = ANSWERER) -> str:
-        return cells.file_name(cells.spec(question, answerer)).rsplit("-", 2)[1]
+    def digest(setup: Setup, provenance: Provenance = ANSWERER) -> str:
+        return cells.file_name(cells.spec(setup, provenance)).rsplit("-", 2)[1]
 
     base = sdmlp()
     assert digest(base) == digest(dataclasses.replace(base, order=97))
@@ -66,21 +66,21 @@ def test_orders_share_a_hash_and_nothing_else_does() -> None:
 
 
 def test_what_is_stored_is_found_by_its_question_alone(tmp_path: Path) -> None:
-    question = sdmlp(k=3)
-    cell = cells.spec(question, ANSWERER)
+    setup = sdmlp(k=3)
+    cell = cells.spec(setup, ANSWERER)
     assert not cells.is_stored(tmp_path, cell)
     cells.write(tmp_path / cells.file_name(cell), result(cell))
     assert cells.is_stored(tmp_path, cell)
     store = Store(tmp_path)
-    assert store.find(question)["accuracy"] == 0.5
-    assert store.find(dataclasses.replace(question, order=0)) is None
+    assert store.find(setup)["accuracy"] == 0.5
+    assert store.find(dataclasses.replace(setup, order=0)) is None
     assert store.find(sdmlp()) is None
     assert len(list(store)) == 1
 
 
 def test_a_setting_that_comes_later_changes_nothing_and_a_default_that_changes_does(tmp_path: Path) -> None:
-    question = sdmlp(k=3)
-    cell = cells.spec(question, ANSWERER)
+    setup = sdmlp(k=3)
+    cell = cells.spec(setup, ANSWERER)
     before = json.loads(json.dumps(cell))
     del before["settings"]["batch"]  # as if the setting had not existed when the cell ran
     assert cells.file_name(before) == cells.file_name(cell)
@@ -89,15 +89,15 @@ def test_a_setting_that_comes_later_changes_nothing_and_a_default_that_changes_d
     before["settings"]["batch"] = 999  # another default then
     cells.write(tmp_path / cells.file_name(cell), result(before))
     assert not cells.is_stored(tmp_path, cell)
-    assert Store(tmp_path).find(question) is None
+    assert Store(tmp_path).find(setup) is None
 
 
 def test_real_data_is_preferred_to_a_stand_in(tmp_path: Path) -> None:
-    question = ncm()
+    setup = ncm()
     for data, stand_in, accuracy in (("a", True, 0.1), ("b", False, 0.2)):
-        cell = cells.spec(question, Answerer(data, "backbone"))
+        cell = cells.spec(setup, Provenance(data, "backbone"))
         cells.write(tmp_path / cells.file_name(cell), {**result(cell), "stand_in": stand_in, "accuracy": accuracy})
-    assert Store(tmp_path).find(question)["accuracy"] == 0.2
+    assert Store(tmp_path).find(setup)["accuracy"] == 0.2
 
 
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
@@ -115,19 +115,19 @@ def test_files_are_canonical_json_with_six_decimals(tmp_path: Path) -> None:
 
 
 def test_the_upper_bound_has_as_many_neurons() -> None:
-    bound = cells.oracle(sdmlp(neurons=64))
+    bound = cells.upper_bound(sdmlp(neurons=64))
     assert (bound.learner["name"], bound.learner["neurons"], bound.order) == ("joint", 64, 3)
     assert bound.learner["optimiser"] == "adamw"  # its own schedule
-    assert cells.oracle(ncm()).learner["neurons"] == 1000
+    assert cells.upper_bound(ncm()).learner["neurons"] == 1000
 
 
 def test_experiments_share_cells() -> None:
     def keys(id: str, budget: str) -> set[str]:
         experiment = experiments()[id]
         return {
-            question.key()
+            setup.key()
             for system in experiment.systems
-            for question in cells.questions(experiment, system, "cifar10", budget, 1)
+            for setup in cells.setups(experiment, system, "cifar10", budget, 1)
         }
 
     assert keys("T3", "reduced") < keys("T1", "reduced")
@@ -138,7 +138,7 @@ def test_experiments_share_cells() -> None:
 def test_orders_follow_the_budget_and_the_experiment() -> None:
     def orders(id: str, budget: str, count: int | None = None) -> list[int]:
         experiment = experiments()[id]
-        return [one.order for one in cells.questions(experiment, experiment.systems[0], "cifar10", budget, count)]
+        return [one.order for one in cells.setups(experiment, experiment.systems[0], "cifar10", budget, count)]
 
     assert orders("T3", "smoke") == [0]
     assert orders("T3", "reduced") == [0, 3, 15]

@@ -38,16 +38,16 @@ TRACE = Experiment(
 ACCURACIES = {"SDMLP": (0.60, 0.62, 0.64), "SSD": (0.65, 0.66, 0.70), "SLDA": (0.75,)}
 
 
-def result(question: cells.Question, accuracy: float, **more: object) -> dict:
+def result(setup: cells.Setup, accuracy: float, **more: object) -> dict:
     versions = {"python": "3.11", "torch": "2"}
     environment = {"versions": versions, "machine": "a machine", "threads": 1, "git_sha": "abc", "device": "cpu"}
     return {
-        "spec": cells.spec(question, cells.Answerer("data", "backbone")),
+        "spec": cells.spec(setup, cells.Provenance("data", "backbone")),
         "stand_in": False,
         "accuracy": accuracy,
         "last_task_share": 0.3,
         "metrics": {"backward_transfer": -accuracy / 4, "learning_accuracy": 0.9},
-        "notes": ["keys pretrained here"] if question.learner["name"] == "ssd" else [],
+        "notes": ["keys pretrained here"] if setup.learner["name"] == "ssd" else [],
         "environment": environment,
         "seconds": 12.3456,
         **more,
@@ -61,10 +61,10 @@ def keep(folder: Path, made: dict) -> None:
 def stored(folder: Path) -> cells.Store:
     """Three orders of two systems, one of the third, with their upper bounds."""
     for system in TABLE.systems:
-        asked = cells.questions(TABLE, system, "cifar10", "reduced")
-        for question, accuracy in zip(asked, ACCURACIES[system.name], strict=False):
-            keep(folder, result(question, accuracy))
-            keep(folder, result(cells.oracle(question), 0.93, metrics={}, notes=[]))
+        asked = cells.setups(TABLE, system, "cifar10", "reduced")
+        for setup, accuracy in zip(asked, ACCURACIES[system.name], strict=False):
+            keep(folder, result(setup, accuracy))
+            keep(folder, result(cells.upper_bound(setup), 0.93, metrics={}, notes=[]))
     return cells.Store(folder)
 
 
@@ -105,7 +105,7 @@ Paired t-test of accuracy over class orders:
 @pytest.mark.usefixtures("one_table")
 def test_each_budget_has_its_row(tmp_path: Path) -> None:
     stored(tmp_path)
-    keep(tmp_path, result(cells.questions(TABLE, TABLE.systems[0], "cifar10", "full")[3], 0.7))
+    keep(tmp_path, result(cells.setups(TABLE, TABLE.systems[0], "cifar10", "full")[3], 0.7))
     lines = page.render(cells.Store(tmp_path))[0].splitlines()
     start = lines.index("## X: a table (Table 9)")
     cut = [line.strip("| ").split(" | ") for line in lines[start + 4 : start + 8]]
@@ -126,9 +126,9 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_table")
 def test_a_lead_of_ssd_is_told_as_such(tmp_path: Path) -> None:
     stored(tmp_path)
-    ssd = cells.questions(TABLE, TABLE.systems[1], "cifar10", "reduced")
-    for question in ssd:
-        keep(tmp_path, result(question, 0.8))
+    ssd = cells.setups(TABLE, TABLE.systems[1], "cifar10", "reduced")
+    for setup in ssd:
+        keep(tmp_path, result(setup, 0.8))
     text, _ = page.render(cells.Store(tmp_path))
     assert "the head in closed form is behind by 5.0 points" in text
 
@@ -144,7 +144,7 @@ def test_what_is_not_run_is_a_dash(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("one_table")
 def test_smoke_results_are_shown_only_alone(tmp_path: Path) -> None:
-    smoke = cells.questions(TABLE, TABLE.systems[0], "cifar10", "smoke")[0]
+    smoke = cells.setups(TABLE, TABLE.systems[0], "cifar10", "smoke")[0]
     made = result(smoke, 0.123, stand_in=True, notes=["digits in place of CIFAR-10"])
     keep(tmp_path, made)
     text, _ = page.render(cells.Store(tmp_path))
@@ -171,9 +171,9 @@ def test_backward_transfer_is_compared_as_the_paper_does(tmp_path: Path, monkeyp
     experiment = experiments()["T3"]
     monkeypatch.setattr(page, "experiments", lambda: {"T3": experiment})
     for system, transfer in zip(experiment.systems, (-0.1828, -0.1234), strict=True):
-        question = cells.questions(experiment, system, "cifar10", "reduced")[0]
+        setup = cells.setups(experiment, system, "cifar10", "reduced")[0]
         metrics = {"backward_transfer": transfer, "learning_accuracy": 0.9}
-        keep(tmp_path, result(question, 0.7, metrics=metrics))
+        keep(tmp_path, result(setup, 0.7, metrics=metrics))
     text, _ = page.render(cells.Store(tmp_path))
     assert "| SDMLP, k = 10 | −18.3 | −18.3 (1) | 90.0 | 70.0 (1) | reduced |" in text
     assert "SSD, k = 10 forgets 32.5 % less than SDMLP, k = 10 (reduced budget)" in text
@@ -182,9 +182,9 @@ def test_backward_transfer_is_compared_as_the_paper_does(tmp_path: Path, monkeyp
 def test_entropies_are_means_over_tasks(tmp_path: Path, monkeypatch) -> None:
     experiment = experiments()["Ent"]
     monkeypatch.setattr(page, "experiments", lambda: {"Ent": experiment})
-    question = cells.questions(experiment, experiment.systems[0], "cifar10", "reduced")[0]
+    setup = cells.setups(experiment, experiment.systems[0], "cifar10", "reduced")[0]
     neurons = {"activation_entropy": [0.01, 0.03], "activation_entropy_bound": [0.056, 0.056], "class_entropy": [0, 0]}
-    keep(tmp_path, result(question, 0.7, neurons=neurons, neurons_overall={"class_entropy": 1.5}))
+    keep(tmp_path, result(setup, 0.7, neurons=neurons, neurons_overall={"class_entropy": 1.5}))
     text, _ = page.render(cells.Store(tmp_path))
     assert "| SDMLP, k = 10 | 0.99 | 0.0200 | – | 0.0560 | 1.5000 | – | reduced |" in text
     assert "| SSD, k = 10 | 0.003 | – | – | – | – | – | – |" in text
@@ -192,7 +192,7 @@ def test_entropies_are_means_over_tasks(tmp_path: Path, monkeypatch) -> None:
 
 def test_traces_become_figures(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(page, "experiments", lambda: {"Y": TRACE})
-    asked = cells.questions(TRACE, TRACE.systems[0], "cifar10", "reduced")[0]
+    asked = cells.setups(TRACE, TRACE.systems[0], "cifar10", "reduced")[0]
     points = [
         {
             "task": task, "epoch": epoch, "train_accuracy": 0.5 + 0.1 * epoch, "test_accuracy": [0.5, 0.25],

@@ -23,17 +23,17 @@ def request_for(*ids: str, budget: str = "smoke", orders: int | None = None, out
 
 def test_every_question_is_asked_once_and_the_first_order_first() -> None:
     found = wanted(request_for("T1", "T2", "T3", budget="reduced"))
-    keys = [question.key() for question in found]
+    keys = [setup.key() for setup in found]
     assert len(set(keys)) == len(keys)
-    assert [question.order for question in found] == sorted(question.order for question in found)
-    names = [question.learner["name"] for question in found if question.stream == "cifar10" and question.order == 0]
+    assert [setup.order for setup in found] == sorted(setup.order for setup in found)
+    names = [setup.learner["name"] for setup in found if setup.stream == "cifar10" and setup.order == 0]
     # T1's five systems, of which four are T2's too, T2's three others, and one upper bound for all
     assert sorted(names) == ["finetune"] * 2 + ["joint"] + ["sdmlp"] * 2 + ["ssd"] * 4
 
 
 def test_each_size_has_its_upper_bound() -> None:
     found = wanted(request_for("T1", "T2", budget="full", orders=1))
-    bounds = [question.learner["neurons"] for question in found if question.learner["name"] == "joint"]
+    bounds = [setup.learner["neurons"] for setup in found if setup.learner["name"] == "joint"]
     assert sorted(bounds) == [1000] * 3 + [10000] * 3  # on three streams
 
 
@@ -70,8 +70,8 @@ def test_what_needs_another_backbone_is_skipped_and_said(tmp_path: Path, monkeyp
 
 def test_counts_are_of_what_is_stored(tmp_path: Path) -> None:
     (experiment,) = chosen(("T3",))
-    question = cells.questions(experiment, experiment.systems[0], "cifar10", "reduced")[1]
-    made = cells.spec(question, cells.Answerer("data", "backbone"))
+    setup = cells.setups(experiment, experiment.systems[0], "cifar10", "reduced")[1]
+    made = cells.spec(setup, cells.Provenance("data", "backbone"))
     cells.write(tmp_path / cells.file_name(made), {"spec": made, "stand_in": False})
     store = cells.Store(tmp_path)
     assert runner.counts(experiment, "reduced", store) == (1, 6)

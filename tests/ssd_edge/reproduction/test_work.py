@@ -45,8 +45,8 @@ def job(folder: Path, name: str, order: int = 3, trace: int = 0, **settings: obj
         learner = {**cells.known_settings("joint"), "neurons": 40, "epochs": 60, "min_steps": 0, "name": "joint"}
     else:
         learner = {"name": name, **dataclasses.asdict(learners.settings_class(name)(**settings))}
-    question = cells.Question("cifar10", learner, order, (), trace)
-    cell = cells.spec(question, cells.Answerer("fingerprint", "identity"))
+    setup = cells.Setup("cifar10", learner, order, (), trace)
+    cell = cells.spec(setup, cells.Provenance("fingerprint", "identity"))
     folder.mkdir(exist_ok=True)
     return Job(
         cell=cell,
