@@ -1,6 +1,6 @@
-"""The paper's experiments, run and written up: `ssd-edge reproduce`.
+"""Reproduction of the papers' experiments: `ssd-edge reproduce`.
 
-``experiments`` reads what is to be run (YAML under ssd_edge/experiments), ``cells`` names and stores each result,
-``sources`` makes embeddings and keys, ``work`` and ``traces`` run one cell, ``runner`` runs many, ``page`` and
-``drawings`` write results.md and its figures from what is stored.
+``specs`` reads the experiments from YAML, ``cells`` names and stores results, ``sources`` prepares embeddings and
+keys, ``work`` and ``traces`` run one cell, ``runner`` runs many, and ``rows``, ``page`` and ``drawings`` write
+results.md and its figures from the stored results.
 """

@@ -1,9 +1,9 @@
-"""Cells: one learner on one stream in one class order, its name, and where its result is kept.
+"""Cells: one learner on one stream in one class order, with the name and the storage of its result.
 
-What a cell asks (its setup) is known from YAML alone, so the page needs no data. Its file is named by a hash of
-the setup without the order and of what answers it: data, backbone and keys. A cell whose file exists is not run
-again. Of the learner's settings only those that are not defaults are hashed, so that a setting that comes later
-changes nothing; all of them are stored, and a stored cell whose settings are not today's is run anew.
+The setup of a cell follows from the YAML files alone, so the page can be written without data. The file name of a
+result contains a hash of the setup without its class order, and of the data, backbone and keys used. A cell is not run
+again if its file exists. Only learner settings that differ from the defaults are hashed, so that adding a setting
+later keeps the names; all settings are stored, and a cell is run again if they differ from today's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError
@@ -29,19 +29,53 @@ from ssd_edge.reproduction.specs import (
 )
 from ssd_edge.run.train import JOINT_NAME
 
-SCHEDULE = ("epochs", "lr", "min_steps")  # last in a file's name
+SCHEDULE = ("epochs", "lr", "min_steps")  # settings that come last in a file name
+
+
+class TracePoint(TypedDict):
+    """State of training at one point of a trace, as stored; None where there is nothing to compare with yet."""
+
+    task: int
+    epoch: int
+    train_accuracy: float
+    test_accuracy: list[float]
+    top: list[int]
+    jaccard: float | None
+    subnetwork_cosine: float | None
+    teacher_divergence: float | None
+
+
+class Result(TypedDict, total=False):
+    """Result of a cell, as stored; joint training has no `metrics`, and only traced cells have a `trace`."""
+
+    spec: dict[str, Any]
+    stand_in: bool
+    accuracy: float
+    samples: list[int]
+    last_task_share: float
+    state_bytes: int
+    notes: list[str]
+    environment: dict[str, Any]
+    matrix: list[list[float | None]]
+    learned: list[int] | None
+    metrics: dict[str, Any]
+    measured: dict[str, list[float | None]]
+    seconds: float
+    neurons: dict[str, list[float | None]]
+    neurons_overall: dict[str, float]
+    trace: list[TracePoint]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a cell asks.
+    """Configuration of a cell.
 
     Attributes:
-        stream: name in streams.yaml.
-        learner: ``name`` and every setting.
-        order: a number of `ORDERS`; also the learner's seed.
-        images: training and test images a class at most; () all.
-        trace: points a task at which training is looked into; 0: none.
+        stream: Name in streams.yaml.
+        learner: ``name`` and all settings.
+        order: One of `ORDERS`; also the seed of the learner.
+        images: Maximum number of training and test images per class; () for all.
+        trace: Trace points per task; 0 for no trace.
     """
 
     stream: str
@@ -51,7 +85,7 @@ class Setup:
     trace: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The setup as JSON, without its order: equal for all orders."""
+        """Return the setup as JSON without the class order."""
         source = streams()[self.stream]
         return {
             "stream": self.stream,
@@ -62,18 +96,18 @@ class Setup:
         }
 
     def key(self) -> str:
-        """Names the setup with its order."""
+        """Return a hash of the setup and its class order."""
         return _digest({"asked": self.to_dict(), "order": self.order})
 
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """What a setup is answered with, besides the program.
+    """Inputs that a result depends on.
 
     Attributes:
-        data: fingerprint of the data set.
-        backbone: identity of the backbone; ``pixels`` without one.
-        keys: how the SDMLP keys were pretrained; None where the learner takes none.
+        data: Fingerprint of the data set.
+        backbone: Identity of the backbone; ``pixels`` if there is none.
+        keys: Pretraining recipe of the SDMLP keys; None for learners without keys.
     """
 
     data: str
@@ -82,7 +116,7 @@ class Provenance:
 
 
 def spec(setup: Setup, provenance: Provenance) -> dict[str, Any]:
-    """All that a result depends on besides the program, as JSON."""
+    """Return everything a result depends on, except the program, as JSON."""
     return {
         "asked": setup.to_dict(),
         "order": setup.order,
@@ -94,15 +128,15 @@ def spec(setup: Setup, provenance: Provenance) -> dict[str, Any]:
 
 
 def file_name(cell: Mapping[str, Any]) -> str:
-    """``<stream>/<readable>-<hash>-<order>.json`` of a spec."""
+    """Return the file name of a result: ``<stream>/<readable>-<hash>-<order>.json``."""
     asked = cell["asked"]
     digest = _digest({key: cell[key] for key in ("asked", "data", "backbone", "keys")})[:8]
     named = {key: value for key, value in asked["learner"].items() if key not in ("name", *SCHEDULE)}
     schedule = {key: asked["learner"][key] for key in SCHEDULE if key in asked["learner"]}
-    words = [asked["learner"]["name"], *(f"{key}{_plain(value)}" for key, value in {**named, **schedule}.items())]
-    words += ["trace"] if asked["trace"] else []
-    words += ["few"] if asked["images"] else []
-    readable = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(words))[:56].strip("-")
+    parts = [asked["learner"]["name"], *(f"{key}{_plain(value)}" for key, value in {**named, **schedule}.items())]
+    parts += ["trace"] if asked["trace"] else []
+    parts += ["few"] if asked["images"] else []
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts))[:56].strip("-")
     return f"{asked['stream']}/{readable}-{digest}-{cell['order']}.json"
 
 
@@ -115,9 +149,9 @@ def _digest(value: Any) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to six decimals, all the way down: enough for any table, and files stay small."""
+    """Round all floats in a JSON value to six decimals, which is enough for any table."""
     if isinstance(value, float):
-        return round(value, 6) + 0.0  # no −0.0
+        return round(value, 6) + 0.0  # avoids −0.0
     if isinstance(value, Mapping):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -126,7 +160,7 @@ def rounded(value: Any) -> Any:
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """Store a result: canonical JSON, one line an entry, for a matrix of 50 tasks would be 2,500 lines else."""
+    """Write a result as canonical JSON with one line per key; indented, a matrix of 50 tasks would take 2,500."""
     files.make_directory(path.parent)
     compact = {
         key: json.dumps(rounded(value), sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -137,52 +171,55 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
 
 
 class Store:
-    """The results under a folder, by setup.
+    """Stored results of a folder, indexed by setup.
 
-    Attributes:
-        folder: ``…/results/reproduce``.
+    Args:
+        folder: Folder ``results/reproduce``.
+
+    Raises:
+        BundleRefusedError: A file is not a stored result.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._found: dict[str, list[dict[str, Any]]] = {}
+        self._results: dict[str, list[Result]] = {}
         for path in sorted(folder.glob("*/*.json")):
             self._add(files.read_json(path), path)
 
-    def _add(self, result: dict[str, Any], path: Path) -> None:
+    def _add(self, result: Result, path: Path) -> None:
         try:
             asked, order = result["spec"]["asked"], result["spec"]["order"]
         except (KeyError, TypeError) as error:
-            raise BundleRefusedError(f"{path} is not a stored result: it lacks {error}; remove it") from error
-        self._found.setdefault(_digest({"asked": asked, "order": order}), []).append(result)
+            raise BundleRefusedError(f"{path} is not a stored result: {error} is missing; delete the file") from error
+        self._results.setdefault(_digest({"asked": asked, "order": order}), []).append(result)
 
-    def find(self, setup: Setup) -> dict[str, Any] | None:
-        """The result of a setup, whatever answered it; real data before stand-ins; None where there is none."""
+    def find(self, setup: Setup) -> Result | None:
+        """Return the result of a setup for any provenance, preferring real data over stand-ins, or None."""
         fitting = [
             result
-            for result in self._found.get(setup.key(), [])
+            for result in self._results.get(setup.key(), [])
             if same_settings(result["spec"]["settings"], setup.learner)
         ]
         fitting.sort(key=lambda result: (result["stand_in"], result["spec"]["data"]))
         return fitting[0] if fitting else None
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (result for results in self._found.values() for result in results)
+    def __iter__(self) -> Iterator[Result]:
+        return (result for results in self._results.values() for result in results)
 
 
 def same_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether two sets of settings agree on the keys that both know."""
+    """Return True if two sets of settings agree on all keys that both contain."""
     return all(wanted[key] == value for key, value in stored.items() if key in wanted)
 
 
 def is_stored(folder: Path, cell: Mapping[str, Any]) -> bool:
-    """Whether the result of a spec is in the folder, made with today's settings."""
+    """Return True if the folder contains the result of a spec, computed with today's settings."""
     path = folder / file_name(cell)
     return path.is_file() and same_settings(files.read_json(path)["spec"]["settings"], cell["settings"])
 
 
 def upper_bound(setup: Setup) -> Setup:
-    """Joint training on the same embeddings with as many neurons: what a row is measured against."""
+    """Return the setup of joint training on the same embeddings with the same number of neurons."""
     neurons = setup.learner.get("neurons", known_settings(JOINT_NAME)["neurons"])
     learner = {**known_settings(JOINT_NAME), "name": JOINT_NAME, "neurons": neurons}
     for key, limit in budgets()["smoke"].most.items() if setup.images else ():
@@ -192,14 +229,14 @@ def upper_bound(setup: Setup) -> Setup:
 
 
 def setups(experiment: Experiment, system: System, stream: str, budget: str, orders: int | None = None) -> list[Setup]:
-    """The setups of one row, one for each class order.
+    """Return the setups of one row of a table, one per class order.
 
     Args:
-        experiment: the table.
-        system: the row.
-        stream: name in streams.yaml.
+        experiment: Experiment that defines the table.
+        system: System in that row.
+        stream: Name in streams.yaml.
         budget: smoke, reduced or full.
-        orders: how many class orders; None: the budget's, or the experiment's where it has fewer.
+        orders: Number of class orders; by default that of the budget. The experiment may limit it.
     """
     count = orders or budgets()[budget].orders
     if experiment.orders:

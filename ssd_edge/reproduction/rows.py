@@ -1,4 +1,4 @@
-"""Rows of the tables: the stored results of a system, over class orders, beside their upper bound."""
+"""Rows of the tables: stored results of a system over class orders, with their upper bound."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from ssd_edge.errors import require
 from ssd_edge.reproduction import cells
+from ssd_edge.reproduction.cells import Result
 from ssd_edge.reproduction.specs import ORDERS, Experiment, System
-
-Result = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is stored of a system on a stream with a budget.
+    """Stored results of a system on a stream with a budget.
 
     Attributes:
-        system: of the experiment.
-        stream: its name.
-        budget: its name.
-        results: by class order.
-        upper_bounds: joint training, by class order.
-        shared: whether the reduced and the full budget come to the same settings.
+        system: System of the experiment.
+        stream: Name of the stream.
+        budget: Name of the budget.
+        results: Results by class order.
+        upper_bounds: Results of joint training by class order.
+        shared: True if the reduced and the full budget give the same settings.
     """
 
     system: System
@@ -37,22 +35,23 @@ class Row:
 
     @property
     def length(self) -> str:
-        """How long it was trained: the budget, ``any`` where that says nothing, a dash where nothing is stored."""
+        """Budget to print: ``any`` if the schedule does not depend on it, a dash if nothing is stored."""
         return ("any" if self.shared else self.budget) if self.results else "–"
 
     def values(self, name: str) -> list[float]:
-        """One number an order: ``accuracy`` (over all test samples), ``last_task_share``, or a metric's name."""
-        found = (one.get(name, one.get("metrics", {}).get(name)) for _, one in sorted(self.results.items()))
-        return [value for value in found if value is not None]
+        """Return one number per class order: a number of the result, such as ``accuracy``, or one of its metrics."""
+        results = (result for _, result in sorted(self.results.items()))
+        numbers = (result.get(name, result.get("metrics", {}).get(name)) for result in results)
+        return [value for value in numbers if isinstance(value, float | int)]
 
     @property
     def upper_bound(self) -> list[float]:
-        """Accuracy of joint training, over the orders that are stored of this row."""
+        """Accuracy of joint training for the class orders of this row."""
         return [one["accuracy"] for order, one in sorted(self.upper_bounds.items()) if order in self.results]
 
     @property
     def share(self) -> float | None:
-        """Mean accuracy divided by joint training's over the same orders; None without it."""
+        """Mean accuracy divided by that of joint training over the same class orders; None without joint training."""
         common = [order for order in self.results if order in self.upper_bounds]
         if not common:
             return None
@@ -61,27 +60,25 @@ class Row:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on this row, each once."""
-        told = [note for _, one in sorted(self.results.items()) for note in one["notes"]]
-        return list(dict.fromkeys([*([self.system.note] if self.system.note else []), *told]))
+        """Distinct notes on this row."""
+        notes = [note for _, result in sorted(self.results.items()) for note in result["notes"]]
+        return list(dict.fromkeys([*([self.system.note] if self.system.note else []), *notes]))
 
 
 def rows(experiment: Experiment, stream: str, budget: str, store: cells.Store) -> list[Row]:
-    """All rows of an experiment on a stream, also those of which nothing is stored."""
-    found = []
+    """Return all rows of an experiment on a stream, including those without stored results."""
+    table = []
     for system in experiment.systems:
-        asked = cells.setups(experiment, system, stream, budget, len(ORDERS))
-        results = {one.order: result for one in asked if (result := store.find(one)) is not None}
-        upper_bounds = {
-            one.order: result for one in asked if (result := store.find(cells.upper_bound(one))) is not None
-        }
+        setups = cells.setups(experiment, system, stream, budget, len(ORDERS))
+        results = {setup.order: result for setup in setups if (result := store.find(setup))}
+        bounds = {setup.order: result for setup in setups if (result := store.find(cells.upper_bound(setup)))}
         shared = bool(results) and _shared(experiment, system, stream, budget)
-        found.append(Row(system, stream, budget, results, upper_bounds, shared))
-    return found
+        table.append(Row(system, stream, budget, results, bounds, shared))
+    return table
 
 
 def _shared(experiment: Experiment, system: System, stream: str, budget: str) -> bool:
-    """As `Row.shared`."""
+    """Return the value of `Row.shared`."""
     if budget == "smoke":
         return False
     reduced, full = (cells.setups(experiment, system, stream, name, 1)[0].key() for name in ("reduced", "full"))
@@ -89,23 +86,23 @@ def _shared(experiment: Experiment, system: System, stream: str, budget: str) ->
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """None of nothing."""
+    """Return the mean, or None for an empty sequence."""
     return statistics.fmean(values) if values else None
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Standard deviation over orders, n − 1; None of fewer than two."""
+    """Return the standard deviation (n − 1), or None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A paired t-test of two rows over the class orders that both have.
+    """Paired t-test of two rows over their common class orders.
 
     Attributes:
-        differences: of accuracy, by order.
-        t: Student's statistic with n − 1 degrees of freedom; None where all differences are equal.
-        p: two-sided.
+        differences: Differences of accuracy by class order.
+        t: Student's statistic with n − 1 degrees of freedom; None if all differences are equal.
+        p: Two-sided p value.
     """
 
     differences: list[float]
@@ -114,7 +111,7 @@ class Comparison:
 
 
 def compare(first: Row, second: Row) -> Comparison:
-    """Accuracy of the first minus that of the second."""
+    """Compare the accuracy of two rows: the first minus the second."""
     common = sorted(first.results.keys() & second.results.keys())
     differences = [first.results[order]["accuracy"] - second.results[order]["accuracy"] for order in common]
     deviation = spread(differences)
@@ -126,7 +123,7 @@ def compare(first: Row, second: Row) -> Comparison:
 
 
 def per_task(results: Iterable[Result], name: str) -> list[float]:
-    """One number an order: the mean over tasks of what neurons do on the data of each."""
+    """Return one number per result: the mean over tasks of a neuron statistic."""
     averages = []
     for one in results:
         values = [value for value in one.get("neurons", {}).get(name, []) if value is not None]
@@ -136,6 +133,6 @@ def per_task(results: Iterable[Result], name: str) -> list[float]:
 
 
 def overall(results: Iterable[Result], name: str) -> list[float]:
-    """One number an order: what neurons do on the data of all tasks, in the end."""
-    found = (one.get("neurons_overall", {}).get(name) for one in results)
-    return [value for value in found if value is not None]
+    """Return one number per result: a neuron statistic on the data of all tasks after the last one."""
+    numbers = (result.get("neurons_overall", {}).get(name) for result in results)
+    return [value for value in numbers if value is not None]
