@@ -83,14 +83,14 @@ def test_its_report(repeated: tuple[Path, str]) -> None:
         if value is not None
     ]
     # each task's name stands beside the first cell of its column
-    places = re.findall(r'<rect x="(\d+)" y="(\d+)"[^>]*><title>after experience \d, on task (\d)', source)
-    names = re.findall(r'<text x="(\d+)" y="([\d.]+)"><title>task (\d):', source)
+    places = re.findall(r'<use [^>]*x="(\d+)"[^>]* y="(\d+)"><title>after experience \d, on task (\d)', source)
+    names = re.findall(r'<text [^>]*x="(\d+)" y="([\d.]+)">[^<]*<title>task (\d):', source)
     assert [number for *_, number in names] == ["1", "2", "3"]
     wide, tall = 52, 32
     for x, y, number in names:
-        left, top = next((int(a), int(b)) for a, b, task in places if task == number)
-        assert int(x) == left + wide + 8
-        assert top < float(y) < top + tall
+        centre, middle = next((int(a), int(b)) for a, b, task in places if task == number)
+        assert int(x) == centre + wide / 2 + 8
+        assert abs(float(y) - middle) < tall / 2
 
 
 def test_blurry_and_online(shapes: Path, tmp_path: Path) -> None:
