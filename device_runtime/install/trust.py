@@ -10,8 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ssd_edge import files
-from ssd_edge.bundle import signing
-from ssd_edge.bundle.format import Bundle
+from ssd_edge.bundle import Bundle, signing
 from ssd_edge.errors import InputError
 
 TRUSTED = "trusted"  # folder of a root

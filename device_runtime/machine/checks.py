@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from device_runtime.machine.board import Board
 from ssd_edge import targets
-from ssd_edge.bundle.format import Bundle
+from ssd_edge.bundle import Bundle
 
 State = Literal["ok", "note", "warning", "unfit"]
 STATES: tuple[State, ...] = get_args(State)

@@ -20,7 +20,7 @@ from device_runtime.machine.board import Board, default_root, describe
 from device_runtime.machine.checks import Check, Examined, Situation, State
 from device_runtime.machine.profile import estimate
 from ssd_edge import files, targets
-from ssd_edge.bundle.format import Bundle
+from ssd_edge.bundle import Bundle
 from ssd_edge.errors import EnvironmentUnfitError, InputError, SSDEdgeError
 from ssd_edge.system import MIB, disk_free, nearest_folder
 

@@ -31,7 +31,7 @@ from device_runtime.backbone.interface import BackboneSpec, DeviceEmbedder, Engi
 from device_runtime.machine.board import Board, default_root, describe
 from ssd_edge import bundle as bundles
 from ssd_edge import files, images, targets
-from ssd_edge.bundle.format import Bundle
+from ssd_edge.bundle import Bundle
 from ssd_edge.errors import EnvironmentUnfitError, InputError
 from ssd_edge.system import MIB, resident, usable_cores
 
