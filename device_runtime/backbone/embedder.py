@@ -1,9 +1,8 @@
-"""The backbone on the device: uint8 images → standardised embeddings, by what is fastest of what gives the right ones.
+"""The device's embedder: uint8 images to standardised embeddings, with the fastest runtime that works.
 
-The ladder: TensorRT with an engine of our own; ONNX Runtime with CUDA; ONNX Runtime on the processor.
-Everything on a GPU must first give the embeddings of the bundle's probe (`selftest`); what does not is not used, and
-that is said. ONNX Runtime lists providers that do not start, and would go on with another one in silence: which one
-runs is read back, and its own falling back is switched off.
+Runtimes are tried in this order: TensorRT, ONNX Runtime with CUDA, ONNX Runtime on the CPU. A runtime on a GPU must
+first pass the self-test; a failed one is reported and skipped. ONNX Runtime lists providers that do not start and
+would silently replace them, so its fallback is disabled and the provider of the session is checked.
 """
 
 from __future__ import annotations
@@ -32,26 +31,26 @@ from ssd_edge.system import EXACT_INT8, usable_cores
 
 BATCH = 32
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-LADDER = (CUDA, CPU)  # of ONNX Runtime, fastest first
-ENGINES = "engines"  # folder of a root
+LADDER = (CUDA, CPU)  # providers of ONNX Runtime, fastest first
+ENGINES = "engines"  # folder in a root
 
 Say = Callable[[str], None]
 
 
 class OnnxRuntimeEmbedder:
-    """A backbone with preprocessing and standardisation in its graph.
+    """A backbone run by ONNX Runtime, with preprocessing and standardisation in the graph.
 
     Args:
-        model: the ONNX file, or its bytes.
-        size: side of its input in pixels.
-        dim: D of its embeddings.
-        provider: of ONNX Runtime; what of the graph it does not take, those after it in `LADDER` run.
+        model: ONNX file, or its bytes.
+        size: Side of the input in pixels.
+        dim: Dimension D of the embeddings.
+        provider: Execution provider. Operators that it does not support run on the providers after it in `LADDER`.
 
     Attributes:
-        provider: the execution provider that really runs, checked after creation.
+        provider: Execution provider of the session.
 
     Raises:
-        EnvironmentUnfitError: ONNX Runtime is missing or cannot run the file here, or not with this provider.
+        EnvironmentUnfitError: ONNX Runtime is missing, or cannot run the file with this provider.
     """
 
     engine: EngineRecord | None = None
@@ -67,30 +66,30 @@ class OnnxRuntimeEmbedder:
         try:
             source = model if isinstance(model, bytes) else str(model)
             wanted = [provider, *others]
-            # falling back by itself it prints on standard output, where a caller may be writing JSON
+            # its own fallback prints on standard output, where a caller may be writing JSON
             self._session = runtime.InferenceSession(source, options, providers=wanted, enable_fallback=0)
-            self._session.disable_fallback()  # also while it runs, in versions that do not know the word above
+            self._session.disable_fallback()  # also at run time, for versions without enable_fallback
         except Exception as error:  # ONNX Runtime raises its own types, which share no public base
             name = "the backbone" if isinstance(model, bytes) else model
             raise EnvironmentUnfitError(
-                f"ONNX Runtime cannot run {name} here ({_line(error)}); deploy it again"
+                f"ONNX Runtime cannot run {name} on this machine ({_line(error)}); deploy it again"
             ) from error
         self.provider: str = self._session.get_providers()[0]
         if self.provider != provider:
             raise EnvironmentUnfitError(
-                f"ONNX Runtime lists {provider}, but {self.provider} would run; see ssd-edge doctor"
+                f"ONNX Runtime lists {provider}, but would use {self.provider}; see ssd-edge doctor"
             )
-        taken = self._session.get_inputs()[0]
-        self._input = taken.name
-        self._batch = taken.shape[0] if isinstance(taken.shape[0], int) else BATCH  # some graphs take one at a time
+        image = self._session.get_inputs()[0]
+        self._input = image.name
+        self._batch = image.shape[0] if isinstance(image.shape[0], int) else BATCH  # the batch may be fixed
         self.size, self.dim = size, dim
 
     def embed(self, images: np.ndarray) -> np.ndarray:
-        """uint8 RGB ``(N, size, size, 3)`` → float32 ``(N, D)``.
+        """Embed uint8 RGB images ``(N, size, size, 3)`` as float32 ``(N, D)``.
 
         Raises:
-            BundleRefusedError: the graph gives another shape than the bundle says, or NaN.
-            EnvironmentUnfitError: the provider fails, e.g. for lack of memory on the GPU.
+            BundleRefusedError: The output has another shape than the bundle states, or is not finite.
+            EnvironmentUnfitError: The provider fails, e.g. because the GPU has too little memory.
         """
         try:
             parts: Sequence[np.ndarray] = [
@@ -98,8 +97,9 @@ class OnnxRuntimeEmbedder:
                 for start in range(0, len(images), self._batch)
             ]
         except Exception as error:
-            told = f"{self.provider} of ONNX Runtime cannot run the backbone ({_line(error)}); see ssd-edge doctor"
-            raise EnvironmentUnfitError(told) from error
+            raise EnvironmentUnfitError(
+                f"{self.provider} of ONNX Runtime cannot run the backbone ({_line(error)}); see ssd-edge doctor"
+            ) from error
         return check_embeddings(
             np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32), len(images), self.dim
         )
@@ -112,55 +112,55 @@ def open_embedder(
     say: Say = lambda text: None,
     strict: bool = False,
 ) -> DeviceEmbedder:
-    """What runs a root's backbone fastest here: TensorRT with a usable GPU, else ONNX Runtime.
+    """Open a root's backbone with the fastest runtime that passes the self-test on this machine.
 
-    Engines are taken from the root's cache, or built, which takes minutes on a small board. What runs on a GPU is used
-    only when it gives the embeddings of the bundle's probe; else the next is tried, and that is said, with the reason.
+    TensorRT engines come from the root's cache or are built, which takes minutes on a small board. If a runtime fails,
+    the next one is tried and the reason is reported.
 
     Args:
-        store: of the root.
-        spec: of the backbone.
-        probe: arrays and limits of the bundle's probe.
-        say: told what happens.
-        strict: refuse what is slower than what the target is prepared for; else that is said.
+        store: Store of the root.
+        spec: Facts of the backbone.
+        probe: Arrays and limits of the self-test.
+        say: Called with messages for the user.
+        strict: Refuse a runtime that is slower than the target's; otherwise a warning is reported.
 
     Raises:
-        BundleRefusedError: the backbone's file is missing or damaged.
-        EnvironmentUnfitError: nothing here can run it.
-        SlowerProviderError: under `strict`.
+        BundleRefusedError: The backbone's file is missing or damaged.
+        EnvironmentUnfitError: No runtime of this machine can run it.
+        SlowerProviderError: The runtime is slower than the target's and `strict` is set.
     """
     path = store.backbone_path(spec.sha256)
     failed: dict[str, str] = {}
     for name, start in _ladder(store.root / ENGINES, path, spec, probe, say):
         try:
-            found = start()
+            embedder = start()
             break
         except (EnvironmentUnfitError, GateRefusedError, BundleRefusedError) as error:
-            if name == CPU:  # the last
+            if name == CPU:  # the last one
                 raise
-            failed[name] = str(error)  # the error itself would hold what was started, and its memory
+            failed[name] = str(error)  # the traceback of the error would keep the memory of the runtime
     reason = "; ".join(f"{name}: {error}" if name in LADDER else error for name, error in failed.items())
     wanted = _prepared_for(spec.target)
-    if _speed(found.provider) < _speed(wanted):
-        told = f"{found.provider} runs the backbone, slower than {wanted}, for which {spec.target} stands"
-        told += f": {reason}" if reason else ""
+    if _speed(embedder.provider) < _speed(wanted):
+        message = f"{embedder.provider} runs the backbone, slower than {wanted}, which the target {spec.target} expects"
+        message += f": {reason}" if reason else ""
         if strict:
-            raise SlowerProviderError(f"{told}; see ssd-edge doctor, or leave --strict out")
-        say(f"warning: {told}")
+            raise SlowerProviderError(f"{message}; see ssd-edge doctor, or omit --strict")
+        say(f"warning: {message}")
     elif reason:
         verb = "is" if len(failed) == 1 else "are"
-        say(f"{' and '.join(failed)} {verb} not used, {found.provider} is: {reason}")
-    return found
+        say(f"{' and '.join(failed)} {verb} not used, {embedder.provider} is: {reason}")
+    return embedder
 
 
 def _prepared_for(target: str) -> str:
-    """What should run on a target; on one of a newer version, anything."""
+    """Return the runtime that a target expects; the CPU for a target that this version does not know."""
     known = targets.targets().get(target)
     return {"jetson": "TensorRT", "cuda": CUDA}.get(known.kind if known else "", CPU)
 
 
 def _speed(provider: str) -> int:
-    """The larger, the faster."""
+    """Return the rank of a runtime; larger is faster."""
     order = (*reversed(LADDER), "TensorRT")
     return max((place for place, name in enumerate(order) if provider.startswith(name)), default=0)
 
@@ -168,9 +168,9 @@ def _speed(provider: str) -> int:
 def _ladder(
     folder: Path, path: Path, spec: BackboneSpec, probe: Probe, say: Say
 ) -> Iterator[tuple[str, Callable[[], DeviceEmbedder]]]:
-    """What may run the backbone here, fastest first: its name, and what starts it."""
+    """Yield the name of each runtime that this machine may have, fastest first, and a function that opens it."""
 
-    def tested(provider: str) -> DeviceEmbedder:
+    def open_tested(provider: str) -> DeviceEmbedder:
         embedder = OnnxRuntimeEmbedder(path, spec.size, spec.dim, provider)
         selftest.run(embedder.embed, *probe)
         return embedder
@@ -178,12 +178,12 @@ def _ladder(
     if importlib.util.find_spec("tensorrt") is not None:
         yield "TensorRT", lambda: _tensorrt(folder, path, spec, probe, say)
     if CUDA in require("onnxruntime", "device", "run the backbone").get_available_providers():
-        yield CUDA, lambda: tested(CUDA)
+        yield CUDA, lambda: open_tested(CUDA)
     yield CPU, lambda: OnnxRuntimeEmbedder(path, spec.size, spec.dim)
 
 
 def _line(error: Exception) -> str:
-    """The first line of a message; drivers write paragraphs."""
+    """Return the first line of a message; those of drivers can be long."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -191,22 +191,22 @@ def _tensorrt(folder: Path, path: Path, spec: BackboneSpec, probe: Probe, say: S
     installed = api.TensorRT()
     gpu = engines.gpu_facts()
     if gpu is None:
-        raise EnvironmentUnfitError("PyTorch finds no GPU that it can use; see ssd-edge doctor")
+        raise EnvironmentUnfitError("PyTorch finds no usable GPU; see ssd-edge doctor")
     cache = engines.EngineCache(folder)
     wanted = engines.engine_facts(spec.sha256, spec.precision, gpu, installed.version)
     plan = cache.get(wanted)
     built = plan is None
     if plan is None:
-        say("building the TensorRT engine, once for this board and backbone; it may take minutes")
+        say("building the TensorRT engine, once for this board and backbone; this may take minutes")
         plan = cache.build(path, wanted, say)
     embedder = tensorrt.TensorRTEmbedder(plan, spec.size, spec.dim, installed)
     embedder.engine = record = cache.record(wanted)
     if built:
-        told = ", ".join(f"{key} {value}" for key, value in record.layers.items())
-        say(f"built the TensorRT engine in {record.seconds:.0f} s: {record.bytes / 1e6:.1f} MB; layers: {told}")
+        layers = ", ".join(f"{key} {value}" for key, value in record.layers.items())
+        say(f"built the TensorRT engine in {record.seconds:.0f} s: {record.bytes / 1e6:.1f} MB; layers: {layers}")
     try:
         selftest.run(embedder.embed, *probe)
     except BaseException:
-        embedder.close()  # ONNX Runtime may need that memory
+        embedder.close()  # ONNX Runtime may need the memory
         raise
     return embedder

@@ -1,4 +1,4 @@
-"""What every embedder of the device has in common."""
+"""The interface of a device's embedders, and the check of their output."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ class EngineRecord:
 
 
 class DeviceEmbedder(Protocol):
-    """A backbone that runs.
+    """A backbone that runs on this machine.
 
     Attributes:
-        provider: what really runs it.
-        size: side of its input in pixels.
-        dim: D of its embeddings.
-        engine: what was noted when its TensorRT engine was built (`EngineCache.record`); None without one.
+        provider: Runtime that executes the backbone.
+        size: Side of the input in pixels.
+        dim: Dimension D of the embeddings.
+        engine: Record of the TensorRT engine; None without one.
     """
 
     provider: str
@@ -94,15 +94,15 @@ class DeviceEmbedder(Protocol):
     engine: EngineRecord | None
 
     def embed(self, images: np.ndarray) -> np.ndarray:
-        """uint8 RGB ``(N, size, size, 3)`` → float32 ``(N, D)``."""
+        """Embed uint8 RGB images ``(N, size, size, 3)`` as float32 ``(N, D)``."""
         ...
 
 
 def check_embeddings(embeddings: np.ndarray, count: int, dim: int) -> np.ndarray:
-    """What a backbone gave, if it is float32 ``(count, dim)`` and finite.
+    """Return the output of a backbone if it is float32 ``(count, dim)`` and finite.
 
     Raises:
-        BundleRefusedError: it is not.
+        BundleRefusedError: The type or shape is another, or a value is NaN or infinite.
     """
     if embeddings.shape != (count, dim) or embeddings.dtype != np.float32:
         raise BundleRefusedError(

@@ -1,8 +1,8 @@
-"""Does the backbone compute here what it computed where the bundle was packed? A few images say it.
+"""Self-test: compare the embeddings of a few images with the values that the bundle expects.
 
-A bundle brings synthetic images and the embeddings that they must give (`probe.safetensors`). They are put through
-whatever will run the backbone on this machine, before the bundle is used for anything: a wrong driver, a miscompiled
-engine or a provider with another arithmetic shows here and not in the field.
+A bundle contains synthetic images and their embeddings (``probe.safetensors``). The embedder of this machine must
+reproduce them before the bundle is used. This detects a wrong driver, a miscompiled engine and a provider with
+different arithmetic.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SelfTest:
 
 
 def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Cosine of each pair of rows ``(P, D)``, in float64; of a zero row: 0."""
+    """Return the cosine of each pair of rows of two arrays ``(P, D)``, computed in float64; 0 for a zero row."""
     one, other = one.astype(np.float64), other.astype(np.float64)
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     dots = (one * other).sum(1)
@@ -46,9 +46,10 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def compare(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:
-    """Smallest cosine of two rows, and largest difference in standard deviations of `wanted`; both ``(P, D)``.
+    """Return the smallest cosine of corresponding rows and the largest absolute difference, for arrays ``(P, D)``.
 
-    Not finite, or another shape: (−1, ∞).
+    The difference is in standard deviations of `wanted`. If the shapes differ or `found` is not finite, the result is
+    (−1, ∞).
     """
     if wanted.shape != found.shape or not np.isfinite(found).all():
         return -1.0, float("inf")
@@ -58,26 +59,23 @@ def compare(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:
 
 
 def run(embed: Embed, arrays: Mapping[str, np.ndarray], limits: Mapping[str, float]) -> SelfTest:
-    """Embed the probe's images and compare; all together, and the first one alone.
+    """Embed the probe images, as one batch and the first one alone, and compare the result with the expected values.
 
     Args:
-        embed: what will run on this machine.
+        embed: The embedder of this machine.
         arrays: ``images`` uint8 ``(P, size, size, 3)`` and ``embeddings`` float32 ``(P, D)``.
-        limits: ``min_cosine`` and ``max_difference``, of the bundle's precision.
-
-    Returns:
-        The figures, rounded.
+        limits: ``min_cosine`` and ``max_difference`` for the bundle's precision.
 
     Raises:
-        GateRefusedError: they differ by more than the limits; in one sentence.
+        GateRefusedError: The embeddings differ by more than the limits.
     """
     images, wanted = arrays["images"], arrays["embeddings"]
     together, alone = compare(wanted, embed(images)), compare(wanted[:1], embed(images[:1]))
     cosine, difference = min(together[0], alone[0]), max(together[1], alone[1])
     if not (cosine >= limits["min_cosine"] and difference <= limits["max_difference"]):
         raise GateRefusedError(
-            f"the backbone computes something else here than where it was packed: cosine {cosine:.6f}, but at least "
-            f"{limits['min_cosine']:g} is needed; largest difference {difference:.2g} σ, but at most "
-            f"{limits['max_difference']:g}; run ssd-edge doctor, or deploy in fp32"
+            f"the backbone gives other embeddings on this machine than in the bundle: cosine {cosine:.6f} (at least "
+            f"{limits['min_cosine']:g} is required), largest difference {difference:.2g} σ (at most "
+            f"{limits['max_difference']:g} is allowed); run ssd-edge doctor, or deploy in fp32"
         )
     return SelfTest(len(images), round(cosine, 7), float(f"{difference:.1e}"))

@@ -1,8 +1,8 @@
-"""Stand-ins for the Python API of TensorRT 10.3, 10.16 and 11.4. They are not TensorRT, and compute nothing of it.
+"""Stand-ins for the Python API of TensorRT 10.3, 10.16 and 11.4, without its computations.
 
-Each has the symbols that SSD-Edge uses where that generation has them, and not where it does not, as found in the
-wheels; a slotted class or an enumeration without the member then raises AttributeError. A "graph" is JSON, a "plan"
-too; running one multiplies the mean of each image by 1, 2, …, D, from and to the addresses that were given.
+Each version has only those of the symbols used by SSD-Edge that its wheel has; slotted classes and enumerations raise
+AttributeError for the others. A "graph" is JSON, and so is a "plan"; running one multiplies the mean of each image by
+1, 2, …, D, from and to the given addresses.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any
 
 import numpy as np
 
-SERIAL = {"10.3.0": 239, "10.16.2.10": 241, "11.4.0.106": 301}  # what a plan of each is marked with
+SERIAL = {"10.3.0": 239, "10.16.2.10": 241, "11.4.0.106": 301}  # format number in the plans of each version
 GENERATIONS = tuple(SERIAL)
 
 
 def graph(shape: tuple[int, ...] = (-1, 4, 4, 3), dim: int = 5, **trouble: Any) -> bytes:
-    """What the stand-ins' parser takes; `trouble`: parse=[errors], build=[errors]."""
+    """Return a graph for the stand-ins' parser; `trouble` is ``parse=[errors]`` or ``build=[errors]``."""
     return json.dumps({"shape": shape, "dim": dim, **trouble}).encode()
 
 
 def expected(images: np.ndarray, dim: int = 5) -> np.ndarray:
-    """What running it gives."""
+    """Return the output of running the graph."""
     means = images.reshape(len(images), -1).mean(1, dtype=np.float64)
     return (means[:, None] * np.arange(1, dim + 1)).astype(np.float32)
 
 
 def make(version: str, gpu: bool = True) -> ModuleType:
-    """A module like `tensorrt` of that version; ``module.executed`` lists (batch, stream) of what was run."""
+    """Return a module like `tensorrt` of that version; ``module.executed`` lists (batch, stream) of each run."""
     trt = ModuleType("tensorrt")
     trt.__version__ = version
     serial, new, newest = SERIAL.get(version, 1), version != "10.3.0", version.startswith("11.")
@@ -284,7 +284,7 @@ def make(version: str, gpu: bool = True) -> ModuleType:
 
 
 def real_onnx(batch: int | str = "batch", operator: str = "Relu") -> bytes:
-    """A real graph, for the real TensorRT-RTX: uint8 (batch, 8, 8, 3) → float32 (batch, 6)."""
+    """Return a real graph for TensorRT-RTX: uint8 (batch, 8, 8, 3) to float32 (batch, 6)."""
     from onnx import TensorProto, helper, numpy_helper
 
     weight = np.random.default_rng(5).standard_normal((6, 3, 3, 3)).astype(np.float32)

@@ -1,8 +1,8 @@
-"""``python -m device_runtime.backbone.tensorrt.build``: one engine, built in a process of its own; and how that is run.
+"""Building of a TensorRT engine in a separate process, ``python -m device_runtime.backbone.tensorrt.build``.
 
-Building takes gigabytes that a process does not give back, may be killed for it, and may crash; none of that may take
-the program down that serves a camera. One JSON request comes from standard input or as the argument, JSON lines go to
-standard output: what is going on, and the result last.
+A build takes gigabytes of memory that a process does not return, and may be killed or crash, which must not stop the
+program that serves a camera. The process reads one request as JSON from standard input or its argument and writes JSON
+lines to standard output: progress, and finally the result.
 
 ::
 
@@ -68,24 +68,24 @@ class BuildRequest:
 
 
 def build(request: BuildRequest, write: Write) -> dict[str, Any]:
-    """Build what a request asks for, and write the plan atomically.
+    """Build an engine and write it atomically.
 
     Args:
-        request: see above.
-        write: told of progress, at most once a second.
+        request: Arguments of the build.
+        write: Called with progress records, at most once per second.
 
     Returns:
-        The result; see above.
+        The result record, see the module's docstring.
 
     Raises:
-        SSDEdgeError: like `TensorRT.build`, and when a file cannot be read or written.
+        SSDEdgeError: As in `TensorRT.build`, or a file cannot be read or written.
     """
     api = TensorRT(request.module)
     onnx = files.read_bytes(Path(request.onnx))
     found = files.sha256(onnx)
     if found != request.onnx_sha256:
         raise BundleRefusedError(
-            f"{request.onnx} has the sha256 {found}, but {request.onnx_sha256} was asked for; install the bundle again"
+            f"{request.onnx} has the sha256 {found}, but {request.onnx_sha256} is expected; install the bundle again"
         )
     timings = Path(request.timing_cache) if request.timing_cache else None
     known = None if timings is None else timings.read_bytes() if timings.exists() else b""
@@ -93,14 +93,14 @@ def build(request: BuildRequest, write: Write) -> dict[str, Any]:
     warnings = built.warnings
     files.write_bytes(Path(request.plan), built.plan)
     if timings is not None and built.timing_cache is not None:
-        with contextlib.suppress(EnvironmentUnfitError):  # it only saves time
+        with contextlib.suppress(EnvironmentUnfitError):  # the cache only saves time
             files.write_bytes(timings, built.timing_cache)
     layers: dict[str, Any] = {"parsed": built.layers}
     try:
         engine = api.load(built.plan)
         layers.update(engine.summary)
         engine.close()
-    except EnvironmentUnfitError as error:  # TensorRT-RTX builds without a GPU, but cannot look into what it built
+    except EnvironmentUnfitError as error:  # TensorRT-RTX builds without a GPU, but cannot load the engine
         warnings = [*warnings, str(error)]
     return {
         "ok": True,
@@ -114,7 +114,7 @@ def build(request: BuildRequest, write: Write) -> dict[str, Any]:
 
 
 class _Progress:
-    """Passes on what the builder's threads say, but not all of it."""
+    """Callback that writes the progress of the builder's threads, at most once per second."""
 
     def __init__(self, write: Write) -> None:
         self._write, self._next, self._lock = write, 0.0, threading.Lock()
@@ -128,16 +128,16 @@ class _Progress:
 
 
 def _die_with_parent() -> None:
-    """A parent that is killed cannot clean up: the kernel then ends this process (Linux)."""
+    """Let the kernel kill this process when its parent ends (Linux): a killed parent cannot clean up."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def main() -> int:
-    """One request in, one result out; returns the exit code."""
+    """Read a request, write its result and return the exit code."""
     _die_with_parent()
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what native libraries print must not get between the lines
+    os.dup2(2, 1)  # output of native libraries must not mix with the JSON lines
 
     def write(record: dict[str, Any]) -> None:
         lines.write(json.dumps(record) + "\n")
@@ -145,7 +145,7 @@ def main() -> int:
 
     request = BuildRequest(**json.loads(sys.argv[1] if len(sys.argv) > 1 else sys.stdin.read()))
     if request.parent not in (None, os.getppid()):
-        return 1  # it ended before `_die_with_parent`
+        return 1  # the parent ended before `_die_with_parent`
     try:
         result = build(request, write)
     except SSDEdgeError as error:
@@ -158,36 +158,37 @@ def main() -> int:
 
 
 class Crashed(EnvironmentUnfitError):
-    """The building process ended without a result."""
+    """Raised when the building process ends without a result."""
 
 
 def run_apart(
     command: Sequence[str], request: BuildRequest, say: Say, deadline: float, timeout: float
 ) -> dict[str, Any]:
-    """Run the building process to its result; it never outlives this call.
+    """Run the building process and return its result; the process never outlives this call.
 
     Args:
-        command: of the process.
-        request: see above.
-        say: told every ten seconds that it goes on.
-        deadline: of `time.monotonic`.
-        timeout: seconds, for the message.
+        command: Command of the process.
+        request: Arguments of the build.
+        say: Called every ten seconds with a progress message.
+        deadline: Time on `time.monotonic` at which the process is killed.
+        timeout: The same as a duration in seconds, for the error message.
 
     Returns:
-        The result; see above.
+        The result record, see the module's docstring.
 
     Raises:
-        Crashed: it ended without one.
-        SSDEdgeError: as `build` raised it there, or EnvironmentUnfitError: it took too long.
+        Crashed: The process ended without a result.
+        EnvironmentUnfitError: The deadline has passed.
+        SSDEdgeError: The error of `build` in the process.
     """
-    with tempfile.TemporaryFile() as complaints:
+    with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=complaints,
-            cwd=Path(__file__).resolve().parents[3],  # -m takes the package from here: this one, and no other
-            start_new_session=True,  # Ctrl-C comes here, and is passed on as the end of it
+            stderr=errors,
+            cwd=Path(__file__).resolve().parents[3],  # -m imports this package, not an installed one
+            start_new_session=True,  # Ctrl-C reaches only this process, which then kills the child
         )
         try:
             result = _listen(child, request, say, deadline)
@@ -201,7 +202,7 @@ def run_apart(
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
         if result is None:
-            raise Crashed(_how_it_ended(child.returncode, complaints))
+            raise Crashed(_crash_message(child.returncode, errors))
     if not result["ok"]:
         kinds = (GateRefusedError, BundleRefusedError, InputError)
         kind = next((kind for kind in kinds if kind.exit_code == result["exit_code"]), EnvironmentUnfitError)
@@ -210,22 +211,22 @@ def run_apart(
 
 
 def _listen(child: subprocess.Popen[bytes], request: BuildRequest, say: Say, deadline: float) -> dict[str, Any] | None:
-    """Give it the request and read its lines until it ends; returns the result, if it gave one."""
+    """Send the request and read the output until the process ends; return the result, or None without one."""
     assert child.stdin is not None
     assert child.stdout is not None
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_pump, args=(child.stdout, lines), daemon=True).start()
-    with contextlib.suppress(BrokenPipeError), child.stdin:  # it may have ended already
+    with contextlib.suppress(BrokenPipeError), child.stdin:  # the process may have ended already
         child.stdin.write(json.dumps(dataclasses.asdict(request)).encode())
     started = time.monotonic()
-    beat, doing, result = started + HEARTBEAT, "", None
+    beat, step, result = started + HEARTBEAT, "", None
     while True:
         now = time.monotonic()
         if now >= deadline:
             raise TimeoutError
         if now >= beat:
             say(
-                f"building the TensorRT engine, {now - started:.0f} s so far{doing} (once per board and model; takes "
+                f"building the TensorRT engine, {now - started:.0f} s so far{step} (once per board and model; takes "
                 "minutes on small boards)"
             )
             beat = now + HEARTBEAT
@@ -240,7 +241,7 @@ def _listen(child: subprocess.Popen[bytes], request: BuildRequest, say: Say, dea
         if "ok" in record:
             result = record
         else:
-            doing = f": {record['phase']}, step {record['step']} of {record['of']}"
+            step = f": {record['phase']}, step {record['step']} of {record['of']}"
 
 
 def _pump(stream: IO[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
@@ -250,16 +251,16 @@ def _pump(stream: IO[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
     lines.put(None)
 
 
-def _how_it_ended(code: int, complaints: IO[bytes]) -> str:
-    size = complaints.seek(0, os.SEEK_END)
-    complaints.seek(max(0, size - 2000))
-    told = " / ".join(complaints.read().decode("utf-8", errors="replace").split("\n")[-4:]).strip(" /")
-    last = f" (it said: {told})" if told else ""
+def _crash_message(code: int, errors: IO[bytes]) -> str:
+    size = errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, size - 2000))
+    text = " / ".join(errors.read().decode("utf-8", errors="replace").split("\n")[-4:]).strip(" /")
+    last = f" (last output: {text})" if text else ""
     if code < 0:
         with contextlib.suppress(ValueError):
             return (
-                f"building the TensorRT engine was ended by {signal.Signals(-code).name}{last}: memory may have run "
-                "out; stop other programs or add swap, or run the backbone with ONNX Runtime"
+                f"building the TensorRT engine was stopped by {signal.Signals(-code).name}{last}, possibly for lack of "
+                "memory; stop other programs or add swap, or run the backbone with ONNX Runtime"
             )
     return (
         f"building the TensorRT engine ended with code {code} and no result{last}; run ssd-edge doctor, or run the "
@@ -270,4 +271,4 @@ def _how_it_ended(code: int, complaints: IO[bytes]) -> str:
 if __name__ == "__main__":
     code = main()
     sys.stderr.flush()
-    os._exit(code)  # a driver that crashes while it is torn down would hide the result
+    os._exit(code)  # skips the driver's teardown, a crash of which would hide the result

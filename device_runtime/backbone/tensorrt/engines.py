@@ -1,15 +1,15 @@
-"""TensorRT engines: the gate for a graph (without a GPU), and the cache of what was built on this machine.
+"""TensorRT engines: a check of graphs that needs no GPU, and the cache of engines built on this machine.
 
 ::
 
-    ENGINES/<fingerprint>.plan   the engine as TensorRT serialised it, nothing before or behind it
-    ENGINES/<fingerprint>.json   what it was built from and for, its size and sha256; written last
-    ENGINES/timing-….cache       timings of kernels on this machine: a rebuild takes less time
-    ENGINES/.lock                held while one is built
+    ENGINES/<fingerprint>.plan   engine as serialized by TensorRT
+    ENGINES/<fingerprint>.json   its `EngineRecord`; written last
+    ENGINES/timing-….cache       kernel timings of this machine, which make a rebuild faster
+    ENGINES/.lock                locked during a build
 
-An engine runs only with the TensorRT, GPU and driver that it was built for: all that is in the fingerprint, and another
-one is built when anything changes. Deserialising an engine is running it: none is taken from a bundle, the folder is
-the user's alone, and the sha256 is compared before TensorRT sees a byte.
+An engine runs only with the TensorRT, GPU and driver that it was built for. The fingerprint covers all of them, so any
+change causes a new build. Deserializing an engine executes it. Therefore engines never come from a bundle, only the
+user can write to the folder, and the sha256 is verified before TensorRT reads the file.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputErro
 from ssd_edge.system import file_lock
 
 CACHE_VERSION = 1
-KEEP = 4  # engines, the newest; each is of one backbone
+KEEP = 4  # newest engines that are kept, each of another backbone
 TIMEOUT = 3600.0  # seconds
 _LOCK_POLL = 0.2  # seconds
-_OF_THE_GRAPH = ("onnx_sha256", "precision", "batches")  # facts that kernel timings do not depend on
+_OF_THE_GRAPH = ("onnx_sha256", "precision", "batches")  # facts that do not affect kernel timings
 
 log = logging.getLogger(__name__)
 
@@ -127,15 +127,15 @@ class GraphCheck:
 
 
 def check_graph(onnx: bytes, module: str = "tensorrt_rtx") -> GraphCheck:
-    """Parse and build a graph strongly typed, as a device will; with TensorRT-RTX no GPU is needed.
+    """Parse and build a graph, strongly typed as on a device. TensorRT-RTX needs no GPU for this.
 
     Args:
-        onnx: the graph; a single file.
-        module: import name of the TensorRT to ask.
+        onnx: Contents of the ONNX file.
+        module: Import name of TensorRT.
 
     Raises:
-        GateRefusedError: it is not taken; in the words of the parser or builder.
-        EnvironmentUnfitError: that TensorRT cannot be imported, or needs a GPU and finds none.
+        GateRefusedError: TensorRT rejects the graph; the message has its reason.
+        EnvironmentUnfitError: TensorRT cannot be imported, or finds no GPU and needs one.
     """
     api = TensorRT(module)
     built = api.build(onnx)
@@ -143,7 +143,7 @@ def check_graph(onnx: bytes, module: str = "tensorrt_rtx") -> GraphCheck:
 
 
 def gpu_facts() -> GpuFacts | None:
-    """What an engine depends on of the GPU that PyTorch uses; None where it has none or cannot run on it."""
+    """Return the facts of the GPU that PyTorch uses, or None if it has no GPU or cannot use it."""
     try:
         import torch
     except (ImportError, OSError):
@@ -151,7 +151,7 @@ def gpu_facts() -> GpuFacts | None:
     try:
         if not torch.cuda.is_available():
             return None
-        (torch.zeros(8, device="cuda") + 1).sum().item()  # a wheel without kernels for this board fails only here
+        (torch.zeros(8, device="cuda") + 1).sum().item()  # a wheel without kernels for this GPU fails here
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
     except RuntimeError as error:
         log.warning("PyTorch %s cannot use the GPU: %s", torch.__version__, str(error).splitlines()[0])
@@ -177,25 +177,25 @@ def engine_facts(
     module: str = "tensorrt",
     root: Path = Path("/"),
 ) -> EngineFacts:
-    """All that an engine is built from and for.
+    """Collect the facts that an engine on this machine depends on.
 
     Args:
-        onnx_sha256: of the backbone's file.
-        precision: that its bundle states.
-        gpu: of `gpu_facts`.
-        version: of TensorRT.
-        module: its import name.
-        root: of the file system; another one in tests.
+        onnx_sha256: Digest of the backbone's file.
+        precision: Precision that the bundle states.
+        gpu: Result of `gpu_facts`.
+        version: Version of TensorRT.
+        module: Import name of TensorRT.
+        root: Root of the file system to read.
     """
     try:
         l4t = (root / "etc/nv_tegra_release").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:  # no Jetson
+    except OSError:  # not a Jetson
         l4t = None
     return EngineFacts(onnx_sha256, precision, BATCHES, module, version, gpu, l4t)
 
 
 def fingerprint(facts: EngineFacts) -> str:
-    """Name of the engine that has these facts: hex sha256 of their canonical JSON and the cache's version."""
+    """Return the file name of an engine: the hex sha256 of the facts' canonical JSON and the cache version."""
     return _digest(facts.to_dict())
 
 
@@ -204,11 +204,11 @@ def _digest(facts: Mapping[str, Any]) -> str:
 
 
 class EngineCache:
-    """Engines that were built on this machine.
+    """Cache of the engines that were built on this machine.
 
     Args:
-        folder: where they lie; created with mode 0700 by the first build.
-        command: of the process that builds; see `build_engine`.
+        folder: Folder of the engines; created with mode 0700 by the first build.
+        command: Command of the building process, see `build`.
     """
 
     def __init__(self, folder: str | Path, command: Sequence[str] | None = None) -> None:
@@ -216,10 +216,10 @@ class EngineCache:
         self._command = list(command or (sys.executable, "-m", "device_runtime.backbone.tensorrt.build"))
 
     def get(self, facts: EngineFacts) -> Path | None:
-        """The engine with these facts, if an intact one is there; a damaged one is removed.
+        """Return the path of an intact engine with these facts, or None; a damaged engine is removed.
 
         Raises:
-            EnvironmentUnfitError: the folder belongs to another user, or others may write to it.
+            EnvironmentUnfitError: The folder belongs to another user, or others may write to it.
         """
         if not self._check_folder():
             return None
@@ -228,7 +228,7 @@ class EngineCache:
             return self._path(facts)
         if any(path.exists() for path in self._both(facts)):
             with self._try_lock() as locked:
-                # while somebody builds, an unfinished engine is not a damaged one
+                # an unfinished engine of a running build is not a damaged one
                 if locked and (reason := self._unusable(facts)) is not None:
                     log.warning("removed the TensorRT engine %s: %s", self._path(facts).name, reason)
                     self._remove(self._path(facts))
@@ -237,21 +237,23 @@ class EngineCache:
     def build(
         self, onnx: str | Path, facts: EngineFacts, say: Say = lambda text: None, timeout: float = TIMEOUT
     ) -> Path:
-        """Build the engine with these facts in a process of its own; or take it, if another process just did.
+        """Build the engine with these facts in a separate process, unless another process has just built it.
+
+        Engines of the same backbone with other facts are removed, and the oldest engines of other backbones, too.
 
         Args:
-            onnx: the backbone's file.
-            facts: of `engine_facts`.
-            say: told every ten seconds that it goes on.
-            timeout: seconds, waiting for another process's build included.
+            onnx: The backbone's file.
+            facts: Result of `engine_facts`.
+            say: Called every ten seconds with a progress message.
+            timeout: Timeout in seconds, which includes waiting for the build of another process.
 
         Returns:
-            The plan. Engines of the same backbone with other facts are removed, and so are the oldest of others.
+            The path of the engine.
 
         Raises:
-            GateRefusedError: TensorRT does not take the graph.
-            EnvironmentUnfitError: no usable GPU, not enough memory or disk, or it took too long; nothing is left of it.
-            BundleRefusedError: the file is not the one of the facts.
+            GateRefusedError: TensorRT rejects the graph.
+            EnvironmentUnfitError: There is no usable GPU or too little memory or disk space, or the build timed out.
+            BundleRefusedError: The digest of the file is not the one of the facts.
         """
         deadline = time.monotonic() + timeout
         self.make_folder()
@@ -280,7 +282,7 @@ class EngineCache:
             except BaseException as error:
                 self._remove(plan)
                 if isinstance(error, Crashed):
-                    timings.unlink(missing_ok=True)  # it may be what crashed it
+                    timings.unlink(missing_ok=True)  # it may have caused the crash
                 raise
             finally:
                 self._tidy()
@@ -288,10 +290,10 @@ class EngineCache:
             return plan
 
     def record(self, facts: EngineFacts) -> EngineRecord:
-        """What was noted when the engine with these facts was built: seconds, bytes, layers, warnings.
+        """Return the record of the engine with these facts.
 
         Raises:
-            InputError: there is none.
+            InputError: There is no such engine.
         """
         return EngineRecord.from_dict(files.read_json(self._path(facts).with_suffix(".json")))
 
@@ -307,50 +309,52 @@ class EngineCache:
         return self.folder / f"timing-{_digest(machine)[:16]}.cache"
 
     def _unusable(self, facts: EngineFacts) -> str | None:
-        """Why there is no engine with these facts to use; None: there is."""
+        """Return why the engine with these facts cannot be used, or None if it can."""
         plan, sidecar = self._both(facts)
         try:
-            noted = EngineRecord.from_dict(files.read_json(sidecar))
+            record = EngineRecord.from_dict(files.read_json(sidecar))
             size, digest = plan.stat().st_size, files.sha256_file(plan)
         except (InputError, BundleRefusedError, OSError) as error:
             return f"it is not complete ({error})"
-        if noted.facts != facts.to_dict():
-            return "it was noted with other facts"
-        if (size, digest) != (noted.bytes, noted.sha256):
-            return f"it has {size} bytes and sha256 {digest}, but {noted.bytes} and {noted.sha256} were noted"
+        if record.facts != facts.to_dict():
+            return "its record has other facts"
+        if (size, digest) != (record.bytes, record.sha256):
+            return f"it has {size} bytes and sha256 {digest}, but its record has {record.bytes} and {record.sha256}"
         return None
 
     def _check_folder(self) -> bool:
-        """Whether it is there; refuses one in which others could put an engine."""
+        """Return True if the folder exists; raise an error if other users can write to it."""
         try:
             found = os.lstat(self.folder)
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise EnvironmentUnfitError(f"cannot look into {self.folder}: {error.strerror}") from error
+            raise EnvironmentUnfitError(f"cannot read {self.folder}: {error.strerror}") from error
         problem = None
         if not stat.S_ISDIR(found.st_mode):
             problem = "is not a folder"
         elif found.st_uid != os.geteuid():
             problem = f"belongs to user {found.st_uid}, but this runs as user {os.geteuid()}"
         elif found.st_mode & 0o022:
-            problem = f"may be written by others (mode {stat.S_IMODE(found.st_mode):o}, but 700 is needed)"
+            problem = f"is writable by other users (mode {stat.S_IMODE(found.st_mode):o}, but 700 is required)"
         if problem is not None:
             raise EnvironmentUnfitError(f"the folder of TensorRT engines, {self.folder}, {problem}; remove it")
         return True
 
     def make_folder(self) -> None:
-        """Make sure that it is there and that nobody else may write to it: an engine is a program.
+        """Create the folder if it does not exist and check that only this user can write to it.
 
         Raises:
-            EnvironmentUnfitError: it cannot be made, belongs to another user, or others may write to it.
+            EnvironmentUnfitError: The folder cannot be created, belongs to another user, or others may write to it.
         """
         files.make_directory(self.folder.parent)
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.folder, 0o700)
         except OSError as error:
-            raise EnvironmentUnfitError(f"cannot create {self.folder}: {error.strerror}; name another root") from error
+            raise EnvironmentUnfitError(
+                f"cannot create {self.folder}: {error.strerror}; choose another root"
+            ) from error
         self._check_folder()
 
     def _try_lock(self) -> contextlib.AbstractContextManager[bool]:
@@ -376,12 +380,12 @@ class EngineCache:
             time.sleep(_LOCK_POLL)
 
     def _tidy(self) -> None:
-        """Remove what a killed build left half written; with the lock held."""
+        """Remove the temporary files of a killed build; the lock must be held."""
         for path in self.folder.glob(f"{files.TEMPORARY_PREFIX}*"):
             path.unlink(missing_ok=True)
 
     def _remove(self, plan: Path) -> None:
-        # the sidecar first: without it a plan is nothing
+        # record first: a plan without its record is not used
         plan.with_suffix(".json").unlink(missing_ok=True)
         plan.unlink(missing_ok=True)
 
@@ -391,10 +395,10 @@ class EngineCache:
             if plan == newest:
                 continue
             try:
-                of_the_same = files.read_json(plan.with_suffix(".json"))["facts"]["onnx_sha256"] == facts.onnx_sha256
+                same_backbone = files.read_json(plan.with_suffix(".json"))["facts"]["onnx_sha256"] == facts.onnx_sha256
             except (SSDEdgeError, KeyError, TypeError):
-                of_the_same = True  # not usable anyway
-            if of_the_same:
+                same_backbone = True  # it is not usable
+            if same_backbone:
                 self._remove(plan)
             else:
                 others.append((plan.stat().st_mtime, plan))

@@ -1,7 +1,6 @@
-"""Which runtime is taken, and that another one is never taken silently.
+"""The choice of the runtime, and the report of every runtime that is skipped.
 
-TensorRT and ONNX Runtime's providers for a GPU are stand-ins here: the adapter and the engine cache have their own
-tests. None of this was run on a GPU.
+TensorRT and ONNX Runtime's providers for a GPU are stand-ins; the wrapper and the engine cache have tests of their own.
 """
 
 from __future__ import annotations
@@ -31,30 +30,30 @@ TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 
 @pytest.fixture
 def opened(tiny_bundle, tmp_path):
-    """opened(say) → the embedder of a root that holds a tiny backbone."""
+    """Return ``opened(report)``, which opens the embedder of a root with a tiny backbone."""
     read = bundle.parse(tiny_bundle())
     store = Generations(tmp_path / "root")
     with store.writer():
         backbone = store.add_backbone(read.read("backbone"))
     arrays, limits = read.tensors("probe")
 
-    def run(say=lambda text: None, target="cpu", strict=False, **changes):
+    def run(report=lambda text: None, target="cpu", strict=False, **changes):
         facts = {**read.manifest["backbone"], "target": target, **changes}
-        return open_embedder(store, BackboneSpec.from_facts(backbone, facts), (arrays, limits), say, strict)
+        return open_embedder(store, BackboneSpec.from_facts(backbone, facts), (arrays, limits), report, strict)
 
     run.arrays, run.store = arrays, store
     return run
 
 
 class StandInRuntime(types.ModuleType):
-    """ONNX Runtime with providers for a GPU; the processor computes for them.
+    """ONNX Runtime with GPU providers, for which the CPU computes.
 
     Attributes:
-        absent: providers that are listed, but do not start.
-        raises: provider → what making a session with it raises.
-        fails: provider → what running it raises.
-        wrong: provider → what its embeddings are shifted by.
-        asked: providers of each session.
+        absent: Providers that are listed, but do not start.
+        raises: Error of creating a session, by provider.
+        fails: Error of running a session, by provider.
+        wrong: Offset of the embeddings, by provider.
+        requested: Providers of each session.
     """
 
     def __init__(self) -> None:
@@ -64,14 +63,14 @@ class StandInRuntime(types.ModuleType):
         self.raises: dict[str, Exception] = {}
         self.fails: dict[str, Exception] = {}
         self.wrong: dict[str, float] = {}
-        self.asked: list[list[str]] = []
+        self.requested: list[list[str]] = []
 
     def get_available_providers(self) -> list[str]:
         return [TENSORRT_PROVIDER, CUDA, "AzureExecutionProvider", CPU]
 
     def InferenceSession(self, model: str, options: Any, providers: list[str], enable_fallback: int = 1) -> Any:
         assert enable_fallback == 0
-        self.asked.append(providers)
+        self.requested.append(providers)
         started = [name for name in providers if name not in self.absent]
         if providers[0] in self.raises:
             raise self.raises[providers[0]]
@@ -89,14 +88,14 @@ class StandInRuntime(types.ModuleType):
 
 @pytest.fixture
 def runtime(monkeypatch):
-    """A machine with a GPU, and an ONNX Runtime that has a provider for TensorRT, too."""
+    """Install an ONNX Runtime that lists a CUDA and a TensorRT provider."""
     put = StandInRuntime()
     monkeypatch.setitem(sys.modules, "onnxruntime", put)
     return put
 
 
 class StandIn:
-    """In the place of `TensorRTEmbedder`: what ONNX Runtime gives, shifted by `wrong`."""
+    """A stand-in for `TensorRTEmbedder`: the embeddings of ONNX Runtime, shifted by `wrong`."""
 
     provider, engine, wrong, closed = "TensorRT 10.3.0 (stand-in)", None, 0.0, 0
 
@@ -113,7 +112,7 @@ class StandIn:
 
 @pytest.fixture
 def tensorrt(monkeypatch):
-    """A machine with TensorRT and a GPU; the attributes say what was done, and may be changed."""
+    """Install stand-ins for TensorRT and a GPU; return a class whose attributes record and control them."""
 
     class Machine:
         gpu, built, failure = engines.GpuFacts("Orin", "8.7", 8, "12.6", "12.6"), [], None
@@ -125,7 +124,7 @@ def tensorrt(monkeypatch):
         def get(self, facts):
             return Machine.built[-1] if Machine.built else None
 
-        def build(self, onnx, facts, say):
+        def build(self, onnx, facts, report):
             if Machine.failure is not None:
                 raise Machine.failure
             assert facts.tensorrt == "10.3.0"
@@ -151,143 +150,147 @@ def tensorrt(monkeypatch):
     return Machine
 
 
-def test_without_tensorrt_onnx_runtime_runs_it(opened):
-    said = []
-    found = opened(said.append)
+def test_without_tensorrt_onnx_runtime_is_used(opened):
+    messages = []
+    found = opened(messages.append)
     assert found.provider == "CPUExecutionProvider"
     assert found.engine is None
-    assert said == []
+    assert messages == []
     np.testing.assert_allclose(found.embed(opened.arrays["images"]), opened.arrays["embeddings"], atol=1e-5)
 
 
-def test_with_tensorrt_an_engine_is_built_once_and_its_layers_are_told(opened, tensorrt):
-    said = []
-    found = opened(said.append)
+def test_tensorrt_engine_is_built_once_and_its_layers_are_reported(opened, tensorrt):
+    messages = []
+    found = opened(messages.append)
     assert found.provider == "TensorRT 10.3.0 (stand-in)"
     assert found.engine.layers == {"parsed": 12}
-    assert "it may take minutes" in said[0]
-    assert said[1] == "built the TensorRT engine in 61 s: 4.0 MB; layers: parsed 12"
-    opened(said.append)
+    assert "this may take minutes" in messages[0]
+    assert messages[1] == "built the TensorRT engine in 61 s: 4.0 MB; layers: parsed 12"
+    opened(messages.append)
     assert len(tensorrt.built) == 1
-    assert len(said) == 2
+    assert len(messages) == 2
 
 
 @pytest.mark.parametrize(
     "failure", [EnvironmentUnfitError("no memory"), BundleRefusedError("another file")], ids=["environment", "bundle"]
 )
-def test_an_engine_that_cannot_be_built_is_told_and_onnx_runtime_runs_it(opened, tensorrt, failure):
+def test_failed_engine_build_falls_back_to_onnx_runtime(opened, tensorrt, failure):
     tensorrt.failure = failure
-    said = []
-    assert opened(said.append).provider == "CPUExecutionProvider"
-    assert said[-1] == f"TensorRT is not used, CPUExecutionProvider is: {failure}"
+    messages = []
+    assert opened(messages.append).provider == "CPUExecutionProvider"
+    assert messages[-1] == f"TensorRT is not used, CPUExecutionProvider is: {failure}"
 
 
-def test_an_engine_that_computes_something_else_is_closed_and_not_used(opened, tensorrt):
+def test_engine_that_fails_the_self_test_is_closed_and_not_used(opened, tensorrt):
     StandIn.wrong = 1.0
-    said = []
-    assert opened(said.append).provider == "CPUExecutionProvider"
-    assert "the backbone computes something else here" in said[-1]
+    messages = []
+    assert opened(messages.append).provider == "CPUExecutionProvider"
+    assert "the backbone gives other embeddings on this machine" in messages[-1]
     assert StandIn.closed == 1
 
 
-def test_tensorrt_without_a_gpu_is_told(opened, tensorrt):
+def test_tensorrt_without_a_gpu_is_reported(opened, tensorrt):
     tensorrt.gpu = None
-    said = []
-    assert opened(said.append).provider == "CPUExecutionProvider"
-    assert "PyTorch finds no GPU that it can use" in said[-1]
+    messages = []
+    assert opened(messages.append).provider == "CPUExecutionProvider"
+    assert "PyTorch finds no usable GPU" in messages[-1]
 
 
 @pytest.mark.parametrize(("target", "wanted"), [("jetson", "TensorRT"), ("generic-cuda", "CUDAExecutionProvider")])
-def test_what_is_slower_than_the_target_stands_for_is_told_or_refused(opened, target, wanted):
-    said = []
-    assert opened(said.append, target).provider == "CPUExecutionProvider"
-    told = f"CPUExecutionProvider runs the backbone, slower than {wanted}, for which {target} stands"
-    assert said == [f"warning: {told}"]
-    with pytest.raises(SlowerProviderError, match=told):
+def test_runtime_slower_than_the_target_expects_is_reported_or_refused(opened, target, wanted):
+    messages = []
+    assert opened(messages.append, target).provider == "CPUExecutionProvider"
+    message = f"CPUExecutionProvider runs the backbone, slower than {wanted}, which the target {target} expects"
+    assert messages == [f"warning: {message}"]
+    with pytest.raises(SlowerProviderError, match=message):
         opened(target=target, strict=True)
 
 
-def test_what_is_as_fast_passes_under_strict(opened, tensorrt):
+def test_strict_accepts_an_equally_fast_runtime(opened, tensorrt):
     for target in ("jetson", "generic-cuda", "cpu", "a target of a newer version"):
         assert opened(target=target, strict=True).provider.startswith("TensorRT")
 
 
-def test_the_reason_is_told_with_the_refusal(opened, tensorrt):
+def test_refusal_has_the_reason(opened, tensorrt):
     tensorrt.failure = EnvironmentUnfitError("no memory")
-    with pytest.raises(SlowerProviderError, match="stands: no memory; see ssd-edge doctor"):
+    with pytest.raises(SlowerProviderError, match="expects: no memory; see ssd-edge doctor"):
         opened(target="jetson", strict=True)
 
 
-def test_a_damaged_backbone_is_not_run_by_anything(opened, tmp_path):
+def test_damaged_backbone_is_refused(opened, tmp_path):
     (path,) = (tmp_path / "root" / "backbones").iterdir()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BundleRefusedError, match="missing or damaged"):
         opened()
 
 
-def test_of_onnx_runtime_the_fastest_is_taken(opened, runtime):
-    said = []
-    found = opened(said.append)
+def test_onnx_runtime_uses_the_fastest_provider(opened, runtime):
+    messages = []
+    found = opened(messages.append)
     assert found.provider == CUDA
     np.testing.assert_allclose(found.embed(opened.arrays["images"]), opened.arrays["embeddings"], atol=1e-5)
-    assert runtime.asked[0] == [CUDA, CPU]  # what it does not take, the other runs
-    assert said == []
+    assert runtime.requested[0] == [CUDA, CPU]  # the CPU runs operators that CUDA does not support
+    assert messages == []
 
 
-def test_the_tensorrt_provider_of_onnx_runtime_is_never_used(opened, runtime):
-    """It would set the precision by flags of the builder; the precision is in the graph."""
+def test_onnx_runtimes_tensorrt_provider_is_never_used(opened, runtime):
+    """That provider sets the precision by builder flags, but the precision is in the graph."""
     opened(precision="fp16")
-    assert all(TENSORRT_PROVIDER not in names for names in runtime.asked)
+    assert all(TENSORRT_PROVIDER not in names for names in runtime.requested)
 
 
-def test_what_is_listed_but_does_not_start_is_passed_over_and_told(opened, runtime):
+def test_provider_that_does_not_start_is_skipped_and_reported(opened, runtime):
     runtime.absent = {CUDA}
-    said = []
-    assert opened(said.append).provider == CPU
-    assert said[-1] == (
-        f"{CUDA} is not used, {CPU} is: {CUDA}: ONNX Runtime lists {CUDA}, but {CPU} would run; see ssd-edge doctor"
+    messages = []
+    assert opened(messages.append).provider == CPU
+    assert messages[-1] == (
+        f"{CUDA} is not used, {CPU} is: {CUDA}: ONNX Runtime lists {CUDA}, but would use {CPU}; see ssd-edge doctor"
     )
 
 
-def test_what_computes_something_else_is_passed_over_and_told(opened, runtime):
+def test_provider_that_fails_the_self_test_is_skipped_and_reported(opened, runtime):
     runtime.wrong = {CUDA: 1.0}
-    said = []
-    found = opened(said.append)
+    messages = []
+    found = opened(messages.append)
     assert found.provider == CPU
-    assert f"{CUDA} is not used, {CPU} is: {CUDA}: the backbone computes something else here" in said[-1]
+    assert f"{CUDA} is not used, {CPU} is: {CUDA}: the backbone gives other embeddings on this machine" in messages[-1]
     np.testing.assert_allclose(found.embed(opened.arrays["images"]), opened.arrays["embeddings"], atol=1e-5)
     runtime.wrong = {CUDA: float("nan")}
-    assert opened(said.append).provider == CPU
-    assert f"{CUDA}: the backbone gives NaN or infinity" in said[-1]
+    assert opened(messages.append).provider == CPU
+    assert f"{CUDA}: the backbone gives NaN or infinity" in messages[-1]
 
 
-def test_an_engine_that_failed_is_not_replaced_by_an_untested_provider(opened, tensorrt, runtime):
+def test_provider_after_a_failed_engine_is_tested_too(opened, tensorrt, runtime):
     StandIn.wrong = 1.0
     runtime.wrong = {CUDA: 1.0}
-    said = []
-    assert opened(said.append).provider == CPU
-    assert said[-1].startswith(f"TensorRT and {CUDA} are not used, {CPU} is: the backbone computes something else")
-    assert said[-1].count("computes something else") == 2
+    messages = []
+    assert opened(messages.append).provider == CPU
+    assert messages[-1].startswith(f"TensorRT and {CUDA} are not used, {CPU} is: the backbone gives other embeddings")
+    assert messages[-1].count("gives other embeddings") == 2
 
 
 @pytest.mark.parametrize("when", ["raises", "fails"])
-def test_a_provider_that_raises_is_passed_over(opened, runtime, when):
+def test_provider_that_raises_is_skipped(opened, runtime, when):
     setattr(runtime, when, {CUDA: RuntimeError("out of memory\nand a stack")})
-    said = []
-    assert opened(said.append).provider == CPU
-    assert "(out of memory); " in said[-1]
-    assert "stack" not in said[-1]
+    messages = []
+    assert opened(messages.append).provider == CPU
+    assert "(out of memory); " in messages[-1]
+    assert "stack" not in messages[-1]
 
 
-def test_that_even_the_processor_cannot_run_it_is_raised(opened, runtime):
+def test_failure_on_the_cpu_is_raised(opened, runtime):
     runtime.raises = {name: RuntimeError("unknown operator") for name in (CUDA, CPU)}
-    with pytest.raises(EnvironmentUnfitError, match=r"cannot run .* \(unknown operator\); deploy it again"):
+    with pytest.raises(
+        EnvironmentUnfitError, match=r"cannot run .* on this machine \(unknown operator\); deploy it again"
+    ):
         opened()
 
 
 def test_onnx_runtime_is_slower_than_a_tensorrt_engine(opened, runtime):
-    """A target for a Jetson stands for an engine; for a GPU ONNX Runtime's CUDA provider will do."""
-    with pytest.raises(SlowerProviderError, match=f"{CUDA} runs the backbone, slower than TensorRT, for which jetson"):
+    """A Jetson target expects a TensorRT engine; a CUDA target accepts ONNX Runtime's CUDA provider."""
+    with pytest.raises(
+        SlowerProviderError, match=f"{CUDA} runs the backbone, slower than TensorRT, which the target jetson expects"
+    ):
         opened(target="jetson", strict=True)
     assert opened(target="generic-cuda", strict=True).provider == CUDA
     runtime.absent = {CUDA}
@@ -295,7 +298,7 @@ def test_onnx_runtime_is_slower_than_a_tensorrt_engine(opened, runtime):
         opened(target="generic-cuda", strict=True)
 
 
-def test_a_run_that_fails_is_one_sentence(opened, runtime):
+def test_failed_run_has_a_one_line_reason(opened, runtime):
     found = opened()
     runtime.fails = {CUDA: RuntimeError("CUDA failure 2: out of memory\nmore")}
     with pytest.raises(EnvironmentUnfitError, match=r"cannot run the backbone \(CUDA failure 2: out of memory\); see"):

@@ -75,7 +75,10 @@ def test_what_a_later_start_needs_is_carried_into_learned_generations(put, root,
 
 
 def test_a_backbone_that_computes_something_else_here_is_refused(put, root):
-    with pytest.raises(GateRefusedError, match=r"computes something else here .*at most 0\.001; run ssd-edge doctor"):
+    with pytest.raises(
+        GateRefusedError,
+        match=r"gives other embeddings on this machine .*at most 0\.001 is allowed\); run ssd-edge doctor",
+    ):
         put(shift=0.5)
     assert nothing_is_current(root)
 

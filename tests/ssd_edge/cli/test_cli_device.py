@@ -49,7 +49,7 @@ def test_the_path_of_the_readme(root: Path, shapes: Path, cli) -> None:
     after = predict()
     assert sum(p["label"] == "triangle" for p in after["predictions"]) >= 10
     told = cli("device", "learn", "--strict", "--label", "more", shapes / "train" / "triangle", *at, code=6)
-    assert "slower than TensorRT, for which jetson stands" in told.stderr
+    assert "slower than TensorRT, which the target jetson expects" in told.stderr
     status = json.loads(cli("device", "status", *at, "--json").stdout)
     assert (status["generation"], status["classes"][-1]) == (2, "triangle")
     rolled = json.loads(cli("device", "rollback", *at, "--json").stdout)

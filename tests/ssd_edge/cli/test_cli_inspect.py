@@ -218,7 +218,7 @@ def test_verify_refuses(put, key):
 
 def test_a_backbone_that_computes_something_else_is_refused(put):
     wrong = hand.probe(embeddings=("F32", [2, 3], [1.0, -2.0, 3.0, 4.0, 5.0, 6.0]))
-    with pytest.raises(BundleRefusedError, match="computes something else here than where it was packed"):
+    with pytest.raises(BundleRefusedError, match="gives other embeddings on this machine than in the bundle"):
         run(verify, put(hand.with_entry("probe.safetensors", wrong)))
 
 

@@ -1,4 +1,4 @@
-"""One way to each generation of TensorRT: stand-ins of three, and TensorRT-RTX itself where it is installed."""
+"""The TensorRT wrapper, with stand-ins for three versions and with TensorRT-RTX if it is installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ graph, GENERATIONS = STANDINS["graph"], STANDINS["GENERATIONS"]
 
 @pytest.fixture
 def standin(monkeypatch):
-    """standin("10.3.0", gpu=True) → the stand-in module, installed as `tensorrt`."""
+    """Return ``standin("10.3.0", gpu=True)``, which installs a stand-in module as `tensorrt` and returns it."""
 
     def install(version: str, gpu: bool = True):
         module = STANDINS["make"](version, gpu)
@@ -30,7 +30,7 @@ def standin(monkeypatch):
 
 
 @pytest.mark.parametrize("version", GENERATIONS)
-def test_one_code_path_builds_loads_and_runs(standin, version):
+def test_build_load_and_run_on_each_version(standin, version):
     module = standin(version)
     api = TensorRT()
     seen = []
@@ -56,8 +56,8 @@ def test_one_code_path_builds_loads_and_runs(standin, version):
     engine.close()
 
 
-def test_the_standins_differ_where_the_generations_do():
-    """What the wheels have; else the test above proves nothing."""
+def test_standins_differ_like_the_versions():
+    """Without these differences of the real wheels the test above would prove nothing."""
     old, middle, new = (STANDINS["make"](version) for version in GENERATIONS)
     flags = [m.NetworkDefinitionCreationFlag for m in (old, middle, new)]
     assert [hasattr(flag, "EXPLICIT_BATCH") for flag in flags] == [True, True, False]
@@ -71,7 +71,7 @@ def test_the_standins_differ_where_the_generations_do():
 
 
 @pytest.mark.parametrize("version", GENERATIONS)
-def test_kernel_timings_are_kept_and_those_of_another_version_are_not_used(standin, version):
+def test_timing_cache_is_reused_by_the_same_version_only(standin, version):
     standin(version)
     api = TensorRT()
     first = api.build(graph(), timing_cache=b"").timing_cache
@@ -80,7 +80,7 @@ def test_kernel_timings_are_kept_and_those_of_another_version_are_not_used(stand
     assert api.build(graph(), timing_cache=b"timings of another board").timing_cache == first
 
 
-def test_a_fixed_batch_needs_no_profile(standin):
+def test_fixed_batch_needs_no_profile(standin):
     standin("10.3.0")
     api = TensorRT()
     built = api.build(graph((1, 4, 4, 3)))
@@ -88,22 +88,22 @@ def test_a_fixed_batch_needs_no_profile(standin):
     assert api.load(built.plan).max_batch == 1
 
 
-def test_only_the_batch_may_vary(standin):
+def test_only_the_batch_may_be_dynamic(standin):
     standin("10.3.0")
-    with pytest.raises(GateRefusedError, match=r"'images' has the shape \(-1, -1, 4, 3\), but only its batch"):
+    with pytest.raises(GateRefusedError, match=r"'images' has the shape \(-1, -1, 4, 3\), but only the batch may"):
         TensorRT().build(graph((-1, -1, 4, 3)))
 
 
 @pytest.mark.parametrize("version", GENERATIONS)
-def test_all_errors_of_the_parser_are_told(standin, version):
+def test_message_has_all_parser_errors(standin, version):
     standin(version)
-    told = rf"TensorRT {version} cannot parse the graph \(no Foo here; Foo 'body/1': nor Bar"
-    with pytest.raises(GateRefusedError, match=told):
+    message = rf"TensorRT {version} cannot parse the graph \(no Foo here; Foo 'body/1': nor Bar"
+    with pytest.raises(GateRefusedError, match=message):
         TensorRT().build(graph(parse=["no Foo\n here", "nor Bar"]))
 
 
 @pytest.mark.parametrize(
-    ("said", "kind"),
+    ("logged", "kind"),
     [
         ("TopK: K exceeds the maximum value allowed (3840)", GateRefusedError),
         ("[virtualMemoryBuffer.cpp] Requested size was 5368709120 bytes: OutOfMemory", EnvironmentUnfitError),
@@ -111,15 +111,15 @@ def test_all_errors_of_the_parser_are_told(standin, version):
         ("cudaError 100: no CUDA-capable device is detected", EnvironmentUnfitError),
     ],
 )
-def test_a_build_that_gives_none_says_why(standin, said, kind):
+def test_failed_build_has_the_logged_reason(standin, logged, kind):
     standin("11.4.0.106")
     with pytest.raises(kind) as raised:
-        TensorRT().build(graph(build=[said]))
-    assert said in str(raised.value)
+        TensorRT().build(graph(build=[logged]))
+    assert logged in str(raised.value)
     assert type(raised.value) is kind
 
 
-def test_the_log_of_an_earlier_failure_is_not_told_again(standin):
+def test_message_omits_the_log_of_an_earlier_failure(standin):
     standin("10.3.0")
     api = TensorRT()
     with pytest.raises(GateRefusedError, match="first trouble"):
@@ -135,32 +135,37 @@ def test_without_a_gpu(standin, version):
     standin(version, gpu=False)
     api = TensorRT()
     for action in (lambda: api.build(graph()), lambda: api.load(plan)):
-        with pytest.raises(EnvironmentUnfitError, match=r"finds no GPU that it can use \(.*35.*\); check the NVIDIA"):
+        with pytest.raises(EnvironmentUnfitError, match=r"finds no usable GPU \(.*35.*\); check the NVIDIA"):
             action()
 
 
-def test_an_engine_of_another_version_names_both(standin):
+def test_engine_of_another_version_is_refused_with_both_formats(standin):
     standin("10.16.2.10")
     plan = TensorRT().build(graph()).plan
     standin("10.3.0")
-    with pytest.raises(EnvironmentUnfitError, match="reads engines of format 239, but this one has format 241"):
+    with pytest.raises(
+        EnvironmentUnfitError,
+        match="reads engines of format 239, but this one, built by another version, has format 241",
+    ):
         TensorRT().load(plan)
 
 
-def test_what_is_no_engine_is_refused(standin):
+def test_bytes_that_are_no_engine_are_refused(standin):
     standin("10.3.0")
     with pytest.raises(EnvironmentUnfitError, match=r"cannot load the engine .*magicTag"):
         TensorRT().load(b"\x00nonsense")
 
 
-def test_too_old(standin):
+def test_version_that_is_too_old_is_refused(standin):
     standin("8.6.1")
-    with pytest.raises(EnvironmentUnfitError, match=r"TensorRT 8\.6\.1 is installed, but at least 10\.3 is needed"):
+    with pytest.raises(
+        EnvironmentUnfitError, match=r"TensorRT 8\.6\.1 is installed, but at least 10\.3 \(JetPack 6\.1\) is required"
+    ):
         TensorRT()
 
 
 @pytest.mark.parametrize("error", ["ImportError", "OSError"])
-def test_bindings_without_their_library(tmp_path, monkeypatch, error):
+def test_bindings_without_their_library_are_refused(tmp_path, monkeypatch, error):
     (tmp_path / "half_tensorrt.py").write_text(f"raise {error}('libnvonnxparser.so.11: cannot open')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(EnvironmentUnfitError, match=r"cannot be imported \(libnvonnxparser.so.11: cannot open\)"):
@@ -178,31 +183,31 @@ def real_graph() -> bytes:
     return STANDINS["real_onnx"]()
 
 
-def test_tensorrt_rtx_takes_bytes_of_pixels(rtx, real_graph):
+def test_tensorrt_rtx_accepts_uint8_input(rtx, real_graph):
     seen = []
     built = rtx.build(real_graph, timing_cache=b"", progress=lambda *step: seen.append(step))
     assert built.input == "uint8"
     assert built.layers >= 4
     assert len(built.plan) > 10_000
-    assert built.timing_cache is None  # it would need a GPU
+    assert built.timing_cache is None  # it needs a GPU
     assert seen
 
 
-def test_tensorrt_rtx_takes_one_image_at_a_time(rtx):
+def test_tensorrt_rtx_accepts_a_batch_of_one(rtx):
     assert rtx.build(STANDINS["real_onnx"](batch=1)).plan
 
 
-def test_tensorrt_rtx_says_what_it_does_not_know(rtx):
+def test_tensorrt_rtx_names_unknown_operators(rtx):
     with pytest.raises(GateRefusedError, match=r"RTX .* cannot parse the graph \(NoSuchOperator 'body/2': "):
         rtx.build(STANDINS["real_onnx"](operator="NoSuchOperator"))
     with pytest.raises(GateRefusedError, match="Failed to parse the ONNX model"):
         rtx.build(b"nonsense")
 
 
-def test_tensorrt_rtx_gives_none_without_a_gpu(rtx, real_graph):
+def test_tensorrt_rtx_cannot_load_without_a_gpu(rtx, real_graph):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    with pytest.raises(EnvironmentUnfitError, match=r"TensorRT-RTX .* finds no GPU that it can use \(cudaError 35"):
+    with pytest.raises(EnvironmentUnfitError, match=r"TensorRT-RTX .* finds no usable GPU \(cudaError 35"):
         rtx.load(rtx.build(real_graph).plan)

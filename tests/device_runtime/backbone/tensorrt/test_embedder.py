@@ -1,4 +1,4 @@
-"""The embedder of a TensorRT engine, with stand-ins of TensorRT that read and write the memory of this process."""
+"""The TensorRT embedder, with stand-ins for TensorRT that read and write the memory of this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Stream:
 
 
 class NoCuda(Cuda):
-    """The processor's memory in the place of the GPU's."""
+    """CPU memory as a stand-in for GPU memory."""
 
     device, name = "cpu", "stand-in"
 
@@ -42,7 +42,7 @@ class NoCuda(Cuda):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """opened("10.3.0", graph(), size=4, dim=5, **changes of the plan) → (embedder, module, NoCuda)."""
+    """Return ``opened("10.3.0", graph(), size=4, dim=5, **changes)``, which returns (embedder, module, NoCuda)."""
 
     def make(version: str = "10.3.0", onnx: bytes = graph(), size: int = 4, dim: int = 5, **changes):
         module = STANDINS["make"](version)
@@ -59,7 +59,7 @@ def pixels(count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("version", GENERATIONS)
-def test_more_images_than_a_batch_on_each_generation(opened, version):
+def test_more_images_than_a_batch_on_each_version(opened, version):
     embedder, module, cuda = opened(version)
     images = pixels(70)
     found = embedder.embed(images)
@@ -70,21 +70,21 @@ def test_more_images_than_a_batch_on_each_generation(opened, version):
     assert (embedder.provider, embedder.size, embedder.dim) == (f"TensorRT {version} (stand-in)", 4, 5)
 
 
-def test_one_image_at_a_time(opened):
+def test_fixed_batch_of_one(opened):
     embedder, module, _ = opened(onnx=graph((1, 4, 4, 3)))
     images = pixels(3)
     np.testing.assert_array_equal(embedder.embed(images), expected(images))
     assert module.executed == [(1, 7)] * 3
 
 
-def test_a_fixed_batch_is_filled_up(opened):
+def test_fixed_batch_is_padded(opened):
     embedder, module, _ = opened(onnx=graph((4, 4, 4, 3)))
     images = pixels(6)
     np.testing.assert_array_equal(embedder.embed(images), expected(images))
     assert module.executed == [(4, 7)] * 2
 
 
-def test_what_was_given_is_not_overwritten_by_the_next_batch(opened):
+def test_next_batch_does_not_overwrite_earlier_embeddings(opened):
     embedder, _, _ = opened()
     first = embedder.embed(pixels(2))
     kept = first.copy()
@@ -92,7 +92,7 @@ def test_what_was_given_is_not_overwritten_by_the_next_batch(opened):
     np.testing.assert_array_equal(first, kept)
 
 
-def test_images_that_may_not_be_written_or_lie_apart(opened):
+def test_read_only_and_strided_images(opened):
     embedder, _, _ = opened()
     images = pixels(4)
     images.flags.writeable = False
@@ -101,8 +101,8 @@ def test_images_that_may_not_be_written_or_lie_apart(opened):
 
 
 @pytest.mark.parametrize("images", [np.zeros((2, 5, 5, 3), np.uint8), np.zeros((2, 4, 4, 3), np.float32)])
-def test_other_images_are_refused(opened, images):
-    with pytest.raises(InputError, match=r"takes uint8 images \(N, 4, 4, 3\), but"):
+def test_images_of_another_shape_or_type_are_refused(opened, images):
+    with pytest.raises(InputError, match=r"needs uint8 images \(N, 4, 4, 3\), but got"):
         opened()[0].embed(images)
 
 
@@ -112,13 +112,13 @@ def test_nan_is_refused(opened):
 
 
 @pytest.mark.parametrize("case", [{"size": 8}, {"dim": 6}, {"output": "HALF"}])
-def test_an_engine_of_another_shape_is_refused_before_it_runs(opened, case):
-    told = r"takes uint8 \(N, 4, 4, 3\) and gives \w+ \(N, 5\), but the bundle says uint8 .* and float32"
-    with pytest.raises(BundleRefusedError, match=told):
+def test_engine_of_another_shape_is_refused(opened, case):
+    message = r"maps uint8 \(N, 4, 4, 3\) to \w+ \(N, 5\), but the bundle states uint8 .* to float32"
+    with pytest.raises(BundleRefusedError, match=message):
         opened(**case)
 
 
-def test_from_a_file(opened, tmp_path):
+def test_engine_from_a_file(opened, tmp_path):
     embedder, module, _ = opened()
     path = tmp_path / "x.plan"
     path.write_bytes(TensorRT().build(graph()).plan)
@@ -129,7 +129,7 @@ def test_from_a_file(opened, tmp_path):
         TensorRTEmbedder(tmp_path / "none.plan", 4, 5, cuda=NoCuda())
 
 
-def test_closed(opened):
+def test_closed_embedder_is_refused(opened):
     embedder, _, _ = opened()
     embedder.close()
     embedder.close()
@@ -137,20 +137,22 @@ def test_closed(opened):
         embedder.embed(pixels(1))
 
 
-def test_a_pytorch_without_kernels_for_the_board(opened, monkeypatch):
+def test_pytorch_without_kernels_for_the_gpu_is_refused(opened, monkeypatch):
     def no_kernels(*args, **kwargs):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore of it")
 
     monkeypatch.setattr(torch, "ones", no_kernels)
     with pytest.raises(EnvironmentUnfitError) as raised:
         Cuda()
-    told = str(raised.value)
-    assert told.startswith(f"PyTorch {torch.__version__} cannot use the GPU (CUDA error: no kernel image is available")
-    assert "more of it" not in told
-    assert "install the PyTorch that NVIDIA makes for this JetPack" in told
+    message = str(raised.value)
+    assert message.startswith(
+        f"PyTorch {torch.__version__} cannot use the GPU (CUDA error: no kernel image is available"
+    )
+    assert "more of it" not in message
+    assert "install NVIDIA's PyTorch for this JetPack" in message
 
 
-def test_a_gpu_that_fails_while_it_runs(opened, monkeypatch):
+def test_gpu_failure_at_run_time(opened, monkeypatch):
     embedder, _, cuda = opened()
 
     def fails() -> None:
@@ -161,7 +163,7 @@ def test_a_gpu_that_fails_while_it_runs(opened, monkeypatch):
         embedder.embed(pixels(1))
 
 
-def test_here_without_a_gpu(opened):
+def test_without_a_gpu(opened):
     _, _, _ = opened()
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

@@ -1,4 +1,4 @@
-"""The cache of engines and the process that builds them; real builds with TensorRT-RTX, which needs no GPU for it."""
+"""The engine cache and the building process; real builds use TensorRT-RTX, which needs no GPU for this."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefus
 STANDINS = vars(tensorrt_standins)
 GPU = engines.GpuFacts("Orin", "8.7", 8, "12.6", "12.6")
 
-# A builder that is not TensorRT: a plan that says which process made it, and a result.
+# A stand-in for the building process: the plan contains its process id.
 CHILD = """
 import hashlib, json, os, sys, time
 request = json.loads(sys.stdin.read())
@@ -46,7 +46,7 @@ def facts():
 
 @pytest.fixture
 def cache(tmp_path):
-    """cache("finish()") → a cache whose engines are built by `CHILD` and that line."""
+    """Return ``cache("finish()")``, which returns a cache whose engines are built by `CHILD` and that line."""
 
     def make(last: str = "finish()") -> EngineCache:
         return EngineCache(tmp_path / "engines", [sys.executable, "-S", "-E", "-c", CHILD + last])
@@ -54,7 +54,7 @@ def cache(tmp_path):
     return make
 
 
-def left(cache: EngineCache) -> list[str]:
+def remaining(cache: EngineCache) -> list[str]:
     return sorted(path.name for path in cache.folder.iterdir() if path.name != ".lock")
 
 
@@ -94,25 +94,25 @@ def dies(pid: int, seconds: float = 5.0) -> bool:
     ],
     ids=lambda change: str(change)[:40],
 )
-def test_another_fact_is_another_engine(facts, change):
+def test_fingerprint_depends_on_every_fact(facts, change):
     assert fingerprint(replace(facts, **change)) != fingerprint(facts)
 
 
-def test_the_fingerprint_does_not_tell_tuples_from_lists_and_the_cache_has_a_version(facts, monkeypatch):
+def test_fingerprint_ignores_sequence_types_and_depends_on_the_cache_version(facts, monkeypatch):
     assert fingerprint(replace(facts, batches=list(facts.batches))) == fingerprint(facts)
     before = fingerprint(facts)
     monkeypatch.setattr(engines, "CACHE_VERSION", engines.CACHE_VERSION + 1)
     assert fingerprint(facts) != before
 
 
-def test_the_release_of_a_jetson_is_read(tmp_path):
+def test_engine_facts_have_the_jetson_release(tmp_path):
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 4.3, BOARD: generic\n")
     assert engine_facts("a", "fp32", GPU, "10.3.0", root=tmp_path).l4t.startswith("# R36 (release), REVISION: 4.3")
     assert engine_facts("a", "fp32", GPU, "10.3.0", root=tmp_path / "none").l4t is None
 
 
-def test_gpu_facts_where_there_is_none(monkeypatch, caplog):
+def test_gpu_facts_without_a_usable_gpu(monkeypatch, caplog):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -130,15 +130,15 @@ def test_gpu_facts_where_there_is_none(monkeypatch, caplog):
 # --- cache
 
 
-def test_an_engine_is_built_once_and_taken_from_then_on(cache, facts, tmp_path):
+def test_engine_is_built_once(cache, facts, tmp_path):
     builder = cache()
     assert builder.get(facts) is None
-    assert not builder.folder.exists()  # looking creates nothing
+    assert not builder.folder.exists()  # get creates nothing
     plan = builder.build(tmp_path / "x.onnx", facts)
     assert plan == builder.get(facts)
     assert plan.name == f"{fingerprint(facts)}.plan"
     made = plan.read_bytes()
-    assert made.startswith(b"plan of ")  # nothing before it
+    assert made.startswith(b"plan of ")
     assert builder.build(tmp_path / "x.onnx", facts).read_bytes() == made
     assert stat.S_IMODE(builder.folder.stat().st_mode) == 0o700
     record = builder.record(facts)
@@ -149,7 +149,7 @@ def test_an_engine_is_built_once_and_taken_from_then_on(cache, facts, tmp_path):
         builder.record(replace(facts, precision="int8"))
 
 
-def test_other_facts_have_no_engine(cache, facts, tmp_path):
+def test_get_with_other_facts_returns_none(cache, facts, tmp_path):
     builder = cache()
     builder.build(tmp_path / "x.onnx", facts)
     assert builder.get(replace(facts, tensorrt="10.16.2.10")) is None
@@ -162,9 +162,9 @@ def flip(plan: Path) -> None:
     plan.write_bytes(data)
 
 
-def note(plan: Path, **changes: object) -> None:
-    sidecar = plan.with_suffix(".json")
-    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **changes}))
+def edit_record(plan: Path, **changes: object) -> None:
+    record = plan.with_suffix(".json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -176,12 +176,12 @@ def note(plan: Path, **changes: object) -> None:
         lambda plan: plan.with_suffix(".json").unlink(),
         lambda plan: plan.with_suffix(".json").write_text("{"),
         lambda plan: plan.with_suffix(".json").write_text("[]"),
-        lambda plan: note(plan, facts={}),
-        lambda plan: note(plan, sha256="0" * 64),
+        lambda plan: edit_record(plan, facts={}),
+        lambda plan: edit_record(plan, sha256="0" * 64),
     ],
-    ids=["bit", "cut", "no plan", "no sidecar", "no json", "no object", "other facts", "other hash"],
+    ids=["bit", "cut", "no plan", "no record", "no json", "no object", "other facts", "other hash"],
 )
-def test_what_is_not_as_it_was_noted_is_removed_and_built_again(cache, facts, tmp_path, caplog, harm):
+def test_damaged_engine_is_removed_and_rebuilt(cache, facts, tmp_path, caplog, harm):
     builder = cache()
     plan = builder.build(tmp_path / "x.onnx", facts)
     first = plan.read_bytes()
@@ -189,16 +189,16 @@ def test_what_is_not_as_it_was_noted_is_removed_and_built_again(cache, facts, tm
     with caplog.at_level(logging.WARNING):
         assert builder.get(facts) is None
     assert "removed the TensorRT engine" in caplog.text
-    assert left(builder) == []
+    assert remaining(builder) == []
     assert builder.build(tmp_path / "x.onnx", facts).read_bytes() != first
     assert builder.get(facts) == plan
 
 
-def test_looking_does_not_remove_what_another_process_is_building(cache, facts):
+def test_get_keeps_an_unfinished_build(cache, facts):
     builder = cache()
     builder.make_folder()
     plan = builder._path(facts)
-    plan.write_bytes(b"written, and not yet noted")
+    plan.write_bytes(b"plan without a record")
     with builder._try_lock() as locked:
         assert locked
         assert builder.get(facts) is None
@@ -206,16 +206,18 @@ def test_looking_does_not_remove_what_another_process_is_building(cache, facts):
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o720, 0o702])
-def test_a_folder_that_others_may_write_to_is_refused(cache, facts, tmp_path, mode):
+def test_folder_writable_by_others_is_refused(cache, facts, tmp_path, mode):
     builder = cache()
     builder.build(tmp_path / "x.onnx", facts)
     builder.folder.chmod(mode)
     for action in (lambda: builder.get(facts), lambda: builder.build(tmp_path / "x.onnx", facts)):
-        with pytest.raises(EnvironmentUnfitError, match=f"may be written by others .mode {mode:o}, but 700 is needed"):
+        with pytest.raises(
+            EnvironmentUnfitError, match=f"is writable by other users .mode {mode:o}, but 700 is required"
+        ):
             action()
 
 
-def test_a_folder_of_another_user_or_behind_a_link_is_refused(cache, facts, tmp_path, monkeypatch):
+def test_folder_of_another_user_or_symlink_is_refused(cache, facts, tmp_path, monkeypatch):
     builder = cache()
     builder.build(tmp_path / "x.onnx", facts)
     linked = EngineCache(tmp_path / "link")
@@ -227,12 +229,12 @@ def test_a_folder_of_another_user_or_behind_a_link_is_refused(cache, facts, tmp_
         builder.get(facts)
 
 
-def test_old_engines_go(cache, facts, tmp_path):
+def test_old_engines_are_removed(cache, facts, tmp_path):
     builder = cache()
     same = builder.build(tmp_path / "x.onnx", replace(facts, tensorrt="10.2.0"))
     now = builder.build(tmp_path / "x.onnx", facts)
     assert now.exists()
-    assert not same.exists()  # the same backbone for a TensorRT that is no longer here
+    assert not same.exists()  # same backbone, built with an earlier TensorRT
     assert not same.with_suffix(".json").exists()
     plans = [now]
     for number in range(engines.KEEP):
@@ -243,10 +245,10 @@ def test_old_engines_go(cache, facts, tmp_path):
     assert [plan.exists() for plan in plans] == [False] + [True] * engines.KEEP
 
 
-# --- the process
+# --- process
 
 
-def test_the_request_holds_what_the_facts_say(cache, facts, tmp_path):
+def test_request_matches_the_facts(cache, facts, tmp_path):
     builder = cache(f"open({str(tmp_path / 'request')!r}, 'w').write(json.dumps(request)); finish()")
     builder.build(tmp_path / "x.onnx", facts)
     request = json.loads((tmp_path / "request").read_text())
@@ -256,70 +258,76 @@ def test_the_request_holds_what_the_facts_say(cache, facts, tmp_path):
     assert request["parent"] == os.getpid()
 
 
-def test_it_says_that_it_goes_on(cache, facts, tmp_path, monkeypatch):
+def test_progress_is_reported(cache, facts, tmp_path, monkeypatch):
     monkeypatch.setattr(build_engine, "HEARTBEAT", 0.05)
     slow = "print(json.dumps({'phase': 'Tactics', 'step': 3, 'of': 9}), flush=True); time.sleep(0.4); finish()"
-    said: list[str] = []
-    cache(slow).build(tmp_path / "x.onnx", facts, said.append)
-    told = r"building the TensorRT engine, \d+ s so far: Tactics, step 3 of 9 \(once per board and model; takes minutes"
-    assert re.match(told, said[-1])
+    messages: list[str] = []
+    cache(slow).build(tmp_path / "x.onnx", facts, messages.append)
+    pattern = (
+        r"building the TensorRT engine, \d+ s so far: Tactics, step 3 of 9 \(once per board and model; takes minutes"
+    )
+    assert re.match(pattern, messages[-1])
 
 
-def test_a_build_that_takes_too_long_is_killed(cache, facts, tmp_path):
+def test_build_that_times_out_is_killed(cache, facts, tmp_path):
     hangs = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     builder = cache(hangs)
     with pytest.raises(EnvironmentUnfitError, match="took longer than 1 s and was stopped"):
         builder.build(tmp_path / "x.onnx", facts, timeout=1)
     assert dies(int((tmp_path / "pid").read_text()))
-    assert left(builder) == []
+    assert remaining(builder) == []
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV"])
-def test_a_killed_build_says_that_memory_may_have_run_out_and_leaves_nothing(cache, facts, tmp_path, name):
+def test_killed_build_suggests_lack_of_memory_and_leaves_nothing(cache, facts, tmp_path, name):
     partly = "open(os.path.join(os.path.dirname(request['plan']), '.tmp-half'), 'wb').write(plan)"
     timings = "open(request['timing_cache'], 'wb').write(b'bad')"
     ends = f"print('no room', file=sys.stderr, flush=True); os.kill(os.getpid(), signal.{name})"
     builder = cache(f"import signal; {partly}; {timings}; {ends}")
-    with pytest.raises(EnvironmentUnfitError, match=rf"ended by {name} \(it said: no room\): memory may have run out"):
+    with pytest.raises(
+        EnvironmentUnfitError, match=rf"stopped by {name} \(last output: no room\), possibly for lack of memory"
+    ):
         builder.build(tmp_path / "x.onnx", facts)
-    assert left(builder) == []
+    assert remaining(builder) == []
     assert builder.get(facts) is None
 
 
-def test_a_build_killed_after_the_plan_was_written_leaves_nothing_that_is_taken(cache, facts, tmp_path):
+def test_build_killed_after_writing_the_plan_leaves_nothing(cache, facts, tmp_path):
     builder = cache("open(request['plan'], 'wb').write(plan); os.kill(os.getpid(), 9)")
-    with pytest.raises(EnvironmentUnfitError, match="memory may have run out"):
+    with pytest.raises(EnvironmentUnfitError, match="stopped by SIGKILL, possibly for lack of memory"):
         builder.build(tmp_path / "x.onnx", facts)
     assert builder.get(facts) is None
-    assert left(builder) == []
+    assert remaining(builder) == []
 
 
-def test_a_build_without_a_result_tells_what_it_complained_of(cache, facts, tmp_path):
-    with pytest.raises(EnvironmentUnfitError, match=r"ended with code 1 and no result \(it said: .*ValueError: why\)"):
+def test_build_without_a_result_has_its_last_output(cache, facts, tmp_path):
+    with pytest.raises(
+        EnvironmentUnfitError, match=r"ended with code 1 and no result \(last output: .*ValueError: why\)"
+    ):
         cache("raise ValueError('why')").build(tmp_path / "x.onnx", facts)
 
 
-def test_a_plan_that_is_not_what_was_built_is_not_taken(cache, facts, tmp_path):
+def test_plan_changed_after_the_build_is_refused(cache, facts, tmp_path):
     builder = cache("finish(); open(request['plan'], 'ab').write(b'!')")
     with pytest.raises(EnvironmentUnfitError, match=r"was built, but it has .* bytes and sha256"):
         builder.build(tmp_path / "x.onnx", facts)
-    assert left(builder) == []
+    assert remaining(builder) == []
 
 
 @pytest.mark.parametrize("kind", [GateRefusedError, EnvironmentUnfitError, BundleRefusedError, InputError])
-def test_its_errors_arrive_as_they_are(cache, facts, tmp_path, kind):
-    told = json.dumps({"ok": False, "error": "so it is", "exit_code": kind.exit_code})
+def test_errors_of_the_process_keep_their_type_and_message(cache, facts, tmp_path, kind):
+    result = json.dumps({"ok": False, "error": "so it is", "exit_code": kind.exit_code})
     with pytest.raises(kind, match=r"^so it is$"):
-        cache(f"print({told!r})").build(tmp_path / "x.onnx", facts)
+        cache(f"print({result!r})").build(tmp_path / "x.onnx", facts)
 
 
-def test_two_at_a_time_build_one(cache, facts, tmp_path):
+def test_concurrent_builds_share_one_engine(cache, facts, tmp_path):
     builder = cache("time.sleep(0.5); finish()")
     plans: list[bytes] = []
-    said: list[str] = []
+    messages: list[str] = []
 
     def build() -> None:
-        plans.append(builder.build(tmp_path / "x.onnx", facts, said.append).read_bytes())
+        plans.append(builder.build(tmp_path / "x.onnx", facts, messages.append).read_bytes())
 
     threads = [threading.Thread(target=build) for _ in range(3)]
     for thread in threads:
@@ -327,11 +335,11 @@ def test_two_at_a_time_build_one(cache, facts, tmp_path):
     for thread in threads:
         thread.join()
     assert len(plans) == 3
-    assert len(set(plans)) == 1  # each build would write another process id
-    assert "another process is building a TensorRT engine; waiting for it" in said
+    assert len(set(plans)) == 1  # each build writes its own process id
+    assert "another process is building a TensorRT engine; waiting for it" in messages
 
 
-def test_waiting_for_another_build_ends(cache, facts, tmp_path):
+def test_waiting_for_another_build_times_out(cache, facts, tmp_path):
     builder = cache()
     builder.make_folder()
     with builder._try_lock(), pytest.raises(EnvironmentUnfitError, match=r"has been building .* for over 0\.3 s"):
@@ -349,7 +357,7 @@ cache.build("x.onnx", engine_facts("a", "fp32", None, "10"))
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
-def test_no_build_outlives_who_asked_for_it(tmp_path, how):
+def test_build_ends_with_its_parent(tmp_path, how):
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], stderr=subprocess.DEVNULL)
     pid = tmp_path / "pid"
     try:
@@ -365,19 +373,19 @@ def test_no_build_outlives_who_asked_for_it(tmp_path, how):
         parent.wait()
 
 
-# --- with NVIDIA's own parser and builder
+# --- TensorRT-RTX
 
 
 @pytest.fixture
 def rtx(tmp_path):
-    """The file of a real graph, and its facts for TensorRT-RTX."""
+    """Path of a real graph, and its facts for TensorRT-RTX."""
     trt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx (x86-64 Linux)")
     onnx = STANDINS["real_onnx"]()
     (tmp_path / "x.onnx").write_bytes(onnx)
     return tmp_path / "x.onnx", engine_facts(files.sha256(onnx), "fp32", None, trt.__version__, "tensorrt_rtx")
 
 
-def test_the_gate_takes_a_real_graph(rtx):
+def test_check_accepts_a_real_graph(rtx):
     checked = check_graph(rtx[0].read_bytes())
     assert (checked.module, checked.version, checked.input) == ("tensorrt_rtx", rtx[1].tensorrt, "uint8")
     assert checked.bytes > 10_000
@@ -385,14 +393,14 @@ def test_the_gate_takes_a_real_graph(rtx):
     assert checked.seconds >= 0
 
 
-def test_the_gate_refuses_a_broken_graph(rtx):
+def test_check_refuses_an_unknown_operator(rtx):
     with pytest.raises(GateRefusedError, match="NoSuchOperator"):
         check_graph(STANDINS["real_onnx"](operator="NoSuchOperator"))
     with pytest.raises(EnvironmentUnfitError, match="'no_such_tensorrt' cannot be imported"):
         check_graph(b"", "no_such_tensorrt")
 
 
-def test_the_real_process_builds_a_real_engine(rtx, tmp_path):
+def test_real_build(rtx, tmp_path):
     path, facts = rtx
     cache = EngineCache(tmp_path / "engines")
     plan = cache.build(path, facts)
@@ -403,19 +411,19 @@ def test_the_real_process_builds_a_real_engine(rtx, tmp_path):
     assert record.layers["parsed"] >= 4
 
 
-def test_the_real_process_refuses_a_broken_graph_and_another_file(rtx, tmp_path):
+def test_real_build_refuses_a_broken_graph_and_another_file(rtx, tmp_path):
     path, facts = rtx
     cache = EngineCache(tmp_path / "engines")
-    with pytest.raises(BundleRefusedError, match="was asked for; install the bundle again"):
+    with pytest.raises(BundleRefusedError, match="is expected; install the bundle again"):
         cache.build(path, replace(facts, onnx_sha256="0" * 64))
     broken = STANDINS["real_onnx"](operator="NoSuchOperator")
     path.write_bytes(broken)
     with pytest.raises(GateRefusedError, match="NoSuchOperator"):
         cache.build(path, replace(facts, onnx_sha256=files.sha256(broken)))
-    assert left(cache) == []
+    assert remaining(cache) == []
 
 
-def test_the_real_process_needs_the_base_dependencies_only():
+def test_building_process_imports_base_dependencies_only():
     build = "device_runtime.backbone.tensorrt.build"
     code = f"import sys; import {build}; print([m for m in ('torch', 'onnx') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
