@@ -1,1 +1,1 @@
-"""Learners that are trained by gradient descent, and the sparse network behind SDMLP and SSD."""
+"""Learners trained by gradient descent, and the sparse network of SDMLP and SSD."""

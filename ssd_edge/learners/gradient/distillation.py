@@ -1,10 +1,10 @@
-"""Selective subnetwork distillation (SSD, arXiv 2512.15267): neuron selection, Top-n table, losses, teacher.
+"""Selective subnetwork distillation (SSD, arXiv 2512.15267): neuron selection, Top-n table, losses, teacher targets.
 
-While a new task is learned, the student is held to what its previous self answers *on the new data*: on the
-activations of the Top-n neurons that were most frequently active in the last task (Eq. 2), and on the logits
-(Eq. 3), weighed by Eq. 6: α·CE + (1 − α)·(λ·hidden + (1 − λ)·logits). Every loss here comes with its gradient
-in closed form; all are means over the batch of sums over entries, computed with the factor T² that keeps
-gradients comparable over temperatures.
+While a new task is learned, the student is trained to match the outputs of its previous self *on the new data*: the
+activations of the Top-n neurons, those most frequently active in the last task (Eq. 2), and the logits (Eq. 3). Eq. 6
+weighs them: α·CE + (1 − α)·(λ·hidden + (1 − λ)·logits). Every loss comes with its gradient in closed form. All are
+means over the batch of sums over entries; the divergences have the factor T² that makes gradients comparable across
+temperatures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Direction = Literal["teacher_student", "student_teacher"]
 HiddenLoss = Literal["kl_softmax", "mse"]
 Selection = Literal["frequency", "random", "all"]
 
-SCORES = 2**20  # held at a time in passes over a task: 4 MiB
+SCORES = 2**20  # scores in memory at a time in passes over a task: 4 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,25 +32,25 @@ class TopNTable:
     """The neurons whose activations are distilled.
 
     Attributes:
-        indices: int64 ``(n,)``, in the order of the selection (most frequent first).
-        frequencies: float32 ``(n,)``, share of the last task's samples that activate each.
+        indices: int64 ``(n,)``, in order of selection (most frequent first).
+        frequencies: float32 ``(n,)``, share of the last task's samples that activate each neuron.
     """
 
     indices: Tensor
     frequencies: Tensor
 
     def slots(self, neurons: int) -> Tensor:
-        """The column of each neuron in the table, or -1: int64 ``(r,)``."""
+        """Return the table column of each neuron, or -1, int64 ``(r,)``."""
         slot = torch.full((neurons,), -1, dtype=torch.int64, device=self.indices.device)
         slot[self.indices] = torch.arange(len(self.indices), device=self.indices.device)
         return slot
 
 
 def parse_top_n(value: str | int | float, k: int, neurons: int) -> int:
-    """Read ``top_n``: a whole number; ``"1.0k"``, a multiple of k; or a fraction of r below 1.
+    """Parse ``top_n``: a whole number, a multiple of k such as ``"1.0k"``, or a fraction of r below 1.
 
     Raises:
-        InputError: of none of these forms, or not between 1 and r.
+        InputError: the value has none of these forms, or the number is not between 1 and r.
     """
     text = str(value).strip()
     try:
@@ -80,9 +80,9 @@ def select(
 
     Args:
         frequencies: p, ``(r,)``.
-        n: how many.
-        rule: by frequency as in Algorithm 1; at random; or all.
-        generator: needed for ``random``.
+        n: number of neurons to choose.
+        rule: by frequency as in Algorithm 1, at random, or all.
+        generator: required for ``random``.
     """
     neurons = len(frequencies)
     if rule == "all":
@@ -95,7 +95,11 @@ def select(
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over all outputs, and its gradient ``(B, C)``."""
+    """Compute the mean cross-entropy over all outputs.
+
+    Returns:
+        Loss and ∂loss/∂logits ``(B, C)``.
+    """
     log_probability = logits.log_softmax(1)
     picked = log_probability.gather(1, labels[:, None])
     gradient = log_probability.exp()
@@ -106,13 +110,13 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def divergence(
     student: Tensor, teacher: Tensor, temperature: float, direction: Direction = "teacher_student"
 ) -> tuple[Tensor, Tensor]:
-    """T² · KL between softmax(teacher/T) and softmax(student/T) over the last axis (Eq. 2, 3).
+    """Compute T² · KL between softmax(teacher/T) and softmax(student/T) over the last axis (Eq. 2, 3).
 
     Args:
         student: ``(B, m)``.
         teacher: ``(B, m)``.
         temperature: T.
-        direction: ``teacher_student`` is KL(teacher ‖ student), the usual practice; Eq. 2-3 print the other.
+        direction: ``teacher_student`` is KL(teacher ‖ student), the common practice; Eq. 2-3 print the other.
 
     Returns:
         Loss and ∂loss/∂student ``(B, m)``.
@@ -132,10 +136,20 @@ def divergence(
 def hidden_loss(
     student: Tensor, teacher: Tensor, temperature: float, kind: HiddenLoss, direction: Direction
 ) -> tuple[Tensor, Tensor]:
-    """Distance between the activations of the Top-n neurons, ``(B, n)``, and its gradient.
+    """Compute the loss on the activations of the Top-n neurons.
 
-    ``kl_softmax`` is the paper's Eq. 2. Post-Top-K activations are so small that its softmax is almost flat
-    and its gradient nearly nothing; ``mse`` shows what a stronger term would do.
+    ``kl_softmax`` is Eq. 2. Activations after Top-K are so small that its softmax is almost flat and its gradient close
+    to zero; ``mse`` is a stronger term.
+
+    Args:
+        student: ``(B, n)``.
+        teacher: ``(B, n)``.
+        temperature: T.
+        kind: kind of the loss.
+        direction: direction of the divergence; not used by ``mse``.
+
+    Returns:
+        Loss and ∂loss/∂student ``(B, n)``.
     """
     if kind == "kl_softmax":
         return divergence(student, teacher, temperature, direction)
@@ -147,11 +161,11 @@ def hidden_loss(
 
 @dataclasses.dataclass(frozen=True)
 class HiddenTargets:
-    """The teacher's activations of one layer's table neurons on the new task's data; few are not zero.
+    """The teacher's activations of one layer's table neurons on the new task's data, stored sparse.
 
     Attributes:
         slots: int64 ``(N, m)``, table columns of the active table neurons, padded with n.
-        activations: ``(N, m)``, padded with 0; m is the most that any sample has.
+        activations: ``(N, m)``, padded with 0; m is the largest number of any sample.
         width: n.
     """
 
@@ -160,7 +174,7 @@ class HiddenTargets:
     width: int
 
     def table(self, index: Tensor) -> Tensor:
-        """Activations ``(B, n)`` of some samples."""
+        """Return the activations ``(B, n)`` of some samples."""
         table = self.activations.new_zeros(len(index), self.width + 1)
         table.scatter_(1, self.slots[index], self.activations[index])
         return table[:, : self.width]
@@ -168,11 +182,11 @@ class HiddenTargets:
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What the teacher answers on the new task's data, computed once; sample i of the task is row i.
+    """Outputs of the teacher on the new task's data, computed once per task; row i is sample i of the task.
 
     Attributes:
         logits: ``(N, C)``.
-        hidden: per hidden layer.
+        hidden: activations of table neurons, per hidden layer.
     """
 
     logits: Tensor
@@ -185,24 +199,24 @@ def teacher_targets(
     tables: Sequence[TopNTable],
     batch: int | None = None,
 ) -> Targets:
-    """One pass of the teacher over the prepared inputs ``(N, D)`` of the new task; nothing is counted.
+    """Run the teacher once over the inputs of the new task; its counters do not change.
 
     Args:
-        teacher: a former self.
-        inputs: ``(N, D)``.
-        tables: per hidden layer, the neurons to note.
+        teacher: the previous self of the student.
+        inputs: prepared, ``(N, D)``.
+        tables: per hidden layer, the neurons to record.
         batch: inputs at a time; None: as many as have `SCORES` scores.
     """
     gammas, layers = teacher.gammas, range(len(teacher.layers))
     slots = [table.slots(len(layer.keys)) for table, layer in zip(tables, teacher.layers, strict=True)]
     logits: list[Tensor] = []
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
-    for part in torch.split(inputs, batch or _portion(teacher)):
+    for part in torch.split(inputs, batch or _batch_size(teacher)):
         state = teacher.forward(part, gammas)
         logits.append(state.top.matmul(teacher.values))
         for number in layers:
             width = len(tables[number].indices)
-            parts[number].append(_pad(state.activations[number].columns(slots[number], width), width))
+            parts[number].append(_compressed(state.activations[number].columns(slots[number], width), width))
     hidden = []
     for number in layers:
         width, most = len(tables[number].indices), max(slot.shape[1] for slot, _ in parts[number])
@@ -212,13 +226,13 @@ def teacher_targets(
     return Targets(torch.cat(logits), hidden)
 
 
-def _portion(net: SDMLP) -> int:
-    """Inputs at a time in a pass over a task, so that memory does not grow with the width of the network."""
+def _batch_size(net: SDMLP) -> int:
+    """Return a batch size with which memory does not grow with the width of the network."""
     return max(1, SCORES // max(len(layer.keys) for layer in net.layers))
 
 
-def _pad(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Dense ``(B, n)`` → columns and values of its non-zero entries, padded to the most of any row."""
+def _compressed(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return columns and values of the positive entries of ``(B, n)``, padded to the largest number of any row."""
     most = max(1, int((table > 0).sum(1).max())) if len(table) else 1
     values, slots = table.topk(min(most, width), dim=1)
     return slots.masked_fill(values <= 0, width), values.clamp_min(0)
@@ -227,8 +241,19 @@ def _pad(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
 def count_activations(
     net: SDMLP, inputs: Tensor, labels: Tensor | None = None, classes: int = 0, batch: int | None = None
 ) -> list[Tensor]:
-    """One counting pass: per layer, ``(r,)`` activations of each neuron, or by class ``(r, C)`` with labels."""
-    gammas, batch = net.gammas, batch or _portion(net)
+    """Count the activations of each neuron in one pass over some inputs.
+
+    Args:
+        net: network; its counters do not change.
+        inputs: prepared, ``(N, D)``.
+        labels: int64 ``(N,)``; None: do not count by class.
+        classes: C, with labels.
+        batch: inputs at a time; None: as many as have `SCORES` scores.
+
+    Returns:
+        Per layer, float64 ``(r,)``, or ``(r, C)`` by class with labels.
+    """
+    gammas, batch = net.gammas, batch or _batch_size(net)
     totals = [
         torch.zeros(len(layer.keys), max(1, classes), dtype=torch.float64, device=inputs.device) for layer in net.layers
     ]

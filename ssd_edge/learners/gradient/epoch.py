@@ -69,7 +69,7 @@ class Caches(NamedTuple):
 
     Attributes:
         neurons: int32 ``(N, m)`` by score, descending, padded with -1.
-        scores: ``(N, m)``, their scores.
+        scores: ``(N, m)``, their scores, reduced by the distance that the key had moved when cached.
         bound: ``(N,)``, largest score of all other neurons.
         slack: ``(N,)``, difference between the lowest rank that matters and the bound.
         path: float64 ``(r,)``, distance that each key has moved since the caches were filled.

@@ -1,7 +1,7 @@
-"""`finetune`: a ReLU MLP trained on each task in turn: the lower bound.
+"""`finetune`: a ReLU MLP trained on each task in turn, the lower bound of the panel.
 
 With a penalty it is EWC, online EWC, SI, MAS or L2. With another schedule and all tasks at once it is `joint`, the
-panel's upper bound for what a network of this size can know of these embeddings.
+panel's upper bound for a network of this size on these embeddings.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
 from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.gradient.network import layer_name
 from ssd_edge.learners.gradient.penalties import DISPLAY, Penalty, PenaltySettings, Slot
 from ssd_edge.learners.priors import Priors
 from ssd_edge.learners.removal import blank
@@ -30,13 +31,13 @@ class NetworkSettings:
     neurons: int = setting(1000, "hidden units, as many as SDMLP has", minimum=1, maximum=1_000_000)
     layers: int = setting(1, "hidden layers, each of `neurons`", minimum=1, maximum=8)
     epochs: int = setting(40, "passes over a task", minimum=1)
-    min_steps: int = setting(0, "more epochs where a task has fewer steps than this", minimum=0)
+    min_steps: int = setting(0, "more epochs if a task has fewer steps than this", minimum=0)
     lr: float = setting(0.05, "learning rate; its peak with one_cycle", above=0.0)
-    batch: int = setting(128, "samples a step", minimum=1)
+    batch: int = setting(128, "samples per step", minimum=1)
     clip: float = setting(1.0, "largest norm of the gradient", above=0.0)
-    optimiser: Literal["sgd", "adamw"] = setting("sgd", "plain SGD as SDMLP's; adamw for joint training")
+    optimiser: Literal["sgd", "adamw"] = setting("sgd", "plain SGD as for SDMLP; adamw for joint training")
     one_cycle: bool = setting(False, "one-cycle schedule over a task, for joint training")
-    weight_decay: float = setting(0.0, "of adamw", minimum=0.0)
+    weight_decay: float = setting(0.0, "weight decay of adamw", minimum=0.0)
     outputs: Literal["announced", "arriving"] = setting("announced", "announced: later classes are negatives too")
 
 
@@ -45,33 +46,33 @@ class Settings(PenaltySettings, NetworkSettings):
     """Settings of fine-tuning, with or without a penalty."""
 
     def __post_init__(self) -> None:
-        """Check what one field says against another.
+        """Check fields against each other.
 
         Raises:
-            InputError: a penalty with another optimiser than plain SGD.
+            InputError: a penalty is combined with an optimiser other than plain SGD.
         """
         if self.penalty != "none" and (self.optimiser != "sgd" or self.weight_decay):
             raise InputError(
-                f"learner.penalty={self.penalty} goes with plain SGD, but learner.optimiser is {self.optimiser} with "
-                f"learner.weight_decay {self.weight_decay:g}; leave both out, or the penalty"
+                f"learner.penalty={self.penalty} requires plain SGD, but learner.optimiser is {self.optimiser} with "
+                f"learner.weight_decay {self.weight_decay:g}; omit both, or the penalty"
             )
 
 
-# Chosen on a held-out fifth of CIFAR-10's training embeddings, never on test data (docs/method.md).
+# chosen on a held-out fifth of CIFAR-10's training embeddings, never on test data (docs/method.md)
 JOINT = Settings(epochs=20, min_steps=2000, lr=1e-3, batch=256, optimiser="adamw", one_cycle=True, weight_decay=0.05)
 
 
-def name_of(what: str, layer: int) -> str:
-    """What a parameter of a hidden layer is called: ``hidden_weight``, ``hidden_weight_1``, … bottom first."""
-    return f"hidden_{what}_{layer}" if layer else f"hidden_{what}"
+def parameter_name(kind: Literal["weight", "bias"], layer: int) -> str:
+    """Return the name of a hidden layer's parameter: ``hidden_weight``, ``hidden_weight_1``, … from the bottom up."""
+    return layer_name(f"hidden_{kind}", layer)
 
 
 class FineTune(Learner):
-    """z → ReLU(V z + b), once or several times → logits; cross-entropy over all outputs.
+    """A ReLU MLP: z → ReLU(V z + b), once or several times → logits; cross-entropy over all outputs.
 
     Attributes:
         parameters: weights ``(out, in)`` and biases ``(out,)`` by their names in the state, bottom first.
-        penalty: against forgetting; does nothing unless the settings name one.
+        penalty: penalty against forgetting; has no effect unless the settings select one.
     """
 
     name: ClassVar[str] = "finetune"
@@ -79,7 +80,8 @@ class FineTune(Learner):
     family = "gradient"
     baseline = True
     removal = "output only"
-    with_penalty: ClassVar[str] = "{}"  # its display name when a penalty is set
+    with_penalty: ClassVar[str] = "{}"  # template of the display name with a penalty
+    settings: Settings
     Settings: ClassVar[type] = Settings
 
     def __init__(
@@ -90,8 +92,10 @@ class FineTune(Learner):
         self.parameters: dict[str, Tensor] = {}
         for layer in range(settings.layers):
             inputs = settings.neurons if layer else dim
-            self.parameters[name_of("weight", layer)] = self._uniform(settings.neurons, inputs, inputs, generator)
-            self.parameters[name_of("bias", layer)] = self._uniform(settings.neurons, 1, inputs, generator)[:, 0]
+            self.parameters[parameter_name("weight", layer)] = self._uniform(
+                settings.neurons, inputs, inputs, generator
+            )
+            self.parameters[parameter_name("bias", layer)] = self._uniform(settings.neurons, 1, inputs, generator)[:, 0]
         self.parameters["output_weight"] = torch.zeros(0, settings.neurons, device=self.device)
         self.parameters["output_bias"] = torch.zeros(0, device=self.device)
         self.announced = 0
@@ -126,13 +130,13 @@ class FineTune(Learner):
     def expect(self, classes: int) -> None:
         self.announced = classes if self.settings.outputs == "announced" else 0
         if not self.tasks_learned:
-            self._set_outputs(self.output_weight[:0], self.output_bias[:0])  # what was announced before is void
+            self._set_outputs(self.output_weight[:0], self.output_bias[:0])  # drop outputs announced before
             self._grow(self.announced)
 
     def _grow(self, classes: int) -> None:
         """Add outputs until there are `classes`.
 
-        Rows drawn in the same task are the tail of one drawing, however many calls they come in.
+        Rows do not depend on the number of calls within a task: all are parts of the same draw.
         """
         present, r = len(self.output_bias), self.settings.neurons
         first = 0 if not self.tasks_learned else present
@@ -146,19 +150,22 @@ class FineTune(Learner):
 
     # ── the network ──────────────────────────────────────────────────────────────────────────────────
     def _activations(self, inputs: Tensor) -> list[Tensor]:
-        """The input ``(B, D)`` and the activations ``(B, r)`` of every hidden layer, bottom first."""
+        """Return the input ``(B, D)`` and the activations ``(B, r)`` of every hidden layer, bottom first."""
         activations = [inputs]
         for layer in range(self.settings.layers):
-            weight, bias = self.parameters[name_of("weight", layer)], self.parameters[name_of("bias", layer)]
+            weight, bias = (
+                self.parameters[parameter_name("weight", layer)],
+                self.parameters[parameter_name("bias", layer)],
+            )
             activations.append(F.relu(F.linear(activations[-1], weight, bias)))
         return activations
 
     def _forward(self, embeddings: Tensor) -> Tensor:
-        """Logits ``(B, C)``."""
+        """Return logits ``(B, C)``."""
         return F.linear(self._activations(embeddings)[-1], self.output_weight, self.output_bias)
 
     def linearise(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], dict[str, Slot]]]:
-        """Logits ``(B, C)`` of embeddings, and the map from ∂L/∂logits to per-sample gradients."""
+        """Return the logits ``(B, C)`` of embeddings, and the map from ∂L/∂logits to per-sample gradients."""
         activations = self._activations(inputs)
         active = [(part > 0).to(part.dtype) for part in activations[1:]]
 
@@ -167,36 +174,35 @@ class FineTune(Learner):
             delta, weight = cotangent, self.output_weight
             for layer in reversed(range(self.settings.layers)):
                 delta = (delta @ weight).mul_(active[layer])
-                slots[name_of("weight", layer)] = Slot(delta, activations[layer])
-                slots[name_of("bias", layer)] = Slot(delta, None)
-                weight = self.parameters[name_of("weight", layer)]
+                slots[parameter_name("weight", layer)] = Slot(delta, activations[layer])
+                slots[parameter_name("bias", layer)] = Slot(delta, None)
+                weight = self.parameters[parameter_name("weight", layer)]
             return slots
 
         return F.linear(activations[-1], self.output_weight, self.output_bias), pullback
 
     # ── learning ─────────────────────────────────────────────────────────────────────────────────────
     def _begin(self, inputs: Tensor, labels: Tensor) -> None:
-        """Before the first step of a task, with an output for each of its classes."""
+        """Prepare a task before its first step; there is an output for each of its classes."""
 
     def _loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """Terms of the loss of a batch, weighted; the sum is minimised.
+        """Compute the weighted terms of the loss of a batch; their sum is minimised.
 
         Args:
             logits: ``(B, C)``.
             labels: ``(B,)``.
-            index: where the samples lie in what `_begin` was given, ``(B,)``.
+            index: positions of the samples in the inputs of `_begin`, ``(B,)``.
         """
         return {"cross_entropy": F.cross_entropy(logits, labels)}
 
     def _end(self, inputs: Tensor, labels: Tensor) -> None:
-        """After the last step of a task."""
+        """Finish a task after its last step."""
 
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
         """Learn one task.
 
         Returns:
-            Each term of the loss, its mean over the last epoch; the value of the penalty after it; and ``epochs``,
-            how many there were.
+            Mean of each loss term over the last epoch, the penalty after it, and ``epochs``, the number of epochs.
         """
         settings, generator = self.settings, self.generator()
         self._grow(max(self.announced, int(task.labels.max()) + 1))
@@ -248,7 +254,7 @@ class FineTune(Learner):
     def _step(
         self, inputs: Tensor, labels: Tensor, index: Tensor, optimiser: torch.optim.Optimizer
     ) -> dict[str, Tensor]:
-        """One update: the gradient of loss and penalty, clipped; the terms of the loss before it."""
+        """Take one step with the clipped gradient of loss and penalty; return the loss terms before it."""
         settings, penalty, parameters = self.settings, self.penalty, self.parameters
         logits = self._forward(inputs)
         losses = self._loss(logits, labels, index)
@@ -289,24 +295,25 @@ class FineTune(Learner):
     def _write_hidden(self, graph: HeadGraph, x: str) -> str:
         """Write the hidden layers into an ONNX graph; return the name of the last one's output."""
         for layer in range(self.settings.layers):
-            weight, bias = (self.parameters[name_of(kind, layer)] for kind in ("weight", "bias"))
+            weight = self.parameters[parameter_name("weight", layer)]
+            bias = self.parameters[parameter_name("bias", layer)]
             x = graph.add("Relu", graph.affine(x, f"hidden_{layer}", weight, bias))
         return x
 
     def _shapes(self) -> dict[str, tuple[str | int, ...]]:
-        """Symbolic shapes of the parameters."""
+        """Return the symbolic shapes of the parameters."""
         r = self.settings.neurons
         shapes: dict[str, tuple[str | int, ...]] = {}
         for layer in range(self.settings.layers):
-            shapes[name_of("weight", layer)] = (r, r if layer else "D")
-            shapes[name_of("bias", layer)] = (r,)
+            shapes[parameter_name("weight", layer)] = (r, r if layer else "D")
+            shapes[parameter_name("bias", layer)] = (r,)
         return {**shapes, "output_weight": ("C", r), "output_bias": ("C",)}
 
     def schema(self) -> dict[str, TensorSpec]:
         shapes = self._shapes()
-        described = {name: TensorSpec(shape, "float32", "of the network") for name, shape in shapes.items()}
+        described = {name: TensorSpec(shape, "float32", "parameter of the network") for name, shape in shapes.items()}
         penalty = {name: TensorSpec(*spec) for name, spec in self.penalty.schema(shapes, "float32").items()}
-        announced = TensorSpec((1,), "int64", "classes that the stream has announced")
+        announced = TensorSpec((1,), "int64", "number of classes that the stream has announced")
         return {**described, **penalty, "announced": announced}
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
-"""`icarl`: the reference that may replay (iCaRL, Rebuffi et al. 2017), here on frozen embeddings.
+"""`icarl`: a reference with replay (iCaRL, Rebuffi et al. 2017), here on frozen embeddings.
 
-A fixed number of training samples, as embeddings, is kept and trained on again with every later task. The last
-hidden layer is the feature. Each output is a sigmoid: the task's classes learn their labels, all classes taught
-before keep the answers that the network gave before the task (Algorithm 3). What is kept are the samples whose
-running mean stays nearest to the class mean (herding, Algorithm 4); prediction is by the nearest mean of the kept
-ones (Algorithm 1).
+A fixed number of training samples (exemplars) is kept as embeddings and used again in every later task. Features are
+the activations of the last hidden layer. Each output is a sigmoid: outputs of the task's classes are trained on labels,
+those of all classes taught before on the network's outputs before the task (Algorithm 3). Exemplars are the samples
+whose running mean is closest to the class mean (herding, Algorithm 4). Prediction is by the nearest mean of exemplars
+(Algorithm 1).
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from ssd_edge.learners.priors import Priors
 class Settings(finetune.Settings):
     """Settings of iCaRL."""
 
-    memory: int = setting(2000, "embeddings kept in all, as published; REPLAY", minimum=1, maximum=1_000_000)
+    memory: int = setting(2000, "total number of embeddings kept, as published; REPLAY", minimum=1, maximum=1_000_000)
 
     def __post_init__(self) -> None:
-        """Check what one field says against another.
+        """Check fields against each other.
 
         Raises:
-            InputError: a penalty.
+            InputError: a penalty is set.
         """
         if self.penalty != "none":
             raise InputError(
-                f"learner.penalty is {self.penalty}, but icarl protects earlier classes by replay; leave it out"
+                f"learner.penalty is {self.penalty}, but icarl protects earlier classes by replay; omit it"
             )
 
 
 def herd(features: Tensor, count: int) -> Tensor:
-    """Samples whose running mean follows the mean of all (iCaRL, Algorithm 4), none of them twice.
+    """Choose distinct samples whose running mean follows the mean of all (iCaRL, Algorithm 4).
 
     Args:
-        features: of one class, ``(n, r)``.
-        count: how many to choose; at most n are.
+        features: features of one class, ``(n, r)``.
+        count: number of samples to choose, clipped to n.
 
     Returns:
-        Indices int64 ``(min(count, n),)`` in the order of choice: any beginning of it is a choice of its own.
+        Indices int64 ``(min(count, n),)`` in order of choice; every prefix is the choice for a smaller count.
     """
     mean, chosen_sum = features.mean(0), torch.zeros_like(features[0])
     squares, free = features.square().sum(1), torch.zeros(len(features), device=features.device)
     order = torch.empty(min(count, len(features)), dtype=torch.int64, device=features.device)
     for number in range(len(order)):
-        # |mean − (sum + f)/(number + 1)|² but for a constant and a factor
+        # |mean − (sum + f)/(number + 1)|² up to a constant and a factor
         distance = squares - 2 * (features @ ((number + 1) * mean - chosen_sum)) + free
         order[number] = chosen = distance.argmin()
         free[chosen] = torch.inf
@@ -69,9 +69,9 @@ class ICaRL(FineTune):
     """A ReLU MLP with exemplars.
 
     Attributes:
-        exemplars: embeddings that are kept, ``(memory, D)``; zeros where there is none.
-        exemplar_rows: their classes, int64 ``(memory,)``, or -1; those of a class lie together in herding order.
-        means: unit mean feature ``(K, r)`` of the exemplars of each class that has some.
+        exemplars: embeddings that are kept, ``(memory, D)``; unused rows are zero.
+        exemplar_rows: their classes, int64 ``(memory,)``, or -1; exemplars of a class are contiguous, in herding order.
+        means: unit mean feature ``(K, r)`` of the exemplars of each class with exemplars.
         mean_rows: these classes, int64 ``(K,)``, ascending.
     """
 
@@ -79,6 +79,7 @@ class ICaRL(FineTune):
     display: str = "iCaRL (replay)"
     baseline = False
     replay = True
+    settings: Settings
     Settings: ClassVar[type] = Settings
 
     def __init__(
@@ -90,11 +91,11 @@ class ICaRL(FineTune):
         self.means = torch.zeros(0, settings.neurons, device=self.device)
         self.mean_rows = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.old = self.mean_rows  # (O,), classes taught before this task and not in it
-        self.targets = torch.zeros(0, 0, device=self.device)  # (N, O), what their outputs said before it
+        self.targets = torch.zeros(0, 0, device=self.device)  # (N, O), their outputs before this task
 
     @torch.no_grad()
     def _features(self, embeddings: Tensor) -> Tensor:
-        """Last hidden layer ``(N, r)`` of embeddings, of unit length; a zero row stays zero."""
+        """Return the features ``(N, r)`` of embeddings, of unit length; a zero row stays zero."""
         parts = [F.normalize(self._activations(part.to(self.device))[-1]) for part in torch.split(embeddings, 4096)]
         return torch.cat(parts) if parts else torch.zeros(0, self.settings.neurons, device=self.device)
 
@@ -120,7 +121,7 @@ class ICaRL(FineTune):
     def _loss(self, logits: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
         wanted = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
         wanted[:, self.old] = self.targets[index]
-        # summed over outputs, so that one class more does not weaken the others
+        # summed over outputs, so that the weight of a class does not depend on their number
         each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(0) / len(labels)
         old = torch.zeros_like(each, dtype=torch.bool)
         old[self.old] = True
@@ -133,13 +134,13 @@ class ICaRL(FineTune):
         self.targets = self.targets[:0]
 
     def _choose(self, embeddings: Tensor, labels: Tensor, fresh: list[int], share: int) -> None:
-        """Fill the memory anew.
+        """Choose exemplars for all classes.
 
         Args:
-            embeddings: of the task and of all exemplars, ``(N, D)``.
+            embeddings: embeddings of the task and of all exemplars, ``(N, D)``.
             labels: ``(N,)``.
-            fresh: classes to choose for; of the others the first exemplars stay.
-            share: exemplars a class.
+            fresh: classes to choose anew; other classes keep their first exemplars.
+            share: exemplars per class.
         """
         chosen: dict[int, Tensor] = {}
         for row in sorted({*fresh, *self.mean_rows.tolist()}):
@@ -153,7 +154,7 @@ class ICaRL(FineTune):
         self._keep(held, torch.tensor(list(chosen), device=self.device).repeat_interleave(counts))
 
     def _keep(self, exemplars: Tensor, rows: Tensor) -> None:
-        """Let these be the memory: embeddings ``(n, D)`` of the classes in `rows` ``(n,)``, n at most `memory`."""
+        """Replace the memory by embeddings ``(n, D)`` of the classes in `rows` ``(n,)``; n is at most `memory`."""
         self.exemplars = torch.zeros_like(self.exemplars)
         self.exemplars[: len(exemplars)] = exemplars
         self.exemplar_rows = torch.full_like(self.exemplar_rows, -1)
@@ -167,7 +168,7 @@ class ICaRL(FineTune):
         return exact
 
     def _average(self) -> None:
-        """Means of the exemplars by the present network."""
+        """Compute the means of the exemplars' features with the current network."""
         kept = self.exemplar_rows >= 0
         features, rows = self._features(self.exemplars[kept]), self.exemplar_rows[kept]
         self.mean_rows = torch.unique(rows)
@@ -176,7 +177,7 @@ class ICaRL(FineTune):
 
     # ── predicting, and the state ────────────────────────────────────────────────────────────────────
     def scores(self, embeddings: Tensor) -> Tensor:
-        """Cosine between the feature and each class's mean exemplar ``(N, C)``; the largest is the nearest mean."""
+        """Return the cosines ``(N, C)`` of the features and the mean exemplar of each class."""
         scores = torch.full((len(embeddings), len(self.output_bias)), NEVER)
         scores[:, self.mean_rows.cpu()] = (self._features(embeddings) @ self.means.T).cpu()
         return scores
@@ -207,6 +208,6 @@ class ICaRL(FineTune):
         low, high = int(self.exemplar_rows.min()), int(self.exemplar_rows.max())
         if low < -1 or high >= len(self.output_bias):
             raise BundleRefusedError(
-                f"the exemplars name classes from {low} to {high}, but there are {len(self.output_bias)}"
+                f"exemplars have classes from {low} to {high}, but there are {len(self.output_bias)}; restore the file"
             )
         self._average()

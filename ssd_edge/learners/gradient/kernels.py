@@ -1,8 +1,8 @@
-"""One epoch of SDMLP and SSD as one compiled function: certified lazy Top-K, losses, touched-row update.
+"""One epoch of SDMLP and SSD as one compiled function: lazy Top-K with a proof, losses, touched-row update.
 
-Needs Numba (``pip install 'ssd-edge[fast]'``); `epoch` decides when it runs and owns the arrays. It computes
-what `SDMLP.forward`, `SDMLP.gradients` and `SDMLP.apply` compute, sample by sample, but asks only those neurons for a
-score that could enter a sample's Top-K. Why that is exact: docs/speed.md.
+Requires Numba (``pip install 'ssd-edge[fast]'``); the module `epoch` decides when it runs and owns the arrays. It
+computes what `SDMLP.forward`, `SDMLP.gradients` and `SDMLP.apply` compute, sample by sample, but evaluates only neurons
+that could enter a sample's Top-K. docs/speed.md explains why that is exact.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-LANES = 64  # always-evaluated keys side by side: the scores of so many at a time
-REASSOCIATE = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity stay what they are
+LANES = 64  # width of a block of always-evaluated keys, whose scores are computed together
+REASSOCIATE = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity are kept
 
-# Places in the array of totals, sums over the batches of an epoch weighed by their size.
+# indices into the array of totals, sums over the batches of an epoch weighted by their size
 NORM, CLIPPED, ACTIVE, CROSS_ENTROPY, LOGIT, HIDDEN, MISSES, TOTALS = range(8)
 
 Array = NDArray[Any]
@@ -40,7 +40,7 @@ def _dot(a: Array, b: Array) -> Any:
 
 @_inner
 def _insert(score: float, neuron: int, scores: Array, neurons: Array, filled: int) -> int:
-    """Put a score into a descending list of fixed length; the list's new length in use."""
+    """Insert a score into a descending list of fixed capacity; return its new number of elements."""
     length: int = scores.shape[0]
     place = min(filled, length - 1)
     while place > 0 and scores[place - 1] < score:
@@ -54,7 +54,7 @@ def _insert(score: float, neuron: int, scores: Array, neurons: Array, filled: in
 
 @_inner
 def _place(changed: Array, keys: Array, listed: Array, blocks: Array) -> None:
-    """Write the keys of some lanes into the transposed blocks ``(blocks, D, LANES)``, a few cache lines at a time."""
+    """Copy the keys of some lanes to the transposed blocks ``(blocks, D, LANES)``, a few cache lines at a time."""
     dim = keys.shape[1]
     for first in range(0, dim, 16):
         for at in range(changed.shape[0]):
@@ -66,9 +66,9 @@ def _place(changed: Array, keys: Array, listed: Array, blocks: Array) -> None:
 
 @_inner
 def _lane_scores(x: Array, batch: Array, used: Array, nonzero: Array, blocks: Array, lanes: int, scores: Array) -> None:
-    """Scores ``(B, lanes)`` of a batch with the keys in lanes.
+    """Compute the scores ``(B, lanes)`` of a batch with the keys in lanes.
 
-    A block stays in a near cache while all samples pass it; of an input only entries that are not zero cost anything,
+    A block stays in the cache while all samples are multiplied with it. Only nonzero entries of an input are processed,
     eight at a time.
     """
     for b in range(batch.shape[0]):
@@ -117,9 +117,12 @@ def _lazy(
     top: Array,
     who: Array,
 ) -> tuple[bool, int]:
-    """The largest scores of one sample, if the cache proves them to be; whether it does, and how many there are.
+    """Find the largest scores of one sample from its cache.
 
-    All neurons in lanes have been evaluated; cached ones follow in descending order until no other can come in.
+    The scores of neurons in lanes are given. Cached neurons follow in descending order until no other can enter.
+
+    Returns:
+        True if the bound proves the result, and the number of scores.
     """
     rank, filled = top.shape[0], 0
     for at in range(scores.shape[0]):
@@ -155,14 +158,14 @@ def _full(
     near: Array,
     near_who: Array,
 ) -> None:
-    """Evaluate every neuron for the samples that could not be proved, and cache their best anew.
+    """Evaluate every neuron for the samples without a proof, and cache their best neurons anew.
 
     Args:
         samples: ``(Q, D)``, inputs.
-        missed: ``(Q, 2)``, which sample of the task, and which of the batch.
-        near: ``(Q, m + 1)``, scratch; `near_who` the neurons.
+        missed: ``(Q, 2)``, index of each sample in the task and in the batch.
+        near: ``(Q, m + 1)``, buffer for scores; `near_who` is the buffer for neurons.
     """
-    for q in range(missed.shape[0]):  # what is not in a lane comes again below
+    for q in range(missed.shape[0]):  # neurons without a lane are added again below
         b, kept = missed[q, 1], 0
         for place in range(filled[b]):
             if lane[who[b, place]] >= 0:
@@ -179,7 +182,7 @@ def _full(
             b, score = missed[q, 1], _dot(samples[q], key)
             if filled[b] < rank or score > top[b, rank - 1]:
                 filled[b] = _insert(score, neuron, top[b], who[b], filled[b])
-            # as if the key had moved since the beginning: the bound then holds for all that comes
+            # relative to the key at the time when all caches were filled, so that one bound holds for all
             score = near.dtype.type(score - path[neuron])
             if found[q] <= last or score > near[q, last]:
                 found[q] = _insert(score, neuron, near[q], near_who[q], found[q])
@@ -202,7 +205,7 @@ def _logits_loss(
     temperature: float,
     slope: Array,
 ) -> tuple[Any, Any]:
-    """∂L/∂logits of one sample, without the division by the batch, and its cross-entropy and distillation."""
+    """Compute ∂L/∂logits of one sample into `slope`; return its cross-entropy and logit distillation."""
     one = logits.dtype.type(1)
     largest, total = logits[0], logits.dtype.type(0)
     for c in range(logits.shape[0]):
@@ -244,10 +247,10 @@ def _hidden_loss(
     buffer: Array,
     slope: Array,
 ) -> Any:
-    """∂L/∂a of one sample's active neurons and the distance of its table activations from the teacher's.
+    """Compute ∂L/∂a of one sample's active neurons into `slope`; return its hidden distillation.
 
-    All table entries that are zero have the same probability, `rest` the teacher's, so they cost nothing. The distance
-    is a small difference of large numbers: float64.
+    All zero entries of the table have the same probability (`rest` for the teacher), so they need no work. The loss is
+    a small difference of large numbers, therefore float64.
     """
     largest, inside = 0.0, 0
     for e in range(active.shape[0]):
@@ -278,7 +281,7 @@ def _hidden_loss(
 
 @_inner
 def _rescore(sample: Array, keys: Array, lane: Array, top: Array, who: Array, filled: int) -> None:
-    """Score what was chosen among the lanes as the others are, so that equal keys answer alike to the last bit."""
+    """Compute the scores of chosen neurons in lanes as for all others, so that equal keys give equal bits."""
     for place in range(filled):
         neuron, score = who[place], top[place]
         if lane[neuron] >= 0:
@@ -305,14 +308,14 @@ def _active(
     value: Array,
     positive: Array,
 ) -> int:
-    """Active neurons of one sample after the inhibition; how many."""
+    """Find the active neurons of one sample after inhibition; return their number."""
     rank, found = top.shape[0], 0
     zero = top.dtype.type(0)
     inhibition = max(zero, top[rank - 1]) if subtract else zero
     for place in range(min(filled, rank - subtract)):
         at = lane[who[place]]
         if 0 <= at < gammas.shape[0]:
-            continue  # its switch is open
+            continue  # open switch, handled below
         if top[place] > inhibition:
             active[found], value[found], positive[found] = who[place], top[place] - inhibition, 1
             found += 1
@@ -327,7 +330,7 @@ def _active(
 
 @_inner
 def _move(key: Array, slope: Array, rate: float, fresh: Array) -> tuple[float, bool]:
-    """One key's step, clamp and normalisation; how far it moved (rounded up), and whether it is finite."""
+    """Update, clamp and normalise one key; return the distance moved (rounded up) and whether it is finite."""
     zero, squares, moved = key.dtype.type(0), key.dtype.type(0), key.dtype.type(0)
     for d in range(key.shape[0]):
         fresh[d] = max(key[d] - rate * slope[d], zero)
@@ -354,27 +357,21 @@ def _epoch(
     settings: Array,
     totals: Array,
 ) -> None:
-    """One pass over a task, in place.
+    """Run one pass over a task, in place.
 
     Args:
         x: ``(N, D)``, prepared inputs.
         labels: int64 ``(N,)``.
         order: int64 ``(N,)``.
-        batch: samples a step.
-        keys: ``(r, D)``; changed, as `values` ``(r, C)`` and `counters` ``(r,)``.
-        state: cached neurons int32 ``(N, m)`` by score, descending, padded with -1; their scores, less what the key
-            had moved by then ``(N, m)``; the bound of all others' ``(N,)``; what certifying left over ``(N,)``;
-            how far each key has moved since all caches were begun, float64 ``(r,)``.
-        lanes: of the always-evaluated neurons: lane of each neuron int32 ``(r,)`` or -1; neuron of each lane int32;
-            their keys, transposed; int64 ``(2,)``, how many lanes are in use and how many of them, first, are open.
-        loss: outputs that are distilled int64; the teacher's softened probabilities there ``(N, O)`` and their
-            negative entropy ``(N,)``; the table column of each neuron int32 ``(r,)`` or -1; the teacher's active
-            columns int64 ``(N, t)``; and in float64 their probabilities ``(N, t)``, that of each other column
-            ``(N,)``, the negative entropy ``(N,)``. Without a teacher, arrays without columns.
-        settings: as the keys: rate, clip, weights of the three losses, temperature, γ's C, table's width n; then
-            rank (scores that the inhibition looks at), whether it subtracts, and how far a key may move before it
-            gets a lane, float64 ``(11,)``.
-        totals: float64 ``(TOTALS,)``, filled.
+        batch: samples per step.
+        keys: ``(r, D)``; changed, like `values` ``(r, C)`` and `counters` ``(r,)``.
+        state: fields of `epoch.Caches`; scores are reduced by the distance that the key had moved when cached.
+        lanes: fields of `epoch.Lanes`.
+        loss: fields of `epoch.TeacherArrays`.
+        settings: float64 ``(11,)``: learning rate, clip, weights of the three losses, temperature, C of the switch,
+            width n of the table, rank (number of scores that the inhibition uses), 1 if it subtracts, and the distance
+            that a key may move before it gets a lane.
+        totals: float64 ``(TOTALS,)``; overwritten with means over the epoch, `MISSES` with a count.
     """
     cached, cached_scores, bound, slack, path = state
     lane, listed, blocks, counts = lanes
@@ -382,7 +379,7 @@ def _epoch(
     kind, size, dim, neurons, classes = keys.dtype.type, x.shape[0], x.shape[1], keys.shape[0], values.shape[1]
     clip, switch, width, rank = settings[1], kind(settings[6]), int(settings[7]), int(settings[8])
     temperature, subtract, limit, opened = kind(settings[5]), int(settings[9]), settings[10], counts[1]
-    margin = 3.0 * dim * np.finfo(keys.dtype).eps  # rounding of two scores, and of what is added to them
+    margin = 3.0 * dim * np.finfo(keys.dtype).eps  # rounding errors of two scores and of the sums with them
     near_size, most = cached.shape[1] + 1, rank + opened
     rows = min(neurons, batch * most)
     top, who, filled = np.empty((batch, rank), keys.dtype), np.empty((batch, rank), np.int32), np.zeros(batch, np.int64)
@@ -404,7 +401,7 @@ def _epoch(
         weights[0], weights[1] = kind(settings[2] / count), kind(settings[3] / count)
         for at in range(opened):
             gammas[at] = min(max(kind(2) * counters[listed[at]] / switch - kind(1), kind(-1)), kind(1))
-        # which neurons answer
+        # Top-K
         _lane_scores(x, order[start : start + count], used, nonzero, blocks, counts[0], scores)
         for b in range(count):
             i = order[start + b]
@@ -433,10 +430,10 @@ def _epoch(
             for e in range(found):
                 for c in range(classes):
                     logits[c] += value[e] * values[active[e], c]
-            told, distilled = _logits_loss(
+            entropy_loss, distilled = _logits_loss(
                 logits, labels[i], wanted[i], entropy[i], outputs, weights, temperature, slope
             )
-            totals[CROSS_ENTROPY] += told
+            totals[CROSS_ENTROPY] += entropy_loss
             totals[LOGIT] += distilled
             totals[ACTIVE] += found
             if width:
@@ -499,18 +496,18 @@ def _compiled(cache: bool) -> Callable[..., None]:
     return numba.njit(fastmath=REASSOCIATE, nogil=True, cache=cache)(_epoch)
 
 
-CACHED = True  # whether machine code is kept for the next process
+CACHED = True  # True if machine code is cached for the next process
 try:
     _kernel = _compiled(True)
-except RuntimeError:  # nowhere to keep it: a read-only installation and no home folder
+except RuntimeError:  # no folder for the cache: read-only installation and no home folder
     _kernel, CACHED = _compiled(False), False
 
 
-def epoch(*arguments: Any) -> None:
-    """`_epoch`, compiled; machine code that cannot be kept for the next process is compiled there again."""
+def epoch(*args: Any) -> None:
+    """Run `_epoch` compiled; if its machine code cannot be cached, the next process compiles it again."""
     global _kernel
     try:
-        _kernel(*arguments)
-    except OSError:  # compiling comes before running, so nothing has been changed yet
+        _kernel(*args)
+    except OSError:  # raised while compiling, so no array has been changed yet
         _kernel = _compiled(False)
-        _kernel(*arguments)
+        _kernel(*args)

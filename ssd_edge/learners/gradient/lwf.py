@@ -1,8 +1,8 @@
-"""`lwf`: fine-tuning that keeps its old answers on the new data ("Learning without Forgetting", Li and Hoiem 2016).
+"""`lwf`: fine-tuning with distillation of its old outputs on the new data (Li and Hoiem 2016).
 
-Before a task's first step, the network's logits for the classes taught before are computed once on the task's
-own embeddings; while it learns, α·T²·KL(softmax(old/T) ‖ softmax(new/T)) over these outputs is added to the
-cross-entropy. Nothing of the teacher outlives the task.
+"Learning without Forgetting": before the first step of a task, the network's logits for the classes taught before are
+computed once on the task's own embeddings. During the task α·T²·KL(softmax(old/T) ‖ softmax(new/T)) over these outputs
+is added to the cross-entropy. The teacher's logits are discarded after the task.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from ssd_edge.learners.priors import Priors
 class Settings(finetune.Settings):
     """Settings of LwF."""
 
-    distillation_weight: float = setting(1.0, "alpha, of distillation against cross-entropy", minimum=0.0)
+    distillation_weight: float = setting(1.0, "alpha, weight of distillation relative to cross-entropy", minimum=0.0)
     temperature: float = setting(2.0, "T of the distillation, as published", above=0.0)
 
 
 class LwF(FineTune):
-    """Cross-entropy on all outputs, distillation on those of the classes taught before."""
+    """A ReLU MLP with cross-entropy on all outputs and distillation on those of classes taught before."""
 
     name: ClassVar[str] = "lwf"
     display: str = "LwF"
     baseline = False
     with_penalty: ClassVar[str] = "LwF+{}"
+    settings: Settings
     Settings: ClassVar[type] = Settings
 
     def __init__(
@@ -42,7 +43,7 @@ class LwF(FineTune):
     ) -> None:
         super().__init__(dim, settings, priors, seed, device)
         self.old = torch.zeros(0, dtype=torch.int64, device=self.device)  # (O,), classes taught before this task
-        self.targets = torch.zeros(0, 0, device=self.device)  # (N, O), their logits before it
+        self.targets = torch.zeros(0, 0, device=self.device)  # (N, O), their logits before this task
 
     @torch.no_grad()
     def _begin(self, inputs: Tensor, labels: Tensor) -> None:

@@ -1,19 +1,19 @@
 """Quadratic penalties against forgetting: EWC, online EWC, SI, MAS and L2.
 
-After a task every parameter θ has an importance Ω and an anchor θ*; while later tasks are learned, their loss
-is raised by w·Σ_t Σ Ω_t (θ − θ*_t)² (no factor ½, as in SDMLP's code). A sum of quadratics is one quadratic:
-ΣΩ_t, ΣΩ_t θ*_t and the number ΣΣ Ω_t θ*_t² say everything, whatever the number of tasks. The methods differ in Ω:
+After a task every parameter θ has an importance Ω and an anchor θ*. The penalty w·Σ_t Σ Ω_t (θ − θ*_t)² is added to the
+loss of later tasks (without a factor ½, as in SDMLP's code). A sum of quadratics is a quadratic, so ΣΩ_t, ΣΩ_t θ*_t and
+the number ΣΣ Ω_t θ*_t² represent it for any number of tasks. The methods differ in Ω:
 
 - ``ewc`` (Kirkpatrick et al. 2017): diagonal of the Fisher information, one anchor per task.
-- ``online_ewc`` (Schwarz et al. 2018): Ω ← decay·Ω + F, anchored at the last task alone.
-- ``si`` (Zenke et al. 2017, eq. 4, 5): share of each parameter in the fall of the loss, over its squared way; the
-  sum is kept at 0 or above, as in that paper's code: a negative one would push a parameter away without end.
+- ``online_ewc`` (Schwarz et al. 2018): Ω ← decay·Ω + F, anchored at the last task only.
+- ``si`` (Zenke et al. 2017, Eq. 4, 5): contribution of each parameter to the decrease of the loss, over its squared
+  change. The sum is clamped at 0 as in that paper's code; a negative importance would repel a parameter.
 - ``mas`` (Aljundi et al. 2018): E_x |∂‖f(x)‖²/∂θ|, without labels.
 - ``l2``: Ω = 1.
 
-The last three are anchored at the last task too. SDMLP's code feeds SI the gradient of the loss *summed* over a
-batch; here it is that of the mean, so its published coefficient, 1350, is a weight of 1350 · batch size here. It also
-leaves negative sums as they are.
+The last three are anchored at the last task as well. SDMLP's code passes the gradient of the loss *summed* over a batch
+to SI; here it is the gradient of the mean, so the published coefficient of 1350 corresponds to 1350 · batch size. That
+code does not clamp negative sums.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ from torch import Tensor
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
 
-# Best of a coarse grid for SDMLP with its default schedule, on held-out training images of CIFAR-10 (docs/method.md)
+# best of a coarse grid for SDMLP with its default schedule, on held-out training images of CIFAR-10 (docs/method.md)
 DEFAULT_WEIGHT = {"ewc": 10.0, "online_ewc": 10.0, "si": 0.1, "mas": 0.3, "l2": 1e-3}
 DISPLAY = {"ewc": "EWC", "online_ewc": "online EWC", "si": "SI", "mas": "MAS", "l2": "L2"}
-# SDMLP's code is told to use 5 batches; its test for the end lets a sixth through, its mean is over 5
+# SDMLP's code is configured for 5 batches but processes 6, and divides by 5
 FISHER_BATCHES, FISHER_DIVISOR = 6, 5
 
 
 @dataclasses.dataclass(frozen=True)
 class PenaltySettings:
-    """Settings of the penalty, for every learner that is trained by gradients."""
+    """Settings of the penalty, shared by all learners that are trained by gradients."""
 
     penalty: Literal["none", "ewc", "online_ewc", "si", "mas", "l2"] = setting(
-        "none", "pulls parameters that earlier tasks need back to where those left them"
+        "none", "pulls parameters that matter for earlier tasks back to their values after those tasks"
     )
     penalty_weight: float = setting(
-        -1.0, "coefficient of the penalty; -1: the default of the method (docs/method.md)", minimum=-1.0
+        -1.0, "coefficient of the penalty; -1: default of the method (docs/method.md)", minimum=-1.0
     )
     penalty_beta: float = setting(
-        1.0, "inverse temperature of the softmax behind an importance (SDMLP's code: 0.08, 0.02, 0.005)", above=0.0
+        1.0, "inverse temperature of the softmax for importances (SDMLP's code: 0.08, 0.02, 0.005)", above=0.0
     )
-    penalty_decay: float = setting(1.0, "of old importance in online_ewc, per task", minimum=0, maximum=1)
+    penalty_decay: float = setting(1.0, "decay of old importances in online_ewc, per task", minimum=0, maximum=1)
     fisher: Literal["exact", "batch"] = setting(
-        "exact", "of ewc; batch as SDMLP's code: the squared gradient of a batch, not of a sample"
+        "exact", "Fisher information of ewc; batch: squared gradients of batches, as in SDMLP's code"
     )
-    si_damping: float = setting(0.1, "added to SI's squared way; as published", above=0)
+    si_damping: float = setting(0.1, "added to the squared change in SI, as published", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One parameter's share of a backward pass: the gradient of sample i is the outer product delta[i] ⊗ source[i].
+    """Per-sample gradients of one parameter: that of sample i is the outer product delta[i] ⊗ source[i].
 
     Attributes:
         delta: ``(B, out)``, linear in the cotangent.
-        source: ``(B, in)``, independent of it; None for a bias, whose gradient is delta[i].
-        transposed: the parameter is stored as ``(in, out)``.
+        source: ``(B, in)``, independent of the cotangent; None for a bias, whose gradient is delta[i].
+        transposed: True if the parameter is stored as ``(in, out)``.
     """
 
     delta: Tensor
@@ -75,26 +75,26 @@ Linearise = Callable[[Tensor], tuple[Tensor, Callable[[Tensor], dict[str, Slot]]
 
 
 def _summed(left: Tensor, slot: Slot, source: Tensor | None) -> Tensor:
-    """Σ_i left[i] ⊗ source[i] in the shape of the slot's parameter."""
+    """Return Σ_i left[i] ⊗ source[i] in the shape of the slot's parameter."""
     if source is None:
         return left.sum(0)
     return source.T @ left if slot.transposed else left.T @ source
 
 
 def exact_fisher(inputs: Tensor, linearise: Linearise, beta: float, batch: int) -> dict[str, Tensor]:
-    """Diagonal of the Fisher information: E_x Σ_y p(y|x) (∂ log p(y|x)/∂θ)², p = softmax(β·logits).
+    """Compute the diagonal of the Fisher information: E_x Σ_y p(y|x) (∂ log p(y|x)/∂θ)², p = softmax(β·logits).
 
-    The square of an outer product is the outer product of squares, so no gradient of a sample is ever built:
-    one backward pass per class gives Σ_y p_y δ_y², and one product with the squared sources gives the sum.
+    The square of an outer product is the outer product of squares, so per-sample gradients are never built: one
+    backward pass per class gives Σ_y p_y δ_y², and one product with the squared sources gives the sum.
 
     Args:
-        inputs: of the task, ``(N, D)``.
-        linearise: the network.
+        inputs: inputs of the task, ``(N, D)``.
+        linearise: network.
         beta: inverse temperature.
-        batch: samples at a time; changes memory, not the result.
+        batch: samples at a time; affects memory, not the result.
 
     Returns:
-        By parameter, in its shape.
+        One tensor per parameter, of its shape.
     """
     totals: dict[str, Tensor] = {}
     for part in torch.split(inputs, batch):
@@ -120,17 +120,18 @@ def exact_fisher(inputs: Tensor, linearise: Linearise, beta: float, batch: int) 
 def batch_fisher(
     inputs: Tensor, linearise: Linearise, beta: float, batch: int, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """What SDMLP's code takes for the Fisher information; kept for its published coefficients.
+    """Compute the Fisher information as SDMLP's code does, for use with its published coefficients.
 
-    −log softmax(β·logits)[ŷ] with ŷ the network's own answer, *summed* over a batch; its gradient squared; summed
-    over up to 6 shuffled batches; divided by 5 · batch. Gradients of different samples cancel before the square.
+    The loss −log softmax(β·logits)[ŷ], with ŷ the prediction of the network, is *summed* over a batch; its gradient is
+    squared, summed over at most 6 shuffled batches, and divided by 5 · batch. Gradients of different samples cancel
+    before they are squared.
 
     Args:
-        inputs: of the task, ``(N, D)``.
-        linearise: the network.
+        inputs: inputs of the task, ``(N, D)``.
+        linearise: network.
         beta: inverse temperature.
-        batch: samples of a batch; part of the definition here (512).
-        generator: of the shuffling.
+        batch: samples per batch; affects the result (512 in SDMLP's code).
+        generator: random numbers for the shuffling.
     """
     totals: dict[str, Tensor] = {}
     order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
@@ -145,12 +146,12 @@ def batch_fisher(
 
 
 def sensitivity(inputs: Tensor, linearise: Linearise, batch: int) -> dict[str, Tensor]:
-    """MAS: E_x |∂‖f(x)‖²/∂θ| with f the logits, per sample (|δ ⊗ s| = |δ| ⊗ |s|).
+    """Compute the importances of MAS: E_x |∂‖f(x)‖²/∂θ| with f the logits, per sample (|δ ⊗ s| = |δ| ⊗ |s|).
 
     Args:
-        inputs: of the task, ``(N, D)``.
-        linearise: the network.
-        batch: samples at a time; changes memory, not the result.
+        inputs: inputs of the task, ``(N, D)``.
+        linearise: network.
+        batch: samples at a time; affects memory, not the result.
     """
     totals: dict[str, Tensor] = {}
     for part in torch.split(inputs, batch):
@@ -162,7 +163,7 @@ def sensitivity(inputs: Tensor, linearise: Linearise, batch: int) -> dict[str, T
 
 
 def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """Zeros of this shape with the tensor in the corner; the tensor itself where nothing is missing."""
+    """Return the tensor padded with zeros to a shape; the tensor itself if it has that shape."""
     if tensor.shape == shape:
         return tensor
     wider = tensor.new_zeros(shape)
@@ -173,16 +174,16 @@ def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
 class Penalty:
     """Importances and anchors of all tasks so far.
 
-    A learner calls `begin` before a task's first step, adds `gradient` to the gradient of every step, calls
-    `track` after each step if `tracks`, and `consolidate` when the task is learned.
+    A learner calls `begin` before the first step of a task, adds `gradient` to the gradient of every step, calls
+    `track` after each step if `tracks`, and `consolidate` at the end of the task.
 
     Args:
-        settings: which penalty; also a learner's settings that inherit from `PenaltySettings`.
-        device: where the parameters live.
-        dtype: of importances and anchors.
+        settings: the penalty; a learner's settings may inherit from `PenaltySettings`.
+        device: device of the parameters.
+        dtype: dtype of importances and anchors.
 
     Raises:
-        InputError: a negative weight other than -1.
+        InputError: the weight is negative and not -1.
     """
 
     def __init__(
@@ -200,29 +201,29 @@ class Penalty:
         self.anchored: dict[str, Tensor] = {}  # ΣΩθ*
         self.constant = 0.0  # ΣΣΩθ*²
         self.start: dict[str, Tensor] = {}  # SI: parameters at the start of the task
-        self.path: dict[str, Tensor] = {}  # SI: fall of the loss along each parameter's way in this task
-        self._pulls = False
+        self.path: dict[str, Tensor] = {}  # SI: decrease of the loss along the path of each parameter in this task
+        self._has_importance = False
 
     @property
     def active(self) -> bool:
-        """Whether something is held: an anchor with some importance, and a weight above 0."""
-        return self._pulls and self.weight > 0
+        """True if the penalty has a gradient: an anchor with nonzero importance, and a weight above 0."""
+        return self._has_importance and self.weight > 0
 
     @property
     def tracks(self) -> bool:
-        """Whether the learner must call `track` after each step."""
+        """True if the learner must call `track` after each step."""
         return self.settings.penalty == "si"
 
     def gradient(self, name: str, parameter: Tensor, rows: Tensor | None = None) -> Tensor:
-        """∂penalty/∂parameter = 2·w·(ΣΩ θ − ΣΩθ*).
+        """Compute ∂penalty/∂parameter = 2·w·(ΣΩ θ − ΣΩθ*).
 
         Args:
-            name: of the parameter.
-            parameter: whole, at least as large as when `begin` or `consolidate` last saw it.
-            rows: int64 ``(R,)``; only these (first axis).
+            name: name of the parameter.
+            parameter: the whole parameter, at least as large as in the last call of `begin` or `consolidate`.
+            rows: int64 ``(R,)``, rows (first axis) to return; None: all.
 
         Returns:
-            In the shape of the parameter, or of its rows; zeros if nothing is held.
+            The gradient in the shape of the parameter or of its rows; zeros if the penalty is not active.
         """
         theta = parameter.detach() if rows is None else parameter.detach()[rows]
         if not self.active:
@@ -233,7 +234,7 @@ class Penalty:
         return 2 * self.weight * (importance * theta - anchored)
 
     def value(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """w·Σ_t Σ Ω_t (θ − θ*_t)², a float64 number; its three parts nearly cancel near an anchor."""
+        """Compute w·Σ_t Σ Ω_t (θ − θ*_t)² in float64, because its three parts nearly cancel near an anchor."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         if not self.active:
             return total
@@ -243,10 +244,10 @@ class Penalty:
                 _padded(part[name], parameter.shape).double() for part in (self.importance, self.anchored)
             )
             total += (theta * (importance * theta - 2 * anchored)).sum()
-        return self.weight * (total + self.constant).clamp_min(0)  # rounding may leave less than nothing
+        return self.weight * (total + self.constant).clamp_min(0)  # rounding may make it negative
 
     def begin(self, parameters: Mapping[str, Tensor]) -> None:
-        """Start of a task: parameters that have grown since get no importance where they are new."""
+        """Start a task; new rows and columns of parameters that have grown get zero importance."""
         if self.settings.penalty == "none":
             return
         for name, parameter in parameters.items():
@@ -258,13 +259,13 @@ class Penalty:
                 self.path[name] = empty.clone()
 
     def track(self, name: str, gradient: Tensor, change: Tensor, rows: Tensor | None = None) -> None:
-        """After a step: SI's path integral, −gradient·change; nothing for other penalties.
+        """Add −gradient·change of one step to the path integral of SI; do nothing for other penalties.
 
         Args:
-            name: of the parameter.
-            gradient: of the mean cross-entropy of the batch with softmax(β·logits), without any penalty.
+            name: name of the parameter.
+            gradient: gradient of the batch's mean cross-entropy with softmax(β·logits), without the penalty.
             change: the parameter after the step minus before.
-            rows: int64 ``(R,)``: both are of these rows alone, the others did not move.
+            rows: int64 ``(R,)``, rows that `gradient` and `change` consist of; the others did not move. None: all.
         """
         if not self.tracks:
             return
@@ -282,22 +283,22 @@ class Penalty:
         batch: int = 512,
         generator: torch.Generator | None = None,
     ) -> None:
-        """End of a task: add its importances, and anchor.
+        """End a task: add its importances and anchor the parameters.
 
         Args:
-            parameters: as they are now.
-            inputs: the task's, as the network takes them, ``(N, D)``.
-            linearise: the network.
+            parameters: their current values.
+            inputs: prepared inputs of the task, ``(N, D)``.
+            linearise: network.
             batch: samples at a time.
-            generator: shuffles the batches of ``fisher=batch``.
+            generator: random numbers for the batches of ``fisher=batch``.
         """
         kind = self.settings.penalty
         if kind == "none":
             return
         fresh = self._task_importance(parameters, inputs, linearise, batch, generator)
         decay = self.settings.penalty_decay if kind == "online_ewc" else 1.0
-        last_alone = kind != "ewc"
-        if last_alone:
+        only_last = kind != "ewc"
+        if only_last:
             self.constant = 0.0
         for name, parameter in parameters.items():
             new = fresh[name].to(self.dtype)
@@ -306,14 +307,14 @@ class Penalty:
             if kind == "si":
                 total = total.clamp_min(0)
             self.importance[name] = total
-            held = total if last_alone else new
-            anchored = held * parameter
-            if not last_alone:
+            weight = total if only_last else new
+            anchored = weight * parameter
+            if not only_last:
                 anchored += _padded(self.anchored.get(name, torch.zeros_like(new)), new.shape)
             self.anchored[name] = anchored
-            self.constant += float((held.double() * parameter.double().square()).sum())
+            self.constant += float((weight.double() * parameter.double().square()).sum())
         self.start, self.path = {}, {}
-        self._look()
+        self._update_active()
 
     def _task_importance(
         self,
@@ -323,7 +324,7 @@ class Penalty:
         batch: int,
         generator: torch.Generator | None,
     ) -> dict[str, Tensor]:
-        """Ω of the task that ends, in the shapes of the parameters."""
+        """Return Ω of the task that ends, in the shapes of the parameters."""
         settings = self.settings
         if settings.penalty == "l2":
             return {name: torch.ones_like(parameter) for name, parameter in parameters.items()}
@@ -338,29 +339,40 @@ class Penalty:
             return exact_fisher(inputs, linearise, settings.penalty_beta, batch)
         return batch_fisher(inputs, linearise, settings.penalty_beta, batch, generator)
 
-    def _look(self) -> None:
-        """Note whether anything has importance, so that a restored penalty is as active as the one saved."""
-        self._pulls = any(bool(part.any()) for part in self.importance.values())
+    def _update_active(self) -> None:
+        """Set whether any importance is nonzero, so that a restored penalty is as active as the saved one."""
+        self._has_importance = any(bool(part.any()) for part in self.importance.values())
 
     def schema(
         self, shapes: Mapping[str, tuple[str | int, ...]], dtype: str
     ) -> dict[str, tuple[tuple[str | int, ...], str, str]]:
-        """(shape, dtype, reason) of every tensor that must persist; none without a penalty.
+        """Return (shape, dtype, reason) of every tensor of the state; nothing without a penalty.
 
         Args:
-            shapes: of the parameters, by name.
-            dtype: name of the number type of importances and anchors.
+            shapes: shapes of the parameters, by name.
+            dtype: name of the dtype of importances and anchors.
         """
         if self.settings.penalty == "none":
             return {}
         described: dict[str, tuple[tuple[str | int, ...], str, str]] = {}
         for name, shape in shapes.items():
-            described[f"importance_{name}"] = (shape, dtype, f"what earlier tasks need of {name}, summed over tasks")
-            described[f"anchored_{name}"] = (shape, dtype, f"importance times where each task left {name}, summed")
-        return {**described, "penalty_constant": ((1,), "float64", "the penalty's value at zero, for its report")}
+            described[f"importance_{name}"] = (
+                shape,
+                dtype,
+                f"importance of {name} for earlier tasks, summed over tasks",
+            )
+            described[f"anchored_{name}"] = (
+                shape,
+                dtype,
+                f"importance times {name} after each task, summed over tasks",
+            )
+        return {
+            **described,
+            "penalty_constant": ((1,), "float64", "value of the penalty at zero, to report the penalty"),
+        }
 
     def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of `schema`, in the shapes of the parameters; zeros where there is no anchor."""
+        """Return the tensors of `schema`, in the shapes of the parameters; zeros without an anchor."""
         if self.settings.penalty == "none":
             return {}
         tensors = {}
@@ -371,7 +383,7 @@ class Penalty:
         return {**tensors, "penalty_constant": torch.tensor([self.constant], dtype=torch.float64)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` gave."""
+        """Restore the state that `tensors` returned; other tensors are ignored."""
         if self.settings.penalty == "none":
             return
         for prefix, parts in (("importance_", self.importance), ("anchored_", self.anchored)):
@@ -380,4 +392,4 @@ class Penalty:
                 if name.startswith(prefix):
                     parts[name.removeprefix(prefix)] = tensor.to(self.device, self.dtype)
         self.constant = float(tensors["penalty_constant"][0])
-        self._look()
+        self._update_active()

@@ -248,7 +248,7 @@ def test_the_display_name_says_which_penalty() -> None:
 
 @pytest.mark.parametrize("options", [{"optimiser": "adamw"}, {"weight_decay": 0.1}], ids=str)
 def test_a_penalty_goes_with_plain_sgd(options: dict[str, object]) -> None:
-    with pytest.raises(InputError, match=r"learner.penalty=mas goes with plain SGD, but learner.optimiser is"):
+    with pytest.raises(InputError, match=r"learner.penalty=mas requires plain SGD, but learner.optimiser is"):
         make(penalty="mas", **options)
 
 

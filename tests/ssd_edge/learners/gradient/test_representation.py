@@ -129,7 +129,7 @@ def test_top_k_set_gives_ties_to_the_lower_index() -> None:
 
 @pytest.mark.parametrize("k", [0, 6])
 def test_a_set_of_too_few_or_too_many_is_refused(k: int) -> None:
-    with pytest.raises(InputError, match=f"no set of {k} among 5 neurons"):
+    with pytest.raises(InputError, match=f"cannot choose {k} of 5 neurons"):
         top_k_set(COUNTS, k)
 
 
@@ -236,7 +236,7 @@ def test_a_common_sample_is_needed_for_an_edge() -> None:
     activations = inhibit(torch.tensor([[3.0, 2.0, 0.0], [3.0, 2.0, 0.0]]), 2, mask=True)
     assert coactivation(activations, 2).tolist() == [[0], [1]]
     assert coactivation(activations, 3).shape == (2, 0)
-    with pytest.raises(InputError, match="at least 1 common sample, not 0"):
+    with pytest.raises(InputError, match="at least 1 common sample per edge, but is 0"):
         coactivation(activations, 0)
 
 
@@ -355,5 +355,5 @@ def test_report_refuses_what_does_not_fit() -> None:
         neuron_report(net, inputs, labels[1:], 4)
     with pytest.raises(InputError, match=r"has \(0, 6\) and \(0,\)"):
         neuron_report(net, inputs[:0], labels[:0], 4)
-    with pytest.raises(InputError, match="labels are 0 to 2, but a report of 2 classes takes 0 to 1"):
+    with pytest.raises(InputError, match="labels are 0 to 2, but a report of 2 classes requires 0 to 1"):
         neuron_report(net, inputs, labels, 2)
