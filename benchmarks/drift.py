@@ -96,7 +96,7 @@ class Box:
         """Embeddings with their scores and whether they are taken for known."""
         shares = torch.cat([self.learner.scores(part) for part in vectors.split(4096)])[:, : len(self.names)].softmax(1)
         best, rows = shares.max(1)
-        return vectors, best, self.rejector.known(vectors, rows)[0]
+        return vectors, best, self.rejector.accepts(vectors, rows)[0]
 
     def report(self, *parts: tuple[tuple[Tensor, Tensor, Tensor], np.ndarray]) -> DriftReport:
         """Of a monitor that was fed with these images, one part after the other."""

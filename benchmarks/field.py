@@ -136,7 +136,7 @@ def accuracies(root: Path, generations: int) -> list[dict[str, dict[str, float]]
             row: dict[str, dict[str, float]] = {}
             for truth, name in enumerate(device.classes):
                 answered = state.learner.predict(vectors[name])
-                near, _ = state.rejector.known(vectors[name], answered)
+                near, _ = state.rejector.accepts(vectors[name], answered)
                 shares = {"right": answered == truth, "right_and_near": (answered == truth) & near, "unknown": ~near}
                 row[name] = {key: float(share.double().mean()) for key, share in shares.items()}
             found.append(row)

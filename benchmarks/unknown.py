@@ -115,7 +115,7 @@ def after_teaching(
             with_new = rejector.with_class(new, after, few)
             passed.append(
                 [
-                    float(with_new.known(part, torch.full((len(part),), new))[0].double().mean())
+                    float(with_new.accepts(part, torch.full((len(part),), new))[0].double().mean())
                     for part in (test, others)
                 ]
             )
@@ -160,14 +160,14 @@ def main() -> None:
         print(f"{name:22}" + "".join(f"{one['auroc']:9.3f}/{one['fpr95']:.3f}" for one in table[name].values()))
 
     rejector = Rejector.fit(statistics)
-    passes = rejector.known(old, test[test >= 0])[0].double()
+    passes = rejector.accepts(old, test[test >= 0])[0].double()
     by_class = {name: float(passes[test[test >= 0] == n].mean()) for n, name in enumerate(names)}
-    rates = {part: float(rejector.known(v, learner.predict(v))[0].double().mean()) for part, v in parts.items()}
+    rates = {part: float(rejector.accepts(v, learner.predict(v))[0].double().mean()) for part, v in parts.items()}
     print(f"pass, of thresholds for {rejector.rate:.2f}: own class {float(passes.mean()):.3f} (classes "
           f"{min(by_class.values()):.3f}..{max(by_class.values()):.3f}); as predicted: "
           + ", ".join(f"{part} {rate:.3f}" for part, rate in rates.items()))  # fmt: skip
     blank = {kind: torch.from_numpy(embedder.embed(pixels)) for kind, pixels in blank_frames(embedder.size).items()}
-    blank_rates = {kind: float(rejector.known(v, learner.predict(v))[0].double().mean()) for kind, v in blank.items()}
+    blank_rates = {kind: float(rejector.accepts(v, learner.predict(v))[0].double().mean()) for kind, v in blank.items()}
     print("pass, of frames without anything: " + ", ".join(f"{kind} {rate:.3f}" for kind, rate in blank_rates.items()))
     taught = after_teaching(rejector, statistics, vectors["train"][train < 0], near, old)
     if words.json:

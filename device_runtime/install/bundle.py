@@ -9,16 +9,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from device_runtime.backbone import selftest
 from device_runtime.backbone.embedder import open_embedder
-from device_runtime.backbone.interface import BackboneSpec
 from device_runtime.install.trust import check_signature
-from device_runtime.learning.state import DeviceState, restore_statistics
+from device_runtime.learning.state import DeviceState, InstalledBundle, restore_statistics
 from device_runtime.learning.unknown import Rejector
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
@@ -61,14 +59,14 @@ def install(
     opened = bundles.read(Path(bundle))
     store = Generations(root)
     signed_by = check_signature(store.root, opened)
-    facts = _facts(opened, signed_by)
-    state = _initial_state(opened, facts)
+    installed = _installed_bundle(opened, signed_by)
+    state = _initial_state(opened, installed)
     with store.writer():
         if not allow_downgrade:
-            _check_release(store, facts["release"], bundle)
+            _check_release(store, installed.release, bundle)
         backbone = store.add_backbone(opened.read("backbone"))
         arrays, limits = opened.tensors("probe")
-        spec = BackboneSpec.from_facts(backbone, facts)
+        spec = installed.backbone_spec(backbone)
         embedder = open_embedder(store, spec, (arrays, limits), say, strict)
         tested = selftest.run(embedder.embed, arrays, limits)
         agreement = _check_learner(state.learner, embedder.embed(arrays["images"]), arrays["rows"])
@@ -80,7 +78,7 @@ def install(
             "bundle": Path(bundle).name,
             "bundle_sha256": opened.sha256,
             "classes": opened.registry.names,
-            "release": facts["release"],
+            "release": installed.release,
             "signed_by": signed_by,
             "provider": embedder.provider,
             "self_test": {**tested.to_dict(), "agreement": agreement},
@@ -91,24 +89,26 @@ def install(
         return generation
 
 
-def _facts(opened: bundles.Bundle, signed_by: str | None) -> dict[str, Any]:
-    """What a device must know of a bundle besides its tensors."""
+def _installed_bundle(opened: bundles.Bundle, signed_by: str | None) -> InstalledBundle:
+    """Return what the device keeps about a bundle, with a new installation id."""
     manifest = opened.manifest
     backbone = manifest["backbone"]
-    return {
-        **{key: manifest[key] for key in ("name", "release", "target")},
-        **{key: backbone[key] for key in ("size", "dim", "precision")},
-        "bundle_sha256": opened.sha256,
-        "signed_by": signed_by,
-        "installation": secrets.token_hex(8),
-        "merged": [],  # installations whose learning has been merged since
-        "manifest": {
-            key: value for key, value in manifest.items() if key not in ("format", "version", "files", "device")
-        },
-    }
+    return InstalledBundle(
+        name=manifest["name"],
+        release=manifest["release"],
+        target=manifest["target"],
+        size=backbone["size"],
+        dim=backbone["dim"],
+        precision=backbone["precision"],
+        bundle_sha256=opened.sha256,
+        signed_by=signed_by,
+        installation=secrets.token_hex(8),
+        merged=(),
+        manifest={key: value for key, value in manifest.items() if key not in ("format", "version", "files", "device")},
+    )
 
 
-def _initial_state(opened: bundles.Bundle, facts: dict[str, Any]) -> DeviceState:
+def _initial_state(opened: bundles.Bundle, installed: InstalledBundle) -> DeviceState:
     """What a bundle knows, with thresholds for what is none of its classes."""
     statistics = restore_statistics(opened.tensors("statistics")[0])
     state = DeviceState(
@@ -116,7 +116,7 @@ def _initial_state(opened: bundles.Bundle, facts: dict[str, Any]) -> DeviceState
         learners.restore(*opened.tensors("learner")),
         statistics,
         Rejector.fit(statistics),
-        facts,
+        installed,
         opened.read("probe"),
         opened.read("card"),
     )
@@ -127,10 +127,10 @@ def _initial_state(opened: bundles.Bundle, facts: dict[str, Any]) -> DeviceState
 def _check_release(store: Generations, release: int, name: str | Path) -> None:
     """Refuse a release below the highest that was installed: an old bundle's signature is as good as a new one's."""
     try:
-        installed = store.list()
+        generations = store.list()
     except InputError:  # nothing is installed yet
         return
-    known = [entry["info"]["release"] for entry in installed if entry["intact"] and "release" in entry["info"]]
+    known = [entry.info["release"] for entry in generations if entry.info and "release" in entry.info]
     # also those that were pruned
     events = [event.get("info") for event in store.journal() if event.get("event") == "install"]
     known += [info["release"] for info in events if isinstance(info, dict) and type(info.get("release")) is int]

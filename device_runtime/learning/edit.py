@@ -1,4 +1,4 @@
-"""Editing what a device knows: forget a class, or make one of several. Nothing is written here."""
+"""Forget a class, or merge several into one. Nothing is written to disk here."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from device_runtime.learning.guard import Limits, judge_edit
-from device_runtime.learning.state import DeviceState
-from device_runtime.learning.teach import NO_CLASSES_BEFORE, copy_learner
+from device_runtime.learning.state import DeviceState, copy_learner
+from device_runtime.results import NO_OLD_CLASSES, ForgetResult, MergeLabelsResult, Retention
 from ssd_edge import learners
 from ssd_edge.errors import InputError
 from ssd_edge.learners.closed_form.linear import LinearLearner
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+
+_LEFT_IN_THE_COVARIANCE = (
+    "its counts, mean and scores are gone; how its images spread around their mean stays in the covariance that all "
+    "classes share (learner.per_class=true keeps one for each class)"
+)
+_LEFT_IN_THE_WEIGHTS = "it is never predicted again, but its effect on the weights that all classes share remains"
 
 
 def estimate_cost(
@@ -19,45 +25,44 @@ def estimate_cost(
     learner: learners.Learner,
     statistics: ClassStatistics,
     limits: Limits | None,
-    renumbered: dict[int, int] | None = None,
-) -> dict[str, Any]:
-    """What the edit costs the classes in `statistics`, as `guard.judge_edit` estimates."""
+    renumbered: Mapping[int, int] | None = None,
+) -> tuple[Retention, tuple[str, ...]]:
+    """Return the estimated cost of an edit for the classes in `statistics` and warnings; see `guard.judge_edit`.
+
+    Raises:
+        GateRefusedError: The cost exceeds `limits`.
+    """
     judgement = judge_edit(state.learner, learner, statistics, state.registry, limits, renumbered)
     judgement.check()
-    return {"old_classes": judgement.retention or NO_CLASSES_BEFORE, "warnings": judgement.warnings}
+    return judgement.retention or NO_OLD_CLASSES, tuple(judgement.warnings)
 
 
-def forget(state: DeviceState, label: str, exactly: bool, limits: Limits | None) -> tuple[DeviceState, dict[str, Any]]:
-    """Without a class; arguments, report and errors as `Device.forget`."""
+def forget(state: DeviceState, label: str, exactly: bool, limits: Limits | None) -> tuple[DeviceState, ForgetResult]:
+    """Remove a class; arguments, result and errors as `Device.forget`."""
     registry = state.registry.without(label)
     row = state.registry.row_of(label)
     learner = copy_learner(state.learner)
     exact = learner.remove(row, approximately=not exactly)
     statistics = state.statistics.copy()
-    statistics.remove(row, approximately=True)  # of no answer, but of the guard and the thresholds for 'unknown'
+    statistics.remove(row, approximately=True)  # used by the guard and the thresholds for 'unknown' only
     left = "" if exact else _LEFT_IN_THE_COVARIANCE if isinstance(learner, LinearLearner) else _LEFT_IN_THE_WEIGHTS
-    report = {
-        "forgot": state.registry.names[row],
-        "images": state.registry.entries[row].images,
-        "exact": exact,
-        "left": left,
-        **estimate_cost(state, learner, statistics, limits),
-    }
+    retention, warnings = estimate_cost(state, learner, statistics, limits)
+    result = ForgetResult(
+        forgot=state.registry.names[row],
+        images=state.registry.entries[row].images,
+        exact=exact,
+        left=left,
+        old_classes=retention,
+        warnings=warnings,
+    )
     after = state.replace(learner=learner, statistics=statistics)
-    return _without_rows(after, [row]).replace(registry=registry), report
-
-
-_LEFT_IN_THE_COVARIANCE = (
-    "its counts, mean and scores are gone; how its images spread around their mean stays in the covariance that all "
-    "classes share (learner.per_class=true keeps one for each class)"
-)
-_LEFT_IN_THE_WEIGHTS = "it is never answered again; what it taught the neurons that all classes share stays there"
+    return _without_rows(after, [row]).replace(registry=registry), result
 
 
 def merge_labels(
     state: DeviceState, labels: Sequence[str], into: str, limits: Limits | None
-) -> tuple[DeviceState, dict[str, Any]]:
-    """With one class in place of several; arguments, report and errors as `Device.merge_labels`."""
+) -> tuple[DeviceState, MergeLabelsResult]:
+    """Merge several classes into one; arguments, result and errors as `Device.merge_labels`."""
     registry = state.registry
     rows = [state.registry.row_of(label) for label in dict.fromkeys(labels)]
     if registry.row(into) is None and rows:
@@ -72,19 +77,22 @@ def merge_labels(
         learner.join(row, target)
         statistics.join(row, target)
         registry = registry.joined(state.registry.names[row], into)
-    now = state.replace(registry=renamed)
-    cost = estimate_cost(now, learner, state.statistics, limits, dict.fromkeys(others, target))
-    report = {
-        "merged_labels": [state.registry.names[row] for row in rows],
-        "into": registry.names[registry.row_of(into)],
-    }
+    retention, warnings = estimate_cost(
+        state.replace(registry=renamed), learner, state.statistics, limits, dict.fromkeys(others, target)
+    )
+    result = MergeLabelsResult(
+        merged_labels=tuple(state.registry.names[row] for row in rows),
+        into=registry.names[registry.row_of(into)],
+        old_classes=retention,
+        warnings=warnings,
+    )
     rejector = state.rejector.refitted(target, statistics)
     after = state.replace(learner=learner, statistics=statistics, rejector=rejector)
-    return _without_rows(after, others).replace(registry=registry), {**report, **cost}
+    return _without_rows(after, others).replace(registry=registry), result
 
 
 def _without_rows(state: DeviceState, rows: Sequence[int]) -> DeviceState:
-    """Without rows that are empty by now; those above move up. The registry is the caller's."""
+    """Drop empty rows, which moves later rows up; the caller updates the registry."""
     return state.replace(
         learner=learners.without_rows(state.learner, rows),
         statistics=state.statistics.without_rows(rows),
@@ -93,7 +101,11 @@ def _without_rows(state: DeviceState, rows: Sequence[int]) -> DeviceState:
 
 
 def describe(info: Mapping[str, Any]) -> str:
-    """What made a generation, in a few words, from what was committed with it; empty where nothing is known."""
+    """Return the change that created a generation in a few words, or an empty string if it is unknown.
+
+    Args:
+        info: The information that was committed with the generation, see `Change.info`.
+    """
     if "renamed" in info:
         return "rename '{}' to '{}'".format(*info["renamed"])
     if "forgot" in info:

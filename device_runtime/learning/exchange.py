@@ -1,11 +1,12 @@
-"""Between devices: what one knows as a bundle, and what two have learned apart since they left one bundle.
+"""Export a device's state as a bundle, and merge what two devices have learned since they installed one bundle.
 
-A merge is A + B − their common bundle, in the sums that a closed-form learner keeps: exactly what one device would know
-that had been taught both. It is refused where that would not be true.
+A merge is A + B − their common bundle, in the sums of a closed-form learner: exactly the state of one device that had
+been taught everything. It is refused wherever that does not hold.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,65 +16,79 @@ import torch
 
 from device_runtime.learning.edit import describe, estimate_cost
 from device_runtime.learning.guard import Limits
-from device_runtime.learning.state import DeviceState, restore_statistics
-from device_runtime.learning.teach import copy_learner
+from device_runtime.learning.state import DeviceState, copy_learner, restore_statistics
+from device_runtime.results import ExportResult, MergeResult, TaughtClass
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
 from ssd_edge.bundle import card
+from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.system import utc_now
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Installations that a device's state comes from.
+
+    Attributes:
+        installation: Id of the installation.
+        merged: Ids of the installations that were merged into it.
+    """
+
+    installation: str
+    merged: tuple[str, ...]
+
+
 def export(
     store: Generations, generation: Generation, state: DeviceState, path: Path, key: str | Path | None
-) -> dict[str, Any]:
-    """Write what a generation knows as a bundle; arguments, report and errors as `Device.export`."""
+) -> ExportResult:
+    """Write a generation as a bundle; arguments, result and errors as `Device.export`."""
     sign = None
     if key is not None:
         from ssd_edge.bundle import signing
 
         sign = signing.signer(Path(key))
     backbone = files.read_bytes(store.backbone_path(generation.backbone))
-    packed = pack(state, generation.number, backbone, lineage(store, generation), path.stem, sign)
+    packed = pack(state, generation.number, backbone, changes_since_install(store, generation), path.stem, sign)
     opened = bundles.parse(packed)
     bundles.write(path, packed)
-    return {
-        "bundle": str(path),
-        "bytes": len(packed),
-        "sha256": opened.sha256,
-        "generation": generation.number,
-        "classes": state.registry.names,
-        "signed_by": opened.signature.key if opened.signature else None,
-    }
+    return ExportResult(
+        bundle=str(path),
+        bytes=len(packed),
+        sha256=opened.sha256,
+        generation=generation.number,
+        classes=tuple(state.registry.names),
+        signed_by=opened.signature.key if opened.signature else None,
+    )
 
 
-def lineage(store: Generations, generation: Generation) -> list[str]:
-    """What made a generation of the installed one, oldest first, as far as the journal remembers."""
-    made = {event["generation"]: event for event in store.journal() if event.get("event") == "learn"}
-    told: list[str] = []
+def changes_since_install(store: Generations, generation: Generation) -> list[str]:
+    """Return the changes between the installed generation and this one, oldest first, as far as the journal goes."""
+    events = {event["generation"]: event for event in store.journal() if event.get("event") == "learn"}
+    changes: list[str] = []
     number: int | None = generation.number
-    while number in made:
-        event = made.pop(number)
-        told.append(describe(event.get("info") or {}))
+    while number in events:
+        event = events.pop(number)
+        changes.append(describe(event.get("info") or {}))
         number = event.get("parent")
-    return told[::-1]
+    return changes[::-1]
 
 
-def base_of(store: Generations, state: DeviceState) -> DeviceState:
-    """What the bundle knew that a state goes back to.
+def installed_state(store: Generations, state: DeviceState) -> DeviceState:
+    """Return the state that was installed from the bundle of `state`.
 
     Raises:
-        InputError: the generation that was installed from it is gone or damaged.
+        InputError: The generation that was installed from it is missing or damaged.
     """
-    started = state.facts["bundle_sha256"]
+    sha256 = state.bundle.bundle_sha256
     for entry in store.list():
-        if entry["intact"] and entry["origin"] == "install" and entry["info"].get("bundle_sha256") == started:
-            return DeviceState.read(store.get(entry["number"]).read)
+        if entry.origin == "install" and entry.info and entry.info.get("bundle_sha256") == sha256:
+            return DeviceState.read(store.get(entry.number).read)
     raise InputError(
-        f"the generation that was installed from the bundle {started[:12]}… is needed for a merge, but is gone or "
-        "damaged; install one bundle on both devices"
+        f"a merge needs the generation that was installed from the bundle {sha256[:12]}…, but it is gone or damaged; "
+        "install one bundle on both devices"
     )
 
 
@@ -81,21 +96,22 @@ def pack(
     state: DeviceState,
     generation: int,
     backbone: bytes,
-    events: Sequence[str],
+    changes: Sequence[str],
     name: str,
     sign: Callable[[bytes], bytes] | None,
 ) -> bytes:
-    """The bytes of a bundle of what a device knows.
+    """Return the bytes of a bundle with the state of a device.
 
     Args:
-        state: what goes into it.
-        generation: that it is.
-        backbone: the ONNX file.
-        events: what happened since the bundle was deployed, for the card.
-        name: of the bundle.
-        sign: as for `bundle.pack`.
+        state: The state.
+        generation: Its number.
+        backbone: Bytes of the ONNX file.
+        changes: Changes since the bundle was deployed, for the model card.
+        name: Name of the bundle.
+        sign: See `bundle.pack`.
     """
-    manifest = dict(state.facts["manifest"])
+    bundle = state.bundle
+    manifest = dict(bundle.manifest)
     _, learner = learners.pack(state.learner)
     contents = state.contents()
     entries = {role: contents[path] for role, path in bundles.ROLES.items() if path in contents}
@@ -106,21 +122,21 @@ def pack(
         classes=state.registry.names,
         device={
             "generation": generation,
-            "installation": state.facts["installation"],
-            "merged": state.facts["merged"],
-            "bundle_sha256": state.facts["bundle_sha256"],
+            "installation": bundle.installation,
+            "merged": list(bundle.merged),
+            "bundle_sha256": bundle.bundle_sha256,
         },
     )
-    if events:
-        manifest["metrics"] = {}  # they are of what was deployed
-        entries["card"] = card.amended(state.card.decode(), state.registry, events).encode()
+    if changes:
+        manifest["metrics"] = {}  # they were measured before the changes
+        entries["card"] = card.amended(state.card.decode(), state.registry, changes).encode()
     entries |= {"backbone": backbone, "probe": _probe(state)}
     packed = {bundles.ROLES[role]: (role, data) for role, data in entries.items()}
     return bundles.pack(manifest, packed, sign)
 
 
 def _probe(state: DeviceState) -> bytes:
-    """The bundle's probe with the decisions of the learner as it is now."""
+    """Return the bundle's probe with the predictions of the current learner."""
     arrays, limits = files.parse_tensors(state.probe, "probe.safetensors")
     rows = np.full(len(arrays["images"]), -1)
     if len(state.registry):
@@ -130,28 +146,21 @@ def _probe(state: DeviceState) -> bytes:
 
 def merge(
     state: DeviceState, base: DeviceState, other: bundles.Bundle, limits: Limits | None
-) -> tuple[DeviceState, dict[str, Any]]:
-    """What a device knows once it also knows what another was taught; report and errors as `Device.merge`.
+) -> tuple[DeviceState, MergeResult]:
+    """Add what another device has learned; result and errors as `Device.merge`.
 
     Args:
-        state: of this device.
-        base: of the bundle that both have started from.
-        other: what the other one has exported.
-        limits: of what it may cost the classes that this device knows.
+        state: State of this device.
+        base: State of the bundle that both devices installed.
+        other: Bundle that the other device has exported.
+        limits: Limits on forgetting the classes that this device knows.
     """
-    theirs = _lineage(state, other.manifest)
+    origin = _check_origin(state, other.manifest)
+    _check_base_classes(base.registry, state.registry, other.registry)
     registry, base_registry = state.registry, base.registry
-    for place, registries in (("on this device", registry), ("there", other.registry)):
-        ids = {entry.id for entry in registries.entries}
-        gone = [entry.name for entry in base_registry.entries if entry.id not in ids]
-        if gone:
-            raise InputError(
-                f"the bundle that both devices started from knows {', '.join(gone)}, which {place} has been forgotten "
-                "or merged with another class, so that what was learned since cannot be told apart; install one "
-                "bundle on both first"
-            )
     here = {entry.id: row for row, entry in enumerate(registry.entries)}
-    rows, taught = [], []
+    rows: list[int] = []
+    taught: list[tuple[int, TaughtClass]] = []
     for entry in other.registry.entries:
         shared = next((old for old in base_registry.entries if old.id == entry.id), None)
         images = entry.images - (shared.images if shared else 0)
@@ -163,7 +172,7 @@ def merge(
             registry = registry.taught(registry.names[row], images)
         rows.append(row)
         if images:
-            taught.append({"label": registry.names[row], "images": images, "new": row >= len(state.registry)})
+            taught.append((row, TaughtClass(registry.names[row], images, row >= len(state.registry))))
     if not taught:
         raise InputError("that device has learned nothing since the bundle that both started from; nothing was changed")
     to_here = torch.tensor(rows, dtype=torch.int64)
@@ -175,32 +184,66 @@ def merge(
     statistics.merge(restore_statistics(other.tensors("statistics")[0]), to_here)
     statistics.subtract(base.statistics, base_to_here)
     rejector = state.rejector
-    for row in sorted({registry.row(one["label"]) for one in taught}):
+    for row in sorted({row for row, _ in taught}):
         rejector = rejector.refitted(row, statistics)
-    facts = {**state.facts, "merged": [*state.facts["merged"], theirs["installation"], *theirs["merged"]]}
-    after = state.replace(registry=registry, learner=learner, statistics=statistics, rejector=rejector, facts=facts)
-    report = {"merged": theirs["installation"], "bundle_sha256": other.sha256, "taught": taught}
-    return after, {**report, **estimate_cost(state, learner, state.statistics, limits)}
+    merged = (*state.bundle.merged, origin.installation, *origin.merged)
+    after = state.replace(
+        registry=registry,
+        learner=learner,
+        statistics=statistics,
+        rejector=rejector,
+        bundle=dataclasses.replace(state.bundle, merged=merged),
+    )
+    retention, warnings = estimate_cost(state, learner, state.statistics, limits)
+    return after, MergeResult(
+        merged=origin.installation,
+        bundle_sha256=other.sha256,
+        taught=tuple(one for _, one in taught),
+        old_classes=retention,
+        warnings=warnings,
+    )
 
 
-def _lineage(state: DeviceState, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Where another device's state comes from: both must have started from one bundle, and nothing may count twice."""
-    theirs, ours = manifest.get("device"), state.facts
+def _check_base_classes(base: ClassRegistry, here: ClassRegistry, there: ClassRegistry) -> None:
+    """Check that both devices still have every class of the common bundle.
+
+    Raises:
+        InputError: One of them does not.
+    """
+    for place, registry in (("on this device", here), ("there", there)):
+        ids = {entry.id for entry in registry.entries}
+        missing = [entry.name for entry in base.entries if entry.id not in ids]
+        if missing:
+            raise InputError(
+                f"the bundle that both devices started from knows {', '.join(missing)}, which {place} was forgotten or "
+                "merged with another class, so that later changes cannot be separated; install one bundle on both first"
+            )
+
+
+def _check_origin(state: DeviceState, manifest: Mapping[str, Any]) -> Origin:
+    """Return where another device's state comes from, after checking that a merge counts nothing twice.
+
+    Raises:
+        InputError: The devices did not install one bundle, or something would count twice.
+        BundleRefusedError: The manifest does not say where the state comes from.
+    """
+    theirs, ours = manifest.get("device"), state.bundle
     if not isinstance(theirs, dict):
         raise InputError("that bundle was not exported by a device; on the other one: ssd-edge device export FILE")
     try:
-        installation, merged, started = str(theirs["installation"]), list(theirs["merged"]), theirs["bundle_sha256"]
+        origin = Origin(str(theirs["installation"]), tuple(map(str, theirs["merged"])))
+        base = theirs["bundle_sha256"]
     except (KeyError, TypeError) as error:
         raise BundleRefusedError(f"that bundle does not say where it comes from ({error}); export it again") from error
-    if started != ours["bundle_sha256"] or manifest["backbone"]["sha256"] != ours["manifest"]["backbone"]["sha256"]:
+    if base != ours.bundle_sha256 or manifest["backbone"]["sha256"] != ours.manifest["backbone"]["sha256"]:
         raise InputError(
-            f"that device started from the bundle {str(started)[:12]}…, this one from {ours['bundle_sha256'][:12]}…; "
-            "only what was learned since one common bundle can be merged. Install one on both first"
+            f"that device started from the bundle {str(base)[:12]}…, this one from {ours.bundle_sha256[:12]}…; only "
+            "changes since one common bundle can be merged. Install one on both first"
         )
-    twice = {installation, *map(str, merged)} & {ours["installation"], *ours["merged"]}
+    twice = {origin.installation, *origin.merged} & {ours.installation, *ours.merged}
     if twice:
         raise InputError(
             f"what was learned in installation {', '.join(sorted(twice))} is known here already and would count twice; "
             "to go on from the merged state, export it and install it on both"
         )
-    return {"installation": installation, "merged": [str(one) for one in merged]}
+    return origin

@@ -1,4 +1,4 @@
-"""What a device knows: everything in a generation but the backbone, read and written together."""
+"""The state of a device: everything in a generation except the backbone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from device_runtime.backbone.interface import BackboneSpec
 from device_runtime.learning.unknown import Rejector
 from ssd_edge import files, learners
 from ssd_edge.classes import ClassRegistry
@@ -17,107 +18,163 @@ from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 
 @dataclasses.dataclass(frozen=True)
-class DeviceState:
-    """The parts of one state; they speak of the same classes, in the same rows.
+class InstalledBundle:
+    """What a device keeps about the bundle it was installed from; the content of ``device.json``.
 
     Attributes:
-        registry: the classes.
-        learner: that answers. To be taught only where it is nobody else's.
-        statistics: of the embeddings of the classes.
-        rejector: tells what is none of them.
-        facts: device.json: what the bundle said besides tensors.
-        probe: bytes of the bundle's probe, see `selftest`.
-        card: bytes of the bundle's model card.
+        name: Name of the bundle.
+        release: Its release.
+        target: The target it was prepared for.
+        size: Side of the backbone's input in pixels.
+        dim: Number of features of an embedding.
+        precision: Precision of the backbone.
+        bundle_sha256: SHA-256 of the bundle.
+        signed_by: Id of the key that signed it; None if it is unsigned.
+        installation: Random id of this installation.
+        merged: Ids of the installations that were merged into this one.
+        manifest: Manifest of the bundle, without its list of files.
+    """
+
+    name: str
+    release: int
+    target: str
+    size: int
+    dim: int
+    precision: str
+    bundle_sha256: str
+    signed_by: str | None
+    installation: str
+    merged: tuple[str, ...]
+    manifest: Mapping[str, Any]
+
+    def backbone_spec(self, sha256: str) -> BackboneSpec:
+        """Return the specification of the backbone with this digest."""
+        return BackboneSpec(sha256, self.size, self.dim, self.precision, self.target)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> InstalledBundle:
+        """Restore from the content of ``device.json``.
+
+        Raises:
+            BundleRefusedError: A field is missing or unknown.
+        """
+        try:
+            return cls(**{**value, "merged": tuple(value["merged"])})
+        except (TypeError, KeyError) as error:
+            raise BundleRefusedError(f"device.json is damaged ({error}); install the bundle again") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of ``device.json``."""
+        return {**vars(self), "merged": list(self.merged)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceState:
+    """Classes, learner and thresholds of a device. All parts refer to the same classes, in the same rows.
+
+    Attributes:
+        registry: The classes.
+        learner: The learner. Copy it with `copy_learner` before teaching it.
+        statistics: Statistics of the embeddings of each class.
+        rejector: Thresholds for ``unknown``.
+        bundle: The installed bundle.
+        probe: Bytes of the bundle's probe, see `selftest`.
+        card: Bytes of the bundle's model card.
     """
 
     registry: ClassRegistry
     learner: learners.Learner
     statistics: ClassStatistics
     rejector: Rejector
-    facts: dict[str, Any]
+    bundle: InstalledBundle
     probe: bytes
     card: bytes
 
     def check(self) -> None:
-        """Refuse parts that do not belong together.
+        """Check that all parts have the same number of classes.
 
         Raises:
-            BundleRefusedError: with the numbers that disagree.
+            BundleRefusedError: They do not.
         """
         rows = len(self.registry)
         learned, counted = len(self.learner.seen), len(self.statistics.counts)
         if (learned, counted, len(self.rejector.thresholds)) != (rows, rows, rows):
             raise BundleRefusedError(
-                f"the registry names {rows} classes, but the learner knows {learned}, the statistics {counted} and the "
+                f"the registry has {rows} classes, but the learner has {learned}, the statistics {counted} and the "
                 f"thresholds for 'unknown' {len(self.rejector.thresholds)}; deploy the bundle again"
             )
 
     def contents(self) -> dict[str, bytes]:
-        """File name → bytes, for `Generations.commit`; `read` is the inverse, bit for bit."""
+        """Return file name → bytes for `Generations.commit`; `read` restores them bit for bit."""
         arrays = {name: tensor.numpy() for name, tensor in self.statistics.state().items()}
         return {
             "learner.safetensors": files.tensor_bytes(*learners.pack(self.learner)),
             "statistics.safetensors": files.tensor_bytes(arrays),
             "unknown.safetensors": files.tensor_bytes(self.rejector.state()),
             "classes.json": files.json_bytes(self.registry.to_json()),
-            "device.json": files.json_bytes(self.facts),
+            "device.json": files.json_bytes(self.bundle.to_json()),
             "probe.safetensors": self.probe,
             "MODEL_CARD.md": self.card,
         }
 
     def replace(self, **parts: Any) -> DeviceState:
-        """With other parts in place of some."""
+        """Return a copy with some parts replaced."""
         return dataclasses.replace(self, **parts)
 
     @classmethod
     def read(cls, read: Callable[[str], bytes]) -> DeviceState:
-        """The inverse of `contents`, with a learner and statistics of its own.
+        """Restore a state from the files of `contents`.
 
         Args:
-            read: file name → bytes, such as `Generation.read`.
+            read: File name → bytes, such as `Generation.read`.
 
         Raises:
-            BundleRefusedError: a file is damaged, or they do not belong together.
+            BundleRefusedError: A file is damaged, or the files do not belong together.
         """
 
         def tensors(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             return files.parse_tensors(read(name), name)
 
-        found = cls(
+        state = cls(
             ClassRegistry.from_json(files.parse_json(read("classes.json"), "classes.json")),
             learners.restore(*tensors("learner.safetensors")),
             restore_statistics(tensors("statistics.safetensors")[0]),
             Rejector.from_state(tensors("unknown.safetensors")[0]),
-            files.parse_json(read("device.json"), "device.json"),
+            InstalledBundle.from_json(files.parse_json(read("device.json"), "device.json")),
             read("probe.safetensors"),
             read("MODEL_CARD.md"),
         )
-        found.check()
-        return found
+        state.check()
+        return state
 
     def verified_contents(self) -> tuple[dict[str, bytes], DeviceState]:
-        """`contents`, and what a restart will read from them: the same answers, or they must not be committed.
+        """Return `contents`, and the state read back from them after checking that it gives identical scores.
 
         Raises:
-            GateRefusedError: they are not.
+            GateRefusedError: It does not.
         """
         contents = self.contents()
-        again = DeviceState.read(contents.__getitem__)
+        restored = DeviceState.read(contents.__getitem__)
         arrays, _ = files.parse_tensors(self.probe, "probe.safetensors")
         vectors = torch.from_numpy(arrays["embeddings"])
-        if len(self.registry) and not torch.equal(self.learner.scores(vectors), again.learner.scores(vectors)):
+        if len(self.registry) and not torch.equal(self.learner.scores(vectors), restored.learner.scores(vectors)):
             raise GateRefusedError(
-                "after a restart the learner would answer otherwise than now, or with what is no number; nothing was "
-                "changed. This is a defect of ssd-edge; please report it"
+                "the learner would give other scores after a restart, or NaN; nothing was changed. This is a bug in "
+                "ssd-edge, please report it"
             )
-        return contents, again
+        return contents, restored
+
+
+def copy_learner(learner: learners.Learner) -> learners.Learner:
+    """Return an independent copy of a learner that gives bit-identical scores."""
+    return learners.restore(*learners.pack(learner))
 
 
 def restore_statistics(arrays: Mapping[str, np.ndarray]) -> ClassStatistics:
-    """The statistics of a bundle or generation.
+    """Restore the class statistics of a bundle or generation.
 
     Raises:
-        BundleRefusedError: they are damaged.
+        BundleRefusedError: They are damaged.
     """
     try:
         return ClassStatistics.from_state({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})

@@ -1,15 +1,15 @@
-"""`unknown`: which embeddings are too unlike the class that they were taken for. No image of anything else is needed.
+"""Open-set rejection: predict ``unknown`` for embeddings too far from the predicted class.
 
 The score of an embedding z for class c is the cosine between Wz and Wμ_c, where W whitens the pooled within-class
-covariance (OAS-shrunk) and the origin is the mean of the pretraining data, which standardisation has put there.
+covariance (OAS-shrunk) and the origin is the mean of the pretraining data, since embeddings are standardised.
 ``benchmarks/unknown.py`` chose it among Mahalanobis and relative Mahalanobis distances and the learner's own scores, on
-classes held out of the training data. It does not look at the length of z: what differs in that alone is not rejected.
+classes held out of the training data. It ignores the length of z.
 
-The threshold of a class comes from its statistics. With μ the length of Wμ_c, after whitening the part of z along the
-estimated mean is a normal variable and the squared length of the rest a χ² one (by the cube root of Wilson & Hilferty
-1931); the quantile of their cosine is taken over a grid of both. Real classes spread more along their own mean than the
-pooled covariance says: by `OWN_SPREAD` times μ, measured on held-out training images of CIFAR-10; statistics with
-``per_class`` moments say it themselves.
+The threshold of a class follows from its statistics alone, so no image of other objects is needed. With μ the length of
+Wμ_c, the component of whitened z along the estimated mean is normal and the squared length of the rest is χ² distributed
+(approximated by the cube root, Wilson & Hilferty 1931); the threshold is a quantile of their cosine over a grid of both.
+Real classes vary more along their own mean than the pooled covariance says: by `OWN_SPREAD` times μ, measured on
+held-out training images of CIFAR-10. Statistics with ``per_class`` moments contain that variance.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 UNKNOWN = "unknown"
 RATE = 0.95
-OWN_SPREAD = 0.35  # standard deviation along a class's own mean that the pooled covariance lacks, as a share of μ
-PRIOR = 20.0  # images that the threshold from statistics counts for beside a class's own embeddings
+OWN_SPREAD = 0.35  # standard deviation along the class mean that the pooled covariance lacks, as a share of μ
+PRIOR = 20.0  # weight, in images, of the threshold from statistics against the class's own embeddings
 _NORMAL = torch.tensor([NormalDist().inv_cdf((i + 0.5) / 64) for i in range(64)], dtype=torch.float64)
-NEVER = 2.0  # the threshold of a row without samples: no cosine reaches it
+NEVER = 2.0  # threshold of a row without samples: no cosine reaches it
 
 
 @dataclasses.dataclass(frozen=True)
 class Rejector:
-    """Thresholds for the classes of one generation; immutable. Its size depends on C and D alone.
+    """Thresholds for the classes of one generation; immutable. Its size depends on C and D only.
 
-    W is that of `fit` for good, so that a new class changes no answer about the others; see `outgrown`.
+    W is fixed after `fit`, so that a new class does not change the decisions for other classes; see `outgrown`.
 
     Attributes:
-        rate: share of a class's own images that should pass.
-        samples: degrees of freedom behind the covariance that W whitens.
+        rate: Share of a class's own images that should be accepted.
+        samples: Degrees of freedom of the covariance that W whitens.
         whitening: W, lower triangular, float32 ``(D, D)``.
         directions: Wμ_c/|Wμ_c|, float32 ``(C, D)``; zero for a row without samples.
-        thresholds: cosines, float32 ``(C,)``, finite.
+        thresholds: Cosines, float32 ``(C,)``, finite.
     """
 
     rate: float
@@ -56,17 +56,17 @@ class Rejector:
 
     @classmethod
     def fit(cls, statistics: ClassStatistics, rate: float = RATE) -> Rejector:
-        """Thresholds for all classes from their statistics alone.
+        """Fit W and the thresholds of all classes to their statistics.
 
         Args:
-            statistics: of raw embeddings; any number of classes, none included.
-            rate: of own images that should pass, above 0.5 and below 1.
+            statistics: Class statistics of embeddings; any number of classes, including zero.
+            rate: Share of a class's own images that should be accepted, between 0.5 and 1.
 
         Raises:
-            InputError: the rate is out of range, or the statistics hold NaN or infinity.
+            InputError: The rate is out of range, or the statistics hold NaN or infinity.
         """
         if not 0.5 < rate < 1:
-            raise InputError(f"the rate of own images that pass must be above 0.5 and below 1, but is {rate}")
+            raise InputError(f"the rate of accepted own images must be above 0.5 and below 1, but is {rate}")
         if not all(bool(torch.isfinite(t).all()) for t in statistics.state().values()):
             raise InputError("the class statistics hold NaN or infinity; roll back or deploy the bundle again")
         samples = max(statistics.degrees_of_freedom, 0.0)
@@ -77,31 +77,32 @@ class Rejector:
             identity = torch.eye(dim, dtype=torch.float64)
             factor = torch.linalg.cholesky(statistics.shrunk_covariance())
             whitening = torch.linalg.solve_triangular(factor, identity, upper=False)
-        # contiguous: another memory order would change the last bits of a product after a restart
+        # contiguous, because another memory order changes the last bits of a product after a restart
         empty = cls(rate, samples, whitening.float().contiguous(), torch.zeros(0, dim), torch.zeros(0))
         return empty._grown(len(statistics.counts), statistics)
 
     def with_class(self, row: int, statistics: ClassStatistics, embeddings: Tensor) -> Rejector:
-        """After a class was taught: its threshold, and no other, from its statistics and what it was taught with.
+        """Return a rejector with the threshold of one class calibrated on its new embeddings; the others do not change.
 
-        Each embedding is scored against the mean of the class without it, since few images agree with their own mean
-        too well. The quantile of these counts by their number, the threshold before (of a new class: that from its
-        statistics) by `PRIOR` and the images that it was taught with earlier. Where nothing was known before, W is
-        fitted anew.
+        Each embedding is scored against the mean of the class without it (leave one out). The threshold is the mean of
+        the quantile of these scores, weighted by their number, and the earlier threshold (of a new class: the one from
+        its statistics), weighted by `PRIOR` plus the number of earlier images. If no class was known before, W is
+        fitted again.
 
         Args:
-            row: of the class, new or known.
-            statistics: with these embeddings already added.
-            embeddings: what it was taught with, ``(N, D)``.
+            row: Row of the class, new or known.
+            statistics: Class statistics that already include the embeddings.
+            embeddings: Embeddings that it was taught with, ``(N, D)``.
 
         Raises:
-            InputError: no embeddings, a wrong shape, NaN or infinity, or the row has fewer samples than that.
+            InputError: There are no embeddings, their shape is wrong, they hold NaN or infinity, or the row has fewer
+                samples.
         """
         self._check(embeddings)
         count = len(embeddings)
         if not count or not 0 <= row < len(statistics.counts) or float(statistics.counts[row]) < count:
-            known = float(statistics.counts[row]) if 0 <= row < len(statistics.counts) else 0.0
-            raise InputError(f"row {row} was taught with {known:.0f} embeddings, but {count} are given to calibrate it")
+            samples = float(statistics.counts[row]) if 0 <= row < len(statistics.counts) else 0.0
+            raise InputError(f"row {row} was taught with {samples:.0f} embeddings, but {count} are given to calibrate")
         if not bool(self.directions.any()):
             return Rejector.fit(statistics, self.rate)._calibrated(row, statistics, embeddings, known=False)
         earlier = float(statistics.counts[row]) > count
@@ -111,49 +112,48 @@ class Rejector:
         )
 
     def without_rows(self, rows: Iterable[int]) -> Rejector:
-        """After classes are gone: those above move up, no bit of theirs changes.
+        """Return a rejector without some rows; later rows move up, bit-identical.
 
         Raises:
-            InputError: there is no row of that number.
+            InputError: A row is out of range.
         """
-        left_out, classes = set(rows), len(self.thresholds)
-        self._check_rows(left_out, classes)
-        kept = torch.tensor([row for row in range(classes) if row not in left_out], dtype=torch.int64)
+        removed, classes = set(rows), len(self.thresholds)
+        self._check_rows(removed, classes)
+        kept = torch.tensor([row for row in range(classes) if row not in removed], dtype=torch.int64)
         return dataclasses.replace(self, directions=self.directions[kept], thresholds=self.thresholds[kept])
 
     def refitted(self, row: int, statistics: ClassStatistics) -> Rejector:
-        """After the statistics of a class changed without its images at hand, as where another has joined it.
+        """Return a rejector with one class fitted to its statistics again, for example after a merge.
 
-        Direction and threshold of this row are those that statistics alone give; the other rows and W stay, but where
-        nothing was known before, W is fitted anew.
+        The other rows and W do not change, unless no class was known before: then W is fitted again.
 
         Args:
-            row: of the class, new or known.
-            statistics: as they are now. Without samples of the class, nothing is taken for it any more.
+            row: Row of the class, new or known.
+            statistics: The current statistics. A class without samples accepts nothing.
 
         Raises:
-            InputError: there is no such row in the statistics.
+            InputError: There is no such row in the statistics.
         """
         self._check_rows({row}, len(statistics.counts))
         if not bool(self.directions.any()):
             return Rejector.fit(statistics, self.rate)
         grown = self._grown(max(row + 1, len(self.thresholds)), statistics)
         directions, thresholds = grown.directions.clone(), grown.thresholds.clone()
-        directions[row], thresholds[row] = self._of_row(row, statistics)
+        directions[row], thresholds[row] = self._fit_row(row, statistics)
         return dataclasses.replace(self, directions=directions, thresholds=thresholds)
 
-    def known(self, embeddings: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether each embedding is like the class that it was taken for.
+    def accepts(self, embeddings: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Decide for each embedding whether it is close enough to its predicted class.
 
         Args:
             embeddings: ``(N, D)``.
-            rows: predicted ones, int64 ``(N,)``.
+            rows: Predicted rows, int64 ``(N,)``.
 
         Returns:
-            bool ``(N,)``; and by how much the cosine passes the threshold, float32 ``(N,)``, negative for `UNKNOWN`.
+            True for accepted embeddings, bool ``(N,)``, and the cosine minus the threshold, float32 ``(N,)``.
 
         Raises:
-            InputError: shapes disagree, a row is none of these classes, or an embedding holds NaN or infinity.
+            InputError: The shapes do not match, a row is out of range, or an embedding holds NaN or infinity.
         """
         self._check(embeddings)
         classes = len(self.thresholds)
@@ -166,18 +166,19 @@ class Rejector:
         return margin >= 0, margin
 
     def score(self, embeddings: Tensor, rows: Tensor) -> Tensor:
-        """The cosine of each embedding ``(N, D)`` with the class in its row ``(N,)``, float32 ``(N,)``."""
+        """Return the cosine of each embedding ``(N, D)`` and the mean of its class ``(N,)``, float32 ``(N,)``."""
         whitened = embeddings.float() @ self.whitening.T
         length = whitened.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        return (whitened * self.directions[rows]).sum(1) / length
+        cosine: Tensor = (whitened * self.directions[rows]).sum(1) / length
+        return cosine
 
     def outgrown(self, statistics: ClassStatistics) -> bool:
-        """Whether W rests on so few samples that `fit` would do clearly better by now (it changes all thresholds)."""
+        """Return True if `fit` with the current statistics would be clearly better; it changes all thresholds."""
         samples = statistics.total - int((statistics.counts > 0).sum())
         return self.samples < 10 * len(self.whitening) and samples >= 2 * self.samples
 
     def state(self) -> dict[str, np.ndarray]:
-        """Named arrays for a safetensors file."""
+        """Return named arrays for a safetensors file."""
         row, column = torch.tril_indices(*self.whitening.shape)
         return {
             "fitted": np.array([self.rate, self.samples], np.float64),
@@ -188,10 +189,10 @@ class Rejector:
 
     @classmethod
     def from_state(cls, state: dict[str, np.ndarray]) -> Rejector:
-        """The inverse of `state`, bit for bit.
+        """Restore from the arrays of `state`, bit for bit.
 
         Raises:
-            BundleRefusedError: an array is missing, of a wrong shape, or not finite.
+            BundleRefusedError: An array is missing, has a wrong shape, or is not finite.
         """
         try:
             tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
@@ -220,37 +221,37 @@ class Rejector:
     def _check_rows(rows: set[int], classes: int) -> None:
         wrong = [row for row in sorted(rows) if not 0 <= row < classes]
         if wrong:
-            raise InputError(f"there are {classes} rows, so there is no row {wrong[0]}; name one from 0 on")
+            raise InputError(f"there are {classes} rows, so there is no row {wrong[0]}; rows are numbered from 0")
 
     def _grown(self, classes: int, statistics: ClassStatistics) -> Rejector:
-        """With the rows from here to `classes` taken from statistics; those before are not touched."""
+        """Return a rejector with `classes` rows; the new ones are fitted to the statistics."""
         rows = range(len(self.thresholds), classes)
         if not rows:
             return self
-        found = [self._of_row(row, statistics) for row in rows]
-        directions = torch.cat([self.directions, torch.stack([direction for direction, _ in found])])
-        thresholds = torch.cat([self.thresholds, torch.tensor([threshold for _, threshold in found])])
+        fitted = [self._fit_row(row, statistics) for row in rows]
+        directions = torch.cat([self.directions, torch.stack([direction for direction, _ in fitted])])
+        thresholds = torch.cat([self.thresholds, torch.tensor([threshold for _, threshold in fitted])])
         return dataclasses.replace(self, directions=directions, thresholds=thresholds)
 
-    def _of_row(self, row: int, statistics: ClassStatistics) -> tuple[Tensor, float]:
-        """Direction ``(D,)`` and threshold of a class, from statistics."""
+    def _fit_row(self, row: int, statistics: ClassStatistics) -> tuple[Tensor, float]:
+        """Return direction ``(D,)`` and threshold of a class from its statistics."""
         wide, count, dim = self.whitening.double(), float(statistics.counts[row]), len(self.whitening)
         mean = wide @ (statistics.sums[row] / max(count, 1.0))
         length = float(mean.norm())
         if count == 0 or length == 0:
             return torch.zeros(dim), NEVER
         direction = mean / length
-        true = math.sqrt(max(length**2 - dim / count, 0.0))  # |Wμ|² as estimated is too large by D/n
+        true = math.sqrt(max(length**2 - dim / count, 0.0))  # the estimate of |Wμ|² is too large by D/n
         along = true * true / length
         variance, total = 1.0 + (OWN_SPREAD * along) ** 2, float(dim)
         if statistics.per_class and count > 1:
             own = wide @ statistics.covariance(row) @ wide.T
-            # of few images it is noise: it counts as its degrees of freedom do beside `PRIOR`
+            # With few images it is noise: it is weighted by its degrees of freedom against `PRIOR`.
             trust = (count - 1) / (count - 1 + PRIOR)
             variance += trust * (float(direction @ own @ direction) - variance)
             total += trust * (float(own.trace()) - total)
         variance *= 1.0 + 1.0 / count
-        # what is not known of `true`: the variance of a squared length estimated from so many samples
+        # uncertainty of `true`: the variance of a squared length estimated from `count` samples
         variance += (2.0 * total + 4.0 * count * true**2) / (count * length) ** 2
         across, freedom = max(total - 1.0, 1e-9), max(dim - 1.0, 1.0)
         parallel = along + math.sqrt(variance) * _NORMAL[:, None]
@@ -262,7 +263,7 @@ class Rejector:
 
     def _calibrated(self, row: int, statistics: ClassStatistics, embeddings: Tensor, known: bool) -> Rejector:
         count = len(embeddings)
-        direction, threshold = self._of_row(row, statistics)
+        direction, threshold = self._fit_row(row, statistics)
         weight, total = PRIOR, float(statistics.counts[row])
         if known:
             weight, threshold = PRIOR + total - count, float(self.thresholds[row])

@@ -1,18 +1,18 @@
-"""The store of a device: every state it ever committed, one of them current; safe against a cut at any point.
+"""Store of a device: every state that was ever committed, one of them current; a crash at any point loses nothing.
 
 ::
 
     ROOT/backbones/<sha256>.onnx   shared by generations; written once
     ROOT/generations/000001/       generation.json and the files that it lists; never changed
-    ROOT/CURRENT                   "000001", a space, a check sum of it, and a newline
-    ROOT/journal.jsonl             one event a line: install, learn, rollback, pruned, recovered, repaired
-    ROOT/.lock                     held by the one writer; readers take no lock
+    ROOT/CURRENT                   "000001", a space, a checksum of it, and a newline
+    ROOT/journal.jsonl             one event per line: install, learn, rollback, pruned, recovered, repaired
+    ROOT/.lock                     held by the only writer; readers do not lock
 
-A commit writes a temporary folder, gives it its name, then replaces CURRENT: that rename is the commit.
-A cut before it leaves the old generation current (and perhaps a complete folder that never was), after it the
-new one. The journal comes last; what a cut took from it, the next writer adds. No state is read from it: it
-is for people, keeps its numbers from being used again, and says where to look first for a stand-in.
-Generations are kept until `Generations.prune` deletes old ones. Nothing depends on the clock.
+A commit writes a temporary folder, renames it, then replaces CURRENT: that atomic rename is the commit. A crash before
+it leaves the old generation current (and possibly a complete folder that was never current), a crash after it the new
+one. The journal is written last; the next writer adds what a crash has left out. No state is read from the journal: it
+is for people, prevents numbers from being reused, and gives the order in which to look for a replacement of a damaged
+generation. Generations are kept until `Generations.prune` deletes old ones. Nothing depends on the clock.
 """
 
 from __future__ import annotations
@@ -29,15 +29,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from device_runtime.store.journal import Journal
-from device_runtime.store.record import RECORD, VERSION, Generation, check_damage, open_generation, sealed
+from device_runtime.store.record import (
+    RECORD,
+    VERSION,
+    Generation,
+    GenerationSummary,
+    check_damage,
+    open_generation,
+    sealed,
+)
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
-from ssd_edge.system import MIB, disk_free, file_lock, lock_holder, utc_now
+from ssd_edge.system import MIB, file_lock, lock_holder, utc_now
 
-KEEP = 10  # generations, unless $SSD_EDGE_KEEP says otherwise; those in use and the last installed one stay anyway
-EVENTS = 1000  # of the journal: a year of three learns a day; its installations stay whatever their age
+KEEP = 10  # generations kept by `tidy` unless $SSD_EDGE_KEEP is set; those in use and the last installed one stay
+EVENTS = 1000  # journal events kept by `tidy`: a year of three learns a day; installations always stay
 _BLOCK = 4096  # bytes
-_TRIES = 5  # of a reader; each but the last needs ten commits of another process while one generation is read
+_TRIES = 5  # of a reader; for each retry, another process must commit ten times during one read
 _NUMBER = re.compile(r"[0-9]{6}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -49,13 +57,13 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """What `Generations.prune` deleted.
+    """Result of `Generations.prune`.
 
     Attributes:
-        generations: their numbers.
-        backbones: sha256 of those that no generation needs any more.
-        freed_bytes: of their files.
-        left_bytes: of the generations and backbones that stay.
+        generations: Numbers of the deleted generations.
+        backbones: SHA-256 of the deleted backbones.
+        freed_bytes: Size of the deleted files.
+        left_bytes: Size of the remaining generations and backbones.
     """
 
     generations: tuple[int, ...]
@@ -66,7 +74,7 @@ class Pruned:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is to go, in this order: generations, oldest first, then backbones."""
+    """Paths to delete, in this order: generations, oldest first, then backbones."""
 
     pointer: int
     pruned: Pruned
@@ -78,9 +86,9 @@ class Generations:
 
     Example:
         >>> store = Generations("/data/ssd-edge")
-        >>> with store.writer():  # from reading to committing, so that nobody commits in between
-        ...     now = store.current()
-        ...     store.commit(learn(now), {"classes": ["cup"]}, parent=now.number)
+        >>> with store.writer():  # from reading to committing, so that no other process commits in between
+        ...     current = store.current()
+        ...     store.commit(learn(current), {"classes": ["cup"]}, parent=current.number)
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -90,36 +98,36 @@ class Generations:
         self._install = f"ssd-edge device install BUNDLE --root {root}"
 
     def current(self) -> Generation:
-        """The current generation, every file of it verified.
+        """Return the current generation after verifying every file of it.
 
-        When it is damaged, the nearest intact one that it was learned from stands in, else the newest intact
-        older one; `Generation.fallback` then says so, and a warning is logged. A newer one never stands in: a
-        rollback may have left it on purpose.
+        If it is damaged, the nearest intact ancestor replaces it, or else the newest intact generation with a lower
+        number. `Generation.fallback` then says so, and a warning is logged. A newer generation never replaces it,
+        because a rollback may have left it on purpose.
 
         Raises:
-            InputError: nothing is installed.
-            BundleRefusedError: neither it nor an older one is intact.
-            EnvironmentUnfitError: other processes replaced it again and again while it was read.
+            InputError: No bundle is installed.
+            BundleRefusedError: Neither it nor an older generation is intact.
+            EnvironmentUnfitError: Other processes kept replacing it while it was read.
         """
         return self.read_current(lambda generation: generation)
 
     def read_current(self, read: Callable[[Generation], T]) -> T:
-        """What `read` makes of `current`, of one generation whatever other processes commit meanwhile.
+        """Return what `read` returns for `current`, from one generation even if other processes commit meanwhile.
 
-        A reader takes no lock: what it has found in CURRENT can be pruned before it has read the files. That is no
-        damage, so it begins again wherever CURRENT has moved on.
+        A reader does not lock, so the generation named in CURRENT may be pruned before its files are read. That is not
+        damage: reading starts again whenever CURRENT has changed.
 
         Raises:
-            InputError: nothing is installed.
-            BundleRefusedError: neither the current one nor an older one is intact; or what `read` raises.
-            EnvironmentUnfitError: CURRENT moved on every time.
+            InputError: No bundle is installed.
+            BundleRefusedError: Neither the current generation nor an older one is intact, or raised by `read`.
+            EnvironmentUnfitError: CURRENT changed on every attempt.
         """
         self.check_installed()
         for _ in range(_TRIES):
             number = self.pointer()
             try:
-                generation = self._standing_in(number)
-                found = read(generation)
+                generation = self._first_intact(number)
+                result = read(generation)
             except BundleRefusedError:
                 if self.pointer() == number:
                     raise
@@ -128,14 +136,14 @@ class Generations:
                 continue
             if generation.fallback:
                 log.warning(generation.fallback)
-            return found
+            return result
         raise EnvironmentUnfitError(
-            f"the generation in {self.root} was replaced {_TRIES} times while it was read; another process writes "
-            "there without a pause: try again when it is done"
+            f"the generation in {self.root} was replaced {_TRIES} times while it was read; another process is writing "
+            "there all the time: try again when it is done"
         )
 
-    def _standing_in(self, number: int | None) -> Generation:
-        """The generation in CURRENT, or the one in its place; see `current`."""
+    def _first_intact(self, number: int | None) -> Generation:
+        """Return the generation in CURRENT, or the one that replaces it; see `current`."""
         problem = "" if number else f"{self.root / 'CURRENT'} is missing or damaged"
         for candidate in self.candidates(number):
             try:
@@ -152,48 +160,52 @@ class Generations:
         )
 
     def get(self, number: int) -> Generation:
-        """One generation, verified.
+        """Return one generation after verifying it.
 
         Raises:
-            InputError: it does not exist or is damaged; lists those that are intact.
+            InputError: It does not exist or is damaged; the message lists those that are intact.
         """
         self.check_installed()
         try:
             return self.open(number)
         except BundleRefusedError as error:
             pruned = [event.get("generations") for event in self.journal() if event.get("event") == "pruned"]
-            gone = any(number in numbers for numbers in pruned if isinstance(numbers, list))
-            told = f"generation {number} was pruned" if gone and number not in self.numbers() else error
-            raise InputError(f"{told}; available generations: {self._intact_numbers()}") from error
+            was_pruned = any(number in numbers for numbers in pruned if isinstance(numbers, list))
+            problem = f"generation {number} was pruned" if was_pruned and number not in self.numbers() else error
+            raise InputError(f"{problem}; available generations: {self._intact_numbers()}") from error
 
-    def list(self) -> Sequence[dict[str, Any]]:
-        """A summary of each generation (a damaged one: ``intact`` False, ``problem``); raises like `get`."""
+    def list(self) -> Sequence[GenerationSummary]:
+        """Return a summary of each generation, damaged ones included.
+
+        Raises:
+            InputError: No bundle is installed.
+        """
         self.check_installed()
         summaries = []
         for number in self.numbers():
-            summary = {"number": number, "current": number == self.pointer(), "intact": True, "problem": ""}
-            summary |= dict.fromkeys(("parent", "origin", "created_utc", "backbone", "info"))
+            current = number == self.pointer()
             try:
-                generation = self.open(number)
-                summary |= {key: getattr(generation, key) for key in summary if hasattr(generation, key)}
+                found = self.open(number)
             except BundleRefusedError as error:
-                if not self.folder(number).exists():  # it has been pruned meanwhile
-                    continue
-                summary |= {"intact": False, "problem": str(error)}
-            summaries.append(summary)
+                if self.folder(number).exists():  # otherwise it was pruned meanwhile
+                    summaries.append(GenerationSummary(number, current, False, str(error)))
+                continue
+            origin = (found.parent, found.origin, found.created_utc, found.backbone, found.info)
+            summaries.append(GenerationSummary(number, current, True, "", *origin))
         return summaries
 
     def journal(self) -> Sequence[dict[str, Any]]:
-        """The events, in order; a line that cannot be read (cut short, damaged) is left out."""
+        """Return the events in order, without unreadable lines (cut short or damaged)."""
         return self._journal.events()
 
     def backbone_path(self, sha256: str) -> Path:
-        """The file of a backbone, after its bytes have been compared with its name.
+        """Return the file of a backbone after comparing its bytes with its name.
 
         Raises:
-            BundleRefusedError: missing or damaged.
+            BundleRefusedError: It is missing or damaged.
         """
         path = self.root / "backbones" / f"{sha256}.onnx"
+        found: str | None
         try:
             found = files.sha256_file(path)
         except OSError as error:
@@ -205,18 +217,18 @@ class Generations:
 
     @property
     def writing(self) -> bool:
-        """Whether this object is inside of `writer`."""
+        """True inside `writer` of this object."""
         return self._writing
 
     @contextlib.contextmanager
     def writer(self, recover: bool = True) -> Iterator[None]:
-        """Hold the root for writing; not to be nested. First repairs what a cut has left behind.
+        """Lock the root for writing and repair what a crash has left; cannot be nested.
 
         Args:
-            recover: False: the caller calls `recover` later, as `fsck.repair` does.
+            recover: False if the caller calls `recover` later, as `fsck.repair` does.
 
         Raises:
-            EnvironmentUnfitError: someone else is writing, or the root is not writable.
+            EnvironmentUnfitError: Another process is writing, or the root is not writable.
         """
         with self._locked():
             if recover:
@@ -226,13 +238,13 @@ class Generations:
                 yield
             except BaseException:
                 with contextlib.suppress(OSError):
-                    self._sweep()  # an interrupt may come anywhere, also while something is tidied up
+                    self._sweep()  # an interrupt may come at any point, even during a cleanup
                 raise
             finally:
                 self._writing = False
 
     def add_backbone(self, data: bytes) -> str:
-        """Store a backbone unless it is there, intact; returns its sha256."""
+        """Store a backbone unless an intact copy exists; return its SHA-256."""
         self._check_writing()
         digest = files.sha256(data)
         try:
@@ -242,36 +254,39 @@ class Generations:
         return digest
 
     def commit(
-        self, contents: Mapping[str, bytes], info: dict, parent: int | None, backbone: str | None = None
+        self, contents: Mapping[str, bytes], info: Mapping[str, Any], parent: int | None, backbone: str | None = None
     ) -> Generation:
-        """Make a new generation and make it current. When this raises before that, the old one stays current.
+        """Write a new generation and make it current. If this raises before that, the old one stays current.
 
         Args:
-            contents: file name → bytes.
-            info: any JSON object, for people: what was learned or installed.
-            parent: the generation it was learned from, or None for an installed one.
-            backbone: what `add_backbone` returned; only for an installed one, a learned one has its parent's.
+            contents: File name → bytes.
+            info: Any JSON object, for people: what was learned or installed.
+            parent: Number of the generation it was learned from; None for an installed one.
+            backbone: Returned by `add_backbone`; only for an installed one, a learned one uses that of its parent.
 
         Raises:
-            BundleRefusedError: the parent or the backbone is missing or damaged.
-            EnvironmentUnfitError: the disk is read-only or forbidden, or has less free than twice the generation.
+            BundleRefusedError: The parent or the backbone is missing or damaged.
+            EnvironmentUnfitError: The disk is read-only, or has less free space than twice the size of the generation.
         """
         self._check_writing()
         if bad := [name for name in contents if not _FILE_NAME.fullmatch(name) or name == RECORD]:
             raise ValueError(f"not names for files of a generation: {bad}")
-        if (parent is None) == (backbone is None):
-            raise ValueError("either a parent or a backbone is needed")
-        if backbone is not None:
+        if backbone is not None and parent is None:
             self.backbone_path(backbone)
+        elif parent is not None and backbone is None:
+            backbone = self.open(parent).backbone
+        else:
+            raise ValueError("either a parent or a backbone is needed")
         journalled = [event["generation"] for event in self.journal()]
         number = max([self.pointer() or 0, *self.numbers(), *journalled]) + 1
+        origin = "install" if parent is None else "learn"
         body = {
             "version": VERSION,
             "number": number,
             "parent": parent,
-            "origin": "install" if parent is None else "learn",
+            "origin": origin,
             "created_utc": utc_now(),
-            "backbone": backbone or self.open(parent).backbone,
+            "backbone": backbone,
             "info": info,
             "files": {n: {"size": len(data), "sha256": files.sha256(data)} for n, data in contents.items()},
         }
@@ -284,20 +299,20 @@ class Generations:
                 files.write_bytes(temporary / name, data)
             files.write_bytes(temporary / RECORD, sealed(body))
             files.commit_directory(temporary, final)
-            self.switch(number, body["origin"], parent=parent, info=info)
-        except BaseException:  # also an interrupt; after a failure: a full disk must not stay full
+            self.switch(number, origin, parent=parent, info=info)
+        except BaseException:  # also an interrupt; free the space of a failed commit
             with contextlib.suppress(EnvironmentUnfitError, OSError):
                 shutil.rmtree(temporary, ignore_errors=True)
-                if self.pointer() != number and final.exists():  # it has never been current
+                if self.pointer() != number and final.exists():  # it was never current
                     remove(final)
             raise
         return self.open(number)
 
-    def set_current(self, number: int, event: str = "rollback", info: dict | None = None) -> Generation:
+    def set_current(self, number: int, event: str = "rollback", info: Mapping[str, Any] | None = None) -> Generation:
         """Make an existing generation the current one.
 
         Raises:
-            InputError: it does not exist or is damaged; lists those that are intact.
+            InputError: It does not exist or is damaged; the message lists those that are intact.
         """
         self._check_writing()
         generation = self.get(number)
@@ -305,20 +320,22 @@ class Generations:
         return generation
 
     def prune(self, keep: int = 5, budget_bytes: int | None = None) -> Pruned:
-        """Delete old generations, oldest first, and the backbones that no generation refers to any more.
+        """Delete old generations, oldest first, and backbones that no remaining generation uses.
 
-        What is used now, what would stand in for it, the last installed one and the one with the highest number
-        always stay. Call it after a commit: before, the backbone of an installation would be one that nobody needs.
+        The generation in use, its replacement if it were damaged, the last installed one and the one with the highest
+        number always stay. A folder is renamed, durably, before the first of its files is deleted, so that after a
+        crash every folder with the name of a generation is complete. Call this after a commit: before it, the backbone
+        of a new installation is not in use yet.
 
         Args:
-            keep: so many of the newest intact ones stay, and damaged ones between them.
-            budget_bytes: of generations and backbones; above it, more are deleted than `keep` alone asks for.
-                Where even what must stay is larger, a warning is logged.
+            keep: Number of the newest intact generations that stay; damaged ones between them stay too.
+            budget_bytes: Limit on the size of generations and backbones. More than `keep` alone requires are deleted to
+                stay below it. A warning is logged if what must stay exceeds it.
 
         Raises:
-            InputError: nothing is installed, or `keep` or the budget is out of range.
-            BundleRefusedError: no generation is fit for use; nothing is deleted.
-            EnvironmentUnfitError: the disk is read-only or forbidden; what is deleted by then is journalled.
+            InputError: No bundle is installed, or `keep` or the budget is out of range.
+            BundleRefusedError: No generation is usable; nothing is deleted.
+            EnvironmentUnfitError: The disk is read-only; what was deleted before the error is in the journal.
         """
         self._check_writing()
         plan = self._plan(keep, budget_bytes)
@@ -331,28 +348,29 @@ class Generations:
             if gone:
                 numbers = [int(path.name) for path in gone if path.parent.name == "generations"]
                 backbones = [path.stem for path in gone if path.parent.name == "backbones"]
-                told = f"generations {', '.join(map(str, numbers)) or 'none'} are pruned"
-                self._tell(told, "pruned", plan.pointer, generations=numbers, backbones=backbones)
+                pruned = f"generations {', '.join(map(str, numbers)) or 'none'} are pruned"
+                self._record(pruned, "pruned", plan.pointer, generations=numbers, backbones=backbones)
         if budget_bytes is not None and plan.pruned.left_bytes > budget_bytes:
-            told = "what must stay in %s takes %d bytes, more than the budget of %d"
-            log.warning(told, self.root, plan.pruned.left_bytes, budget_bytes)
+            message = "what must stay in %s takes %d bytes, more than the budget of %d"
+            log.warning(message, self.root, plan.pruned.left_bytes, budget_bytes)
         return plan.pruned
 
     def tidy(self) -> None:
-        """Delete old generations and events after a commit; with the root held for writing.
+        """Prune generations and shorten the journal after a commit.
 
-        The newest ``$SSD_EDGE_KEEP`` generations stay (`KEEP`), as many of them as ``$SSD_EDGE_DISK_MB`` has room for.
+        The newest ``$SSD_EDGE_KEEP`` generations stay (`KEEP` by default), or fewer if ``$SSD_EDGE_DISK_MB`` is set and
+        too small for them.
         """
-        keep, budget = _number("SSD_EDGE_KEEP"), _number("SSD_EDGE_DISK_MB")
         self._check_writing()
+        keep, budget = _positive_number("SSD_EDGE_KEEP"), _positive_number("SSD_EDGE_DISK_MB")
         try:
             self.prune(keep or KEEP, budget and budget * MIB)
             self._journal.shorten(EVENTS)
-        except EnvironmentUnfitError as error:  # the commit has happened, and the next one tries again
+        except EnvironmentUnfitError as error:  # the commit has happened; the next one tries again
             log.warning("old generations were not deleted: %s", error)
 
     def intact(self) -> dict[int, Generation]:
-        """The intact generations by their numbers, ascending."""
+        """Return the intact generations by number, ascending."""
         found = {}
         for number in self.numbers():
             try:
@@ -362,41 +380,19 @@ class Generations:
         return found
 
     def numbers(self) -> Sequence[int]:
-        """The numbers of the generations that have a folder, whatever is in it; ascending."""
+        """Return the numbers of all generations that have a folder, ascending."""
         return sorted(int(p.name) for p in self.root.glob("generations/*") if _NUMBER.fullmatch(p.name))
 
     def folder(self, number: int) -> Path:
-        """The folder of a generation."""
+        """Return the folder of a generation."""
         return self.root / "generations" / f"{number:06d}"
 
     def backbones(self) -> Sequence[Path]:
-        """The files of all backbones."""
+        """Return the files of all backbones."""
         return sorted(p for p in self.root.glob("backbones/*.onnx") if _DIGEST.fullmatch(p.stem))
 
-    def _intact_numbers(self) -> str:
-        return ", ".join(str(item["number"]) for item in self.list() if item["intact"]) or "none"
-
-    def check_installed(self) -> None:
-        # A first install that was cut may have left a generation, but neither of these.
-        if not (self.root / "CURRENT").exists() and not self.journal():
-            raise InputError(f"no bundle is installed in {self.root}; run: {self._install}")
-
-    def _check_writing(self) -> None:
-        if not self._writing:
-            raise RuntimeError("call this inside 'with generations.writer():'")
-
-    def _check_room(self, sizes: Sequence[int]) -> None:
-        """Refuse a generation with files of these sizes, bytes, unless twice that is free."""
-        # Every file takes whole blocks; so do its folder, CURRENT and the next line of the journal.
-        needed = 2 * (sum(-(-size // _BLOCK) for size in sizes) + 3) * _BLOCK
-        if (free := disk_free(self.root)) < needed:
-            raise EnvironmentUnfitError(
-                f"a new generation needs {needed} bytes of free disk, twice its size, but {self.root} has {free}; free "
-                "some space; nothing was written"
-            )
-
     def pointer(self) -> int | None:
-        """The number in CURRENT, or None when the file is missing or damaged."""
+        """Return the number in CURRENT, or None if the file is missing or damaged."""
         path = self.root / "CURRENT"
         try:
             content = path.read_bytes()
@@ -407,48 +403,71 @@ class Generations:
         return number if content == _pointer_bytes(number) else None
 
     def candidates(self, number: int | None) -> Sequence[int]:
-        """`number`, then what may stand in for it, best first: see `current`."""
+        """Return `number` and the generations that may replace it, best first; see `current`."""
         events = self.journal()
         if not number:
             number = events[-1]["generation"] if events else max(self.numbers(), default=0)
         parents = {e["generation"]: e["parent"] for e in events if type(e.get("parent")) is int}
         order = [number]
-        while parents.get(order[-1], order[-1]) < order[-1]:  # "<": no cycle, whatever the journal says
+        while parents.get(order[-1], order[-1]) < order[-1]:  # "<" ends cycles in a damaged journal
             order.append(parents[order[-1]])
         return order + [n for n in reversed(self.numbers()) if n < number and n not in order]
 
     def open(self, number: int) -> Generation:
-        """Read and verify a generation; raises like `open_generation`."""
+        """Read and verify a generation; raises as `open_generation`."""
         return open_generation(self.folder(number), number)
 
-    def _plan(self, keep: int, budget_bytes: int | None) -> _Plan:
-        """What `Generations.prune` would delete now; changes nothing.
+    def check_installed(self) -> None:
+        """Raise an InputError if no bundle is installed."""
+        # A first install that crashed may have left a generation, but neither of these files.
+        if not (self.root / "CURRENT").exists() and not self.journal():
+            raise InputError(f"no bundle is installed in {self.root}; run: {self._install}")
 
-        Raises:
-            InputError: nothing is installed, or `keep` or the budget is out of range.
-            BundleRefusedError: no generation is fit for use; all may be needed to find a way out.
+    def recover(self) -> None:
+        """Remove what a crash has left behind and complete the journal; call it while the root is locked."""
+        self._sweep()
+        events, pointer = self.journal(), self.pointer()
+        if pointer and (not events or events[-1]["generation"] != pointer):
+            self._record(f"generation {pointer} is current", "recovered", pointer)
+
+    def switch(self, number: int, event: str, **fields: Any) -> None:
+        """Replace CURRENT, which is the commit, and journal it; the caller has verified the generation.
+
+        Once CURRENT is replaced the commit has happened, so a later failure is only logged.
         """
+        self._check_writing()
+        json.dumps(fields, allow_nan=False)  # fail before the commit if the fields cannot be journalled
+        try:
+            files.write_bytes(self.root / "CURRENT", _pointer_bytes(number))
+        except (EnvironmentUnfitError, OSError) as error:
+            if self.pointer() != number:
+                raise
+            log.warning("generation %d is current, but a power cut now may take it back: %s", number, error)
+        self._record(f"generation {number} is current", event, number, **fields)
+
+    def _plan(self, keep: int, budget_bytes: int | None) -> _Plan:
+        """Return what `prune` would delete now; arguments and errors as `prune`."""
         if keep < 1 or (budget_bytes is not None and budget_bytes < 0):
             raise InputError(f"keep must be at least 1 and the budget at least 0, not {keep} and {budget_bytes}")
         in_use = self.current().number
         pointer = self.pointer() or in_use
         numbers, intact = self.numbers(), self.intact()
         installed = [n for n, generation in intact.items() if generation.parent is None]
-        stand_in = next((n for n in self.candidates(in_use)[1:] if n in intact), in_use)
-        # The last one of all keeps its number from being given again.
-        bound = {in_use, pointer, stand_in, numbers[-1], *installed[-1:]}
+        replacement = next((n for n in self.candidates(in_use)[1:] if n in intact), in_use)
+        # The highest number stays so that it is never reused.
+        required = {in_use, pointer, replacement, numbers[-1], *installed[-1:]}
         sizes = {path: _size(path) for path in (*map(self.folder, numbers), *self.backbones())}
 
-        def kept(stays: Iterable[int]) -> list[Path]:
-            stays = set(stays)
+        def kept(numbers_kept: Iterable[int]) -> Sequence[Path]:
+            stays = set(numbers_kept)
             needed = {intact[n].backbone for n in stays if n in intact}
-            unknown = not stays <= set(intact)  # nobody can say which backbone a damaged one needs
+            unknown = not stays <= set(intact)  # a damaged generation may need any backbone
             folders = [self.folder(n) for n in numbers if n in stays]
             return folders + [path for path in self.backbones() if unknown or path.stem in needed]
 
         oldest_kept = list(intact)[-keep:][0]
-        stays = [n for n in numbers if n in bound or n >= oldest_kept]
-        for number in [n for n in stays if n not in bound]:
+        stays = [n for n in numbers if n in required or n >= oldest_kept]
+        for number in [n for n in stays if n not in required]:
             if budget_bytes is not None and sum(sizes[path] for path in kept(stays)) > budget_bytes:
                 stays.remove(number)
         left = kept(stays)
@@ -464,6 +483,23 @@ class Generations:
             paths,
         )
 
+    def _intact_numbers(self) -> str:
+        return ", ".join(str(summary.number) for summary in self.list() if summary.intact) or "none"
+
+    def _check_writing(self) -> None:
+        if not self._writing:
+            raise RuntimeError("call this inside 'with generations.writer():'")
+
+    def _check_room(self, sizes: Sequence[int]) -> None:
+        """Check that twice the size of a generation is free; `sizes` are those of its files in bytes."""
+        # Each file takes whole blocks; so do the folder, CURRENT and the next line of the journal.
+        needed = 2 * (sum(-(-size // _BLOCK) for size in sizes) + 3) * _BLOCK
+        if (free := disk_free(self.root)) < needed:
+            raise EnvironmentUnfitError(
+                f"a new generation needs {needed} bytes of free disk, twice its size, but {self.root} has {free}; free "
+                "some space; nothing was written"
+            )
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         for folder in ("generations", "backbones"):
@@ -477,7 +513,7 @@ class Generations:
             yield
 
     def _sweep(self) -> None:
-        """Remove temporary files and folders; with the root locked, they are nobody's."""
+        """Remove temporary files and folders; while the root is locked no process uses them."""
         for folder in (self.root, self.root / "generations", self.root / "backbones"):
             for path in folder.glob(f"{files.TEMPORARY_PREFIX}*"):
                 if path.is_dir() and not path.is_symlink():
@@ -486,42 +522,19 @@ class Generations:
                     with contextlib.suppress(OSError):
                         path.unlink()
 
-    def recover(self) -> None:
-        """Clear what a cut has left behind, and complete the journal."""
-        self._sweep()
-        events, pointer = self.journal(), self.pointer()
-        if pointer and (not events or events[-1]["generation"] != pointer):
-            self._tell(f"generation {pointer} is current", "recovered", pointer)
-
-    def switch(self, number: int, event: str, **fields: Any) -> None:
-        """The commit. Once CURRENT has been replaced it has happened, so a later failure must not deny it."""
-        json.dumps(fields, allow_nan=False)  # what cannot be journalled is found before, not after
-        try:
-            files.write_bytes(self.root / "CURRENT", _pointer_bytes(number))
-        except (EnvironmentUnfitError, OSError) as error:
-            if self.pointer() != number:
-                raise
-            log.warning("generation %d is current, but a power cut now may take it back: %s", number, error)
-        self._tell(f"generation {number} is current", event, number, **fields)
-
-    def _tell(self, what: str, event: str, number: int, **fields: Any) -> None:
+    def _record(self, message: str, event: str, number: int, **fields: Any) -> None:
+        """Append an event to the journal; if that fails, log `message` and continue."""
         try:
             self._journal.append(event, number, **fields)
         except (EnvironmentUnfitError, OSError) as error:
-            log.warning("%s, but the journal lacks it for now: %s", what, error)
-
-
-def _pointer_bytes(number: int) -> bytes:
-    """The content of CURRENT. The check sum is there so that a flipped bit cannot name another generation."""
-    digits = f"{number:06d}".encode()
-    return digits + b" " + files.sha256(digits)[:16].encode() + b"\n"
+            log.warning("%s, but the journal lacks it for now: %s", message, error)
 
 
 def remove(path: Path) -> None:
-    """Delete a generation's folder, or a backbone.
+    """Delete the folder of a generation, or a backbone.
 
     Raises:
-        EnvironmentUnfitError: the disk is read-only or forbidden, or what it holds does not let itself be deleted.
+        EnvironmentUnfitError: The disk is read-only or the files may not be deleted.
     """
     try:
         if path.suffix == ".onnx":
@@ -529,23 +542,29 @@ def remove(path: Path) -> None:
             files.fsync_directory(path.parent)
             return
         gone = path.with_name(f"{files.TEMPORARY_PREFIX}pruned-{path.name}")
-        files.commit_directory(path, gone)  # `files.remove_directory` does not wait for the rename to be durable
-        shutil.rmtree(gone, ignore_errors=True)  # what stays of it, the next writer removes
+        files.commit_directory(path, gone)  # `files.remove_directory` does not wait until the rename is durable
+        shutil.rmtree(gone, ignore_errors=True)  # the next writer removes what is left
     except OSError as error:
         raise EnvironmentUnfitError(f"cannot delete {path}: {error.strerror}; run: ssd-edge doctor") from error
 
 
-def _number(name: str) -> int | None:
-    """A whole number above 0 from the environment; what is none is said and left out, as the commit has happened."""
-    text = os.environ.get(name, "")
+def _positive_number(variable: str) -> int | None:
+    """Return a positive integer from the environment, or None if it is not set or invalid (logged)."""
+    text = os.environ.get(variable, "")
     if not text:
         return None
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
-    log.warning("%s is %r, but must be a whole number above 0; it is left out", name, text)
+    log.warning("%s is %r, but must be a whole number above 0; it is ignored", variable, text)
     return None
 
 
 def _size(path: Path) -> int:
     members = [path] if path.is_file() else path.rglob("*")
     return sum(member.lstat().st_size for member in members if member.is_file())
+
+
+def _pointer_bytes(number: int) -> bytes:
+    """Return the content of CURRENT; its checksum keeps a flipped bit from naming another generation."""
+    digits = f"{number:06d}".encode()
+    return digits + b" " + files.sha256(digits)[:16].encode() + b"\n"

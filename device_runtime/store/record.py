@@ -72,6 +72,33 @@ class Generation:
         return ClassRegistry.from_json(json.loads(self.read("classes.json")))
 
 
+@dataclasses.dataclass(frozen=True)
+class GenerationSummary:
+    """A generation in `Generations.list`.
+
+    Attributes:
+        number: Its number.
+        current: True if it is the current one.
+        intact: False if it is damaged.
+        problem: Description of the damage; empty if it is intact.
+        parent: The generation that it was learned from; None for an installed one.
+        origin: ``install`` or ``learn``; this and what follows are None if it is damaged.
+        created_utc: Wall clock time of the commit.
+        backbone: SHA-256 of its backbone.
+        info: What the caller of `Generations.commit` recorded.
+    """
+
+    number: int
+    current: bool
+    intact: bool
+    problem: str
+    parent: int | None = None
+    origin: str | None = None
+    created_utc: str | None = None
+    backbone: str | None = None
+    info: Mapping[str, Any] | None = None
+
+
 def open_generation(path: Path, number: int) -> Generation:
     """Read and verify the generation in a folder, every file of it.
 

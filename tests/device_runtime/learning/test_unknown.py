@@ -37,7 +37,7 @@ class World:
     def accepted(self, rejector: Rejector, row: int, of: int | None = None) -> float:
         """The share of 2,000 fresh samples of class `of` (that in `row`) that pass as the class in `row`."""
         fresh = self.draw(row if of is None else of, 2000)
-        return float(rejector.known(fresh, torch.full((2000,), row))[0].double().mean())
+        return float(rejector.accepts(fresh, torch.full((2000,), row))[0].double().mean())
 
 
 def rows(embeddings: torch.Tensor, row: int = 0) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_far_clusters_are_told_apart_and_rejected():
     best = torch.stack([rejector.score(strange, rows(strange, row)) for row in range(4)]).amax(0)
     auroc = (rejector.score(own, rows(own))[:, None] > best[None]).double().mean()
     assert auroc > 0.95
-    passed, margin = rejector.known(strange, rows(strange))
+    passed, margin = rejector.accepts(strange, rows(strange))
     assert passed.double().mean() < 0.05
     assert torch.equal(passed, margin >= 0)
 
@@ -154,7 +154,7 @@ def test_a_device_that_began_with_no_class():
     world = World()
     statistics = ClassStatistics(DIM)
     rejector = Rejector.fit(statistics)
-    assert rejector.known(torch.zeros(0, DIM), torch.zeros(0, dtype=torch.int64))[0].shape == (0,)
+    assert rejector.accepts(torch.zeros(0, DIM), torch.zeros(0, dtype=torch.int64))[0].shape == (0,)
     for row in range(3):
         taught = world.draw(row, 10)
         statistics.add(taught, rows(taught, row))
@@ -179,11 +179,11 @@ def test_equal_images_and_features_that_never_vary():
     statistics, same = ClassStatistics(DIM), torch.ones(5, DIM)
     statistics.add(same, rows(same))
     rejector = Rejector.fit(statistics).with_class(0, statistics, same)
-    assert rejector.known(same, rows(same))[0].all()
-    assert not rejector.known(-same, rows(same))[0].any()
+    assert rejector.accepts(same, rows(same))[0].all()
+    assert not rejector.accepts(-same, rows(same))[0].any()
     zero = ClassStatistics(DIM)
     zero.add(0 * same, rows(same))
-    assert not Rejector.fit(zero).known(same, rows(same))[0].any()
+    assert not Rejector.fit(zero).accepts(same, rows(same))[0].any()
 
 
 def test_a_row_without_samples_is_never_known_until_it_is_taught():
@@ -216,7 +216,7 @@ def test_state_round_trip_bit_for_bit_without_a_sample_dimension(classes, dim, c
     }
     again = Rejector.from_state(arrays)
     fresh, taken = torch.randn(9, dim, generator=generator), torch.arange(9) % classes
-    assert torch.equal(again.known(fresh, taken)[1], rejector.known(fresh, taken)[1])
+    assert torch.equal(again.accepts(fresh, taken)[1], rejector.accepts(fresh, taken)[1])
     assert all(again.state()[name].tobytes() == array.tobytes() for name, array in arrays.items())
 
 
@@ -246,17 +246,17 @@ def test_what_is_no_embedding_is_refused():
         broken = good.clone()
         broken[2, 7] = bad
         with pytest.raises(InputError, match=word):
-            rejector.known(broken, rows(broken))
+            rejector.accepts(broken, rows(broken))
         with pytest.raises(InputError, match=word):
             rejector.with_class(0, statistics, broken)
     with pytest.raises(InputError, match=r"\(N, 32\).*\(4, 31\)"):
-        rejector.known(good[:, 1:], rows(good))
+        rejector.accepts(good[:, 1:], rows(good))
     with pytest.raises(InputError, match="below 4"):
-        rejector.known(good, rows(good, 4))
+        rejector.accepts(good, rows(good, 4))
     with pytest.raises(InputError, match="below 4"):
-        rejector.known(good, rows(good, -1))
+        rejector.accepts(good, rows(good, -1))
     with pytest.raises(InputError, match="rows"):
-        rejector.known(good, rows(good)[1:])
+        rejector.accepts(good, rows(good)[1:])
 
 
 def test_what_cannot_be_calibrated_is_refused():
@@ -280,7 +280,7 @@ def test_rows_that_are_left_out_change_no_bit_of_the_others():
     fewer = rejector.without_rows([1, 2])
     fresh = world.draw(3, 50)
     assert fewer.thresholds.tolist() == rejector.thresholds[[0, 3]].tolist()
-    assert torch.equal(fewer.known(fresh, rows(fresh, 1))[1], rejector.known(fresh, rows(fresh, 3))[1])
+    assert torch.equal(fewer.accepts(fresh, rows(fresh, 1))[1], rejector.accepts(fresh, rows(fresh, 3))[1])
     assert len(rejector.thresholds) == 4
     assert len(rejector.without_rows(range(4)).thresholds) == 0
     for row in (-1, 4):
