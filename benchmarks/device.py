@@ -43,7 +43,7 @@ def main() -> None:
         deploy(words.run, Options("jetson"), bundle, lambda text: None)
         install(Path(scratch) / "root", bundle)
         device = Device.open(Path(scratch) / "root")
-        size = device.facts["size"]
+        size = device.bundle.size
         test = device.embed(list(dataset.test.load(np.arange(len(dataset.test)), size)))
         truth = np.array([dataset.classes[label] for label in dataset.test_labels])
         old = dataset.test_labels != new
@@ -64,9 +64,9 @@ def main() -> None:
                 "images": count,
                 "new_accuracy": accuracy(~old),
                 "old_accuracy": {"before": before, "after": accuracy(old)},
-                "estimate": learned["old_classes"],
-                "held_out": learned["held_out"],
-                "seconds": learned["seconds"],
+                "estimate": learned.old_classes.to_dict(),
+                "held_out": learned.held_out.to_dict(),
+                "seconds": learned.seconds,
             }
             rows.append(row)
             estimate = f"{row['estimate']['accuracy_before']:.3f} -> {row['estimate']['accuracy_after']:.3f}"

@@ -50,7 +50,7 @@ device = Device.open(sys.argv[1])
 for folder in map(Path, sys.argv[2:]):
     began = time.monotonic()
     report = device.learn(folder.name, sorted(folder.iterdir()))
-    print(json.dumps({**report, "wall": time.monotonic() - began}))
+    print(json.dumps({**report.to_dict(), "wall": time.monotonic() - began}))
 """
 # A child's count of peak memory begins with its parent's: this parent is small.
 LAUNCH = """

@@ -147,7 +147,7 @@ def in_a_thread(device: Device, taught: Sequence[tuple[str, np.ndarray]], kept: 
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # on Linux of this thread alone
         torch.set_num_threads(1)  # of this thread, and of those that have not called PyTorch yet
         for label, images in taught:
-            keep(device.store.root, device.learn(label, list(images))["generation"], kept)
+            keep(device.store.root, device.learn(label, list(images)).generation, kept)
 
     learner = threading.Thread(target=work)
     learner.start()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from device_runtime.learning.guard import judge
-from device_runtime.learning.retention import SPREAD, ask
+from device_runtime.learning.retention import SPREAD, predict_pseudo
 from ssd_edge import learners
 from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.classes import ClassRegistry
@@ -86,7 +86,7 @@ def drops(nine: Nine, priors: Any, spreads: list[float]) -> list[dict[str, Any]]
         for shots in SHOTS:
             after = taught(before, images[:shots])
             true = [float((state.predict(vectors) == truth).double().mean()) for state in (before, after)]
-            found = {s: ask(before, after, nine.statistics, s).summary() for s in spreads}
+            found = {s: predict_pseudo(before, after, nine.statistics, s).summary().to_dict() for s in spreads}
             rows.append({"learner": options["name"], "images": shots, "true": true, "estimated": found})
     return rows
 
@@ -111,7 +111,7 @@ def folders(nine: Nine, priors: Any) -> dict[int, Counter]:
                 count[f"{kind}: any warning"] += bool(found.warnings)
                 count[f"{kind}: refused"] += bool(found.refusals)
                 count["double: found"] += kind == "double" and any(f"looks like '{like}'" in w for w in found.warnings)
-                count["mixed: found"] += kind == "mixed" and any(s["like"] == like for s in found.suspects)
+                count["mixed: found"] += kind == "mixed" and any(s.like == like for s in found.suspects)
             count["folders of a kind"] += 1
     return counted
 

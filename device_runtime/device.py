@@ -7,8 +7,8 @@ Example:
     ...     print(device.predict(["frame.jpg"])[0].label)
     ...     device.rollback()
 
-Every change commits a new generation as its last step; until then nothing changes. Images are file paths, PIL images, or
-uint8 arrays ``(H, W)`` or ``(H, W, 3)`` in RGB order (OpenCV returns BGR: reverse the last axis).
+Every change commits a new generation as its last step; until then nothing changes. Images are file paths, PIL images,
+or uint8 arrays ``(H, W)`` or ``(H, W, 3)`` in RGB order (OpenCV returns BGR: reverse the last axis).
 """
 
 from __future__ import annotations
@@ -398,9 +398,9 @@ class Device:
         bundle, entries = self.bundle, self.registry.entries
         return Status(
             generation=self.generation.number,
-            classes=tuple(self.classes),
+            classes=self.classes,
             images={entry.name: entry.images for entry in entries},
-            learned_here=tuple(entry.name for entry in entries if entry.origin == "device"),
+            learned_here=[entry.name for entry in entries if entry.origin == "device"],
             learner=self.learner.name,
             replay=self.learner.replay,
             state_bytes=self.learner.memory_bytes(),
@@ -418,12 +418,12 @@ class Device:
 
     def history(self) -> History:
         """Return all generations with the change that created each, and all events of the journal."""
-        generations = (HistoryEntry(**vars(entry), what=edit.describe(entry.info or {})) for entry in self.store.list())
+        generations = [HistoryEntry(**vars(entry), what=edit.describe(entry.info or {})) for entry in self.store.list()]
         return History(
             generation=self.generation.number,
-            classes=tuple(self.classes),
-            generations=tuple(generations),
-            events=tuple(self.store.journal()),
+            classes=self.classes,
+            generations=generations,
+            events=list(self.store.journal()),
         )
 
     def _embed(
@@ -473,4 +473,4 @@ class Device:
         return self._completed(change)
 
     def _completed(self, change: C) -> C:
-        return dataclasses.replace(change, generation=self.generation.number, classes=tuple(self.classes))
+        return dataclasses.replace(change, generation=self.generation.number, classes=self.classes)

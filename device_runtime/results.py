@@ -115,7 +115,7 @@ class Suspects(Record):
     kind: str
     label: str
     like: str | None
-    indices: tuple[int, ...]
+    indices: list[int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class Change(Record):
     """
 
     generation: int = 0
-    classes: tuple[str, ...] = ()
+    classes: list[str] = dataclasses.field(default_factory=list)
 
     def info(self) -> dict[str, Any]:
         """Return what the generation and the journal record about the change: every field but those above."""
@@ -155,10 +155,10 @@ class LearnResult(Change):
     label: str
     images: int
     held_out: HeldOut
-    taught: tuple[TaughtClass, ...]
+    taught: list[TaughtClass]
     old_classes: Retention
-    warnings: tuple[str, ...]
-    suspects: tuple[Suspects, ...]
+    warnings: list[str]
+    suspects: list[Suspects]
     seconds: float
     peak_mb: int | None
     measured: Mapping[str, float]
@@ -193,7 +193,7 @@ class ForgetResult(Change):
     exact: bool
     left: str
     old_classes: Retention
-    warnings: tuple[str, ...]
+    warnings: list[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,10 +207,10 @@ class MergeLabelsResult(Change):
         warnings: Sentences for the operator.
     """
 
-    merged_labels: tuple[str, ...]
+    merged_labels: list[str]
     into: str
     old_classes: Retention
-    warnings: tuple[str, ...]
+    warnings: list[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,9 +227,9 @@ class MergeResult(Change):
 
     merged: str
     bundle_sha256: str
-    taught: tuple[TaughtClass, ...]
+    taught: list[TaughtClass]
     old_classes: Retention
-    warnings: tuple[str, ...]
+    warnings: list[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,7 +260,7 @@ class ExportResult(Record):
     bytes: int
     sha256: str
     generation: int
-    classes: tuple[str, ...]
+    classes: list[str]
     signed_by: str | None
 
 
@@ -289,9 +289,9 @@ class Status(Record):
     """
 
     generation: int
-    classes: tuple[str, ...]
+    classes: list[str]
     images: Mapping[str, int]
-    learned_here: tuple[str, ...]
+    learned_here: list[str]
     learner: str
     replay: bool
     state_bytes: int
@@ -330,6 +330,6 @@ class History(Record):
     """
 
     generation: int
-    classes: tuple[str, ...]
-    generations: tuple[HistoryEntry, ...]
-    events: tuple[Mapping[str, Any], ...]
+    classes: list[str]
+    generations: list[HistoryEntry]
+    events: list[Mapping[str, Any]]

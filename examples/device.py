@@ -35,11 +35,11 @@ def main(bundle: Path) -> None:
             learned = device.learn_all(
                 {name: pictures(colour, 20, seed=0) for name, colour in COLOURS.items()}, budget=Budget(seconds=30)
             )
-            print(f"generation {learned['generation']} in {learned['seconds']:.1f} s: {', '.join(device.classes)}")
+            print(f"generation {learned.generation} in {learned.seconds:.1f} s: {', '.join(device.classes)}")
             for name, colour in COLOURS.items():
                 answer = device.predict(pictures(colour, 1, seed=1))[0]
                 print(f"{name}: {answer.label} (nearest {answer.nearest}, score {answer.score:.2f})")
-            print(f"forgot '{device.forget('a red thing')['forgot']}': {', '.join(device.classes)}")
+            print(f"forgot '{device.forget('a red thing').forgot}': {', '.join(device.classes)}")
             device.rollback(1)
             print(f"as it was installed: {', '.join(device.classes) or 'no class'}")
 

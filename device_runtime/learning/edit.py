@@ -26,7 +26,7 @@ def estimate_cost(
     statistics: ClassStatistics,
     limits: Limits | None,
     renumbered: Mapping[int, int] | None = None,
-) -> tuple[Retention, tuple[str, ...]]:
+) -> tuple[Retention, list[str]]:
     """Return the estimated cost of an edit for the classes in `statistics` and warnings; see `guard.judge_edit`.
 
     Raises:
@@ -34,7 +34,7 @@ def estimate_cost(
     """
     judgement = judge_edit(state.learner, learner, statistics, state.registry, limits, renumbered)
     judgement.check()
-    return judgement.retention or NO_OLD_CLASSES, tuple(judgement.warnings)
+    return judgement.retention or NO_OLD_CLASSES, judgement.warnings
 
 
 def forget(state: DeviceState, label: str, exactly: bool, limits: Limits | None) -> tuple[DeviceState, ForgetResult]:
@@ -81,7 +81,7 @@ def merge_labels(
         state.replace(registry=renamed), learner, state.statistics, limits, dict.fromkeys(others, target)
     )
     result = MergeLabelsResult(
-        merged_labels=tuple(state.registry.names[row] for row in rows),
+        merged_labels=[state.registry.names[row] for row in rows],
         into=registry.names[registry.row_of(into)],
         old_classes=retention,
         warnings=warnings,

@@ -59,7 +59,7 @@ def export(
         bytes=len(packed),
         sha256=opened.sha256,
         generation=generation.number,
-        classes=tuple(state.registry.names),
+        classes=state.registry.names,
         signed_by=opened.signature.key if opened.signature else None,
     )
 
@@ -198,7 +198,7 @@ def merge(
     return after, MergeResult(
         merged=origin.installation,
         bundle_sha256=other.sha256,
-        taught=tuple(one for _, one in taught),
+        taught=[one for _, one in taught],
         old_classes=retention,
         warnings=warnings,
     )

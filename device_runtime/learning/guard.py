@@ -1,9 +1,9 @@
 """Checks between learning and committing.
 
-`judge` and `judge_edit` look at a change, `Judgement.check` refuses it. A change is refused if it would harm the device:
-NaN or infinity, forgetting above the limit, a class that is never predicted. Anything that only an operator can decide,
-such as a mislabelled folder, is a warning. No old image is needed: old classes are represented by their means and the
-pooled within-class covariance.
+`judge` and `judge_edit` look at a change, `Judgement.check` refuses it. A change is refused if it would harm the
+device: NaN or infinity, forgetting above the limit, a class that is never predicted. Anything that only an operator can
+decide, such as a mislabelled folder, is a warning. No old image is needed: old classes are represented by their means
+and the pooled within-class covariance.
 
 All distances are squared Mahalanobis distances in that covariance. Distances between means are corrected for the
 sampling noise of the means, so that two samples of one class have an expected distance of 0, whatever their size.
@@ -233,7 +233,7 @@ def _agreement(before: Learner, after: Learner, embeddings: Tensor) -> float | N
 
 
 class _Space:
-    """Whitened space, in which the pooled within-class covariance is the identity, with the means of the old classes."""
+    """Whitened space, in which the pooled within-class covariance is the identity, and the old means in it."""
 
     def __init__(self, statistics: ClassStatistics) -> None:
         known, covariance = int((statistics.counts > 0).sum()), statistics.within_covariance()
@@ -296,21 +296,18 @@ def _check_images(
         for other in torch.unique(answers).tolist():
             if other == row or not space.trusted:
                 continue
-            if known:
-                strays = _strays_between_known(space, white, row, other)
-            else:
-                strays = _strays(space, white, answers, other)
+            strays = _known_strays(space, white, row, other) if known else _strays(space, white, answers, other)
             if strays.any():
                 odd, found = odd | strays, own[strays].tolist()
                 like, quoted = registry.names[other], _quoted([names[i] for i in found])
-                suspects.append(Suspects("like", label, like, tuple(found)))
+                suspects.append(Suspects("like", label, like, found))
                 warnings.append(
                     f"{len(found)} of {len(own)} images taught as '{label}' look like '{like}' ({quoted}); if the "
                     "folder is mixed up, roll back and teach without them"
                 )
         far = own[_outliers(white) & ~odd].tolist()
         if far:
-            suspects.append(Suspects("far", label, None, tuple(far)))
+            suspects.append(Suspects("far", label, None, far))
             warnings.append(
                 f"{len(far)} of {len(own)} images taught as '{label}' are unlike the others "
                 f"({_quoted([names[i] for i in far])}); check them, and teach without them if they show something else"
@@ -329,7 +326,7 @@ def _duplicate(space: _Space, white: Tensor, answers: Tensor, own: int | None) -
     return row
 
 
-def _strays_between_known(space: _Space, white: Tensor, own: int, row: int) -> Tensor:
+def _known_strays(space: _Space, white: Tensor, own: int, row: int) -> Tensor:
     """Return which images of the known class `own` belong to the known class `row`, bool ``(n,)``."""
     separation = float((space.means[own] - space.means[row]).square().sum()) - space.noise(own) - space.noise(row)
     gain = (white - space.means[own]).square().sum(1) - (white - space.means[row]).square().sum(1)

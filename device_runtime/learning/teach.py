@@ -97,12 +97,12 @@ def teach(
         label=", ".join(batch.name for batch in batches),
         images=len(sources),
         held_out=_held_out(torch.cat([correct[batch.row] for batch in batches])),
-        taught=tuple(
+        taught=[
             TaughtClass(batch.name, len(batch.sources), batch.new, _held_out(correct[batch.row])) for batch in batches
-        ),
+        ],
         old_classes=judgement.retention or NO_OLD_CLASSES,
-        warnings=(*judgement.warnings, *meter.warnings()),
-        suspects=tuple(judgement.suspects),
+        warnings=judgement.warnings + meter.warnings(),
+        suspects=judgement.suspects,
         seconds=round(meter.seconds, 3),
         peak_mb=meter.peak_mb,
         measured={key: float(value) for key, value in measured.items()},

@@ -5,9 +5,10 @@ covariance (OAS-shrunk) and the origin is the mean of the pretraining data, sinc
 ``benchmarks/unknown.py`` chose it among Mahalanobis and relative Mahalanobis distances and the learner's own scores, on
 classes held out of the training data. It ignores the length of z.
 
-The threshold of a class follows from its statistics alone, so no image of other objects is needed. With μ the length of
-Wμ_c, the component of whitened z along the estimated mean is normal and the squared length of the rest is χ² distributed
-(approximated by the cube root, Wilson & Hilferty 1931); the threshold is a quantile of their cosine over a grid of both.
+The threshold of a class follows from its statistics alone, so no image of other objects is needed. With μ the length
+of Wμ_c, the component of whitened z along the estimated mean is normal and the squared length of the rest is χ²
+distributed (approximated by the cube root, Wilson & Hilferty 1931); the threshold is a quantile of their cosine over a
+grid of both.
 Real classes vary more along their own mean than the pooled covariance says: by `OWN_SPREAD` times μ, measured on
 held-out training images of CIFAR-10. Statistics with ``per_class`` moments contain that variance.
 """

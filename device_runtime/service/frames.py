@@ -152,7 +152,7 @@ def take(
     """Frames of a live stream to learn from, one every so many seconds; those between are dropped.
 
     Example:
-        >>> device.learn("gear", take(stream, 20, 0.5, device.facts["size"]))
+        >>> device.learn("gear", take(stream, 20, 0.5, device.bundle.size))
 
     Args:
         stream: see `mjpeg`.

@@ -111,7 +111,7 @@ def watch(
         while not stopped() and not feed.ended:
             begun = clock()
             if known := loop.knows_classes():
-                for name, pixels in feed.images(lambda: device.facts["size"]):
+                for name, pixels in feed.images(lambda: device.bundle.size):
                     loop.predict(name, pixels)
                     loop.upkeep()
                     if stopped():
@@ -221,7 +221,7 @@ class _Loop:
 
     def start(self) -> None:
         """Run the backbone once, which may build an engine first; go on counting where the last process ended."""
-        size = self._device.facts["size"]
+        size = self._device.bundle.size
         self._device.embed([np.zeros((size, size, 3), np.uint8)])
         found = watch_state.load(self._device.store.root)
         self._count_with(found[0] if found else None)

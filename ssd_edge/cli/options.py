@@ -6,13 +6,16 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ssd_edge.errors import printable
+
+if TYPE_CHECKING:
+    from device_runtime.results import Retention
 
 CONFIG = click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file; words win.")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
@@ -71,7 +74,7 @@ def open_device(root: Path | None, strict: bool = False) -> Any:
     return opened
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """What classes a device knows, for people."""
     return f"{len(names)} classes: {', '.join(names)}" if names else "no classes yet; teach one: ssd-edge device learn"
 
@@ -81,18 +84,17 @@ def raw_stdin() -> io.FileIO:
     return io.FileIO(sys.stdin.fileno(), closefd=False)
 
 
-def warn(result: dict[str, Any]) -> None:
-    """The warnings of a learn or an edit; names in them may be a stranger's."""
-    for warning in result["warnings"]:
+def warn(warnings: Iterable[str]) -> None:
+    """Print the warnings of a learn or an edit on standard error."""
+    for warning in warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
 
 
-def tell_cost(result: dict[str, Any], whom: str) -> None:
-    """What a learn or an edit cost the classes that it was not about, and the way back."""
-    cost = result["old_classes"]
-    if cost["accuracy_before"] is not None:
-        estimated = f"{cost['accuracy_before']:.3f} -> {cost['accuracy_after']:.3f}"
-        click.echo(f"  {whom}: {estimated} (an estimate from class statistics)")
+def tell_cost(retention: Retention, which: str) -> None:
+    """Print the estimated accuracy on the other classes before and after a change, and how to undo it."""
+    if retention.accuracy_before is not None:
+        estimate = f"{retention.accuracy_before:.3f} -> {retention.accuracy_after:.3f}"
+        click.echo(f"  {which}: {estimate} (an estimate from class statistics)")
     click.echo("  undo with: ssd-edge device rollback")
 
 

@@ -39,20 +39,20 @@ def test_learns_a_class_that_the_bundle_never_saw_and_undoes_it(root: Path, shap
         assert "triangle" not in device.classes
         before = scores(device, old)
         result = device.learn("triangle", pictures(shapes, "triangle", "train"))
-        assert result["generation"] == 2
-        assert result["classes"] == device.classes
+        assert result.generation == 2
+        assert result.classes == device.classes
         assert device.classes[-1] == "triangle"
-        assert result["held_out"]["images"] == 8
+        assert result.held_out.images == 8
         answers = [p.label for p in device.predict(pictures(shapes, "triangle"))]
         assert answers.count("triangle") >= 10, answers
-        assert result["old_classes"]["kind"].startswith("estimate")
+        assert result.old_classes.kind.startswith("estimate")
         device.rollback()
         assert "triangle" not in device.classes
         assert scores(device, old) == before
     with Device.open(root) as device:  # and so it is after a restart
         assert device.generation.number == 1
         assert scores(device, old) == before
-        assert device.rollback(2)["classes"][-1] == "triangle"
+        assert device.rollback(2).classes[-1] == "triangle"
 
 
 def test_the_state_after_a_restart_is_the_state_before_it(root: Path, shapes: Path) -> None:
@@ -154,13 +154,13 @@ def test_rollback_without_a_parent_names_the_choices(root: Path, bundle: Path) -
 def test_status_and_history_speak_json(root: Path, shapes: Path) -> None:
     device = Device.open(root)
     device.learn("triangle", pictures(shapes, "triangle")[:6])
-    status = json.loads(json.dumps(device.status()))
+    status = json.loads(json.dumps(device.status().to_dict()))
     assert status["generation"] == 2
     assert status["learned_here"] == ["triangle"]
     assert status["images"]["triangle"] == 6
     assert status["provider"] == "CPUExecutionProvider"
     assert status["replay"] is False
-    history = json.loads(json.dumps(device.history()))
+    history = json.loads(json.dumps(device.history().to_dict()))
     assert [event["event"] for event in history["events"]] == ["install", "learn"]
     assert [entry["number"] for entry in history["generations"]] == [1, 2]
 
@@ -173,7 +173,7 @@ def test_a_damaged_generation_falls_back_and_says_so(root: Path, shapes: Path) -
     path.write_bytes(data)
     device = Device.open(root)
     assert device.generation.number == 1
-    assert "generation 1 is used instead" in device.status()["warning"]
+    assert "generation 1 is used instead" in device.status().warning
 
 
 def test_a_bundle_whose_parts_disagree_is_refused(bundle: Path, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_bundle_whose_parts_disagree_is_refused(bundle: Path, tmp_path: Path) 
     entries["classes.json"] = ("classes", files.json_bytes(registry.to_json()))
     manifest = {key: value for key, value in opened.manifest.items() if key not in ("files", "format", "version")}
     bundles.write(tmp_path / "odd.ssdedge", bundles.pack({**manifest, "classes": registry.names}, entries))
-    with pytest.raises(BundleRefusedError, match="the registry names 5 classes, but the learner knows 4"):
+    with pytest.raises(BundleRefusedError, match="the registry has 5 classes, but the learner has 4"):
         install(tmp_path / "root", tmp_path / "odd.ssdedge")
     assert not (tmp_path / "root" / "CURRENT").exists()
 
@@ -207,8 +207,8 @@ def test_the_retention_estimate_tells_a_spoiled_learner_from_a_good_one() -> Non
     good.learn(learners.Task(vectors, labels))
     spoiled = learners.build({"name": "slda"}, 16, Priors())
     spoiled.learn(learners.Task(vectors, labels.roll(1)))
-    assert estimate(good, good, statistics)["drop"] == 0.0
-    assert estimate(good, spoiled, statistics)["drop"] > 0.7
+    assert estimate(good, good, statistics).drop == 0.0
+    assert estimate(good, spoiled, statistics).drop > 0.7
 
 
 def test_the_example_runs(bundle: Path, capsys: pytest.CaptureFixture) -> None:

@@ -203,7 +203,7 @@ class Devices(RuleBasedStateMachine):
             self.refused(lambda: self.device.forget(name, limits=ANY))
             self.count("refused")
             return
-        assert self.device.forget(name, limits=ANY)["images"] == self.now.classes[row].images
+        assert self.device.forget(name, limits=ANY).images == self.now.classes[row].images
         self.committed("forget", self.child().without(row))
 
     @rule(picks=st.lists(PICKS, min_size=1, max_size=3), into=NAMES)

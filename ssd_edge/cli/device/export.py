@@ -18,7 +18,7 @@ def export(output: Path, key: Path | None, root: Path | None, as_json: bool) -> 
     """Write what this device knows as a bundle: for another device, for merging, or as a backup."""
     result = open_device(root).export(output, key)
     if as_json:
-        print_json(result)
+        print_json(result.to_dict())
         return
-    signed = f"signed by {result['signed_by']}" if result["signed_by"] else "not signed"
-    click.echo(f"{output}: {result['bytes'] / 1e6:.1f} MB, {listed(result['classes'])}; {signed}")
+    signed = f"signed by {result.signed_by}" if result.signed_by else "not signed"
+    click.echo(f"{output}: {result.bytes / 1e6:.1f} MB, {listed(result.classes)}; {signed}")

@@ -24,10 +24,10 @@ def forget(label: str, exactly: bool, max_forgetting: float, root: Path | None, 
 
     result = open_device(root).forget(label, exactly, Limits(max_forgetting))
     if as_json:
-        warn(result)
-        print_json(result)
+        warn(result.warnings)
+        print_json(result.to_dict())
         return
-    how = "as if it had never been taught" if result["exact"] else f"not exactly: {result['left']}"
-    click.echo(f"generation {result['generation']}: forgot '{result['forgot']}', {how}")
-    warn(result)
-    tell_cost(result, "classes that stay")
+    how = "as if it had never been taught" if result.exact else f"not exactly: {result.left}"
+    click.echo(f"generation {result.generation}: forgot '{result.forgot}', {how}")
+    warn(result.warnings)
+    tell_cost(result.old_classes, "classes that stay")

@@ -16,9 +16,9 @@ def history(root: Path | None, as_json: bool) -> None:
     """Every generation and what made it."""
     result = open_device(root).history()
     if as_json:
-        print_json(result)
+        print_json(result.to_dict())
         return
-    for entry in result["generations"]:
-        mark = "*" if entry["current"] else " "
-        note = "" if entry["intact"] else f"  DAMAGED: {entry['problem']}"
-        click.echo(f"{mark} {entry['number']:3}  {entry['created_utc']}  {entry['what']}{note}")
+    for entry in result.generations:
+        mark = "*" if entry.current else " "
+        note = "" if entry.intact else f"  DAMAGED: {entry.problem}"
+        click.echo(f"{mark} {entry.number:3}  {entry.created_utc}  {entry.what}{note}")

@@ -68,26 +68,26 @@ def learn(
             raise click.UsageError("a stream (-) shows one class and is the only source; name the class: --label NAME")
         from device_runtime.service.frames import take
 
-        images = {normalise_name(label): take(raw_stdin(), frames, every, opened.facts["size"])}
+        images = {normalise_name(label): take(raw_stdin(), frames, every, opened.bundle.size)}
     elif label is not None:
         images = {normalise_name(label): image_files(sources)}
     else:
         images = {name: image_files(folders) for name, folders in _class_folders(sources).items()}
     with progress_line() as watcher:
         result = opened.learn_all(images, Limits(max_forgetting), budget, watcher)
-    warn(result)
+    warn(result.warnings)
     if as_json:
-        print_json(result)
+        print_json(result.to_dict())
         return
-    memory = "" if result["peak_mb"] is None else f", {result['peak_mb']} MiB of memory at most"
-    took = f"{result['seconds']:.1f} s{memory}"
-    click.echo(f"generation {result['generation']}: learned {result['images']} images in {took}")
-    for taught in result["taught"]:
-        held = taught["held_out"]
-        found = "" if held["accuracy"] is None else f"; {held['accuracy']:.3f} of {held['images']} held out recognised"
-        kind = "new" if taught["new"] else "known before"
-        click.echo(f"  {taught['label']}: {taught['images']} images, {kind}{found}")
-    tell_cost(result, "old classes")
+    memory = "" if result.peak_mb is None else f", {result.peak_mb} MiB of memory at most"
+    took = f"{result.seconds:.1f} s{memory}"
+    click.echo(f"generation {result.generation}: learned {result.images} images in {took}")
+    for taught in result.taught:
+        held = taught.held_out
+        found = "" if held.accuracy is None else f"; {held.accuracy:.3f} of {held.images} held out recognised"
+        kind = "new" if taught.new else "known before"
+        click.echo(f"  {taught.label}: {taught.images} images, {kind}{found}")
+    tell_cost(result.old_classes, "old classes")
 
 
 def _class_folders(sources: tuple[Path, ...]) -> dict[str, list[Path]]:

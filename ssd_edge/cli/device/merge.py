@@ -24,11 +24,11 @@ def merge(bundle: Path, max_forgetting: float, root: Path | None, as_json: bool)
 
     result = open_device(root).merge(bundle, Limits(max_forgetting))
     if as_json:
-        warn(result)
-        print_json(result)
+        warn(result.warnings)
+        print_json(result.to_dict())
         return
-    click.echo(f"generation {result['generation']}: merged with installation {result['merged']}")
-    for one in result["taught"]:
-        click.echo(f"  {one['label']}: {one['images']} images, {'new' if one['new'] else 'known before'}")
-    warn(result)
-    tell_cost(result, "classes that stay")
+    click.echo(f"generation {result.generation}: merged with installation {result.merged}")
+    for one in result.taught:
+        click.echo(f"  {one.label}: {one.images} images, {'new' if one.new else 'known before'}")
+    warn(result.warnings)
+    tell_cost(result.old_classes, "classes that stay")

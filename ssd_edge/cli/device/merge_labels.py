@@ -21,9 +21,9 @@ def merge_labels(labels: tuple[str, ...], into: str, max_forgetting: float, root
 
     result = open_device(root).merge_labels(labels, into, Limits(max_forgetting))
     if as_json:
-        warn(result)
-        print_json(result)
+        warn(result.warnings)
+        print_json(result.to_dict())
         return
-    click.echo(f"generation {result['generation']}: {', '.join(result['merged_labels'])} are '{result['into']}' now")
-    warn(result)
-    tell_cost(result, "classes that stay")
+    click.echo(f"generation {result.generation}: {', '.join(result.merged_labels)} are '{result.into}' now")
+    warn(result.warnings)
+    tell_cost(result.old_classes, "classes that stay")

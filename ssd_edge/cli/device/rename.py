@@ -18,7 +18,7 @@ def rename(label: str, new: str, root: Path | None, as_json: bool) -> None:
     """Give the class LABEL the name NEW; what was learned stays as it is."""
     result = open_device(root).rename(label, new)
     if as_json:
-        print_json(result)
+        print_json(result.to_dict())
     else:
-        was, now = result["renamed"]
-        click.echo(f"generation {result['generation']}: '{was}' is called '{now}'")
+        was, now = result.renamed
+        click.echo(f"generation {result.generation}: '{was}' is called '{now}'")

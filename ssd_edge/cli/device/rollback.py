@@ -17,8 +17,8 @@ def rollback(generation: int | None, root: Path | None, as_json: bool) -> None:
     """Return to the generation before the last learn, or to GENERATION."""
     result = open_device(root).rollback(generation)
     if as_json:
-        print_json(result)
+        print_json(result.to_dict())
     else:
-        names = result["classes"]
-        was = f"generation {result['generation']} (was {result['from']})"
+        names = result.classes
+        was = f"generation {result.generation} (was {result.previous})"
         click.echo(f"{was}: {listed(names)}")

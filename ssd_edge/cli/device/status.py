@@ -15,7 +15,7 @@ from ssd_edge.cli.options import JSON, ROOT, open_device, print_json
 @JSON
 def status(root: Path | None, as_json: bool) -> None:
     """What this device is and knows."""
-    result = open_device(root).status()
+    result = open_device(root).status().to_dict()
     if as_json:
         print_json(result)
         return

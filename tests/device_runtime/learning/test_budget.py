@@ -91,9 +91,9 @@ def test_learning_by_gradients_stops_early(tiny_bundle, tmp_path):
     free = device.learn("wedge", photos(10), limits=everything)
     device.rollback()
     short = device.learn("wedge", photos(10), limits=everything, budget=Budget(seconds=1e-3))
-    assert short["measured"]["epochs"] == 1 < free["measured"]["epochs"]
-    assert any("stopped early" in warning for warning in short["warnings"])
-    assert not any("stopped early" in warning for warning in free["warnings"])
+    assert short.measured["epochs"] == 1 < free.measured["epochs"]
+    assert any("stopped early" in warning for warning in short.warnings)
+    assert not any("stopped early" in warning for warning in free.warnings)
 
 
 def test_without_a_limit_nothing_stops():
@@ -147,11 +147,11 @@ def test_what_will_be_needed_counts_too(monkeypatch):
 def test_a_report_and_history_tell_time_and_peak_memory(device):
     stages: list[str] = []
     result = device.learn("wedge", photos(5), watcher=lambda stage, share, left: stages.append(stage))
-    assert result["seconds"] > 0
-    assert result["peak_mb"] is None or 50 < result["peak_mb"] < 10_000
+    assert result.seconds > 0
+    assert result.peak_mb is None or 50 < result.peak_mb < 10_000
     assert list(dict.fromkeys(stages)) == ["embedding", "trying", "learning", "checking"]
-    told = device.history()["generations"][-1]["info"]
-    assert (told["seconds"], told["peak_mb"]) == (result["seconds"], result["peak_mb"])
+    told = device.history().generations[-1].info
+    assert (told["seconds"], told["peak_mb"]) == (result.seconds, result.peak_mb)
 
 
 def test_where_the_system_keeps_no_peak_none_is_told(tmp_path):

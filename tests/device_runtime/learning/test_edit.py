@@ -53,9 +53,9 @@ def scores(device: Device) -> torch.Tensor:
 def test_a_forgotten_class_is_never_answered_and_a_rollback_brings_it_back(device):
     before = scores(device)
     result = device.forget("nut")
-    assert (result["generation"], result["classes"]) == (2, ["cup", "screw"])
-    assert (result["forgot"], result["images"], result["exact"], result["left"]) == ("nut", 20, True, "")
-    assert result["old_classes"]["drop"] <= 0
+    assert (result.generation, result.classes) == (2, ["cup", "screw"])
+    assert (result.forgot, result.images, result.exact, result.left) == ("nut", 20, True, "")
+    assert result.old_classes.drop <= 0
     assert labels(device, "screw") == {"screw"}
     assert labels(device, "nut") == {"unknown"}
     assert "nut" not in labels(device, "nut", reject=False)
@@ -83,8 +83,8 @@ def test_what_cannot_be_forgotten_exactly_says_so_or_is_refused(tiny_bundle, tmp
         device.forget("nut", exactly=True)
     assert device.generation.number == 1
     result = device.forget("nut")
-    assert not result["exact"]
-    assert "covariance that all classes share" in result["left"]
+    assert not result.exact
+    assert "covariance that all classes share" in result.left
     assert labels(device, "screw") == {"screw"}
 
 
@@ -119,8 +119,8 @@ def test_an_unknown_label_changes_nothing(device):
 def test_two_classes_become_one(device):
     device.learn("wedge", photos("wedge", 10))
     result = device.merge_labels(["nut", "screw"], "fastener")
-    assert result["classes"] == ["cup", "fastener", "wedge"]
-    assert (result["merged_labels"], result["into"]) == (["nut", "screw"], "fastener")
+    assert result.classes == ["cup", "fastener", "wedge"]
+    assert (result.merged_labels, result.into) == (["nut", "screw"], "fastener")
     assert device.registry.entries[1].images == 40
     assert float(device.statistics.counts[1]) == 40
     for name in ("nut", "screw"):
@@ -132,7 +132,7 @@ def test_two_classes_become_one(device):
 
 def test_a_class_can_be_merged_into_a_known_one(device):
     result = device.merge_labels(["cup"], "screw")
-    assert result["classes"] == ["nut", "screw"]
+    assert result.classes == ["nut", "screw"]
     assert labels(device, "nut") == {"nut"}
 
 
@@ -170,9 +170,9 @@ def test_an_export_is_a_bundle_that_answers_the_same(device, tmp_path):
     device.learn("wedge", photos("wedge", 10))
     device.rename("cup", "mug")
     result = device.export(tmp_path / "robot.ssdedge")
-    assert (result["generation"], result["signed_by"]) == (3, None)
+    assert (result.generation, result.signed_by) == (3, None)
     opened = bundles.read(tmp_path / "robot.ssdedge")
-    assert opened.sha256 == result["sha256"]
+    assert opened.sha256 == result.sha256
     assert opened.manifest["name"] == "robot"
     assert opened.manifest["classes"] == ["mug", "nut", "screw", "wedge"]
     assert opened.manifest["release"] == 1
@@ -182,7 +182,7 @@ def test_an_export_is_a_bundle_that_answers_the_same(device, tmp_path):
     install(tmp_path / "other", tmp_path / "robot.ssdedge")
     other = Device.open(tmp_path / "other")
     assert torch.equal(scores(other), scores(device))
-    assert other.facts["installation"] != device.facts["installation"]
+    assert other.bundle.installation != device.bundle.installation
     other.forget("wedge")
     other.export(tmp_path / "third.ssdedge")  # the section about the device is replaced, not added again
     card = bundles.read(tmp_path / "third.ssdedge").read("card").decode()
@@ -203,7 +203,7 @@ def test_an_export_can_be_signed(device, tmp_path):
     result = device.export(tmp_path / "signed.ssdedge", private)
     install(tmp_path / "other", device.store.root.parent / "tiny.ssdedge")
     trust(tmp_path / "other", public)
-    assert result["signed_by"] == install(tmp_path / "other", tmp_path / "signed.ssdedge").info["signed_by"]
+    assert result.signed_by == install(tmp_path / "other", tmp_path / "signed.ssdedge").info["signed_by"]
 
 
 def test_a_name_in_a_card_is_no_markup(device, tmp_path):
@@ -229,12 +229,12 @@ def test_two_devices_merged_are_one_that_was_taught_both(tiny_bundle, tmp_path, 
         one.learn_all({"bolt": photos("bolt", 10), "wedge": photos("wedge", 6, seed=1)}, limits=ANY)
     there.export(tmp_path / "there.ssdedge")
     result = here.merge(tmp_path / "there.ssdedge", ANY)
-    assert result["classes"] == both.classes == ["cup", "nut", "screw", "wedge", "bolt"]
-    assert result["taught"] == [
+    assert result.classes == both.classes == ["cup", "nut", "screw", "wedge", "bolt"]
+    assert [one.to_dict() for one in result.taught] == [
         {"label": "bolt", "images": 10, "new": True},
         {"label": "wedge", "images": 6, "new": False},
     ]
-    assert here.status()["images"] == both.status()["images"]
+    assert here.status().images == both.status().images
     wanted = scores(both)
     assert torch.allclose(scores(here), wanted, atol=1e-4 * float(wanted.abs().max()))
     assert torch.equal(scores(here).argmax(1), wanted.argmax(1))
@@ -294,7 +294,7 @@ def test_a_rename_is_known_by_its_class(new_device, tmp_path):
     there.export(tmp_path / "there.ssdedge")
     here.merge(tmp_path / "there.ssdedge")
     assert here.classes == ["mug", "nut", "screw", "bolt"]
-    assert here.status()["images"]["mug"] == 25
+    assert here.status().images["mug"] == 25
 
 
 def test_what_cannot_be_merged_says_why(tiny_bundle, tmp_path):
@@ -321,7 +321,7 @@ def test_a_trusted_key_is_asked_for(new_device, tmp_path):
     with pytest.raises(BundleRefusedError, match=r"not signed|unsigned"):
         here.merge(tmp_path / "there.ssdedge")
     there.export(tmp_path / "signed.ssdedge", private)
-    assert here.merge(tmp_path / "signed.ssdedge")["classes"][-1] == "bolt"
+    assert here.merge(tmp_path / "signed.ssdedge").classes[-1] == "bolt"
 
 
 def test_the_base_must_still_be_there(new_device, tmp_path):
@@ -345,7 +345,7 @@ def test_history_says_what_was_done(device):
     device.learn("wedge", photos("wedge", 10))
     device.merge_labels(["nut", "screw"], "fastener")
     device.forget("cup")
-    assert [entry["what"] for entry in device.history()["generations"]] == [
+    assert [entry.what for entry in device.history().generations] == [
         "install tiny.ssdedge",
         "learn 'wedge' (10 images)",
         "merge 'nut', 'screw' into 'fastener'",

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from device_runtime.learning.guard import Judgement, Limits, judge
-from device_runtime.learning.retention import ask, estimate
+from device_runtime.learning.retention import estimate, predict_pseudo
+from device_runtime.results import Suspects
 from ssd_edge import learners
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import GateRefusedError, InputError
@@ -73,20 +74,20 @@ def test_the_estimated_drop_is_near_the_true_one(options: dict[str, Any], shots:
     unseen = world.draw(truth)
     old, new = (float((learner.predict(unseen) == truth).double().mean()) for learner in (before, after))
     found = estimate(before, after, world.statistics)
-    assert found["drop"] == pytest.approx(old - new, abs=0.06 + 0.2 * (old - new))
-    assert 0.0 <= found["drop_error"] < 0.03
-    plain = ask(before, after, world.statistics, spread=1.0).summary()  # on Gaussians the Gaussian is right
-    assert plain["accuracy_before"] == pytest.approx(old, abs=0.06)
+    assert found.drop == pytest.approx(old - new, abs=0.06 + 0.2 * (old - new))
+    assert 0.0 <= found.drop_error < 0.03
+    plain = predict_pseudo(before, after, world.statistics, spread=1.0).summary()  # on Gaussians the Gaussian is right
+    assert plain.accuracy_before == pytest.approx(old, abs=0.06)
 
 
 def test_catastrophic_forgetting_is_refused_and_says_why(world: World) -> None:
     found = world.teach(world.of(OLD, 60), name="finetune", epochs=100, neurons=100, lr=0.5)
-    assert found.retention["drop"] > 0.3
+    assert found.retention.drop > 0.3
     with pytest.raises(GateRefusedError) as caught:
         found.check()
     sentence = str(caught.value)
-    assert f"{found.retention['drop']:.3f} less where max_forgetting allows 0.1" in sentence
-    assert f"'{found.retention['worst']['label']}' loses most" in sentence
+    assert f"{found.retention.drop:.3f} less where max_forgetting allows 0.1" in sentence
+    assert f"'{found.retention.worst.label}' loses most" in sentence
     assert caught.value.exit_code == 4
 
 
@@ -96,7 +97,7 @@ def test_the_limit_decides() -> None:
     lenient, strict = (world.teach(images, limits=Limits(limit), name="ncm") for limit in (1.0, 0.0))
     assert not lenient.refusals
     assert lenient.retention == strict.retention
-    assert strict.retention["drop"] > 0.0
+    assert strict.retention.drop > 0.0
     assert "max_forgetting allows 0;" in strict.refusals[0]
 
 
@@ -111,10 +112,10 @@ def test_a_clean_new_class_passes_without_a_word(world: World, options: dict[str
     found = world.teach(world.of(OLD), **options)
     found.check()
     assert (found.warnings, found.refusals, found.suspects) == ([], [], [])
-    assert found.retention["drop"] < 0.1
+    assert found.retention.drop < 0.1
     assert found.agreement is not None
     assert found.agreement > 0.8
-    assert json.loads(json.dumps(found.to_json()))["retention"]["worst"]["label"] in KNOWN
+    assert json.loads(json.dumps(found.to_dict()))["retention"]["worst"]["label"] in KNOWN
 
 
 def test_false_alarms_are_rare() -> None:
@@ -141,8 +142,8 @@ def test_a_mixed_up_folder_is_pointed_out(row: int) -> None:
     for seed in range(10):
         world = World(seed, scale=1.2)
         found = world.teach(torch.cat([world.of(row, 8), world.of(2, 5), world.of(row, 7)]), row=row)
-        exact += any(suspect["indices"] == [8, 9, 10, 11, 12] for suspect in found.suspects)
-        assert all(suspect["like"] in ("screw", None) for suspect in found.suspects)
+        exact += any(suspect.indices == [8, 9, 10, 11, 12] for suspect in found.suspects)
+        assert all(suspect.like in ("screw", None) for suspect in found.suspects)
     assert exact >= 6
     assert "5 of 20 images" in found.warnings[0]
     assert "'image 8'" in found.warnings[0]
@@ -157,7 +158,7 @@ def test_an_image_unlike_the_others_is_pointed_out_by_its_name(world: World) -> 
     after.learn(learners.Task(images, rows))
     names = [f"{number}.jpg" for number in range(12)]
     found = judge(before, after, world.statistics, images, rows, world.registry, names=names)
-    assert found.suspects == [{"kind": "far", "label": "gear", "like": None, "indices": [4]}]
+    assert found.suspects == [Suspects("far", "gear", None, [4])]
     assert "1 of 12 images taught as 'gear' are unlike the others ('4.jpg')" in found.warnings[0]
 
 
@@ -183,7 +184,7 @@ def test_numbers_that_are_none_are_refused(world: World, value: float) -> None:
     found = judge(before, after, world.statistics, images, rows, world.registry)
     with pytest.raises(GateRefusedError, match=r"nothing was changed: .* holds NaN or infinity in values"):
         found.check()
-    assert found.retention == {}
+    assert found.retention is None
 
 
 def test_scores_that_overflow_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +210,8 @@ def test_a_class_that_vanishes_is_refused_unless_anything_may_be_forgotten(world
     after.bias[2] = -1e6
     found = judge(before, after, world.statistics, images, rows, world.registry, Limits(max_forgetting=0.99))
     (sentence,) = found.refusals
-    assert sentence.startswith("'screw' would never be answered again")
-    assert found.retention["worst"]["label"] == "screw"
+    assert sentence.startswith("'screw' would never be predicted again")
+    assert found.retention.worst.label == "screw"
     assert judge(before, after, world.statistics, images, rows, world.registry, Limits(1.0)).refusals == []
 
 
@@ -232,7 +233,7 @@ def test_outputs_for_classes_yet_to_come_are_not_looked_at() -> None:
     before.expect(OLD + 4)
     before.learn(learners.Task(world.vectors, world.labels))
     found = judge(before, before, world.statistics, world.of(0), torch.zeros(20, dtype=torch.int64), world.registry)
-    assert (found.refusals, found.agreement, found.retention["drop"]) == ([], 1.0, 0.0)
+    assert (found.refusals, found.agreement, found.retention.drop) == ([], 1.0, 0.0)
 
 
 def test_a_learner_without_old_classes_is_judged_by_its_numbers_alone() -> None:
@@ -242,4 +243,4 @@ def test_a_learner_without_old_classes_is_judged_by_its_numbers_alone() -> None:
     images, rows = world.of(0), torch.zeros(20, dtype=torch.int64)
     after.learn(learners.Task(images, rows))
     found = judge(before, after, ClassStatistics(DIM), images, rows, world.registry)
-    assert found == Judgement({}, None, [], [], [])
+    assert found == Judgement(None, None, [], [], [])

@@ -33,38 +33,38 @@ def labels(device: Device, name: str) -> set[str]:
 def test_several_classes_are_one_generation(root):
     device = Device.open(root)
     result = device.learn_all({"wedge": photos("wedge", 10), "bolt": photos("bolt", 5)})
-    assert result["generation"] == 2
-    assert result["classes"] == ["cup", "nut", "screw", "wedge", "bolt"]
-    assert (result["label"], result["images"]) == ("wedge, bolt", 15)
-    assert [(one["label"], one["images"], one["new"]) for one in result["taught"]] == [
+    assert result.generation == 2
+    assert result.classes == ["cup", "nut", "screw", "wedge", "bolt"]
+    assert (result.label, result.images) == ("wedge, bolt", 15)
+    assert [(one.label, one.images, one.new) for one in result.taught] == [
         ("wedge", 10, True),
         ("bolt", 5, True),
     ]
-    assert [one["held_out"] for one in result["taught"]] == [
+    assert [one.held_out.to_dict() for one in result.taught] == [
         {"images": 2, "accuracy": 1.0},
         {"images": 1, "accuracy": 1.0},
     ]
-    assert result["held_out"] == {"images": 3, "accuracy": 1.0}
+    assert result.held_out.to_dict() == {"images": 3, "accuracy": 1.0}
     for name in COLOURS:
         assert labels(device, name) == {name}
-    assert Device.open(root).status()["images"] == {"cup": 20, "nut": 20, "screw": 20, "wedge": 10, "bolt": 5}
+    assert Device.open(root).status().images == {"cup": 20, "nut": 20, "screw": 20, "wedge": 10, "bolt": 5}
 
 
 def test_more_images_of_a_known_class_move_it(root):
     device = Device.open(root)
     before = device.learner.state_dict()["sums"][0]
     result = device.learn("cup", photos("cup", 1))  # one is enough: the class has others
-    assert result["classes"] == ["cup", "nut", "screw"]
-    assert result["taught"][0] == {
+    assert result.classes == ["cup", "nut", "screw"]
+    assert result.taught[0].to_dict() == {
         "label": "cup",
         "images": 1,
         "new": False,
         "held_out": {"images": 0, "accuracy": None},
     }
     assert not device.learner.state_dict()["sums"][0].equal(before)
-    assert device.status()["images"]["cup"] == 21
+    assert device.status().images["cup"] == 21
     assert device.statistics.counts.tolist() == [21, 20, 20]
-    assert device.status()["learned_here"] == []
+    assert device.status().learned_here == []
     device.rollback()
     assert device.learner.state_dict()["sums"][0].equal(before)
 
@@ -72,7 +72,7 @@ def test_more_images_of_a_known_class_move_it(root):
 def test_new_and_known_may_be_learned_together(root):
     device = Device.open(root)
     result = device.learn_all({"cup": photos("cup", 4), "wedge": photos("wedge", 4)})
-    assert [one["new"] for one in result["taught"]] == [False, True]
+    assert [one.new for one in result.taught] == [False, True]
     assert labels(device, "wedge") == {"wedge"}
 
 
@@ -103,19 +103,19 @@ def test_what_would_make_it_forget_is_refused_and_changes_nothing(root):
     assert device.predict(photos("cup", 5)) == before
     assert Device.open(root).generation.number == 1
     result = device.learn_all({"mug": photos("cup", 20, seed=1)}, Limits(max_forgetting=0.5))
-    assert "'mug' looks like 'cup'" in result["warnings"][0]
-    assert result["old_classes"]["worst"]["label"] == "cup"
-    assert device.history()["generations"][-1]["info"]["warnings"] == result["warnings"]
+    assert "'mug' looks like 'cup'" in result.warnings[0]
+    assert result.old_classes.worst.label == "cup"
+    assert device.history().generations[-1].info["warnings"] == result.warnings
 
 
 def test_a_class_is_renamed_and_nothing_else(root):
     device = Device.open(root)
     before = device.learner.scores(device.embed(photos("cup", 5)))
     result = device.rename("cup", "mug")
-    assert (result["generation"], result["renamed"]) == (2, ["cup", "mug"])
+    assert (result.generation, result.renamed) == (2, ("cup", "mug"))
     assert labels(device, "cup") == {"mug"}
     assert device.learner.scores(device.embed(photos("cup", 5))).equal(before)
-    assert device.history()["generations"][-1]["info"] == {"renamed": ["cup", "mug"]}
+    assert device.history().generations[-1].info == {"renamed": ["cup", "mug"]}
     with pytest.raises(InputError, match="no class 'cup' is known"):
         device.rename("cup", "x")
     device.rollback()
@@ -195,4 +195,4 @@ def test_who_learns_second_is_refused_and_the_first_goes_on(root):
     first, second = Device.open(root), Device.open(root)
     with first.store.writer(), pytest.raises(EnvironmentUnfitError, match="another process is writing"):
         second.learn("wedge", photos("wedge", 4))
-    assert second.learn("wedge", photos("wedge", 4))["generation"] == 2
+    assert second.learn("wedge", photos("wedge", 4)).generation == 2

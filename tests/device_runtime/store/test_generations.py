@@ -81,9 +81,9 @@ def test_a_generation_is_what_was_committed(root):
 def test_list_and_journal(root):
     store = Generations(root)
     flip(root / "generations/000002/learner.safetensors")
-    got = [[item[key] for key in ("number", "current", "intact", "parent")] for item in store.list()]
+    got = [[item.number, item.current, item.intact, item.parent] for item in store.list()]
     assert got == [[1, False, True, None], [2, False, False, None], [3, True, True, 2]]
-    assert "000002/learner.safetensors is damaged: its sha256 is " in store.list()[1]["problem"]
+    assert "000002/learner.safetensors is damaged: its sha256 is " in store.list()[1].problem
     got = [(event["seq"], event["event"], event["generation"]) for event in store.journal()]
     assert got == [(1, "install", 1), (2, "learn", 2), (3, "learn", 3)]
     assert set(store.journal()[2]) == {"seq", "untrusted_time", "event", "generation", "parent", "info"}

@@ -220,7 +220,7 @@ def examine(root: Path, before: dict[int, dict[str, bytes]], action: str, after:
     events = [event for _, event in journal.lines()]
     assert None not in (events if journal.is_whole() else events[:-1])
     result = device.learn("wedge", photos("wedge", 4, seed=50), limits=ANY)  # and the lock is free
-    assert result["generation"] > max(now.number, 10)
+    assert result.generation > max(now.number, 10)
     assert (device.generation.parent, Device.open(root).generation) == (now.number, device.generation)
     assert leftovers(root) == []
     assert journal.is_whole()
@@ -306,7 +306,7 @@ def test_a_first_install_killed(parent):
             with pytest.raises(InputError, match="no bundle is installed"):
                 Device.open(root)
             ACTIONS["install"](root, parent.folder)
-        assert Device.open(root).learn("wedge", photos("wedge", 4), limits=ANY)["classes"][-1] == "wedge"
+        assert Device.open(root).learn("wedge", photos("wedge", 4), limits=ANY).classes[-1] == "wedge"
         assert leftovers(root) == []
 
 

@@ -47,7 +47,7 @@ def test_what_is_pruned_while_it_is_opened_is_not_damaged(store, monkeypatch, ca
     assert (got.number, got.fallback, caplog.text) == (9, "", "")
     assert store.numbers() == [1, 8, 9]
     overtake(monkeypatch, store, times=1)
-    assert [(one["number"], one["intact"]) for one in store.list()] == [(1, True), (8, True)]
+    assert [(one.number, one.intact) for one in store.list()] == [(1, True), (8, True)]
     assert store.numbers() == [1, 10, 11]
 
 
