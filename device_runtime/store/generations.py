@@ -40,7 +40,7 @@ from device_runtime.store.record import (
 )
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
-from ssd_edge.system import MIB, file_lock, lock_holder, utc_now
+from ssd_edge.system import MIB, disk_free, file_lock, lock_holder, utc_now
 
 KEEP = 10  # generations kept by `tidy` unless $SSD_EDGE_KEEP is set; those in use and the last installed one stay
 EVENTS = 1000  # journal events kept by `tidy`: a year of three learns a day; installations always stay

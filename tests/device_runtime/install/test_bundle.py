@@ -58,7 +58,7 @@ def test_it_is_tested_on_this_machine_and_what_was_found_is_kept(put, root):
     assert tested["max_difference"] <= 1e-5
     assert tested["agreement"] == 1.0
     assert "self-test on 4 images with CPUExecutionProvider: cosine 1.0" in put.said[-1]
-    assert Device.open(root).status()["release"] == 7
+    assert Device.open(root).status().release == 7
 
 
 def test_what_a_later_start_needs_is_carried_into_learned_generations(put, root, tmp_path):
