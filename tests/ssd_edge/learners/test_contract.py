@@ -246,7 +246,7 @@ def test_metadata_that_lack_a_key_are_refused(key: str) -> None:
 def test_a_table_that_names_no_neuron_is_refused() -> None:
     arrays, metadata = pack(make("ssd"))
     arrays["top_n_indices"][0] = 48
-    with pytest.raises(BundleRefusedError, match="names neuron 48, but there are 48"):
+    with pytest.raises(BundleRefusedError, match="contains neuron 48, but there are 48"):
         restore(arrays, metadata)
 
 
