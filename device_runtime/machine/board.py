@@ -1,4 +1,4 @@
-"""What this machine is, as its own files say; nothing is written, and what is not there stays empty."""
+"""Description of this machine, read from system files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 from ssd_edge.system import usable_cores
 from ssd_edge.targets import numbers
 
-TIMEOUT = 5.0  # seconds, for a tool that only prints a line
+TIMEOUT = 5.0  # seconds, for a tool that prints one line
 
-# Jetson Linux release → the JetPack that brings it, as NVIDIA published them; 36.4 came with more than one.
+# Jetson Linux release → its JetPack, as published by NVIDIA; 36.4 belongs to several.
 JETPACKS: dict[tuple[int, ...], str] = {
     (32, 7): "4.6",
     (35, 4): "5.1.2",
@@ -34,21 +34,21 @@ Run = Callable[[Sequence[str]], str]
 
 @dataclasses.dataclass(frozen=True)
 class Board:
-    """A machine. Texts may be empty and numbers 0: then the machine does not say.
+    """A machine. Unknown strings are empty and unknown numbers 0.
 
     Attributes:
-        model: of a board with a device tree, e.g. ``NVIDIA Jetson Orin Nano Developer Kit``.
+        model: Model in the device tree, e.g. ``NVIDIA Jetson Orin Nano Developer Kit``.
         l4t: Jetson Linux release, e.g. ``36.4.3``.
-        jetpack: that belongs to it.
-        architecture: e.g. ``aarch64``.
-        processor: its name; ARM boards have none.
-        cpus: that this process may use.
-        memory_mb: MiB in all.
-        available_mb: MiB that a new process can have without swapping.
-        power_mode: what ``nvpmodel`` says, e.g. ``15W``; a figure of a Jetson means little without it.
-        temperatures: zone → °C.
-        python: version of the interpreter.
-        system: the operating system.
+        jetpack: JetPack release of `l4t`.
+        architecture: Architecture, e.g. ``aarch64``.
+        processor: Name of the CPU; empty on ARM boards.
+        cpus: Number of CPUs that this process may use.
+        memory_mb: Total memory in MiB.
+        available_mb: Memory in MiB that a new process can have without swapping.
+        power_mode: Power mode reported by ``nvpmodel``, e.g. ``15W``, on which the speed of a Jetson depends.
+        temperatures: Temperature of each thermal zone in °C.
+        python: Version of the interpreter.
+        system: Name of the operating system.
     """
 
     model: str = ""
@@ -66,12 +66,12 @@ class Board:
 
     @property
     def jetson(self) -> bool:
-        """Whether it is a Jetson; in a container only one of the two may be seen."""
+        """True for a Jetson. A container may see only the release or only the model."""
         return bool(self.l4t) or "Jetson" in self.model
 
     @property
     def title(self) -> str:
-        """What to call it beside a figure, e.g. ``NVIDIA Jetson AGX Orin, JetPack 7.2, mode MAXN, 12 CPUs``."""
+        """Description for a table of results, e.g. ``NVIDIA Jetson AGX Orin, JetPack 7.2, mode MAXN, 12 CPUs``."""
         parts = [self.model or self.processor or self.architecture or "unknown machine"]
         if self.jetson:
             parts.append(f"JetPack {self.jetpack}" if self.jetpack else f"L4T {self.l4t or 'unknown'}")
@@ -84,11 +84,11 @@ class Board:
 
 
 def describe(root: Path = Path("/"), run: Run | None = None) -> Board:
-    """This machine.
+    """Describe this machine.
 
     Args:
-        root: of the file system that is read.
-        run: gives the standard output of a command, empty when it failed.
+        root: Root of the file system to read.
+        run: Returns the standard output of a command, empty if it failed.
     """
     l4t = _l4t(_text(root / "etc/nv_tegra_release"))
     memory = _memory(_text(root / "proc/meminfo"))
@@ -109,14 +109,14 @@ def describe(root: Path = Path("/"), run: Run | None = None) -> Board:
 
 
 def default_root() -> Path:
-    """Where a device keeps its state: ``$SSD_EDGE_ROOT``, else a folder in the user's data directory."""
+    """Return the root of the device's state: ``$SSD_EDGE_ROOT``, or a folder in the user's data directory."""
     if named := os.environ.get("SSD_EDGE_ROOT"):
         return Path(named)
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "ssd-edge" / "device"
 
 
 def run_tool(command: Sequence[str]) -> str:
-    """Standard output of a short command; empty when it is missing, fails or hangs."""
+    """Return the standard output of a short command; empty if the command is missing, fails or hangs."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, stdin=subprocess.DEVNULL
@@ -139,13 +139,13 @@ def _field(pattern: str, text: str) -> str:
 
 
 def _l4t(text: str) -> str:
-    """``# R36 (release), REVISION: 4.3, …`` → ``36.4.3``."""
+    """Parse ``# R36 (release), REVISION: 4.3, …`` as ``36.4.3``."""
     found = re.match(r"#\s*R(\d+)\s*\(release\),\s*REVISION:\s*(\d+(?:\.\d+)*)", text)
     return f"{found[1]}.{found[2]}" if found else ""
 
 
 def _memory(text: str) -> dict[str, int]:
-    """/proc/meminfo in MiB."""
+    """Parse /proc/meminfo and return its values in MiB."""
     return {name: int(kib) // 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
 
 
@@ -153,7 +153,7 @@ def _temperatures(folder: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for zone in sorted(folder.glob("thermal_zone*")):
         name = _text(zone / "type").strip() or zone.name
-        # a zone that is switched off answers with an error in place of a number; of two with one name the hotter counts
+        # a disabled zone returns an error text; of zones with the same name the hottest counts
         with contextlib.suppress(ValueError):
             found[name] = max(int(_text(zone / "temp")) / 1000, found.get(name, -273.15))
     return found

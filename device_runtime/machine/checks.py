@@ -1,4 +1,4 @@
-"""What the checks of `doctor` share."""
+"""Types shared by the checks of `doctor`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ ON_PC = {
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One finding.
+    """Result of a check.
 
     Attributes:
-        name: of what was examined.
-        state: one of `STATES`; ``unfit`` alone makes the machine unfit.
-        found: what was seen.
-        fix: what to do; empty where nothing is to be done.
+        name: Name of the check.
+        state: One of `STATES`; only ``unfit`` makes the machine unfit.
+        found: Finding.
+        fix: Recommended action; empty if there is none.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Check:
 
 @dataclasses.dataclass
 class Situation:
-    """What the checks know, and what the earlier ones have found out for the later ones."""
+    """Input of the checks, and results of earlier checks for later ones."""
 
     board: Board
     root: Path
@@ -54,21 +54,21 @@ class Situation:
     now: float
     target: targets.Target | None = None
     torch: ModuleType | None = None
-    capability: str = ""  # of a GPU on which PyTorch has computed something
-    runners: list[str] = dataclasses.field(default_factory=list)  # what can run a backbone, fastest first
+    capability: str = ""  # of a GPU that ran a PyTorch kernel
+    runners: list[str] = dataclasses.field(default_factory=list)  # runtimes that can run a backbone, fastest first
 
     def fix(self, package: str) -> str:
-        """How to get a package here; on a Jetson never from PyPI, whose builds would shadow JetPack's."""
+        """Return how to install a package; on a Jetson not from PyPI, whose builds would shadow JetPack's."""
         return (ON_JETSON if self.board.jetson else ON_PC)[package]
 
     @property
     def loss(self) -> State:
-        """Whether doing without the GPU is a loss that a user should know of."""
+        """State of a check that finds no usable GPU."""
         return "warning" if self.gpu_wanted else "note"
 
     @property
     def gpu_wanted(self) -> bool:
-        """Whether doing without the GPU is a loss that a user should know of."""
+        """True if running without a GPU deserves a warning."""
         return self.board.jetson and (self.target is None or self.target.kind != "cpu")
 
 

@@ -1,8 +1,8 @@
-"""Is this machine fit for SSD-Edge, or for one bundle? What is claimed to work is run, not only looked up.
+"""Checks of whether this machine can run SSD-Edge, or one bundle.
 
-A package that can be imported may still lack kernels for the GPU of this board, and ONNX Runtime lists providers that
-fall back to the processor in silence: so PyTorch computes a few numbers on each device, and a tiny network goes
-through each provider. The bundle's own backbone is not run: `installation.install` does that with its self-test.
+An installed package may lack kernels for the GPU of this board, and ONNX Runtime lists providers that silently fall
+back to the CPU. Therefore PyTorch computes a few numbers on each device, and each provider runs a tiny network. The
+bundle's own backbone is not run; `install` does so in its self-test.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ssd_edge.errors import EnvironmentUnfitError, InputError, SSDEdgeError
 from ssd_edge.system import MIB, disk_free, nearest_folder
 
 OLDEST_PYTHON = "3.10"
-SPARE_MB = 100  # free disk besides the bundle's: generations, journal, an engine
+SPARE_MB = 100  # free MiB besides the bundle's size: generations, journal, an engine
 CLOCK_SET = 1_704_067_200  # 2024-01-01; a board without a clock battery starts in 1970
 
 
@@ -36,16 +36,16 @@ def examine(
     *,
     now: float | None = None,
 ) -> list[Check]:
-    """Examine this machine.
+    """Check this machine.
 
     Args:
-        bundle: that is to run here; without one the machine alone is examined.
-        root: the device's state; it need not exist yet. The default root, if None.
-        board: this machine, if it is known already.
-        now: seconds since 1970.
+        bundle: Bundle to be installed; without one only the machine is checked.
+        root: Root of the device's state, which need not exist yet; None for the default root.
+        board: Description of this machine; None to read it.
+        now: Time in seconds since 1970; None for the current time.
 
     Returns:
-        The findings, in the order of `CHECKS`. A check that failed itself is a warning with the reason.
+        The results in the order of `CHECKS`. If a check itself fails, its result is a warning with the reason.
     """
     situation = Situation(
         board=board or describe(),
@@ -54,20 +54,20 @@ def examine(
         now=time.time() if now is None else now,
     )
     if bundle is not None:
-        with contextlib.suppress(InputError):  # a target of a newer version: `_bundle` says so
+        with contextlib.suppress(InputError):  # a target of a newer version; `_bundle` reports it
             situation.target = targets.get(bundle.manifest.get("target", ""))
-    found: list[Check] = []
+    results: list[Check] = []
     for name, check in CHECKS.items():
         try:
-            found.extend(check(situation))
-        except Exception as error:  # drivers and vendors' packages raise anything; the other checks still count
+            results.extend(check(situation))
+        except Exception as error:  # drivers and vendors' packages may raise any exception
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            found.append(Check(name, "warning", f"could not be examined ({reason})"))
-    return found
+            results.append(Check(name, "warning", f"could not be checked ({reason})"))
+    return results
 
 
 def verdict(checks: list[Check]) -> str:
-    """``fit``, or ``unfit: `` and the names of what makes it so."""
+    """Return ``fit``, or ``unfit: `` and the names of the failed checks."""
     wrong = dict.fromkeys(check.name for check in checks if check.state == "unfit")
     return f"unfit: {', '.join(wrong)}" if wrong else "fit"
 
@@ -81,11 +81,13 @@ def _machine(at: Situation) -> Examined:
 def _python(at: Situation) -> Examined:
     version, target = at.board.python, at.target
     if not targets.within(version, (OLDEST_PYTHON, None)):
-        yield Check("python", "unfit", f"{version}, but {OLDEST_PYTHON} is the oldest", "use a newer Python")
+        yield Check(
+            "python", "unfit", f"{version}, but {OLDEST_PYTHON} is the oldest supported version", "use a newer Python"
+        )
     elif target is not None and not targets.within(version, target.python):
         known = f"{target.python[0]} to {target.python[1]}"
-        fix = f"use Python {known}: JetPack's packages are built for its own" if at.board.jetson else ""
-        yield Check("python", "warning", f"{version}, but the target {target.name} knows {known}", fix)
+        fix = f"use Python {known}: JetPack's packages are built for its own version" if at.board.jetson else ""
+        yield Check("python", "warning", f"{version}, but the target {target.name} supports {known}", fix)
     else:
         yield Check("python", "ok", version)
 
@@ -96,15 +98,15 @@ def _jetpack(at: Situation) -> Examined:
         return
     if not board.l4t:
         fix = "in a container, mount /etc/nv_tegra_release from the host"
-        yield Check("jetpack", "note", "the Jetson Linux release is not known here", fix)
+        yield Check("jetpack", "note", "the Jetson Linux release is unknown", fix)
         return
     found = f"L4T {board.l4t}, JetPack {board.jetpack or 'unknown'}"
     if targets.within(board.l4t, (oldest, None)):
         yield Check("jetpack", "ok", found)
         return
     state: State = "warning" if at.target and at.target.kind == "cpu" else "unfit"
-    fix = f"install JetPack 6.1 (L4T {oldest}) or newer; a board that has none, like Xavier and Nano, is not supported"
-    yield Check("jetpack", state, f"{found}, is not supported", fix)
+    fix = f"install JetPack 6.1 (L4T {oldest}) or newer; boards without one, such as Xavier and Nano, are not supported"
+    yield Check("jetpack", state, f"{found} is not supported", fix)
 
 
 def _bundle(at: Situation) -> Examined:
@@ -113,31 +115,33 @@ def _bundle(at: Situation) -> Examined:
     board, target = at.board, at.target
     if target is None:
         name = at.bundle.manifest.get("target", "")
-        told = f"'{name}' is not known here, only: {', '.join(targets.targets())}"
-        yield Check("target", "warning", told, "upgrade SSD-Edge on this machine")
+        finding = f"'{name}' is unknown to this version, which knows: {', '.join(targets.targets())}"
+        yield Check("target", "warning", finding, "upgrade SSD-Edge on this machine")
         return
     problem = _misplaced(at, target)
     strange = target.kind == "jetson" and board.jetson and board.model and target.board not in board.model
     if problem:
         yield Check("target", "unfit", *problem)
-    elif strange and target.name != "jetson":  # makers of carriers write there what they like
-        told = f"{target.name}, but which module this is cannot be told from: {board.model}"
-        yield Check("target", "warning", told, "ssd-edge deploy --target jetson, which is for all of them")
+    elif strange and target.name != "jetson":  # makers of carrier boards choose the model name freely
+        finding = f"{target.name}, but the module cannot be identified from: {board.model}"
+        yield Check("target", "warning", finding, "ssd-edge deploy --target jetson, which covers all modules")
     elif target.kind == "jetson" and not board.jetson:
-        told = f"{target.name}, but this is no Jetson: what counts for it is not seen here, ONNX Runtime runs it"
-        yield Check("target", "warning", told)
+        finding = (
+            f"{target.name}, but this is not a Jetson: its requirements cannot be checked, and ONNX Runtime runs it"
+        )
+        yield Check("target", "warning", finding)
     elif target.kind == "cuda" and not at.capability:
-        yield Check("target", "warning", f"{target.name}, but no GPU can be used here: ONNX Runtime runs it")
+        yield Check("target", "warning", f"{target.name}, but there is no usable GPU: ONNX Runtime runs it on the CPU")
     else:
         yield Check("target", "ok", f"{target.name} ({target.title})")
     opset = at.bundle.manifest["backbone"].get("opset", 0)
     if opset > target.opset:
-        told = f"{opset}, but the target {target.name} takes up to {target.opset}"
-        yield Check("opset", "unfit", told, "deploy the run again with this version of SSD-Edge")
+        finding = f"{opset}, but the target {target.name} supports up to {target.opset}"
+        yield Check("opset", "unfit", finding, "deploy the run again with this version of SSD-Edge")
 
 
 def _misplaced(at: Situation, target: targets.Target) -> tuple[str, str] | None:
-    """Why a bundle for a Jetson is on the wrong one, and what to do; None if it is not."""
+    """Return why a Jetson bundle does not fit this Jetson, and the fix; None if it fits."""
     board = at.board
     if target.kind != "jetson" or not board.jetson:
         return None
@@ -148,13 +152,13 @@ def _misplaced(at: Situation, target: targets.Target) -> tuple[str, str] | None:
     if board.l4t and not targets.within(board.l4t, target.l4t):
         return f"{target.name} needs L4T {_oldest(target)} or newer, but this is {board.l4t}", "install a newer JetPack"
     if at.capability and target.compute_capability and at.capability not in target.compute_capability:
-        told = f"{target.name} has compute capability {' or '.join(target.compute_capability)}, but this GPU"
-        return f"{told} {at.capability}", "ssd-edge deploy --target cpu"
+        finding = f"{target.name} has compute capability {' or '.join(target.compute_capability)}, but this GPU"
+        return f"{finding} {at.capability}", "ssd-edge deploy --target cpu"
     return None
 
 
 def _oldest(target: targets.Target) -> str | None:
-    """The oldest Jetson Linux that a target knows."""
+    """Return the oldest Jetson Linux release that a target supports."""
     return target.l4t[0] if target.l4t else None
 
 
@@ -164,15 +168,15 @@ def _signature(at: Situation) -> Examined:
 
     signature = getattr(at.bundle, "signature", None)
     if not trust.keys(at.root):
-        told = "signed, but" if signature else "unsigned, and"
-        yield Check("signature", "note", f"{told} no key is trusted in {at.root}: any valid bundle is taken")
+        state = "signed, but" if signature else "unsigned, and"
+        yield Check("signature", "note", f"{state} no key is trusted in {at.root}: any valid bundle is accepted")
         return
     try:
         identity = trust.check_signature(at.root, at.bundle)
     except EnvironmentUnfitError as error:
         yield Check("signature", "unfit", f"cannot be checked: {error}", at.fix("cryptography"))
     except SSDEdgeError as error:
-        yield Check("signature", "unfit", str(error), "sign it with a key that is trusted here")
+        yield Check("signature", "unfit", str(error), "sign it with a key that this device trusts")
     else:
         yield Check("signature", "ok", f"by the trusted key {identity}")
 
@@ -185,7 +189,7 @@ def _power(at: Situation) -> Examined:
     if at.board.power_mode:
         yield Check("power mode", "ok", at.board.power_mode + heat)
     else:
-        yield Check("power mode", "note", f"nvpmodel does not say{heat}", "in a container: look on the host")
+        yield Check("power mode", "note", f"nvpmodel does not report it{heat}", "in a container: check on the host")
 
 
 def _disk(at: Situation) -> Examined:
@@ -196,43 +200,45 @@ def _disk(at: Situation) -> Examined:
             raise NotADirectoryError(20, f"{folder} is a file")
         _try_writing(folder)
     except OSError as error:
-        fix = "name another --root, or make it writable for this user"
+        fix = "choose another --root, or make it writable for this user"
         yield Check("disk", "unfit", f"{at.root} cannot be written ({error.strerror})", fix)
         return
     free = disk_free(folder) // MIB
-    told = f"{free:,} MiB free in {at.root}"
+    finding = f"{free:,} MiB free in {at.root}"
     if free < needed:
-        fix = "free some space, or name another --root"
-        yield Check("disk", "unfit", f"{told}, but {needed:,.0f} are needed (twice the bundle, and {SPARE_MB})", fix)
+        fix = "free some space, or choose another --root"
+        yield Check(
+            "disk", "unfit", f"{finding}, but {needed:,.0f} are required (twice the bundle plus {SPARE_MB})", fix
+        )
     else:
-        yield Check("disk", "ok", f"{told}, writable")
+        yield Check("disk", "ok", f"{finding}, writable")
 
 
 def _memory(at: Situation) -> Examined:
     board = at.board
     if not board.memory_mb:
-        yield Check("memory", "note", "this machine does not say how much it has")
+        yield Check("memory", "note", "the memory of this machine is unknown")
         return
-    told = f"{board.available_mb:,} of {board.memory_mb:,} MiB available"
+    finding = f"{board.available_mb:,} of {board.memory_mb:,} MiB available"
     if at.bundle is None:
-        yield Check("memory", "ok", told)
+        yield Check("memory", "ok", finding)
         return
     needed = estimate(at.bundle).total
-    told += f"; the bundle needs roughly {needed:,.0f}, a GPU's share not counted"
+    finding += f"; the bundle needs roughly {needed:,.0f}, without a GPU's share"
     fix = "a smaller backbone or learner, or a larger board"
     if needed > board.memory_mb:
-        yield Check("memory", "unfit", told, fix)
+        yield Check("memory", "unfit", finding, "use " + fix)
     elif needed > board.available_mb:
-        yield Check("memory", "warning", told, "stop what else is running, or take " + fix)
+        yield Check("memory", "warning", finding, "stop other programs, or use " + fix)
     else:
-        yield Check("memory", "ok", told)
+        yield Check("memory", "ok", finding)
 
 
 def _clock(at: Situation) -> Examined:
     day = time.strftime("%Y-%m-%d", time.gmtime(at.now))
     if at.now < CLOCK_SET:
-        told = f"it is not set ({day}); harmless: generations are counted, and their times are for people only"
-        yield Check("clock", "note", told)
+        finding = f"it is not set ({day}), which is harmless: generations are numbered, and times are for display only"
+        yield Check("clock", "note", finding)
     else:
         yield Check("clock", "ok", day)
 

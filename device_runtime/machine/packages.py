@@ -1,4 +1,4 @@
-"""The packages that a device computes with, each made to compute."""
+"""Checks of the packages that a device computes with; each package must run a small computation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from device_runtime.machine.checks import Check, Examined, Situation
 from ssd_edge import targets
 
 OLDEST_TORCH, OLDEST_ONNXRUNTIME = "2.3", "1.17"  # as in pyproject.toml
-# ONNX: y = Conv(x, w), both inputs float32 (1, 1, 3, 3). A convolution, because that is what needs cuDNN.
+# ONNX graph y = Conv(x, w), both inputs float32 (1, 1, 3, 3); a convolution, because it requires cuDNN.
 CONVOLUTION = bytes.fromhex(
     "08083a6b0a0f0a01780a017712017922 04436f6e76 120174 5a1b0a017812160a14080112100a0208010a0208010a0208030a020803"
     "5a1b0a017712160a14080112100a0208010a0208010a0208030a020803"
@@ -25,6 +25,7 @@ CONVOLUTION = bytes.fromhex(
 
 
 def check_packages(at: Situation) -> Examined:
+    """Check the base dependencies."""
     found = []
     for module, name in (("numpy", "NumPy"), ("safetensors", "safetensors"), ("PIL", "Pillow")):
         package, problem = _import(module)
@@ -36,48 +37,49 @@ def check_packages(at: Situation) -> Examined:
 
 
 def check_torch(at: Situation) -> Examined:
+    """Check that PyTorch computes on the CPU and shares memory with NumPy."""
     torch, problem = _import("torch")
     if torch is None:
-        told = f"PyTorch, which the learner needs, cannot be imported ({problem})"
-        yield Check("torch", "unfit", told, at.fix("torch"))
+        finding = f"PyTorch, which the learner requires, cannot be imported ({problem})"
+        yield Check("torch", "unfit", finding, at.fix("torch"))
         return
     version = str(torch.__version__)
     try:
         _compute(torch, "cpu")
         torch.from_numpy(np.ones(2, np.float32)).numpy()
-    except Exception as error:  # a PyTorch built for NumPy 1 fails here under NumPy 2
+    except Exception as error:  # a PyTorch built for NumPy 1 fails here with NumPy 2
         fix = "pip install 'numpy<2', if the message names NumPy; else " + at.fix("torch")
-        yield Check("torch", "unfit", f"PyTorch {version} does not compute on the processor ({_line(error)})", fix)
+        yield Check("torch", "unfit", f"PyTorch {version} cannot compute on the CPU ({_line(error)})", fix)
         return
     at.torch = torch
     old = not targets.within(version, (OLDEST_TORCH, None))
-    told = f"{version}, older than {OLDEST_TORCH}, the oldest that is supported" if old else version
-    yield Check("torch", "warning" if old else "ok", told, at.fix("torch") if old else "")
+    finding = f"{version}, older than {OLDEST_TORCH}, the oldest that is supported" if old else version
+    yield Check("torch", "warning" if old else "ok", finding, at.fix("torch") if old else "")
 
 
 def check_gpu(at: Situation) -> Examined:
+    """Check that PyTorch computes on the GPU."""
     torch = at.torch
     if torch is None:
         return
     if not torch.cuda.is_available():
-        why = "no CUDA GPU that PyTorch can use" if torch.version.cuda else "this PyTorch is built without CUDA"
-        yield Check(
-            "gpu", at.loss, f"{why}; the learner runs on the processor", at.fix("torch") if at.gpu_wanted else ""
-        )
+        why = "PyTorch finds no usable CUDA GPU" if torch.version.cuda else "this PyTorch is built without CUDA"
+        yield Check("gpu", at.loss, f"{why}; the learner runs on the CPU", at.fix("torch") if at.gpu_wanted else "")
         return
     name, capability = torch.cuda.get_device_name(0), ".".join(map(str, torch.cuda.get_device_capability(0)))
     found = f"{name}, compute capability {capability}, CUDA {torch.version.cuda}"
     try:
         _compute(torch, "cuda")
-    except Exception as error:  # no kernels for this GPU in the wheel, a driver that is too old, no memory
-        told = f"{found}, but a kernel does not run ({_line(error)}); the learner runs on the processor"
-        yield Check("gpu", "warning", told, at.fix("torch") if at.board.jetson else "update the driver, or PyTorch")
+    except Exception as error:  # e.g. a wheel without kernels for this GPU, an old driver, no memory
+        finding = f"{found}, but a kernel does not run ({_line(error)}); the learner runs on the CPU"
+        yield Check("gpu", "warning", finding, at.fix("torch") if at.board.jetson else "update the driver, or PyTorch")
         return
     at.capability = capability
     yield Check("gpu", "ok", f"{found}; a kernel ran")
 
 
 def check_onnxruntime(at: Situation) -> Examined:
+    """Check which providers of ONNX Runtime compute."""
     runtime, problem = _import("onnxruntime")
     if runtime is None:
         yield Check("onnxruntime", "note", f"cannot be imported ({problem})", at.fix("onnxruntime"))
@@ -86,7 +88,7 @@ def check_onnxruntime(at: Situation) -> Examined:
     for provider in (name for name in LADDER if name in available):
         reason = _convolve(runtime, provider)
         if reason:
-            text = f"{provider} is listed, but does not run ({reason})"
+            text = f"{provider} is listed, but cannot run ({reason})"
             yield Check("onnxruntime", "warning", text, at.fix("onnxruntime"))
         else:
             ran.append(provider)
@@ -94,13 +96,14 @@ def check_onnxruntime(at: Situation) -> Examined:
     version = str(runtime.__version__)
     old = not targets.within(version, (OLDEST_ONNXRUNTIME, None))
     listed = ", ".join(name.removesuffix("ExecutionProvider") for name in available)
-    told = f"{version}; lists {listed}; ran: {', '.join(at.runners) or 'none'}"
+    finding = f"{version}; lists {listed}; ran: {', '.join(at.runners) or 'none'}"
     if old:
-        told += f"; older than {OLDEST_ONNXRUNTIME}, the oldest that is supported"
-    yield Check("onnxruntime", "warning" if old else "ok", told, at.fix("onnxruntime") if old else "")
+        finding += f"; older than {OLDEST_ONNXRUNTIME}, the oldest that is supported"
+    yield Check("onnxruntime", "warning" if old else "ok", finding, at.fix("onnxruntime") if old else "")
 
 
 def check_tensorrt(at: Situation) -> Examined:
+    """Check that TensorRT can create a builder."""
     trt, problem = _import("tensorrt")
     if trt is None:
         yield Check("tensorrt", at.loss, f"cannot be imported ({problem})", at.fix("tensorrt"))
@@ -110,54 +113,60 @@ def check_tensorrt(at: Situation) -> Examined:
     known = at.target if at.target and at.target.tensorrt else usual
     oldest, newest = known.tensorrt or (None, None)
     if not targets.within(version, (oldest, None)):
-        told = f"{version}, but {oldest} is the oldest that is used"
-        yield Check("tensorrt", at.loss, told, "install a newer JetPack" if at.board.jetson else at.fix("tensorrt"))
+        finding = f"{version}, but {oldest} is the oldest supported version"
+        yield Check("tensorrt", at.loss, finding, "install a newer JetPack" if at.board.jetson else at.fix("tensorrt"))
         return
     try:
         builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
-    except Exception as error:  # without a GPU: TypeError, from a factory that returned nullptr
-        yield Check("tensorrt", at.loss, f"{version}, but no builder can be made, as without a GPU ({_line(error)})")
+    except Exception as error:  # without a GPU: TypeError, because a factory returned nullptr
+        yield Check(
+            "tensorrt", at.loss, f"{version}, but it cannot create a builder, e.g. for lack of a GPU ({_line(error)})"
+        )
         return
     del builder
     if not at.capability:
-        told = f"{version}, but it is not used: PyTorch, which holds its memory, cannot use the GPU"
-        yield Check("tensorrt", at.loss, told, at.fix("torch") if at.board.jetson else "")
+        finding = f"{version}, but it is not used: PyTorch, which allocates its memory, cannot use the GPU"
+        yield Check("tensorrt", at.loss, finding, at.fix("torch") if at.board.jetson else "")
         return
     at.runners.insert(0, f"TensorRT {version}")
     if not targets.within(version, (oldest, newest)):
-        yield Check("tensorrt", "warning", f"{version}; the target {known.name} knows {oldest} to {newest}")
+        yield Check("tensorrt", "warning", f"{version}; the target {known.name} supports {oldest} to {newest}")
     else:
-        yield Check("tensorrt", "ok", f"{version}; a builder can be made")
+        yield Check("tensorrt", "ok", f"{version}; created a builder")
 
 
 def check_backbone(at: Situation) -> Examined:
+    """Check that a runtime for the backbone was found."""
     if not at.runners:
         fix = at.fix("tensorrt" if at.gpu_wanted else "onnxruntime")
-        yield Check("backbone", "unfit", "neither ONNX Runtime nor TensorRT can run one here", fix)
+        yield Check("backbone", "unfit", "neither ONNX Runtime nor TensorRT can run a backbone on this machine", fix)
         return
-    told = f"can be run by {', '.join(at.runners)}"
+    finding = f"can run with {', '.join(at.runners)}"
     precision, suited = at.bundle.manifest["backbone"]["precision"] if at.bundle else "", targets.get("cpu").precisions
     if precision and precision not in suited and at.runners == ["ONNX Runtime CPU"]:
         fix = f"deploy it with --precision {' or '.join(suited)}"
-        yield Check("backbone", "note", f"{told}, which has few {precision} kernels: no faster than {suited[-1]}", fix)
+        yield Check(
+            "backbone", "note", f"{finding}, which has few {precision} kernels: no faster than {suited[-1]}", fix
+        )
     else:
-        yield Check("backbone", "ok", told)
+        yield Check("backbone", "ok", finding)
 
 
 def check_cryptography(at: Situation) -> Examined:
+    """Check that signatures can be verified if a key is trusted."""
     package, problem = _import("cryptography")
     keys = len(trust.keys(at.root))
     if package is not None:
         yield Check("cryptography", "ok", str(package.__version__))
     elif keys:
-        told = f"cannot be imported ({problem}), but {keys} trusted key(s) in {at.root} ask for signatures"
-        yield Check("cryptography", "unfit", told, at.fix("cryptography"))
+        finding = f"cannot be imported ({problem}), but {keys} trusted key(s) in {at.root} require signatures"
+        yield Check("cryptography", "unfit", finding, at.fix("cryptography"))
     else:
-        yield Check("cryptography", "note", f"not there; needed only once a key is trusted ({problem})")
+        yield Check("cryptography", "note", f"not installed; required only once a key is trusted ({problem})")
 
 
 def _import(module: str) -> tuple[ModuleType | None, str]:
-    """A module, or why it cannot be imported: a vendor's package whose library is missing raises all kinds."""
+    """Import a module; return it, or None and the reason. Vendors' packages may raise any exception."""
     try:
         return importlib.import_module(module), ""
     except Exception as error:
@@ -165,15 +174,15 @@ def _import(module: str) -> tuple[ModuleType | None, str]:
 
 
 def _line(error: Exception) -> str:
-    """The first line of a message; drivers write paragraphs."""
+    """Return the first line of a message; those of drivers can be long."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _compute(torch: Any, device: str) -> None:
-    """A few real kernels; whether one is available says nothing.
+    """Run a few kernels, because an available device may lack them.
 
     Raises:
-        Exception: whatever PyTorch raises, or RuntimeError for a wrong result.
+        Exception: Any error of PyTorch, or RuntimeError for a wrong result.
     """
     values = (torch.zeros(8, device=device) + 1).cumsum(0).topk(2).values
     if values.sum().item() != 15.0:
@@ -181,14 +190,14 @@ def _compute(torch: Any, device: str) -> None:
 
 
 def _convolve(runtime: Any, provider: str) -> str:
-    """Why a provider does not run a convolution, all by itself; empty if it does."""
+    """Return why a provider cannot run a convolution without another provider; empty if it can."""
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what fails is reported here, not on standard error
+    options.log_severity_level = 4  # errors are reported by the check, not on standard error
     if provider != "CPUExecutionProvider":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     ones = np.ones((1, 1, 3, 3), np.float32)
     try:
-        # ONNX Runtime prints on standard output when it falls back, where a caller may be writing JSON
+        # ONNX Runtime's fallback prints on standard output, where a caller may be writing JSON
         with contextlib.redirect_stdout(io.StringIO()):
             session = runtime.InferenceSession(CONVOLUTION, options, providers=[provider])
             result = session.run(None, {"x": ones * np.arange(9, dtype=np.float32).reshape(1, 1, 3, 3), "w": ones})

@@ -1,10 +1,10 @@
-"""What a bundle costs on this machine: latency, learning, memory, sizes; and a rough estimate without running it.
+"""Costs of a bundle on this machine: latency, learning time, memory and sizes, and an estimate of its memory.
 
-A percentile is the nearest rank: of n sorted values the one at position ⌈q/100 · n⌉, so it is always a value that was
-measured. Times are wall-clock (`time.perf_counter_ns`), from uint8 images in memory to NumPy arrays in memory: an
-embedder returns only when its work is done, also that on a GPU.
+A percentile is the nearest rank: the value at position ⌈q/100 · n⌉ of n sorted values, which is always a measured
+value. Times are wall-clock times (`time.perf_counter_ns`) from uint8 images in memory to NumPy arrays in memory. An
+embedder returns only when its work is done, also on a GPU.
 
-Run as a module it measures the memory of its own process, which is why it is one: what the caller has imported does
+The module measures memory in a separate process, in which it runs as the main module, so that the caller's imports do
 not count.
 """
 
@@ -39,21 +39,21 @@ if TYPE_CHECKING:
     from ssd_edge.learners import Learner
 
 PERCENTILES = (50, 90, 99)
-NEW_IMAGES = 20  # of the class that is learned
-REPEATS = 3  # of learning, which takes longer than a call
+NEW_IMAGES = 20  # images of the class that is learned
+REPEATS = 3  # repetitions of learning
 PHOTO = (640, 480)
-POOL = 8  # different images, so that no call repeats the one before
+POOL = 8  # number of images, so that consecutive calls differ
 VERSIONS = ("numpy", "torch", "onnxruntime", "tensorrt")
-UNMEASURED = "the GPU's share (CUDA context, TensorRT engine, workspace) is not in it"
+UNMEASURED = "without the GPU's share (CUDA context, TensorRT engine, workspace)"
 
-# For `estimate`; measured on x86-64 with ONNX Runtime on the processor, and on no board.
-RUNTIME_MB = 300  # interpreter, NumPy, PyTorch, ONNX Runtime: 242 MiB; CUDA builds of both take more
-BACKBONE_TIMES = 3  # the file, and its weights laid out anew, fp16 ones as fp32
-LEARNER_TIMES = 20  # peak of a learn ÷ file: 15 to 23 for landmark, ridge and slda; copies, float64 and whole matrices
-PSEUDO_SAMPLES, PSEUDO_BYTES = 100, 32  # per class, and per value while they are drawn in float64 (see retention)
-ACTIVATION_BATCH = 32  # images that an embedder takes at once
-ACTIVATION_CHANNELS, LIVE_MAPS = 64, 3  # of the first layers, where feature maps are largest; that exist at once
-FULL_RESOLUTION = 64  # pixels; larger inputs are halved by a network's first layer
+# For `estimate`; measured on x86-64 with ONNX Runtime on the CPU, not on a board.
+RUNTIME_MB = 300  # interpreter, NumPy, PyTorch and ONNX Runtime take 242 MiB; CUDA builds take more
+BACKBONE_TIMES = 3  # file, weights and reordered weights, with fp16 stored as fp32
+LEARNER_TIMES = 20  # peak while learning ÷ file size, 15 to 23 for landmark, ridge and slda
+PSEUDO_SAMPLES, PSEUDO_BYTES = 100, 32  # samples per class and bytes per value, see retention
+ACTIVATION_BATCH = 32  # images per call of the backbone
+ACTIVATION_CHANNELS, LIVE_MAPS = 64, 3  # of the first layers, whose feature maps are largest
+FULL_RESOLUTION = 64  # pixels; the first layer halves larger inputs
 
 Say = Callable[[str], None]
 
@@ -179,10 +179,10 @@ class Profile:
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile by nearest rank; `values` need not be sorted.
+    """Return the q-th percentile of unsorted values by nearest rank.
 
     Raises:
-        ValueError: no values, or q not in 0..100.
+        ValueError: There are no values, or q is not in 0..100.
     """
     if not len(values) or not 0 <= q <= 100:
         raise ValueError(f"the {q}-th percentile of {len(values)} values does not exist")
@@ -190,7 +190,7 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 def timed(call: Callable[[int], Any], calls: int, warm_up: int) -> dict[str, float]:
-    """Percentiles of the milliseconds that ``call(number)`` takes; the first `warm_up` calls do not count."""
+    """Return percentiles of the milliseconds per ``call(number)``, without the first `warm_up` calls."""
     taken = []
     for number in range(warm_up + calls):
         started = time.perf_counter_ns()
@@ -201,13 +201,10 @@ def timed(call: Callable[[int], Any], calls: int, warm_up: int) -> dict[str, flo
 
 
 def estimate(bundle: Bundle) -> MemoryEstimate:
-    """What a device's process will roughly need with this bundle at its peak, MiB, from sizes alone; nothing is run.
+    """Estimate the peak memory of a device's process with this bundle from sizes alone, without running it.
 
-    ``runtime``: interpreter and libraries. ``bundle``: its bytes, while it is installed. ``backbone``: with its weights
-    laid out anew. ``activations``: a batch of 32 images in layers of 64 channels, at half the resolution when the input
-    is larger than 64 pixels. ``learner``: with the copies that a learn makes. ``old_classes``: the samples on which a
-    learn is judged. ``total``: their sum. It is meant to find what is too large by far: a learner or network of an
-    unusual build can need twice as much, and what a GPU needs besides is not in it.
+    The estimate finds bundles that are far too large. An unusual learner or network can need twice as much, and the
+    memory of a GPU is not included.
     """
     backbone = bundle.manifest["backbone"]
     side = backbone["size"] / (1 if backbone["size"] <= FULL_RESOLUTION else 2)
@@ -226,7 +223,7 @@ def estimate(bundle: Bundle) -> MemoryEstimate:
 
 
 def fits(needed_mb: float) -> list[TargetFit]:
-    """For each target: its limit, whether so many MiB stay below it, and what is not in the figure."""
+    """Compare an amount of memory in MiB with the budget of each target."""
     return [
         TargetFit(
             target=target.name,
@@ -249,32 +246,32 @@ def profile(
     board: Board | None = None,
     say: Say = lambda text: None,
 ) -> Profile:
-    """Measure a bundle on this machine. Nothing is learned for good, and the device's state is not changed.
+    """Measure a bundle on this machine, without changing the device's state.
 
     Args:
-        path: the bundle.
-        images_timed: n; each is embedded once, in ⌈n/batch⌉ timed calls.
-        warm_up: calls before them that do not count.
-        batch: images a call.
-        root: a device's state, the default one if None. Where this bundle's backbone is installed in it, its engine
-            cache is used; else an engine is built for this run alone.
-        board: this machine, if it is known already.
-        say: told what takes long.
+        path: The bundle.
+        images_timed: Number of images, each embedded once in ⌈images_timed/batch⌉ timed calls.
+        warm_up: Number of calls before the timed ones.
+        batch: Images per call.
+        root: Root of a device's state; None for the default root. If the bundle's backbone is installed there, its
+            engine cache is used, otherwise a temporary one.
+        board: Description of this machine; None to read it.
+        say: Called with messages about long operations.
 
     Raises:
-        InputError: no such bundle, or a number below its least value.
-        BundleRefusedError: it is damaged.
-        EnvironmentUnfitError: a package is missing, or the backbone cannot run here.
+        InputError: The bundle does not exist, or a number is too small.
+        BundleRefusedError: The bundle is damaged.
+        EnvironmentUnfitError: A package is missing, or the backbone cannot run on this machine.
     """
     for name, value, least in (("--images", images_timed, 1), ("--warm-up", warm_up, 0), ("--batch", batch, 1)):
         if value < least:
             raise InputError(f"{name} must be at least {least}, but is {value}")
     opened = bundles.read(path)
     board = board or describe()
-    with _store(opened, default_root() if root is None else root) as place:
-        embedder, learner = _load(opened, place, say)
+    with _store(opened, default_root() if root is None else root) as folder:
+        embedder, learner = _load(opened, folder, say)
         times = _times(opened, embedder, learner, math.ceil(images_timed / batch), warm_up, batch)
-        memory = _footprint_of_child(path, place)
+        memory = _footprint_of_child(path, folder)
     manifest = opened.manifest
     return Profile(
         bundle={key: manifest.get(key) for key in ("name", "target", "release")}
@@ -326,7 +323,7 @@ def _times(opened: Bundle, embedder: DeviceEmbedder, learner: Learner, calls: in
 
 
 def _photo() -> bytes:
-    """A JPEG with structure at several scales: noise alone, or one colour, would decode untypically."""
+    """Return a JPEG with structure at several scales, whose decoding time is typical of photographs."""
     from PIL import Image
 
     rng = np.random.default_rng(1)
@@ -339,7 +336,7 @@ def _photo() -> bytes:
 
 @contextlib.contextmanager
 def _store(opened: Bundle, root: Path) -> Iterator[Path]:
-    """A root that has the backbone: the device's own, else one for this run."""
+    """Yield a root with the bundle's backbone: the device's own if installed there, otherwise a temporary one."""
     from device_runtime.store.generations import Generations
 
     data = opened.read("backbone")
@@ -354,7 +351,7 @@ def _store(opened: Bundle, root: Path) -> Iterator[Path]:
 
 
 def _load(opened: Bundle, root: Path, say: Say) -> tuple[DeviceEmbedder, Learner]:
-    """Embedder and learner, as the device opens them."""
+    """Open the embedder and the learner as the device does."""
     from device_runtime.backbone.embedder import open_embedder
     from device_runtime.store.generations import Generations
     from ssd_edge import learners
@@ -366,7 +363,7 @@ def _load(opened: Bundle, root: Path, say: Say) -> tuple[DeviceEmbedder, Learner
 
 
 def _versions() -> dict[str, str]:
-    """Of the packages that run a bundle; empty where one is missing."""
+    """Return the versions of the packages that run a bundle; empty for a missing package."""
     found = {}
     for name in VERSIONS:
         try:
@@ -377,12 +374,11 @@ def _versions() -> dict[str, str]:
 
 
 def footprint(path: str | Path, root: Path) -> Footprint:
-    """Memory of this process (MiB of resident pages, libraries included) while it does a device's work.
+    """Measure the memory of this process while it does a device's work with a bundle.
 
-    Returns:
-        ``imports``: interpreter, NumPy, PyTorch, ONNX Runtime. ``loaded``: and the bundle, its learner and its
-        backbone. ``predicted``: and after one image. ``learned``: and after a class of 20 images, with the copies
-        that a learn makes and the estimate of what it cost the old classes. ``peak``: the most there was at any time.
+    Args:
+        path: The bundle.
+        root: Root with the bundle's backbone.
     """
     import torch
 
@@ -402,7 +398,7 @@ def footprint(path: str | Path, root: Path) -> Footprint:
     found["predicted"] = _resident("VmRSS")
     rows = torch.full((NEW_IMAGES,), len(opened.registry))
     task = learners.Task(torch.from_numpy(embedder.embed(pixels)), rows)
-    copies = [learners.restore(*opened.tensors("learner")) for _ in range(2)]  # one for held-out images
+    copies = [learners.restore(*opened.tensors("learner")) for _ in range(2)]  # the second for held-out images
     for copy in copies:
         copy.learn(task)
     if len(opened.registry):
@@ -421,10 +417,10 @@ def _footprint_of_child(path: str | Path, root: Path) -> Footprint:
     try:
         return Footprint(**json.loads(done.stdout.splitlines()[-1]))
     except (ValueError, IndexError, TypeError) as error:
-        told = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise EnvironmentUnfitError(
-            f"the process that measures memory ended with code {done.returncode} ({told}); a negative code is a "
-            "signal, and -9 means that memory ran out"
+            f"the process that measures memory ended with code {done.returncode} ({reason}); a negative "
+            "code is a signal, and -9 means that memory ran out"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a machine says of itself, read from files as four of them have."""
+"""Descriptions of machines, read from copies of the system files of four of them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def silent(command: Sequence[str]) -> str:
     return ""
 
 
-def test_an_orin_nano(tmp_path: Path) -> None:
+def test_orin_nano(tmp_path: Path) -> None:
     board = describe(made(tmp_path, ORIN_NANO), nvpmodel)
     assert board.model == "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super"
     assert (board.l4t, board.jetpack, board.jetson) == ("36.4.3", "6.1 to 6.2", True)
@@ -79,30 +79,30 @@ def test_an_orin_nano(tmp_path: Path) -> None:
         ({"proc/device-tree/model": "NVIDIA Jetson AGX Orin\0"}, "", "", True),  # in a container
     ],
 )
-def test_the_release_and_its_jetpack(
+def test_release_and_its_jetpack(
     tmp_path: Path, contents: dict[str, str], l4t: str, jetpack: str, jetson: bool
 ) -> None:
     board = describe(made(tmp_path, contents), silent)
     assert (board.l4t, board.jetpack, board.jetson) == (l4t, jetpack, jetson)
 
 
-def test_a_pc_is_called_by_its_processor(tmp_path: Path) -> None:
+def test_title_of_a_pc_has_its_processor(tmp_path: Path) -> None:
     board = describe(made(tmp_path, PC), silent)
     assert board.title.startswith("AMD Ryzen 7 5800X 8-Core Processor, ")
     assert board.power_mode == ""
 
 
-def test_a_jetson_without_a_power_mode_says_so(tmp_path: Path) -> None:
+def test_title_of_a_jetson_without_a_power_mode(tmp_path: Path) -> None:
     assert "power mode unknown" in describe(made(tmp_path, THOR), silent).title
 
 
-def test_a_machine_that_says_nothing(tmp_path: Path) -> None:
+def test_machine_without_system_files(tmp_path: Path) -> None:
     board = describe(tmp_path, silent)
     assert (board.model, board.memory_mb, board.temperatures) == ("", 0, {})
     assert board.title
 
 
-def test_the_hotter_of_two_zones_with_one_name(tmp_path: Path) -> None:
+def test_hotter_of_two_zones_with_one_name(tmp_path: Path) -> None:
     zones = tmp_path / "sys/class/thermal"
     for number, temp in enumerate(("61000", "48000")):
         made(zones / f"thermal_zone{number}", {"type": "acpitz", "temp": temp})
@@ -116,7 +116,7 @@ def test_this_machine() -> None:
     assert board.memory_mb >= board.available_mb > 0
 
 
-def test_a_tool_that_fails_hangs_or_is_missing_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tool_that_fails_hangs_or_is_missing_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boards, "TIMEOUT", 0.2)
     assert run_tool(["no-such-tool-anywhere"]) == ""
     assert run_tool([sys.executable, "-S", "-c", "print('x'); raise SystemExit(1)"]) == ""
@@ -124,7 +124,7 @@ def test_a_tool_that_fails_hangs_or_is_missing_is_no_error(monkeypatch: pytest.M
     assert run_tool(["echo", "yes"]) == "yes\n"
 
 
-def test_the_default_root(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSD_EDGE_ROOT", "/data/here")
     assert boards.default_root() == Path("/data/here")
     monkeypatch.delenv("SSD_EDGE_ROOT")

@@ -1,4 +1,4 @@
-"""Fit or unfit: each finding on machines that are not here, told by stand-ins for their packages."""
+"""The doctor's checks on several machines, with stand-ins for their packages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PC = Board(processor="AMD Ryzen", cpus=8, memory_mb=32000, available_mb=30000, p
 
 
 class StandInTorch:
-    """PyTorch with a GPU that is not here; `broken` is what a kernel on it raises."""
+    """A stand-in for PyTorch with a GPU, whose kernels raise `broken` if given."""
 
     def __init__(self, broken: Exception | None = None, capability: tuple[int, int] = (8, 7), gpu: bool = True) -> None:
         self.__version__ = "2.5.0a0+nv24.08"
@@ -55,12 +55,12 @@ class StandInTorch:
 
 
 class StandInRuntime:
-    """ONNX Runtime with further providers; `cuda` says what becomes of a session on the GPU."""
+    """A stand-in for ONNX Runtime with GPU providers; `cuda` is the behavior of a CUDA session."""
 
     def __init__(self, cuda: str, version: str = "1.23.2") -> None:
         self.__version__ = version
         self.cuda = cuda
-        self.asked: list[tuple[str, dict[str, str]]] = []
+        self.requested: list[tuple[str, dict[str, str]]] = []
         self.SessionOptions = lambda: types.SimpleNamespace(
             entries=(entries := {}), add_session_config_entry=entries.__setitem__
         )
@@ -69,7 +69,7 @@ class StandInRuntime:
         return ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
     def InferenceSession(self, model: bytes, options: Any, providers: list[str]) -> Any:
-        self.asked.append((providers[0], options.entries))
+        self.requested.append((providers[0], options.entries))
         if providers == ["CUDAExecutionProvider"] and self.cuda == "raises":
             raise RuntimeError("libcudnn.so.9: cannot open shared object file\nsecond line")
         if providers == ["CUDAExecutionProvider"] and self.cuda == "falls back":
@@ -103,7 +103,7 @@ class StandInTensorRT:
 
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``packages(torch=…, tensorrt=None)`` puts stand-ins in place, None for what is not installed."""
+    """Return ``packages(torch=…, tensorrt=None)``, which installs stand-ins; None for a missing package."""
 
     def put(**modules: Any) -> None:
         for name, module in modules.items():
@@ -115,13 +115,13 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def jetson(packages: Any) -> Any:
-    """The packages of a Jetson where everything works."""
+    """Install the packages of a Jetson where everything works."""
     packages(torch=StandInTorch(), onnxruntime=StandInRuntime("runs"), tensorrt=StandInTensorRT())
     return packages
 
 
 def found(checks: list[Check], name: str, state: str) -> Check:
-    """The only check of this name and state."""
+    """Return the only result with this name and state."""
     chosen = [check for check in checks if (check.name, check.state) == (name, state)]
     assert len(chosen) == 1, checks
     return chosen[0]
@@ -129,7 +129,7 @@ def found(checks: list[Check], name: str, state: str) -> Check:
 
 @pytest.fixture
 def made(tiny_bundle: Any, tmp_path: Path) -> Any:
-    """``made(target="jetson", …)`` → a bundle that was read from a file."""
+    """Return ``made(target="jetson", …)``, which writes a bundle and reads it from its file."""
 
     def make(**options: Any) -> bundles.Bundle:
         path = tmp_path / "made.ssdedge"
@@ -144,15 +144,15 @@ def test_this_machine_is_fit(tmp_path: Path) -> None:
     assert verdict(checks) == "fit"
     assert {check.state for check in checks} <= {"ok", "note"}
     assert "ran: ONNX Runtime CPU" in found(checks, "onnxruntime", "ok").found
-    assert list(tmp_path.iterdir()) == []  # nothing is left behind, nor made
+    assert list(tmp_path.iterdir()) == []  # nothing is created or left behind
 
 
-def test_the_network_that_is_run_is_valid_onnx() -> None:
+def test_convolution_is_valid_onnx() -> None:
     onnx = pytest.importorskip("onnx")
     onnx.checker.check_model(onnx.load_from_string(CONVOLUTION), full_check=True)
 
 
-def test_nothing_but_the_base_packages(packages: Any, tmp_path: Path) -> None:
+def test_base_packages_only(packages: Any, tmp_path: Path) -> None:
     packages(torch=None, onnxruntime=None, tensorrt=None, cryptography=None)
     checks = examine(root=tmp_path, board=PC)
     assert verdict(checks) == "unfit: torch, backbone"
@@ -162,7 +162,7 @@ def test_nothing_but_the_base_packages(packages: Any, tmp_path: Path) -> None:
     assert found(checks, "cryptography", "note")
 
 
-def test_a_jetson_is_never_sent_to_pypi_for_its_vendors_packages(packages: Any, tmp_path: Path) -> None:
+def test_fixes_on_a_jetson_never_name_pypi(packages: Any, tmp_path: Path) -> None:
     packages(torch=None, onnxruntime=None, tensorrt=None, cryptography=None)
     checks = examine(root=tmp_path, board=NANO)
     for name, state in (("torch", "unfit"), ("onnxruntime", "note"), ("tensorrt", "warning"), ("backbone", "unfit")):
@@ -177,17 +177,17 @@ def test_a_jetson_where_everything_works(jetson: Any, tmp_path: Path, made: Any)
         assert verdict(checks) == "fit"
         assert {check.state for check in checks} <= {"ok", "note"}, checks
     assert found(checks, "backbone", "ok").found == (
-        "can be run by TensorRT 10.3.0, ONNX Runtime CUDA, ONNX Runtime CPU"
+        "can run with TensorRT 10.3.0, ONNX Runtime CUDA, ONNX Runtime CPU"
     )
     assert "a kernel ran" in found(checks, "gpu", "ok").found
     assert found(checks, "power mode", "ok").found == "15W"
 
 
-def test_only_gpu_providers_are_kept_from_falling_back(packages: Any, tmp_path: Path) -> None:
+def test_fallback_is_disabled_for_gpu_providers_only(packages: Any, tmp_path: Path) -> None:
     runtime = StandInRuntime("runs")
     packages(onnxruntime=runtime)
     examine(root=tmp_path, board=PC)
-    assert runtime.asked == [
+    assert runtime.requested == [
         ("CUDAExecutionProvider", {"session.disable_cpu_ep_fallback": "1"}),
         ("CPUExecutionProvider", {}),
     ]
@@ -201,45 +201,45 @@ def test_only_gpu_providers_are_kept_from_falling_back(packages: Any, tmp_path: 
         ("wrong", "it computes 0 + 1 + … + 8 = 7.0"),
     ],
 )
-def test_a_provider_that_is_listed_but_does_not_run(
+def test_provider_that_is_listed_but_cannot_run(
     packages: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], cuda: str, message: str
 ) -> None:
     packages(onnxruntime=StandInRuntime(cuda))
     checks = examine(root=tmp_path, board=PC)
     assert message in found(checks, "onnxruntime", "warning").found
-    assert found(checks, "backbone", "ok").found == "can be run by ONNX Runtime CPU"
+    assert found(checks, "backbone", "ok").found == "can run with ONNX Runtime CPU"
     assert verdict(checks) == "fit"
-    assert capsys.readouterr().out == ""  # a caller may be writing JSON there
+    assert capsys.readouterr().out == ""  # a caller may be writing JSON
 
 
-def test_a_gpu_without_kernels_in_the_wheel(packages: Any, tmp_path: Path) -> None:
+def test_gpu_without_kernels_in_the_wheel(packages: Any, tmp_path: Path) -> None:
     broken = RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors …")
     packages(torch=StandInTorch(broken), onnxruntime=StandInRuntime("runs"), tensorrt=StandInTensorRT())
     checks = examine(root=tmp_path, board=NANO)
     check = found(checks, "gpu", "warning")
     assert "no kernel image" in check.found
-    assert "the learner runs on the processor" in check.found
+    assert "the learner runs on the CPU" in check.found
     assert "NVIDIA's PyTorch" in check.fix
     assert "it is not used" in found(checks, "tensorrt", "warning").found
     assert "TensorRT" not in found(checks, "backbone", "ok").found
     assert verdict(checks) == "fit"
 
 
-def test_a_gpu_that_computes_wrongly(packages: Any, tmp_path: Path) -> None:
+def test_gpu_with_wrong_results(packages: Any, tmp_path: Path) -> None:
     stand_in = StandInTorch()
     stand_in.zeros = lambda count, device: torch.full((count,), float(device == "cuda"))
     packages(torch=stand_in)
     assert "cuda computes 8 + 7 = 30.0" in found(examine(root=tmp_path, board=NANO), "gpu", "warning").found
 
 
-def test_a_jetson_without_a_gpu_that_pytorch_can_use(packages: Any, tmp_path: Path, made: Any) -> None:
+def test_jetson_whose_gpu_pytorch_cannot_use(packages: Any, tmp_path: Path, made: Any) -> None:
     packages(torch=StandInTorch(gpu=False))
     assert found(examine(root=tmp_path, board=NANO), "gpu", "warning").fix
-    # who deploys for the processor does not miss it
+    # a bundle for the CPU does not need the GPU
     assert found(examine(made(target="cpu"), tmp_path, NANO), "gpu", "note").fix == ""
 
 
-def test_a_pytorch_that_does_not_compute(packages: Any, tmp_path: Path) -> None:
+def test_pytorch_that_cannot_compute(packages: Any, tmp_path: Path) -> None:
     stand_in = StandInTorch(gpu=False)
 
     def refuse(array: np.ndarray) -> None:
@@ -256,9 +256,9 @@ def test_a_pytorch_that_does_not_compute(packages: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensorrt", "message"),
     [
-        (StandInTensorRT(gpu=False), "no builder can be made"),
+        (StandInTensorRT(gpu=False), "cannot create a builder"),
         (StandInTensorRT("8.6.2"), "8.6.2, but 10.3 is the oldest"),
-        (StandInTensorRT("12.1.0"), "knows 10.3 to 11.4"),
+        (StandInTensorRT("12.1.0"), "supports 10.3 to 11.4"),
         (None, "cannot be imported"),
     ],
 )
@@ -269,7 +269,7 @@ def test_tensorrt(jetson: Any, tmp_path: Path, tensorrt: Any, message: str) -> N
     assert verdict(checks) == "fit"
 
 
-def test_a_tensorrt_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tensorrt_without_its_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
@@ -277,12 +277,12 @@ def test_a_tensorrt_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize(("target", "state"), [("jetson", "ok"), ("orin-nx", "warning")])
-def test_a_board_that_calls_itself_otherwise_is_not_refused(
+def test_board_with_an_unknown_model_name_is_not_refused(
     jetson: Any, tmp_path: Path, made: Any, target: str, state: str
 ) -> None:
     board = dataclasses.replace(NANO, model="Acme Vision Box 3")
     found_here = found(examine(made(target=target), tmp_path, board), "target", state)
-    assert state == "ok" or "cannot be told from: Acme Vision Box 3" in found_here.found
+    assert state == "ok" or "cannot be identified from: Acme Vision Box 3" in found_here.found
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_a_board_that_calls_itself_otherwise_is_not_refused(
         (dataclasses.replace(THOR, l4t="38.1.0"), "thor", "needs L4T 38.2 or newer, but this is 38.1.0", "JetPack"),
     ],
 )
-def test_a_bundle_for_another_board_is_unfit(
+def test_bundle_for_another_board_is_unfit(
     jetson: Any, tmp_path: Path, made: Any, board: Board, target: str, message: str, fix: str
 ) -> None:
     checks = examine(made(target=target), tmp_path, board)
@@ -304,29 +304,31 @@ def test_a_bundle_for_another_board_is_unfit(
     assert verdict(checks) == "unfit: target"
 
 
-def test_a_gpu_of_another_compute_capability_is_unfit(jetson: Any, tmp_path: Path, made: Any) -> None:
+def test_gpu_of_another_compute_capability_is_unfit(jetson: Any, tmp_path: Path, made: Any) -> None:
     jetson(torch=StandInTorch(capability=(7, 2)))
     check = found(examine(made(target="jetson"), tmp_path, NANO), "target", "unfit")
     assert "compute capability 8.7 or 11.0, but this GPU 7.2" in check.found
 
 
-def test_a_bundle_for_a_jetson_on_a_pc_is_a_warning(packages: Any, tmp_path: Path, made: Any) -> None:
+def test_jetson_bundle_on_a_pc_is_a_warning(packages: Any, tmp_path: Path, made: Any) -> None:
     checks = examine(made(target="jetson-thor"), tmp_path, PC)
-    assert "this is no Jetson" in found(checks, "target", "warning").found
+    assert "this is not a Jetson" in found(checks, "target", "warning").found
     assert verdict(checks) == "fit"
-    assert "no GPU" in found(examine(made(target="generic-cuda"), tmp_path, PC), "target", "warning").found
+    assert (
+        "there is no usable GPU" in found(examine(made(target="generic-cuda"), tmp_path, PC), "target", "warning").found
+    )
 
 
-def test_a_target_of_a_newer_version_is_a_warning(packages: Any, tmp_path: Path, made: Any) -> None:
+def test_unknown_target_is_a_warning(packages: Any, tmp_path: Path, made: Any) -> None:
     checks = examine(made(target="jetson-next"), tmp_path, PC)
-    assert "'jetson-next' is not known here" in found(checks, "target", "warning").found
+    assert "'jetson-next' is unknown to this version" in found(checks, "target", "warning").found
 
 
-def test_an_old_jetpack_is_unsupported(jetson: Any, tmp_path: Path, made: Any) -> None:
+def test_old_jetpack_is_unfit(jetson: Any, tmp_path: Path, made: Any) -> None:
     for bundle in (None, made(target="jetson")):
         checks = examine(bundle, tmp_path, XAVIER)
         check = found(checks, "jetpack", "unfit")
-        assert "L4T 35.4.1, JetPack 5.1.2, is not supported" in check.found
+        assert "L4T 35.4.1, JetPack 5.1.2 is not supported" in check.found
         assert "JetPack 6.1" in check.fix
     assert verdict(examine(made(target="cpu"), tmp_path, XAVIER)) == "fit"
 
@@ -343,7 +345,7 @@ def test_python(packages: Any, tmp_path: Path, made: Any) -> None:
     assert verdict(examine(root=tmp_path, board=old)) == "unfit: python"
     other = dataclasses.replace(THOR, python="3.10.12")
     check = found(examine(made(target="jetson-thor"), tmp_path, other), "python", "warning")
-    assert check.found == "3.10.12, but the target jetson-thor knows 3.12 to 3.12"
+    assert check.found == "3.10.12, but the target jetson-thor supports 3.12 to 3.12"
     assert "3.12" in check.fix
 
 
@@ -354,12 +356,12 @@ def test_fp16_without_a_gpu_is_noted(packages: Any, tmp_path: Path, made: Any) -
     assert "fp16" in found(examine(bundle, tmp_path, PC), "backbone", "note").found
 
 
-def test_an_opset_that_the_target_does_not_take(packages: Any, tmp_path: Path, made: Any) -> None:
+def test_opset_that_the_target_does_not_support(packages: Any, tmp_path: Path, made: Any) -> None:
     bundle = made(target="jetson")
     backbone = {**bundle.manifest["backbone"], "opset": 23}
     bundle = dataclasses.replace(bundle, manifest={**bundle.manifest, "backbone": backbone})
     check = found(examine(bundle, tmp_path, PC), "opset", "unfit")
-    assert check.found == f"23, but the target jetson takes up to {targets.get('jetson').opset}"
+    assert check.found == f"23, but the target jetson supports up to {targets.get('jetson').opset}"
 
 
 def test_signatures(packages: Any, tmp_path: Path, made: Any) -> None:
@@ -377,7 +379,7 @@ def test_signatures(packages: Any, tmp_path: Path, made: Any) -> None:
         assert verdict(checks) == "unfit: signature"
 
 
-def test_a_trusted_key_without_cryptography(
+def test_trusted_key_without_cryptography(
     packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any
 ) -> None:
     def missing(folder: Path) -> None:
@@ -392,7 +394,7 @@ def test_a_trusted_key_without_cryptography(
     assert "python3-cryptography" in found(checks, "signature", "unfit").fix
 
 
-def test_a_disk_without_room(packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
+def test_full_disk_is_unfit(packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
     monkeypatch.setattr(doctor, "disk_free", lambda path: 99 * MIB)
     for bundle in (None, made()):
         checks = examine(bundle, tmp_path, PC)
@@ -400,18 +402,18 @@ def test_a_disk_without_room(packages: Any, tmp_path: Path, monkeypatch: pytest.
         assert verdict(checks) == "unfit: disk"
 
 
-def test_twice_the_bundle_is_asked_for(
+def test_disk_must_hold_twice_the_bundle(
     packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any
 ) -> None:
     bundle = made()
     bundle = dataclasses.replace(bundle, entries={**bundle.entries, "big": bytes(20 * MIB)})
     monkeypatch.setattr(doctor, "disk_free", lambda path: 139 * MIB)
-    assert "but 140 are needed" in found(examine(bundle, tmp_path, PC), "disk", "unfit").found
+    assert "but 140 are required" in found(examine(bundle, tmp_path, PC), "disk", "unfit").found
     monkeypatch.setattr(doctor, "disk_free", lambda path: 141 * MIB)
     assert found(examine(bundle, tmp_path, PC), "disk", "ok")
 
 
-def test_a_root_that_cannot_be_written(packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_that_cannot_be_written(packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     assert "is a file" not in found(examine(root=tmp_path / "new", board=PC), "disk", "ok").found
     assert "cannot be written" in found(examine(root=tmp_path / "file", board=PC), "disk", "unfit").found
@@ -433,24 +435,24 @@ def test_memory_against_the_estimate(packages: Any, tmp_path: Path, made: Any) -
     assert found(examine(bundle, tmp_path, Board(python="3.11")), "memory", "note")
 
 
-def test_a_clock_that_is_not_set_is_harmless(packages: Any, tmp_path: Path) -> None:
+def test_unset_clock_is_harmless(packages: Any, tmp_path: Path) -> None:
     checks = examine(root=tmp_path, board=PC, now=120.0)
     assert "not set (1970-01-01)" in found(checks, "clock", "note").found
     assert verdict(checks) == "fit"
 
 
-def test_a_check_that_fails_itself_is_a_warning(packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_check_is_a_warning(packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(at: Any) -> Any:
         raise ZeroDivisionError("a driver did\nthat")
         yield
 
     monkeypatch.setitem(doctor.CHECKS, "gpu", fail)
     checks = examine(root=tmp_path, board=PC)
-    assert found(checks, "gpu", "warning").found == "could not be examined (ZeroDivisionError: a driver did that)"
+    assert found(checks, "gpu", "warning").found == "could not be checked (ZeroDivisionError: a driver did that)"
     assert found(checks, "clock", "ok")
 
 
-def test_every_state_is_one_that_is_documented(jetson: Any, tmp_path: Path, made: Any) -> None:
+def test_states_are_documented_and_unfit_has_a_fix(jetson: Any, tmp_path: Path, made: Any) -> None:
     for board in (NANO, XAVIER, PC, describe()):
         for bundle in (None, made(target="jetson-thor")):
             checks = examine(bundle, tmp_path, board)

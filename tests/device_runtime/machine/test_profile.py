@@ -1,4 +1,4 @@
-"""The structure of a profile, its percentiles and its estimate; speed itself is never tested."""
+"""Structure of a profile, its percentiles and its memory estimate; speed is not tested."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def path(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(path: Path) -> dict[str, Any]:
-    """A whole profile, its memory measured in a real process."""
+    """A complete profile, with memory measured in a real process."""
     return profile(path, images_timed=7, warm_up=2, batch=2, root=path.parent / "root", board=ORIN).to_dict()
 
 
 @pytest.fixture
 def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of its own takes seconds to import PyTorch."""
+    """Replace the measuring process, which takes seconds to import PyTorch."""
     stages = profiling.Footprint(1.0, 1.0, 1.0, 1.0, 1.0)
     monkeypatch.setattr(profiling, "_footprint_of_child", lambda path, root: stages)
 
@@ -59,28 +59,28 @@ def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
         (list(range(1, 101)), 99, 99),
     ],
 )
-def test_the_nearest_rank(values: list[float], q: float, expected: float) -> None:
+def test_percentile_is_the_nearest_rank(values: list[float], q: float, expected: float) -> None:
     assert percentile(values, q) == expected
     assert percentile(values, q) == np.percentile(values, q, method="inverted_cdf")
 
 
 @pytest.mark.parametrize(("values", "q"), [([], 50), ([1], 101), ([1], -1)])
-def test_a_percentile_that_does_not_exist(values: list[float], q: float) -> None:
+def test_undefined_percentile_raises(values: list[float], q: float) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         percentile(values, q)
 
 
 def test_warm_up_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0, 900_000_000, 0, 1_000_000, 0, 3_000_000, 0, 2_000_000])  # a start and an end each, ns
+    clock = iter([0, 900_000_000, 0, 1_000_000, 0, 3_000_000, 0, 2_000_000])  # start and end of each call, ns
     monkeypatch.setattr(profiling.time, "perf_counter_ns", lambda: next(clock))
     numbers: list[int] = []
     assert timed(numbers.append, calls=3, warm_up=1) == {"p50": 2.0, "p90": 3.0, "p99": 3.0}
     assert numbers == [0, 1, 2, 3]
 
 
-def test_what_a_profile_says(result: dict[str, Any], path: Path) -> None:
+def test_profile_has_consistent_json_values(result: dict[str, Any], path: Path) -> None:
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert (result["calls"], result["warm_up"], result["batch"]) == (4, 2, 2)  # seven images, two a call
+    assert (result["calls"], result["warm_up"], result["batch"]) == (4, 2, 2)  # seven images, two per call
     assert set(result["latency_ms"]) == {"decode", "backbone", "head"}
     for taken in result["latency_ms"].values():
         assert 0 < taken["p50"] <= taken["p90"] <= taken["p99"]
@@ -96,7 +96,7 @@ def test_what_a_profile_says(result: dict[str, Any], path: Path) -> None:
     assert (result["bundle"]["target"], result["bundle"]["classes"]) == ("jetson", 3)
 
 
-def test_memory_is_that_of_a_process_of_its_own(result: dict[str, Any]) -> None:
+def test_memory_stages_are_ordered(result: dict[str, Any]) -> None:
     memory = result["memory_mb"]
     assert 0 < memory["imports"] <= memory["loaded"] <= memory["peak"]
     assert max(memory["predicted"], memory["learned"]) <= memory["peak"]
@@ -104,11 +104,11 @@ def test_memory_is_that_of_a_process_of_its_own(result: dict[str, Any]) -> None:
     assert all(row["needed_mb"] == memory["peak"] for row in result["fits"])
 
 
-def test_nothing_is_left_behind(result: dict[str, Any], path: Path) -> None:
+def test_profile_leaves_no_files(result: dict[str, Any], path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-def test_the_engines_of_a_root_where_the_bundle_is_installed_are_used(
+def test_root_with_the_installed_backbone_is_used(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_child: None
 ) -> None:
     roots: list[Path] = []
@@ -137,12 +137,12 @@ def test_the_engines_of_a_root_where_the_bundle_is_installed_are_used(
         ({"batch": 0}, "--batch must be at least 1, but is 0"),
     ],
 )
-def test_numbers_below_their_least(path: Path, options: dict[str, int], message: str) -> None:
+def test_numbers_that_are_too_small(path: Path, options: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         profile(path, **options)
 
 
-def test_a_bundle_that_is_missing_or_damaged(path: Path, tmp_path: Path) -> None:
+def test_missing_or_damaged_bundle(path: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         profile(tmp_path / "none.ssdedge")
     data = bytearray(path.read_bytes())
@@ -161,12 +161,12 @@ def test_without_onnx_runtime(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "code -9 (it said nothing)"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "code -9 (no output)"),
         ("raise SystemExit('no room')", "code 1 (no room)"),
         ("print('no JSON')", "code 0"),
     ],
 )
-def test_a_child_that_is_killed_or_fails(
+def test_measuring_process_that_is_killed_or_fails(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
 ) -> None:
     run = subprocess.run
@@ -178,14 +178,16 @@ def test_a_child_that_is_killed_or_fails(
     assert message in str(error.value)
 
 
-def test_a_target_with_less_memory_than_needed() -> None:
+def test_fits_compares_with_each_budget() -> None:
     limit = targets.get("cpu").budget_mb
     assert {row.target for row in fits(limit) if not row.fits} == set()
     assert {row.target for row in fits(limit + 0.5) if not row.fits} == {"cpu"}
-    assert {row.target for row in fits(1) if not row.note} == {"cpu"}  # the others have a GPU, not counted
+    assert {row.target for row in fits(1) if not row.note} == {
+        "cpu"
+    }  # the others have a GPU, whose memory is not counted
 
 
-def test_the_estimate_needs_sizes_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimate_needs_no_torch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = bundles.read(path)
     monkeypatch.setitem(sys.modules, "torch", None)
     small = estimate(opened)
@@ -198,10 +200,10 @@ def test_the_estimate_needs_sizes_alone(path: Path, monkeypatch: pytest.MonkeyPa
     assert estimate(larger).total > small.total + 200
 
 
-def test_the_estimate_knows_how_many_samples_a_learn_is_judged_on() -> None:
+def test_estimate_uses_the_sample_count_of_retention() -> None:
     assert profiling.PSEUDO_SAMPLES == retention.SAMPLES
 
 
-def test_the_photo_is_a_jpeg_of_its_size() -> None:
+def test_photo_is_a_jpeg_of_the_stated_size() -> None:
     with Image.open(io.BytesIO(profiling._photo())) as image:
         assert (image.format, image.size) == ("JPEG", profiling.PHOTO)

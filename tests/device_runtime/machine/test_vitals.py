@@ -34,7 +34,7 @@ def test_vitals_are_those_of_the_machine(tmp_path: Path):
     }
 
 
-def test_vitals_of_a_machine_that_says_nothing(tmp_path: Path, monkeypatch):
+def test_vitals_without_system_files(tmp_path: Path, monkeypatch):
     def dead(path: Path) -> int:
         raise OSError("input/output error")
 
