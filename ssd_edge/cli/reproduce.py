@@ -52,7 +52,7 @@ def reproduce(
     if what == ("list",):
         store = cells.Store(out / runner.RESULTS)
         for experiment in experiments().values():
-            stored = [(name, *runner.counts(experiment, name, store)) for name in BUDGETS]
+            stored = [(name, *cells.counts(experiment, name, store)) for name in BUDGETS]
             told = ", ".join(f"{name} {some}/{every}" for name, some, every in stored)
             size = f"{len(experiment.systems)} systems × {len(experiment.streams)} streams"
             click.echo(f"{experiment.id:12} {experiment.title}: {size}; stored: {told}")

@@ -244,3 +244,14 @@ def setups(experiment: Experiment, system: System, stream: str, budget: str, ord
     learner = options(experiment, system, stream, budget)
     images = budgets()[budget].images
     return [Setup(stream, learner, order, images, experiment.trace) for order in ORDERS[:count]]
+
+
+def counts(experiment: Experiment, budget: str, store: Store) -> tuple[int, int]:
+    """Return the number of stored cells of an experiment and the number of all its cells."""
+    distinct = {
+        setup.key(): setup
+        for stream in experiment.streams
+        for system in experiment.systems
+        for setup in setups(experiment, system, stream, budget)
+    }
+    return sum(store.find(setup) is not None for setup in distinct.values()), len(distinct)

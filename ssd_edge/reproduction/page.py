@@ -1,6 +1,6 @@
-"""results.md and its figures: a function of the stored results and the YAML alone, so it needs neither data nor time.
+"""results.md and its figures, written from the stored results and the YAML files alone.
 
-Nothing in it depends on when or where it is rendered: the same results give the same bytes.
+Nothing depends on the time or the machine: the same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ GRADIENT_SSD = "ssd"
 
 
 def write(out: Path) -> None:
-    """Write the page and its figures from what is stored under `out`.
+    """Write the page and its figures from the results stored under `out`.
 
     Raises:
-        BundleRefusedError: a stored result is damaged.
+        BundleRefusedError: A stored result is damaged.
     """
     text, drawn = render(cells.Store(out / RESULTS))
     if drawn:
@@ -38,7 +38,7 @@ def write(out: Path) -> None:
 
 
 def render(store: cells.Store) -> tuple[str, dict[str, str]]:
-    """The page as Markdown, and its figures: file name → SVG."""
+    """Return the page as Markdown and its figures by file name."""
     drawn: dict[str, str] = {}
     tables = {experiment.id: _stored(experiment, store) for experiment in experiments().values()}
     parts = [HEAD, *_lead(tables), *_budgets()]
@@ -48,22 +48,23 @@ def render(store: cells.Store) -> tuple[str, dict[str, str]]:
     return "\n\n".join(parts) + "\n", drawn
 
 
-HEAD = """# The paper's experiments, repeated
+HEAD = """# The papers' experiments, repeated
 
-Written by `ssd-edge reproduce` from the files in `results/reproduce`; the same command with `--page-only` writes it
-again. Accuracy is over all test images after the last task, in percent, mean ± standard deviation over class orders
-(how many: in brackets). Test images choose nothing here. The paper's embeddings are a ConvMixer's, trained on
-ImageNet32; those here are the shipped ResNet-9's, trained on Tiny-ImageNet, so compare rows with each other and with
-joint training (a ReLU MLP of as many neurons on all data at once) rather than with the paper's numbers. "SSD" is the
-paper's algorithm, trained by gradients (`ssd`); SSD-Edge's default learner is listed by that name."""
+`ssd-edge reproduce` writes this page from the files in `results/reproduce`; with `--page-only` it runs nothing and only
+writes the page. Accuracy is measured on all test images after the last task, in percent: mean ± standard deviation over
+class orders, with their number in brackets. No setting was chosen on test images. The paper uses embeddings of a
+ConvMixer trained on ImageNet32; here they come from the shipped ResNet-9, trained on Tiny-ImageNet. Compare rows with
+each other and with joint training (a ReLU MLP with the same number of neurons, trained on all data at once) rather than
+with the paper's numbers. "SSD" is the paper's algorithm, trained by gradient descent (`ssd`); the default learner of
+SSD-Edge is listed under its own name."""
 
 
-Tables = dict[str, dict[str, list[Row]]]  # by stream and budget, longest first
+Tables = dict[str, dict[str, list[Row]]]  # rows by stream and budget, longest budget first
 
 
 def _stored(experiment: Experiment, store: cells.Store) -> Tables:
-    """All rows of the budgets of which something is stored; smoke only where there is nothing else."""
-    found: Tables = {}
+    """Return the rows of all budgets with stored results; smoke results count only if there are no others."""
+    tables: Tables = {}
     for stream in experiment.streams:
         filled: dict[str, list[Row]] = {}
         for budget in BEST_FIRST:
@@ -72,24 +73,24 @@ def _stored(experiment: Experiment, store: cells.Store) -> Tables:
             table = rows(experiment, stream, budget, store)
             if any(row.results and (budget != "full" or not row.shared) for row in table):
                 filled[budget] = table
-        found[stream] = filled or {"reduced": rows(experiment, stream, "reduced", store)}
-    return found
+        tables[stream] = filled or {"reduced": rows(experiment, stream, "reduced", store)}
+    return tables
 
 
 def _shown(experiment: Experiment, tables: Tables) -> list[Row]:
-    """What is printed: each system with each budget that it was run with, or once with dashes."""
-    found = []
+    """Return the printed rows: every system with every budget it was run with, or once with dashes."""
+    shown: list[Row] = []
     for by_budget in tables.values():
         for number in range(len(experiment.systems)):
             stored = [table[number] for table in by_budget.values() if table[number].results]
-            once = {row.length: row for row in stored}
-            found += list(once.values()) or [next(iter(by_budget.values()))[number]]
-    return found
+            distinct = {row.length: row for row in stored}
+            shown += list(distinct.values()) or [next(iter(by_budget.values()))[number]]
+    return shown
 
 
-# ── the opening ──────────────────────────────────────────────────────────────────────────────────────────
+# ── introduction ──────────────────────────────────────────────────────────────────────────────────────────
 def _lead(tables: Mapping[str, Tables]) -> list[str]:
-    """On each stream, the best head in closed form against the best row of SSD that was trained by gradients."""
+    """Compare the best closed-form head with the best row of SSD on each stream."""
     best: dict[str, dict[bool, tuple[float, str]]] = {}
     for experiment in experiments().values():
         for row in _shown(experiment, tables[experiment.id]):
@@ -97,24 +98,25 @@ def _lead(tables: Mapping[str, Tables]) -> list[str]:
             if accuracy is None or row.budget == "smoke" or name not in (*CLOSED_FORM, GRADIENT_SSD):
                 continue
             closed = name != GRADIENT_SSD
-            said = row.system.name if closed else f"{row.system.name} in {experiment.id}"
+            name = row.system.name if closed else f"{row.system.name} in {experiment.id}"
             kinds = best.setdefault(row.stream, {})
-            kinds[closed] = max(kinds.get(closed, (-1.0, "")), (accuracy, said))
+            kinds[closed] = max(kinds.get(closed, (-1.0, "")), (accuracy, name))
     lines = []
     for stream, kinds in best.items():
         if len(kinds) < 2:
             continue
         (ours, system), (theirs, head) = kinds[False], kinds[True]
         lead = theirs - ours
-        verb = "is ahead by" if lead > 0 else "is behind by"
+        verb = "leads by" if lead > 0 else "trails by"
         lines.append(
-            f"- {streams()[stream].title}: {head} {_percent(theirs)}, SSD at its best ({system}) {_percent(ours)}: "
-            f"the head in closed form {verb} {points(abs(lead))} points"
+            f"- {streams()[stream].title}: {head} {_percent(theirs)}, best SSD ({system}) {_percent(ours)}; "
+            f"the closed-form head {verb} {points(abs(lead))} points"
         )
     if not lines:
         return []
-    text = "Trained by gradients, SSD competes with heads in closed form that see each image once:"
-    return [text + "\n\n" + "\n".join(lines)]
+    return [
+        "SSD, trained by gradient descent, against closed-form heads that see each image once:\n\n" + "\n".join(lines)
+    ]
 
 
 def _budgets() -> list[str]:
@@ -122,7 +124,7 @@ def _budgets() -> list[str]:
     return ["Budgets:\n\n" + "\n".join(lines)]
 
 
-# ── one experiment ───────────────────────────────────────────────────────────────────────────────────────
+# ── experiments ───────────────────────────────────────────────────────────────────────────────────────
 def _experiment(experiment: Experiment, tables: Tables, drawn: dict[str, str]) -> list[str]:
     place = f" ({experiment.place})" if experiment.place else ""
     parts = [f"## {experiment.id}: {experiment.title}{place}"]
@@ -142,9 +144,9 @@ def _experiment(experiment: Experiment, tables: Tables, drawn: dict[str, str]) -
     parts += _less_forgetting(experiment, tables) if experiment.metric == "backward_transfer" else []
     parts += _paired(experiment, tables)
     for stream, by_budget in tables.items():
-        made = figures(experiment, stream, next(iter(by_budget.values())))
-        drawn.update(made)
-        parts += [f"![{experiment.title}, {streams()[stream].title}]({(FIGURES / name).as_posix()})" for name in made]
+        new = figures(experiment, stream, next(iter(by_budget.values())))
+        drawn.update(new)
+        parts += [f"![{experiment.title}, {streams()[stream].title}]({(FIGURES / name).as_posix()})" for name in new]
     return parts
 
 
@@ -158,7 +160,7 @@ def _percent(value: float | None) -> str:
 
 
 def _with_spread(values: Sequence[float], signed: bool = False) -> str:
-    """``62.1 ± 0.8 (3)``."""
+    """Format mean, standard deviation and number of values: ``62.1 ± 0.8 (3)``."""
     if not values:
         return NONE
     deviation = spread(values)
@@ -167,7 +169,7 @@ def _with_spread(values: Sequence[float], signed: bool = False) -> str:
 
 
 def _named(row: Row, notes: dict[str, int]) -> str:
-    """The system with the numbers of its notes."""
+    """Return the name of the system with the numbers of its notes."""
     numbers = [str(notes[note]) for note in row.notes if note in notes] if row.results else []
     return f"{row.system.name} [{', '.join(numbers)}]" if numbers else row.system.name
 
@@ -220,41 +222,42 @@ OVERALL = {"class_entropy": "class entropy", "class_entropy_weighted": "weighted
 
 
 def _entropy_table(experiment: Experiment, shown: Sequence[Row], notes: dict[str, int]) -> str:
-    """In nats: Eq. 1 on the data of each task, class entropy on that of all; means over tasks and orders."""
+    """Write entropies in nats: Eq. 1 on the data of each task, class entropy on all data."""
     body = []
     for row in shown:
-        results = [one for _, one in sorted(row.results.items())]
-        found = [mean(per_task(results, name)) for name in BY_TASK]
-        found += [mean(overall(results, name)) for name in OVERALL]
+        results = [result for _, result in sorted(row.results.items())]
+        entropies = [mean(per_task(results, name)) for name in BY_TASK]
+        entropies += [mean(overall(results, name)) for name in OVERALL]
         reported = row.system.reported.get(row.stream)
         body.append([
             *_where(experiment, row), _named(row, notes), NONE if reported is None else f"{reported:g}",
-            *(NONE if value is None else f"{value:.4f}" for value in found), row.length,
+            *(NONE if value is None else f"{value:.4f}" for value in entropies), row.length,
         ])  # fmt: skip
     return _table([*_first(experiment), "system", "paper", *BY_TASK.values(), *OVERALL.values(), "budget"], body)
 
 
 def _trace_table(experiment: Experiment, shown: Sequence[Row], notes: dict[str, int]) -> str:
-    """From the second task on; training accuracy at the end of the last."""
+    """Write statistics of traces from the second task on, and training accuracy at the end of the last task."""
     head = ["system", "paper", "ours", "lowest cosine", "mean Jaccard", "highest KL", "training accuracy", "budget"]
     body = []
     for row in shown:
-        trace = next((one["trace"] for _, one in sorted(row.results.items()) if one.get("trace")), [])
+        stored = [result["trace"] for _, result in sorted(row.results.items()) if result.get("trace")]
+        trace = stored[0] if stored else []
         later = [point for point in trace if point["task"]]
         cosines = [point["subnetwork_cosine"] for point in later if point["subnetwork_cosine"] is not None]
-        shared = [point["jaccard"] for point in later if point["jaccard"] is not None]
-        apart = [point["teacher_divergence"] for point in later if point["teacher_divergence"] is not None]
-        found = (min(cosines, default=None), mean(shared), max(apart, default=None))
+        jaccards = [point["jaccard"] for point in later if point["jaccard"] is not None]
+        divergences = [point["teacher_divergence"] for point in later if point["teacher_divergence"] is not None]
+        statistics = (min(cosines, default=None), mean(jaccards), max(divergences, default=None))
         body.append([
             *_where(experiment, row), _named(row, notes), _percent(row.system.reported.get(row.stream)),
-            _with_spread(row.values("accuracy")), *(NONE if value is None else f"{value:.3f}" for value in found),
+            _with_spread(row.values("accuracy")), *(NONE if value is None else f"{value:.3f}" for value in statistics),
             _percent(trace[-1]["train_accuracy"] if trace else None), row.length,
         ])  # fmt: skip
     return _table([*_first(experiment), *head], body)
 
 
 def _grid(experiment: Experiment, shown: Sequence[Row]) -> str:
-    """Systems by streams, accuracy; each with the longest budget that is stored."""
+    """Write accuracy of systems by streams, each with the longest stored budget."""
     best: dict[tuple[str, str], Row] = {}
     for row in shown:
         best.setdefault((row.system.name, row.stream), row)
@@ -265,9 +268,9 @@ def _grid(experiment: Experiment, shown: Sequence[Row]) -> str:
     ]
     stored = [[row for row in column if row.results] for column in columns]
     body.append(["budget", *(", ".join(dict.fromkeys(row.length for row in column)) or NONE for column in stored)])
-    stand_ins = [any(one["stand_in"] for row in column for one in row.results.values()) for column in stored]
+    stand_ins = [any(result["stand_in"] for row in column for result in row.results.values()) for column in stored]
     if any(stand_ins):
-        body.append(["data", *("digits, as a stand-in" if one else "its own" for one in stand_ins)])
+        body.append(["data", *("digits, as a stand-in" if stand_in else "its own" for stand_in in stand_ins)])
     return _table(["system", *(streams()[stream].title for stream in experiment.streams)], body)
 
 
@@ -276,10 +279,10 @@ def _footnotes(notes: dict[str, int]) -> list[str]:
 
 
 def _absent(experiment: Experiment, shown: Sequence[Row]) -> list[str]:
-    """Streams of which nothing is stored because they need more than data."""
+    """Explain missing streams that need more than data."""
     names = {row.stream for row in shown} - {row.stream for row in shown if row.results}
     return [
-        f"{streams()[name].title} was not run: it needs a backbone that has not seen its classes "
+        f"{streams()[name].title} was not run, because it needs a backbone that has not seen its classes "
         f"(`ssd-edge pretrain DIR --classes 0:100 data.path={streams()[name].data}`, then `--tiny-backbone DIR`)."
         for name in experiment.streams
         if name in names and streams()[name].backbone != "shipped"
@@ -287,37 +290,38 @@ def _absent(experiment: Experiment, shown: Sequence[Row]) -> list[str]:
 
 
 def _less_forgetting(experiment: Experiment, tables: Tables) -> list[str]:
-    """1 − |BWT of the first| / |BWT of the second| of each pair, as the paper counts it."""
+    """Write 1 − |BWT of the first| / |BWT of the second| for each pair, the paper's measure."""
     lines = []
     for stream, by_budget in tables.items():
         for budget, table in by_budget.items():
             transfer = {row.system.name: mean(row.values("backward_transfer")) for row in table}
             for first, second in experiment.paired:
-                if transfer[first] is None or not transfer[second]:
+                ours, theirs = transfer[first], transfer[second]
+                if ours is None or not theirs:
                     continue
-                share = 1 - abs(transfer[first]) / abs(transfer[second])
-                what = "less" if share >= 0 else "more"
-                text = f"{first} forgets {points(abs(share))} % {what} than {second} ({budget} budget)"
+                share = 1 - abs(ours) / abs(theirs)
+                comparative = "less" if share >= 0 else "more"
+                text = f"{first} forgets {points(abs(share))} % {comparative} than {second} ({budget} budget)"
                 lines.append(f"{streams()[stream].title}: {text}.")
     return lines
 
 
 def _paired(experiment: Experiment, tables: Tables) -> list[str]:
-    """Differences of accuracy, order by order."""
+    """Write the differences of accuracy by class order, with a paired t-test."""
     body = []
     for stream, by_budget in tables.items():
         for budget, table in by_budget.items():
             by_name = {row.system.name: row for row in table}
             for first, second in experiment.paired:
-                found = compare(by_name[first], by_name[second])
-                if not found.differences:
+                test = compare(by_name[first], by_name[second])
+                if not test.differences:
                     continue
                 body.append([
                     streams()[stream].title, f"{first} − {second}",
-                    ", ".join(points(value, signed=True) for value in found.differences),
-                    points(mean(found.differences), signed=True),
-                    NONE if found.t is None else f"{found.t:.2f}".replace("-", "−"),
-                    NONE if found.p is None else f"{found.p:.3f}", budget,
+                    ", ".join(points(value, signed=True) for value in test.differences),
+                    points(mean(test.differences), signed=True),
+                    NONE if test.t is None else f"{test.t:.2f}".replace("-", "−"),
+                    NONE if test.p is None else f"{test.p:.3f}", budget,
                 ])  # fmt: skip
     if not body:
         return []
@@ -325,37 +329,31 @@ def _paired(experiment: Experiment, tables: Tables) -> list[str]:
     return ["Paired t-test of accuracy over class orders:", _table(head, body)]
 
 
-# ── the end ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── appendix ──────────────────────────────────────────────────────────────────────────────────────────────
 def _unfinished(store: cells.Store) -> list[str]:
-    """Experiments whose published schedule has not been run, with the command."""
+    """List the experiments whose published schedule has not been run, with the command for it."""
     body = []
     for experiment in experiments().values():
-        asked = {}
-        for stream in experiment.streams:
-            for system in experiment.systems:
-                for setup in cells.setups(experiment, system, stream, "full"):
-                    asked[setup.key()] = setup
-        stored = sum(store.find(setup) is not None for setup in asked.values())
-        if stored < len(asked):
-            command = f"`ssd-edge reproduce {experiment.id} --budget full`"
-            body.append([experiment.id, f"{stored} of {len(asked)}", command])
+        stored, count = cells.counts(experiment, "full", store)
+        if stored < count:
+            body.append([experiment.id, f"{stored} of {count}", f"`ssd-edge reproduce {experiment.id} --budget full`"])
     if not body:
         return []
     return ["## Not run with the published schedule", _table(["experiment", "cells stored", "command"], body)]
 
 
 def _machines(store: cells.Store) -> list[str]:
-    """Which versions and machines the numbers come from."""
-    found: dict[tuple[str, ...], int] = {}
+    """List the versions and machines that produced the numbers."""
+    machines: dict[tuple[str, ...], int] = {}
     for result in store:
-        told = result["environment"]
-        versions = ", ".join(f"{name} {version}" for name, version in sorted(told["versions"].items()))
-        revision, _, changed = (told["git_sha"] or "a wheel").partition("-")
+        environment = result["environment"]
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(environment["versions"].items()))
+        revision, _, changed = (environment["git_sha"] or "a wheel").partition("-")
         revision = f"{revision[:12]}, changed" if changed else revision[:12]
-        key = (versions, told["machine"], told["device"], str(told["threads"]), revision)
-        found[key] = found.get(key, 0) + 1
-    if not found:
+        key = (versions, environment["machine"], environment["device"], str(environment["threads"]), revision)
+        machines[key] = machines.get(key, 0) + 1
+    if not machines:
         return []
-    body = [[*key, str(count)] for key, count in sorted(found.items())]
+    body = [[*key, str(count)] for key, count in sorted(machines.items())]
     head = ["versions", "machine", "device", "threads", "commit", "cells"]
     return ["## Where these numbers come from", _table(head, body)]

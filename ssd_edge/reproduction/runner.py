@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -265,13 +264,3 @@ def _end(pool: ProcessPoolExecutor) -> None:
     for process in multiprocessing.active_children():  # this command's only ones
         process.terminate()
     pool.shutdown(wait=True, cancel_futures=True)
-
-
-def counts(experiment: Experiment, budget: str, store: cells.Store) -> tuple[int, int]:
-    """How many of an experiment's cells are stored, and how many it has."""
-    asked: dict[str, Any] = {}
-    for stream in experiment.streams:
-        for system in experiment.systems:
-            for setup in cells.setups(experiment, system, stream, budget):
-                asked.setdefault(setup.key(), setup)
-    return sum(store.find(setup) is not None for setup in asked.values()), len(asked)

@@ -96,7 +96,7 @@ Paired t-test of accuracy over class orders:
 """
     assert wanted in text
     assert drawn == {}
-    assert "SLDA 75.0, SSD at its best (SSD in X) 67.0: the head in closed form is ahead by 8.0 points" in text
+    assert "SLDA 75.0, best SSD (SSD in X) 67.0; the closed-form head leads by 8.0 points" in text
     assert "| X | 1 of 15 | `ssd-edge reproduce X --budget full` |" in text  # SLDA is the same with any schedule
     assert "| python 3.11, torch 2 | a machine | cpu | 1 | abc | 10 |" in text
     assert "12.3" not in text  # seconds differ from run to run
@@ -130,7 +130,7 @@ def test_a_lead_of_ssd_is_told_as_such(tmp_path: Path) -> None:
     for setup in ssd:
         keep(tmp_path, result(setup, 0.8))
     text, _ = page.render(cells.Store(tmp_path))
-    assert "the head in closed form is behind by 5.0 points" in text
+    assert "the closed-form head trails by 5.0 points" in text
 
 
 @pytest.mark.usefixtures("one_table")
@@ -139,7 +139,7 @@ def test_what_is_not_run_is_a_dash(tmp_path: Path) -> None:
     assert "| SDMLP | 71.0 | – | – | – | – | – | – | – |" in text
     assert "| X | 0 of 15 |" in text
     assert "Paired" not in text
-    assert "in closed form" not in text
+    assert "closed-form head" not in text
 
 
 @pytest.mark.usefixtures("one_table")

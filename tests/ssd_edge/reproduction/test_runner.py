@@ -74,5 +74,5 @@ def test_counts_are_of_what_is_stored(tmp_path: Path) -> None:
     made = cells.spec(setup, cells.Provenance("data", "backbone"))
     cells.write(tmp_path / cells.file_name(made), {"spec": made, "stand_in": False})
     store = cells.Store(tmp_path)
-    assert runner.counts(experiment, "reduced", store) == (1, 6)
-    assert runner.counts(experiment, "full", store) == (0, 10)
+    assert cells.counts(experiment, "reduced", store) == (1, 6)
+    assert cells.counts(experiment, "full", store) == (0, 10)
