@@ -1,4 +1,4 @@
-"""``python -m ssd_edge``."""
+"""Entry point of ``python -m ssd_edge``."""
 
 from ssd_edge.cli import main
 

@@ -1,4 +1,4 @@
-"""``ssd-edge evaluate``."""
+"""Command ``ssd-edge evaluate``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssd_edge.cli.options import JSON, OVERRIDES, print_json
 @JSON
 @OVERRIDES
 def evaluate(run: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
-    """Score a finished RUN, on its own test images or on other data.
+    """Measure the accuracy of a finished RUN on its own test images or on other data.
 
     \b
     ssd-edge evaluate runs/1
@@ -29,7 +29,7 @@ def evaluate(run: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
 
     for override in overrides:
         if not override.startswith("data."):
-            raise InputError(f"'{override}': only keys of the section data can be set here")
+            raise InputError(f"'{override}': only settings of the section data can be changed here; leave it out")
     config = storage.open_folder(run)
     if overrides:
         config = evaluation.with_data(config, merge({}, overrides)["data"])

@@ -1,4 +1,4 @@
-"""``ssd-edge train``."""
+"""Command ``ssd-edge train``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ssd_edge.cli.options import CONFIG, OVERRIDES, read_tree
 
 @click.command()
 @CONFIG
-@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue a run that was interrupted.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue an interrupted run.")
 @OVERRIDES
 def train(config_file: Path | None, resume: Path | None, overrides: tuple[str, ...]) -> None:
-    """Learn a data set task by task, with baselines and the panel beside it.
+    """Train a learner on a data set task by task, and compare it with baselines and the panel.
 
     \b
     ssd-edge train                                  bundled digits, nothing to download
     ssd-edge train data.path=FOLDER                 FOLDER/<class>/*.jpg, or train/ and test/ in it
     ssd-edge train --config F.yaml learner.name=sdmlp learner.k=10
-    ssd-edge train learner.name=auto                a closed-form learner, by held-out training images
+    ssd-edge train learner.name=auto                choose a closed-form learner on held-out training images
     ssd-edge train --resume runs/3
 
     Writes runs/<n>/ with metrics.json and report.html. `ssd-edge config` lists every key.
@@ -32,13 +32,13 @@ def train(config_file: Path | None, resume: Path | None, overrides: tuple[str, .
 
     console = Console()
     if resume is not None and (overrides or config_file):
-        raise InputError("--resume continues a run as it was configured; it takes no --config and no other keys")
+        raise InputError("--resume keeps the configuration of the run; leave out --config and the other settings")
     tree = read_tree(config_file, overrides)
     config = parse(TrainConfig, tree)
     from ssd_edge.run import train
 
-    words = ["ssd-edge", *sys.argv[1:]]  # not where it is installed: a bundle tells what was run to strangers
-    run = train.resume(resume, console) if resume else train.start(config, words, console)
+    argv = ["ssd-edge", *sys.argv[1:]]  # without the path of the script, because the record goes into bundles
+    run = train.resume(resume, console) if resume else train.start(config, argv, console)
     console.print(f"{run.folder}: {'resumed' if resume else 'started'}")
     try:
         result = run.execute()

@@ -1,7 +1,7 @@
-"""The terminal side of a run: progress, one line a task, the final tables.
+"""Terminal output of a run: progress, one line per task, and the final tables.
 
-On a terminal: colours (unless NO_COLOR is set) and one live line. Elsewhere, in a pipe or a log: plain lines
-without control codes.
+A terminal gets colours (unless NO_COLOR is set) and a live progress bar; pipes and logs get plain lines without control
+codes.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table
 
-WIDTH = 100  # columns of what is no terminal
-SPARSE_SECONDS = 10.0  # between the lines that stand for the live one where there is no terminal
-_COLD, _WARM = (26, 36, 52), (111, 176, 245)  # of the accuracy matrix: the dark colours of the report
+WIDTH = 100  # columns of a pipe or log
+SPARSE_SECONDS = 10.0  # between progress lines if there is no terminal
+_COLD, _WARM = (26, 36, 52), (111, 176, 245)  # colours of the accuracy matrix at 0 % and 100 %
 
 
 class Console:
@@ -76,6 +76,7 @@ class Console:
             self.print(f"{text}, {event.note}" if event.note else text)
 
     def _start_job(self, event: Progress) -> None:
+        """Show a progress bar for a new job if there is a terminal."""
         self._end_job()
         self._job, self._printed = event.description, time.monotonic()
         if not self._rich.is_interactive:
@@ -94,11 +95,13 @@ class Console:
         self._live = bar, bar.add_task(event.description, total=event.steps, note="")
 
     def _end_job(self) -> None:
+        """Remove the progress bar of the running job, if any."""
         if self._live is not None:
             self._live[0].stop()
         self._job = self._live = None
 
     def _task_line(self, event: TaskLearned) -> None:
+        """Print one line on a learned task."""
         from rich.cells import set_cell_size
 
         shown = [f"{100 * accuracy:.0f}" for accuracy in event.accuracies]
@@ -109,59 +112,73 @@ class Console:
         self._rich.print(line, no_wrap=True, overflow="ellipsis")
 
     def table(self, metrics: Mapping[str, Any]) -> None:
-        """The accuracy matrix, the comparison with baselines and panel, and who is ahead."""
+        """Print the accuracy matrix, the comparison with other learners, and a note if one of them is better."""
         for part in _summary(metrics, self._rich.width):
             self._rich.print(part)
 
 
 def export_svg(metrics: Mapping[str, Any], path: Path) -> None:
-    """Write what `Console.table` prints as a picture, for a README.
+    """Write the output of `Console.table` as an SVG image.
 
     Raises:
-        EnvironmentUnfitError: rich is not installed, or the file cannot be written.
+        EnvironmentUnfitError: If rich is not installed or the file cannot be written.
     """
     recorder = _rich(io.StringIO(), True, record=True)
     for part in _summary(metrics, recorder.width):
         recorder.print(part)
     title = f"{compared(metrics)[0].display} on {metrics['data']}"
     svg = recorder.export_svg(title=title, unique_id="ssd-edge")
-    # rich's style sheet fetches a font; a picture must not call anyone, and monospace is as good.
+    # Remove the font that rich's style sheet would fetch from the network; the fallback is monospace.
     write_text(path, re.sub(r"@font-face\s*\{.*?\}", "", svg, flags=re.DOTALL))
 
 
 def _rich(stream: TextIO, terminal: bool, record: bool = False) -> RichConsole:
-    """A console that takes all text as it is: a class may be called ``[red]`` or ``:smile:``."""
+    """Return a rich console without markup, because a class may be called ``[red]`` or ``:smile:``."""
     require("rich", "train", "write to the terminal")
     from rich.console import Console as RichConsole
 
     options: dict[str, Any] = {} if terminal and not record else {"width": WIDTH}
-    if record:  # the picture is the same wherever it is made
+    if record:  # the image must not depend on the environment
         options |= {"record": True, "color_system": "truecolor", "no_color": False}
-    # force_terminal: else FORCE_COLOR would put control codes into a log
-    return RichConsole(file=stream, force_terminal=terminal, markup=False, emoji=False, highlight=False, **options)
+    # force_terminal: FORCE_COLOR must not put control codes into a log
+    return RichConsole(
+        file=stream,
+        force_terminal=terminal,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        **options,
+    )
 
 
 def _summary(metrics: Mapping[str, Any], width: int) -> list[RenderableType]:
+    """Return heading, accuracy matrix, comparison and note."""
     from rich.text import Text
 
     heading = f"{compared(metrics)[0].display} on {metrics['data']}: {describe_stream(metrics)}"
-    parts = [Text(heading, style="bold"), "", _matrix(metrics, width), "", _comparison(metrics, width)]
+    parts: list[RenderableType] = [
+        Text(heading, style="bold"),
+        "",
+        _matrix(metrics, width),
+        "",
+        _comparison(metrics, width),
+    ]
     note = lead_note(metrics)
     return [*parts, "", Text(note, style="yellow")] if note else parts
 
 
 def _matrix(metrics: Mapping[str, Any], width: int) -> Table:
-    """Accuracy in percent; a row after each task (or experience), a column for each task's images."""
+    """Return the accuracy in percent, one row per learned task (or experience) and one column per tested task."""
     from rich.text import Text
 
-    label = 28  # characters of the first column, which names the task's classes; the others have 6 and a space
+    label = 28  # width of the first column; the others have 6 characters and a space
     matrix, tasks = metrics["accuracy_matrix"], metrics["tasks"]
     introduced = metrics.get("introduced", range(len(tasks)))
     step, room = step_name(len(tasks), len(matrix)), max(3, (width - label) // 7)
     columns = _elided(len(tasks), room)
     table = _table(f"after {step}", *("…" if task is None else str(task + 1) for task in columns), padding=0)
-    for drawn in table.columns[1:]:
-        drawn.justify, drawn.min_width = "center", 6
+    for cell_column in table.columns[1:]:
+        cell_column.justify, cell_column.min_width = "center", 6
     rows = _elided(len(matrix), room if step == "task" else 2 * room)
     for row in rows:
         if row is None:
@@ -182,7 +199,7 @@ def _matrix(metrics: Mapping[str, Any], width: int) -> Table:
 
 
 def _comparison(metrics: Mapping[str, Any], width: int) -> Table:
-    """Every method, the most accurate first; what does not fit into `width` columns is left to the report."""
+    """Return one row per method, the most accurate first, without columns that do not fit into `width`."""
     rows = ranked(metrics)
     columns: dict[str, list[str]] = {
         "method": [_shorten(method.display, 20) for method in rows],
@@ -194,10 +211,10 @@ def _comparison(metrics: Mapping[str, Any], width: int) -> Table:
         "time": [duration(method.values.get("seconds")) for method in rows],
         "state": [size(method.values.get("state_bytes")) for method in rows],
     }
-    for spare in ("", "incremental", "forgetting", "time"):
+    for optional in ("", "incremental", "forgetting", "time"):
         if sum(max(map(len, (name, *cells))) + 3 for name, cells in columns.items()) <= width:
             break
-        del columns[spare]
+        del columns[optional]
     table = _table(*columns)
     if "" in columns:
         table.columns[1].justify = "left"
@@ -207,6 +224,7 @@ def _comparison(metrics: Mapping[str, Any], width: int) -> Table:
 
 
 def _table(first: str, *others: str, padding: int = 1) -> Table:
+    """Return an empty table with these columns."""
     from rich import box
     from rich.table import Table
 
@@ -218,14 +236,14 @@ def _table(first: str, *others: str, padding: int = 1) -> Table:
 
 
 def _heat(accuracy: float) -> str:
-    """Background and ink of a cell, both given, so that it is readable on any terminal."""
-    share = accuracy**2  # as in the report: most accuracies lie in the upper half
+    """Return the style of a cell; it sets both colours to be readable on any terminal."""
+    share = accuracy**2  # squared, because most accuracies are above 50 %
     red, green, blue = (round(low + share * (high - low)) for low, high in zip(_COLD, _WARM, strict=True))
     return f"{'#000000' if share > 0.62 else '#ffffff'} on rgb({red},{green},{blue})"
 
 
 def _elided(count: int, room: int) -> list[int | None]:
-    """Indices 0 … count−1, or, where only `room` entries fit, the first and last of them around None."""
+    """Return the indices 0 … count−1; if only `room` entries fit, the first and last ones around None."""
     if count <= room:
         return list(range(count))
     first, last = room // 2, (room - 1) // 2
@@ -233,7 +251,7 @@ def _elided(count: int, room: int) -> list[int | None]:
 
 
 def _shorten(text: str, cells: int) -> str:
-    """Cut to so many columns of a terminal, where some letters take two."""
+    """Shorten text to a number of terminal cells; wide characters take two."""
     from rich.cells import cell_len, chop_cells
 
     return text if cell_len(text) <= cells else chop_cells(text, cells - 1)[0].rstrip(", ") + "…"

@@ -15,7 +15,17 @@ EMBED_BATCH = 512
 
 
 def embed(dataset: Dataset, embedder: Embedder, listener: Listener, use_cache: bool) -> dict[str, np.ndarray]:
-    """Embeddings ``train`` and ``test``, from the cache where backbone and data are the same."""
+    """Return the embeddings ``train`` ``(N, D)`` and ``test`` ``(M, D)`` of a data set.
+
+    Args:
+        dataset: Images.
+        embedder: Backbone.
+        listener: Receives progress events.
+        use_cache: Read embeddings of the same backbone and data from the cache, and write them to it.
+
+    Raises:
+        InputError: If an image cannot be decoded, or if the backbone returns NaN or infinity.
+    """
 
     def compute() -> dict[str, np.ndarray]:
         total, done, parts = len(dataset.train) + len(dataset.test), 0, {}
@@ -30,7 +40,7 @@ def embed(dataset: Dataset, embedder: Embedder, listener: Listener, use_cache: b
                 parts[part] = np.concatenate(arrays)
         for part, array in parts.items():
             if not np.isfinite(array).all():
-                raise InputError(f"the backbone gives NaN or infinity for {part} images; check its weights")
+                raise InputError(f"the backbone returns NaN or infinity for {part} images; check its weights")
         return parts
 
     key = {"backbone": embedder.identity, "data": dataset.fingerprint, "torch": torch.__version__}

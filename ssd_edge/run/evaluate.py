@@ -48,10 +48,10 @@ def open_embedder(folder: Path, config: TrainConfig) -> Embedder:
     embedder = open_backbone(config.backbone, pick_device(config.run.device))
     recorded = files.read_json(folder / "backbone.json")
     if not isinstance(recorded, dict) or "identity" not in recorded:
-        raise BundleRefusedError(f"{folder / 'backbone.json'} does not name a backbone; restore it")
+        raise BundleRefusedError(f"{folder / 'backbone.json'} has no backbone identity; restore it")
     if recorded["identity"] != embedder.identity:
         raise InputError(
-            f"the run was made with the backbone {recorded['identity']}, but the one here is {embedder.identity}; "
+            f"the run used the backbone {recorded['identity']}, but {embedder.identity} was found; "
             "restore that backbone or train again"
         )
     return embedder
@@ -79,7 +79,7 @@ def evaluate(folder: Path, config: TrainConfig, listener: Listener) -> Evaluatio
         InputError: If the run is not finished, or the data has a class that it did not learn.
     """
     if not (folder / "learner.safetensors").is_file():
-        raise InputError(f"{folder} has not finished; continue it with: ssd-edge train --resume {folder}")
+        raise InputError(f"{folder} is not finished; continue it with: ssd-edge train --resume {folder}")
     set_threads(config.run.threads)
     learner = learners.restore(*files.read_tensors(folder / "learner.safetensors"))
     registry = ClassRegistry.from_json(files.read_json(folder / "classes.json"))
@@ -88,8 +88,8 @@ def evaluate(folder: Path, config: TrainConfig, listener: Listener) -> Evaluatio
     unknown = [name for name in dataset.classes if name not in rows]
     if unknown:
         raise InputError(
-            f"the run never learned {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; it knows "
-            f"{', '.join(registry.names[:10])}. Leave them out with data.exclude={','.join(unknown[:5])}"
+            f"the run did not learn {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; its classes are "
+            f"{', '.join(registry.names[:10])}. Leave others out with data.exclude={','.join(unknown[:5])}"
         )
     embedder = open_embedder(folder, config)
     embedded = embed(dataset, embedder, listener, config.backbone.cache)

@@ -1,4 +1,4 @@
-"""A finished run, read and checked, as `deploy` needs it. Nothing in it is trusted to fit together before this."""
+"""Loading and checking of a finished run. Its files may be damaged or belong to different runs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
 from ssd_edge.run import storage
 
-# What is taken from each file of a run, with its type.
+# Keys that are read from the files of a run, with their types.
 _BACKBONE = {"kind": str, "path": str, "identity": str, "size": int, "dim": int, "provenance": dict}
-TIME = "%Y-%m-%dT%H:%M:%SZ"  # of a run, in UTC
+TIME = "%Y-%m-%dT%H:%M:%SZ"  # format of the times in run.json, in UTC
 RECORD = {"argv": list, "seed": int, "threads": int, "machine": str, "versions": dict}
 METRICS = {
     "data": str,
@@ -40,17 +40,17 @@ METRICS = {
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """What `read` returns.
+    """A finished run, checked.
 
     Attributes:
-        folder: of the run.
-        config: as it was resolved.
-        record: run.json.
-        metrics: metrics.json.
-        backbone: backbone.json.
-        registry: its classes.
-        learner: as it was after the last task.
-        states: role in a bundle → the file as the run wrote it.
+        folder: Folder of the run.
+        config: Resolved configuration.
+        record: Content of run.json.
+        metrics: Content of metrics.json.
+        backbone: Content of backbone.json.
+        registry: Class registry.
+        learner: Learner after the last task.
+        states: Content of the state files by their role in a bundle.
     """
 
     folder: Path
@@ -63,41 +63,41 @@ class FinishedRun:
     states: dict[str, bytes]
 
     def standardisation(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
-        """μ and σ ``(dim,)``, float32, that the run measured for a user's own backbone; raises like `read`."""
+        """Return μ and σ ``(dim,)``, float32, measured for a user's own backbone. Raises the same errors as `read`."""
         path = self.folder / "standardisation.safetensors"
         arrays, _ = files.read_tensors(path)
-        schema = {name: TensorSpec(("D",), "float32", "of the features of the first task") for name in ("mu", "sigma")}
+        schema = {name: TensorSpec(("D",), "float32", "standardisation by the first task") for name in ("mu", "sigma")}
         _check_arrays(arrays, schema, {"D": dim}, path)
         return arrays["mu"], arrays["sigma"]
 
 
 def emptied(run: FinishedRun, priors: Priors) -> FinishedRun:
-    """The same run before its first task: its backbone, and its learner as it was built, without any class."""
-    _, described = learners.pack(run.learner)
-    options = {"name": described["learner"], **described["settings"]}
-    learner = learners.build(options, run.learner.dim, priors, described["seed"])
+    """Return the run as it was before its first task: the same backbone, and a new learner without classes."""
+    _, metadata = learners.pack(run.learner)
+    options = {"name": metadata["learner"], **metadata["settings"]}
+    learner = learners.build(options, run.learner.dim, priors, metadata["seed"])
     statistics = {name: tensor.numpy() for name, tensor in ClassStatistics(learner.dim).state().items()}
     states = {"learner": files.tensor_bytes(*learners.pack(learner)), "statistics": files.tensor_bytes(statistics)}
     return dataclasses.replace(run, registry=ClassRegistry(), learner=learner, states=states)
 
 
 def read(folder: Path) -> FinishedRun:
-    """Read a run's folder.
+    """Load a finished run.
 
     Raises:
-        InputError: not a run, not finished, or a file is missing.
-        BundleRefusedError: a file is damaged, or of another run.
+        InputError: If the folder is not a run, the run is not finished, or a file is missing.
+        BundleRefusedError: If a file is damaged or belongs to another run.
     """
     config = storage.open_folder(folder)
     record = _read_object(folder / "run.json", {"status": str})
     if record["status"] != "finished":
         raise InputError(
-            f"{folder} is not finished; take it up again with: ssd-edge train --resume {shlex.quote(str(folder))}"
+            f"{folder} is not finished; continue it with: ssd-edge train --resume {shlex.quote(str(folder))}"
         )
     needed = ("metrics.json", "backbone.json", "classes.json", "learner.safetensors", "statistics.safetensors")
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"{folder} is not a complete run: {', '.join(missing)} missing; restore or train again")
+        raise InputError(f"{folder} is not a complete run: {', '.join(missing)} missing; restore them or train again")
     states = {role: files.read_bytes(folder / bundle.ROLES[role]) for role in ("learner", "statistics")}
     record = _read_object(folder / "run.json", {**RECORD, "finished": str})
     try:
@@ -119,31 +119,32 @@ def read(folder: Path) -> FinishedRun:
 
 
 def _read_object(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
-    """A JSON object that has these keys.
+    """Read a JSON object with these keys; integers are accepted as floats.
 
     Raises:
-        BundleRefusedError: it has not; numbers may be whole where a float is wanted.
+        BundleRefusedError: If a key is missing or its value has another type.
     """
-    value = files.read_json(path)
+    content = files.read_json(path)
+    values: dict[str, Any] = content if isinstance(content, dict) else {}
     for key, kind in kinds.items():
-        found = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(found, (int, float) if kind is float else kind):
-            raise BundleRefusedError(f"{path} is damaged: '{key}' is {found!r}, not {kind.__name__}; restore it")
-    return value
+        value = values.get(key)
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise BundleRefusedError(f"{path} is damaged: '{key}' is {value!r}, not {kind.__name__}; restore it")
+    return values
 
 
 def _check_together(state: FinishedRun) -> None:
-    """Learner, statistics, classes and backbone are of one run."""
+    """Check that learner, statistics, classes and backbone belong to the same run."""
     classes, dim, learner = len(state.registry), state.backbone["dim"], state.learner
     if (len(learner.seen), learner.dim) != (classes, dim):
         raise BundleRefusedError(
             f"{state.folder}: the learner has {len(learner.seen)} classes and embeddings of {learner.dim}, but "
-            f"classes.json and backbone.json say {classes} and {dim}; restore the files of one run"
+            f"classes.json and backbone.json have {classes} and {dim}; restore the files of one run"
         )
     path = state.folder / "statistics.safetensors"
     arrays, _ = files.parse_tensors(state.states["statistics"], str(path))
     schema = {
-        "counts": TensorSpec(("C",), "float64", "samples of each class"),
+        "counts": TensorSpec(("C",), "float64", "number of samples of each class"),
         "sums": TensorSpec(("C", "D"), "float64", "sum of the embeddings of each class"),
         "second": TensorSpec((dim * (dim + 1) // 2,), "float64", "second moments, upper triangle"),
     }

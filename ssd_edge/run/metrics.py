@@ -1,9 +1,10 @@
-"""Metrics of continual learning, one definition each.
+"""Metrics of continual learning.
 
-R[t][g] is the test accuracy on group g of classes after experience t, both from 0; there are E experiences and G
-groups. Entries of groups that have not been taught yet may be None. l(g) is the experience that first teaches group
-g: `learned`, or g itself where `learned` is None, as in class-incremental learning with E = G = T tasks. A mean over
-no group at all, such as the forgetting of a single task, is 0. ValueError: a needed entry is None, or sizes disagree.
+R[t][g] is the test accuracy on group g of classes after experience t, both counted from 0; there are E experiences and
+G groups. Entries of groups that are learned later may be None. l(g) is the experience that introduces group g:
+`learned[g]`, or g if `learned` is None, as in class-incremental learning with E = G = T tasks. A mean over an empty set
+of groups, such as the forgetting of a single task, is 0. All functions raise ValueError if an entry that they need is
+None or if sizes disagree.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ Matrix = Sequence[Sequence["float | None"]]
 
 
 def average_accuracy(matrix: Matrix) -> float:
-    """Mean over groups of the final accuracy, each group counting the same: 1/G · Σ_g R[E−1][g]."""
+    """Return the mean final accuracy over groups: 1/G · Σ_g R[E−1][g]."""
     last = _last(matrix)
     return _mean(_entry(matrix, last, group) for group in range(len(matrix[last])))
 
 
 def weighted_average_accuracy(matrix: Matrix, samples: Sequence[int]) -> float:
-    """Final accuracy over all test samples, each sample counting the same: Σ_g n_g·R[E−1][g] / Σ_g n_g.
+    """Return the final accuracy over all test samples: Σ_g n_g·R[E−1][g] / Σ_g n_g.
 
     Args:
         matrix: R.
-        samples: n_g, test samples of each group.
+        samples: n_g, the number of test samples of each group.
     """
     return _weighted(matrix, _last(matrix), samples, range(len(matrix[-1])))
 
 
 def accuracy_curve(matrix: Matrix, learned: Sequence[int] | None = None) -> list[float]:
-    """After each experience t, the mean over the groups taught so far: A_t = mean of R[t][g] over g with l(g) ≤ t."""
+    """Return A_t after each experience t: the mean of R[t][g] over the groups learned so far, l(g) ≤ t."""
     first = _learned(matrix, learned)
     return [
         _mean(_entry(matrix, t, group) for group in range(len(first)) if first[group] <= t) for t in range(len(matrix))
@@ -40,38 +41,38 @@ def accuracy_curve(matrix: Matrix, learned: Sequence[int] | None = None) -> list
 
 
 def sdmlp_curve(matrix: Matrix, samples: Sequence[int], learned: Sequence[int] | None = None) -> list[float]:
-    """After each experience t, what the SDMLP code logs: A_t · G_t/G.
+    """Return the curve that the SDMLP code logs: A_t · G_t/G after each experience t.
 
-    Here A_t is the accuracy over all test samples of the G_t groups taught so far; for T tasks the factor is
-    (t+1)/T. With groups of one size this is the accuracy on the whole test set, untaught classes counting as wrong.
+    Here A_t is the accuracy over all test samples of the G_t groups learned so far; for T tasks the factor is (t+1)/T.
+    With groups of equal size this is the accuracy on the whole test set, counting classes not yet learned as wrong.
 
     Args:
         matrix: R.
-        samples: n_g, test samples of each group.
+        samples: n_g, the number of test samples of each group.
         learned: l.
     """
     first, curve = _learned(matrix, learned), []
     for t in range(len(matrix)):
-        taught = [group for group in range(len(first)) if first[group] <= t]
-        curve.append(_weighted(matrix, t, samples, taught) * len(taught) / len(first))
+        groups = [group for group in range(len(first)) if first[group] <= t]
+        curve.append(_weighted(matrix, t, samples, groups) * len(groups) / len(first))
     return curve
 
 
 def average_incremental_accuracy(matrix: Matrix, learned: Sequence[int] | None = None) -> float:
-    """Mean of the accuracy curve: 1/E · Σ_t A_t. iCaRL and PyCIL call this "average accuracy"."""
+    """Return the mean of the accuracy curve, 1/E · Σ_t A_t. iCaRL and PyCIL call it "average accuracy"."""
     return _mean(accuracy_curve(matrix, learned))
 
 
 def backward_transfer(matrix: Matrix, learned: Sequence[int] | None = None) -> float:
-    """BWT (Eq. 7): mean of R[E−1][g] − R[l(g)][g] over g with l(g) < E−1; negative is forgetting."""
+    """Return BWT (Eq. 7): mean of R[E−1][g] − R[l(g)][g] over g with l(g) < E−1. Negative values mean forgetting."""
     last, first = _last(matrix), _learned(matrix, learned)
     return _mean(_entry(matrix, last, group) - _entry(matrix, t, group) for group, t in enumerate(first) if t < last)
 
 
 def forgetting(matrix: Matrix, learned: Sequence[int] | None = None) -> float:
-    """Drop from the best before: mean of max_{l(g)≤t<E−1} R[t][g] − R[E−1][g] over g with l(g) < E−1.
+    """Return the drop from the best accuracy: mean of max_{l(g)≤t<E−1} R[t][g] − R[E−1][g] over g with l(g) < E−1.
 
-    RWalk's definition, which Mammoth, FACIL and PyCIL use too.
+    This is the definition of RWalk, also used by Mammoth, FACIL and PyCIL.
     """
     last, first = _last(matrix), _learned(matrix, learned)
     return _mean(
@@ -82,28 +83,27 @@ def forgetting(matrix: Matrix, learned: Sequence[int] | None = None) -> float:
 
 
 def forgetting_first_last(matrix: Matrix, learned: Sequence[int] | None = None) -> float:
-    """Drop from the accuracy when just taught: mean of R[l(g)][g] − R[E−1][g] over g with l(g) < E−1.
+    """Return the drop from the first accuracy: mean of R[l(g)][g] − R[E−1][g] over g with l(g) < E−1.
 
-    Avalanche's definition; it is −BWT, and never above `forgetting`.
+    This is the definition of Avalanche. It equals −BWT and never exceeds `forgetting`.
     """
     last, first = _last(matrix), _learned(matrix, learned)
     return _mean(_entry(matrix, t, group) - _entry(matrix, last, group) for group, t in enumerate(first) if t < last)
 
 
 def forward_transfer(matrix: Matrix, initial: Sequence[float], learned: Sequence[int] | None = None) -> float:
-    """FWT: mean of R[l(g)−1][g] − b_g over g with l(g) > 0: what is known of a group just before it is taught.
+    """Return FWT: mean of R[l(g)−1][g] − b_g over g with l(g) > 0, the accuracy just before a group is learned.
 
-    A single head that learns classes one after another has never been given the labels of such a group, so R is
-    about 0 there and FWT about −b, whatever the method. It tells something where classes are shared between
-    experiences.
+    A single head that learns classes one after another has not seen labels of such a group. R is then about 0 and FWT
+    about −b for every method. FWT is informative if experiences share classes.
 
     Args:
-        matrix: R, with the entries before l(g) measured too.
-        initial: b_g, accuracy of an untrained model on each group.
+        matrix: R, including the entries before l(g).
+        initial: b_g, the accuracy of an untrained model on each group.
         learned: l.
 
     Raises:
-        ValueError: an entry R[l(g)−1][g] is None.
+        ValueError: If an entry R[l(g)−1][g] is None.
     """
     first = _learned(matrix, learned)
     _same_length("initial", initial, len(first))
@@ -111,16 +111,16 @@ def forward_transfer(matrix: Matrix, initial: Sequence[float], learned: Sequence
 
 
 def learning_accuracy(matrix: Matrix, learned: Sequence[int] | None = None) -> float:
-    """Accuracy of each group when just taught: 1/G · Σ_g R[l(g)][g]."""
+    """Return the mean accuracy of the groups right after they are learned: 1/G · Σ_g R[l(g)][g]."""
     return _mean(_entry(matrix, t, group) for group, t in enumerate(_learned(matrix, learned)))
 
 
 def intransigence(matrix: Matrix, reference: Sequence[float], learned: Sequence[int] | None = None) -> float:
-    """What learning in sequence keeps from being learned: 1/G · Σ_g (R*[g] − R[l(g)][g]) (RWalk).
+    """Return intransigence, the accuracy lost by learning in sequence: 1/G · Σ_g (R*[g] − R[l(g)][g]) (RWalk).
 
     Args:
         matrix: R.
-        reference: R*[g], accuracy on each group of a model trained on all data up to l(g) at once.
+        reference: R*[g], the accuracy on each group of a model trained on all data up to l(g) at once.
         learned: l.
     """
     first = _learned(matrix, learned)
@@ -130,11 +130,10 @@ def intransigence(matrix: Matrix, reference: Sequence[float], learned: Sequence[
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """All metrics that the accuracy matrix alone gives. Joint training has no stream and only an average accuracy.
+    """Metrics computed from the accuracy matrix alone. Joint training has no stream and only an average accuracy.
 
     Attributes:
-        average_accuracy: See the function of the same name; so for the others.
-        accuracy_matrix: R.
+        accuracy_matrix: R. The other attributes are named after the functions that compute them.
     """
 
     average_accuracy: float
@@ -152,7 +151,7 @@ class Summary:
 
 
 def summary(matrix: Matrix, learned: Sequence[int] | None = None) -> Summary:
-    """Return all metrics that the matrix alone gives, with the matrix."""
+    """Return all metrics that need only the matrix."""
     return Summary(
         average_accuracy=average_accuracy(matrix),
         average_incremental_accuracy=average_incremental_accuracy(matrix, learned),
@@ -166,31 +165,31 @@ def summary(matrix: Matrix, learned: Sequence[int] | None = None) -> Summary:
 
 
 def _last(matrix: Matrix) -> int:
-    """E − 1."""
+    """Return E − 1, after checking that there is a row."""
     if not matrix:
-        raise ValueError("the accuracy matrix has no row; measure after at least one experience")
+        raise ValueError("the accuracy matrix has no rows; measure after at least one experience")
     return len(matrix) - 1
 
 
 def _learned(matrix: Matrix, learned: Sequence[int] | None) -> Sequence[int]:
-    """l(g) for every group, checked against the size of the matrix."""
+    """Return l(g) for every group, after checking it against the size of the matrix."""
     experiences, groups = _last(matrix) + 1, len(matrix[0])
     if learned is None:
         if experiences != groups:
             raise ValueError(
-                f"{experiences} experiences teach {groups} groups of classes; say with `learned` which teaches which"
+                f"{experiences} experiences introduce {groups} groups of classes; pass `learned`, one per group"
             )
         return range(groups)
     _same_length("learned", learned, groups)
     for group, t in enumerate(learned):
         if not 0 <= t < experiences:
-            raise ValueError(f"learned[{group}] is {t}, but the matrix has the experiences 0 to {experiences - 1}")
+            raise ValueError(f"learned[{group}] is {t}, but the experiences are 0 to {experiences - 1}")
     return learned
 
 
 def _same_length(name: str, values: Sequence[Any], groups: int) -> None:
     if len(values) != groups:
-        raise ValueError(f"{name} has {len(values)} entries, but the matrix has {groups} groups; give one for each")
+        raise ValueError(f"{name} has {len(values)} entries, but the matrix has {groups} groups; pass one per group")
 
 
 def _entry(matrix: Matrix, t: int, group: int) -> float:
@@ -201,14 +200,14 @@ def _entry(matrix: Matrix, t: int, group: int) -> float:
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else 0.0
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0
 
 
 def _weighted(matrix: Matrix, t: int, samples: Sequence[int], groups: Iterable[int]) -> float:
-    """Accuracy after experience t over all test samples of some groups; 0 without a sample."""
+    """Return the accuracy after experience t over all test samples of some groups; 0 if there are none."""
     _same_length("samples", samples, len(matrix[t]))
     groups = list(groups)
-    right = sum(samples[group] * _entry(matrix, t, group) for group in groups)
+    correct = sum(samples[group] * _entry(matrix, t, group) for group in groups)
     total = sum(samples[group] for group in groups)
-    return right / total if total else 0.0
+    return correct / total if total else 0.0

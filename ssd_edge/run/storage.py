@@ -1,17 +1,17 @@
-"""A run's folder: what is in it, and how a killed run is taken up again.
+"""Folder of a run, its files, and the progress from which an interrupted run is resumed.
 
 ```
-runs/<n>/config.yaml              the resolved configuration
+runs/<n>/config.yaml              resolved configuration
          run.json                 argv, versions, threads, machine, git sha, seed, times, status
-         backbone.json            which backbone, by digest
+         backbone.json            backbone with its digest
          classes.json             class registry by learner row
-         progress.json            per system: accuracies so far, seconds, the checkpoint that goes with them
-         checkpoints/             the newest state of each system that is not finished
+         progress.json            for each learner: accuracies so far, seconds, name of the matching checkpoint
+         checkpoints/             latest state of each unfinished learner
          metrics.json report.html learner.safetensors statistics.safetensors
-         standardisation.safetensors   mu, sigma of a user's ONNX backbone, from the first task
+         standardisation.safetensors   mean and deviation of the first task, for a user's ONNX backbone
 ```
-Each file is replaced atomically, and `progress.json` only after the checkpoint that it names, so a run that
-was killed at any point loses at most its current task.
+Each file is replaced atomically, and `progress.json` is written after the checkpoint that it names. A crash loses at
+most the current task.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def new_folder(out: Path) -> Path:
     """Create the next numbered folder in `out`.
 
     Raises:
-        EnvironmentUnfitError: the folder cannot be created.
+        EnvironmentUnfitError: If the folder cannot be created.
     """
     files.make_directory(out)
     while True:
@@ -49,7 +49,7 @@ def new_folder(out: Path) -> Path:
         folder = out / str(max(numbers, default=0) + 1)
         try:
             folder.mkdir()
-        except FileExistsError:  # another run was faster
+        except FileExistsError:  # another process created it first
             continue
         except OSError as error:
             raise EnvironmentUnfitError(f"cannot create {folder}: {error.strerror}") from error
@@ -58,16 +58,16 @@ def new_folder(out: Path) -> Path:
 
 
 def open_folder(folder: Path) -> TrainConfig:
-    """The configuration of an existing run.
+    """Load the configuration of a run.
 
     Raises:
-        InputError: not a run's folder.
-        BundleRefusedError: its configuration is damaged.
+        InputError: If the folder is not a run.
+        BundleRefusedError: If the configuration is damaged.
     """
     missing = [name for name in ("config.yaml", "run.json") if not (folder / name).is_file()]
     if missing:
-        what = "does not exist" if not folder.exists() else f"is not a run: {' and '.join(missing)} missing"
-        raise InputError(f"{folder} {what}; runs are the numbered folders that `ssd-edge train` makes")
+        reason = "does not exist" if not folder.exists() else f"is not a run: {' and '.join(missing)} missing"
+        raise InputError(f"{folder} {reason}; give one of the numbered folders that `ssd-edge train` creates")
     try:
         return parse(TrainConfig, read_yaml(folder / "config.yaml"))
     except InputError as error:
@@ -81,7 +81,7 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on besides its configuration."""
+    """Return versions, threads and machine, which a result depends on besides its configuration."""
     return {
         "versions": {
             "ssd_edge": VERSION,
@@ -107,7 +107,7 @@ def _machine() -> str:
 
 
 def _git_sha() -> str | None:
-    """The commit of SSD-Edge's own source; None where it was installed from a wheel."""
+    """Return the commit of the SSD-Edge source tree, or None if it was installed from a wheel."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -125,7 +125,7 @@ def _git_sha() -> str | None:
 
 
 def changed_environment(before: dict[str, Any]) -> list[str]:
-    """How this environment differs from a run's: there, resumed weights may not be bit-identical."""
+    """Return how this environment differs from a recorded one; resumed weights may then differ in their last bits."""
     present, differences = environment(), []
     for key in ("versions", "threads", "machine"):
         if before.get(key) != present[key]:

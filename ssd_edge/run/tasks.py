@@ -1,4 +1,4 @@
-"""What a stream of tasks needs, ready to be learned: embeddings, learner rows, and which sample comes when."""
+"""Data of a stream: embeddings, learner rows, and the samples of each task."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ssd_edge.run.streams import Stream
 
 @dataclasses.dataclass(frozen=True)
 class StreamData:
-    """Everything that a stream of tasks needs.
+    """Embeddings and labels of a stream.
 
     Attributes:
-        train: standardised embeddings ``(N, D)``.
-        train_rows: learner rows, int64 ``(N,)``.
-        test: ``(M, D)``.
-        test_rows: ``(M,)``.
-        train_tasks: per experience, the indices of its training samples.
-        test_tasks: per group of classes that are introduced together, of its test samples.
-        introduced: per group, the experience that introduces it.
-        names: class names by row.
-        standardisation: (mu, sigma) that the first task gave to a backbone without its own; else None.
-        embed_seconds: time spent on the embeddings.
+        train: Standardised training embeddings ``(N, D)``.
+        train_rows: Learner rows of the training samples, int64 ``(N,)``.
+        test: Standardised test embeddings ``(M, D)``.
+        test_rows: Learner rows of the test samples, int64 ``(M,)``.
+        train_tasks: For each experience, the indices of its training samples.
+        test_tasks: For each group of classes introduced together, the indices of its test samples.
+        introduced: For each group, the experience that introduces it.
+        names: Class names by row.
+        standardisation: Mean and deviation of the first task, if the backbone does not standardise; else None.
+        embed_seconds: Time spent on the embeddings.
     """
 
     train: Tensor
@@ -45,16 +45,23 @@ class StreamData:
     embed_seconds: float = 0.0
 
     def task(self, number: int) -> learners.Task:
-        """Training data of one experience."""
+        """Return the training data of one experience."""
         index = self.train_tasks[number]
         return learners.Task(self.train[index], self.train_rows[index])
 
 
 def prepare(dataset: Dataset, stream: Stream, embedder: Embedder, embedded: Mapping[str, np.ndarray]) -> StreamData:
-    """Standardise, translate labels to rows, and cut into experiences (training) and groups of classes (test)."""
+    """Standardise the embeddings, map labels to rows, and divide the samples into tasks.
+
+    Args:
+        dataset: Labels and class names.
+        stream: Order of classes and samples.
+        embedder: Backbone that made the embeddings.
+        embedded: Embeddings ``train`` ``(N, D)`` and ``test`` ``(M, D)``.
+    """
     train, test, standardisation = embedded["train"], embedded["test"], None
     train_tasks = stream.experiences(dataset.train_labels)
-    if not embedder.standardised:  # later tasks must not be looked at: the first one's statistics stay
+    if not embedder.standardised:  # by the first task only: later ones are not known yet
         mu, sigma = (part.astype(np.float32) for part in measure(train[train_tasks[0]]))
         standardisation = (mu, sigma)
         train, test = ((part - mu) / sigma for part in (train, test))
@@ -71,11 +78,11 @@ def prepare(dataset: Dataset, stream: Stream, embedder: Embedder, embedded: Mapp
     )
 
 
-def accuracies(learner: learners.Learner, prepared: StreamData, experience: int) -> list[float | None]:
-    """Accuracy on the test samples of each group of classes after an experience; None where it comes later."""
+def accuracies(learner: learners.Learner, data: StreamData, experience: int) -> list[float | None]:
+    """Return the test accuracy on each group of classes after an experience; None for groups introduced later."""
 
     def accuracy(index: Tensor) -> float:
-        return float((learner.predict(prepared.test[index]) == prepared.test_rows[index]).double().mean())
+        return float((learner.predict(data.test[index]) == data.test_rows[index]).double().mean())
 
-    groups = zip(prepared.test_tasks, prepared.introduced, strict=True)
+    groups = zip(data.test_tasks, data.introduced, strict=True)
     return [accuracy(index) if introduced <= experience else None for index, introduced in groups]

@@ -1,7 +1,7 @@
-"""A run: images → embeddings → stream → learners → metrics, resumable experience by experience.
+"""Training runs: embed the images, train the learners on the stream, and write metrics and a report.
 
-The learner, its baselines and the panel's heads go through the same loop on the same embeddings. Joint
-training, the upper bound, is the one that is given all tasks at once.
+The main learner, the baselines and the panel go through the same loop on the same embeddings. Joint training, an upper
+bound, sees all tasks at once. A run can be resumed after any finished task.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from ssd_edge.run.tasks import StreamData, accuracies, prepare
 from ssd_edge.system import usable_cores, utc_now
 
 JOINT_NAME = "joint"
-ONE_PASS = {"epochs": 1, "min_steps": 0}  # settings with which a learner sees each sample of a task once
+ONE_PASS = {"epochs": 1, "min_steps": 0}  # settings for a single pass over the samples of a task
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to compute on; ``auto`` takes CUDA only where a kernel really runs on it.
+    """Return the device to compute on; ``auto`` selects CUDA only if a kernel runs on it.
 
     Raises:
-        EnvironmentUnfitError: CUDA was asked for and does not run.
+        EnvironmentUnfitError: If `name` is ``cuda`` and no kernel runs on it.
     """
     if name == "cpu":
         return torch.device("cpu")
@@ -59,17 +59,20 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda")
     except (RuntimeError, AssertionError) as error:
         if name == "cuda":
-            raise EnvironmentUnfitError(f"run.device=cuda, but no CUDA kernel runs here ({error}); use cpu") from error
+            raise EnvironmentUnfitError(f"run.device=cuda, but no CUDA kernel runs ({error}); use cpu") from error
         return torch.device("cpu")
 
 
 def set_threads(count: int) -> None:
-    """PyTorch's threads; 0: one per core that this process may use."""
+    """Set the number of PyTorch threads; 0 for one per core that this process may use."""
     torch.set_num_threads(count or usable_cores())
 
 
 def options_for(name: str, main: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a baseline: those of the main learner where both are trained by gradients, but no penalty."""
+    """Return the settings of a comparison learner.
+
+    A baseline takes over the settings that it shares with a main learner trained by gradients, except penalties.
+    """
     if main["name"] not in BASELINES:
         return {"name": name}
     known = {field.name for field in dataclasses.fields(learners.LEARNERS[name].Settings)}
@@ -78,10 +81,10 @@ def options_for(name: str, main: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def once(options: Mapping[str, Any], online: bool) -> dict[str, Any]:
-    """A learner's settings, with a single epoch where the stream is online and the learner makes epochs.
+    """Return a learner's settings, limited to a single epoch if the stream is online.
 
     Raises:
-        InputError: the stream is online, but more passes were asked for; or a wrong setting.
+        InputError: If the stream is online but several epochs are set, or if a setting is wrong.
     """
     given = learners.settings_of(options)
     fixed = {key: value for key, value in ONE_PASS.items() if online and hasattr(given, key)}
@@ -89,13 +92,13 @@ def once(options: Mapping[str, Any], online: bool) -> dict[str, Any]:
         if key in options and getattr(given, key) != value:
             raise InputError(
                 f"learner.{key} is {getattr(given, key)}, but stream.online=true gives each sample once; "
-                "leave one of the two out"
+                f"leave out learner.{key} or stream.online"
             )
     return {**options, **fixed}
 
 
 class Setup:
-    """Everything that a configuration names, opened and checked before any work is done.
+    """Data set, backbone and stream of a configuration, checked before the run's folder is created.
 
     Raises:
         InputError: If a setting, the data or the backbone cannot be used.
@@ -205,6 +208,7 @@ class Run:
         return self._result(name)
 
     def _start_or_restore(self, name: str, options: Mapping[str, Any]) -> learners.Learner:
+        """Build a learner, or restore it from its last checkpoint."""
         checkpoint, setup = self.progress.checkpoint(name), self.setup
         if checkpoint is not None:
             return learners.restore(*checkpoint, device=setup.device)
@@ -235,7 +239,7 @@ class Run:
 
     def _result(self, name: str) -> LearnerResult:
         entry = self.progress.entry(name)
-        if name == JOINT_NAME:  # there was no stream to measure
+        if name == JOINT_NAME:  # trained once, so that there is no accuracy curve
             final = [accuracy for accuracy in entry.rows[0] if accuracy is not None]
             summary = Summary(average_accuracy=sum(final) / len(final))
         else:
@@ -296,7 +300,7 @@ class Run:
         config, data, dataset, stream = self.config, self.setup.data, self.setup.dataset, self.setup.stream
         name = config.learner["name"]
         train_groups = stream.groups(dataset.train_labels)
-        arriving = (data.train_rows[index] for index in data.train_tasks)
+        arriving = map(data.task, range(len(data.train_tasks)))
         return RunResult(
             learner=name,
             main=results[name],
@@ -310,7 +314,7 @@ class Run:
                 for task, train, test in zip(stream.tasks, train_groups, data.test_tasks, strict=True)
             ),
             experiences=tuple(
-                TaskInfo(tuple(data.names[row] for row in rows.unique().tolist()), len(rows)) for rows in arriving
+                TaskInfo(tuple(data.names[row] for row in task.rows.tolist()), len(task.labels)) for task in arriving
             ),
             introduced=data.introduced,
             kind=config.stream.kind,
@@ -324,12 +328,12 @@ class Run:
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Paths as they are from anywhere: a run may be resumed or deployed from another folder or environment."""
+    """Return a configuration with absolute paths, so that a run can be resumed or deployed from another folder."""
 
     def absolute(path: str) -> str:
-        for found in (Path(path), Path(os.environ.get("SSD_EDGE_DATA", "")) / path):
-            if path and found.exists():
-                return str(found.absolute())
+        for candidate in (Path(path), Path(os.environ.get("SSD_EDGE_DATA", "")) / path):
+            if path and candidate.exists():
+                return str(candidate.absolute())
         return path
 
     backbone = dataclasses.replace(
@@ -341,10 +345,15 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
-    """A new run; its folder is made only when configuration, data and backbone have proved usable.
+    """Start a new run. Its folder is created only after configuration, data and backbone have been checked.
+
+    Args:
+        config: Configuration of the run.
+        argv: Command to record with the run.
+        listener: Receives progress events.
 
     Raises:
-        InputError: bad configuration or data.
+        InputError: If the configuration or the data cannot be used.
     """
     set_threads(config.run.threads)
     config = with_absolute_paths(config)
@@ -381,10 +390,14 @@ def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
 
 
 def resume(folder: Path, listener: Listener) -> Run:
-    """A run that was interrupted, to be continued.
+    """Open an interrupted run to continue it.
+
+    Args:
+        folder: Folder of the run.
+        listener: Receives progress events.
 
     Raises:
-        InputError: not a run, or its data or backbone have changed.
+        InputError: If the folder is not a run, or if its data or backbone have changed.
     """
     config = storage.open_folder(folder)
     record = files.read_json(folder / "run.json")
@@ -395,5 +408,5 @@ def resume(folder: Path, listener: Listener) -> Run:
     present = setup.identity()
     for key, value in record.get("identity", {}).items():
         if present[key] != value:
-            raise InputError(f"{folder} cannot be resumed: its {key} has changed since it was started; start a new run")
+            raise InputError(f"{folder} cannot be resumed: its {key} changed after it was started; start a new run")
     return Run(setup, folder)

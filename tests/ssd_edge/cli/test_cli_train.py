@@ -1,4 +1,4 @@
-"""`ssd-edge train` and `evaluate` as a user meets them: the real process, its output, its exit codes."""
+"""`ssd-edge train` and `evaluate`: output, files and exit codes of the real process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read(run: Path, name: str = "metrics.json") -> dict:
     return json.loads((run / name).read_text())
 
 
-def test_a_run_leaves_everything_that_it_promises(trained: Path, shapes: Path) -> None:
+def test_files_of_a_run(trained: Path, shapes: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert {"config.yaml", "run.json", "metrics.json", "report.html", "learner.safetensors", "classes.json"} <= names
     metrics, record = read(trained), read(trained, "run.json")
@@ -36,26 +36,26 @@ def test_a_run_leaves_everything_that_it_promises(trained: Path, shapes: Path) -
     assert metrics["average_accuracy"] == pytest.approx(sum(matrix[-1]) / 2)
     assert metrics["backward_transfer"] == pytest.approx(matrix[1][0] - matrix[0][0])
     assert metrics["state_bytes"] > 0
-    assert metrics["average_accuracy"] > 0.6  # four shapes, far above the 0.25 of chance
+    assert metrics["average_accuracy"] > 0.6  # chance is 0.25
     assert record["status"] == "finished"
     assert record["seed"] == 0
     assert record["threads"] >= 1
-    assert record["argv"][:2] == ["ssd-edge", "train"]  # and not where it is installed
+    assert record["argv"][:2] == ["ssd-edge", "train"]  # without the path of the script
     assert record["versions"]["torch"]
     report = (trained / "report.html").read_text()
     assert f"{metrics['average_accuracy']:.3f}"[:4] in report or f"{metrics['average_accuracy']:.1%}" in report
 
 
-def test_every_task_and_the_tables_are_printed(shapes: Path, cli, tmp_path: Path) -> None:
+def test_tasks_and_tables_are_printed(shapes: Path, cli, tmp_path: Path) -> None:
     done = cli("train", f"data.path={shapes}", *QUICK, f"run.out={tmp_path}")
-    told = done.stdout + done.stderr
-    assert "2 tasks" in told
-    assert "\x1b[" not in told  # no colours into a pipe
+    output = done.stdout + done.stderr
+    assert "2 tasks" in output
+    assert "\x1b[" not in output  # no colours in a pipe
     for word in ("after task", "average", "BWT", "forgetting", "task 1/2", "task 2/2"):
-        assert word in told
-    assert "ssd-edge deploy --target jetson" in told
+        assert word in output
+    assert "ssd-edge deploy --target jetson" in output
     cli("train", f"data.path={shapes}", *QUICK, f"run.out={tmp_path}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]  # a second run is a new one
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]  # every run gets a new folder
     assert read(tmp_path / "1")["accuracy_matrix"] == read(tmp_path / "2")["accuracy_matrix"]
 
 
@@ -67,55 +67,57 @@ def test_evaluate(trained: Path, shapes: Path, cli) -> None:
         cli("evaluate", trained, "--json", f"data.path={shapes / 'test'}", "data.exclude=triangle").stdout
     )
     assert (other["images"], other["which"]) == (60, "all images")
-    assert other["accuracy"] == pytest.approx(own["accuracy"])  # the same images, as an unsplit folder
+    assert other["accuracy"] == pytest.approx(own["accuracy"])  # the same images in a folder without a split
     done = cli("evaluate", trained, f"data.path={shapes}", code=2)
-    assert "the run never learned triangle" in done.stderr
+    assert "the run did not learn triangle" in done.stderr
 
 
-def start(words: list[str], cwd: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ssd_edge", *words]
+def start(arguments: list[str], cwd: Path) -> subprocess.Popen:
+    """Start the command line without waiting for it."""
+    command = [sys.executable, "-m", "ssd_edge", *arguments]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for_first_task(run: Path, process: subprocess.Popen) -> None:
+    """Wait until the first task is recorded."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read()
         try:
             if files.read_json(run / "progress.json").get("ssd", {}).get("rows"):
                 return
-        except Exception:  # not there yet
+        except Exception:  # the file does not exist yet
             pass
         time.sleep(0.01)
-    raise AssertionError("no task was finished in two minutes")
+    raise AssertionError("no task finished within two minutes")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_identical_weights(how: signal.Signals, shapes: Path, cli, tmp_path: Path) -> None:
-    words = ["train", f"data.path={shapes}", *QUICK, "learner.name=ssd", "learner.epochs=60", "stream.tasks=5"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    cli(*words, f"run.out={whole}")
-    process = start([*words, f"run.out={cut}"], tmp_path)
+    arguments = ["train", f"data.path={shapes}", *QUICK, "learner.name=ssd", "learner.epochs=60", "stream.tasks=5"]
+    complete, cut = tmp_path / "complete", tmp_path / "cut"
+    cli(*arguments, f"run.out={complete}")
+    process = start([*arguments, f"run.out={cut}"], tmp_path)
     wait_for_first_task(cut / "1", process)
     process.send_signal(how)
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130), told
-    assert "Traceback" not in told
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130), output
+    assert "Traceback" not in output
     if how == signal.SIGINT:
-        assert f"continue with: ssd-edge train --resume {cut / '1'}" in told
+        assert f"continue with: ssd-edge train --resume {cut / '1'}" in output
     assert read(cut / "1", "run.json")["status"] == "running"
     done_before = len(read(cut / "1", "progress.json")["ssd"]["rows"])
     assert 1 <= done_before < 5
     cli("deploy", "--target", "jetson", cut / "1", "-o", tmp_path / "x.ssdedge", code=2)
     cli("evaluate", cut / "1", code=2)
     cli("train", "--resume", cut / "1")
-    assert read(cut / "1")["accuracy_matrix"] == read(whole / "1")["accuracy_matrix"]
+    assert read(cut / "1")["accuracy_matrix"] == read(complete / "1")["accuracy_matrix"]
     for name in ("learner.safetensors", "statistics.safetensors"):
-        assert (cut / "1" / name).read_bytes() == (whole / "1" / name).read_bytes()
+        assert (cut / "1" / name).read_bytes() == (complete / "1" / name).read_bytes()
     assert os.listdir(cut / "1" / "checkpoints") == []
 
 
-def test_resuming_a_finished_run_changes_nothing(trained: Path, cli) -> None:
+def test_resume_of_a_finished_run_changes_nothing(trained: Path, cli) -> None:
     before = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
     cli("train", "--resume", trained)
     after = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
@@ -130,35 +132,35 @@ def test_resume_refuses_changed_data(shapes: Path, cli, tmp_path: Path) -> None:
     cli("train", f"data.path={data}", *QUICK, f"run.out={tmp_path / 'runs'}")
     (data / "train" / "circle" / "000.png").unlink()
     done = cli("train", "--resume", tmp_path / "runs" / "1", code=2)
-    assert "its data has changed since it was started" in done.stderr
+    assert "its data changed after it was started" in done.stderr
 
 
-def broken(tmp_path: Path, shapes: Path, what: str) -> Path:
-    """A folder with one thing wrong."""
-    folder = tmp_path / what
+def broken(tmp_path: Path, shapes: Path, defect: str) -> Path:
+    """Return an image folder with one defect."""
+    folder = tmp_path / defect
     for shape in ("circle", "square"):
         (folder / shape).mkdir(parents=True)
         for source in sorted((shapes / "train" / shape).iterdir())[:4]:
             (folder / shape / source.name).write_bytes(source.read_bytes())
-    if what == "corrupt":
+    if defect == "corrupt":
         victim = folder / "circle" / "000.png"
         victim.write_bytes(victim.read_bytes()[:200])
-    elif what == "text":
+    elif defect == "text":
         (folder / "circle" / "note.jpg").write_text("not an image")
-    elif what == "one-class":
+    elif defect == "one-class":
         for path in (folder / "square").iterdir():
             path.unlink()
         (folder / "square").rmdir()
-    elif what == "empty":
+    elif defect == "empty":
         for path in folder.rglob("*.png"):
             path.unlink()
-    elif what == "reserved":
+    elif defect == "reserved":
         (folder / "circle").rename(folder / "unknown")
     return folder
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("defect", "message"),
     [
         ("corrupt", "000.png is corrupt"),
         ("text", "note.jpg is not a JPEG, PNG, WebP or BMP image"),
@@ -167,16 +169,16 @@ def broken(tmp_path: Path, shapes: Path, what: str) -> Path:
         ("reserved", "is reserved"),
     ],
 )
-def test_bad_data(what: str, message: str, shapes: Path, refused, tmp_path: Path) -> None:
+def test_bad_data(defect: str, message: str, shapes: Path, refused, tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    told = refused("train", f"data.path={broken(tmp_path, shapes, what)}", *QUICK, f"run.out={out}", code=2)
-    assert message in told
-    assert len(told.strip().splitlines()[-1]) < 500
+    error = refused("train", f"data.path={broken(tmp_path, shapes, defect)}", *QUICK, f"run.out={out}", code=2)
+    assert message in error
+    assert len(error.strip().splitlines()[-1]) < 500
     assert not (out / "1" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["learner.direction=3"], "unknown key 'learner.direction'. Did you mean 'directions'?"),
         (["lerner.k=3"], "unknown section 'lerner'. Did you mean 'learner'?"),
@@ -199,15 +201,15 @@ def test_bad_data(what: str, message: str, shapes: Path, refused, tmp_path: Path
         (["--nonsense"], "--nonsense"),
     ],
 )
-def test_bad_usage(words: list[str], message: str, shapes: Path, refused, tmp_path: Path) -> None:
-    extra = [] if "--resume" in words else [f"run.out={tmp_path / 'runs'}"]
-    if "--resume" not in words and not any(word.startswith("data.path") for word in words):
+def test_bad_usage(arguments: list[str], message: str, shapes: Path, refused, tmp_path: Path) -> None:
+    extra = [] if "--resume" in arguments else [f"run.out={tmp_path / 'runs'}"]
+    if "--resume" not in arguments and not any(argument.startswith("data.path") for argument in arguments):
         extra.append(f"data.path={shapes}")
-    assert message in refused("train", *extra, *words, code=2)
-    assert not (tmp_path / "runs").exists()  # nothing is left behind
+    assert message in refused("train", *extra, *arguments, code=2)
+    assert not (tmp_path / "runs").exists()  # no folder is created
 
 
-def test_deploy_and_evaluate_refuse_what_is_no_run(cli, tmp_path: Path, trained: Path) -> None:
+def test_deploy_and_evaluate_refuse_other_folders(cli, tmp_path: Path, trained: Path) -> None:
     assert "does not exist" in cli("evaluate", tmp_path / "none", code=2).stderr
     assert "is not a run" in cli("evaluate", tmp_path, code=2).stderr
     out = tmp_path / "x.ssdedge"
@@ -230,11 +232,11 @@ def test_a_damaged_checkpoint_is_refused(trained: Path, cli, tmp_path: Path) -> 
     assert "'values' holds NaN" in done.stderr
 
 
-def test_help_is_quick_and_config_is_a_working_file(cli, shapes: Path, tmp_path: Path) -> None:
+def test_help_is_quick_and_the_printed_config_works(cli, shapes: Path, tmp_path: Path) -> None:
     assert "Usage" in cli("--help").stdout
     code = "import sys; sys.argv = ['ssd-edge']; import ssd_edge.cli; print('torch' in sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert loaded.stdout.strip() == "False"  # PyTorch takes seconds to import on a small box
+    assert loaded.stdout.strip() == "False"  # importing PyTorch takes seconds
     for name in ("landmark", "ssd", "finetune"):
         path = tmp_path / f"{name}.yaml"
         path.write_text(cli("config", "--learner", name).stdout)

@@ -1,4 +1,4 @@
-"""The terminal side: plain where there is no terminal, one live line where there is one."""
+"""Terminal output: plain lines in a pipe, a live progress bar and colours on a terminal."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ ESCAPE = "\x1b"
 
 
 class Terminal(io.StringIO):
+    """A stream that claims to be a terminal."""
+
     def isatty(self) -> bool:
         return True
 
@@ -32,7 +34,9 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
 
 
-def made(tasks: int, name: str = "class") -> dict[str, Any]:
+def sample_metrics(tasks: int, name: str = "class") -> dict[str, Any]:
+    """Return metrics of a run with baselines and panel."""
+
     def scores(first: float, keep: float) -> dict[str, Any]:
         matrix = [[first * keep ** (t - i) if i <= t else 0.0 for i in range(tasks)] for t in range(tasks)]
         return {**summary(matrix).to_dict(), "seconds": 83.6, "state_bytes": 4_112_000}
@@ -52,14 +56,15 @@ def made(tasks: int, name: str = "class") -> dict[str, Any]:
 
 
 def printed(metrics: dict[str, Any]) -> list[str]:
+    """Return the lines of the tables in a pipe."""
     stream = io.StringIO()
     Console(stream).table(metrics)
     return stream.getvalue().splitlines()
 
 
 def test_tables_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # a log is still no terminal
-    lines = printed(made(5))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # no effect on a pipe
+    lines = printed(sample_metrics(5))
     assert lines[0] == "landmark on digits: 10 classes in 5 tasks"
     rows = [" ".join(line.split()) for line in lines]
     assert "5 class 8, class 9 75.2 77.6 80.0 82.5 85.0" in rows
@@ -70,16 +75,16 @@ def test_tables_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tasks", [1, 5, 10, 11, 50])
-def test_tables_fit_and_long_ones_are_elided(tasks: int) -> None:
-    lines = printed(made(tasks, name="犬の名前 a rather long name"))
+def test_tables_fit_and_are_abbreviated(tasks: int) -> None:
+    lines = printed(sample_metrics(tasks, name="犬の名前 a rather long name"))
     assert max(cell_len(line) for line in lines) <= WIDTH
     header = next(line for line in lines if line.startswith("after task"))
     assert ("…" in header) == (tasks > 10)
     assert header.split()[-1] == str(tasks)
 
 
-def test_the_elided_matrix_keeps_both_ends() -> None:
-    lines = printed(made(50))
+def test_an_abbreviated_matrix_keeps_both_ends() -> None:
+    lines = printed(sample_metrics(50))
     header = next(line for line in lines if line.startswith("after task")).split()[2:]
     assert header == ["1", "2", "3", "4", "5", "…", "47", "48", "49", "50"]
     first = [line.split()[0] for line in lines[4 : 4 + len(header)]]
@@ -95,10 +100,10 @@ def test_task_line() -> None:
     assert first == "task  3/10  bird, [red]cat                 1.20 s  mean  81.2 % of 90 80 74"
     assert second.endswith("…    2 h 05 min  mean 100.0 % of 50 50 50 50 50 … 50 50 50 100")
     assert cell_len(second) <= WIDTH
-    assert cell_len(second[: second.index("mean")]) == first.index("mean")  # wide letters leave columns aligned
+    assert cell_len(second[: second.index("mean")]) == first.index("mean")  # columns stay aligned with wide characters
 
 
-def test_a_task_is_one_line_even_when_it_does_not_fit() -> None:
+def test_a_long_task_line_is_cut() -> None:
     stream = io.StringIO()
     Console(stream)(TaskLearned(999, 1000, ("犬" * 64,), 1.0, (1.0,) * 1000, 7512))
     assert stream.getvalue().count("\n") == 1
@@ -122,7 +127,7 @@ def test_progress_in_a_pipe_is_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream.getvalue() == "SSD: task 2/5, 67 %, loss 0.1\nSSD: task 4/5, 33 %\n"
 
 
-def test_progress_of_a_single_thing_counts_no_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_of_a_single_step_has_no_step_number(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     stream = io.StringIO()
@@ -144,7 +149,7 @@ def test_live_only_progress_is_not_printed_in_a_pipe(monkeypatch: pytest.MonkeyP
     assert "reproduce" in terminal.getvalue()
 
 
-def test_progress_on_a_terminal_is_one_live_line() -> None:
+def test_progress_on_a_terminal_is_a_live_bar() -> None:
     stream = Terminal()
     console = Console(stream)
     with events.progress(console, "SSD [x]", 2) as update:
@@ -158,19 +163,19 @@ def test_progress_on_a_terminal_is_one_live_line() -> None:
     assert "between\n" in written
 
 
-def test_colours_on_a_terminal_unless_unwanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_on_a_terminal_unless_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     coloured, plain = Terminal(), Terminal()
-    Console(coloured).table(made(2))
+    Console(coloured).table(sample_metrics(2))
     monkeypatch.setenv("NO_COLOR", "1")
-    Console(plain).table(made(2))
+    Console(plain).table(sample_metrics(2))
     assert ESCAPE + "[38;5;" in coloured.getvalue()
     assert "[38;" not in plain.getvalue()
 
 
-def test_a_picture_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svg_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tables.svg"
-    export_svg(made(5, name="<b>&"), path)
+    export_svg(sample_metrics(5, name="<b>&"), path)
     first = path.read_bytes()
     text = "".join(ElementTree.fromstring(first).itertext()).replace("\xa0", " ")
     assert "1  <b>& 0, <b>& 1" in text
@@ -178,8 +183,8 @@ def test_a_picture_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert b"@font-face" not in first
     assert b"url(http" not in first
     monkeypatch.setenv("NO_COLOR", "1")
-    export_svg(made(5, name="<b>&"), path)
-    assert path.read_bytes() == first  # the same wherever it is made
+    export_svg(sample_metrics(5, name="<b>&"), path)
+    assert path.read_bytes() == first  # does not depend on the environment
 
 
 def test_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Metrics by hand: three tasks; four experiences that teach three groups; properties of any matrix."""
+"""Metrics against values computed by hand, and properties of arbitrary matrices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MATRIX = [
     [0.50, 0.70, 0.40],
 ]
 
-# experience 2 teaches no new group: it repeats what came before
+# experience 2 introduces no new group
 REPEATED = [
     [0.80, None, None],
     [0.50, 0.60, None],
@@ -46,7 +46,7 @@ def test_average_accuracy() -> None:
 
 def test_accuracy_curve() -> None:
     assert accuracy_curve(MATRIX) == pytest.approx([0.8, 0.75, 1.6 / 3])
-    # 0.8; (0.5 + 0.6)/2; (0.9 + 0.2)/2, group 2 is yet to come; 1.1/3
+    # 0.8; (0.5 + 0.6)/2; (0.9 + 0.2)/2, group 2 comes later; 1.1/3
     assert accuracy_curve(REPEATED, LEARNED) == pytest.approx([0.8, 0.55, 0.55, 1.1 / 3])
 
 
@@ -56,23 +56,23 @@ def test_average_incremental_accuracy() -> None:
     assert average_incremental_accuracy(REPEATED, LEARNED) == pytest.approx((1.9 + 1.1 / 3) / 4)
 
 
-def test_backward_transfer_is_negative_where_tasks_are_forgotten() -> None:
+def test_backward_transfer_is_negative_if_tasks_are_forgotten() -> None:
     assert backward_transfer(MATRIX) == pytest.approx(-0.1)  # ((0.5 − 0.8) + (0.7 − 0.6))/2
     assert backward_transfer(REPEATED, LEARNED) == pytest.approx(-0.3)  # ((0.7 − 0.8) + (0.1 − 0.6))/2
 
 
-def test_forgetting_compares_with_the_best_of_earlier_times() -> None:
-    """Task 1 was never better than now: its gain counts against the loss of task 0."""
+def test_forgetting_compares_with_the_best_earlier_accuracy() -> None:
+    """Task 1 was never better than at the end, so its gain offsets the loss of task 0."""
     assert forgetting(MATRIX) == pytest.approx(0.15)  # ((0.9 − 0.5) + (0.6 − 0.7))/2
     assert forgetting(REPEATED, LEARNED) == pytest.approx(0.35)  # ((0.9 − 0.7) + (0.6 − 0.1))/2
 
 
-def test_forgetting_first_last_compares_with_the_time_of_learning() -> None:
+def test_forgetting_first_last_compares_with_the_first_accuracy() -> None:
     assert forgetting_first_last(MATRIX) == pytest.approx(0.1)  # ((0.8 − 0.5) + (0.6 − 0.7))/2
     assert forgetting_first_last(REPEATED, LEARNED) == pytest.approx(0.3)  # ((0.8 − 0.7) + (0.6 − 0.1))/2
 
 
-def test_forward_transfer_looks_at_the_experience_before() -> None:
+def test_forward_transfer_uses_the_experience_before() -> None:
     full = [[0.80, 0.25, 0.0], [0.90, 0.60, 0.30], [0.50, 0.70, 0.40]]
     initial = [0.5, 0.1, 0.2]
     assert forward_transfer(full, initial) == pytest.approx(0.125)  # ((0.25 − 0.1) + (0.3 − 0.2))/2
@@ -81,12 +81,12 @@ def test_forward_transfer_looks_at_the_experience_before() -> None:
     assert forward_transfer([[0.7]], [0.1]) == 0.0  # nothing came later
 
 
-def test_forward_transfer_of_a_single_head_is_what_chance_gave() -> None:
+def test_forward_transfer_of_a_single_head_is_minus_chance() -> None:
     blind = [[0.8, 0.0, 0.0], [0.8, 0.6, 0.0], [0.8, 0.6, 0.4]]
     assert forward_transfer(blind, [0.3, 0.1, 0.2]) == pytest.approx(-0.15)  # −(0.1 + 0.2)/2
 
 
-def test_forward_transfer_names_the_entry_that_was_not_measured() -> None:
+def test_forward_transfer_names_the_missing_entry() -> None:
     with pytest.raises(ValueError, match=r"R\[0\]\[1\] is None"):
         forward_transfer(MATRIX, [0.1, 0.1, 0.1])
     with pytest.raises(ValueError, match="initial has 2 entries, but the matrix has 3 groups"):
@@ -124,13 +124,13 @@ def test_one_task() -> None:
     assert sdmlp_curve([[0.7]], [10]) == [weighted_average_accuracy([[0.7]], [10])] == pytest.approx([0.7])
 
 
-def test_values_beyond_the_seen_tasks_are_not_used() -> None:
+def test_values_of_later_tasks_are_not_used() -> None:
     full = [[0.80, 0.1, 0.2], [0.90, 0.60, 0.3], [0.50, 0.70, 0.40]]
     wanted = {**summary(MATRIX).to_dict(), "accuracy_matrix": 0}
     assert {**summary(full).to_dict(), "accuracy_matrix": 0} == wanted
 
 
-def test_summary_is_the_metrics_and_a_copy_of_the_matrix() -> None:
+def test_summary_has_the_metrics_and_a_copy_of_the_matrix() -> None:
     result = summary(REPEATED, LEARNED).to_dict()
     matrix = result.pop("accuracy_matrix")
     assert matrix == REPEATED
@@ -149,23 +149,23 @@ def test_summary_is_the_metrics_and_a_copy_of_the_matrix() -> None:
 @pytest.mark.parametrize(
     ("matrix", "learned", "sentence"),
     [
-        ([], None, "has no row"),
-        (REPEATED, None, "4 experiences teach 3 groups"),
+        ([], None, "has no rows"),
+        (REPEATED, None, "4 experiences introduce 3 groups"),
         (REPEATED, (0, 1), "learned has 2 entries, but the matrix has 3 groups"),
-        (REPEATED, (0, 1, 4), r"learned\[2\] is 4, but the matrix has the experiences 0 to 3"),
+        (REPEATED, (0, 1, 4), r"learned\[2\] is 4, but the experiences are 0 to 3"),
         (REPEATED, (0, -1, 3), r"learned\[1\] is -1"),
         (REPEATED, (0, 1, 2), r"R\[2\]\[2\] is None"),
         ([[0.5, None], [None, 0.5]], None, r"R\[1\]\[0\] is None"),
     ],
 )
-def test_what_does_not_fit_is_said(matrix: list, learned: tuple[int, ...] | None, sentence: str) -> None:
+def test_inconsistent_input_is_refused(matrix: list, learned: tuple[int, ...] | None, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         summary(matrix, learned)
 
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[list[list[float]], list[int]]:
-    """A full matrix and when each group was learned."""
+    """Draw a full matrix and the experience in which each group is learned."""
     experiences, groups = draw(st.integers(1, 5)), draw(st.integers(1, 5))
     accuracy = st.integers(0, 64).map(lambda part: part / 64)  # sums of these are exact
     row = st.lists(accuracy, min_size=groups, max_size=groups)
@@ -175,27 +175,27 @@ def histories(draw: st.DrawFn) -> tuple[list[list[float]], list[int]]:
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(histories())
-def test_of_any_matrix(history: tuple[list[list[float]], list[int]]) -> None:
+def test_properties_of_any_matrix(history: tuple[list[list[float]], list[int]]) -> None:
     matrix, learned = history
     last = len(matrix) - 1
     assert backward_transfer(matrix, learned) == -forgetting_first_last(matrix, learned)
     assert forgetting(matrix, learned) >= forgetting_first_last(matrix, learned)
-    best_at_first = all(
+    best_first = all(
         matrix[start][group] >= max([matrix[t][group] for t in range(start, last)], default=0.0)
         for group, start in enumerate(learned)
     )
-    assert best_at_first == (forgetting(matrix, learned) == forgetting_first_last(matrix, learned))
+    assert best_first == (forgetting(matrix, learned) == forgetting_first_last(matrix, learned))
     assert -1 <= forgetting(matrix, learned) <= 1
     assert all(0 <= value <= 1 for value in accuracy_curve(matrix, learned))
     assert accuracy_curve(matrix, learned)[-1] == pytest.approx(average_accuracy(matrix))
     old = sum(start < last for start in learned)
-    drop = forgetting_first_last(matrix, learned) * old / len(learned)  # the last groups have had no time to drop
+    drop = forgetting_first_last(matrix, learned) * old / len(learned)  # groups of the last experience cannot drop
     assert learning_accuracy(matrix, learned) - average_accuracy(matrix) == pytest.approx(drop)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(histories(), st.integers(1, 50))
-def test_groups_of_one_size_weigh_the_same(history: tuple[list[list[float]], list[int]], size: int) -> None:
+def test_groups_of_equal_size_have_equal_weight(history: tuple[list[list[float]], list[int]], size: int) -> None:
     matrix, learned = history
     samples = [size] * len(learned)
     assert weighted_average_accuracy(matrix, samples) == pytest.approx(average_accuracy(matrix))

@@ -1,4 +1,4 @@
-"""Streams: sizes of tasks, orders of classes, rows of labels, and which samples come when."""
+"""Streams: task sizes, class orders, rows of labels, and the samples of each experience."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_task_sizes(classes: int, tasks: int, sizes: list[int]) -> None:
     assert task_sizes(classes, tasks) == sizes
 
 
-def test_more_tasks_than_classes() -> None:
+def test_more_tasks_than_classes_are_refused() -> None:
     with pytest.raises(InputError, match=r"stream.tasks is 4, but there are only 3 classes"):
         task_sizes(3, 4)
 
@@ -74,14 +74,14 @@ def test_an_order_names_every_class_once(order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["random", "0,1,x", "0;1"])
-def test_an_order_of_no_form(order: str) -> None:
+def test_a_malformed_order_is_refused(order: str) -> None:
     with pytest.raises(InputError, match=r"must be seeded, sorted, sdmlp-0 … sdmlp-97, or numbers such as 3,0,1, but"):
         class_order(NAMES, order, seed=0)
 
 
-@pytest.mark.parametrize(("names", "told"), [((), "0: none"), (("cat",), "1: cat")])
-def test_a_stream_needs_two_classes(names: tuple[str, ...], told: str) -> None:
-    with pytest.raises(InputError, match=f"at least two classes, but there are {told}"):
+@pytest.mark.parametrize(("names", "listed"), [((), "0: none"), (("cat",), "1: cat")])
+def test_a_stream_needs_two_classes(names: tuple[str, ...], listed: str) -> None:
+    with pytest.raises(InputError, match=f"at least two classes, but there are {listed}"):
         class_incremental(names, StreamConfig(), seed=0)
 
 
@@ -108,21 +108,21 @@ def test_rows_and_groups() -> None:
     ],
 )
 def test_published_orders(name: str, order: str) -> None:
-    """The class numbers of the five runs behind SDMLP's Split CIFAR-10."""
+    """The class orders of the five published runs of SDMLP on Split CIFAR-10."""
     assert class_order(CIFAR_10, name, seed=1) == [int(digit) for digit in order]
-    assert sorted(CIFAR_10) == list(CIFAR_10)  # CIFAR-10 numbers its classes by name, as this project does
+    assert sorted(CIFAR_10) == list(CIFAR_10)  # labels of CIFAR-10 are sorted by name, like ours
     for classes in (2, 37):
-        found = class_order(tuple(map(str, range(classes))), name, seed=1)
+        drawn = class_order(tuple(map(str, range(classes))), name, seed=1)
         before = np.random.get_state()
-        np.random.seed(int(name[6:]))  # as the published code draws it
+        np.random.seed(int(name[6:]))  # as in the published code
         published = np.random.choice(np.arange(classes), classes, replace=False)
         np.random.set_state(before)
-        assert found == (list(range(classes)) if name == "sdmlp-0" else published.tolist())
+        assert drawn == (list(range(classes)) if name == "sdmlp-0" else published.tolist())
 
 
 @pytest.mark.parametrize("order", ["sdmlp-4", "sdmlp-", "sdmlp-03"])
-def test_an_order_that_was_not_published(order: str) -> None:
-    with pytest.raises(InputError, match=f"is '{order}', but SDMLP's orders are sdmlp-0, sdmlp-3, sdmlp-15, "):
+def test_an_unpublished_order_is_refused(order: str) -> None:
+    with pytest.raises(InputError, match=f"is '{order}', but the orders of SDMLP are sdmlp-0, sdmlp-3, sdmlp-15, "):
         class_order(NAMES, order, seed=0)
 
 
@@ -150,7 +150,7 @@ CONFIGS = st.builds(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(CONFIGS, st.integers(4, 6), st.integers(0, 2**31), st.randoms(use_true_random=False))
-def test_every_sample_comes_exactly_once(config: StreamConfig, classes: int, seed: int, random: object) -> None:
+def test_every_sample_occurs_exactly_once(config: StreamConfig, classes: int, seed: int, random: object) -> None:
     labels = np.repeat(np.arange(classes), [random.randint(11, 20) for _ in range(classes)])
     random.shuffle(labels)
     names = NAMES[:classes]
@@ -160,13 +160,13 @@ def test_every_sample_comes_exactly_once(config: StreamConfig, classes: int, see
     for part in parts:
         assert len(part)
         assert (np.diff(part) > 0).all()
-    # the same classes in the same rows and groups, whatever the kind
+    # classes, rows and groups do not depend on the kind
     plain = class_incremental(names, StreamConfig(tasks=config.tasks, order=config.order), seed)
     assert (stream.tasks, stream.order) == (plain.tasks, plain.order)
     assert (stream.rows(labels) == plain.rows(labels)).all()
     again = make_stream(names, config, seed)
     assert again == stream
-    assert all((one == other).all() for one, other in zip(parts, again.experiences(labels), strict=True))
+    assert all((first == second).all() for first, second in zip(parts, again.experiences(labels), strict=True))
     assert list(stream.introduced) == sorted(set(stream.introduced))
     for group, first in zip(stream.tasks, stream.introduced, strict=True):
         for label in group:
@@ -176,14 +176,14 @@ def test_every_sample_comes_exactly_once(config: StreamConfig, classes: int, see
                 others = [count for number, count in enumerate(counts) if number != first]
                 assert not any(others) or max(others) - min(others) <= 1
             else:
-                assert counts.index(max(counts)) == first  # none earlier, and none with more
+                assert counts.index(max(counts)) == first  # the first occurrence has the most samples
                 assert max(counts) - min(filter(None, counts)) <= 1
             if config.kind == "class_incremental":
                 assert counts[first] == sum(counts)
 
 
 def shares(stream: Stream, classes: int, samples: int) -> np.ndarray:
-    """How many samples of each class (rows of the learner) come in each experience."""
+    """Return the number of samples ``(classes, experiences)``."""
     labels = np.tile(np.arange(classes), samples)
     counts = [np.bincount(stream.rows(labels[part]), minlength=classes) for part in stream.experiences(labels)]
     return np.array(counts).T
@@ -195,14 +195,14 @@ def test_repetition_always_and_never() -> None:
     assert shares(always, 4, 8).tolist() == [[2, 2, 2, 2], [2, 2, 2, 2], [0, 0, 4, 4], [0, 0, 4, 4]]
     never = make_stream(NAMES[:4], StreamConfig(kind="repetition", tasks=2, repetition=0), seed=3)
     table = shares(never, 4, 8)
-    assert (table[:, [1, 3]] > 0).sum(0).tolist() == [1, 1]  # an empty one is given one earlier class
+    assert (table[:, [1, 3]] > 0).sum(0).tolist() == [1, 1]  # an empty experience gets one earlier class
     assert not table[2:, 1].any()
     assert table.sum(1).tolist() == [8, 8, 8, 8]
     three = make_stream(NAMES[:6], StreamConfig(kind="repetition", tasks=3, experiences=7), seed=3)
     assert three.introduced == (0, 2, 4)
 
 
-def test_a_class_comes_again_with_the_chance_that_is_set() -> None:
+def test_a_class_recurs_with_the_configured_probability() -> None:
     names = tuple(map(str, range(100)))
     config = StreamConfig(kind="repetition", tasks=2, experiences=20, repetition=0.3)
     table = shares(make_stream(names, config, seed=0), 100, 40) > 0
@@ -215,7 +215,7 @@ def test_a_class_comes_again_with_the_chance_that_is_set() -> None:
     assert (other[:50] != table[:50]).any()
 
 
-def test_blurry_by_hand() -> None:
+def test_blurry_against_values_computed_by_hand() -> None:
     config = StreamConfig(kind="blurry", tasks=4, disjoint=0.5, leakage=0.3)
     table = shares(make_stream(NAMES[:4], config, seed=0), 4, 20)
     assert sorted(map(sorted, table.tolist())) == [[0, 0, 0, 20]] * 2 + [[2, 2, 2, 14]] * 2
@@ -224,41 +224,44 @@ def test_blurry_by_hand() -> None:
     assert sorted(map(sorted, odd.tolist())) == [[0, 0, 0, 14]] * 2 + [[1, 1, 2, 10]] * 2
 
 
-def test_a_blurry_class_keeps_a_sample_and_leaks_to_all_tasks_alike() -> None:
+def test_a_blurry_class_keeps_a_sample_and_leaks_to_all_tasks_evenly() -> None:
     everything = StreamConfig(kind="blurry", tasks=2, disjoint=0, leakage=1)
     assert shares(make_stream(NAMES[:4], everything, seed=0), 4, 6).tolist() == [[1, 5]] * 2 + [[5, 1]] * 2
-    one_each = StreamConfig(kind="blurry", tasks=4, disjoint=0, leakage=0.1)  # of 40 classes: which task is drawn
+    one_each = StreamConfig(kind="blurry", tasks=4, disjoint=0, leakage=0.1)  # leaks one sample per class
     table = shares(make_stream(tuple(map(str, range(40))), one_each, seed=0), 40, 10)
     assert table.max(1).tolist() == [9] * 40
     assert ((table == 1).sum(0) >= 4).all()  # 10 on average
 
 
-def test_which_samples_leak_depends_on_the_seed() -> None:
+def test_the_leaked_samples_depend_on_the_seed() -> None:
     labels = np.tile(np.arange(4), 30)
     config = StreamConfig(kind="blurry", tasks=2, disjoint=0, order="sorted")
-    one, two = (make_stream(NAMES[:4], config, seed).experiences(labels)[0].tolist() for seed in (0, 1))
-    assert len(one) == len(two)
-    assert one != two
+    first, second = (make_stream(NAMES[:4], config, seed).experiences(labels)[0].tolist() for seed in (0, 1))
+    assert len(first) == len(second)
+    assert first != second
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
-        ({"repetition": 0.2}, r"stream.repetition is 0.2, but belongs to stream.kind=repetition, and the kind is"),
-        ({"experiences": 9}, r"stream.experiences is 9, but belongs to stream.kind=repetition"),
-        ({"disjoint": 0.0}, r"stream.disjoint is 0.0, but belongs to stream.kind=blurry"),
-        ({"kind": "repetition", "leakage": 0.3}, r"stream.leakage is 0.3, .* and the kind is repetition; set the"),
+        ({"repetition": 0.2}, r"stream.repetition is 0.2, but it belongs to stream.kind=repetition and the kind is"),
+        ({"experiences": 9}, r"stream.experiences is 9, but it belongs to stream.kind=repetition"),
+        ({"disjoint": 0.0}, r"stream.disjoint is 0.0, but it belongs to stream.kind=blurry"),
+        (
+            {"kind": "repetition", "leakage": 0.3},
+            r"stream.leakage is 0.3, .* the kind is repetition; set stream.kind=blurry",
+        ),
         ({"kind": "blurry", "experiences": 3}, r"stream.experiences is 3, .* and the kind is blurry"),
         ({"kind": "repetition", "experiences": 2}, r"stream.experiences is 2, but there are 3 tasks of new classes"),
         ({"kind": "blurry", "tasks": 8}, r"stream.tasks is 8, but there are only 7 classes"),
     ],
 )
-def test_settings_that_do_not_fit(words: dict[str, object], message: str) -> None:
+def test_settings_of_another_kind_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        make_stream(NAMES, StreamConfig(**words), seed=0)
+        make_stream(NAMES, StreamConfig(**options), seed=0)
 
 
-def test_too_few_images_for_so_many_experiences() -> None:
+def test_too_few_images_for_the_experiences() -> None:
     stream = make_stream(NAMES[:2], StreamConfig(kind="repetition", experiences=4, repetition=1), seed=0)
     assert [len(part) for part in stream.experiences(np.repeat([0, 1], 4))] == [2, 2, 2, 2]
     with pytest.raises(InputError, match=r"experience 4 of 4 has no training image: its classes have fewer images"):

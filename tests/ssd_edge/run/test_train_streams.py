@@ -1,4 +1,4 @@
-"""Runs over each kind of stream: what is printed and written, one pass online, and resuming."""
+"""Runs on each kind of stream: output, files, online learning, and resuming."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ QUICK = ("run.panel=false", "run.baselines=false", "run.threads=1", "stream.task
 REPETITION = ("stream.kind=repetition", "stream.experiences=7")
 
 
-def run(*words: str | Path) -> str:
-    """`ssd-edge train` with these words, within this process; what it prints."""
-    done = CliRunner().invoke(train, list(map(str, words)), catch_exceptions=False)
+def run(*arguments: str | Path) -> str:
+    """Run `ssd-edge train` within this process and return its output."""
+    done = CliRunner().invoke(train, list(map(str, arguments)), catch_exceptions=False)
     assert done.exit_code == 0
     return done.output
 
@@ -42,34 +42,34 @@ def read(folder: Path, name: str = "metrics.json") -> dict:
 
 @pytest.fixture(scope="module")
 def repeated(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A finished run of NCM with repetition, and what it printed."""
+    """A finished run of NCM with repetition, and its output."""
     out = tmp_path_factory.mktemp("repeated")
     return out / "1", run(f"data.path={shapes}", *QUICK, *REPETITION, f"run.out={out}")
 
 
 def test_a_run_with_repetition(repeated: tuple[Path, str]) -> None:
-    folder, told = repeated
+    folder, output = repeated
     metrics = read(folder)
-    assert "5 classes in 3 tasks over 7 experiences, class-incremental with repetition, order seeded" in told
-    assert re.search(r"^NCM on \S+: 5 classes in 3 tasks over 7 experiences, class-inc", told, re.MULTILINE)
-    assert re.search(r"^experience 7/7 ", told, re.MULTILINE)
-    assert re.search(r"^3  task 2: \w+, \w+ ", told, re.MULTILINE)
+    assert "5 classes in 3 tasks over 7 experiences, class-incremental with repetition, order seeded" in output
+    assert re.search(r"^NCM on \S+: 5 classes in 3 tasks over 7 experiences, class-inc", output, re.MULTILINE)
+    assert re.search(r"^experience 7/7 ", output, re.MULTILINE)
+    assert re.search(r"^3  task 2: \w+, \w+ ", output, re.MULTILINE)
     assert metrics["stream"] == {"kind": "repetition", "online": False}
     assert metrics["introduced"] == [0, 2, 4]
     matrix = metrics["accuracy_matrix"]
-    known = [[value is not None for value in row] for row in matrix]
-    assert known == [[after >= first for first in (0, 2, 4)] for after in range(7)]
+    measured = [[value is not None for value in row] for row in matrix]
+    assert measured == [[after >= first for first in (0, 2, 4)] for after in range(7)]
     assert metrics["average_accuracy"] == pytest.approx(sum(matrix[-1]) / 3)
     assert len(metrics["accuracy_curve"]) == 7
     assert metrics["accuracy_curve"][3] == pytest.approx(sum(matrix[3][:2]) / 2)
     gains = [matrix[-1][group] - matrix[first][group] for group, first in ((0, 0), (1, 2), (2, 4))]
-    assert metrics["backward_transfer"] == pytest.approx(sum(gains) / 3)  # the last group is taught before the end too
+    assert metrics["backward_transfer"] == pytest.approx(sum(gains) / 3)  # the last experience introduces none
     assert sum(part["train"] for part in metrics["experiences"]) == metrics["train_images"] == 200
     assert sum(task["train"] for task in metrics["tasks"]) == 200
     assert metrics["experiences"][0]["classes"] == metrics["tasks"][0]["classes"]
 
 
-def test_its_report(repeated: tuple[Path, str]) -> None:
+def test_report_of_a_run_with_repetition(repeated: tuple[Path, str]) -> None:
     source, metrics = (repeated[0] / "report.html").read_text(), read(repeated[0])
     assert "5 classes in 3 tasks over 7 experiences, class-incremental with repetition" in source
     assert "the state after one more experience" in source
@@ -82,7 +82,7 @@ def test_its_report(repeated: tuple[Path, str]) -> None:
         for column, value in enumerate(values)
         if value is not None
     ]
-    # each task's name stands beside the first cell of its column
+    # the name of each task is beside the first cell of its column
     places = re.findall(r'<use [^>]*x="(\d+)"[^>]* y="(\d+)"><title>after experience \d, on task (\d)', source)
     names = re.findall(r'<text [^>]*x="(\d+)" y="([\d.]+)">[^<]*<title>task (\d):', source)
     assert [number for *_, number in names] == ["1", "2", "3"]
@@ -94,10 +94,10 @@ def test_its_report(repeated: tuple[Path, str]) -> None:
 
 
 def test_blurry_and_online(shapes: Path, tmp_path: Path) -> None:
-    words = ("stream.kind=blurry", "stream.online=true", "learner.name=finetune", "learner.neurons=8")
-    told = run(f"data.path={shapes}", *QUICK, *words, f"run.out={tmp_path}")
-    assert "5 classes in 3 tasks, blurry, online, order seeded" in told
-    assert re.search(r"^task 3/3 ", told, re.MULTILINE)
+    settings = ("stream.kind=blurry", "stream.online=true", "learner.name=finetune", "learner.neurons=8")
+    output = run(f"data.path={shapes}", *QUICK, *settings, f"run.out={tmp_path}")
+    assert "5 classes in 3 tasks, blurry, online, order seeded" in output
+    assert re.search(r"^task 3/3 ", output, re.MULTILINE)
     metrics = read(tmp_path / "1")
     assert metrics["stream"] == {"kind": "blurry", "online": True}
     assert metrics["introduced"] == [0, 1, 2]
@@ -112,19 +112,19 @@ def test_blurry_and_online(shapes: Path, tmp_path: Path) -> None:
     assert state["settings"]["epochs"] == 1
 
 
-def test_class_means_do_not_depend_on_the_kind(repeated: tuple[Path, str], shapes: Path, tmp_path: Path) -> None:
-    """NCM keeps sums alone: with every sample given once, it ends where any other stream ends."""
-    for number, words in enumerate(((), ("stream.kind=blurry", "stream.leakage=0.4")), 1):
-        run(f"data.path={shapes}", *QUICK, *words, f"run.out={tmp_path}")
+def test_class_means_do_not_depend_on_the_stream(repeated: tuple[Path, str], shapes: Path, tmp_path: Path) -> None:
+    """NCM keeps only sums, so that every order of the same samples gives the same state."""
+    for number, settings in enumerate(((), ("stream.kind=blurry", "stream.leakage=0.4")), 1):
+        run(f"data.path={shapes}", *QUICK, *settings, f"run.out={tmp_path}")
         assert read(tmp_path / str(number))["accuracy_matrix"][-1] == read(repeated[0])["accuracy_matrix"][-1]
     assert read(tmp_path / "1")["experiences"] != read(tmp_path / "2")["experiences"]
 
 
-def test_joint_training_is_of_the_size_asked_for(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_training_has_the_configured_size(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "PANEL", ())
     monkeypatch.setattr(training, "JOINT", dataclasses.replace(training.JOINT, epochs=1))
-    words = ("run.panel=true", "learner.name=finetune", "learner.neurons=8", "learner.epochs=1")
-    run(f"data.path={shapes}", *QUICK, *REPETITION, *words, f"run.out={tmp_path}")
+    settings = ("run.panel=true", "learner.name=finetune", "learner.neurons=8", "learner.epochs=1")
+    run(f"data.path={shapes}", *QUICK, *REPETITION, *settings, f"run.out={tmp_path}")
     metrics = read(tmp_path / "1")
     joint = metrics["panel_details"]["joint"]
     assert joint["state_bytes"] == metrics["state_bytes"] < 20_000
@@ -143,7 +143,7 @@ def test_joint_training_is_of_the_size_asked_for(shapes: Path, tmp_path: Path, m
         ({"name": "ncm"}, True, {}),
     ],
 )
-def test_online_learners_make_one_pass(options: dict, online: bool, expected: dict) -> None:
+def test_online_learners_train_for_one_epoch(options: dict, online: bool, expected: dict) -> None:
     assert training.once(options, online) == {"name": options["name"], **expected}
 
 
@@ -156,29 +156,29 @@ def test_online_learners_make_one_pass(options: dict, online: bool, expected: di
         ({"name": "finetun"}, r"^unknown learner\.name 'finetun'\. Did you mean 'finetune'\?"),
     ],
 )
-def test_more_than_one_pass_is_refused_online(options: dict, message: str) -> None:
+def test_several_epochs_are_refused_online(options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         training.once(options, True)
 
 
-def test_wrong_streams_leave_nothing_behind(shapes: Path, tmp_path: Path) -> None:
-    for words, message in (
-        (("stream.repetition=0.3",), "stream.repetition is 0.3, but belongs to stream.kind=repetition"),
+def test_wrong_streams_leave_no_files(shapes: Path, tmp_path: Path) -> None:
+    for settings, message in (
+        (("stream.repetition=0.3",), "stream.repetition is 0.3, but it belongs to stream.kind=repetition"),
         (("stream.kind=blury",), "Did you mean 'blurry'?"),
         (("stream.leakage=1.5",), "stream.leakage must be at most 1, but is 1.5"),
         (("stream.online=true", "learner.name=sdmlp", "learner.epochs=2"), "learner.epochs is 2, but"),
         ((*REPETITION[:1], "stream.experiences=150", "stream.repetition=1"), "has no training image"),
     ):
-        done = CliRunner().invoke(train, [f"data.path={shapes}", *QUICK, *words, f"run.out={tmp_path / 'runs'}"])
+        done = CliRunner().invoke(train, [f"data.path={shapes}", *QUICK, *settings, f"run.out={tmp_path / 'runs'}"])
         assert isinstance(done.exception, InputError)
         assert message in str(done.exception)
     assert not (tmp_path / "runs").exists()
 
 
 def test_resuming_a_run_with_repetition(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = (f"data.path={shapes}", *QUICK, *REPETITION, "learner.name=finetune", "learner.neurons=8")
-    words += ("learner.epochs=2", f"run.out={tmp_path}")
-    run(*words)
+    settings = (f"data.path={shapes}", *QUICK, *REPETITION, "learner.name=finetune", "learner.neurons=8")
+    settings += ("learner.epochs=2", f"run.out={tmp_path}")
+    run(*settings)
     commit = storage.ProgressStore.commit
 
     def interrupted(self: storage.ProgressStore, name: str, progress: storage.LearnerProgress, state: object) -> None:
@@ -187,29 +187,29 @@ def test_resuming_a_run_with_repetition(shapes: Path, tmp_path: Path, monkeypatc
             raise KeyboardInterrupt
 
     monkeypatch.setattr(storage.ProgressStore, "commit", interrupted)
-    done = CliRunner().invoke(train, list(map(str, words)))
+    done = CliRunner().invoke(train, list(map(str, settings)))
     assert done.exit_code != 0
     monkeypatch.undo()
     assert len(read(tmp_path / "2", "progress.json")["finetune"]["rows"]) == 4
-    told = run("--resume", tmp_path / "2")
-    assert re.findall(r"^experience (\d)/7", told, re.MULTILINE) == ["5", "6", "7"]
-    whole, cut = tmp_path / "1", tmp_path / "2"
-    assert read(cut)["accuracy_matrix"] == read(whole)["accuracy_matrix"]
-    assert (cut / "learner.safetensors").read_bytes() == (whole / "learner.safetensors").read_bytes()
+    output = run("--resume", tmp_path / "2")
+    assert re.findall(r"^experience (\d)/7", output, re.MULTILINE) == ["5", "6", "7"]
+    complete, interrupted_run = tmp_path / "1", tmp_path / "2"
+    assert read(interrupted_run)["accuracy_matrix"] == read(complete)["accuracy_matrix"]
+    assert (interrupted_run / "learner.safetensors").read_bytes() == (complete / "learner.safetensors").read_bytes()
 
 
-def test_other_experiences_are_not_resumed(repeated: tuple[Path, str], tmp_path: Path) -> None:
+def test_resume_refuses_changed_experiences(repeated: tuple[Path, str], tmp_path: Path) -> None:
     import shutil
 
     folder = Path(shutil.copytree(repeated[0], tmp_path / "1"))
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    config["stream"]["repetition"] = 0.9  # the tasks stay the same
+    config["stream"]["repetition"] = 0.9  # leaves the tasks unchanged
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     done = CliRunner().invoke(train, ["--resume", str(folder)])
-    assert "its experiences has changed since it was started" in str(done.exception)
+    assert "its experiences changed after it was started" in str(done.exception)
 
 
-def test_a_run_from_before_there_were_kinds_is_resumed(shapes: Path, tmp_path: Path) -> None:
+def test_a_run_of_an_older_version_is_resumed(shapes: Path, tmp_path: Path) -> None:
     run(f"data.path={shapes}", *QUICK, f"run.out={tmp_path}")
     folder = tmp_path / "1"
     matrix = read(folder)["accuracy_matrix"]
@@ -226,14 +226,14 @@ def test_a_run_from_before_there_were_kinds_is_resumed(shapes: Path, tmp_path: P
 
 
 class Constant:
-    """Always answers row 0."""
+    """A learner that always predicts row 0."""
 
     def predict(self, embeddings: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(embeddings), dtype=torch.int64)
 
 
 def test_accuracies_and_tasks() -> None:
-    prepared = StreamData(
+    data = StreamData(
         train=torch.arange(8.0).view(4, 2),
         train_rows=torch.tensor([0, 1, 0, 2]),
         test=torch.zeros(5, 2),
@@ -244,18 +244,18 @@ def test_accuracies_and_tasks() -> None:
         names=("a", "b", "c"),
         standardisation=None,
     )
-    assert [accuracies(Constant(), prepared, after) for after in range(3)] == [
+    assert [accuracies(Constant(), data, after) for after in range(3)] == [
         [0.5, None],
         [0.5, None],
         [0.5, 0.0],
     ]
-    task = prepared.task(1)
+    task = data.task(1)
     assert isinstance(task, Task)
     assert task.labels.tolist() == [1, 0]
     assert np.array_equal(task.embeddings.numpy(), [[2, 3], [4, 5]])
 
 
-def test_every_method_of_a_full_run_has_a_line_of_its_own() -> None:
+def test_every_method_of_a_full_run_has_its_own_style() -> None:
     methods = 2 + len(training.BASELINES) + len(training.PANEL)  # with the learner and joint training
     styles = {figures.learner_style(name) for name in DISPLAY}
     assert methods <= len(styles) == len(DISPLAY)
