@@ -140,10 +140,11 @@ def _rich(stream: TextIO, terminal: bool, record: bool = False) -> RichConsole:
     options: dict[str, Any] = {} if terminal and not record else {"width": WIDTH}
     if record:  # the image must not depend on the environment
         options |= {"record": True, "color_system": "truecolor", "no_color": False}
-    # force_terminal: FORCE_COLOR must not put control codes into a log
+    # force_terminal: FORCE_COLOR must not put control codes into a log. force_jupyter: notebooks get plain lines too.
     return RichConsole(
         file=stream,
         force_terminal=terminal,
+        force_jupyter=False,
         markup=False,
         emoji=False,
         highlight=False,

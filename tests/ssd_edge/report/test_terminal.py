@@ -187,6 +187,19 @@ def test_svg_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert path.read_bytes() == first  # does not depend on the environment
 
 
+def test_a_notebook_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setitem(__import__("builtins").__dict__, "get_ipython", lambda: kernel)
+    stream = io.StringIO()
+    console = Console(stream)
+    with events.progress(console, "SSD", 2) as update:
+        update(1, 0.5)
+        console(Message("saved"))
+    console.table(sample_metrics(2))
+    assert stream.getvalue().startswith("saved\nlandmark on digits")
+    assert ESCAPE not in stream.getvalue()
+
+
 def test_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "rich", None)
     with pytest.raises(EnvironmentUnfitError, match=r"the package 'rich' is needed .* pip install 'ssd-edge\[train\]'"):
