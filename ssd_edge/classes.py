@@ -1,7 +1,7 @@
 """Class registry: class id ↔ name ↔ row.
 
-A *row* is a position in a learner's value matrix. An *id* names a class within one lineage of states and
-is never given twice, also after its class has been removed. Names are what people see.
+A *row* is a position in a learner's value matrix. An *id* identifies a class within one lineage of generations and is
+never reused, even after its class has been removed. The *name* is shown to people.
 """
 
 from __future__ import annotations
@@ -18,28 +18,37 @@ RESERVED_NAMES = frozenset({"unknown"})
 
 
 def normalise_name(name: str) -> str:
-    """The NFC form of a class name, stripped of surrounding blanks.
+    """Return a class name in Unicode normal form NFC, without surrounding white space.
 
     Raises:
-        InputError: empty, reserved, longer than 64 characters, or with control characters.
+        InputError: The name is empty, reserved, longer than 64 characters, or contains control characters.
     """
     clean = unicodedata.normalize("NFC", name).strip()
     if not clean:
-        raise InputError("a class name is empty; give it at least one visible character")
+        raise InputError("a class name is empty; use at least one visible character")
     if clean.casefold() in RESERVED_NAMES:
-        raise InputError(f"the class name '{clean}' is reserved: it answers what was not taught; choose another")
+        raise InputError(f"the class name '{clean}' is reserved for images of no known class; choose another")
     if len(clean) > MAX_NAME_LENGTH:
-        raise InputError(f"the name '{clean[:20]}…' has {len(clean)} characters, but at most {MAX_NAME_LENGTH} fit")
+        raise InputError(
+            f"the class name '{clean[:20]}…' has {len(clean)} characters, but at most {MAX_NAME_LENGTH} are allowed"
+        )
     # Cc control, Cf format (bidirectional overrides), Cs lone surrogate, Zl/Zp line separators
     bad = next((c for c in clean if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"}), None)
     if bad is not None:
-        raise InputError(f"the class name {clean!r} holds the control character U+{ord(bad):04X}; remove it")
+        raise InputError(f"the class name {clean!r} contains the control character U+{ord(bad):04X}; remove it")
     return clean
 
 
 @dataclass(frozen=True)
 class ClassEntry:
-    """One class: `origin` is ``base`` (from a bundle) or ``device``; `images` is how many it was taught with."""
+    """One class of a registry.
+
+    Attributes:
+        id: Identifier, never reused.
+        name: Normalised name.
+        origin: ``base`` (from a bundle) or ``device`` (learned on a device).
+        images: Number of images that it was learned from.
+    """
 
     id: int
     name: str
@@ -48,7 +57,7 @@ class ClassEntry:
 
 
 class ClassRegistry:
-    """The classes of a learner, in the order of its rows. Immutable: what changes it returns a new registry."""
+    """The classes of a learner, in the order of its rows. Immutable: methods that change it return a new registry."""
 
     def __init__(self, entries: Iterable[ClassEntry] = (), next_id: int | None = None) -> None:
         self.entries = tuple(entries)
@@ -67,15 +76,15 @@ class ClassRegistry:
         return [entry.name for entry in self.entries]
 
     def row(self, name: str) -> int | None:
-        """The row of a name, or None."""
+        """Return the row of a class, or None if the name is unknown."""
         clean = normalise_name(name)
         return next((row for row, entry in enumerate(self.entries) if entry.name == clean), None)
 
     def add(self, name: str, origin: str = "base", images: int = 0) -> ClassRegistry:
-        """A registry with one more class, at the next row and with a new id.
+        """Return a registry with one more class, at the next row and with a new id.
 
         Raises:
-            InputError: the name is bad or already taken.
+            InputError: The name is invalid or already taken.
         """
         clean = normalise_name(name)
         if self.row(clean) is not None:
@@ -84,10 +93,10 @@ class ClassRegistry:
         return ClassRegistry((*self.entries, entry), self.next_id + 1)
 
     def rename(self, name: str, new: str) -> ClassRegistry:
-        """A registry in which one class has another name; its id and row stay.
+        """Return a registry in which a class has another name and keeps its id and row.
 
         Raises:
-            InputError: no such class, or the new name is bad or taken.
+            InputError: The class is unknown, or the new name is invalid or taken.
         """
         row, clean = self.row_of(name), normalise_name(new)
         if self.row(clean) not in (None, row):
@@ -95,39 +104,39 @@ class ClassRegistry:
         return self._with(row, name=clean)
 
     def taught(self, name: str, images: int) -> ClassRegistry:
-        """A registry in which one class was taught with so many images more.
+        """Return a registry in which the image count of a class is increased by `images`.
 
         Raises:
-            InputError: no such class.
+            InputError: The class is unknown.
         """
         row = self.row_of(name)
         return self._with(row, images=self.entries[row].images + images)
 
     def without(self, name: str) -> ClassRegistry:
-        """A registry without one class: rows above it move up, and its id is given to no other.
+        """Return a registry without a class; the rows after it move up, and its id is not reused.
 
         Raises:
-            InputError: no such class.
+            InputError: The class is unknown.
         """
         row = self.row_of(name)
         return ClassRegistry(self.entries[:row] + self.entries[row + 1 :], self.next_id)
 
     def joined(self, name: str, into: str) -> ClassRegistry:
-        """A registry in which the images of one class count as those of another, and its own name is gone.
+        """Return a registry in which the class `name` is merged into the class `into`.
 
         Raises:
-            InputError: one of the two is not known, or both are the same.
+            InputError: One of the two is unknown, or both are the same.
         """
         row, kept = self.row_of(name), self.row_of(into)
         if row == kept:
-            raise InputError(f"the class '{self.names[row]}' cannot be joined with itself; name two classes")
+            raise InputError(f"the class '{self.names[row]}' cannot be merged with itself; name two classes")
         return self.taught(into, self.entries[row].images).without(name)
 
     def row_of(self, name: str) -> int:
-        """The row of a known name.
+        """Return the row of a known class.
 
         Raises:
-            InputError: no such class.
+            InputError: The class is unknown.
         """
         row = self.row(name)
         if row is None:
@@ -141,7 +150,7 @@ class ClassRegistry:
         return ClassRegistry(entries, self.next_id)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value from which `from_json` restores an equal registry."""
+        """Return a JSON value from which `from_json` restores an equal registry."""
         return {
             "next_id": self.next_id,
             "classes": [
@@ -155,7 +164,7 @@ class ClassRegistry:
         """Restore and check a registry.
 
         Raises:
-            BundleRefusedError: not what `to_json` writes.
+            BundleRefusedError: The value is not what `to_json` writes.
         """
         try:
             entries = [
@@ -167,6 +176,7 @@ class ClassRegistry:
             raise BundleRefusedError(f"the class registry is damaged ({error}); restore the file") from error
         if any(entry.id >= registry.next_id or entry.id < 0 for entry in entries):
             raise BundleRefusedError(
-                f"the class registry gives ids {[e.id for e in entries][:10]}, but {registry.next_id} as the next"
+                f"the class registry has the ids {[e.id for e in entries][:10]}, but the next id is "
+                f"{registry.next_id}; restore the file"
             )
         return registry

@@ -1,7 +1,7 @@
-"""Errors that a user can act on, and the exit code of each (see docs/cli.md).
+"""Errors that a user can act on, and their exit codes (see docs/cli.md).
 
-A message says what happened, the two values that disagree, and what to do next.
-Anything that is not one of these is a defect of the program and ends with exit code 1 and a traceback.
+A message states what happened, the values that disagree, and what to do next. Every other exception is a bug and ends
+with exit code 1 and a traceback.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import ModuleType
 
 
 class SSDEdgeError(Exception):
-    """Base of all errors that are shown as one sentence, without a traceback."""
+    """Base class of all errors that are shown without a traceback."""
 
     exit_code = 1
 
@@ -37,13 +37,13 @@ class GateRefusedError(SSDEdgeError):
 
 
 class BundleRefusedError(SSDEdgeError):
-    """A bundle, checkpoint or generation is damaged or not what its manifest says."""
+    """A bundle, checkpoint or generation is damaged or does not match its manifest."""
 
     exit_code = 5
 
 
 class SlowerProviderError(SSDEdgeError):
-    """Under ``--strict``: what runs is slower than what was asked for."""
+    """Under ``--strict``: the backbone would run on a slower provider than requested."""
 
     exit_code = 6
 
@@ -52,13 +52,13 @@ def require(module: str, extra: str, purpose: str, install: str = "") -> ModuleT
     """Import an optional package where it is used.
 
     Args:
-        module: import name, e.g. ``"onnxruntime"``.
-        extra: the extra of this distribution that installs it, e.g. ``"device"``.
-        purpose: completes "is needed to …".
-        install: what to install in place of the extra, which on a Jetson would bring PyPI's PyTorch along.
+        module: Import name, e.g. ``"onnxruntime"``.
+        extra: Extra of this distribution that installs it, e.g. ``"device"``.
+        purpose: Completes "is needed to …".
+        install: What to install instead of the extra, which on a Jetson would also install PyPI's PyTorch.
 
     Raises:
-        EnvironmentUnfitError: in one sentence, with the command that installs it.
+        EnvironmentUnfitError: The package is missing; the message contains the command that installs it.
     """
     try:
         return importlib.import_module(module)
@@ -70,11 +70,11 @@ def require(module: str, extra: str, purpose: str, install: str = "") -> ModuleT
 
 
 def printable(text: str) -> str:
-    """Text with `?` for what is no letter: a stranger's words must bring no escape codes to a terminal."""
+    """Return `text` with unprintable characters replaced by ``?``: no escape codes reach the terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?``, or an empty string when nothing known is near."""
+    """Return `` Did you mean 'x'?``, or an empty string if no known word is similar."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,8 +1,7 @@
-"""Images → uint8 arrays: find, read, decode, EXIF orientation, grey or colour, resize, with limits (Pillow).
+"""Find, read and decode images into uint8 arrays, with limits on untrusted files (Pillow).
 
-Pixels are RGB, 0..255. Only JPEG, PNG, WebP and BMP are opened: fewer decoders, fewer surprises. What cannot be read is
-refused in one sentence that names it, whatever its bytes: an image is a stranger's.
-All of it may be called from several threads at once.
+Pixels are RGB, 0..255. Only JPEG, PNG, WebP and BMP are supported, to keep the number of decoders small. A file that
+cannot be read raises an `InputError` that names it, whatever its bytes. All functions are thread-safe.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from ssd_edge.errors import InputError, printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-MAX_BYTES = 64 * 2**20  # of a file; the largest photos have some 40 MB
-# A decompression bomb is refused before it is decoded. Below the 89 million at which Pillow itself warns:
-# its warning would have to be silenced, and warning filters belong to the process, not to a thread.
+MAX_BYTES = 64 * 2**20  # per file; the largest photos have about 40 MB
+# Decompression bombs are refused before they are decoded. The limit is below the 89 million pixels at which Pillow
+# warns: suppressing its warning would change the filters of the whole process.
 MAX_PIXELS = 80_000_000
-MAX_SIDE = 65_535  # as JPEG has it; bounds the rows that are converted at a time
-MAX_DECODED = 4 * MAX_PIXELS  # bytes; Pillow holds RGB in four
-MAX_SCANS = 100  # of a progressive JPEG; usual are ten. Each takes a pass over all pixels, and a few dozen bytes
-MAX_LINKED = 10_000  # folders reached by links: thirty folders with two links each to the next make a thousand million
-PIXELS_VERSION = 1  # raise it when the same file gives other pixels: cached embeddings are then computed anew
-_BAND = 2**21  # pixels that are converted at a time: the copies of a whole image would take five times its memory
-_GAP = 3.0  # a large image is first averaged to about this many times its final size
-# EXIF orientation → what makes it upright. Pillow's own `exif_transpose` also writes the EXIF data anew, and
-# fails on photos whose other entries are slightly wrong.
+MAX_SIDE = 65_535  # the limit of JPEG; bounds the rows that are converted at a time
+MAX_DECODED = 4 * MAX_PIXELS  # bytes; Pillow stores an RGB pixel in four
+MAX_SCANS = 100  # of a progressive JPEG, usually ten. A scan of a few dozen bytes costs a pass over all pixels
+MAX_LINKED = 10_000  # folders behind links: thirty folders with two links each to the next make a billion paths
+PIXELS_VERSION = 1  # increase it when decoding changes: cached embeddings are then recomputed
+_BAND = 2**21  # pixels converted at a time: copies of the whole image would take five times its memory
+_GAP = 3.0  # a large image is first reduced to about this multiple of its final size
+# EXIF orientation → transposition that makes the image upright. Pillow's `exif_transpose` also rewrites the EXIF data
+# and fails on photos with slightly malformed entries.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,20 +45,20 @@ _UPRIGHT = {
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name has an image's ending and is not hidden."""
+    """Return True if a file name has the extension of an image and is not hidden."""
     path = Path(name)
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def walk_images(folder: Path) -> Iterator[Path]:
-    """Images in a folder and its subfolders, sorted by path; what is hidden is skipped, links are followed.
+    """Yield the images in a folder and its subfolders, sorted by path. Hidden entries are skipped, links are followed.
 
     Raises:
-        InputError: a folder may not be read, a link leads back to a folder that holds it, or links lead to more than
+        InputError: A folder cannot be read, a link points to one of its parents, or links lead to more than
             `MAX_LINKED` folders.
     """
     linked = 0
-    left: list[tuple[Path, tuple[tuple[int, int], ...], bool]] = [(Path(folder), (), True)]  # the last comes first
+    left: list[tuple[Path, tuple[tuple[int, int], ...], bool]] = [(Path(folder), (), True)]  # a stack
     while left:
         path, above, is_folder = left.pop()
         if not is_folder:
@@ -74,27 +73,27 @@ def walk_images(folder: Path) -> Iterator[Path]:
             raise InputError(f"the folder {name} cannot be read ({error.strerror})") from error
         own = (found.st_dev, found.st_ino)
         if own in above:
-            raise InputError(f"{name} is a link to a folder that holds it; remove the link")
+            raise InputError(f"{name} is a link to a folder that contains it; remove the link")
         linked += bool(above) and os.path.islink(path)
         if linked > MAX_LINKED:
             raise InputError(f"links lead to more than {MAX_LINKED:,} folders, the last is {name}; remove some of them")
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if os.path.isdir(path / entry.name):  # no error for links in a circle, unlike the entry's own is_dir
+            if os.path.isdir(path / entry.name):  # unlike entry.is_dir, no error for a cycle of links
                 left.append((path / entry.name, (*above, own), True))
             elif is_image_name(entry.name):
                 left.append((path / entry.name, (), False))
 
 
 def image_files(sources: Sequence[Path]) -> list[Path]:
-    """The images in files and folders.
+    """Return the paths of the images in files and folders.
 
     Args:
-        sources: files, taken whatever their name, and folders (see `walk_images`).
+        sources: Files, accepted whatever their name, and folders (see `walk_images`).
 
     Raises:
-        InputError: one of them does not exist, or is a folder without images.
+        InputError: A source does not exist, or is a folder without images.
     """
     found: list[Path] = []
     for source in map(Path, sources):
@@ -103,32 +102,31 @@ def image_files(sources: Sequence[Path]) -> list[Path]:
             raise InputError(f"{name} does not exist; check the path")
         images = list(walk_images(source)) if os.path.isdir(source) else [source]
         if not images:
-            raise InputError(f"the folder {name} holds no images ({', '.join(sorted(SUFFIXES))})")
+            raise InputError(f"the folder {name} contains no images ({', '.join(sorted(SUFFIXES))})")
         found += images
     return found
 
 
 def read(path: str | Path) -> bytes:
-    """The bytes of an image's file.
+    """Return the content of an image file.
 
-    Only a regular file of at most `MAX_BYTES` is read, also behind a link: a pipe would never end, and a device may be
-    without bounds.
+    Only regular files of at most `MAX_BYTES`, possibly behind a link, are read: pipes and devices may be endless.
 
     Raises:
-        InputError: it is no such file, or cannot be read; in a sentence that names it.
+        InputError: `path` is not such a file, or cannot be read.
     """
     name = printable(str(path))
     try:
-        _check_file(os.stat(path), name)  # before it is opened: some devices act on being opened
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: no pipe is waited for
+        _check_file(os.stat(path), name)  # before opening it, which has effects on some devices
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: do not wait for a pipe
         with open(handle, "rb") as stream:
             found = os.fstat(handle)
-            _check_file(found, name)  # by now the path may lead to another one
+            _check_file(found, name)  # the path may have been replaced in the meantime
             return stream.read(found.st_size)
     except FileNotFoundError as error:
         raise InputError(f"{name} does not exist; check the path") from error
     except PermissionError as error:
-        raise InputError(f"{name} may not be read: permission denied") from error
+        raise InputError(f"{name} cannot be read: permission denied") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name} cannot be read ({reason}); remove it or check the path") from error
@@ -143,106 +141,111 @@ def _check_file(found: os.stat_result, name: str) -> None:
         raise InputError(f"{name} is {kind}, but a file is needed; remove it")
     if found.st_size > MAX_BYTES:
         raise InputError(
-            f"{name} has {found.st_size:,} bytes, but at most {MAX_BYTES:,} are read of an image; make it smaller"
+            f"{name} has {found.st_size:,} bytes, but an image may have at most {MAX_BYTES:,}; make it smaller"
         )
 
 
 def decode(data: bytes | memoryview, name: str, size: int) -> np.ndarray:
-    """Decode an encoded image; of an animation its first frame.
+    """Decode an image; of an animation, the first frame.
 
     Args:
-        data: the file's bytes.
-        name: what to call it in an error.
-        size: side of the square result in pixels. Another shape is resized as a whole (bicubic with
-            antialiasing), not cropped: nothing at the edge of the frame is lost.
+        data: Content of the file.
+        name: Name of the image for error messages.
+        size: Side of the square result in pixels. Images of any other shape are resized (bicubic with antialiasing)
+            without cropping, so that nothing at the edge of the frame is lost.
 
     Returns:
-        uint8 RGB, shape ``(size, size, 3)``.
+        uint8 RGB array of shape ``(size, size, 3)``.
 
     Raises:
-        InputError: empty, not an image of the four formats, corrupt, cut short, or too large (see `to_array`; a
-            progressive JPEG also by its scans).
+        InputError: The data is empty, not in a supported format, corrupt, truncated, too large (see `to_array`), or a
+            progressive JPEG with more than `MAX_SCANS` scans.
     """
     if not len(data):
         raise InputError(f"{printable(name)} is empty (0 bytes); remove it")
-    with _one_sentence(name), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with _input_errors(name), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image, name)
         if "progressive" in image.info and (scans := bytes(data).count(b"\xff\xda")) > MAX_SCANS:
-            raise InputError(f"{printable(name)} has {scans:,} scans, but at most {MAX_SCANS} are read; save it anew")
+            raise InputError(
+                f"{printable(name)} has {scans:,} scans, but a JPEG may have at most {MAX_SCANS}; save it again"
+            )
         if image.format in ("JPEG", "MPO") and min(image.size) >= 4 * size:
-            image.draft(None, (2 * size, 2 * size))  # decodes at reduced scale; not in to_array: it changes the image
+            image.draft(
+                None, (2 * size, 2 * size)
+            )  # decodes at a reduced scale; it modifies the image, hence not in to_array
         return to_array(image, name, size)
 
 
 def to_array(image: Image.Image, name: str, size: int) -> np.ndarray:
-    """Orient, convert and resize an opened image to uint8 RGB ``(size, size, 3)``.
+    """Orient, convert and resize an open image to a uint8 RGB array of shape ``(size, size, 3)``.
 
-    Grey images are repeated over the three channels; 16-bit grey is scaled to 8 bits; transparency is
-    put on white, as viewers do.
+    Greyscale is repeated over the three channels, 16-bit greyscale is scaled to 8 bits, and transparent images are
+    composited on white, as image viewers do.
 
     Raises:
-        InputError: no or over 80 million pixels, a side over 65,535, more memory needed than 320 MB (WebP has 20
-            million pixels then, progressive JPEG 32), floating-point pixels, or corrupt.
+        InputError: The image has no pixels, more than 80 million pixels (WebP: 20 million, progressive JPEG: 32
+            million, which need 320 MB), a side over 65,535, floating-point pixels, or is corrupt.
     """
-    with _one_sentence(name):
+    with _input_errors(name):
         _check_size(image, name)
         if image.mode == "F":
             raise InputError(f"{printable(name)} has floating-point pixels, but 8 bits are needed; convert it")
         small, box = _smaller(image, size)
         if small.size != (size, size):
             small = small.resize((size, size), Image.Resampling.BICUBIC, box)
-        return np.array(small, dtype=np.uint8)  # a copy: Pillow's own memory is read-only
+        return np.array(small, dtype=np.uint8)  # a copy, because Pillow's memory is read-only
 
 
 @contextlib.contextmanager
-def _one_sentence(name: str) -> Iterator[None]:
-    """Turn what Pillow raises into an `InputError`."""
+def _input_errors(name: str) -> Iterator[None]:
+    """Replace exceptions of Pillow by an `InputError` that names the image."""
     try:
         yield
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        told = f"{printable(name)} is not a JPEG, PNG, WebP or BMP image; remove it or convert it"
-        raise InputError(told) from error
+        raise InputError(f"{printable(name)} is not a JPEG, PNG, WebP or BMP image; remove or convert it") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise InputError(f"{printable(name)} has more than {MAX_PIXELS:,} pixels; make it smaller") from error
     except MemoryError as error:
-        raise InputError(f"{printable(name)} needs more memory than there is; make it smaller") from error
-    except Exception as error:  # corrupt data: the decoders keep to no list of types, and the bytes choose among them
+        raise InputError(f"{printable(name)} needs more memory than is available; make it smaller") from error
+    except Exception as error:  # corrupt data: the decoders may raise exceptions of any type
         reason = printable(" ".join(str(error).split()))[:100] or type(error).__name__
         raise InputError(f"{printable(name)} is corrupt and cannot be decoded ({reason}); remove it") from error
 
 
 def _check_size(image: Image.Image, name: str) -> None:
-    """Refuse what is too large to decode; what it claims to be is known from its header.
+    """Check from its header that an image is not too large to decode.
 
     Raises:
-        InputError: it is.
+        InputError: It is too large, or has no pixels.
     """
     width, height = image.size
-    held = 4  # bytes of memory a pixel
+    held = 4  # bytes of memory per pixel
     if image.format == "WEBP":
-        held = 16  # two canvases and two copies, if it moves or not
+        held = 16  # two canvases and two copies, animated or not
     elif "progressive" in image.info:
-        held = 4 + 2 * len(image.getbands())  # all coefficients at once, whatever the scale
+        held = 4 + 2 * len(image.getbands())  # all coefficients at once, whatever the scale of decoding
     most = min(MAX_PIXELS, MAX_DECODED // held)
     if min(width, height) < 1:
-        raise InputError(f"{printable(name)} has {width} × {height} pixels, but at least one is needed; remove it")
+        raise InputError(f"{printable(name)} has {width} × {height} pixels, but must have at least one; remove it")
     if width * height > most:
         raise InputError(
-            f"{printable(name)} has {width} × {height} pixels, but at most {most:,} are read of its kind; "
+            f"{printable(name)} has {width} × {height} pixels, but an image of this type may have at most {most:,}; "
             "make it smaller"
         )
     if max(width, height) > MAX_SIDE:
         raise InputError(
-            f"{printable(name)} has {width} × {height} pixels, but a side has at most {MAX_SIDE:,}; make it smaller"
+            f"{printable(name)} has {width} × {height} pixels, but a side may have at most {MAX_SIDE:,}; "
+            "make it smaller"
         )
 
 
 def _smaller(image: Image.Image, size: int) -> tuple[Image.Image, tuple[float, float, float, float]]:
-    """An image, upright and in RGB, averaged to some three times `size`; and its edges, which may lie within a pixel.
+    """Return an upright RGB copy of an image, reduced to about three times `size`, and the box of the image in it.
 
-    The same pixels as when the whole image were converted and reduced, a band of rows at a time.
+    The edges of the box may lie within a pixel. The image is converted in bands of rows, with the same result as for
+    the whole image at once.
     """
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
@@ -252,7 +255,7 @@ def _smaller(image: Image.Image, size: int) -> tuple[Image.Image, tuple[float, f
     plain = image.mode == "RGB" and turn is None and "transparency" not in image.info
     rows = height if plain else max(1, _BAND // width // down) * down
 
-    def averaged(top: int, bottom: int) -> Image.Image:
+    def reduced(top: int, bottom: int) -> Image.Image:
         part = image
         if bottom - top < height:
             part = image.crop(_rows_of(image.size, orientation if turn is not None else 1, top, bottom))
@@ -260,32 +263,31 @@ def _smaller(image: Image.Image, size: int) -> tuple[Image.Image, tuple[float, f
         return part if across == down == 1 else part.reduce((across, down))
 
     if rows >= height:
-        small = averaged(0, height)
+        small = reduced(0, height)
     else:
         small = Image.new("RGB", (-(-width // across), -(-height // down)))
         for top in range(0, height, rows):
-            small.paste(averaged(top, min(top + rows, height)), (0, top // down))
+            small.paste(reduced(top, min(top + rows, height)), (0, top // down))
     return small, (0.0, 0.0, width / across, height / down)
 
 
 def _rows_of(stored: tuple[int, int], orientation: int, top: int, bottom: int) -> tuple[int, int, int, int]:
-    """Where rows of the upright image are in the stored one, of size (width, height): left, top, right, bottom."""
+    """Return where rows of the upright image are in the stored one, as the box (left, top, right, bottom)."""
     width, height = stored
     if orientation < 3:
         return 0, top, width, bottom
     if orientation < 5:  # upside down
         return 0, height - bottom, width, height - top
-    if orientation < 7:  # rows are columns
+    if orientation < 7:  # rows and columns are swapped
         return top, 0, bottom, height
     return width - bottom, 0, width - top, height
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # of the four formats only 16-bit PNG; Pillow would clip at 255
+    if image.mode.startswith("I"):  # only 16-bit PNG among the four formats; Pillow would clip at 255
         deep = np.asarray(image)
         if deep.min() < 0 or deep.max() > 65535:
-            told = f"values from {deep.min()} to {deep.max()}, but 16-bit grey has 0 to 65535"
-            raise ValueError(told)
+            raise ValueError(f"values from {deep.min()} to {deep.max()}, but 16-bit grey has 0 to 65535")
         image = Image.fromarray(((deep.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -294,15 +296,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def from_array(pixels: np.ndarray, size: int, name: str = "the array") -> np.ndarray:
-    """Bring one image array to uint8 RGB ``(size, size, 3)``; of that shape already, it is returned as it is.
+    """Convert an image array to uint8 RGB of shape ``(size, size, 3)``; an array of this shape is returned unchanged.
 
     Args:
-        pixels: uint8 ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)``, RGB.
-        size: side of the result in pixels.
-        name: what to call it in an error.
+        pixels: uint8 array of shape ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)`` (RGB).
+        size: Side of the result in pixels.
+        name: Name of the image for error messages.
 
     Raises:
-        InputError: another dtype or shape, or too large (see `to_array`).
+        InputError: The array has another dtype or shape, or is too large (see `to_array`).
     """
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or 0 in pixels.shape:
@@ -317,8 +319,9 @@ def from_array(pixels: np.ndarray, size: int, name: str = "the array") -> np.nda
     if pixels.shape == (size, size, 3):
         return pixels
     height, width = pixels.shape[:2]
-    if width * height > MAX_PIXELS:  # before it is copied: a broadcast array takes no memory until then
+    if width * height > MAX_PIXELS:  # before copying it: a broadcast array takes little memory until then
         raise InputError(
-            f"{printable(name)} has {width} × {height} pixels, but at most {MAX_PIXELS:,} are read; make it smaller"
+            f"{printable(name)} has {width} × {height} pixels, but an image may have at most {MAX_PIXELS:,}; "
+            "make it smaller"
         )
     return to_array(Image.fromarray(pixels), name, size)

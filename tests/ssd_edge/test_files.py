@@ -223,7 +223,7 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_no_state_with_nan(bad: float) -> None:
     data = files.tensor_bytes({"w": np.zeros(2, np.float32)})
-    with pytest.raises(BundleRefusedError, match="state: the tensor 'w' holds NaN or infinity; restore"):
+    with pytest.raises(BundleRefusedError, match="state: the tensor 'w' contains NaN or infinity; restore"):
         files.parse_tensors(data[:-4] + np.float32(bad).tobytes(), "state")
 
 
@@ -263,37 +263,40 @@ def tensor(dtype: str = "F32", shape: object = (2,), begin: object = 0, end: obj
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "a header of 0 bytes, but 0 in all"),
-        ((2**63).to_bytes(8, "little") + b"{}", "a header of 9223372036854775808 bytes, but 10 in all"),
-        (by_hand(b" " * 2**20 + b"{}"), "a header of 1048578 bytes, but 1048586 in all, and at most 1048576"),
+        (b"", "a header of 0 bytes in a file of 0"),
+        ((2**63).to_bytes(8, "little") + b"{}", "a header of 9223372036854775808 bytes in a file of 10"),
+        (by_hand(b" " * 2**20 + b"{}"), "a header of 1048578 bytes in a file of 1048586, with at most 1048576 allowed"),
         (by_hand([]), "has no attribute"),
         (by_hand({"__metadata__": []}), "has no attribute"),
-        (by_hand(b'{"a": 1, "a": 1}'), "a name is there twice"),
-        (by_hand(b'{"a": {"dtype": "U8", "dtype": "F32"}}'), "a name is there twice"),
+        (by_hand(b'{"a": 1, "a": 1}'), "a duplicate name"),
+        (by_hand(b'{"a": {"dtype": "U8", "dtype": "F32"}}'), "a duplicate name"),
         (by_hand({"a": 7}), "not subscriptable"),
         (by_hand({"a": {}}), "data_offsets"),
-        (by_hand({"a": tensor("BF16", (2,), 0, 4)}, bytes(4)), "the type 'BF16'; known: BOOL, U8, "),
-        (by_hand({"a": tensor("F8_E4M3", (2,), 0, 2)}, bytes(2)), "the type 'F8_E4M3'; known: "),
+        (by_hand({"a": tensor("BF16", (2,), 0, 4)}, bytes(4)), "unknown type 'BF16'; known: BOOL, U8, "),
+        (by_hand({"a": tensor("F8_E4M3", (2,), 0, 2)}, bytes(2)), "unknown type 'F8_E4M3'; known: "),
         (by_hand({"a": tensor(["F32"])}, bytes(8)), "unhashable"),
-        (by_hand({"a": tensor(shape=(-2,))}, bytes(8)), "a shape of 1 sides, with the side -2"),
-        (by_hand({"a": tensor(shape=(2.0,))}, bytes(8)), "a shape of 1 sides, with the side 2.0"),
-        (by_hand({"a": tensor(shape=(True, 2))}, bytes(8)), "a shape of 2 sides, with the side True"),
+        (by_hand({"a": tensor(shape=(-2,))}, bytes(8)), "a shape of 1 dimensions with the size -2"),
+        (by_hand({"a": tensor(shape=(2.0,))}, bytes(8)), "a shape of 1 dimensions with the size 2.0"),
+        (by_hand({"a": tensor(shape=(True, 2))}, bytes(8)), "a shape of 2 dimensions with the size True"),
         (by_hand({"a": tensor(shape=(2**62, 0), end=0)}), "with the side 4611686018427387904"),
         (by_hand({"a": tensor(shape=(2**32 + 1, 2**32))}, bytes(8)), "with the side 4294967297"),
         (by_hand({"a": tensor(shape=(10**4000,))}, bytes(8)), "with the side 1000"),
-        (by_hand({"a": tensor(shape=(1,) * 7 + (2,) * 2)}, bytes(16)), "a shape of 9 sides"),
+        (by_hand({"a": tensor(shape=(1,) * 7 + (2,) * 2)}, bytes(16)), "a shape of 9 dimensions"),
         (by_hand({"a": tensor(shape=(2**31,) * 8)}, bytes(8)), "needs 1.81e+75 bytes"),
         (by_hand({"a": tensor(shape="2")}, bytes(8)), "with the side '2'"),
-        (by_hand({"a": tensor(end=2**60)}, bytes(8)), "to 1152921504606846976 that needs 8 bytes from 0"),
+        (by_hand({"a": tensor(end=2**60)}, bytes(8)), "to 1152921504606846976, but its shape needs 8 bytes from 0"),
         (by_hand({"a": tensor(begin=False)}, bytes(8)), "a tensor at False to 8"),
-        (by_hand({"a": tensor(begin=8, end=16)}, bytes(16)), "a tensor at 8 to 16 that needs 8 bytes from 0"),
-        (by_hand({"a": tensor(begin=4, end=8)}, bytes(8)), "a tensor at 4 to 8 that needs 8 bytes from 0"),
-        (by_hand({"a": tensor(), "b": tensor()}, bytes(8)), "a tensor at 0 to 8 that needs 8 bytes from 8"),
-        (by_hand({"a": tensor(), "b": tensor(begin=4, end=12)}, bytes(12)), "a tensor at 4 to 12 that needs 8"),
+        (by_hand({"a": tensor(begin=8, end=16)}, bytes(16)), "a tensor at 8 to 16, but its shape needs 8 bytes from 0"),
+        (by_hand({"a": tensor(begin=4, end=8)}, bytes(8)), "a tensor at 4 to 8, but its shape needs 8 bytes from 0"),
+        (by_hand({"a": tensor(), "b": tensor()}, bytes(8)), "a tensor at 0 to 8, but its shape needs 8 bytes from 8"),
+        (
+            by_hand({"a": tensor(), "b": tensor(begin=4, end=12)}, bytes(12)),
+            "a tensor at 4 to 12, but its shape needs 8",
+        ),
         (by_hand({"a": tensor()}, bytes(9)), "tensors of 8 bytes, but 9 are there"),
         (by_hand({"a": tensor()}, bytes(7)), "tensors of 8 bytes, but 7 are there"),
         (by_hand({f"{n}": tensor(shape=(0,), end=0) for n in range(4097)}), "4097 tensors, but at most 4096"),
-        (by_hand({"a": tensor("BOOL", (2,), 0, 2)}, b"\1\2"), "a truth value that is neither 0 nor 1"),
+        (by_hand({"a": tensor("BOOL", (2,), 0, 2)}, b"\1\2"), "a Boolean value that is neither 0 nor 1"),
         (by_hand(b"[" * 100_000), "recursion"),
         (by_hand({"__metadata__": {"json": "[" * 100_000}}), "recursion"),
     ],

@@ -241,7 +241,7 @@ def test_image_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere does not exist"):
         image_files([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty holds no images \(\.bmp, \.jpeg"):
+    with pytest.raises(InputError, match=r"empty contains no images \(\.bmp, \.jpeg"):
         image_files([tmp_path / "b", tmp_path / "empty"])
 
 
@@ -253,7 +253,7 @@ def test_links_to_folders(tmp_path: Path) -> None:
     (tmp_path / "all" / "again").symlink_to(tmp_path / "real")
     assert [path.parent.name for path in image_files([tmp_path / "all"])] == ["again", "linked"]
     (tmp_path / "real" / "loop").symlink_to(tmp_path / "all")
-    with pytest.raises(InputError, match=r"is a link to a folder that holds it"):
+    with pytest.raises(InputError, match=r"is a link to a folder that contains it"):
         image_files([tmp_path / "all"])
 
 
@@ -282,7 +282,7 @@ def test_only_files_are_read(tmp_path: Path) -> None:
         "back.jpg": circle,
         "broken.jpg": "does not exist; check the path",
         "folder.jpg": "is a folder, but a file is needed",
-        "holes.jpg": f"has {2**31:,} bytes, but at most 67,108,864 are read of an image; make it smaller",
+        "holes.jpg": f"has {2**31:,} bytes, but an image may have at most 67,108,864; make it smaller",
         "itself.jpg": circle,
         "linked.jpg": "is a pipe, but a file is needed; remove it",
         "pipe.jpg": "is a pipe, but a file is needed; remove it",
@@ -321,7 +321,7 @@ def test_what_may_not_be_read(tmp_path: Path) -> None:
     (folder / "x.jpg").write_bytes(b"\x89PNG")
     os.seteuid(65534)
     try:
-        with pytest.raises(InputError, match=r"x\.jpg may not be read: permission denied"):
+        with pytest.raises(InputError, match=r"x\.jpg cannot be read: permission denied"):
             images.read(folder / "x.jpg")
         with pytest.raises(InputError, match=r"the folder .*photos cannot be read \(Permission denied\)"):
             list(images.walk_images(folder))

@@ -92,10 +92,10 @@ def test_every_role_is_there_once_under_its_name(refusal):
 @pytest.mark.parametrize("name", ["learner.safetensors", "statistics.safetensors"])
 def test_nan_and_infinity_are_refused(refusal, name, number):
     message = refusal(hand.with_entry(name, hand.vector(1.0, number)))
-    assert f"its {name}: the tensor 'w' holds NaN or infinity" in message
+    assert f"its {name}: the tensor 'w' contains NaN or infinity" in message
     manifest, entries = parts()
     entries[name] = (entries[name][0], hand.vector(number))
-    with pytest.raises(BundleRefusedError, match="holds NaN or infinity"):
+    with pytest.raises(BundleRefusedError, match="contains NaN or infinity"):
         bundle.pack(manifest, entries)
 
 
@@ -109,7 +109,7 @@ def test_broken_tensors_are_refused(refusal):
     assert "is not a valid safetensors file" in refusal(hand.with_entry("learner.safetensors", deep))
     escape = good.replace(b'"w":{', b'"\\u001b[2J":{')
     escape = struct.pack("<Q", len(escape) - 12) + escape[8:-4] + struct.pack("<f", float("nan"))
-    assert "the tensor '?[2J' holds NaN" in refusal(hand.with_entry("learner.safetensors", escape))
+    assert "the tensor '?[2J' contains NaN" in refusal(hand.with_entry("learner.safetensors", escape))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_every_graph_is_scanned(refusal, tmp_path):
         ({"embeddings": None}, "its probe.safetensors has {'"),
         ({"embeddings": ("F32", [2, 4], [0.0] * 8)}, "its probe.safetensors has {'"),
         ({"embeddings": ("F32", [1, 3], [0.0] * 3)}, "its probe.safetensors has {'"),
-        ({"embeddings": ("F32", [2, 3], [float("nan")] * 6)}, "the tensor 'embeddings' holds NaN or infinity"),
+        ({"embeddings": ("F32", [2, 3], [float("nan")] * 6)}, "the tensor 'embeddings' contains NaN or infinity"),
         ({"rows": ("I64", [1], [0])}, "its probe.safetensors has {'"),
         ({"rows": ("F32", [2], [0.0, 1.0])}, "its probe.safetensors has {'"),
         ({"rows": ("I64", [2], [0, 2])}, "its probe.safetensors names rows 0 to 2, but there are 2 classes"),
