@@ -1,7 +1,7 @@
 """Strict configuration: YAML and ``section.key=value`` → frozen dataclasses.
 
-An unknown key is refused with the nearest right one, a value of the wrong type or out of range with both
-values. Every default carries the reason for it, which `ssd-edge config` prints.
+An unknown key is refused with the most similar known key, a value of the wrong type or out of range with its limit.
+Every setting has a description, which `ssd-edge config` prints.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
 ) -> Any:
-    """A dataclass field with its reason and its range.
+    """Return a dataclass field with a description and a range.
 
     Args:
-        default: the default value.
-        why: what it does, and the reason for the default.
-        minimum: the smallest value allowed (for numbers).
-        maximum: the largest value allowed.
-        above: a bound that the value must exceed.
+        default: Default value.
+        why: Description of the setting, with the reason for its default.
+        minimum: Smallest allowed value (for numbers).
+        maximum: Largest allowed value.
+        above: Exclusive lower bound.
     """
     metadata = {"why": why, "minimum": minimum, "maximum": maximum, "above": above}
     return dataclasses.field(default=default, metadata=metadata)
@@ -44,59 +44,69 @@ def setting(
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the images come from."""
+    """Images of a run (`data.*`)."""
 
     path: str = setting("digits", "folder, archive, CIFAR, MNIST, Tiny-ImageNet, .npz, or 'digits' (scikit-learn)")
-    test_fraction: float = setting(0.2, "held out of each class without a test split", above=0.0, maximum=0.9)
-    classes: tuple[str, ...] = setting((), "only these: names, or sorted positions as 0:100 (a name wins); empty: all")
-    exclude: tuple[str, ...] = setting((), "leave these classes out; names or positions, as in classes")
-    max_per_class: int = setting(0, "at most so many training images a class, seeded; 0: all", minimum=0)
+    test_fraction: float = setting(
+        0.2, "share of each class held out for testing if the data has no test split", above=0.0, maximum=0.9
+    )
+    classes: tuple[str, ...] = setting(
+        (), "classes to use: names, or positions in sorted order such as 0:100; empty: all"
+    )
+    exclude: tuple[str, ...] = setting((), "classes to leave out: names or positions as for data.classes")
+    max_per_class: int = setting(0, "maximum number of training images per class (seeded choice); 0: all", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """The frozen network that turns an image into an embedding."""
+    """Frozen backbone of a run (`backbone.*`)."""
 
-    path: str = setting("", "folder of a backbone package; empty: the shipped one")
-    onnx: str = setting("", "your own backbone as one ONNX file, instead of a package")
-    size: int = setting(0, "side of its square input in pixels; with backbone.onnx", minimum=0, maximum=1024)
-    mean: tuple[float, ...] = setting((0.485, 0.456, 0.406), "a channel, pixels in 0..1; with backbone.onnx")
-    std: tuple[float, ...] = setting((0.229, 0.224, 0.225), "a channel, pixels in 0..1; with backbone.onnx")
-    layout: Literal["nchw", "nhwc"] = setting("nchw", "order of its input's axes; with backbone.onnx")
-    cache: bool = setting(True, "keep embeddings under a hash of backbone and data ($SSD_EDGE_CACHE)")
+    path: str = setting("", "folder of a backbone package; empty: the one shipped with ssd-edge")
+    onnx: str = setting("", "backbone as an ONNX file, instead of a package")
+    size: int = setting(0, "side of the square input in pixels; only for backbone.onnx", minimum=0, maximum=1024)
+    mean: tuple[float, ...] = setting((0.485, 0.456, 0.406), "per channel, for pixels in 0..1; only for backbone.onnx")
+    std: tuple[float, ...] = setting((0.229, 0.224, 0.225), "per channel, for pixels in 0..1; only for backbone.onnx")
+    layout: Literal["nchw", "nhwc"] = setting("nchw", "order of the input axes; only for backbone.onnx")
+    cache: bool = setting(True, "cache embeddings, keyed by a hash of backbone and data ($SSD_EDGE_CACHE)")
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamConfig:
-    """How the classes arrive."""
+    """Sequence of tasks of a run (`stream.*`)."""
 
-    tasks: int = setting(0, "0: two classes a task up to 20 classes, else ten even tasks", minimum=0)
-    order: str = setting("seeded", "seeded (by run.seed), sorted (by name), sdmlp-0 … -97, or numbers: '3,0,1,…'")
-    kind: Literal["class_incremental", "repetition", "blurry"] = setting(
-        "class_incremental", "class_incremental: a class comes in its task only; others: docs/cli.md"
+    tasks: int = setting(0, "number of tasks; 0: two classes per task up to 20 classes, else ten tasks", minimum=0)
+    order: str = setting(
+        "seeded", "class order: seeded (by run.seed), sorted (by name), sdmlp-0 … -97, or numbers: '3,0,1,…'"
     )
-    online: bool = setting(False, "each sample once: learners that are trained by gradients take one epoch")
-    experiences: int = setting(0, "with repetition, how many; 0: twice the tasks", minimum=0)
-    repetition: float = setting(0.5, "chance that an earlier class comes again in an experience", minimum=0, maximum=1)
-    disjoint: float = setting(0.5, "blurry: N, share of classes that keep to their task", minimum=0, maximum=1)
-    leakage: float = setting(0.1, "blurry: M, share of another class's samples in other tasks", minimum=0, maximum=1)
+    kind: Literal["class_incremental", "repetition", "blurry"] = setting(
+        "class_incremental", "class_incremental: each class occurs in one task only; others: docs/cli.md"
+    )
+    online: bool = setting(False, "use each sample once: gradient learners train for one epoch")
+    experiences: int = setting(0, "repetition: number of experiences; 0: twice the number of tasks", minimum=0)
+    repetition: float = setting(
+        0.5, "repetition: probability that an earlier class occurs again in an experience", minimum=0, maximum=1
+    )
+    disjoint: float = setting(0.5, "blurry: N, share of the classes that occur in one task only", minimum=0, maximum=1)
+    leakage: float = setting(
+        0.1, "blurry: M, share of the samples of the other classes that occur in other tasks", minimum=0, maximum=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The run itself."""
+    """Execution of a run (`run.*`)."""
 
-    seed: int = setting(0, "of class order, held-out split and every learner", minimum=0, maximum=2**31)
-    out: str = setting("runs", "runs are numbered folders in here")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where a kernel runs on it")
-    threads: int = setting(0, "of PyTorch; 0: one per core", minimum=0, maximum=1024)
+    seed: int = setting(0, "seed of the class order, the held-out split and every learner", minimum=0, maximum=2**31)
+    out: str = setting("runs", "folder that contains the numbered run folders")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA if a CUDA kernel runs, else the CPU")
+    threads: int = setting(0, "number of PyTorch threads; 0: one per core", minimum=0, maximum=1024)
     baselines: bool = setting(True, "also run ssd, sdmlp and finetune on the same stream")
     panel: bool = setting(True, "also run NCM, SLDA, ridge, RanPAC, FeCAM, FlyModel and joint training")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """`ssd-edge train`. The learner's own settings are checked by the learner (`learners.settings_class`)."""
+    """Configuration of `ssd-edge train`. The settings in `learner` are checked by `learners.settings_class`."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
@@ -107,41 +117,47 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainingConfig:
-    """The schedule that trains a backbone (defaults: what one CPU can do in under an hour)."""
+    """Training schedule of a backbone; the defaults take less than an hour on a CPU."""
 
-    arch: Literal["resnet9", "convmixer"] = setting("resnet9", "convmixer: the paper's, 256/8; needs a GPU")
-    epochs: int = setting(14, "of the training set", minimum=1)
-    batch: int = setting(512, "images a step", minimum=2)
+    arch: Literal["resnet9", "convmixer"] = setting(
+        "resnet9", "network; convmixer (256/8, as in the paper) needs a GPU"
+    )
+    epochs: int = setting(14, "passes over the training set", minimum=1)
+    batch: int = setting(512, "images per step", minimum=2)
     optimiser: Literal["auto", "sgd", "adamw"] = setting("auto", "auto: sgd for resnet9, adamw for convmixer")
     lr: float = setting(0.0, "peak of the one-cycle schedule; 0: 0.4 for sgd, 0.01 for adamw", minimum=0.0)
     weight_decay: float = setting(0.0, "0: 5e-4 for sgd, 5e-3 for adamw", minimum=0.0)
-    label_smoothing: float = setting(0.1, "of the cross-entropy", minimum=0.0, maximum=0.9)
-    crop: int = setting(3, "pixels of reflected padding from which a crop is taken", minimum=0, maximum=16)
-    cutout: int = setting(0, "side of a square of grey put on each image; 0: none", minimum=0, maximum=32)
+    label_smoothing: float = setting(0.1, "label smoothing of the cross-entropy", minimum=0.0, maximum=0.9)
+    crop: int = setting(3, "pixels of reflection padding for random crops", minimum=0, maximum=16)
+    cutout: int = setting(0, "side of the grey square that covers a part of each image; 0: none", minimum=0, maximum=32)
     size: int = setting(32, "side of the square input in pixels", minimum=8, maximum=256)
-    seed: int = setting(0, "of initialisation, order and augmentation", minimum=0, maximum=2**31)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where a kernel runs on it")
-    threads: int = setting(0, "of PyTorch; 0: one per core", minimum=0, maximum=1024)
+    seed: int = setting(0, "seed of initialisation, sample order and augmentation", minimum=0, maximum=2**31)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA if a CUDA kernel runs, else the CPU")
+    threads: int = setting(0, "number of PyTorch threads; 0: one per core", minimum=0, maximum=1024)
     amp: bool = setting(True, "bfloat16 autocast")
-    terms: str = setting("not stated", "under which terms the images may be used; goes into the card")
+    terms: str = setting("not stated", "terms of use of the images, for the card")
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """SDMLP keys pretrained on the backbone's own data (paper: SDMLP pretrained on ImageNet32 embeddings)."""
+    """Pretraining of SDMLP keys and landmarks on embeddings of the backbone's own data (paper: ImageNet32)."""
 
-    neurons: int = setting(1000, "r, the number of keys", minimum=2)
-    k: int = setting(10, "neurons that stay active", minimum=1)
-    shift: float = setting(0.0, "s of the input step ReLU(z - s)")
-    epochs: int = setting(4, "over the pretraining embeddings", minimum=1)
-    lr: float = setting(3.0, "plain SGD; at the 0.05 of later tasks, 200 classes need hundreds of epochs", above=0.0)
-    landmarks: int = setting(1500, "neurons of the default learner", minimum=2, maximum=20000)
-    directions: int = setting(900, "of their activity, along which it keeps statistics", minimum=1, maximum=20000)
+    neurons: int = setting(1000, "number of neurons, r", minimum=2)
+    k: int = setting(10, "number of active neurons", minimum=1)
+    shift: float = setting(0.0, "shift s of the input, ReLU(z - s)")
+    epochs: int = setting(4, "passes over the pretraining embeddings", minimum=1)
+    lr: float = setting(
+        3.0, "learning rate of SGD; with the 0.05 of later tasks, 200 classes need hundreds of epochs", above=0.0
+    )
+    landmarks: int = setting(1500, "number of landmark neurons of the learner landmark", minimum=2, maximum=20000)
+    directions: int = setting(
+        900, "principal directions of the landmark activity, along which statistics are kept", minimum=1, maximum=20000
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """`ssd-edge pretrain`."""
+    """Configuration of `ssd-edge pretrain`."""
 
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(path=""))
     train: PretrainingConfig = dataclasses.field(default_factory=PretrainingConfig)
@@ -160,10 +176,13 @@ def _type_name(kind: Any) -> str:
 
 
 def _convert(value: Any, kind: Any, key: str) -> Any:
-    """Check one value against its type.
+    """Return a value converted to the type of its setting.
 
-    Whole numbers pass for numbers. Text is read as what is wanted: words from the command line are text, and
-    so is ``1e-3`` in YAML 1.1.
+    Integers are accepted for floats. Text is parsed, because command-line arguments are text and so is ``1e-3`` in YAML
+    1.1.
+
+    Raises:
+        InputError: The value has the wrong type.
     """
     wrong = InputError(f"{key} must be {_type_name(kind)}, but is {value!r}")
     origin = typing.get_origin(kind)
@@ -198,7 +217,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
             raise wrong
         try:
             return kind(value)
-        except (ValueError, OverflowError):  # overflow: a whole number with over 300 digits as float
+        except (ValueError, OverflowError):  # OverflowError: an integer of over 300 digits as a float
             raise wrong from None
     if kind is str:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -207,18 +226,18 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     raise AssertionError(f"{key}: unsupported type {kind}")
 
 
-def _no_mapping(section: str, value: Any) -> InputError:
+def _not_a_mapping(section: str, value: Any) -> InputError:
     return InputError(f"the section '{section}' must be a mapping of keys to values, but is {value!r}")
 
 
 def parse_section(cls: type[T], values: Mapping[str, Any], section: str) -> T:
-    """Build one frozen section from plain values.
+    """Build a section from plain values.
 
     Raises:
-        InputError: unknown key (with the nearest right one), wrong type, or out of range.
+        InputError: A key is unknown, or a value has the wrong type or is out of range.
     """
     if not isinstance(values, Mapping):
-        raise _no_mapping(section, values)
+        raise _not_a_mapping(section, values)
     hints = typing.get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     converted = {}
@@ -248,61 +267,61 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a configuration file.
 
     Raises:
-        InputError: missing, not YAML, or not a mapping.
+        InputError: The file does not exist, is not valid YAML, or is not a mapping.
     """
     try:
         value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"the configuration {path} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8; the date 2024-13-40
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date such as 2024-13-40
         reason = " ".join(str(error).split())
         raise InputError(f"the configuration {path} is not valid YAML: {reason}") from error
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise InputError(f"{path} must hold sections (data:, learner:, …), but holds {value!r}")
+        raise InputError(f"{path} must contain sections (data:, learner:, …), but contains {value!r}")
     return value
 
 
 def merge(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Apply ``section.key=value`` words to a tree read from YAML; the words win.
+    """Return a tree read from YAML with ``section.key=value`` overrides applied.
 
-    A value stays text, which `parse_section` reads as the type that is wanted: a folder may be called
-    ``007``, ``1.10`` or ``no``, which YAML would turn into something else. ``[a, b]`` is a list of texts.
+    Values stay text, which `parse_section` converts to the type of the setting: YAML would change folder names such as
+    ``007``, ``1.10`` or ``no``. ``[a, b]`` is a list of texts.
 
     Raises:
-        InputError: a word has another form.
+        InputError: An override has another form.
     """
     merged = {section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()}
-    for word in overrides:
-        key, equals, text = word.partition("=")
+    for override in overrides:
+        key, equals, text = override.partition("=")
         section, dot, name = key.partition(".")
         if not (equals and dot and section and name):
-            raise InputError(f"'{word}' is not of the form section.key=value, e.g. data.path=FOLDER")
+            raise InputError(f"'{override}' is not of the form section.key=value, e.g. data.path=FOLDER")
         target = merged.get(section)
         if target is None:
             target = merged[section] = {}
         if not isinstance(target, dict):
-            raise _no_mapping(section, target)
+            raise _not_a_mapping(section, target)
         target[name] = _list_or_text(text)
     return merged
 
 
 def _list_or_text(text: str) -> list[Any] | str:
-    """``[a, b]`` as a list of texts; all else, also an open bracket that is never closed, as it stands."""
+    """Parse ``[a, b]`` as a list of texts; return any other text, such as one with an unclosed bracket, unchanged."""
     if text.startswith("["):
         with contextlib.suppress(yaml.YAMLError, RecursionError):
-            value = yaml.load(text, Loader=yaml.BaseLoader)  # makes nothing but texts, lists and mappings
+            value = yaml.load(text, Loader=yaml.BaseLoader)  # constructs only texts, lists and mappings
             if isinstance(value, list):
                 return value
     return text
 
 
 def parse(cls: type[T], tree: Mapping[str, Any]) -> T:
-    """Build `TrainConfig` or `PretrainConfig` from a tree of plain values.
+    """Build a `TrainConfig` or `PretrainConfig` from a tree of plain values.
 
     Raises:
-        InputError: as `parse_section`; also for an unknown section.
+        InputError: A section or key is unknown, or a value has the wrong type or is out of range.
     """
     sections = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
@@ -313,9 +332,9 @@ def parse(cls: type[T], tree: Mapping[str, Any]) -> T:
             hint = did_you_mean(str(name), sections)
             raise InputError(f"unknown section '{name}'.{hint} Known: {', '.join(sections)}")
         if values is None:
-            continue  # `data:` with every key commented out
+            continue  # a section with every key commented out
         if not isinstance(values, Mapping):
-            raise _no_mapping(name, values)
+            raise _not_a_mapping(name, values)
         if dataclasses.is_dataclass(hints[name]):
             given = dataclasses.asdict(getattr(default, name))
             built[name] = parse_section(hints[name], {**given, **values}, name)
@@ -325,7 +344,7 @@ def parse(cls: type[T], tree: Mapping[str, Any]) -> T:
 
 
 def to_tree(config: Any) -> dict[str, Any]:
-    """The plain values of a configuration, as saved with a run; `parse` restores an equal one."""
+    """Return the plain values of a configuration, as saved with a run; `parse` restores an equal configuration."""
     tree = dataclasses.asdict(config)
     return {
         section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

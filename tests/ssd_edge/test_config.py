@@ -154,7 +154,7 @@ def test_word_for_a_section_that_is_none() -> None:
         (b"data: {path: x", "is not valid YAML: "),
         (b"data: \xff", "is not valid YAML: "),
         (b"data: {path: 2024-13-40}", "is not valid YAML: month must be in 1..12"),
-        (b"- a\n- b\n", r"must hold sections \(data:, learner:, …\), but holds \['a', 'b'\]"),
+        (b"- a\n- b\n", r"must contain sections \(data:, learner:, …\), but contains \['a', 'b'\]"),
         (b"!!python/object/apply:os.system [ls]", "is not valid YAML: could not determine a constructor"),
         (b"[" * 5000, "is not valid YAML: "),
     ],

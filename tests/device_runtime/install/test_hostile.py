@@ -384,7 +384,7 @@ def test_a_file_that_vanishes_after_it_was_listed(root, tmp_path):
         (np.zeros((), np.uint8), r"of shape \(\)"),
         (
             np.broadcast_to(np.uint8(0), (10**6, 10**6, 3)),
-            "1000000 × 1000000 pixels, but an image may have at most 80,000,000",
+            "× 1000000 pixels, but an image may have at most 80,000,000",
         ),
         (Image.new("F", (9, 9), float("nan")), "floating-point pixels"),
         (Image.new("I", (9, 9), -5), "values from -5 to -5"),
