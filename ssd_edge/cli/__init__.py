@@ -1,4 +1,4 @@
-"""The command line: one file per verb; PyTorch is imported inside verbs, so that ``--help`` is instant.
+"""The command line, with one module per verb. Verbs import PyTorch inside, so that ``--help`` is fast.
 
 Results go to standard output, everything else to standard error. Exit codes: docs/cli.md.
 """
@@ -66,14 +66,14 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
 
 
 def _comes_from_interrupt(error: BaseException | None) -> bool:
-    """Whether an interrupt led to it: a library that is just being loaded turns one into an ImportError."""
+    """Return True if an interrupt caused an exception: while a library is imported, it may become an ImportError."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def main() -> NoReturn:
-    """Run the command line; a user's mistake ends in one sentence, never in a traceback."""
+    """Run the command line and exit; only a bug ends in a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         try:
@@ -86,11 +86,11 @@ def main() -> NoReturn:
         error.show()
         sys.exit(2)
     except SSDEdgeError as error:
-        # names in it may come from a stranger's file: no escape codes from there to the terminal
+        # names in it may come from an untrusted file: no escape codes to the terminal
         click.echo("\n".join(map(printable, f"error: {error}".split("\n"))), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
-        hint = str(error.__cause__ or error)  # click turns the one into the other, and drops its text
+        hint = str(error.__cause__ or error)  # click replaces KeyboardInterrupt by Abort without its text
         click.echo(f"interrupted{': ' + hint if hint else ''}", err=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # `ssd-edge … | head`
@@ -100,13 +100,13 @@ def main() -> NoReturn:
         if error.name not in OPTIONAL:
             raise
         click.echo(
-            f"error: the package '{error.name}' is needed for this and is not installed; on a PC: pip install "
-            f"'ssd-edge[{OPTIONAL[error.name]}]', on a Jetson take JetPack's own",
+            f"error: the package '{error.name}' is needed and not installed; on a PC: pip install "
+            f"'ssd-edge[{OPTIONAL[error.name]}]', on a Jetson use the one from JetPack",
             err=True,
         )
         sys.exit(EnvironmentUnfitError.exit_code)
     except Exception:
         traceback.print_exc()
-        click.echo("internal error: this is a defect of ssd-edge; please report it with the lines above", err=True)
+        click.echo("internal error: this is a bug in ssd-edge; please report it with the lines above", err=True)
         sys.exit(1)
     sys.exit(0)

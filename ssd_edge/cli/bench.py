@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--full", is_flag=True, help="10,000 samples, 40 epochs, and larger networks: many minutes.")
+@click.option("--full", is_flag=True, help="10,000 samples, 40 epochs and larger networks; takes many minutes.")
 @JSON
 def bench(full: bool, as_json: bool) -> None:
-    """Measure how fast this machine learns: dense autograd, touched rows in PyTorch, and the compiled epoch."""
+    """Measure the learning speed of this machine.
+
+    Compares training of SDMLP with dense autograd, with touched rows in PyTorch, and with compiled epochs.
+    """
     from ssd_edge.run.bench import FULL, Size
     from ssd_edge.run.bench import bench as measure
 

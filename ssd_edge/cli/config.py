@@ -8,9 +8,13 @@ import click
 
 
 @click.command()
-@click.option("--learner", "name", default="landmark", show_default=True, help="Whose settings to list; or auto.")
+@click.option(
+    "--learner", "name", default="landmark", show_default=True, help="Learner whose settings are listed, or auto."
+)
 def config(name: str) -> None:
-    """Print every key of `train` with its default and the reason for it, as YAML.
+    """Print every setting of `train` as YAML.
+
+    Each setting is printed with its default and a description.
 
     \b
     ssd-edge config > my.yaml
@@ -30,8 +34,10 @@ def config(name: str) -> None:
             if settings is None:
                 from ssd_edge.learners.registry import CANDIDATES
 
-                click.echo(f"  # train compares {', '.join(CANDIDATES)} on a held-out part of the training images,")
-                click.echo("  # each with its defaults, and takes one of them; no other key may stand here")
+                click.echo(
+                    f"  # train compares {', '.join(CANDIDATES)} with default settings on held-out training images"
+                )
+                click.echo("  # and selects one of them; no other key is allowed in this section")
                 continue
         for field in dataclasses.fields(values):
             value = getattr(values, field.name)

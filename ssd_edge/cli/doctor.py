@@ -21,19 +21,22 @@ COLOURS = {"ok": "green", "note": None, "warning": "yellow", "unfit": "red"}
 @ROOT
 @JSON
 def doctor(bundle: Path | None, root: Path | None, as_json: bool) -> None:
-    """What this machine has, and whether it is fit: for a device, or for BUNDLE. Exit code 3 if it is unfit."""
+    """Check whether this machine is fit.
+
+    Checks it as a device, and for BUNDLE if one is given. Exit code 3 if it is unfit.
+    """
     from device_runtime.machine.board import describe
     from device_runtime.machine.doctor import examine, verdict
     from ssd_edge.bundle.format import read
 
-    board = describe()  # before the packages that are examined take memory
+    board = describe()  # before examining packages, which takes memory
     checks = examine(read(bundle) if bundle else None, root, board)
-    told = verdict(checks)
+    result = verdict(checks)
     if as_json:
         print_json(
             {
-                "verdict": told,
-                "fit": told == "fit",
+                "verdict": result,
+                "fit": result == "fit",
                 "checks": [dataclasses.asdict(check) for check in checks],
                 "machine": board.to_dict(),
             }
@@ -45,13 +48,13 @@ def doctor(bundle: Path | None, root: Path | None, as_json: bool) -> None:
             click.echo(f"{mark}  {check.name:{width}}  {_indented(check.found, width + 11)}")
             if check.fix:
                 click.echo(f"{'':{width + 11}}{_indented(f'-> {check.fix}', width + 11)}")
-        click.echo(told)
-    if told != "fit":
-        sys.exit(EnvironmentUnfitError.exit_code)  # without a sentence: the table has said it
+        click.echo(result)
+    if result != "fit":
+        sys.exit(EnvironmentUnfitError.exit_code)  # without an error message: the table shows the reason
 
 
 def _indented(text: str, margin: int) -> str:
-    """Wrapped, all lines but the first moved to the right; words, which may be paths, stay whole."""
-    text = printable(" ".join(text.split()))  # bundles and drivers have their say in it
+    """Wrap text with a hanging indent; words, which may be paths, are not broken."""
+    text = printable(" ".join(text.split()))  # may contain text from bundles and drivers
     lines = textwrap.wrap(text, WIDTH - margin, break_long_words=False, break_on_hyphens=False)
     return f"\n{'':{margin}}".join(lines)

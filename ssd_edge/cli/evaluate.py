@@ -15,11 +15,11 @@ from ssd_edge.cli.options import JSON, OVERRIDES, print_json
 @JSON
 @OVERRIDES
 def evaluate(run: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
-    """Measure the accuracy of a finished RUN on its own test images or on other data.
+    """Evaluate a finished RUN.
 
     \b
-    ssd-edge evaluate runs/1
-    ssd-edge evaluate runs/1 data.path=FOLDER
+    ssd-edge evaluate runs/1                        on its own test images
+    ssd-edge evaluate runs/1 data.path=FOLDER       on other data
     """
     from ssd_edge.config import merge
     from ssd_edge.errors import InputError

@@ -27,18 +27,21 @@ MAX_TEXT = 300
 @click.argument("bundle", type=click.Path(path_type=Path))
 @JSON
 def inspect(bundle: Path, as_json: bool) -> None:
-    """What is in BUNDLE. It is checked whole; who made it says: ssd-edge verify."""
+    """Show the contents of BUNDLE.
+
+    Its format is checked, its signature is not: see ssd-edge verify.
+    """
     from ssd_edge import bundle as bundles
     from ssd_edge.bundle import onnx_scan
 
     opened = bundles.read(bundle)
-    graphs = {
+    graphs: dict[str, onnx_scan.Facts] = {
         role: onnx_scan.scan(opened.read(role), opened.roles[role])
         for role in ("backbone", "head")
         if role in opened.roles
     }
     if as_json:
-        print_strangers_json(_facts(bundle, opened, graphs))
+        print_untrusted_json(_facts(bundle, opened, graphs))
         return
     for label, text in _lines(bundle, opened, graphs):
         click.echo(_line(label, text))
@@ -48,20 +51,20 @@ def inspect(bundle: Path, as_json: bool) -> None:
         click.echo(f"{len(opened.entries[path]):>14,}  {path}  {shown(roles.get(path, ''))}".rstrip())
 
 
-def print_strangers_json(value: Any) -> None:
-    """One JSON object in ASCII: what a bundle's maker wrote reaches no terminal as a control code."""
+def print_untrusted_json(value: Any) -> None:
+    """Print one JSON object in ASCII, so that text from an untrusted bundle cannot send control codes to a terminal."""
     click.echo(json.dumps(value, allow_nan=False))
 
 
 def shown(value: Any) -> str:
-    """One line of what a bundle's maker wrote: no control codes, and no end of it."""
+    """Format a value from an untrusted bundle as one line of limited length without control codes."""
     text = value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
     line = printable(" ".join(text.split()))
     return line if len(line) <= MAX_TEXT else line[:MAX_TEXT] + "…"
 
 
 def signed_with(opened: Bundle) -> str | None:
-    """The id of the key that a bundle names; nothing has verified it."""
+    """Return the id of the key that a bundle names, which is not verified."""
     return opened.signature.key if opened.signature else None
 
 
@@ -134,7 +137,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested objects as ``outer.inner``, two levels; what is deeper is one value."""
+    """Yield the items of nested objects as ``outer.inner``; objects below the second level are one value."""
     for key, value in values.items():
         if isinstance(value, dict) and not prefix:
             yield from _flat(value, f"{key}.")

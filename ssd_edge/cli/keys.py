@@ -12,15 +12,20 @@ from ssd_edge.cli.options import JSON, print_json
 
 @click.group()
 def keys() -> None:
-    """Make and show keys for signing bundles."""
+    """Create and show keys for signing bundles."""
 
 
 @keys.command()
 @click.argument("name")
-@click.option("--folder", type=click.Path(path_type=Path), default=Path(), help="Of the two files [default: here].")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="Folder for the two files [default: the current one].",
+)
 @JSON
 def new(name: str, folder: Path, as_json: bool) -> None:
-    """Make NAME.key, which signs and stays secret, and NAME.pub, which devices trust."""
+    """Create NAME.key, the private key that signs, and NAME.pub, the public key that devices trust."""
     from ssd_edge.bundle import signing
 
     private, public = signing.new_key(folder, name)
@@ -29,7 +34,7 @@ def new(name: str, folder: Path, as_json: bool) -> None:
         print_json({"id": identity, "private": str(private), "public": str(public)})
         return
     click.echo(f"key {identity}")
-    click.echo(f"  private  {private} (without a password: whoever has it can sign; keep a copy in a safe place)")
+    click.echo(f"  private  {private} (not encrypted: anyone who has it can sign; keep a backup in a safe place)")
     click.echo(f"  public   {public}")
     click.echo(f"next, here:          ssd-edge deploy … --sign {shlex.quote(str(private))}")
     click.echo(f"next, on the device: ssd-edge device trust {shlex.quote(public.name)}")

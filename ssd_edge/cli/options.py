@@ -1,4 +1,4 @@
-"""Options and helpers that several verbs share."""
+"""Options and helpers that several verbs share. Results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ import click
 from ssd_edge.errors import printable
 
 if TYPE_CHECKING:
+    from device_runtime.device import Device
     from device_runtime.results import Retention
 
-CONFIG = click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file; words win.")
+CONFIG = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="YAML file with settings; SECTION.KEY=VALUE arguments take precedence.",
+)
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 ROOT = click.option(
     "--root",
     type=click.Path(path_type=Path),
     envvar="SSD_EDGE_ROOT",
-    help="The device's state [default: $SSD_EDGE_ROOT, else a folder in the user's data directory].",
+    help="Folder of the device's state [default: $SSD_EDGE_ROOT, else a folder in the user's data directory].",
 )
 STRICT = click.option(
-    "--strict", is_flag=True, help="Refuse to run the backbone on something slower than its target is prepared for."
+    "--strict", is_flag=True, help="Fail with exit code 6 if the backbone would run slower than its target allows."
 )
 
 MAX_FORGETTING = click.option(
@@ -35,12 +41,12 @@ MAX_FORGETTING = click.option(
     type=click.FloatRange(0, 1),
     default=0.1,
     show_default=True,
-    help="Refuse what would lower the other classes' accuracy by more, as estimated; a share.",
+    help="Largest estimated loss of accuracy of the other classes; a change that would exceed it is refused.",
 )
 
 
 def read_tree(config_file: Path | None, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """The plain values of a YAML file with words over it."""
+    """Return the plain values of a YAML file with overrides applied."""
     from ssd_edge.config import merge, read_yaml
 
     return merge(read_yaml(config_file) if config_file else {}, overrides)
@@ -52,7 +58,7 @@ def log(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on standard output; what UTF-8 cannot say (a file's name may be any bytes) as JSON escapes."""
+    """Print one JSON object on standard output; what is not valid UTF-8 (in file names) becomes JSON escapes."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     click.echo(text.encode("utf-8", "backslashreplace").decode())
 
@@ -64,52 +70,54 @@ def root_or_default(root: Path | None) -> Path:
     return default_root() if root is None else root
 
 
-def open_device(root: Path | None, strict: bool = False) -> Any:
-    """The device in a root; a generation that stands in for a damaged one is said."""
+def open_device(root: Path | None, strict: bool = False) -> Device:
+    """Open the device in a root, with a warning if a damaged generation was replaced by an older one."""
     from device_runtime.device import Device
 
-    opened = Device.open(root, strict)
-    if opened.generation.fallback:
-        click.echo(f"warning: {opened.generation.fallback}", err=True)
-    return opened
+    device = Device.open(root, strict)
+    if device.generation.fallback:
+        log(f"warning: {device.generation.fallback}")
+    return device
 
 
-def listed(names: Sequence[str]) -> str:
-    """What classes a device knows, for people."""
-    return f"{len(names)} classes: {', '.join(names)}" if names else "no classes yet; teach one: ssd-edge device learn"
+def describe_classes(names: Sequence[str]) -> str:
+    """Format the classes of a device for people."""
+    if not names:
+        return "no classes yet; learn one with: ssd-edge device learn"
+    return f"{len(names)} classes: {', '.join(names)}"
 
 
 def raw_stdin() -> io.FileIO:
-    """Standard input without a buffer of Python's, which cannot end while a thread holds it."""
+    """Return standard input without Python's buffer, whose lock would block the exit while a thread reads."""
     return io.FileIO(sys.stdin.fileno(), closefd=False)
 
 
-def warn(warnings: Iterable[str]) -> None:
+def print_warnings(warnings: Iterable[str]) -> None:
     """Print the warnings of a learn or an edit on standard error."""
     for warning in warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
 
 
-def tell_cost(retention: Retention, which: str) -> None:
+def print_cost(retention: Retention, others: str) -> None:
     """Print the estimated accuracy on the other classes before and after a change, and how to undo it."""
     if retention.accuracy_before is not None:
         estimate = f"{retention.accuracy_before:.3f} -> {retention.accuracy_after:.3f}"
-        click.echo(f"  {which}: {estimate} (an estimate from class statistics)")
+        click.echo(f"  {others}: {estimate} (estimated from class statistics)")
     click.echo("  undo with: ssd-edge device rollback")
 
 
 @contextlib.contextmanager
 def progress_line() -> Iterator[Callable[[str, float, float | None], None] | None]:
-    """One line on a terminal that says how far a learn is, and is gone afterwards; None where nobody watches."""
+    """Show the progress of a learn on one line of the terminal; yields None if standard error is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
 
-    def tell(stage: str, share: float, left: float | None) -> None:
+    def update(stage: str, share: float, left: float | None) -> None:
         remaining = "" if left is None or left < 1 else f", about {left:.0f} s left"
         click.echo(f"\r\033[K{stage} {share:.0%}{remaining}", nl=False, err=True)
 
     try:
-        yield tell
+        yield update
     finally:
         click.echo("\r\033[K", nl=False, err=True)

@@ -8,19 +8,21 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import CONFIG, OVERRIDES, read_tree
+from ssd_edge.cli.options import CONFIG, OVERRIDES, log, read_tree
 
 
 @click.command()
 @click.argument("package", type=click.Path(path_type=Path))
 @CONFIG
-@click.option("--student", is_flag=True, help="Keep PACKAGE's backbone; make only its keys and landmarks anew.")
-@click.option("--classes", metavar="A:B", help="Only these classes: short for data.classes, e.g. 0:100.")
+@click.option("--student", is_flag=True, help="Keep the backbone of PACKAGE and retrain only its keys and landmarks.")
+@click.option("--classes", metavar="A:B", help="Classes to use, e.g. 0:100; short for data.classes.")
 @OVERRIDES
 def pretrain(
     package: Path, config_file: Path | None, student: bool, classes: str | None, overrides: tuple[str, ...]
 ) -> None:
-    """Train a backbone on labelled images and write it to the folder PACKAGE.
+    """Train a backbone package on labelled images.
+
+    The package is written to the folder PACKAGE.
 
     \b
     ssd-edge pretrain my-backbone data.path=FOLDER train.epochs=24
@@ -46,28 +48,25 @@ def pretrain(
         tree = merge(tree, [f"data.classes={classes}"])
     config = parse(PretrainConfig, tree)
     if not config.data.path:
-        raise InputError("pretrain needs images: data.path=FOLDER (its layout: ssd-edge train --help)")
+        raise InputError("pretrain needs images: set data.path=FOLDER (for its layout see ssd-edge train --help)")
     if student and not package.exists():
-        raise InputError(f"{package} does not exist; --student needs a backbone package to keep")
+        raise InputError(f"{package} does not exist; --student needs an existing backbone package")
     from ssd_edge.backbones import package as packages
     from ssd_edge.backbones.pretrain import pretrain_backbone, retrain_student
     from ssd_edge.data import load
     from ssd_edge.files import make_directory
     from ssd_edge.run.train import pick_device, set_threads
 
-    def say(text: str) -> None:
-        click.echo(text, err=True)
-
     set_threads(config.train.threads)
     where = pick_device(config.train.device)
     dataset = load(config.data, config.train.seed)
     command = shlex.join(["ssd-edge", *sys.argv[1:]])
     if student:
-        made = retrain_student(packages.load(package), config, dataset, where, say)
+        made = retrain_student(packages.load(package), config, dataset, where, log)
         made = packages.with_card(made, student_command=command)
     else:
-        make_directory(package)  # before the long work, not after it
-        made = pretrain_backbone(config, dataset, where, command, say)
+        make_directory(package)  # before the training, so that an error comes early
+        made = pretrain_backbone(config, dataset, where, command, log)
     size = packages.save(made, package)
     click.echo(f"{package}: {size / 1e6:.1f} MB, identity {made.identity}")
     click.echo(f"next: ssd-edge train backbone.path={package} data.path=…")

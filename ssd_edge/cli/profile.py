@@ -7,20 +7,23 @@ from typing import Any
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, print_json
+from ssd_edge.cli.options import JSON, ROOT, log, print_json
 from ssd_edge.errors import printable
 from ssd_edge.system import MIB
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--images", default=50, show_default=True, help="Images that are timed.")
-@click.option("--warm-up", default=10, show_default=True, help="Calls before them that do not count.")
-@click.option("--batch", default=1, show_default=True, help="Images a call.")
+@click.option("--images", default=50, show_default=True, help="Number of timed calls.")
+@click.option("--warm-up", default=10, show_default=True, help="Number of calls before timing starts.")
+@click.option("--batch", default=1, show_default=True, help="Images per call.")
 @ROOT
 @JSON
 def profile(bundle: Path, images: int, warm_up: int, batch: int, root: Path | None, as_json: bool) -> None:
-    """Latency, learning time, memory and sizes of BUNDLE on this machine; nothing is changed."""
+    """Measure speed, memory and sizes of BUNDLE.
+
+    Measures latency, learning time and memory on this machine, without installing the bundle.
+    """
     from device_runtime.machine.profile import profile as measure
 
     result = measure(
@@ -29,7 +32,7 @@ def profile(bundle: Path, images: int, warm_up: int, batch: int, root: Path | No
         warm_up=warm_up,
         batch=batch,
         root=root,
-        say=lambda text: click.echo(text, err=True),
+        say=log,
     ).to_dict()
     if as_json:
         print_json(result)
@@ -39,7 +42,7 @@ def profile(bundle: Path, images: int, warm_up: int, batch: int, root: Path | No
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """What `profile` prints, of what `device_runtime.machine.profile.profile` returns."""
+    """Format the result of `device_runtime.machine.profile.profile` for people."""
     about, machine, sizes, memory = (result[key] for key in ("bundle", "machine", "bytes", "memory_mb"))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     threads = result["threads"]
@@ -55,7 +58,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     ]
     named = {
         "decode": f"decode a 640 × 480 JPEG, resize to {about['size']}",
-        "backbone": f"backbone, {result['batch']} image{plural} a call",
+        "backbone": f"backbone, {result['batch']} image{plural} per call",
         "head": "learner's scores, 1 embedding",
     }
     for key, name in named.items():
@@ -81,7 +84,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         told.append(f"  {row['target']:18}{row['limit_mb']:>10,}  {verdict}")
     told += [f"  * {note}" for note in dict.fromkeys(row["note"] for row in result["fits"] if row["note"])]
     if not machine["jetson"]:
-        told += ["", "This is no Jetson: neither latency nor memory of a board is measured here; run it there."]
+        told += ["", "This machine is not a Jetson: for the latency and memory of a board, run this command there."]
     return told
 
 

@@ -26,9 +26,10 @@ ALLOW_DOWNGRADE = click.option("--allow-downgrade", is_flag=True, help="Let the 
 @ALLOW_DOWNGRADE
 @JSON
 def push(bundle: Path, destination: str, push_command: str, allow_downgrade: bool, as_json: bool) -> None:
-    """Send BUNDLE to a device over ssh; the device checks it, tests itself, and only then switches over.
+    """Send BUNDLE to a device over ssh and install it.
 
-    An interrupted upload is resumed. $SSD_EDGE_SSH replaces the ssh command, e.g. "ssh -p 2222".
+    The device verifies the bundle, tests it, and only then switches to it. An interrupted upload is resumed.
+    $SSD_EDGE_SSH replaces the ssh command, e.g. "ssh -p 2222".
     """
     result = send(bundle, destination, push_command, allow_downgrade)
     if as_json:
@@ -38,6 +39,7 @@ def push(bundle: Path, destination: str, push_command: str, allow_downgrade: boo
 
 
 def send(bundle: Path, destination: str, command: str, allow_downgrade: bool) -> dict[str, Any]:
+    """Push a bundle and return the result as JSON values."""
     from exporters.push import parse_destination
     from exporters.push import push as run
 
@@ -46,4 +48,5 @@ def send(bundle: Path, destination: str, command: str, allow_downgrade: bool) ->
 
 
 def print_pushed(result: dict[str, Any], destination: str) -> None:
+    """Print the result of a push for people."""
     click.echo(f"{destination}: generation {result['generation']}, {result['sent_bytes'] / 1e6:.1f} MB sent")

@@ -16,12 +16,18 @@ import click
     show_default=True,
     help="smoke: seconds; reduced: hours on two cores; full: the published schedule, days.",
 )
-@click.option("--orders", type=click.IntRange(1, 5), help="Class orders a system; smoke 1, reduced 3, full 5.")
-@click.option("--stream", "only", multiple=True, metavar="NAME", help="Only on this stream; may be repeated.")
-@click.option("--workers", type=click.IntRange(1, 256), help="Processes; one per core, or 1 with a GPU.")
+@click.option(
+    "--orders", type=click.IntRange(1, 5), help="Class orders per system [default: smoke 1, reduced 3, full 5]."
+)
+@click.option("--stream", "only", multiple=True, metavar="NAME", help="Run only this stream; may be repeated.")
+@click.option(
+    "--workers", type=click.IntRange(1, 256), help="Number of processes [default: one per core, or 1 with a GPU]."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True, metavar="DIR")
-@click.option("--tiny-backbone", type=click.Path(path_type=Path), metavar="DIR", help="For Split Tiny-ImageNet.")
-@click.option("--page-only", is_flag=True, help="Run nothing; write the page from what is stored.")
+@click.option(
+    "--tiny-backbone", type=click.Path(path_type=Path), metavar="DIR", help="Backbone package for Split Tiny-ImageNet."
+)
+@click.option("--page-only", is_flag=True, help="Write the page from stored results without running anything.")
 def reproduce(
     what: tuple[str, ...],
     budget: str,
@@ -32,17 +38,19 @@ def reproduce(
     tiny_backbone: Path | None,
     page_only: bool,
 ) -> None:
-    """Repeat the paper's experiments, with controls and baselines beside them.
+    """Reproduce the experiments of the papers.
+
+    Controls and baselines are run with them.
 
     \b
-    ssd-edge reproduce list                      what there is, and what is stored
-    ssd-edge reproduce T2 --budget smoke         does it run?
+    ssd-edge reproduce list                      all experiments and their stored results
+    ssd-edge reproduce T2 --budget smoke         a quick check
     ssd-edge reproduce T1 T2 controls            shortened schedule, three class orders
     ssd-edge reproduce T2 --stream cifar10       the main table on one stream
     ssd-edge reproduce all --budget full         the published schedule
 
-    Data sets are looked for under $SSD_EDGE_DATA. Every result is stored in DIR/results/reproduce when it is
-    finished and never computed twice, so an interrupted command goes on where it was. DIR/results.md shows them all.
+    Data sets are searched in $SSD_EDGE_DATA. Each result is stored in DIR/results/reproduce and never computed twice:
+    run an interrupted command again to continue it. DIR/results.md shows all results.
     """
     from ssd_edge.errors import InputError
     from ssd_edge.report.terminal import Console
@@ -58,10 +66,10 @@ def reproduce(
             click.echo(f"{experiment.id:12} {experiment.title}: {size}; stored: {told}")
         return
     if "list" in what:
-        raise InputError("list stands alone: ssd-edge reproduce list")
+        raise InputError("list cannot be combined with other arguments: ssd-edge reproduce list")
     picked = on_streams(chosen(what), only)
     if tiny_backbone is not None and not tiny_backbone.is_dir():
-        raise InputError(f"--tiny-backbone {tiny_backbone} is not a folder; make one with: ssd-edge pretrain")
+        raise InputError(f"--tiny-backbone {tiny_backbone} is not a folder; create a package with: ssd-edge pretrain")
     console = Console()
     request = runner.Request(picked, budget, orders, workers or 0, out, tiny_backbone)
     error = None
@@ -69,7 +77,7 @@ def reproduce(
         if not page_only:
             error = runner.run(request, console)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("what is finished is stored; the same command goes on from there") from None
+        raise KeyboardInterrupt("finished results are stored; run the same command again to continue") from None
     page.write(out)
     console.print(f"page: {out / 'results.md'}")
     if error is not None:

@@ -15,11 +15,13 @@ from ssd_edge.cli.options import CONFIG, OVERRIDES, read_tree
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue an interrupted run.")
 @OVERRIDES
 def train(config_file: Path | None, resume: Path | None, overrides: tuple[str, ...]) -> None:
-    """Train a learner on a data set task by task, and compare it with baselines and the panel.
+    """Train a learner task by task.
+
+    The baselines and the panel learn the same stream.
 
     \b
-    ssd-edge train                                  bundled digits, nothing to download
-    ssd-edge train data.path=FOLDER                 FOLDER/<class>/*.jpg, or train/ and test/ in it
+    ssd-edge train                                  digits of scikit-learn, no download
+    ssd-edge train data.path=FOLDER                 FOLDER/<class>/*.jpg, or FOLDER/train and FOLDER/test
     ssd-edge train --config F.yaml learner.name=sdmlp learner.k=10
     ssd-edge train learner.name=auto                choose a closed-form learner on held-out training images
     ssd-edge train --resume runs/3

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssd_edge.cli.inspect import print_strangers_json, shown, signed_with
+from ssd_edge.cli.inspect import print_untrusted_json, shown, signed_with
 from ssd_edge.cli.options import JSON
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, require
 
@@ -17,10 +17,19 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), help="FILE.pub of who may have signed.")
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Public key (FILE.pub) of an accepted signer; may be repeated.",
+)
 @JSON
 def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
-    """Whether BUNDLE is whole, whose signature it bears, and whether its backbone computes what it says."""
+    """Check the format, signature and backbone of BUNDLE.
+
+    The backbone is run on the probe images in the bundle.
+    """
     from ssd_edge import bundle as bundles
 
     opened = bundles.read(bundle)
@@ -28,7 +37,7 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
     probe, reason = _probe(opened)
     manifest, stated = opened.manifest, signed_with(opened)
     if as_json:
-        print_strangers_json(
+        print_untrusted_json(
             {
                 "bundle": str(bundle),
                 "sha256": opened.sha256,
@@ -45,9 +54,9 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
     if signer:
         click.echo(f"signature  signed by {signer}")
     elif stated:
-        click.echo(f"signature  names the key {stated}, not checked: give that key with --key FILE.pub")
+        click.echo(f"signature  names the key {stated}, not checked; pass that key with --key FILE.pub")
     else:
-        click.echo("signature  unsigned: nobody vouches for it")
+        click.echo("signature  unsigned")
     if probe:
         click.echo(
             f"probe      {probe['images']} images with {probe['provider']}: cosine {probe['min_cosine']:.6f}, largest "
@@ -58,10 +67,10 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
 
 
 def _signed_by(opened: Bundle, paths: tuple[Path, ...]) -> str | None:
-    """The id of the one of these keys that signed it; None when there are none.
+    """Return the id of the key that signed a bundle, or None if no keys are given.
 
     Raises:
-        BundleRefusedError: none of them signed it.
+        BundleRefusedError: None of the keys signed the bundle.
     """
     if not paths:
         return None
@@ -72,11 +81,11 @@ def _signed_by(opened: Bundle, paths: tuple[Path, ...]) -> str | None:
 
 
 def _probe(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:
-    """What the backbone computes here, or why it could not be run.
+    """Return the result of the self-test of a bundle's backbone, or the reason why it was not run.
 
     Raises:
-        BundleRefusedError: it computes something else than the bundle says.
-        EnvironmentUnfitError: ONNX Runtime is there, but cannot run it.
+        BundleRefusedError: The embeddings differ from those in the bundle.
+        EnvironmentUnfitError: ONNX Runtime is installed, but cannot run the backbone.
     """
     try:
         require("onnxruntime", "device", "run the probe")
@@ -89,6 +98,6 @@ def _probe(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:
     embedder = OnnxRuntimeEmbedder(opened.read("backbone"), described["size"], described["dim"])
     try:
         found = selftest.run(embedder.embed, *opened.tensors("probe"))
-    except GateRefusedError as error:  # here nothing is to be installed: it is the bundle that is wrong
+    except GateRefusedError as error:  # nothing is being installed: the bundle itself is wrong
         raise BundleRefusedError(str(error)) from error
     return {**found.to_dict(), "provider": embedder.provider}, None

@@ -1,4 +1,4 @@
-"""``ssd-edge device …``: the group, with one module per verb."""
+"""``ssd-edge device …``: verbs that run on the device, one module each."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from ssd_edge.cli.device.watch import watch
 
 @click.group()
 def device() -> None:
-    """Install a bundle, predict, learn new classes, undo."""
-    # PyTorch reads it when it is loaded: its threads else spin while they wait for each other, and a learn beside other
-    # work takes several times as long.
+    """Install, predict, learn and undo on a device."""
+    # Read by PyTorch when it is loaded. By default its idle threads spin, which makes a learn several times slower when
+    # other processes are running.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -6,19 +6,24 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, listed, open_device, print_json
+from ssd_edge.cli.options import JSON, ROOT, describe_classes, open_device, print_json
 
 
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path), metavar="FILE")
-@click.option("--sign", "key", type=click.Path(path_type=Path), help="A private key, see ssd-edge keys.")
+@click.option(
+    "--sign", "key", type=click.Path(path_type=Path), help="Private key that signs the bundle (ssd-edge keys new)."
+)
 @ROOT
 @JSON
 def export(output: Path, key: Path | None, root: Path | None, as_json: bool) -> None:
-    """Write what this device knows as a bundle: for another device, for merging, or as a backup."""
+    """Write the current generation as a bundle.
+
+    The bundle can be installed on another device, merged there (`device merge`), or kept as a backup.
+    """
     result = open_device(root).export(output, key)
     if as_json:
         print_json(result.to_dict())
         return
     signed = f"signed by {result.signed_by}" if result.signed_by else "not signed"
-    click.echo(f"{output}: {result.bytes / 1e6:.1f} MB, {listed(result.classes)}; {signed}")
+    click.echo(f"{output}: {result.bytes / 1e6:.1f} MB, {describe_classes(result.classes)}; {signed}")

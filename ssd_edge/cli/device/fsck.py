@@ -12,11 +12,14 @@ from ssd_edge.errors import BundleRefusedError
 
 
 @click.command()
-@click.option("--repair", is_flag=True, help="Remove leftovers, complete the journal, point to an intact generation.")
+@click.option("--repair", is_flag=True, help="Remove leftovers, complete the journal, select an intact generation.")
 @ROOT
 @JSON
 def fsck(repair: bool, root: Path | None, as_json: bool) -> None:
-    """Look for damage in the device's state; no intact generation is ever deleted. Exit code 5 if some is left."""
+    """Check the device's state for damage. Exit code 5 if any remains.
+
+    --repair never deletes an intact generation.
+    """
     from device_runtime.store import fsck as checks
     from device_runtime.store.generations import Generations
 

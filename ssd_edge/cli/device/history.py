@@ -13,7 +13,7 @@ from ssd_edge.cli.options import JSON, ROOT, open_device, print_json
 @ROOT
 @JSON
 def history(root: Path | None, as_json: bool) -> None:
-    """Every generation and what made it."""
+    """List all generations with what made them."""
     result = open_device(root).history()
     if as_json:
         print_json(result.to_dict())

@@ -13,25 +13,35 @@ from ssd_edge.cli.options import (
     ROOT,
     STRICT,
     open_device,
+    print_cost,
     print_json,
+    print_warnings,
     progress_line,
     raw_stdin,
-    tell_cost,
-    warn,
 )
 from ssd_edge.errors import InputError
 
 
 @click.command()
-@click.option("--label", help="Name of the class, new or known [default: each folder in a FOLDER is a class].")
+@click.option("--label", help="Name of the class, new or known [default: each subfolder of a FOLDER is a class].")
 @click.argument(
     "sources", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True), metavar="FOLDER..."
 )
-@click.option("--frames", type=click.IntRange(1), default=20, show_default=True, help="Frames to take of a stream (-).")
-@click.option("--every", type=click.FloatRange(0), default=0.2, show_default=True, help="Seconds between two of them.")
+@click.option(
+    "--frames",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    help="Number of frames to take from a stream (-).",
+)
+@click.option("--every", type=click.FloatRange(0), default=0.2, show_default=True, help="Seconds between two frames.")
 @MAX_FORGETTING
-@click.option("--budget-seconds", type=float, help="Time for it; learning by gradients then stops early.")
-@click.option("--budget-mb", type=float, help="Memory for it (MiB of the whole process); over it, it is refused.")
+@click.option("--budget-seconds", type=float, help="Time limit; gradient learners stop early to meet it.")
+@click.option(
+    "--budget-mb",
+    type=float,
+    help="Memory limit in MiB for the whole process; a learn that would exceed it is refused.",
+)
 @STRICT
 @ROOT
 @JSON
@@ -47,11 +57,13 @@ def learn(
     root: Path | None,
     as_json: bool,
 ) -> None:
-    """Teach classes from FOLDERs of images (or single files); no old image is needed.
+    """Learn classes from folders of images.
+
+    No earlier image is needed. Single files are accepted, too.
 
     \b
     ssd-edge device learn --label gear photos/       one class, from all images in photos/
-    ssd-edge device learn photos/                    a class a folder: photos/gear/, photos/nut/, …
+    ssd-edge device learn photos/                    one class per folder: photos/gear/, photos/nut/, …
     ffmpeg -i CAMERA -f mjpeg - | ssd-edge device learn --label gear -    frames of a stream of JPEGs
     """
     from device_runtime.learning.budget import Budget
@@ -65,7 +77,9 @@ def learn(
     images: dict[str, Any]
     if "-" in map(str, sources):
         if label is None or len(sources) > 1:
-            raise click.UsageError("a stream (-) shows one class and is the only source; name the class: --label NAME")
+            raise click.UsageError(
+                "a stream (-) shows one class and must be the only source; name the class with --label NAME"
+            )
         from device_runtime.service.frames import take
 
         images = {normalise_name(label): take(raw_stdin(), frames, every, opened.bundle.size)}
@@ -75,7 +89,7 @@ def learn(
         images = {name: image_files(folders) for name, folders in _class_folders(sources).items()}
     with progress_line() as watcher:
         result = opened.learn_all(images, Limits(max_forgetting), budget, watcher)
-    warn(result.warnings)
+    print_warnings(result.warnings)
     if as_json:
         print_json(result.to_dict())
         return
@@ -84,21 +98,23 @@ def learn(
     click.echo(f"generation {result.generation}: learned {result.images} images in {took}")
     for taught in result.taught:
         held = taught.held_out
-        found = "" if held.accuracy is None else f"; {held.accuracy:.3f} of {held.images} held out recognised"
+        accuracy = ""
+        if held is not None and held.accuracy is not None:
+            accuracy = f"; {held.accuracy:.3f} of {held.images} held out recognised"
         kind = "new" if taught.new else "known before"
-        click.echo(f"  {taught.label}: {taught.images} images, {kind}{found}")
-    tell_cost(result.old_classes, "old classes")
+        click.echo(f"  {taught.label}: {taught.images} images, {kind}{accuracy}")
+    print_cost(result.old_classes, "old classes")
 
 
 def _class_folders(sources: tuple[Path, ...]) -> dict[str, list[Path]]:
-    """Class name → folders of that name, below any of the sources."""
+    """Return the subfolders of all sources by class name."""
     from ssd_edge.classes import normalise_name
 
     found: dict[str, list[Path]] = {}
     for source in sources:
         folders = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
         if not folders:
-            raise InputError(f"{source} has no folders, of which each would be a class; name the class: --label NAME")
+            raise InputError(f"{source} has no subfolders to take as classes; name the class with --label NAME")
         for folder in folders:
             found.setdefault(normalise_name(folder.name), []).append(folder)
     return found

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, open_device, print_json, tell_cost, warn
+from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, open_device, print_cost, print_json, print_warnings
 
 
 @click.command()
@@ -15,20 +15,21 @@ from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, open_device, print_
 @ROOT
 @JSON
 def merge(bundle: Path, max_forgetting: float, root: Path | None, as_json: bool) -> None:
-    """Also learn what another device has learned, from the BUNDLE that it has exported.
+    """Add what another device has learned.
 
-    Both must have started from one bundle. Classes of one name become one. To go on from the merged state on both
-    devices, export it here and install it on both.
+    BUNDLE is the file that the other device has exported. Both devices must have started from the same bundle. Classes
+    of the same name become one. To continue on both devices from the merged state, export it here and install it on
+    both.
     """
     from device_runtime.learning.guard import Limits
 
     result = open_device(root).merge(bundle, Limits(max_forgetting))
     if as_json:
-        warn(result.warnings)
+        print_warnings(result.warnings)
         print_json(result.to_dict())
         return
     click.echo(f"generation {result.generation}: merged with installation {result.merged}")
-    for one in result.taught:
-        click.echo(f"  {one.label}: {one.images} images, {'new' if one.new else 'known before'}")
-    warn(result.warnings)
-    tell_cost(result.old_classes, "classes that stay")
+    for taught in result.taught:
+        click.echo(f"  {taught.label}: {taught.images} images, {'new' if taught.new else 'known before'}")
+    print_warnings(result.warnings)
+    print_cost(result.old_classes, "remaining classes")

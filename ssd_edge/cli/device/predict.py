@@ -14,12 +14,15 @@ from ssd_edge.errors import printable
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
-@click.option("--always-answer", is_flag=True, help="Name the nearest class of every image, never 'unknown'.")
+@click.option("--always-answer", is_flag=True, help="Predict the nearest class for every image, never 'unknown'.")
 @STRICT
 @ROOT
 @JSON
 def predict(sources: tuple[Path, ...], always_answer: bool, strict: bool, root: Path | None, as_json: bool) -> None:
-    """Name the class of each IMAGE (files, or folders of them), or 'unknown'."""
+    """Predict the class of each IMAGE, or 'unknown'.
+
+    An IMAGE is a file or a folder of images.
+    """
     from ssd_edge.images import image_files
 
     paths = image_files(sources)

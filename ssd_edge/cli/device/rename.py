@@ -15,10 +15,10 @@ from ssd_edge.cli.options import JSON, ROOT, open_device, print_json
 @ROOT
 @JSON
 def rename(label: str, new: str, root: Path | None, as_json: bool) -> None:
-    """Give the class LABEL the name NEW; what was learned stays as it is."""
+    """Rename the class LABEL to NEW."""
     result = open_device(root).rename(label, new)
     if as_json:
         print_json(result.to_dict())
     else:
         was, now = result.renamed
-        click.echo(f"generation {result.generation}: '{was}' is called '{now}'")
+        click.echo(f"generation {result.generation}: '{was}' is now called '{now}'")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, listed, open_device, print_json
+from ssd_edge.cli.options import JSON, ROOT, describe_classes, open_device, print_json
 
 
 @click.command()
@@ -14,11 +14,11 @@ from ssd_edge.cli.options import JSON, ROOT, listed, open_device, print_json
 @ROOT
 @JSON
 def rollback(generation: int | None, root: Path | None, as_json: bool) -> None:
-    """Return to the generation before the last learn, or to GENERATION."""
+    """Return to the previous generation, or to GENERATION."""
     result = open_device(root).rollback(generation)
     if as_json:
         print_json(result.to_dict())
     else:
         names = result.classes
         was = f"generation {result.generation} (was {result.previous})"
-        click.echo(f"{was}: {listed(names)}")
+        click.echo(f"{was}: {describe_classes(names)}")

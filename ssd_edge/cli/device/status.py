@@ -14,7 +14,7 @@ from ssd_edge.cli.options import JSON, ROOT, open_device, print_json
 @ROOT
 @JSON
 def status(root: Path | None, as_json: bool) -> None:
-    """What this device is and knows."""
+    """Show the classes, the backbone and the machine."""
     result = open_device(root).status().to_dict()
     if as_json:
         print_json(result)
@@ -27,7 +27,7 @@ def status(root: Path | None, as_json: bool) -> None:
 
 
 def _machine(vitals: dict[str, Any]) -> list[str]:
-    """How the machine is, in a few words; what it does not tell is left out."""
+    """Format memory, disk, temperature and power mode; values that are not available are left out."""
     told = [f"{vitals['available_mb']:,} MiB of memory free"]
     if vitals["disk_free_mb"] is not None:
         told.append(f"{vitals['disk_free_mb']:,} MiB of disk free")
@@ -37,10 +37,10 @@ def _machine(vitals: dict[str, Any]) -> list[str]:
 
 
 def _watched(seen: dict[str, Any] | None) -> list[str]:
-    """What `device watch` last noted, in a few words."""
+    """Format the last record of `device watch`."""
     if seen is None:
-        return ["nothing yet: ssd-edge device watch"]
+        return ["nothing yet; start with: ssd-edge device watch"]
     index = "" if seen["psi"] is None else f" (PSI {seen['psi']:.3f})"
     rejected = "" if seen["reject_rate"] is None else f", {seen['reject_rate']:.1%} of them unknown"
     age = "before this boot" if seen["age"] is None else f"{seen['age']:.0f} s ago"
-    return [f"drift {seen['level']}{index}", f"{seen['images']} images of late{rejected}", f"noted {age}"]
+    return [f"drift {seen['level']}{index}", f"{seen['images']} recent images{rejected}", f"recorded {age}"]

@@ -11,16 +11,19 @@ from ssd_edge.cli.options import JSON, ROOT, print_json, root_or_default
 
 @click.command()
 @click.argument("key", required=False, type=click.Path(path_type=Path), metavar="[FILE.pub]")
-@click.option("--remove", metavar="ID", help="No longer trust the key with this id.")
+@click.option("--remove", metavar="ID", help="Stop trusting the key with this id.")
 @ROOT
 @JSON
 def trust(key: Path | None, remove: str | None, root: Path | None, as_json: bool) -> None:
-    """From now on install only what a trusted key has signed; without FILE.pub, list the trusted keys."""
+    """Trust the public key FILE.pub, or list the trusted keys.
+
+    Once a key is trusted, only bundles signed by a trusted key can be installed.
+    """
     from device_runtime.install import trust as keyring
 
     root = root_or_default(root)
     if key is not None and remove is not None:
-        raise click.UsageError("give a key to trust, or --remove an id, not both")
+        raise click.UsageError("give either a key to trust or --remove ID, not both")
     if key is not None:
         keyring.trust(root, key)
     if remove is not None:
@@ -29,6 +32,6 @@ def trust(key: Path | None, remove: str | None, root: Path | None, as_json: bool
     if as_json:
         print_json({"trusted": known, "root": str(root)})
     elif known:
-        click.echo(f"{root} takes only bundles signed by: {', '.join(known)}")
+        click.echo(f"{root} accepts only bundles signed by: {', '.join(known)}")
     else:
-        click.echo(f"no key is trusted in {root}: any valid bundle is installed, signed or not")
+        click.echo(f"no key is trusted in {root}: every valid bundle is accepted, signed or not")

@@ -1,4 +1,4 @@
-"""``ssd-edge device watch``: names what a camera sees, until it is stopped."""
+"""``ssd-edge device watch``."""
 
 from __future__ import annotations
 
@@ -12,41 +12,43 @@ from ssd_edge.cli.options import ROOT, STRICT, raw_stdin
 
 
 class _Stop:
-    """Asked to stop by a signal. A second one interrupts at once: the loop may hang."""
+    """Records a request to stop. A second signal interrupts at once, in case the loop hangs."""
 
-    asked = False
+    requested = False
 
     def listen(self) -> None:
-        """From now on a signal asks; before, it interrupts."""
+        """Handle SIGTERM and SIGINT from now on."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._request)
 
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path, allow_dash=True), metavar="FOLDER|-")
-@click.option("--existing", is_flag=True, help="Name also the images that are in FOLDER already.")
+@click.option("--existing", is_flag=True, help="Also classify the images that are already in FOLDER.")
 @click.option(
     "--every",
     type=click.FloatRange(min=0),
     metavar="SECONDS",
-    help="From one look at FOLDER to the next [default: 0.5], or from frame to frame [default: 0, each that can be].",
+    help="Interval between scans of FOLDER [default: 0.5] or between frames [default: 0, as fast as possible].",
 )
 @STRICT
 @ROOT
 def watch(source: Path, existing: bool, every: float | None, strict: bool, root: Path | None) -> None:
-    """Name every new image in FOLDER, or the JPEGs that come on standard input (-), as one JSON object a line.
+    """Classify new images in FOLDER or from a stream (-).
+
+    Prints one JSON object per image.
 
     \b
     ssd-edge device watch /srv/camera
     ffmpeg -i CAMERA -f mjpeg - | ssd-edge device watch -
 
-    It learns nothing, but takes over within a second what `ssd-edge device learn` commits meanwhile. Messages go to
-    standard error, one JSON object a line. It ends with the stream, or on SIGTERM and Ctrl-C, with exit code 0.
+    Classes that `ssd-edge device learn` commits in the meantime are used within a second. Messages go to standard
+    error, one JSON object per line. Ends with exit code 0 at the end of the stream, on SIGTERM and on Ctrl-C.
     """
     import json
 
@@ -55,7 +57,7 @@ def watch(source: Path, existing: bool, every: float | None, strict: bool, root:
     from device_runtime.service.watch import watch as run
 
     if existing and str(source) == "-":
-        raise click.UsageError("--existing is for a folder, but the source is a stream; leave it out")
+        raise click.UsageError("--existing applies to a folder, but the source is a stream; leave it out")
     stop = _Stop()
     logs.log_json()
     with Device.open(root, strict) as device:
@@ -67,5 +69,5 @@ def watch(source: Path, existing: bool, every: float | None, strict: bool, root:
             existing=existing,
             every=every,
             ready=stop.listen,
-            stopped=lambda: stop.asked,
+            stopped=lambda: stop.requested,
         )

@@ -88,7 +88,7 @@ def test_folders_of_one_name_are_one_class(tmp_path: Path) -> None:
         (["learn", "--label", "unknown", "EMPTY"], 2, "is reserved"),
         (["learn", "--label", "new", "EMPTY"], 2, "EMPTY"),
         (["learn", "--label", "new", "MIXED"], 2, "note.jpg"),
-        (["learn", "EMPTY"], 2, "has no folders, of which each would be a class"),
+        (["learn", "EMPTY"], 2, "has no subfolders to take as classes"),
         (["rename", "none", "new"], 2, "no class 'none' is known"),
         (["rename", "circle", "cross"], 2, "the class 'cross' exists already"),
         (["rollback", "9"], 2, "available generations: 1"),

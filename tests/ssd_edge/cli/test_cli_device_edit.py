@@ -44,7 +44,7 @@ def test_forget_exactly_is_refused_where_it_cannot_be(root: Path, refused) -> No
 
 def test_merge_labels_and_history(root: Path) -> None:
     told = run(root, "merge-labels", "circle", "square", "--into", "blob", "--max-forgetting", "1").stdout
-    assert "circle, square are 'blob' now" in told
+    assert "circle, square are now 'blob'" in told
     assert "merge 'circle', 'square' into 'blob'" in run(root, "history").stdout
     edited = json.loads(run(root, "merge-labels", "cross", "--into", "blob", "--max-forgetting", "1", "--json").stdout)
     assert edited["classes"] == ["blob", "stripes"]
@@ -74,7 +74,7 @@ def test_an_answer_can_be_asked_for_always(root: Path, shapes: Path) -> None:
 def test_status_tells_how_the_machine_is(root: Path) -> None:
     told = run(root, "status").stdout
     assert "MiB of memory free" in told
-    assert "nothing yet: ssd-edge device watch" in told
+    assert "nothing yet; start with: ssd-edge device watch" in told
     found = json.loads(run(root, "status", "--json").stdout)
     assert found["machine"]["disk_free_mb"] > 0
     assert found["watched"] is None

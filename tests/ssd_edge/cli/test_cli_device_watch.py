@@ -34,7 +34,7 @@ def _as_before() -> Iterator[None]:
         ([], "Missing argument 'FOLDER|-'"),
         (["FOLDER", "--every", "-1"], "-1.0 is not in the range"),
         (["FOLDER", "--every", "soon"], "'soon' is not a valid float"),
-        (["-", "--existing"], "--existing is for a folder"),
+        (["-", "--existing"], "--existing applies to a folder"),
     ],
 )
 def test_bad_words(words: list[str], message: str, tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_no_device_yet(tmp_path: Path) -> None:
 def test_the_first_signal_asks_the_second_interrupts() -> None:
     stop = _Stop()
     stop.listen()
-    assert not stop.asked
+    assert not stop.requested
     signal.raise_signal(signal.SIGTERM)
-    assert stop.asked
+    assert stop.requested
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)

@@ -102,11 +102,11 @@ def test_a_profile(bundle: Path, tmp_path: Path) -> None:
     shown = "\n".join(lines(result))
     assert "3 calls after 1 to warm up" in shown
     assert "jetson-orin-nano" in shown
-    assert "This is no Jetson" in shown
+    assert "This machine is not a Jetson" in shown
     result["machine"] |= {"jetson": True, "title": "Orin\x1b[2J"}
     result["fits"][0]["fits"] = False
     told = lines(result)
-    assert "This is no Jetson" not in "\n".join(told)
+    assert "This machine is not a Jetson" not in "\n".join(told)
     assert "measured on Orin?[2J, with" in told[1]
     assert any(line.endswith("does not fit *") for line in told)
     assert list(tmp_path.iterdir()) == []

@@ -186,10 +186,10 @@ def test_class_names_with_control_codes_are_no_names(put):
 def test_verify(put, key):
     shown = run(verify, put()).splitlines()
     assert shown[0].startswith("whole      robot, release 7, sha256 ")
-    assert shown[1] == "signature  unsigned: nobody vouches for it"
+    assert shown[1] == "signature  unsigned"
     assert shown[2].startswith("probe      2 images with CPUExecutionProvider: cosine 1.000000, largest diff")
     signed = put(bundle.pack(*hand.parts(), signing.signer(key)))
-    assert f"signature  names the key {identity(key)}, not checked: give that key with" in run(verify, signed)
+    assert f"signature  names the key {identity(key)}, not checked; pass that key with" in run(verify, signed)
     public = key.with_suffix(".pub")
     other = signing.new_key(key.parent, "other")[1]
     assert f"signature  signed by {identity(key)}" in run(verify, signed, "--key", other, "--key", public).splitlines()

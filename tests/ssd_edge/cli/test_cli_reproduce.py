@@ -88,7 +88,7 @@ LACKING = "the budget reduced needs cifar10-jpg.tar.xz, cifar100-jpg.tar.xz, mni
     [
         (["T9"], "there is no experiment 'T9'. Did you mean 't"),
         (["pannel"], "Did you mean 'panel'?"),
-        (["list", "T1"], "list stands alone"),
+        (["list", "T1"], "list cannot be combined with other arguments"),
         (["T1"], LACKING),
         (["T3", "--budget", "full"], "the budget full needs cifar10-jpg.tar.xz"),
         (["T3", "--tiny-backbone", "/does/not/exist"], "is not a folder"),
@@ -155,5 +155,5 @@ def test_an_interrupt_ends_the_workers_and_says_how_to_go_on(tmp_path: Path) -> 
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 130, told
     assert "Traceback" not in told
-    assert "the same command goes on from there" in told
+    assert "run the same command again to continue" in told
     assert not any(Path(f"/proc/{child}").exists() for child in children)
