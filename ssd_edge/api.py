@@ -285,7 +285,7 @@ class Run:
         rows = [("", *_COLUMNS), *_comparison(self.metrics)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join([f"Run({str(self.folder)!r}): {describe_run(self.metrics)}", *map(str.rstrip, lines)])
+        return "\n".join([f"Run({str(self.folder)!r}): {_describe(self.metrics)}", *map(str.rstrip, lines)])
 
     def _repr_html_(self) -> str:
         """Return a short table for notebooks."""
@@ -295,7 +295,7 @@ class Run:
         )
         note = lead_note(self.metrics)
         return (
-            f"<p><b>{escape(describe_run(self.metrics))}</b><br><code>{escape(str(self.report_path))}</code></p>"
+            f"<p><b>{escape(_describe(self.metrics))}</b><br><code>{escape(str(self.report_path))}</code></p>"
             f"<table><thead><tr>{heading}</tr></thead><tbody>{body}</tbody></table>"
             + (f"<p>{escape(note)}</p>" if note else "")
         )
@@ -304,7 +304,7 @@ class Run:
 _COLUMNS = ("role", "average accuracy", "forgetting", "time", "state")
 
 
-def describe_run(metrics: Mapping[str, Any]) -> str:
+def _describe(metrics: Mapping[str, Any]) -> str:
     """Return one phrase on what a run trained and on what."""
     return f"{metrics['display']} on {metrics['data']}, {describe_stream(metrics)}"
 

@@ -80,7 +80,7 @@ def options_for(name: str, main: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, **{key: value for key, value in main.items() if key in known}}
 
 
-def once(options: Mapping[str, Any], online: bool) -> dict[str, Any]:
+def limit_epochs(options: Mapping[str, Any], online: bool) -> dict[str, Any]:
     """Return a learner's settings, limited to a single epoch if the stream is online.
 
     Raises:
@@ -116,7 +116,7 @@ class Setup:
         self.experiences = self.stream.experiences(self.dataset.train_labels)
 
     def _check_learner(self) -> None:
-        options = once(self.config.learner, self.config.stream.online)
+        options = limit_epochs(self.config.learner, self.config.stream.online)
         learners.build(options, self.embedder.dim, self.embedder.priors, self.config.run.seed)
 
     @functools.cached_property
@@ -184,7 +184,7 @@ class Run:
 
     def _train(self, options: Mapping[str, Any], is_main: bool) -> LearnerResult:
         """Train one learner on the remaining experiences."""
-        options = once(options, self.config.stream.online)
+        options = limit_epochs(options, self.config.stream.online)
         name, data = options["name"], self.setup.data
         if not self.progress.entry(name).done:
             learner = self._start_or_restore(name, options)

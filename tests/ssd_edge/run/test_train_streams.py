@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from ssd_edge import files
 from ssd_edge.cli.train import train
-from ssd_edge.errors import InputError
+from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners import Task
 from ssd_edge.report import figures
 from ssd_edge.report.compare import DISPLAY
@@ -144,7 +144,7 @@ def test_joint_training_has_the_configured_size(shapes: Path, tmp_path: Path, mo
     ],
 )
 def test_online_learners_train_for_one_epoch(options: dict, online: bool, expected: dict) -> None:
-    assert training.once(options, online) == {"name": options["name"], **expected}
+    assert training.limit_epochs(options, online) == {"name": options["name"], **expected}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_online_learners_train_for_one_epoch(options: dict, online: bool, expect
 )
 def test_several_epochs_are_refused_online(options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        training.once(options, True)
+        training.limit_epochs(options, True)
 
 
 def test_wrong_streams_leave_no_files(shapes: Path, tmp_path: Path) -> None:
@@ -223,6 +223,30 @@ def test_a_run_of_an_older_version_is_resumed(shapes: Path, tmp_path: Path) -> N
         (folder / name).unlink()
     assert "task 3/3" in run("--resume", folder)
     assert read(folder)["accuracy_matrix"] == matrix
+
+
+@pytest.mark.parametrize("content", [[], {"ncm": 3}, {"ncm": {"rows": None}}, {"ncm": {"rows": [], "other": 1}}])
+def test_damaged_progress_is_refused(content: object, tmp_path: Path) -> None:
+    files.write_json(tmp_path / "progress.json", content)
+    with pytest.raises(BundleRefusedError, match=r"progress\.json is damaged"):
+        storage.ProgressStore(tmp_path)
+
+
+def test_progress_survives_being_written_and_read(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    state = ({"x": np.arange(3.0)}, {"learner": "ncm"})
+    first = storage.LearnerProgress(rows=((0.5, None),), seconds=1.5, state_bytes=10, display="NCM")
+    store = storage.ProgressStore(tmp_path)
+    assert store.checkpoint("ncm") is None
+    store.commit("ncm", first, state)
+    restored = storage.ProgressStore(tmp_path)
+    assert restored.entry("ncm") == dataclasses.replace(first, checkpoint="ncm-1.safetensors")
+    arrays, metadata = restored.checkpoint("ncm")
+    assert (arrays["x"].tolist(), metadata) == ([0.0, 1.0, 2.0], {"learner": "ncm"})
+    last = dataclasses.replace(first, rows=((0.5, None), (0.5, 1.0)), done=True, class_accuracy={"a": 0.5})
+    restored.commit("ncm", last, None)
+    assert storage.ProgressStore(tmp_path).entry("ncm") == last
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 class Constant:
