@@ -11,7 +11,6 @@ needs no GPU for that and cannot run it without one.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import tempfile
 import time
@@ -68,8 +67,8 @@ def _deploy(run: Path, precision: str) -> tuple[dict[str, Any], bytes]:
         output = Path(scratch) / "robot.ssdedge"
         result = deploy(run, Options("jetson", precision=precision), output, lambda text: None)
         graph = bundle.read(output).read("backbone")
-    engine = result["tensorrt"]["bytes"] if importlib.util.find_spec("tensorrt_rtx") else None
-    row = {"precision": precision, "seconds": result["seconds"], "bundle_bytes": result["bytes"]}
+    engine = result.tensorrt["bytes"] if result.tensorrt else None
+    row = {"precision": precision, "seconds": result.seconds, "bundle_bytes": result.bytes}
     return {**row, "backbone_bytes": len(graph), "engine_bytes": engine}, graph
 
 

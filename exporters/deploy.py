@@ -65,7 +65,42 @@ class Options:
     release: int | None = None
 
 
-def deploy(folder: Path, options: Options, output: Path, say: Say) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class DeployResult:
+    """A written bundle.
+
+    Attributes:
+        bundle: Its path.
+        bytes: Its size.
+        sha256: Its digest.
+        precision: Precision of the backbone.
+        parity: Report of the parity check, as in the manifest.
+        target: Name of the target.
+        classes: Class names by row.
+        release: Release number.
+        signed_by: Id of the key, or None.
+        tensorrt: What TensorRT's parser reported, or None if it was not asked.
+        seconds: Duration.
+    """
+
+    bundle: str
+    bytes: int
+    sha256: str
+    precision: str
+    parity: dict[str, Any]
+    target: str
+    classes: list[str]
+    release: int
+    signed_by: str | None
+    tensorrt: dict[str, Any] | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of ``ssd-edge deploy --json``."""
+        return dataclasses.asdict(self)
+
+
+def deploy(folder: Path, options: Options, output: Path, say: Say) -> DeployResult:
     """Write the bundle of a run.
 
     The same run and options give the same bytes again, with the same packages and as long as its data can be read.
@@ -75,10 +110,6 @@ def deploy(folder: Path, options: Options, output: Path, say: Say) -> dict[str, 
         options: see there.
         output: the file to write; an older one is replaced. Its name becomes the name of the bundle.
         say: told what happens.
-
-    Returns:
-        ``bundle`` (path), ``bytes``, ``sha256``, ``precision``, ``parity``, ``target``, ``classes``, ``release``,
-        ``signed_by`` (key id or None), ``tensorrt`` (what its parser said, or None), ``seconds``.
 
     Raises:
         InputError: not a run, not finished, its backbone has changed or is gone, a combination that the target does not
@@ -126,19 +157,19 @@ def deploy(folder: Path, options: Options, output: Path, say: Say) -> dict[str, 
     opened = bundle.parse(packed)
     _check_memory(opened, target, say)
     bundle.write(output, packed)
-    return {
-        "bundle": str(output),
-        "bytes": len(packed),
-        "sha256": files.sha256(packed),
-        "precision": choice.precision,
-        "parity": choice.report,
-        "target": target.name,
-        "classes": state.registry.names,
-        "release": manifest["release"],
-        "signed_by": opened.signature.key if opened.signature else None,
-        "tensorrt": checked,
-        "seconds": round(time.monotonic() - began, 2),
-    }
+    return DeployResult(
+        bundle=str(output),
+        bytes=len(packed),
+        sha256=files.sha256(packed),
+        precision=choice.precision,
+        parity=choice.report,
+        target=target.name,
+        classes=state.registry.names,
+        release=manifest["release"],
+        signed_by=opened.signature.key if opened.signature else None,
+        tensorrt=checked,
+        seconds=round(time.monotonic() - began, 2),
+    )
 
 
 def _check_options(options: Options, target: Target) -> None:

@@ -82,17 +82,15 @@ def deploy(
     from exporters.deploy import deploy as pack
 
     result = pack(run, Options(**options, empty=classes == "none"), output, log)
-    if push is not None:
-        result["push"] = send(output, push, push_command, allow_downgrade)
+    pushed = None if push is None else send(output, push, push_command, allow_downgrade)
     if as_json:
-        print_json(result)
+        print_json({**result.to_dict(), **({} if pushed is None else {"push": pushed})})
         return
-    size, classes = f"{result['bytes'] / 1e6:.1f} MB", f"{len(result['classes'])} classes"
-    contents = f"{size}, {classes}, {result['precision']}, {result['target']}"
-    signed = f"signed by {result['signed_by']}" if result["signed_by"] else "not signed"
-    click.echo(f"{output}: {contents}, release {result['release']}, {signed}")
-    if push is not None:
-        print_pushed(result["push"], push)
+    summary = f"{result.bytes / 1e6:.1f} MB, {len(result.classes)} classes, {result.precision}, {result.target}"
+    signed = f"signed by {result.signed_by}" if result.signed_by else "not signed"
+    click.echo(f"{output}: {summary}, release {result.release}, {signed}")
+    if push is not None and pushed is not None:
+        print_pushed(pushed, push)
     else:
         path = shlex.quote(str(output))
         log(f"next: ssd-edge push {path} USER@HOST; or copy it, and on the device: ssd-edge device install {path}")

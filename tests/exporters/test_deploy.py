@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from exporters import deploy as packing
-from exporters.deploy import Options, deploy
+from exporters.deploy import DeployResult, Options, deploy
 from ssd_edge import bundle, data, files, learners
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder
@@ -22,7 +22,7 @@ from ssd_edge.run import storage
 
 
 @pytest.fixture(scope="module")
-def deployed(package_run, tmp_path_factory) -> tuple[Path, dict, list[str]]:
+def deployed(package_run, tmp_path_factory) -> tuple[Path, DeployResult, list[str]]:
     """A bundle, what `deploy` returned, and what it said."""
     path, said = tmp_path_factory.mktemp("bundle") / "robot.ssdedge", []
     return path, deploy(package_run, Options("jetson"), path, said.append), said
@@ -38,7 +38,7 @@ def edit(path: Path, **changes) -> None:
     files.write_json(path, {**json.loads(path.read_bytes()), **changes})
 
 
-def quietly(run_folder: Path, output: Path, target: str = "cpu", **options) -> dict:
+def quietly(run_folder: Path, output: Path, target: str = "cpu", **options) -> DeployResult:
     return deploy(run_folder, Options(target, **options), output, lambda line: None)
 
 
@@ -53,10 +53,14 @@ def digits(run_folder: Path, size: int) -> np.ndarray:
 def test_what_is_returned_is_what_was_written(deployed):
     path, returned, _ = deployed
     read = bundle.read(path)
-    assert returned["bundle"] == str(path)
-    assert (returned["bytes"], returned["sha256"]) == (path.stat().st_size, read.sha256)
-    assert (returned["target"], returned["classes"]) == ("jetson", ["4", "3", "1"])
-    assert returned["parity"] == read.manifest["parity"]
+    assert returned.bundle == str(path)
+    assert (returned.bytes, returned.sha256) == (path.stat().st_size, read.sha256)
+    assert (returned.target, returned.classes) == ("jetson", ["4", "3", "1"])
+    assert returned.parity == read.manifest["parity"]
+    assert list(returned.to_dict()) == [
+        *("bundle", "bytes", "sha256", "precision", "parity", "target", "classes", "release", "signed_by", "tensorrt"),
+        "seconds",
+    ]
 
 
 def test_the_manifest_says_what_it_is_and_how_it_came_about(deployed, package):
@@ -93,7 +97,7 @@ def test_states_are_those_of_the_run_byte_for_byte(deployed, package_run):
 
 
 def test_parity_is_measured_on_synthetic_and_on_test_images(deployed):
-    parity = deployed[1]["parity"]
+    parity = deployed[1].parity
     assert parity["precision"] == "fp16"
     assert parity["synthetic"]["images"] == 32
     assert parity["test"]["agreement"] >= 0.99
@@ -125,7 +129,7 @@ def test_a_users_backbone_is_standardised_in_the_graph(onnx_run, tmp_path):
     wanted = (OnnxEmbedder(storage.open_folder(onnx_run).backbone).embed(images) - arrays["mu"]) / arrays["sigma"]
     np.testing.assert_allclose(run(open_session(read.read("backbone")), images), wanted, atol=1e-5)
     assert read.manifest["backbone"]["provenance"]["file"] == "tiny.onnx"
-    assert returned["parity"]["test"]["accuracy"]["exported"] > 0.6
+    assert returned.parity["test"]["accuracy"]["exported"] > 0.6
 
 
 def test_an_older_bundle_is_replaced(onnx_run, tmp_path):
@@ -146,7 +150,7 @@ def test_without_the_runs_data_synthetic_images_must_do_and_that_is_said(own_run
         config = (own_run / "config.yaml").read_text()
         (own_run / "config.yaml").write_text(config.replace("path: digits", "path: gone"))
     said = []
-    measured = deploy(own_run, Options("cpu"), tmp_path / "own.ssdedge", said.append)["parity"]
+    measured = deploy(own_run, Options("cpu"), tmp_path / "own.ssdedge", said.append).parity
     assert set(measured) == {"precision", "synthetic"}
     told = "digits has changed since the run" if reason == "has changed" else "there is no data set at"
     assert any(line.startswith("parity on synthetic images only") and told in line for line in said)
@@ -273,8 +277,8 @@ def test_a_key_signs_and_the_release_is_the_users(onnx_run, tmp_path):
     returned = quietly(onnx_run, path, sign=private, release=12)
     read = bundle.read(path)
     keys = {signing.key_id(signing.load_public(public)): signing.load_public(public)}
-    assert signing.check(read, keys) == returned["signed_by"]
-    assert read.manifest["release"] == returned["release"] == 12
+    assert signing.check(read, keys) == returned.signed_by
+    assert read.manifest["release"] == returned.release == 12
 
 
 def test_the_probe_holds_what_the_graph_gives_and_what_it_may_differ_by(deployed):
@@ -330,7 +334,7 @@ def test_without_tensorrt_rtx_it_says_that_the_graph_was_not_checked(onnx_run, t
     monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name: None)
     said = []
     returned = deploy(onnx_run, Options("jetson", precision="fp32"), tmp_path / "b", said.append)
-    assert returned["tensorrt"] is None
+    assert returned.tensorrt is None
     assert any(line.startswith("not checked with TensorRT's parser") for line in said)
 
 
@@ -338,7 +342,7 @@ def test_without_classes_nothing_that_was_learned_is_in_it(package_run, deployed
     path = tmp_path / "blank.ssdedge"
     returned = quietly(package_run, path, empty=True)
     read = bundle.read(path)
-    assert read.manifest["classes"] == returned["classes"] == read.registry.names == []
+    assert read.manifest["classes"] == returned.classes == read.registry.names == []
     assert read.manifest["metrics"] == {}
     arrays, metadata = read.tensors("learner")
     whole, _ = bundle.read(deployed[0]).tensors("learner")
