@@ -1,1 +1,1 @@
-"""Workstation side of a deployment: ONNX export, parity, targets and packing."""
+"""Workstation side of a deployment: ONNX export, precision, parity, packing and push."""

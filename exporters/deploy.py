@@ -1,7 +1,7 @@
-"""`ssd-edge deploy`: a finished run → one bundle.
+"""Export a finished run and pack it into a bundle (`ssd-edge deploy`).
 
-Nothing is trained or tuned here. The learner's state goes into the bundle as the run wrote it; the backbone
-is exported and must compute what it computed in the run (`ladder`), or nothing is written.
+Nothing is trained or tuned here. The learner's state is copied from the run; the backbone is exported and must compute
+what it computed in the run (see `ladder`), otherwise nothing is written.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from ssd_edge.run.finished import FinishedRun
 from ssd_edge.system import VERSION
 from ssd_edge.targets import Target
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
-PROBE_BYTES = 2**19  # of pixels: 170 images of 32 × 32, 3 of 224 × 224
+PROBE_BYTES = 2**19  # of pixels: 170 images of 32 × 32 or 3 of 224 × 224
 PROBE_IMAGES = 8
 PROBE_MARGIN = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a user can ask of `deploy`.
+    """Options of `deploy`.
 
     Attributes:
-        target: one of `targets.targets`, or an alias.
-        precision: name of a precision, or ``auto``; empty: the target's default.
-        calibration: a folder of images for int8; None: the run's training images.
-        head: also put the learner into the bundle as ``head.onnx``, for hosts that only predict.
-        sign: file of a private key.
-        empty: leave out all that was learned: every class is taught on the device.
-        release: number that a device compares; None: the finish time of the run, in seconds since 1970.
+        target: Name or alias of a target.
+        precision: Name of a precision, or ``auto``. Empty: the target's default.
+        calibration: Folder of images for int8. None: the run's training images.
+        head: If True, add the learner to the bundle as ``head.onnx``, for hosts that only predict.
+        sign: File of a private key.
+        empty: If True, leave out everything that was learned; every class is taught on the device.
+        release: Release number, compared by devices. None: the finish time of the run, in seconds since 1970.
     """
 
     target: str
@@ -100,22 +100,23 @@ class DeployResult:
         return dataclasses.asdict(self)
 
 
-def deploy(folder: Path, options: Options, output: Path, say: Say) -> DeployResult:
+def deploy(folder: Path, options: Options, output: Path, log: Log) -> DeployResult:
     """Write the bundle of a run.
 
-    The same run and options give the same bytes again, with the same packages and as long as its data can be read.
+    The same run and options give the same bytes, given the same package versions and as long as the run's data can be
+    read.
 
     Args:
-        folder: of the run.
-        options: see there.
-        output: the file to write; an older one is replaced. Its name becomes the name of the bundle.
-        say: told what happens.
+        folder: Folder of the run.
+        options: Options of the export.
+        output: File to write; an existing one is replaced. Its stem becomes the name of the bundle.
+        log: Receives progress messages.
 
     Raises:
-        InputError: not a run, not finished, its backbone has changed or is gone, a combination that the target does not
-            run, no such folder.
-        BundleRefusedError: a file of the run is damaged.
-        GateRefusedError: the exported backbone does not compute what the run computed, or TensorRT does not take it.
+        InputError: The folder is not a finished run, its backbone has changed or is missing, the target does not
+            support the options, or the output folder does not exist.
+        BundleRefusedError: A file of the run is damaged.
+        GateRefusedError: The exported backbone does not compute what the run computed, or TensorRT rejects it.
     """
     began = time.monotonic()
     folder, output = Path(folder), Path(output)
@@ -132,17 +133,17 @@ def deploy(folder: Path, options: Options, output: Path, say: Say) -> DeployResu
         sign = signing.signer(options.sign)
     state = finished.read(folder)
     head = export_head(state.learner, state.registry.names) if options.head else None  # before minutes of work
-    images = ladder.samples(state, options.calibration, say)
-    say(f"exporting the backbone {state.backbone['identity']}")
+    images = ladder.samples(state, options.calibration, log)
+    log(f"exporting the backbone {state.backbone['identity']}")
     exported, reference, priors = _export(state)
     if options.empty:
         state = finished.emptied(state, priors)
     targets.check_opset(target, onnx_file.opset(exported))
     learner = None if options.empty else state.learner
-    choice = ladder.choose(exported, reference, learner, images, target, options.precision, say)
-    checked = _check_tensorrt(choice.onnx, "backbone", target, say)
+    choice = ladder.choose(exported, reference, learner, images, target, options.precision, log)
+    checked = _check_tensorrt(choice.onnx, "backbone", target, log)
     if head is not None:
-        _check_tensorrt(head, "head", target, say)
+        _check_tensorrt(head, "head", target, log)
     manifest = _manifest(state, choice, target, options.release, output.stem[: bundle.MAX_TITLE_LENGTH])
     roles = {
         **state.states,
@@ -155,7 +156,7 @@ def deploy(folder: Path, options: Options, output: Path, say: Say) -> DeployResu
         roles["head"] = head
     packed = bundle.pack(manifest, {bundle.ROLES[role]: (role, content) for role, content in roles.items()}, sign)
     opened = bundle.parse(packed)
-    _check_memory(opened, target, say)
+    _check_memory(opened, target, log)
     bundle.write(output, packed)
     return DeployResult(
         bundle=str(output),
@@ -173,7 +174,7 @@ def deploy(folder: Path, options: Options, output: Path, say: Say) -> DeployResu
 
 
 def _check_options(options: Options, target: Target) -> None:
-    """Refuse what cannot be meant, before anything is exported."""
+    """Check the options before anything is exported."""
     known = [ladder.AUTO, *precision.names()]
     if options.precision not in ("", *known):
         raise InputError(f"unknown precision '{options.precision}'; known: {', '.join(known)}")
@@ -187,13 +188,13 @@ def _check_options(options: Options, target: Target) -> None:
                 f"{ladder.AUTO}"
             )
     if options.head and options.empty:
-        raise InputError("--head is a learner that only predicts, but with --classes none it knows nothing; drop one")
+        raise InputError("--head is a learner that only predicts, but --classes none leaves it untrained; drop one")
     if options.release is not None and options.release < 0:
         raise InputError(f"--release must be 0 or more, but is {options.release}")
 
 
 def _export(state: FinishedRun) -> tuple[bytes, Reference, Priors]:
-    """The graph as it is exported or was brought, the embeddings that it must give, and what pretraining knows."""
+    """Return the exported graph, the embeddings it must reproduce, and the priors of the backbone."""
     config = state.config.backbone
     if state.backbone["kind"] == "onnx":
         own = OnnxEmbedder(config)
@@ -208,6 +209,7 @@ def _export(state: FinishedRun) -> tuple[bytes, Reference, Priors]:
 
 
 def _check_identity(state: FinishedRun, found: str) -> None:
+    """Check that the backbone is the one of the run."""
     stated = state.backbone["identity"]
     if found != stated:
         path = state.backbone["path"] or "that ships with SSD-Edge"
@@ -217,23 +219,23 @@ def _check_identity(state: FinishedRun, found: str) -> None:
         )
 
 
-def _check_tensorrt(onnx: bytes, what: str, target: Target, say: Say) -> dict[str, Any] | None:
-    """Parse and build as the device will, with NVIDIA's own parser, where it is installed; no GPU is needed."""
+def _check_tensorrt(onnx: bytes, what: str, target: Target, log: Log) -> dict[str, Any] | None:
+    """Build an engine with TensorRT-RTX if it is installed, as the device will; this needs no GPU."""
     if target.tensorrt is None:
         return None
     if importlib.util.find_spec("tensorrt_rtx") is None:
-        say("not checked with TensorRT's parser (on x86-64 Linux: pip install tensorrt-rtx)")
+        log("not checked with TensorRT's parser (on x86-64 Linux: pip install tensorrt-rtx)")
         return None
     from device_runtime.backbone.tensorrt.engines import check_graph
 
     checked = check_graph(onnx)
     size = f"{checked.layers} layers, {checked.bytes / 1e6:.1f} MB"
-    say(f"TensorRT-RTX {checked.version} takes the {what}: {size}")
+    log(f"TensorRT-RTX {checked.version} accepts the {what}: {size}")
     return checked.to_dict()
 
 
-def _check_memory(opened: bundle.Bundle, target: Target, say: Say) -> None:
-    """Refuse what is too large for the board by far; near the limit the estimate is too rough to refuse anything."""
+def _check_memory(opened: bundle.Bundle, target: Target, log: Log) -> None:
+    """Refuse a bundle that is far too large for the board; near the limit, the rough estimate only gives a warning."""
     needed = profile.estimate(opened).total
     if needed > target.memory_mb:
         raise InputError(
@@ -242,28 +244,28 @@ def _check_memory(opened: bundle.Bundle, target: Target, say: Say) -> None:
             "a larger board"
         )
     if needed > target.budget_mb:
-        say(
+        log(
             f"warning: learning on the device takes roughly {needed:,.0f} MiB, over half of the "
             f"{target.memory_mb:,} MiB of the smallest {target.name}; measure it: ssd-edge profile"
         )
 
 
 def _probe(state: FinishedRun, choice: ladder.Choice) -> bytes:
-    """Synthetic images with the embeddings that they must give on the device, and the limits."""
+    """Return synthetic images with the embeddings that they must have on the device, and the limits."""
     size = state.backbone["size"]
     count = max(2, min(PROBE_IMAGES, PROBE_BYTES // (3 * size**2)))
-    images = ladder.synthetic(size, 2 * count)[count:]  # the patches: they are nearer to photographs than noise
+    images = ladder.synthetic(size, 2 * count)[count:]  # coarse patches: closer to photographs than noise
     embeddings = run(open_session(choice.onnx), images)
     if not np.isfinite(embeddings).all():
         raise GateRefusedError("the exported backbone gives NaN or infinity for synthetic images; try --precision fp32")
-    rows = np.full(len(images), -1)  # of no class
+    rows = np.full(len(images), -1)
     if len(state.registry):
         rows = state.learner.predict(torch.from_numpy(embeddings)).numpy()
     return files.tensor_bytes({"images": images, "embeddings": embeddings, "rows": rows}, _probe_limits(choice))
 
 
 def _probe_limits(choice: ladder.Choice) -> dict[str, float]:
-    """What another machine may differ by: what the precision may, or what its rounding does to such images."""
+    """Return the limits for another machine: those of the precision, widened by its measured rounding."""
     allowed, measured = precision.get(choice.precision).limits, choice.report["synthetic"]
     return {
         "min_cosine": max(0.0, min(allowed.min_cosine, 1 - PROBE_MARGIN * (1 - measured["min_cosine"]))),
@@ -301,7 +303,7 @@ def _manifest(
         "learner": {"name": learner["learner"], "settings": learner["settings"]},
         "classes": state.registry.names,
         "metrics": {}
-        if not len(state.registry)  # they are of a learner that is not in here
+        if not len(state.registry)  # the metrics are those of the learner that was left out
         else {
             **{key: metrics[key] for key in finished.METRICS},
             "tasks": len(metrics["tasks"]),

@@ -1,7 +1,7 @@
-"""A backbone package → one ONNX file: pixels in, standardised embeddings out.
+"""Export a backbone package to one ONNX file that maps pixels to standardised embeddings.
 
-PyTorch exports the body alone. Preprocessing and standardisation are put around it by the same `compose` that a
-user's own ONNX goes through: every bundle's graph has one shape, and what must stay in fp32 is known by its name.
+PyTorch exports only the body. `compose` adds preprocessing and standardisation, as it does for a user's own ONNX file,
+so that the graphs of all bundles have the same structure and nodes that must stay in fp32 are recognised by name.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputErro
 
 
 def export_package(package: BackbonePackage) -> bytes:
-    """The embedding network as ONNX, the same bytes each time with the same versions of torch and onnxscript.
+    """Export the embedding network to ONNX, with the same bytes for the same versions of torch and onnxscript.
 
     Args:
-        package: a trained backbone.
+        package: A trained backbone.
 
     Returns:
-        A model in fp32 and opset 18 with the input `images`, uint8 RGB ``(batch, size, size, 3)``, and the
-        output `embeddings`, float32 ``(batch, D)``. It holds no path and no name of this machine.
+        A model in fp32 and opset 18 with the input `images`, uint8 RGB ``(batch, size, size, 3)``, and the output
+        `embeddings`, float32 ``(batch, D)``. It contains no path or name of this machine.
 
     Raises:
-        EnvironmentUnfitError: onnx or onnxscript is missing, or these versions write another opset.
-        BundleRefusedError: weights that do not fit the architecture, or that give NaN.
+        EnvironmentUnfitError: onnx or onnxscript is missing, or the installed versions write another opset.
+        BundleRefusedError: The weights do not match the architecture, or give NaN.
     """
     for module in ("onnx", "onnxscript"):
         require(module, "export", "export a backbone")
     body = network(package).body
-    # In training mode the exporter warns of nothing and exports other numbers.
+    # In training mode, the exporter would silently export different numbers.
     assert not any(module.training for module in body.modules())
     size = package.card["size"]
-    pixels = torch.zeros(2, 3, size, size)  # two: a batch of one may be taken for a constant
+    pixels = torch.zeros(2, 3, size, size)  # a batch of one might be exported as a constant
     with _quiet():
         program = torch.onnx.export(
             body,
@@ -54,11 +54,12 @@ def export_package(package: BackbonePackage) -> bytes:
             external_data=False,
             verbose=False,
         )
-    model = program.model_proto  # in memory, with all its weights: no second file can come about
+    assert program is not None  # with dynamo=True
+    model = program.model_proto  # in memory, so all weights stay in one file
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     if opsets != {"": OPSET}:  # the exporter may fall back to another opset without an error
         raise EnvironmentUnfitError(
-            f"torch {torch.__version__} exported with the opsets {opsets}, but {OPSET} was asked for; "
+            f"torch {torch.__version__} exported with the opsets {opsets}, but opset {OPSET} was requested; "
             "install the versions of constraints.txt"
         )
     preprocessing = (size, PIXEL_MEAN, PIXEL_STD, "nchw")
@@ -71,7 +72,7 @@ def export_package(package: BackbonePackage) -> bytes:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress and its remarks on packages that are not installed to itself."""
+    """Suppress the exporter's progress output and its warnings about packages that are not installed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,9 +1,9 @@
-"""A learner as one ONNX file, embeddings in, scores out: for hosts that only predict.
+"""Export a learner to one ONNX file that maps embeddings to scores, for hosts that only predict.
 
-The graph is written down from the learner's tensors, operator by operator: nothing is traced. It holds what predicting
-needs and nothing that only learning needs: no statistics, counters, exemplars, importances or teacher.
+The graph is built from the learner's tensors, operator by operator, without tracing. It contains only what prediction
+needs: no statistics, counters, exemplars, importances or teacher.
 
-Each learner writes its own operators (`Learner.write_head`) into the graph that is built here.
+Each learner adds its own operators (`Learner.write_head`) to the graph that is built here.
 """
 
 from __future__ import annotations
@@ -25,41 +25,40 @@ from ssd_edge.learners.closed_form.linear import NEVER
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-SCHEMA = "ssd-edge-head/1"  # of the model's metadata
+SCHEMA = "ssd-edge-head/1"  # in the metadata of the model
 SCORES = "scores"
-MAX_TOP_K = 3840  # TensorRT's operator takes no larger K
-_SHORTEST = 1e-12  # a shorter vector is not brought to unit length, here and in `sdmlp.prepare` and PyTorch
+MAX_TOP_K = 3840  # largest K that TensorRT's operator supports
+_SHORTEST = 1e-12  # shorter vectors are not normalised, as in `prepare` and in PyTorch
 
 
 def export_head(learner: Learner, class_names: Sequence[str]) -> bytes:
-    """What the learner predicts with as ONNX; the same bytes each time for the same state.
+    """Export the prediction of a learner to ONNX; the same state gives the same bytes.
 
-    A row that has not been taught, or has been taken out again, scores −1e30: the largest score is always what
-    `Learner.predict` answers.
+    Rows that were never learned, or were removed, score −1e30, so that the largest score is always the answer of
+    `Learner.predict`.
 
     Args:
-        learner: any of `learners.LEARNERS`; it stays as it is.
-        class_names: of its rows, in order.
+        learner: Any of `learners.LEARNERS`; it is not changed.
+        class_names: Class names by row.
 
     Returns:
-        A model in fp32 and opset 18, of ONNX's own operators, with the input `embeddings`, float32 ``(batch, D)``
-        (standardised, as the backbone of the same bundle gives them; at least one row), and the output `scores`,
-        float32 ``(batch, C)``. Its metadata: ``schema``, ``learner``, ``dim``, and ``classes``, the names by row as a
-        JSON list.
+        A model in fp32 and opset 18, with only standard ONNX operators, with the input `embeddings`, float32
+        ``(batch, D)`` (standardised, as the backbone of the same bundle gives them), and the output `scores`, float32
+        ``(batch, C)``. Its metadata has ``schema``, ``learner``, ``dim``, and ``classes``, a JSON list of the names.
 
     Raises:
-        InputError: nothing has been taught, another number of names than of rows, a Top-K that TensorRT does not take,
-            NaN or infinity in the learner, over 2 GiB, or a learner whose scores are no function of the embedding.
+        InputError: Nothing has been learned, the number of names is wrong, K is larger than TensorRT supports, the
+            learner contains NaN or infinity, the model exceeds 2 GiB, or the scores of the learner cannot be exported.
         EnvironmentUnfitError: onnx is not installed.
     """
     onnx = require("onnx", "export", "export a head")
     names = list(class_names)
     if len(names) != len(learner.seen):
         raise InputError(
-            f"the learner has {len(learner.seen)} class rows, but {len(names)} names were given; give one a row"
+            f"the learner has {len(learner.seen)} class rows, but {len(names)} names were given; give one per row"
         )
     if not bool(learner.seen.any()):
-        raise InputError("nothing has been taught yet, so there is nothing to export; learn a class first")
+        raise InputError("no class has been learned yet, so there is nothing to export; learn a class first")
     graph = _Graph(learner.display, len(names))
     with torch.no_grad():
         scores = learner.write_head(graph, EMBEDDINGS)
@@ -73,15 +72,16 @@ def export_head(learner: Learner, class_names: Sequence[str]) -> bytes:
     properties = {"schema": SCHEMA, "learner": learner.name, "dim": str(learner.dim), "classes": json.dumps(names)}
     onnx.helper.set_model_props(model, properties)
     onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString(deterministic=True)
+    exported: bytes = model.SerializeToString(deterministic=True)
+    return exported
 
 
 class _Graph:
-    """Operators and constants in the order in which they are added.
+    """Builder of a graph: operators and constants in the order in which they are added.
 
     Args:
-        what: the learner's name for messages.
-        classes: C; values and biases of further rows, announced but not taught, are cut off.
+        what: Name of the learner in messages.
+        classes: C. Values and biases of further rows, which were announced but not learned, are cut off.
     """
 
     def __init__(self, what: str, classes: int) -> None:
@@ -90,29 +90,29 @@ class _Graph:
         self._constants: list[Any] = []
 
     def constant(self, name: str, value: np.ndarray | np.generic) -> str:
-        """A constant of its own type, under a name that occurs once."""
+        """Add a constant and return its name, which must be unique."""
         from onnx import numpy_helper
 
         array = np.asarray(value)
         self._bytes += array.nbytes
         if self._bytes > onnx_file.MAX_BYTES:
             raise InputError(
-                f"the head of {self._what} takes over {onnx_file.MAX_BYTES:,} bytes (2 GiB), more than one ONNX file "
+                f"the head of {self._what} exceeds {onnx_file.MAX_BYTES:,} bytes (2 GiB), more than one ONNX file "
                 "can hold; leave it out, or train a smaller learner"
             )
         self._constants.append(numpy_helper.from_array(array, name))
         return name
 
     def weight(self, name: str, tensor: Tensor) -> str:
-        """A float32 constant of finite numbers."""
+        """Add a float32 constant, which must be finite."""
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(
-                f"the {name} of {self._what} hold NaN or infinity, so its scores mean nothing; train it again"
+                f"the {name} of {self._what} contain NaN or infinity, so its scores are meaningless; train it again"
             )
         return self.constant(name, tensor.detach().cpu().float().contiguous().numpy())
 
     def add(self, operator: str, *inputs: str, output: str = "", outputs: int = 1, **attributes: Any) -> str:
-        """An operator; returns the name of its first output, the second one's ends in ``/1``."""
+        """Add an operator and return the name of its first output; that of the second ends in ``/1``."""
         from onnx import helper
 
         label = f"{len(self._nodes)}/{operator}"
@@ -121,48 +121,48 @@ class _Graph:
         return names[0]
 
     def scalar(self, value: float) -> str:
-        """A float32 constant without dimensions."""
+        """Add a float32 scalar."""
         return self.constant(f"scalar_{len(self._constants)}", np.float32(value))
 
     def indices(self, *values: int) -> str:
-        """A constant int64 ``(n,)``."""
+        """Add a constant int64 vector."""
         return self.constant(f"indices_{len(self._constants)}", np.array(values, np.int64))
 
     def reduce(self, operator: str, x: str) -> str:
-        """Over the last axis, which stays with size 1."""
+        """Reduce over the last axis and keep it with size 1."""
         return self.add(operator, x, self.indices(-1), keepdims=1)
 
     def divide(self, x: str, by: str, least: float) -> str:
-        """x over something that is taken for no less than `least`."""
+        """Divide x by ``max(by, least)``."""
         return self.add("Div", x, self.add("Max", by, self.scalar(least)))
 
     def unit(self, x: str) -> str:
-        """Rows of unit length; a zero row stays zero."""
+        """Normalise rows to unit length; a zero row stays zero."""
         return self.divide(x, self.reduce("ReduceL2", x), _SHORTEST)
 
     def matmul(self, x: str, name: str, matrix: Tensor) -> str:
-        """``(N, n)`` times a constant ``(n, m)``."""
+        """Multiply ``(N, n)`` by a constant ``(n, m)``."""
         return self.add("MatMul", x, self.weight(name, matrix))
 
     def affine(self, x: str, name: str, weight: Tensor, bias: Tensor) -> str:
-        """x Wᵀ + b of a constant W ``(m, n)`` and b ``(m,)``."""
+        """Compute x Wᵀ + b with constant W ``(m, n)`` and b ``(m,)``."""
         return self.add("Gemm", x, self.weight(f"{name}_weight", weight.T), self.weight(f"{name}_bias", bias))
 
     def top(self, x: str, count: int, of: int, setting: str) -> str:
-        """The `count` largest of the `of` values of a row, falling: ``(N, count)``; their places in ``…/1``."""
+        """Return the `count` largest of the `of` values in each row, sorted; their indices are in ``…/1``."""
         if count > MAX_TOP_K:
             raise InputError(
-                f"{self._what} asks for the {count:,} largest of {of:,} values, but TensorRT's TopK gives at most "
+                f"{self._what} needs the {count:,} largest of {of:,} values, but TensorRT's TopK supports at most "
                 f"{MAX_TOP_K:,}; lower {setting} and train again, or leave the head out"
             )
         return self.add("TopK", x, self.indices(count), outputs=2, axis=1, largest=1, sorted=1)
 
     def column(self, x: str, index: int) -> str:
-        """One column of ``(N, n)``, as ``(N, 1)``."""
+        """Return one column of ``(N, n)`` as ``(N, 1)``."""
         return self.add("Gather", x, self.indices(index), axis=1)
 
     def model(self, dim: int) -> ModelProto:
-        """The whole, for embeddings of `dim` values."""
+        """Return the finished model for embeddings of size `dim`."""
         from onnx import TensorProto, helper
 
         graph = helper.make_graph(
@@ -173,5 +173,5 @@ class _Graph:
             self._constants,
         )
         opsets = [helper.make_opsetid("", onnx_file.OPSET)]
-        # the oldest version that has the opset, for the sake of older runtimes
+        # the oldest version that supports the opset, for older runtimes
         return helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))

@@ -1,7 +1,7 @@
-"""Which precision a bundle gets: each step of the ladder is measured on images before it is taken.
+"""Choose the precision of a bundle: each candidate is measured on images before it is accepted.
 
-A narrower graph gives other embeddings, and the learner was made with the old ones. So a precision is a claim that is
-checked: on test images of the run where its data can still be read, and on synthetic ones.
+A narrower graph gives different embeddings from those that the learner was trained on. Each precision is therefore
+checked on test images of the run, if its data can still be read, and on synthetic images.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ssd_edge.learners import Learner
 from ssd_edge.run.finished import FinishedRun
 from ssd_edge.targets import Target
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 AUTO = "auto"
 SYNTHETIC_IMAGES = 32
-TEST_IMAGES = 1024  # of 32 × 32 pixels; fewer of larger ones
+TEST_IMAGES = 1024  # of 32 × 32 pixels; fewer if they are larger
 MIN_TEST_IMAGES = 256
 CALIBRATION_IMAGES = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Images for the ladder.
+    """Images for measuring and calibrating.
 
     Attributes:
-        judged: kind of images → uint8 ``(N, size, size, 3)``, and their learner rows ``(N,)`` where known.
-        calibration: for int8, never among `judged`; or why there are none.
-        source: where the calibration images come from, in words.
+        judged: Kind of images → uint8 ``(N, size, size, 3)``, and their learner rows ``(N,)`` if known.
+        calibration: Calibration images, disjoint from `judged`, or the reason why there are none.
+        source: Description of the calibration images.
     """
 
     judged: dict[str, tuple[np.ndarray, np.ndarray | None]]
@@ -47,12 +47,12 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The graph that passed.
+    """A graph that passed.
 
     Attributes:
-        onnx: its bytes.
-        precision: of it.
-        report: for the manifest, JSON values.
+        onnx: The model.
+        precision: Name of its precision.
+        report: JSON values for the manifest.
     """
 
     onnx: bytes
@@ -60,16 +60,16 @@ class Choice:
     report: dict[str, Any]
 
 
-def samples(run: FinishedRun, folder: Path | None, say: Say) -> Samples:
-    """Images to judge with and to calibrate with.
+def samples(run: FinishedRun, folder: Path | None, log: Log) -> Samples:
+    """Load the images for measuring and calibrating.
 
     Args:
-        run: its test images judge; its training images calibrate, unless there is a folder.
-        folder: of the user's calibration images; without the run's data every fourth of them judges.
-        say: told when the run's data cannot be read any more.
+        run: Its test images are used for measuring and, without `folder`, its training images for calibrating.
+        folder: Calibration images of the user. If the run's data cannot be read, every fourth is used for measuring.
+        log: Receives a message if the run's data cannot be read.
 
     Raises:
-        InputError: the folder has too few images that can be read.
+        InputError: The folder has too few readable images.
     """
     size = run.backbone["size"]
     judged: dict[str, tuple[np.ndarray, np.ndarray | None]] = {"synthetic": (synthetic(size), None)}
@@ -85,7 +85,7 @@ def samples(run: FinishedRun, folder: Path | None, say: Say) -> Samples:
         calibration = dataset.train.load(_spread(len(dataset.train), CALIBRATION_IMAGES), size)
         source = "training images of the run"
     except SSDEdgeError as error:
-        say(f"parity on synthetic images only: the run's data cannot be used ({error})")
+        log(f"parity on synthetic images only: the run's data cannot be used ({error})")
         calibration, source = f"the run's data cannot be used ({error})", ""
     if folder is not None:
         brought = precision.calibration_images(folder, size, CALIBRATION_IMAGES)
@@ -105,24 +105,24 @@ def choose(
     images: Samples,
     target: Target,
     wanted: str,
-    say: Say,
+    log: Log,
 ) -> Choice:
-    """The graph in the wanted precision, if it computes what the run computed.
+    """Convert a graph to a precision and check that it computes what the run computed.
 
     Args:
-        onnx: as it was exported, or brought by the user: then it may be narrow already, and stays as it is.
-        reference: the embeddings that the run was made with.
-        learner: of the run; None: its decisions are not compared.
-        images: of `samples`.
-        target: that it is for.
-        wanted: `AUTO` for the fastest precision that passes, or the name of one; empty: the target's default.
-        say: told the figures.
+        onnx: The exported graph. A user's own graph may be narrower than fp32 already and is then left unchanged.
+        reference: Embeddings that the run was trained on.
+        learner: Learner of the run, whose decisions are compared. None: skip this comparison.
+        images: Result of `samples`.
+        target: Target of the bundle.
+        wanted: `AUTO` for the fastest precision that passes, or the name of one. Empty: the target's default.
+        log: Receives the measurements.
 
     Raises:
-        InputError: the target does not run that precision, or int8 without images.
-        GateRefusedError: it does not pass; names what does.
+        InputError: The target does not support the precision, or calibration images are missing.
+        GateRefusedError: The precision does not pass. The message names one that does.
     """
-    ladder = _Ladder(onnx, reference, learner, images, say)
+    ladder = _Ladder(onnx, reference, learner, images, log)
     native = onnx_file.precision(onnx)
     if native != precision.FP32.name:
         if wanted not in ("", AUTO, native):
@@ -144,27 +144,27 @@ def choose(
             choice = ladder.step(name)
         except (GateRefusedError, InputError) as error:
             refused[name] = str(error)
-            say(f"{name}: refused: {error}")
+            log(f"{name}: refused: {error}")
         else:
             return dataclasses.replace(choice, report={**choice.report, "refused": refused})
     raise GateRefusedError(f"no precision passes: {refused[target.precisions[-1]]}; nothing was written")
 
 
 class _Ladder:
-    """The steps, each measured on the same images; the reference is computed once."""
+    """Precisions of one graph, measured on the same images; the reference is computed once."""
 
     def __init__(
-        self, onnx: bytes, reference: parity.Reference, learner: Learner | None, images: Samples, say: Say
+        self, onnx: bytes, reference: parity.Reference, learner: Learner | None, images: Samples, log: Log
     ) -> None:
-        self.onnx, self.learner, self.images, self.say = onnx, learner, images, say
+        self.onnx, self.learner, self.images, self.log = onnx, learner, images, log
         self.wanted = {kind: reference(pixels) for kind, (pixels, _) in images.judged.items()}
-        self.sound = False  # whether the graph as it came has passed
+        self.sound = False  # True once the unconverted graph has passed
 
     def step(self, name: str) -> Choice:
-        """One precision, or why not; raises like `choose`."""
+        """Return the graph in one precision, or raise as `choose` does."""
         native = onnx_file.precision(self.onnx)
         if name != native and not self.sound:
-            # a mistake of the export that is smaller than the rounding of int8 would not be seen there
+            # an export error smaller than the rounding of int8 would be invisible there
             self.step(precision.FP32.name)
         calibration = self.images.calibration if precision.get(name).calibrated else None
         if isinstance(calibration, str) and name != native:
@@ -181,20 +181,23 @@ class _Ladder:
             }
         problems: list[str] = []
         for kind, (pixels, rows) in self.images.judged.items():
-            embeddings = self.wanted[kind]
-            measured = parity.measure(graph, lambda _, known=embeddings: known, pixels, self.learner, rows)
+
+            def known(_: np.ndarray, embeddings: np.ndarray = self.wanted[kind]) -> np.ndarray:
+                return embeddings
+
+            measured = parity.measure(graph, known, pixels, self.learner, rows)
             report[kind] = measured
-            # Rounding weighs more on noise than on photographs, which it says little about where there are some.
+            # Rounding errors are larger on noise and say little about photographs, so prefer those if there are any.
             if kind != "synthetic" or name == precision.FP32.name or len(self.images.judged) == 1:
                 problems += [f"{problem} on {kind} images" for problem in parity.failures(measured, name)]
-            self.say(f"{name} on {measured['images']} {kind} images: {_told(measured)}")
+            self.log(f"{name} on {measured['images']} {kind} images: {_summary(measured)}")
         if problems:
             raise GateRefusedError(f"the backbone in {name} does not compute what the run computed: {problems[0]}")
         self.sound = True
         return Choice(graph, name, report)
 
     def passes(self, name: str) -> bool:
-        """Whether `step` would return."""
+        """Return True if `step` accepts this precision."""
         try:
             self.step(name)
         except (GateRefusedError, InputError):
@@ -202,17 +205,17 @@ class _Ladder:
         return True
 
 
-def _told(measured: dict[str, Any]) -> str:
-    words = [f"cosine {measured['min_cosine']:.6f}", f"largest difference {measured['max_difference']:.1e} σ"]
+def _summary(measured: dict[str, Any]) -> str:
+    parts = [f"cosine {measured['min_cosine']:.6f}", f"largest difference {measured['max_difference']:.1e} σ"]
     if "agreement" in measured:
-        words.append(f"{measured['agreement']:.1%} of the decisions agree")
+        parts.append(f"{measured['agreement']:.1%} of the decisions agree")
     if accuracy := measured.get("accuracy"):
-        words.append(f"accuracy {accuracy['reference']:.3f} → {accuracy['exported']:.3f}")
-    return ", ".join(words)
+        parts.append(f"accuracy {accuracy['reference']:.3f} → {accuracy['exported']:.3f}")
+    return ", ".join(parts)
 
 
 def synthetic(size: int, count: int = SYNTHETIC_IMAGES) -> np.ndarray:
-    """Seeded noise, half of it in coarse patches: uint8 ``(count, size, size, 3)``."""
+    """Return seeded noise, half of it in coarse patches, as uint8 ``(count, size, size, 3)``."""
     generator = np.random.default_rng(0)
     half = count // 2
     fine = generator.integers(0, 256, (half, size, size, 3), dtype=np.uint8)
@@ -222,5 +225,5 @@ def synthetic(size: int, count: int = SYNTHETIC_IMAGES) -> np.ndarray:
 
 
 def _spread(length: int, count: int) -> np.ndarray:
-    """At most `count` of `length` positions, evenly spread."""
+    """Return at most `count` of `length` positions, evenly spaced."""
     return np.linspace(0, length - 1, min(count, length)).astype(np.int64)

@@ -1,10 +1,11 @@
-"""Does the exported graph compute what the run computed? Measured on images, and a gate.
+"""Compare an exported graph with the embeddings of the run, and check the difference against limits.
 
-A graph in fp16 is measured as a GPU stores it, each value rounded (`as_stored`): ONNX Runtime on a CPU
-computes it in fp32 and would not show an overflow.
+A graph in fp16 is measured as a GPU computes it, with each value rounded (`as_stored`): ONNX Runtime on a CPU
+computes it in fp32 and would hide an overflow.
 
-Measured on 256 and 1,024 test images of CIFAR-10 with the shipped ResNet-9, on one CPU (differences in standard
-deviations of the embeddings: largest, and 99th percentile of single values; the smallest cosine):
+The limits (`precision`) lie between the rounding of a correct export and the smallest mistakes. Measured on 256 and
+1,024 test images of CIFAR-10 with the shipped ResNet-9 on one CPU: the largest difference and the 99th percentile of
+the differences of single values, in standard deviations of the embeddings, and the smallest cosine:
 
 | precision | correct                 | smallest mistakes                                                              |
 |-----------|-------------------------|--------------------------------------------------------------------------------|
@@ -12,10 +13,10 @@ deviations of the embeddings: largest, and 99th percentile of single values; the
 | fp16      | 0.019, 0.0033, 0.999998 | pixel means off by 0.004: 0.17, 0.050, 0.9996; a weight in 6 bits: 0.16, 0.065 |
 | int8      | 0.52, 0.17, 0.9946      | a weight in 4 bits: 0.75, 0.32, 0.991; means off by 0.02: 0.95, 0.31, 0.984    |
 
-Larger ones: a channel that is zero 0.9, 0.4, 0.97; int8 calibrated with black images 3.1, 0.92, 0.74; red and blue
-swapped 7, 3.3, 0.05; in training mode 3.6, 1.5, 0.77. Networks with random weights have more rounding: up to 0.025,
-0.007, 0.99999 in fp16 and 0.8, 0.17, 0.983 in int8 (ConvMixer). The limits lie in between. A mistake that is smaller
-than int8's own rounding cannot be seen in int8: measure the same graph in fp32 first.
+Larger mistakes: a zeroed channel 0.9, 0.4, 0.97; int8 calibrated with black images 3.1, 0.92, 0.74; red and blue
+swapped 7, 3.3, 0.05; training mode 3.6, 1.5, 0.77. Networks with random weights have larger rounding errors: up to
+0.025, 0.007, 0.99999 in fp16 and 0.8, 0.17, 0.983 in int8 (ConvMixer). A mistake smaller than the rounding of int8 is
+invisible in int8: measure the same graph in fp32 first.
 
 With seven learners at least 99.9 % of the decisions agree in fp16, and 96.7 % (`ssd`) to 99.0 % in int8 (`landmark`:
 98.6 %), where the accuracy changes by at most half a point.
@@ -24,7 +25,7 @@ With seven learners at least 99.9 % of the decisions agree in fp16, and 96.7 % (
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,10 +38,13 @@ from ssd_edge.backbones.onnx import batch_size, open_session, run
 from ssd_edge.errors import require
 from ssd_edge.learners import Learner
 
+if TYPE_CHECKING:
+    from onnx import NodeProto
+
 ALONE = 8  # images that are also run one by one
-DEAD = 0.1  # a feature that varies less than this share of all is left out of `spread`
-_ROUNDED = 1e-4  # of the shares in a report
-_WORST = 1e9  # stands for infinity, which JSON has not
+DEAD = 0.1  # dimensions with a smaller share of the overall standard deviation are left out of `spread`
+_ROUNDED = 1e-4  # resolution of the shares in a report
+_WORST = 1e9  # replaces infinity, which JSON does not have
 
 Reference = Callable[[np.ndarray], np.ndarray]  # uint8 (N, size, size, 3) → float32 (N, D)
 
@@ -54,22 +58,22 @@ def measure(
 ) -> dict[str, Any]:
     """Compare a graph, run by ONNX Runtime on the CPU, with a reference.
 
-    All images go through it in batches, and the first few also one by one.
+    All images are run in batches, and the first few also one by one.
 
     Args:
-        onnx_bytes: the graph that a bundle will hold.
-        reference: the embeddings that the run was made with.
+        onnx_bytes: The graph.
+        reference: Function that gives the embeddings of the run.
         images: uint8 RGB ``(N, size, size, 3)``, at least one.
-        learner: also compare its decisions.
-        labels: rows of the learner, int64 ``(N,)``; also measure accuracy.
+        learner: If given, its decisions are compared.
+        labels: Learner rows, int64 ``(N,)``. If given, accuracy is measured.
 
     Returns:
-        JSON values, all finite. ``images``, ``batch_sizes``; ``nonfinite``, the images that gave NaN or infinity;
+        Finite JSON values: ``images``, ``batch_sizes``; ``nonfinite``, the number of images that gave NaN or infinity;
         ``max_difference`` and ``p99_difference`` of single values, in standard deviations of the reference;
         ``min_cosine`` and ``mean_cosine`` of the two embeddings of an image; ``drift`` with ``mean_shift``, the
-        largest shift of a dimension's mean in standard deviations, and ``spread``, the largest ratio of a
-        dimension's two standard deviations, at least 1; with a learner ``agreement`` of its decisions; with labels
-        ``accuracy`` of ``reference`` and ``exported``.
+        largest shift of the mean of a dimension in standard deviations, and ``spread``, the largest ratio of the two
+        standard deviations of a dimension, at least 1; with a learner, the ``agreement`` of its decisions; with
+        labels, the ``accuracy`` of ``reference`` and ``exported``.
     """
     session = open_session(as_stored(onnx_bytes))
     wanted = reference(images)
@@ -103,15 +107,15 @@ def measure(
 
 
 def failures(report: dict[str, Any], precision: str) -> list[str]:
-    """What in a report of `measure` is over the limits of a precision, the plainest first; empty: it passes."""
+    """Return one sentence for each limit that a report of `measure` exceeds, the clearest first."""
     declared = precisions.get(precision)
     found = []
 
-    def check(value: float, name: str, words: str) -> None:
+    def check(value: float, name: str, problem: str) -> None:
         limit: float = getattr(declared.limits, name)
         passed = value >= limit if name.startswith("min_") else value <= limit
         if not passed:  # also for NaN
-            found.append(f"{words}, but the limit is {limit:g}")
+            found.append(f"{problem}, but the limit is {limit:g}")
 
     if report["nonfinite"]:
         overflow = f" ({declared.overflow})" if declared.overflow else ""
@@ -126,7 +130,7 @@ def failures(report: dict[str, Any], precision: str) -> list[str]:
     check(value, "max_mean_shift", f"the mean of a dimension is shifted by {value:.2g} standard deviations")
     value = report["drift"]["spread"]
     check(value, "max_spread", f"the standard deviation of a dimension changes by a factor of {value:.4g}")
-    one = 1 / report["images"]  # a single near-tie may fall either way
+    one = 1 / report["images"]  # tolerate a single near-tie
     if "agreement" in report:
         value = report["agreement"]
         if value < 1 - one - _ROUNDED:
@@ -139,10 +143,10 @@ def failures(report: dict[str, Any], precision: str) -> list[str]:
 
 
 def as_stored(onnx_bytes: bytes) -> bytes:
-    """A graph in fp32 that rounds each value which the given one stores in float16.
+    """Return an fp32 graph that rounds every value which the given graph stores in float16.
 
-    ONNX Runtime has no float16 arithmetic on a CPU. It computes in fp32 and leaves out the rounding between operators:
-    an overflow that a GPU would turn into infinity passes unseen. A cast there and back it keeps.
+    ONNX Runtime has no float16 arithmetic on a CPU: it computes in fp32 and omits the rounding between operators, which
+    hides overflows that would become infinity on a GPU. It does keep a cast to float16 and back.
 
     Raises:
         EnvironmentUnfitError: onnx is missing.
@@ -159,7 +163,7 @@ def as_stored(onnx_bytes: bytes) -> bytes:
             wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
     for graph in graphs:
-        nodes: list = []
+        nodes: list[NodeProto] = []
         for node in graph.node:
             for attribute in node.attribute:
                 if attribute.name in ("to", "dtype", "output_dtype") and attribute.i == half:
@@ -175,7 +179,8 @@ def as_stored(onnx_bytes: bytes) -> bytes:
         for value in [*graph.input, *graph.output, *graph.value_info]:
             if onnx_file.element_type(value) == half:
                 value.type.tensor_type.elem_type = single
-    return model.SerializeToString(deterministic=True)
+    stored_model: bytes = model.SerializeToString(deterministic=True)
+    return stored_model
 
 
 def _drift(wanted: np.ndarray, found: np.ndarray, deviation: float) -> dict[str, float]:
@@ -189,5 +194,5 @@ def _drift(wanted: np.ndarray, found: np.ndarray, deviation: float) -> dict[str,
 
 
 def _short(value: float) -> float:
-    """Two digits, at most `_WORST`."""
+    """Round to two digits, and replace larger values by `_WORST`."""
     return float(f"{min(float(value), _WORST):.1e}")

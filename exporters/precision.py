@@ -1,19 +1,19 @@
-"""The precision ladder: a backbone's graph in fp32 → the same in fp16 or int8.
+"""Precisions of a backbone's graph: their limits, and the conversion from fp32.
 
-Precision is in the graph and not in an engine's flags: TensorRT 11 has no such flags any more, and ONNX Runtime then
-runs what TensorRT runs. Preprocessing (nodes `before/…`) and standardisation (`after/…`) stay in fp32, pixels go in as
-uint8 and embeddings come out as float32.
+The precision is part of the graph and not an engine flag: TensorRT 11 has no such flags, and ONNX Runtime can then run
+the same computation as TensorRT. Preprocessing (nodes `before/…`) and standardisation (`after/…`) stay in fp32; pixels
+are uint8 and embeddings float32.
 
-fp16 is made here, not by `onnxruntime.transformers.float16`: that one rounds every value to float16, also between two
-operators that are kept in fp32, so that standardised features would be rounded and the variance within a decomposed
-LayerNorm would overflow; and it leaves nodes out of order.
+fp16 does not use `onnxruntime.transformers.float16`, which rounds every value to float16, even between two operators
+kept in fp32: standardised features would be rounded and the variance in a decomposed LayerNorm would overflow. It also
+leaves the nodes unsorted.
 
-int8 is made by `onnxruntime.quantization`. Compared on the shipped ResNet-9 (250 calibration images of CIFAR-10, 1,024
-others to judge), the smallest cosine is .994 with MinMax, .996 with the 99.999th percentile, .987 with entropy and .974
-with the 99.99th percentile. MinMax it is: it has no cliff nearby, and its memory does not grow with the images. Outputs
-are quantised as well as inputs: else a CPU has no integer kernel for the pair (one image on one thread of an EPYC: 0.96
-ms; 2.2 ms with inputs alone; 1.6 ms in fp32). The last matrix product is left alone: with it, the smallest cosine of a
-network with squeeze and excitation was .944, without .998.
+int8 uses `onnxruntime.quantization` with MinMax calibration. On the shipped ResNet-9 (250 calibration images of
+CIFAR-10, 1,024 others for testing) the smallest cosine is .994 with MinMax, .996 with the 99.999th percentile, .987
+with entropy and .974 with the 99.99th percentile; MinMax is robust, and its memory does not grow with the number of
+images. Outputs are quantised as well as inputs, because a CPU otherwise has no integer kernel for the pair (one image
+on one EPYC thread: 0.96 ms; 2.2 ms with inputs only; 1.6 ms in fp32). The last matrix product is not quantised: with
+it, the smallest cosine of a network with squeeze and excitation was .944, without it .998.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ MIN_CALIBRATION_IMAGES = 16
 _PURPOSE = "convert a backbone"
 _OURS = ("before/", "after/")
 
-# Where the time goes: always in float16, summed up in fp32 by every GPU's kernels.
+# The expensive operators: always in float16; GPU kernels accumulate in fp32.
 _HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-# In float16 behind a heavy one, in fp32 behind one that is in neither list: the sums, squares, roots and exponentials
-# of a normalisation or softmax overflow or vanish in float16, and what lies between them must not be rounded either.
-# fmt: off
+# In float16 after an operator in float16, otherwise in fp32: the sums, squares, roots and exponentials of a
+# normalisation or softmax overflow or underflow in float16, and values between them must not be rounded either. fmt:
+# off
 _LIGHT = frozenset({
     "Abs", "Add", "BatchNormalization", "Clip", "Concat", "DepthToSpace", "Div", "Dropout", "Elu", "Erf",
     "Expand", "Flatten", "Gather", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Max", "MaxPool",
@@ -54,8 +54,8 @@ _LIGHT = frozenset({
     "Split", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Unsqueeze", "Where",
 })
 # fmt: on
-_LOST = 1e-3  # relative error of a constant in float16; twice what rounding alone does
-# Softmax, normalisations, global pooling and additions keep fp32; so does a product of two activations (attention).
+_LOST = 1e-3  # allowed relative error of a constant in float16: twice that of rounding
+# Softmax, normalisations, global pooling, additions and products of two activations (attention) stay in fp32.
 _QUANTISED = ("Conv", "Gemm", "MatMul", "Relu", "Clip", "MaxPool")
 _WEIGHTED = ("Conv", "Gemm", "MatMul")
 
@@ -151,15 +151,15 @@ def convert(onnx_bytes: bytes, precision: str, calibration: np.ndarray | None = 
 
 
 def calibration_images(folder: Path, size: int, limit: int) -> np.ndarray:
-    """At most `limit` images of a folder and its subfolders, evenly spread over all by path.
+    """Load at most `limit` images of a folder and its subfolders, evenly spaced in the order of their paths.
 
-    Those that cannot be decoded are left out, and others taken instead.
+    Images that cannot be decoded are replaced by others.
 
     Returns:
         uint8 RGB ``(N, size, size, 3)``.
 
     Raises:
-        InputError: no such folder, or fewer than 16 images that can be decoded.
+        InputError: The folder does not exist, or has fewer than 16 images that can be decoded.
     """
     paths = image_files([folder])
     first = np.unique(np.linspace(0, len(paths) - 1, min(limit, len(paths))).astype(np.int64))
@@ -183,13 +183,13 @@ def _check_count(count: int, where: str) -> None:
 
 
 def to_fp16(onnx_bytes: bytes) -> bytes:
-    """The same graph with its network in float16.
+    """Convert the network in a graph to float16.
 
-    Matrix products and convolutions are in float16, and so is what lies between them. Normalisations, softmax and
-    sums over positions stay in fp32, and so does every operator with a constant that float16 cannot hold.
+    Matrix products, convolutions and the operators between them are in float16. Normalisations, softmax and sums over
+    positions stay in fp32, and so does every operator with a constant that float16 cannot represent.
 
     Raises:
-        InputError: it has control flow, values whose type cannot be told, or no convolution or matrix product.
+        InputError: The graph has control flow, values of unknown type, or no convolution or matrix product.
         EnvironmentUnfitError: onnx is missing.
     """
     onnx = require("onnx", "export", _PURPOSE)
@@ -199,11 +199,11 @@ def to_fp16(onnx_bytes: bytes) -> bytes:
     types = element_types(model)
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     narrow: set[str] = set()  # values that are float16
-    converted: set[str] = set()  # values that a cast or a second constant exists for
+    converted: set[str] = set()  # values that have a cast or a second constant
     nodes: list[NodeProto] = []
 
     def in_type(value: str, kind: int) -> str:
-        """The value in the wanted type, cast or rounded where it is needed first."""
+        """Return a value in a type, adding a cast or a rounded constant on first use."""
         if types.get(value) != single or (value in narrow) == (kind == half):
             return value
         name = f"{value}/{'half' if kind == half else 'single'}"
@@ -215,7 +215,7 @@ def to_fp16(onnx_bytes: bytes) -> bytes:
                 nodes.append(onnx.helper.make_node("Cast", [value], [name], name=name, to=kind))
         return name
 
-    with np.errstate(over="ignore"):  # of constants that float16 cannot hold: looked for, and left alone
+    with np.errstate(over="ignore"):  # `_holds` rejects constants that overflow
         for node in graph.node:
             wanted = half if _may_be_half(node, types, narrow, constants) else single
             for index, value in enumerate(node.input):
@@ -228,12 +228,12 @@ def to_fp16(onnx_bytes: bytes) -> bytes:
     _drop_unused(graph)
     result = _finish(model)
     if onnx_file.precision(result) != "fp16":
-        raise InputError("the backbone cannot be made fp16: it has no weights that float16 can hold; use fp32")
+        raise InputError("the backbone cannot be made fp16: it has no weights that float16 can represent; use fp32")
     return result
 
 
 def _may_be_half(node: NodeProto, types: dict[str, int], narrow: set[str], constants: dict[str, np.ndarray]) -> bool:
-    """Whether a node's float32 inputs and outputs may be float16."""
+    """Return True if the float32 inputs and outputs of a node may be float16."""
     floats = [value for value in node.input if types.get(value) == 1]  # TensorProto.FLOAT
     activations = [value for value in floats if value not in constants]
     if not activations or node.name.startswith(_OURS):
@@ -244,7 +244,7 @@ def _may_be_half(node: NodeProto, types: dict[str, int], narrow: set[str], const
 
 
 def _holds(constant: np.ndarray) -> bool:
-    """Whether float16 can hold a constant: no large value becomes infinite, and no tiny scale zero."""
+    """Return True if float16 can represent a constant: no value overflows, and no small scale becomes zero."""
     rounded = constant.astype(np.float16).astype(np.float32)
     finite = np.isfinite(constant)
     if not np.array_equal(finite, np.isfinite(rounded)):
@@ -254,17 +254,17 @@ def _holds(constant: np.ndarray) -> bool:
 
 
 def to_int8(onnx_bytes: bytes, images: np.ndarray | None) -> bytes:
-    """The same graph with its network quantised, in the form that TensorRT's parser takes.
+    """Quantise the network in a graph, in the form that TensorRT's parser supports.
 
-    Weights are int8 with a scale a channel, activations int8 with one scale, all symmetric, between QuantizeLinear
+    Weights are int8 with one scale per channel, activations int8 with one scale, all symmetric, between QuantizeLinear
     and DequantizeLinear. Biases stay float32. The same images give the same bytes.
 
     Args:
-        onnx_bytes: in fp32.
-        images: uint8 RGB ``(N, size, size, 3)``; the ranges of all activations are those on these images.
+        onnx_bytes: A graph in fp32.
+        images: uint8 RGB ``(N, size, size, 3)``, which determine the ranges of all activations.
 
     Raises:
-        InputError: too few images, or of another shape; or nothing in the graph can be quantised.
+        InputError: There are too few images or they have the wrong shape, or nothing in the graph can be quantised.
         EnvironmentUnfitError: onnx or onnxruntime is missing.
     """
     require("onnxruntime", "export", _PURPOSE)
@@ -281,7 +281,7 @@ def to_int8(onnx_bytes: bytes, images: np.ndarray | None) -> bytes:
             "decode them at the backbone's size"
         )
     chosen = _to_quantise(model)
-    # says that the model needs no preparation, which is then not advised on stderr
+    # prevents advice on stderr to preprocess the model
     model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "int8.onnx")
@@ -297,10 +297,10 @@ def to_int8(onnx_bytes: bytes, images: np.ndarray | None) -> bytes:
                 activation_type=quantization.QuantType.QInt8,
                 weight_type=quantization.QuantType.QInt8,
                 calibrate_method=quantization.CalibrationMethod.MinMax,
-                # TensorRT takes no int32 biases and no zero points
+                # TensorRT supports neither int32 biases nor zero points
                 extra_options={"QuantizeBias": False, "ActivationSymmetric": True, "WeightSymmetric": True},
             )
-        except Exception as error:  # ONNX Runtime's errors have no common base
+        except Exception as error:  # ONNX Runtime's errors have no common base class
             raise InputError(
                 f"the backbone cannot be made int8 ({onnx_file.short(error)}); use fp16 or fp32"
             ) from error
@@ -309,7 +309,7 @@ def to_int8(onnx_bytes: bytes, images: np.ndarray | None) -> bytes:
 
 
 def _to_quantise(model: ModelProto) -> list[str]:
-    """Names of the nodes to quantise: products with constant weights, and what passes their int8 values on."""
+    """Return the nodes to quantise: products with constant weights, and operators that pass int8 values on."""
     weights = {tensor.name for tensor in model.graph.initializer}
     kept = _last_products(model, weights)
     chosen = []
@@ -325,15 +325,15 @@ def _to_quantise(model: ModelProto) -> list[str]:
         chosen.append(node.name)
     if not weighted:
         raise InputError(
-            "the backbone cannot be made int8: it has no convolution, and no matrix product but its last; use fp32"
+            "the backbone cannot be made int8: it has no convolution, and no matrix product except the last; use fp32"
         )
     return chosen
 
 
 def _last_products(model: ModelProto, weights: set[str]) -> set[str]:
-    """Outputs of the matrix products that make one vector an image, without another product before the embedding.
+    """Return the outputs of matrix products that give one vector per image with no other product before the embedding.
 
-    They take no time, but what int8 rounds away there is in the embedding as it is.
+    They are cheap, but their rounding errors would go into the embedding directly.
     """
     import onnx
 
@@ -355,9 +355,10 @@ def _last_products(model: ModelProto, weights: set[str]) -> set[str]:
 
 
 def _reader(images: np.ndarray, batch: int) -> CalibrationDataReader:
+    """Return calibration data in the form that ONNX Runtime expects."""
     from onnxruntime import quantization
 
-    class Reader(quantization.CalibrationDataReader):
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # the package has no types
         def __init__(self) -> None:
             self.parts: Iterator[np.ndarray] = (images[i : i + batch] for i in range(0, len(images), batch))
 
@@ -369,15 +370,19 @@ def _reader(images: np.ndarray, batch: int) -> CalibrationDataReader:
 
 
 def _parse(onnx_bytes: bytes) -> ModelProto:
-    """A model without control flow whose constants are all initializers."""
+    """Parse a model and turn all its constants into initializers.
+
+    Raises:
+        InputError: The model has control flow.
+    """
     onnx = require("onnx", "export", _PURPOSE)
-    model = onnx.ModelProto.FromString(onnx_bytes)
+    model: ModelProto = onnx.ModelProto.FromString(onnx_bytes)
     kept = []
     for node in model.graph.node:
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
             raise InputError(
-                f"the backbone has control flow ({node.op_type}) and cannot be made narrower; use fp32, "
-                "or export it without"
+                f"the backbone has control flow ({node.op_type}) and cannot be converted; use fp32, or export it "
+                "without control flow"
             )
         value = next((entry for entry in node.attribute if entry.name == "value"), None)
         if node.op_type == "Constant" and value is not None:
@@ -392,10 +397,10 @@ def _parse(onnx_bytes: bytes) -> ModelProto:
 
 
 def element_types(model: ModelProto) -> dict[str, int]:
-    """Value → element type, of a whole model.
+    """Return the element type of every value in a model.
 
     Raises:
-        InputError: that of some value cannot be told.
+        InputError: The type of a value cannot be inferred.
     """
     import onnx
 
@@ -408,7 +413,7 @@ def element_types(model: ModelProto) -> dict[str, int]:
     nodes = list(onnx_file.messages_of(model, onnx.NodeProto))
     unknown = [value for node in nodes for value in node.output if value and not types.get(value)]
     if unknown:
-        raise InputError(f"the type of '{unknown[0]}' in the backbone cannot be told; use fp32, or export it again")
+        raise InputError(f"the type of '{unknown[0]}' in the backbone cannot be inferred; use fp32, or export it again")
     return types
 
 
@@ -420,7 +425,7 @@ def _drop_unused(graph: GraphProto) -> None:
 
 
 def _finish(model: ModelProto) -> bytes:
-    """Label it like the graph that it was made from."""
+    """Copy the labels of the original graph and serialise the model."""
     labels = {entry.key: entry.value for entry in model.metadata_props}
     used = {node.domain or "ai.onnx" for node in model.graph.node}
     kept = [entry for entry in model.opset_import if (entry.domain or "ai.onnx") in used]
@@ -432,7 +437,7 @@ def _finish(model: ModelProto) -> bytes:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the quantiser's advice to itself: it goes to the root logger, which would also get a handler for good."""
+    """Suppress the quantiser's advice, and the handler that its first message would add to the root logger."""
     root, handler = logging.getLogger(), logging.NullHandler()
     level = root.level
     root.addHandler(handler)
