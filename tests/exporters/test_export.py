@@ -110,7 +110,7 @@ def test_a_package_gives_the_same_bytes_again_and_nothing_is_printed(package, ex
 
 def test_an_exporter_that_falls_back_to_another_opset_is_refused(package, monkeypatch):
     monkeypatch.setattr(onnx_export, "OPSET", 17)  # torch 2.13 exports 18 instead, without an error
-    with pytest.raises(EnvironmentUnfitError, match=r"opsets \{'': 18\}, but 17 was asked for"):
+    with pytest.raises(EnvironmentUnfitError, match=r"opsets \{'': 18\}, but opset 17 was requested"):
         onnx_export.export_package(package)
 
 

@@ -274,7 +274,7 @@ def test_another_number_of_names_is_refused():
 
 
 def test_a_learner_that_knows_nothing_is_refused():
-    with pytest.raises(InputError, match="nothing has been taught"):
+    with pytest.raises(InputError, match="no class has been learned yet"):
         export_head(build({"name": "landmark", "directions": 40}, DIM, Priors()), [])
 
 
@@ -290,7 +290,7 @@ def test_weights_that_are_not_finite_are_refused(name):
     else:
         _, factor = learner.solve(0)
         factor[0, 0] = torch.nan
-    with pytest.raises(InputError, match="hold NaN or infinity"):
+    with pytest.raises(InputError, match="contain NaN or infinity"):
         export_head(learner, NAMES)
 
 

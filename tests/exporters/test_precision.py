@@ -369,7 +369,7 @@ def test_a_network_without_weights_cannot_be_narrowed():
     nodes: list[Node] = [("Slice", ["_", "zero", "eight", "axis"], {}), ("ReduceMean", ["_", "axes"], {"keepdims": 0})]
     constants = {"zero": np.array([0]), "eight": np.array([8]), "axis": np.array([2]), "axes": np.array([1, 3])}
     graph = chain(nodes, constants)
-    with pytest.raises(InputError, match="no convolution, and no matrix product but its last"):
+    with pytest.raises(InputError, match="no convolution, and no matrix product except the last"):
         precision.to_int8(graph, images(16))
     with pytest.raises(InputError, match="cannot be made fp16: it has no weights"):
         precision.to_fp16(graph)
