@@ -47,12 +47,51 @@ _HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # In float16 after an operator in float16, otherwise in fp32: the sums, squares, roots and exponentials of a
 # normalisation or softmax overflow or underflow in float16, and values between them must not be rounded either. fmt:
 # off
-_LIGHT = frozenset({
-    "Abs", "Add", "BatchNormalization", "Clip", "Concat", "DepthToSpace", "Div", "Dropout", "Elu", "Erf",
-    "Expand", "Flatten", "Gather", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Max", "MaxPool",
-    "Min", "Mish", "Mul", "Neg", "PRelu", "Pad", "Relu", "Reshape", "Selu", "Sigmoid", "Slice", "SpaceToDepth",
-    "Split", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Unsqueeze", "Where",
-})
+_LIGHT = frozenset(
+    {
+        "Abs",
+        "Add",
+        "BatchNormalization",
+        "Clip",
+        "Concat",
+        "DepthToSpace",
+        "Div",
+        "Dropout",
+        "Elu",
+        "Erf",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Gelu",
+        "HardSigmoid",
+        "HardSwish",
+        "Identity",
+        "LeakyRelu",
+        "Max",
+        "MaxPool",
+        "Min",
+        "Mish",
+        "Mul",
+        "Neg",
+        "PRelu",
+        "Pad",
+        "Relu",
+        "Reshape",
+        "Selu",
+        "Sigmoid",
+        "Slice",
+        "SpaceToDepth",
+        "Split",
+        "Squeeze",
+        "Sub",
+        "Sum",
+        "Tanh",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    }
+)
 # fmt: on
 _LOST = 1e-3  # allowed relative error of a constant in float16: twice that of rounding
 # Softmax, normalisations, global pooling, additions and products of two activations (attention) stay in fp32.

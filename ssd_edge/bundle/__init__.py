@@ -1,4 +1,4 @@
-"""Bundles, the files that `ssd-edge deploy` writes and a device installs. Format: docs/bundle.md."""
+"""Bundles: the files that `ssd-edge deploy` writes and devices install. Format: docs/bundle.md."""
 
 from ssd_edge.bundle.format import (
     MANIFEST,

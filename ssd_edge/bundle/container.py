@@ -1,8 +1,8 @@
-"""The one byte form of a bundle: a ZIP archive that the writer here and no other makes. Specification: docs/bundle.md.
+"""The container of a bundle: a ZIP archive with exactly one valid byte form. Specification: docs/bundle.md.
 
-The reader does not look for the hundred ways in which a ZIP can be odd: it takes names and data out, packs them again
-and compares. Whatever differs is refused. That is why there is a small writer here instead of `zipfile`, whose output
-varies with the version of Python.
+The reader does not check for the many irregularities that a ZIP archive can have: it extracts names and data, packs
+them again and refuses the file if any byte differs. This needs a writer whose output, unlike that of `zipfile`, does
+not depend on the Python version.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
-from reprlib import repr as short  # a message stays one sentence, whatever the file holds
+from reprlib import repr as short  # limits the length of messages about untrusted files
 from typing import BinaryIO
 
 from ssd_edge.errors import BundleRefusedError
@@ -21,7 +21,7 @@ from ssd_edge.errors import BundleRefusedError
 FORMAT = "ssd-edge-bundle"
 VERSION = 1
 
-# The reason of each limit is in docs/bundle.md.
+# docs/bundle.md gives the reason for each limit.
 MAX_ENTRIES = 64
 MAX_BYTES = 2**31
 MAX_NAME_LENGTH = 128
@@ -32,21 +32,21 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*"
 _COMMENT = f"{FORMAT}/{VERSION} sha256:".encode()
 _HEX_LENGTH = 64
 _BLOCK = 1 << 20
-_OTHER_TOOL = "it does not have the one byte form of docs/bundle.md; another tool may have packed it"
+_OTHER_TOOL = "it does not have the byte form of docs/bundle.md; another tool may have packed it"
 
 _LOCAL, _CENTRAL, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _LOCAL_LENGTH = 30
 _VERSION_NEEDED = 10  # 1.0: stored files
-_MADE_BY = 3 << 8 | _VERSION_NEEDED  # 3 is UNIX: the attributes are a file mode
+_MADE_BY = 3 << 8 | _VERSION_NEEDED  # 3 is Unix: the attributes are a file mode
 _ATTRIBUTES = 0o100644 << 16
 _DATE = 1 << 5 | 1  # 1980-01-01
 
 
 def check_digest(stream: BinaryIO) -> str:
-    """Compare the digest in the archive comment with the bytes before it; returns that of the whole file.
+    """Check the digest in the archive comment, and return the digest of the whole file.
 
     Raises:
-        BundleRefusedError: too long, not a bundle, of another version, cut or damaged.
+        BundleRefusedError: The file is too large, not a bundle, of another version, truncated or damaged.
     """
     size = stream.seek(0, 2)
     check_size(size)
@@ -54,14 +54,14 @@ def check_digest(stream: BinaryIO) -> str:
 
 
 def unpack(stream: BinaryIO) -> dict[str, bytes]:
-    """Name → data of an archive; what is in the entries has not been looked at.
+    """Return the entries of an archive, without checking their contents.
 
     Raises:
-        BundleRefusedError: another byte form, or a name, a size or a number of entries that is not allowed.
+        BundleRefusedError: The byte form, or a name, a size or the number of entries, is not allowed.
     """
     entries = _split(stream, stream.seek(0, 2))
     check_names(entries)
-    # The file may change while it is read: compared, checked and used is what is in memory.
+    # The file may change while it is read, so only the copy in memory is checked and used.
     stream.seek(0)
     if not all(stream.read(len(block)) == block for block in blocks(entries)) or stream.read(1):
         raise BundleRefusedError(f"it is complete, but {_OTHER_TOOL}")
@@ -69,7 +69,7 @@ def unpack(stream: BinaryIO) -> dict[str, bytes]:
 
 
 def check_size(size: int) -> None:
-    """Refuse what is too long to be a bundle."""
+    """Check that a bundle is not too large."""
     if size > MAX_BYTES:
         raise BundleRefusedError(f"it has {size} bytes, but a bundle has at most {MAX_BYTES}")
 
@@ -100,14 +100,14 @@ def _check_digest(stream: BinaryIO, size: int) -> str:
 
 
 def check_version(version: int) -> None:
-    """Refuse another version than this reader's."""
+    """Check that the format version is the one that this reader supports."""
     if version != VERSION:
         advice = "; upgrade SSD-Edge on this machine" if version > VERSION else ""
         raise BundleRefusedError(f"it has format version {version}; this SSD-Edge reads {VERSION}{advice}")
 
 
 def _split(stream: BinaryIO, size: int) -> dict[str, bytes]:
-    """Name → data by the local headers. Only lengths and names are read; `unpack` compares the rest."""
+    """Split an archive by its local headers. Only lengths and names are used; `unpack` compares the rest."""
     entries: dict[str, bytes] = {}
     stream.seek(0)
     while True:
@@ -128,7 +128,7 @@ def _split(stream: BinaryIO, size: int) -> dict[str, bytes]:
 
 
 def blocks(entries: Mapping[str, bytes]) -> Iterator[bytes]:
-    """The one byte form of these entries, in blocks."""
+    """Yield the archive of these entries in blocks."""
     digest = hashlib.sha256()
     for block in _body(entries):
         digest.update(block)
@@ -137,7 +137,7 @@ def blocks(entries: Mapping[str, bytes]) -> Iterator[bytes]:
 
 
 def _body(entries: Mapping[str, bytes]) -> Iterator[bytes]:
-    """All of it before the digest's hex digits."""
+    """Yield everything before the hexadecimal digest."""
     directory, offset = [], 0
     for path in sorted(entries):
         name, data = path.encode("ascii"), entries[path]
@@ -160,22 +160,24 @@ def _body(entries: Mapping[str, bytes]) -> Iterator[bytes]:
 
 
 def check_names(entries: Mapping[str, bytes]) -> None:
-    """Refuse names that lead elsewhere, collide, or are of a kind that no bundle needs."""
+    """Check that no name leaves the archive, collides with another, or has a suffix that is not allowed."""
     if len(entries) > MAX_ENTRIES:
         raise BundleRefusedError(f"it has {len(entries)} entries, but a bundle has at most {MAX_ENTRIES}")
     folded = {name.lower(): name for name in entries}
     for name in entries:
         if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
             raise BundleRefusedError(
-                f"the name of its entry {short(name)} is not allowed: it is absolute, hidden, goes up, "
-                f"is longer than {MAX_NAME_LENGTH} or has other characters than A-Z a-z 0-9 . _ - /"
+                f"the name of its entry {short(name)} is not allowed: it is absolute, hidden, contains .., "
+                f"is longer than {MAX_NAME_LENGTH} or has characters other than A-Z a-z 0-9 . _ - /"
             )
         other = folded[name.lower()]
         if other != name:
             raise BundleRefusedError(f"its entries {short(name)} and {short(other)} differ only in case")
         for folder in PurePosixPath(name.lower()).parents:
             if str(folder) in folded:
-                raise BundleRefusedError(f"its entry {short(name)} lies in another entry, not in a folder")
+                raise BundleRefusedError(f"its entry {short(name)} is inside another entry, not in a folder")
         if name != SIGNATURE and PurePosixPath(name).suffix not in SUFFIXES:
             kinds = " ".join(sorted(SUFFIXES))
-            raise BundleRefusedError(f"its entry {short(name)} is of a kind that no bundle needs; allowed are {kinds}")
+            raise BundleRefusedError(
+                f"its entry {short(name)} has a suffix that is not allowed in a bundle; allowed are {kinds}"
+            )

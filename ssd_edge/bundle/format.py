@@ -1,8 +1,8 @@
-"""The bundle format: pack, write, read, verify. The specification, with reasons, is docs/bundle.md.
+"""Pack, write, read and verify bundles. Specification: docs/bundle.md.
 
-The container is in `archive`: it has exactly one valid byte form. Here is what must be in it.
+This module checks the contents of a bundle; `container` implements the archive, which has exactly one valid byte form.
 
-Law: ``read(p).entries == {**entries, "manifest.json": ...}`` after ``write(p, pack(manifest, entries))``.
+After ``write(p, pack(manifest, entries))``, ``read(p).entries == {**entries, "manifest.json": ...}``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as short  # a message stays one sentence, whatever the file holds
+from reprlib import repr as short  # limits the length of messages about untrusted files
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -26,7 +26,7 @@ from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, InputError, printable
 
 MANIFEST = "manifest.json"
-ROLES = {  # role -> the name of its entry
+ROLES = {  # role → name of its entry
     "backbone": "backbone.onnx",
     "learner": "learner.safetensors",
     "statistics": "statistics.safetensors",
@@ -37,14 +37,13 @@ ROLES = {  # role -> the name of its entry
 }
 OPTIONAL_ROLES = frozenset({"head"})
 
-# The reason of each limit is in docs/bundle.md.
+# docs/bundle.md gives the reason for each limit.
 MAX_JSON_BYTES = 2 * 2**20
 MAX_TITLE_LENGTH = 64
 MAX_RELEASE = 2**63
 MAX_PROBE_IMAGES = 64
 
-# A plan that TensorRT-RTX 1.7.1 built begins with "vtrt"; at byte 112 follows "ptrt", the mark of the plan itself
-# (kPLAN_MAGIC_TAG), with which the plans of TensorRT begin.
+# TensorRT's plans begin with "ptrt" (kPLAN_MAGIC_TAG), those of TensorRT-RTX 1.7.1 with "vtrt" and "ptrt" at byte 112.
 ENGINE_MARKS = (b"ptrt", b"vtrt")
 
 _CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
@@ -70,10 +69,10 @@ _SCHEMA = {
 
 @dataclass(frozen=True)
 class Signature:
-    """An Ed25519 signature over the bytes of manifest.json. Only its form has been checked: see `signing.check`.
+    """An Ed25519 signature of manifest.json, which is not verified here: see `signing.check`.
 
     Attributes:
-        key: id of the key, 16 hexadecimal digits.
+        key: Id of the key, 16 hexadecimal digits.
         value: 64 bytes.
     """
 
@@ -81,20 +80,20 @@ class Signature:
     value: bytes
 
     def to_bytes(self) -> bytes:
-        """The entry ``manifest.sig``."""
+        """Return the contents of ``manifest.sig``."""
         text = base64.b64encode(self.value).decode()
         return files.json_bytes({"algorithm": "ed25519", "key": self.key, "signature": text})
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that passed every check of docs/bundle.md; only `read` makes one.
+    """A bundle that passed every check of docs/bundle.md; made by `read` and `parse`.
 
     Attributes:
-        manifest: the parsed manifest.json.
-        entries: name → data, of all entries.
-        sha256: digest of the whole file, what ``sha256sum`` prints.
-        signature: that of the manifest, not verified; None where it has none.
+        manifest: Parsed manifest.json.
+        entries: Name → data of all entries.
+        sha256: Digest of the whole file, as printed by ``sha256sum``.
+        signature: Signature of the manifest, not verified. None if unsigned.
     """
 
     manifest: dict[str, Any]
@@ -104,26 +103,26 @@ class Bundle:
 
     @property
     def roles(self) -> dict[str, str]:
-        """Role → name of its entry, for what this bundle has."""
+        """Names of the entries by role."""
         return {item["role"]: item["path"] for item in self.manifest["files"]}
 
     def read(self, role: str) -> bytes:
-        """The data of the entry with this role.
+        """Return the data of the entry with a role.
 
         Raises:
-            InputError: this bundle has none; of the roles in `ROLES`, only those in `OPTIONAL_ROLES` can be missing.
+            InputError: There is no such entry. Of the roles in `ROLES`, only those in `OPTIONAL_ROLES` can be missing.
         """
         if role not in self.roles:
             raise InputError(f"this bundle has no entry for '{role}'; it has: {', '.join(self.roles)}")
         return self.entries[self.roles[role]]
 
     def tensors(self, role: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Arrays and metadata of a safetensors entry; raises like `read`."""
+        """Return arrays and metadata of a safetensors entry; raises like `read`."""
         return files.parse_tensors(self.read(role), self.roles[role])
 
     @property
     def registry(self) -> ClassRegistry:
-        """The classes, in the order of the learner's rows."""
+        """Classes in the order of the learner's rows."""
         return ClassRegistry.from_json(json.loads(self.read("classes")))
 
 
@@ -132,15 +131,15 @@ def pack(
     entries: Mapping[str, tuple[str, bytes]],
     sign: Callable[[bytes], bytes] | None = None,
 ) -> bytes:
-    """The bytes of a bundle: a function of its arguments only, whatever their order.
+    """Pack a bundle; the bytes depend only on the arguments, not on the order of their keys.
 
     Args:
-        manifest: that of docs/bundle.md without ``format``, ``version`` and ``files``, which are added.
-        entries: name → (role, data), of everything but the manifest.
-        sign: the bytes of manifest.json → those of manifest.sig, see `signing.signer`; None makes an unsigned bundle.
+        manifest: Manifest of docs/bundle.md without ``format``, ``version`` and ``files``, which are added.
+        entries: Name → (role, data) of every entry except the manifest.
+        sign: Function from the bytes of manifest.json to those of manifest.sig, see `signing.signer`. None: unsigned.
 
     Raises:
-        BundleRefusedError: `read` would refuse the result, e.g. because of a NaN in a weight.
+        BundleRefusedError: `read` would refuse the result, e.g. because a weight is NaN.
 
     Example:
         >>> bundle.write("robot.ssdedge", bundle.pack(manifest, {"backbone.onnx": ("backbone", onnx), ...}))
@@ -153,7 +152,7 @@ def pack(
     contents[MANIFEST] = files.json_bytes({**manifest, "format": FORMAT, "version": VERSION, "files": listed})
     if sign is not None:
         contents[SIGNATURE] = sign(contents[MANIFEST])
-    container.check_size(sum(map(len, contents.values())))  # before sizes are put into 32 bits
+    container.check_size(sum(map(len, contents.values())))  # before sizes are stored in 32 bits
     container.check_names(contents)
     _check_contents(contents)
     data = b"".join(container.blocks(contents))
@@ -162,11 +161,11 @@ def pack(
 
 
 def write(path: str | Path, data: bytes) -> None:
-    """Write what `pack` returned, atomically; the folder is made when it is missing.
+    """Write a packed bundle atomically, creating the folder if it is missing.
 
     Raises:
         InputError: `path` is a folder.
-        EnvironmentUnfitError: the disk is full, read-only or forbidden.
+        EnvironmentUnfitError: The disk is full, or the folder is not writable.
     """
     path = Path(path)
     if path.is_dir():
@@ -176,11 +175,11 @@ def write(path: str | Path, data: bytes) -> None:
 
 
 def read(path: str | Path) -> Bundle:
-    """Read a bundle and verify all of it, but for the signature: only its form is checked, see `signing.check`.
+    """Read a bundle and check everything except the signature, which `signing.check` verifies.
 
     Raises:
-        InputError: no such file, a folder, or it cannot be read.
-        BundleRefusedError: damaged, not a bundle, or of a newer version; in one sentence.
+        InputError: The file does not exist, is a folder, or cannot be read.
+        BundleRefusedError: The file is damaged, not a bundle, or of a newer version.
 
     Example:
         >>> bundle.read("robot.ssdedge").registry.names
@@ -193,16 +192,16 @@ def read(path: str | Path) -> Bundle:
         reason = error.strerror or error
         raise InputError(f"the bundle {path} cannot be read: {reason}; check the path") from error
     except BundleRefusedError as error:
-        # Whoever made the file chose the names in it: no line breaks or escape codes from there, and no end.
+        # The message may contain names from an untrusted file: remove control characters and limit its length.
         reason = printable(str(error))[:_MAX_REASON]
         raise BundleRefusedError(f"{path} is refused: {reason}") from error
 
 
 def parse(data: bytes) -> Bundle:
-    """`read` of bytes, such as `pack` returns.
+    """Read a bundle from bytes, such as `pack` returns.
 
     Raises:
-        BundleRefusedError: like `read`.
+        BundleRefusedError: As for `read`.
     """
     return _read(io.BytesIO(data))
 
@@ -215,14 +214,14 @@ def _read(stream: BinaryIO) -> Bundle:
     except RecursionError as error:
         raise BundleRefusedError("its JSON is nested too deeply") from error
     except BundleRefusedError as error:
-        raise BundleRefusedError(f"{error} (a new one is built by: ssd-edge deploy)") from error
+        raise BundleRefusedError(f"{error} (build a new one with: ssd-edge deploy)") from error
 
 
 def _check_contents(entries: Mapping[str, bytes]) -> dict[str, Any]:
-    """Check the manifest, and every entry against it; returns the manifest."""
+    """Check the manifest and every entry against it, and return the manifest."""
     if MANIFEST not in entries:
         raise BundleRefusedError(f"it has no {MANIFEST}")
-    manifest = _parse_json(MANIFEST, entries[MANIFEST])
+    manifest: dict[str, Any] = _parse_json(MANIFEST, entries[MANIFEST])
     _check_manifest(manifest)
     _signature(entries)
     _check_files(manifest, entries)
@@ -253,24 +252,24 @@ def _check_classes(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) ->
 
 def _parse_json(path: str, data: bytes) -> Any:
     if len(data) > MAX_JSON_BYTES:
-        raise BundleRefusedError(f"its {path} has {len(data)} bytes, but may have {MAX_JSON_BYTES}")
+        raise BundleRefusedError(f"its {path} has {len(data)} bytes, but at most {MAX_JSON_BYTES} are allowed")
     try:
         value = json.loads(data)
         canonical = files.json_bytes(value)
-    except ValueError as error:  # also not UTF-8, NaN, or half a surrogate pair
+    except ValueError as error:  # also for invalid UTF-8, NaN, and lone surrogates
         raise BundleRefusedError(f"its {path} is not valid JSON ({error})") from error
     if canonical != data:
-        raise BundleRefusedError(f"its {path} is not canonical JSON (sorted keys, two spaces, no key twice)")
+        raise BundleRefusedError(f"its {path} is not canonical JSON (sorted keys, two spaces, no duplicate keys)")
     return value
 
 
 def _signature(entries: Mapping[str, bytes]) -> Signature | None:
-    """The entry manifest.sig, when there is one. A signature is only taken in the form that `Signature` writes."""
+    """Parse manifest.sig, if there is one. It must have the form that `Signature` writes."""
     data = entries.get(SIGNATURE)
     if data is None:
         return None
     wrong = BundleRefusedError(f"its {SIGNATURE} does not have the form of docs/bundle.md")
-    if len(data) > 200:  # it has 165
+    if len(data) > 200:  # a signature has 165
         raise wrong
     try:
         stated = json.loads(data)
@@ -305,8 +304,8 @@ def _check_manifest(manifest: Any) -> None:
 
 
 def _check_types(value: Any, schema: Any, where: str) -> None:
-    kind = schema if isinstance(schema, type) else type(schema)
-    if type(value) is not kind:  # not isinstance: True is no number here
+    kind: Any = schema if isinstance(schema, type) else type(schema)
+    if type(value) is not kind:  # not isinstance: True is not a number here
         raise BundleRefusedError(f"its {where} has type {type(value).__name__}, not {kind.__name__}")
     if isinstance(schema, dict):
         for key, inner in schema.items():
@@ -319,7 +318,7 @@ def _check_types(value: Any, schema: Any, where: str) -> None:
 
 
 def _check_files(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
-    """``files`` lists every entry but the manifest and its signature, in order, with its size and digest."""
+    """Check that ``files`` lists every entry except manifest and signature, in order, with size and digest."""
     listed = [item["path"] for item in manifest["files"]]
     present = sorted(set(entries) - {MANIFEST, SIGNATURE})
     for path in sorted(set(listed) - set(present)):
@@ -336,14 +335,14 @@ def _check_files(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> N
 
 
 def _check_roles(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
-    """Every role is there once, under its name; the manifest means the backbone that is there."""
+    """Check that every role occurs once and under its name, and that the manifest describes this backbone."""
     by_role: dict[str, str] = {}
     for item in manifest["files"]:
         role, path = item["role"], item["path"]
         if role in by_role:
-            raise BundleRefusedError(f"its entries {by_role[role]} and {path} have one role, {short(role)}")
+            raise BundleRefusedError(f"its entries {by_role[role]} and {path} have the same role, {short(role)}")
         if ROLES.get(role, path) != path:
-            raise BundleRefusedError(f"its entry {path} has the role '{role}', but that is of {ROLES[role]}")
+            raise BundleRefusedError(f"its entry {path} has the role '{role}', but {ROLES[role]} has that role")
         by_role[role] = path
     for role in sorted(ROLES.keys() - OPTIONAL_ROLES - by_role.keys()):
         raise BundleRefusedError(f"it has no entry with the role '{role}' ({ROLES[role]})")
@@ -356,7 +355,7 @@ def _check_roles(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> N
 
 
 def _check_backbone(stated: Mapping[str, Any], facts: onnx_scan.Facts) -> None:
-    """The graph is the one that the manifest describes: its opset, pixels in, embeddings out."""
+    """Check opset, input and output of the graph against the manifest."""
     path = ROLES["backbone"]
     if facts.opset != stated["opset"]:
         raise BundleRefusedError(f"its {path} has opset {facts.opset}, but {MANIFEST} says {short(stated['opset'])}")
@@ -372,7 +371,7 @@ def _check_backbone(stated: Mapping[str, Any], facts: onnx_scan.Facts) -> None:
 
 
 def _fits(found: tuple[int | str | None, ...] | None, wanted: tuple[int | None, ...]) -> bool:
-    """No number in a graph's shape contradicts; what it leaves open is found out by the probe."""
+    """Return True if no known dimension disagrees; unknown dimensions are checked by the probe on the device."""
     if found is None:
         return True
     if len(found) != len(wanted):
@@ -381,7 +380,7 @@ def _fits(found: tuple[int | str | None, ...] | None, wanted: tuple[int | None, 
 
 
 def _check_probe(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray], metadata: Any) -> None:
-    """Images, the embeddings that they must give, and the rows that the learner then answers."""
+    """Check shapes, types and limits of the probe images, their embeddings and the predicted rows."""
     path, size, dim = ROLES["probe"], manifest["backbone"]["size"], manifest["backbone"]["dim"]
     images = arrays.get("images")
     count = len(images) if images is not None and images.ndim == 4 else 0
@@ -400,5 +399,5 @@ def _check_probe(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray], 
         raise BundleRefusedError(f"its {path} names rows {rows.min()} to {rows.max()}, but there are {classes} classes")
     for key, low, high in (("min_cosine", -1, 1), ("max_difference", 0, 1e9)):
         limit = metadata.get(key) if isinstance(metadata, dict) else None
-        if type(limit) not in (int, float) or not low <= limit <= high:
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not low <= limit <= high:
             raise BundleRefusedError(f"its {path} needs '{key}' in its metadata, {low} to {high:g}, not {short(limit)}")

@@ -1,12 +1,11 @@
-"""What is in an ONNX file, and whether a device may give it to its runtime; without the `onnx` package.
+"""Scan an ONNX file before a runtime loads it, without the `onnx` package.
 
-A runtime follows what a model asks for: it opens other files for weights, loads plug-ins for foreign operators and
-starts engines that somebody else compiled. None of it is needed here, so a model that asks for it is refused before a
-runtime sees it. The rules, with reasons, are in docs/bundle.md.
+A runtime follows instructions in a model: it opens external files for weights, loads plug-ins for custom operators and
+runs precompiled engines. Bundles need none of these features, so a model that uses them is refused. docs/bundle.md
+gives the rules and their reasons.
 
-Protobuf lets one file be written, and read, in several ways: repeated singular fields are merged, unknown ones are
-skipped, numbers may be padded. A scanner and a runtime could then see two different models. So only the plain form is
-taken, the one that every exporter writes, and what is left has one meaning.
+Protobuf is ambiguous: repeated singular fields are merged, unknown fields are skipped, and numbers may be padded, so a
+scanner and a runtime could see different models. Only the unambiguous form that every exporter writes is accepted.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MAX_DEPTH = 64
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _PLAIN = {"int": (_VARINT,), "float": (_FIXED32,), "double": (_FIXED64,), "bytes": (_BYTES,)}
 
-# Message → its fields as number:type, of onnx.proto 1.23. A star is `repeated`; numbers may then be packed.
+# Message → its fields as number:type, from onnx.proto 1.23. A star means `repeated`; numbers may then be packed.
 _SCHEMA = {
     "model": "1:int 2:bytes 3:bytes 4:bytes 5:int 6:bytes 7:graph 8:opset* 14:pair*",
     "graph": "1:node* 2:bytes 5:tensor* 10:bytes 11:value* 12:value* 13:value* 14:annotation* 15:sparse* 16:pair*",
@@ -51,7 +50,7 @@ _SCHEMA = {
     "shape": "1:dimension*",
     "dimension": "1:int 2:bytes 3:bytes",
 }
-# What onnx.proto has besides, and no model of a bundle needs.
+# Fields of onnx.proto that no bundle needs.
 _REFUSED = {
     ("model", 20): "training information",
     ("model", 25): "local functions",
@@ -66,17 +65,17 @@ _DTYPES = (
     *("undefined", "float32", "uint8", "int8", "uint16", "int16", "int32", "int64", "string", "bool", "float16"),
     *("float64", "uint32", "uint64", "complex64", "complex128", "bfloat16"),
 )
-_OWN_DOMAINS = (b"", b"ai.onnx")  # two spellings of one
+_OWN_DOMAINS = (b"", b"ai.onnx")  # two spellings of the same domain
 _OP_TYPE = re.compile(rb"[A-Za-z][A-Za-z0-9_]{0,63}")
 
-# Number → values of one message, flat: an integer, or begin and end of bytes and submessages. Lists of numbers and
+# Field number → flat values of one message: integers, or start and end of bytes and submessages. Lists of numbers and
 # names are not kept.
-Fields = dict[int, array]
+Fields = dict[int, "array[int]"]
 
 
 @dataclass(frozen=True)
 class Value:
-    """An input or output: a dimension is a number, a name, or None where the file leaves it open."""
+    """An input or output. A dimension is a number, a name, or None if unknown."""
 
     name: str
     dtype: str
@@ -85,14 +84,14 @@ class Value:
 
 @dataclass(frozen=True)
 class Facts:
-    """What `scan` found.
+    """Facts about a model.
 
     Attributes:
-        opset: version of ONNX's own operators.
-        nodes: their number, subgraphs included.
-        op_types: their types, each once, sorted.
-        inputs: of the graph, without those that have an initial value.
-        outputs: of the graph.
+        opset: Version of the standard ONNX operators.
+        nodes: Number of nodes, including those of subgraphs.
+        op_types: Sorted unique operator types.
+        inputs: Inputs of the graph without an initial value.
+        outputs: Outputs of the graph.
         metadata: ``metadata_props`` of the model.
     """
 
@@ -105,13 +104,13 @@ class Facts:
 
 
 def _compile(fields: str) -> dict[int, tuple[tuple[int, ...], str | None, bool]]:
-    """Number → wire types that fit, name of the submessage or None, whether it may be there several times."""
+    """Parse a schema into field number → (allowed wire types, submessage or None, True if repeated)."""
     table = {}
     for field in fields.split():
         number, kind = field.split(":")
         repeated = kind.endswith("*")
         kind = kind.rstrip("*")
-        wires = _PLAIN.get(kind, (_BYTES,))
+        wires: tuple[int, ...] = _PLAIN.get(kind, (_BYTES,))
         if repeated and wires != (_BYTES,):
             wires = (*wires, _BYTES)
         table[int(number)] = (wires, None if kind in _PLAIN else kind, repeated)
@@ -126,17 +125,16 @@ _TABLES = {message: _compile(fields) for message, fields in _SCHEMA.items()}
 
 
 def scan(data: bytes, what: str) -> Facts:
-    """Check an ONNX file; time and memory are bounded, and weights are skipped, not copied.
+    """Scan an ONNX file in bounded time and memory; weights are skipped, not copied.
 
     Args:
-        data: the file.
-        what: its name, for the error.
+        data: The file.
+        what: Its name in error messages.
 
     Raises:
-        BundleRefusedError: not ONNX, ambiguous, too large, or it asks for more than its own graph of ONNX's own
-            operators; in one sentence.
+        BundleRefusedError: The file is not ONNX, ambiguous or too large, or needs anything except standard operators.
     """
-    # ONNX Runtime takes bytes with this mark for its own format, whatever else they are.
+    # ONNX Runtime treats any data with this mark as its own format.
     if data[4:8] == b"ORTM":
         raise BundleRefusedError(f"{what} has the mark of ONNX Runtime's own format ('ORTM' at byte 4)")
     return _Scanner(data, what).run()
@@ -158,13 +156,14 @@ class _Scanner:
         if 1 not in model or 7 not in model:
             raise self._refuse("is not an ONNX model: it has no " + ("ir_version" if 1 not in model else "graph"))
         opset = self._opset(model)
-        # A stack of its own: Python's would end in a RecursionError that depends on the caller.
+        # Explicit stack: the depth of recursion in Python depends on the caller.
         stack = [self._inside("model", model)]
         while stack:
-            message, fields = next(stack[-1], (None, None))
-            if message is None:
+            submessage = next(stack[-1], None)
+            if submessage is None:
                 stack.pop()
                 continue
+            message, fields = submessage
             if len(stack) > MAX_DEPTH:
                 raise self._refuse(f"is nested deeper than {MAX_DEPTH} messages")
             if message == "node":
@@ -198,7 +197,7 @@ class _Scanner:
         self._op_types.add(op_type.decode())
 
     def _tensor(self, tensor: Fields) -> None:
-        # Any other number than 0: runtimes cut it to 32 bits, and 1 is EXTERNAL.
+        # Refuse every value but 0: runtimes truncate it to 32 bits, and 1 means EXTERNAL.
         if 13 in tensor or (14 in tensor and tensor[14][0] != 0):
             raise self._refuse(f"keeps the weights of {short(self._raw(tensor, 8))} in another file")
 
@@ -208,7 +207,7 @@ class _Scanner:
             if self._raw(fields, 1) not in _OWN_DOMAINS:
                 raise self._refuse(f"needs operators of the foreign domain {short(self._raw(fields, 1))}")
         if len(imports) != 1:
-            raise self._refuse(f"names ONNX's operators {len(imports)} times, not once")
+            raise self._refuse(f"imports the standard operators {len(imports)} times, not once")
         version = imports[0][2][0] if 2 in imports[0] else 0
         if not 1 <= version < 2**31:
             raise self._refuse(f"names opset {version}")
@@ -230,12 +229,12 @@ class _Scanner:
         return Value(name, _DTYPES[number] if number < len(_DTYPES) else f"type {number}", shape)
 
     def _inside(self, message: str, fields: Fields) -> Iterator[tuple[str, Fields]]:
-        """The submessages of a message, each with its kind."""
+        """Yield the submessages of a message with their kinds."""
         for number in fields:
             inner = _TABLES[message][number][1]
             if inner is not None:
-                for one in self._each(inner, fields, number):
-                    yield inner, one
+                for submessage in self._each(inner, fields, number):
+                    yield inner, submessage
 
     def _one(self, message: str, fields: Fields, number: int) -> Fields:
         return next(self._each(message, fields, number), {})
@@ -257,7 +256,7 @@ class _Scanner:
             raise self._refuse(f"has a name that is not UTF-8 ({error})") from error
 
     def _fields(self, message: str, start: int, end: int) -> Fields:
-        """What one message says; its submessages are not looked into."""
+        """Parse the fields of one message without its submessages."""
         found: Fields = {}
         table, at = _TABLES[message], start
         while at < end:
@@ -291,11 +290,11 @@ class _Scanner:
             if inner is not None or not repeated:
                 found[number].extend(values)
         if sum(number in found for number in _ONE_OF.get(message, ())) > 1:
-            raise self._refuse(f"has a {message} that says two things, of which readers take the last")
+            raise self._refuse(f"has a {message} with two values, of which readers use the last")
         return found
 
     def _varint(self, at: int, end: int) -> tuple[int, int]:
-        """A number in its shortest form, at most 64 bits; and where the next field begins."""
+        """Parse a number of at most 64 bits in its shortest form; return it and the position after it."""
         data, value, shift = self._data, 0, 0
         while at < end and shift < 64:
             byte = data[at]

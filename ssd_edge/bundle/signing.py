@@ -1,10 +1,9 @@
-"""Ed25519 signatures of bundles: make a pair of keys, sign a manifest, check a bundle against trusted keys.
+"""Ed25519 signatures of bundles: create key pairs, sign manifests, check bundles against trusted keys.
 
-A signature says that whoever holds the private key signed exactly this manifest, and the manifest holds the digest of
-every other entry. It says neither that the bundle is good nor that it is the newest.
+A signature proves that the holder of the private key signed exactly this manifest, which contains the digest of every
+other entry. It does not say that the bundle is good or that it is the newest.
 
-Keys are PEM files as OpenSSL writes them. `cryptography` is needed here and nowhere else; without it, a bundle that
-must be checked is refused, never let through.
+Keys are PEM files as OpenSSL writes them. Without `cryptography`, a bundle whose signature must be checked is refused.
 """
 
 from __future__ import annotations
@@ -29,35 +28,36 @@ _ID_LENGTH = 16
 
 
 def _library(purpose: str) -> tuple[Any, Any]:
-    """The modules ``ed25519`` and ``serialization`` of `cryptography`."""
+    """Import the modules ``ed25519`` and ``serialization`` of `cryptography`."""
     package = "cryptography.hazmat.primitives"
     names = ("cryptography", f"{package}.asymmetric.ed25519", f"{package}.serialization")
-    return tuple(require(name, "device", purpose, install="cryptography") for name in names)[1:]
+    _, ed25519, serialization = (require(name, "device", purpose, install="cryptography") for name in names)
+    return ed25519, serialization
 
 
 def new_key(folder: str | Path, name: str) -> tuple[Path, Path]:
-    """Make a pair of keys: ``NAME.key``, private and only for its owner to read, and ``NAME.pub``.
+    """Create a key pair: the private ``NAME.key``, readable only by its owner, and ``NAME.pub``.
 
     Args:
-        folder: is created when it is missing.
-        name: of both files, without a suffix.
+        folder: Folder of the files, created if it is missing.
+        name: Name of both files, without a suffix.
 
     Returns:
-        The paths of the private and of the public key.
+        Paths of the private and of the public key.
 
     Raises:
-        InputError: a file of that name exists, and is not overwritten; or the name cannot be a file's.
-        EnvironmentUnfitError: `cryptography` is missing, or the folder cannot be written to.
+        InputError: A file of that name exists, or the name is not allowed.
+        EnvironmentUnfitError: `cryptography` is missing, or the folder is not writable.
     """
     ed25519, pem = _library("make keys")
     if not _NAME.fullmatch(name):
-        raise InputError(f"the name of a key has 1 to 64 characters of A-Z a-z 0-9 . _ -, but is {name!r}")
+        raise InputError(f"the name of a key must have 1 to 64 characters of A-Z a-z 0-9 . _ -, but is {name!r}")
     folder = Path(folder)
     files.make_directory(folder)
     private, public = folder / f"{name}.key", folder / f"{name}.pub"
     for path in (private, public):
         if path.exists() or path.is_symlink():
-            raise InputError(f"{path} exists, and a key is not overwritten; choose another name")
+            raise InputError(f"{path} exists, and keys are never overwritten; choose another name")
     key = ed25519.Ed25519PrivateKey.generate()
     secret = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
     shown = key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
@@ -72,7 +72,7 @@ def new_key(folder: str | Path, name: str) -> tuple[Path, Path]:
 
 
 def _create(path: Path, data: bytes, mode: int) -> None:
-    """A new file with this mode from its first byte. `files` would replace an old one, and make it readable to all."""
+    """Create a file with its final mode. `files` would replace an existing one and make it readable by everyone."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(handle, "wb") as stream:
@@ -80,7 +80,7 @@ def _create(path: Path, data: bytes, mode: int) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except FileExistsError as error:
-        raise InputError(f"{path} exists, and a key is not overwritten; choose another name") from error
+        raise InputError(f"{path} exists, and keys are never overwritten; choose another name") from error
     except OSError as error:
         raise EnvironmentUnfitError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
 
@@ -89,7 +89,7 @@ def load_private(path: str | Path) -> Ed25519PrivateKey:
     """Read a private key.
 
     Raises:
-        InputError: no such file, no Ed25519 key in it, protected by a password, or others may read it.
+        InputError: The file does not exist, is not an unencrypted Ed25519 key, or is readable by others.
         EnvironmentUnfitError: `cryptography` is missing.
     """
     ed25519, pem = _library("sign")
@@ -97,17 +97,22 @@ def load_private(path: str | Path) -> Ed25519PrivateKey:
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if mode & 0o077:
         raise InputError(
-            f"the private key {path} may be read by others (mode {mode:04o}, but 0600 is needed) and is not used; "
-            f"run: chmod 600 {path}, and make a new key if others could have read it"
+            f"the private key {path} is readable by others (mode {mode:04o}, but 0600 is required); "
+            f"run: chmod 600 {path}, and create a new key if others may have read it"
         )
     try:
-        key = pem.load_pem_private_key(data, password=None)
+        loaded = pem.load_pem_private_key(data, password=None)
     except TypeError as error:
-        raise InputError(f"the private key {path} has a password; only keys without one are used") from error
-    except Exception as error:  # ValueError, and types of the library that say that an algorithm is unknown
-        raise InputError(f"{path} holds no private key in PEM; make one with: ssd-edge keys new NAME") from error
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise InputError(f"{path} holds a key of another kind than Ed25519; make one with: ssd-edge keys new NAME")
+        raise InputError(
+            f"the private key {path} has a password; only keys without a password are supported"
+        ) from error
+    except Exception as error:  # ValueError, and the library's own types for unknown algorithms
+        raise InputError(
+            f"{path} does not contain a private key in PEM format; create one with: ssd-edge keys new NAME"
+        ) from error
+    if not isinstance(loaded, ed25519.Ed25519PrivateKey):
+        raise InputError(f"{path} contains a key that is not Ed25519; create one with: ssd-edge keys new NAME")
+    key: Ed25519PrivateKey = loaded
     return key
 
 
@@ -115,75 +120,79 @@ def load_public(path: str | Path) -> Ed25519PublicKey:
     """Read a public key.
 
     Raises:
-        InputError: no such file, no Ed25519 key in it, or a private key.
+        InputError: The file does not exist, is not an Ed25519 key, or is a private key.
         EnvironmentUnfitError: `cryptography` is missing.
     """
     ed25519, pem = _library("check a signature")
     data = files.read_bytes(Path(path))
     if b"PRIVATE KEY-----" in data:
-        raise InputError(f"{path} holds a private key, which stays where it was made; give its NAME.pub instead")
+        raise InputError(f"{path} contains a private key, which must stay where it was created; use NAME.pub instead")
     try:
-        key = pem.load_pem_public_key(data)
-    except Exception as error:  # ValueError, and types of the library that say that an algorithm is unknown
-        raise InputError(f"{path} holds no public key in PEM; make one with: ssd-edge keys new NAME") from error
-    if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise InputError(f"{path} holds a key of another kind than Ed25519; make one with: ssd-edge keys new NAME")
+        loaded = pem.load_pem_public_key(data)
+    except Exception as error:  # ValueError, and the library's own types for unknown algorithms
+        raise InputError(
+            f"{path} does not contain a public key in PEM format; create one with: ssd-edge keys new NAME"
+        ) from error
+    if not isinstance(loaded, ed25519.Ed25519PublicKey):
+        raise InputError(f"{path} contains a key that is not Ed25519; create one with: ssd-edge keys new NAME")
+    key: Ed25519PublicKey = loaded
     return key
 
 
 def key_id(public: Ed25519PublicKey) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of the 32 bytes of a public key."""
+    """Return the id of a public key: the first 16 hexadecimal digits of the SHA-256 of its 32 bytes."""
     return hashlib.sha256(public.public_bytes_raw()).hexdigest()[:_ID_LENGTH]
 
 
 def signer(path: str | Path) -> Callable[[bytes], bytes]:
-    """What `bundle.pack` takes as `sign`: the bytes of manifest.json → those of manifest.sig; raises `load_private`."""
+    """Return the `sign` argument of `bundle.pack` for a private key; raises like `load_private`."""
     key = load_private(path)
     identity = key_id(key.public_key())
     return lambda manifest: Signature(identity, key.sign(manifest)).to_bytes()
 
 
 def trusted(folder: str | Path) -> dict[str, Ed25519PublicKey]:
-    """Key id → key, of all ``*.pub`` in a folder; none when there is no such folder.
+    """Return all keys in the ``*.pub`` files of a folder by id; empty if the folder does not exist.
 
     Raises:
-        InputError: one of them holds no public key. It is not skipped: a key that was trusted is missing.
-        EnvironmentUnfitError: there are keys, but `cryptography` is missing.
+        InputError: A file does not contain a public key. Skipping it would silently drop a trusted key.
+        EnvironmentUnfitError: There are keys, but `cryptography` is missing.
     """
     keys = [load_public(path) for path in sorted(Path(folder).glob("*.pub"))]
     return {key_id(key): key for key in keys}
 
 
 def check(bundle: Bundle, keys: Mapping[str, Ed25519PublicKey]) -> str:
-    """The id of the key that signed a bundle, when it is one of these.
+    """Check the signature of a bundle and return the id of the key that signed it.
 
     Args:
-        bundle: that `bundle.read` has made.
-        keys: the trusted ones, by id; see `trusted`.
+        bundle: Result of `bundle.read`.
+        keys: Trusted keys by id, see `trusted`.
 
     Raises:
-        BundleRefusedError: not signed, signed with another key, or the signature is wrong.
+        BundleRefusedError: The bundle is unsigned or signed with another key, or the signature is invalid.
         EnvironmentUnfitError: `cryptography` is missing.
     """
     require("cryptography", "device", "check a signature")
     from cryptography.exceptions import InvalidSignature
 
-    name, known = bundle.manifest["name"], ", ".join(sorted(keys)) or "no key"
+    name, known = bundle.manifest["name"], ", ".join(sorted(keys))
     found = bundle.signature
     if found is None:
         raise BundleRefusedError(
-            f"the bundle '{name}' is not signed, but must be by {known}; sign it: ssd-edge deploy … --sign NAME.key"
+            f"the bundle '{name}' is not signed, but must be signed by {known or 'a trusted key'}; "
+            "sign it with: ssd-edge deploy … --sign NAME.key"
         )
     if found.key not in keys:
         raise BundleRefusedError(
-            f"the bundle '{name}' is signed with the key {found.key}, but trusted is {known}; get it from whom you "
-            "trust, or trust that key: ssd-edge device trust NAME.pub"
+            f"the bundle '{name}' is signed with the key {found.key}, but trusted keys are: {known or 'none'}; get it "
+            "from a trusted source, or trust that key: ssd-edge device trust NAME.pub"
         )
     try:
         keys[found.key].verify(found.value, bundle.entries[MANIFEST])
     except InvalidSignature as error:
         raise BundleRefusedError(
-            f"the signature of the bundle '{name}' is not that of its manifest by {found.key}: one of them was "
-            "changed; get the bundle again from whom you trust"
+            f"the signature of the bundle '{name}' by {found.key} does not match its manifest: one of them was "
+            "changed; get the bundle again from a trusted source"
         ) from error
     return found.key

@@ -1,8 +1,7 @@
-"""What a bundle can be prepared for: one small YAML file a target, with what that board has and takes.
+"""Deployment targets: one YAML file per board, with its limits and supported features.
 
-The engine is built on the device, where the device is known; a target decides the precision in the graph, and what
-can be refused before anything is sent there. Figures are NVIDIA's (support matrices of JetPack and TensorRT); memory is
-that of the smallest module of the name.
+The engine is built on the device; the target determines the precision of the graph and allows unsupported bundles to be
+refused before they are sent. The figures are from NVIDIA's support matrices of JetPack and TensorRT.
 """
 
 from __future__ import annotations
@@ -19,30 +18,32 @@ import yaml
 from ssd_edge.errors import InputError, did_you_mean
 
 KINDS = ("jetson", "cuda", "cpu")
-SHARE_OF_MEMORY = 0.5  # a Jetson's memory is shared with the GPU, the system and the camera
+SHARE_OF_MEMORY = 0.5  # on a Jetson, GPU, system and camera share the memory
 
 Range = tuple[str | None, str | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One target; versions are dotted numbers, ranges (oldest, newest), None where there is no limit.
+    """A deployment target.
+
+    Versions are dotted numbers; ranges are (oldest, newest), with None for no limit.
 
     Attributes:
-        name: of the file.
-        title: in words.
-        kind: one of `KINDS`.
-        aliases: further names.
-        board: what ``/proc/device-tree/model`` says of it; empty where it does not matter.
-        jetpack: range; None except for a Jetson.
-        l4t: range of the Jetson Linux release.
-        python: range.
-        tensorrt: range; a newer minor version than the last that was released is no mistake. None without a GPU.
-        compute_capability: of the GPUs; empty: any.
-        opset: newest that its parser takes.
-        memory_mb: of the smallest module, MiB.
-        precisions: that it can run, fastest first.
-        default_precision: one of them.
+        name: Name of the YAML file.
+        title: Description.
+        kind: One of `KINDS`.
+        aliases: Further names.
+        board: Text in ``/proc/device-tree/model``. Empty: any.
+        jetpack: Range of JetPack versions. None if not a Jetson.
+        l4t: Range of Jetson Linux releases.
+        python: Range of Python versions.
+        tensorrt: Range of TensorRT versions, which may end with an unreleased one. None without a GPU.
+        compute_capability: Compute capabilities of the GPUs. Empty: any.
+        opset: Newest opset that the parser supports.
+        memory_mb: Memory of the smallest module, MiB.
+        precisions: Supported precisions, fastest first.
+        default_precision: One of `precisions`.
     """
 
     name: str
@@ -62,14 +63,14 @@ class Target:
 
     @property
     def budget_mb(self) -> int:
-        """What SSD-Edge may take of its memory, MiB."""
+        """Memory that SSD-Edge may use, MiB."""
         return int(self.memory_mb * SHARE_OF_MEMORY)
 
 
 @functools.cache
 def targets() -> Mapping[str, Target]:
-    """Name → target, the plainest first."""
-    found = {}
+    """Return all targets by name, sorted by kind and name."""
+    found: dict[str, Target] = {}
     for file in sorted(resources.files(__name__).iterdir(), key=lambda file: file.name):
         if file.name.endswith(".yaml"):
             found[file.name[:-5]] = _target(file.name[:-5], yaml.safe_load(file.read_text("utf-8")))
@@ -77,24 +78,24 @@ def targets() -> Mapping[str, Target]:
 
 
 def _target(name: str, raw: dict[str, Any]) -> Target:
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
     target = Target(name=name, **fields)
-    right = (
+    consistent = (
         target.kind in KINDS
         and target.default_precision in target.precisions
         and (target.kind == "cpu") == (target.tensorrt is None)
         and (target.kind == "jetson") == (target.jetpack is not None)
     )
-    if not right:
+    if not consistent:
         raise ValueError(f"the target {name} contradicts itself: {target}")
     return target
 
 
 def get(name: str) -> Target:
-    """The target of this name or alias.
+    """Return the target with a name or alias.
 
     Raises:
-        InputError: there is none; names the nearest.
+        InputError: The target is unknown. The message suggests similar names.
     """
     known = targets()
     for target in known.values():
@@ -105,33 +106,34 @@ def get(name: str) -> Target:
 
 
 def check_precision(target: Target, precision: str) -> None:
-    """Refuse a precision that this target does not run.
+    """Check that a target supports a precision.
 
     Raises:
-        InputError: with what it runs.
+        InputError: It does not.
     """
     if precision not in target.precisions:
         reason = ", because ONNX Runtime has no kernels for it on a CPU" if target.kind == "cpu" else ""
         raise InputError(
-            f"the target {target.name} does not run {precision}{reason}; choose one of: {', '.join(target.precisions)}"
+            f"the target {target.name} does not support {precision}{reason}; "
+            f"choose one of: {', '.join(target.precisions)}"
         )
 
 
 def check_opset(target: Target, opset: int) -> None:
-    """Refuse a graph that the target's parser may not know.
+    """Check that a target's parser supports an opset.
 
     Raises:
-        InputError: with both opsets.
+        InputError: It does not.
     """
     if opset > target.opset:
         raise InputError(
-            f"the backbone has opset {opset}, but the target {target.name} takes up to {target.opset}; "
-            f"export it again with opset 18"
+            f"the backbone has opset {opset}, but the target {target.name} supports up to {target.opset}; "
+            "export it again with opset 18"
         )
 
 
 def within(version: str, bounds: Range | None) -> bool:
-    """Whether a dotted version lies in a range; the end covers all of its patch releases.
+    """Return True if a dotted version is in a range; the newest version includes its patch releases.
 
     Example:
         >>> within("10.3.0.30", ("10.3", "10.16"))
@@ -146,6 +148,6 @@ def within(version: str, bounds: Range | None) -> bool:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: ``10.3.0+cu12`` → ``(10, 3, 0)``."""
+    """Parse the leading numbers of a version, e.g. ``10.3.0+cu12`` → ``(10, 3, 0)``."""
     match = re.match(r"\d+(\.\d+)*", version.strip())
     return tuple(int(part) for part in match[0].split(".")) if match else ()

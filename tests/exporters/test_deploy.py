@@ -295,7 +295,7 @@ def test_the_probe_holds_what_the_graph_gives_and_what_it_may_differ_by(deployed
     ("options", "sentence"),
     [
         ({"precision": "fp8"}, "unknown precision 'fp8'; known: auto, fp32, fp16, int8"),
-        ({"precision": "fp16"}, "the target cpu does not run fp16"),
+        ({"precision": "fp16"}, "the target cpu does not support fp16"),
         ({"calibration": Path("photos")}, "--calibration is for int8, but the precision is fp32"),
         ({"release": -1}, "--release must be 0 or more, but is -1"),
         ({"sign": Path("none.key")}, "none.key does not exist"),

@@ -306,7 +306,7 @@ def test_a_learner_without_a_graph_is_refused(monkeypatch):
 def test_more_than_one_file_can_hold_is_refused(monkeypatch):
     learner = taught("fecam", {})
     monkeypatch.setattr("exporters.head.onnx_file.MAX_BYTES", 4000)
-    with pytest.raises(InputError, match="takes over 4,000 bytes"):
+    with pytest.raises(InputError, match="exceeds 4,000 bytes"):
         export_head(learner, NAMES)
 
 

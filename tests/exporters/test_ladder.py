@@ -138,7 +138,7 @@ def test_a_network_that_was_brought_narrow_stays_as_it_is(verdicts):
 
 def test_what_a_target_does_not_run_is_refused(verdicts):
     verdicts()
-    with pytest.raises(InputError, match="the target cpu does not run fp16"):
+    with pytest.raises(InputError, match="the target cpu does not support fp16"):
         chosen("fp16", target=CPU)
 
 

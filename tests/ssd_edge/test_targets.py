@@ -35,9 +35,9 @@ def test_every_target_runs_fp32_and_its_default(name):
 
 
 def test_a_precision_or_opset_that_a_target_lacks_is_refused_with_the_reason():
-    with pytest.raises(InputError, match=r"cpu does not run fp16, because ONNX Runtime has no kernels.*int8, fp32"):
+    with pytest.raises(InputError, match=r"cpu does not support fp16, because ONNX Runtime has no kernels.*int8, fp32"):
         targets.check_precision(targets.get("cpu"), "fp16")
-    with pytest.raises(InputError, match=r"opset 23, but the target jetson-thor takes up to 20"):
+    with pytest.raises(InputError, match=r"opset 23, but the target jetson-thor supports up to 20"):
         targets.check_opset(targets.get("thor"), 23)
 
 

@@ -51,7 +51,7 @@ BACKBONE = parts()[0]["backbone"]
 def test_manifest_is_checked(refusal, changed, message):
     got = refusal(hand.with_manifest(**changed))
     assert message in got
-    assert got.endswith(" (a new one is built by: ssd-edge deploy)")
+    assert got.endswith(" (build a new one with: ssd-edge deploy)")
 
 
 def test_files_are_what_the_manifest_says(refusal):
@@ -83,9 +83,9 @@ def test_every_role_is_there_once_under_its_name(refusal):
     message = refusal(hand.with_manifest(files=[*others, {**last, "role": "numbers"}]))
     assert "it has no entry with the role 'statistics' (statistics.safetensors)" in message
     message = refusal(hand.with_entry("more.safetensors", hand.vector(0.0), "learner"))
-    assert "learner.safetensors and more.safetensors have one role, 'learner'" in message
+    assert "learner.safetensors and more.safetensors have the same role, 'learner'" in message
     message = refusal(hand.with_entry("table.safetensors", hand.vector(0.0), "head"))
-    assert "its entry table.safetensors has the role 'head', but that is of head.onnx" in message
+    assert "its entry table.safetensors has the role 'head', but head.onnx has that role" in message
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
@@ -117,7 +117,7 @@ def test_broken_tensors_are_refused(refusal):
     [
         *((bad, "classes.json is not valid JSON") for bad in (b"", b"\xff", b'"\\ud800"', b"NaN", b"1e999")),
         (b"[" * 100_000, "its JSON is nested too deeply"),
-        (b'{"a": 1}', "its classes.json is not canonical JSON (sorted keys, two spaces, no key twice)"),
+        (b'{"a": 1}', "its classes.json is not canonical JSON (sorted keys, two spaces, no duplicate keys)"),
         (b'{\n  "a": 1,\n  "a": 1\n}\n', "its classes.json is not canonical JSON"),
         (b"{}\n", "the class registry is damaged"),
     ],

@@ -186,13 +186,16 @@ def test_names_that_lead_elsewhere_are_refused(refusal, name):
 )
 def test_kinds_that_no_bundle_needs_are_refused(refusal, name):
     message = refusal(sealed({**contents(), name: b""}))
-    assert f"its entry {name!r} is of a kind that no bundle needs; allowed are .csv .html .json .md .onnx" in message
+    assert (
+        f"its entry {name!r} has a suffix that is not allowed in a bundle; allowed are .csv .html .json .md .onnx"
+        in message
+    )
 
 
 def test_names_that_collide_are_refused(refusal):
     whole = contents()
     assert "differ only in case" in refusal(sealed({**whole, "Classes.json": b""}))
-    assert "'classes.json/x' lies in another entry" in refusal(sealed({**whole, "classes.json/x": b""}))
+    assert "'classes.json/x' is inside another entry" in refusal(sealed({**whole, "classes.json/x": b""}))
     twice = sealed({**whole, "extra-a": b"", "extra-b": b""}).replace(b"extra-b", b"extra-a")
     assert "its entry 'extra-a' is there twice" in refusal(resealed(twice))
     foreign = sealed({**whole, "extra-a": b""}).replace(b"extra-a", b"extra-\xe9")
@@ -204,7 +207,7 @@ def test_limits(refusal, monkeypatch):
     assert "it has more than 64 entries" in refusal(sealed({**contents(), **many}))
     big = b'"' + b"x" * bundle.MAX_JSON_BYTES + b'"\n'
     message = refusal(hand.with_entry("big.json", big, "big"))
-    assert "its big.json has 2097155 bytes, but may have 2097152" in message
+    assert "its big.json has 2097155 bytes, but at most 2097152 are allowed" in message
     claims = replaced(b"\x08\x00\x00\x00\x08\x00\x00\x00", b"\xff\xff\xff\xff\xff\xff\xff\xff")
     assert "its entry 'MODEL_CARD.md' is longer than the file" in refusal(claims)
     data = bundle.pack(*parts())
