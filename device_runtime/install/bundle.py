@@ -1,7 +1,7 @@
-"""A bundle becomes the current generation of a root, when everything that can be checked before has been.
+"""Installation of a bundle as the current generation of a root.
 
-In this order: the bundle itself, the signature, the release, that its parts fit together, the free disk, and at last
-the self-test on what will really run here (`selftest`). Until then the old generation stays current.
+The checks are, in this order: the bundle, its signature, its release, the consistency of its parts, the free disk
+space, and the self-test on this machine. Until all of them pass, the old generation stays current.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
 
-# Decisions on the probe's images, whose patches are of no class: near-ties may fall otherwise, a wrong learner differs
-# in most.
+# The probe images belong to no class, so near-ties may be decided differently. A wrong learner disagrees on most of
+# them.
 MIN_AGREEMENT = 0.75
 
 Say = Callable[[str], None]
@@ -39,22 +39,22 @@ def install(
     strict: bool = False,
     say: Say = lambda text: None,
 ) -> Generation:
-    """Verify a bundle, test it on this machine, and make it the current generation of a root (created if need be).
+    """Verify a bundle, test it on this machine and make it the current generation of a root.
 
     Args:
-        root: the device's state.
-        bundle: the file.
-        strict: refuse it where something slower would run it than its target is prepared for.
-        allow_downgrade: take a lower release than the highest that was installed here.
-        say: told what happens: an engine is built, what runs the backbone, and how near it comes to the bundle's
-            embeddings.
+        root: Root of the device's state, created if it does not exist.
+        bundle: File of the bundle.
+        allow_downgrade: Accept a release that is lower than the highest installed one.
+        strict: Refuse a runtime that is slower than the one its target expects.
+        say: Called with messages for the user: the build of an engine, the runtime, the result of the self-test.
 
     Raises:
-        InputError: no such bundle.
-        BundleRefusedError: the bundle is damaged, not signed by a trusted key, or older than what was installed.
-        GateRefusedError: its backbone or learner computes something else here than where it was packed.
-        SlowerProviderError: under `strict`.
-        EnvironmentUnfitError: a key is trusted, but `cryptography` is not installed; or the backbone cannot run here.
+        InputError: The bundle does not exist.
+        BundleRefusedError: The bundle is damaged, not signed by a trusted key, or an older release.
+        GateRefusedError: The backbone or learner gives other results on this machine than in the bundle.
+        SlowerProviderError: The runtime is slower than the target's and `strict` is set.
+        EnvironmentUnfitError: The backbone cannot run on this machine, or a key is trusted but `cryptography` is not
+            installed.
     """
     opened = bundles.read(Path(bundle))
     store = Generations(root)
@@ -109,7 +109,7 @@ def _installed_bundle(opened: bundles.Bundle, signed_by: str | None) -> Installe
 
 
 def _initial_state(opened: bundles.Bundle, installed: InstalledBundle) -> DeviceState:
-    """What a bundle knows, with thresholds for what is none of its classes."""
+    """Return the state in a bundle, with thresholds for images of unknown classes."""
     statistics = restore_statistics(opened.tensors("statistics")[0])
     state = DeviceState(
         opened.registry,
@@ -125,36 +125,36 @@ def _initial_state(opened: bundles.Bundle, installed: InstalledBundle) -> Device
 
 
 def _check_release(store: Generations, release: int, name: str | Path) -> None:
-    """Refuse a release below the highest that was installed: an old bundle's signature is as good as a new one's."""
+    """Refuse a release below the highest installed one, because signatures of old bundles stay valid."""
     try:
         generations = store.list()
-    except InputError:  # nothing is installed yet
+    except InputError:  # no installation yet
         return
     known = [entry.info["release"] for entry in generations if entry.info and "release" in entry.info]
-    # also those that were pruned
+    # including pruned generations
     events = [event.get("info") for event in store.journal() if event.get("event") == "install"]
     known += [info["release"] for info in events if isinstance(info, dict) and type(info.get("release")) is int]
     try:
         current = files.parse_json(store.current().read("device.json"), "device.json")
         known.append(current["release"])
-    except BundleRefusedError:  # nothing intact to compare with: a new bundle is the way out
+    except BundleRefusedError:  # no intact generation: a new bundle repairs the device
         pass
     if known and release < max(known):
         raise BundleRefusedError(
-            f"{name} is release {release}, but release {max(known)} was installed here; to go back: "
-            "--allow-downgrade, or ssd-edge device rollback"
+            f"{name} is release {release}, but release {max(known)} was installed on this device; to go back, use "
+            "--allow-downgrade or ssd-edge device rollback"
         )
 
 
 def _check_learner(learner: learners.Learner, embeddings: np.ndarray, rows: np.ndarray) -> float:
-    """Share of the probe's images that the learner decides as it did where the bundle was packed."""
-    if not len(learner.seen):  # deployed without classes: there is nothing to decide yet
+    """Return the share of the probe images for which the learner's decision agrees with the bundle."""
+    if not len(learner.seen):  # deployed without classes, so there are no decisions
         return 1.0
     scores = learner.scores(torch.from_numpy(embeddings))
     agreement = float((scores.argmax(1).numpy() == rows).mean())
     if not bool(torch.isfinite(scores).all()) or agreement < MIN_AGREEMENT:
         raise GateRefusedError(
-            f"the learner decides {agreement:.0%} of the probe's images as it did where it was packed, but at least "
-            f"{MIN_AGREEMENT:.0%} are needed; nothing was changed. Deploy the run again"
+            f"the learner's decisions agree with the bundle on {agreement:.0%} of the probe images, but at least "
+            f"{MIN_AGREEMENT:.0%} are required; nothing was changed. Deploy the run again"
         )
     return round(agreement, 4)

@@ -1,8 +1,8 @@
-"""Whose bundles a device takes.
+"""Trusted keys of a device.
 
 ::
 
-    ROOT/trusted/<key id>.pub      public keys; as soon as there is one, an unsigned bundle is refused
+    ROOT/trusted/<key id>.pub      public keys; with at least one, unsigned bundles are refused
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from ssd_edge import files
 from ssd_edge.bundle import Bundle, signing
 from ssd_edge.errors import InputError
 
-TRUSTED = "trusted"  # folder of a root
+TRUSTED = "trusted"  # folder in a root
 
 
 def keys(root: str | Path) -> list[Path]:
-    """Files of the keys that sign what a device takes."""
+    """Return the files of the trusted keys."""
     return sorted((Path(root) / TRUSTED).glob("*.pub"))
 
 
 def check_signature(root: str | Path, opened: Bundle) -> str | None:
-    """The id of the trusted key that signed a bundle; None where no key is trusted.
+    """Return the id of the trusted key that signed a bundle, or None if no key is trusted.
 
     Raises:
-        BundleRefusedError: no trusted key signed it.
-        EnvironmentUnfitError: a key is trusted, but `cryptography` is not installed.
+        BundleRefusedError: No trusted key signed the bundle.
+        EnvironmentUnfitError: A key is trusted, but `cryptography` is not installed.
     """
     return signing.check(opened, signing.trusted(Path(root) / TRUSTED)) if keys(root) else None
 
 
 def trust(root: str | Path, key: str | Path) -> str:
-    """From now on only bundles signed by a trusted key are installed; adds this one, and returns its id.
+    """Add a trusted key and return its id. With a trusted key, only bundles signed by one are installed.
 
     Args:
-        root: the device's state.
-        key: file of a public key (``ssd-edge keys new``).
+        root: Root of the device's state.
+        key: File of a public key (``ssd-edge keys new``).
 
     Raises:
-        InputError: no public key in that file.
+        InputError: The file is not a public key.
     """
     identity = signing.key_id(signing.load_public(Path(key)))
     folder = Path(root) / TRUSTED
@@ -49,10 +49,10 @@ def trust(root: str | Path, key: str | Path) -> str:
 
 
 def distrust(root: str | Path, identity: str) -> None:
-    """Take a trusted key out; without the last one, unsigned bundles are installed again.
+    """Remove a trusted key. Without any trusted key, unsigned bundles are accepted.
 
     Raises:
-        InputError: it is not trusted; lists those that are.
+        InputError: The key is not trusted; the message lists those that are.
     """
     known = trusted(root)
     if identity not in known:
@@ -63,5 +63,5 @@ def distrust(root: str | Path, identity: str) -> None:
 
 
 def trusted(root: str | Path) -> list[str]:
-    """Ids of the trusted keys."""
+    """Return the ids of the trusted keys."""
     return [path.stem for path in keys(root)]

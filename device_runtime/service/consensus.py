@@ -1,4 +1,4 @@
-"""One stable answer for a stream of frames: what most of the last frames say.
+"""A stable answer for a stream of frames: the majority vote of the last frames.
 
 Example:
     >>> consensus = Consensus()
@@ -17,29 +17,29 @@ from ssd_edge.errors import InputError
 class Consensus:
     """A majority vote over the last frames, in which ``unknown`` is a label like any other.
 
-    More than half of the votes are asked for, so there are no ties. Where no label has them the answer is None
-    rather than the one before: a stale answer would look like a sure one. With ``minimum`` at least 2 a single
-    odd frame is never the answer, and where ``share`` is at most (minimum − 1)/minimum (the defaults) it does
-    not even interrupt one. The price is the delay: a new object is answered after ``share * window`` frames.
+    An answer needs more than half of the votes, so there are no ties. Without a majority the answer is None, not the
+    previous one. With ``minimum`` of at least 2, a single deviating frame is never the answer; with ``share`` of at
+    most (minimum − 1)/minimum, as by default, it does not interrupt the answer either. In return, a new object is
+    answered only after ``share * window`` frames.
 
     Args:
-        window: how many frames vote.
-        share: of them that must agree, above 0.5 and at most 1.
-        minimum: frames since the start or the last gap before there is an answer.
-        gap: seconds without a frame after which the earlier ones no longer count; math.inf: they always do.
+        window: Number of frames that vote.
+        share: Share of the votes that an answer needs, above 0.5 and at most 1.
+        minimum: Number of frames since the start or the last gap that an answer needs.
+        gap: Seconds without a frame after which earlier frames are dropped; math.inf to keep them.
 
     Attributes:
-        score: mean score of the frames that agree with the last answer, 0.0 where there is none.
+        score: Mean score of the frames that agree with the last answer; 0.0 without an answer.
 
     Raises:
-        InputError: a value is out of range.
+        InputError: A value is out of range.
     """
 
     def __init__(self, window: int = 5, share: float = 0.6, minimum: int = 3, gap: float = 2.0) -> None:
         if not 1 <= minimum <= window:
             raise InputError(f"minimum must be between 1 and window, but is {minimum} of {window}; lower it")
         if not 0.5 < share <= 1:
-            raise InputError(f"share must be above 0.5 and at most 1, but is {share}; two labels could tie below")
+            raise InputError(f"share must be above 0.5 and at most 1, but is {share}; smaller values allow ties")
         if not gap > 0:
             raise InputError(f"gap must be above 0 seconds, but is {gap}")
         self.share, self.minimum, self.gap = share, minimum, gap
@@ -51,19 +51,19 @@ class Consensus:
         """Count a frame.
 
         Args:
-            label: what it was taken for, or ``unknown``.
-            score: of that, finite.
-            at: when it was taken, in seconds of a clock that nobody sets (`time.monotonic`, or the camera's own);
-                a step back is a gap too. None: it follows the frame before without a gap.
+            label: Predicted class, or ``unknown``.
+            score: Score of the prediction, finite.
+            at: Time in seconds on a monotonic clock (`time.monotonic` or the camera's). A step back counts as a gap.
+                None if the frame follows the previous one without a gap.
 
         Returns:
-            The label that enough of the last frames agree on, else None.
+            The label with enough votes, or None.
 
         Raises:
-            InputError: no label, or score or time is no number; the frame is not counted.
+            InputError: The label is empty, or the score or time is not finite; the frame is not counted.
         """
         if not isinstance(label, str) or not label:
-            raise InputError(f"a frame needs a label or 'unknown', but has {label!r}")
+            raise InputError(f"the label of a frame must be a non-empty string, but is {label!r}")
         if not math.isfinite(score) or (at is not None and not math.isfinite(at)):
             raise InputError(f"score and time of a frame must be finite, but are {score} and {at}")
         if at is not None:
@@ -82,6 +82,6 @@ class Consensus:
         return winner
 
     def reset(self) -> None:
-        """Forget all frames: another camera position, another generation."""
+        """Drop all frames, e.g. for another camera position or generation."""
         self._votes.clear()
         self._last, self.score = None, 0.0

@@ -1,15 +1,15 @@
-"""Whether what a device sees still is what its classes were learned from: running counts in fixed memory.
+"""Drift of the images that a device sees, relative to those that its classes were learned from.
 
-Of every image two things are counted in bins, both relative to the nearest class, so that a box that sees one class all
-day has not drifted for that:
+Two quantities of each image are counted in bins. Both are relative to the nearest class, so that a change in the class
+frequencies is not drift:
 
-* *directions*: the embedding's offset from that class's mean along the 16 principal directions of the within-class
-  covariance. Expected counts follow from the class statistics of the bundle.
-* *distance*: its Mahalanobis distance from that mean. Real embeddings have far heavier tails than a Gaussian with their
-  covariance, so the device's own first `WINDOW` images are the comparison.
+* *directions*: the embedding's offset from the class mean along the 16 principal directions of the within-class
+  covariance. The expected counts follow from the class statistics of the bundle.
+* *distance*: the embedding's Mahalanobis distance from the class mean. Real embeddings have far heavier tails than a
+  Gaussian with the same covariance, so the reference is the device's own first `WINDOW` images.
 
-Scores and rejects are counted and told, but do not decide: they also move with the mix of classes. No image and no
-embedding is kept. What the figures mean on CIFAR-10 is in docs/service.md.
+Scores and rejects are reported too, but do not affect the level, because they also depend on the class frequencies. The
+memory is fixed, and no image or embedding is stored. docs/service.md has figures on CIFAR-10.
 """
 
 from __future__ import annotations
@@ -31,45 +31,45 @@ from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 log = logging.getLogger(__name__)
 
-# Population stability index Σ (o − e) ln(o/e): the limits of credit scoring practice (N. Siddiqi, Credit Risk
-# Scorecards, 2006); a convention, not a test.
+# Limits of the population stability index Σ (o − e) ln(o/e), a convention of credit scoring (N. Siddiqi, Credit Risk
+# Scorecards, 2006).
 MODERATE, DRIFTED = 0.1, 0.25
 BINS = 10
-WINDOW = 1000  # images; the report is about the last one to two windows, so that an old shift is forgotten
-# Without a shift, the index of n images in B bins is about χ²(B − 1)/n (B. Yurdakul, Statistical Properties of
-# Population Stability Index, 2018): with 300, one index in two thousand reaches 0.1.
+WINDOW = 1000  # images; a report covers the last one to two windows
+# Without drift, the index of n images in B bins is distributed like χ²(B − 1)/n (B. Yurdakul, Statistical Properties of
+# Population Stability Index, 2018): for n = 300, one in two thousand reaches 0.1.
 MINIMUM = 300
 DIRECTIONS = 16
-SOLID = 30  # images of a class: the error of a mean of fewer looks like a shift of its own (of index 1/images)
+SOLID = 30  # images per class; the error of a mean of n images acts like drift with an index of 1/n
 SAMPLES, AT_ONCE = 20_000, 1000
 
-DISTANCES = np.geomspace(0.5, 1.5, BINS - 1)  # edges of the distance divided by √D, which is 1 for a Gaussian
-SHARES = np.array([0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.99999])  # edges of the score
+DISTANCES = np.geomspace(0.5, 1.5, BINS - 1)  # bin edges of distance/√D, which is about 1 for a Gaussian
+SHARES = np.array([0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.99999])  # bin edges of the score
 Level = Literal["collecting", "stable", "moderate", "drifted"]
 KEYS = ("counts", "images", "rejected", "windows", "reference")
 
 
 class Reference:
-    """What a device's classes should look like, from their statistics alone.
+    """Expected counts for a device's classes, computed from their statistics.
 
     Args:
-        statistics: of its classes.
+        statistics: Statistics of the classes.
 
     Attributes:
-        dim: D, of an embedding.
-        solid: whether there are classes with at least `SOLID` images; else there are no expected counts.
-        expected: float64 ``(directions, BINS)``, shares of images in each bin; the edges are `edges` ``(directions,
-            BINS − 1)``.
-        digest: uint8 ``(32,)``: counts belong to the reference that they were made with.
+        dim: Dimension D of the embeddings.
+        solid: True if a class has at least `SOLID` images; otherwise the expected counts are not used.
+        edges: Bin edges, ``(directions, BINS − 1)``.
+        expected: Shares of the images in each bin, float64 ``(directions, BINS)``.
+        digest: Digest that identifies the reference of stored counts, uint8 ``(32,)``.
 
     Raises:
-        InputError: no class has an image.
+        InputError: No class has an image.
     """
 
     def __init__(self, statistics: ClassStatistics) -> None:
         seen = statistics.counts > 0
         if not bool(seen.any()):
-            raise InputError("drift is relative to classes, but this device knows none yet; teach it one first")
+            raise InputError("drift is measured relative to classes, but this device has none yet; teach it one first")
         self._means = statistics.means[seen].double()
         self._solid = (statistics.counts[seen] >= SOLID).numpy()
         self.dim, self.solid = self._means.shape[1], bool(self._solid.any())
@@ -85,7 +85,7 @@ class Reference:
         self.edges, self.expected = self._expect(torch.linalg.cholesky(covariance))
 
     def _expect(self, factor: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Deciles of pseudo-embeddings: near the normal ones, except where classes overlap."""
+        """Return bin edges and expected shares from the deciles of sampled embeddings."""
         means = self._means[torch.from_numpy(self._solid)] if self.solid else self._means
         generator = torch.Generator().manual_seed(0)
         parts = []
@@ -97,7 +97,7 @@ class Reference:
         return edges, np.full((len(edges), BINS), 1 / BINS)
 
     def measure(self, embeddings: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each embedding: offsets ``(N, directions)``, distance/√D ``(N,)``, whether its class is solid ``(N,)``."""
+        """Return offsets ``(N, directions)``, distance/√D ``(N,)`` and whether each nearest class is solid ``(N,)``."""
         wide = embeddings.double()
         nearest = (wide @ self._weights.T - self._bias).argmax(1)
         offset = wide - self._means[nearest]
@@ -140,12 +140,10 @@ class DriftReport:
 
 
 class Monitor:
-    """Counts of what a device has seen: of its first window, the last full one, and the current one.
-
-    Any number of threads may add.
+    """Drift counts of the first window, the last full window and the current window; thread-safe.
 
     Args:
-        reference: of the generation that answers. After a learn the counts begin anew.
+        reference: Reference of the current generation. Counts start anew with another reference.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -155,18 +153,18 @@ class Monitor:
         self._counts = np.zeros((3, rows, BINS), np.int64)  # first, last, current window
         self._images = np.zeros(3, np.int64)
         self._rejected = np.zeros(3, np.int64)
-        self._windows = np.zeros(1, np.int64)  # that were filled
+        self._windows = np.zeros(1, np.int64)  # number of full windows
 
     def add(self, embeddings: Tensor | np.ndarray, scores: ArrayLike, known: ArrayLike | None = None) -> None:
         """Count images.
 
         Args:
-            embeddings: ``(N, D)``.
-            scores: ``(N,)``, of the best class, 0..1.
-            known: ``(N,)``, false for an image that was rejected as of no known class; None: all known.
+            embeddings: Embeddings ``(N, D)``.
+            scores: Probability of the best class ``(N,)``.
+            known: False for an image that was rejected as unknown ``(N,)``; None if no image was rejected.
 
         Raises:
-            InputError: shapes that do not fit, NaN or infinity, a score beyond 0..1; nothing is counted.
+            InputError: Shapes do not match, an embedding is not finite, or a score is outside 0..1. Nothing is counted.
         """
         vectors = torch.as_tensor(embeddings)
         shares = np.asarray(scores, np.float64)
@@ -174,13 +172,13 @@ class Monitor:
         count, dim = len(vectors), self.reference.dim
         if tuple(vectors.shape) != (count, dim) or shares.shape != (count,) or accepted.shape != (count,):
             raise InputError(
-                f"embeddings of shape {tuple(vectors.shape)}, scores {shares.shape} and known {accepted.shape} do not "
-                f"fit: (N, {dim}), (N,) and (N,) are needed; nothing was counted"
+                f"embeddings, scores and known have the shapes {tuple(vectors.shape)}, {shares.shape} and "
+                f"{accepted.shape}, but (N, {dim}), (N,) and (N,) are required; nothing was counted"
             )
         if not bool(vectors.isfinite().all()):
-            raise InputError("an embedding holds NaN or infinity; check the backbone; nothing was counted")
-        if not ((shares >= 0) & (shares <= 1)).all():  # NaN too
-            raise InputError("a score is not within 0 to 1; pass shares (softmax), not logits; nothing was counted")
+            raise InputError("an embedding is NaN or infinite; nothing was counted. Check the backbone")
+        if not ((shares >= 0) & (shares <= 1)).all():  # also false for NaN
+            raise InputError("a score is outside 0 to 1; nothing was counted. Pass probabilities, not logits")
         offsets, distances, solid = self.reference.measure(vectors)
         bins = np.empty((count, self._counts.shape[1]), np.int64)
         for row, edges in enumerate(self.reference.edges):
@@ -196,7 +194,7 @@ class Monitor:
                 at = part.stop
 
     def _count(self, bins: np.ndarray, accepted: np.ndarray) -> None:
-        """Into the current window, which has room for all; a full one becomes the last."""
+        """Count images in the current window, which has space for them; a full window becomes the last one."""
         for row in range(bins.shape[1]):
             column = bins[:, row]
             self._counts[2, row] += np.bincount(column[column >= 0], minlength=BINS)
@@ -241,7 +239,7 @@ class Monitor:
         )
 
     def state(self) -> dict[str, np.ndarray]:
-        """Named arrays of a size that does not depend on what was seen, for `ssd_edge.files.write_tensors`."""
+        """Return the counts as named arrays of fixed size, for `ssd_edge.files.write_tensors`."""
         with self._lock:
             arrays: list[np.ndarray] = [
                 self._counts,
@@ -254,18 +252,17 @@ class Monitor:
 
     @classmethod
     def from_state(cls, reference: Reference, state: Mapping[str, np.ndarray]) -> Monitor:
-        """Go on counting. Counts of another reference, or damaged ones, are dropped and said so in the log: no count is
-        worth a device that does not start."""
+        """Continue with stored counts. Damaged counts and those of another reference are dropped and logged."""
         monitor = cls(reference)
         fresh = monitor.state()
         if set(state) != set(KEYS) or any(
             state[name].shape != array.shape or state[name].dtype != array.dtype for name, array in fresh.items()
         ):
-            log.warning("the drift counts are damaged; counting begins anew")
+            log.warning("the drift counts are damaged; counting starts anew")
         elif not np.array_equal(state["reference"], reference.digest):
-            log.info("the classes have changed since the drift counts were made; counting begins anew")
+            log.info("the classes have changed since the drift counts were stored; counting starts anew")
         elif not _plausible(state):
-            log.warning("the drift counts contradict each other; counting begins anew")
+            log.warning("the drift counts are inconsistent; counting starts anew")
         else:
             monitor._counts, monitor._images, monitor._rejected, monitor._windows = (
                 np.array(state[name]) for name in KEYS[:-1]
@@ -274,7 +271,7 @@ class Monitor:
 
 
 def psi(observed: np.ndarray, expected: np.ndarray | None) -> float | None:
-    """Population stability index of counts ``(BINS,)`` against shares; None with too few, or nothing to compare."""
+    """Return the population stability index of counts ``(BINS,)`` relative to shares; None if there are too few."""
     if expected is None or observed.sum() < MINIMUM:
         return None
     shares = _shares(observed)
@@ -282,19 +279,19 @@ def psi(observed: np.ndarray, expected: np.ndarray | None) -> float | None:
 
 
 def level(index: float | None) -> Level:
-    """What an index is called."""
+    """Return the level of an index."""
     if index is None:
         return "collecting"
     return "drifted" if index >= DRIFTED else "moderate" if index >= MODERATE else "stable"
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
-    """With half an image more in every bin, so that none is empty."""
+    """Return the share of each bin, with half an image added to each so that no share is 0."""
     return np.asarray((counts + 0.5) / (counts.sum() + BINS / 2))
 
 
 def _plausible(state: Mapping[str, np.ndarray]) -> bool:
-    """Whether counts can have come about by counting."""
+    """Return True if the counts are consistent with each other."""
     counts, images, rejected = state["counts"], state["images"], state["rejected"]
     filled = int(state["windows"][0])
     full = [WINDOW if filled > 0 else 0] * 2

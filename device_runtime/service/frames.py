@@ -1,4 +1,4 @@
-"""Where a camera's images come from: a stream of JPEGs, one after the other (MJPEG), or files arriving in a folder."""
+"""Images of a camera, from a stream of JPEGs (MJPEG) or from files that arrive in a folder."""
 
 from __future__ import annotations
 
@@ -21,54 +21,59 @@ from ssd_edge.errors import InputError
 log = logging.getLogger(__name__)
 
 FRAME_LIMIT = 16 * 2**20  # bytes
-BLOCK = 2**16  # bytes that are read at once
-PATIENCE = 5.0  # seconds that a file may stay as it is without being an image
-UNFINISHED = 1000  # files that are waited for at once
-AT_ONCE = 10_000  # files that one look takes; also how many are remembered
-WINDOW = 10 * 10**9  # ns that names are remembered: file systems' clocks tick in up to 2 s
-SAY_AGAIN = 60.0  # seconds; a camera can break thirty frames a second, and log lines wear the flash
+BLOCK = 2**16  # bytes per read
+PATIENCE = 5.0  # seconds after which an unchanged file that is not an image is given up
+UNFINISHED = 1000  # maximum number of unfinished files
+AT_ONCE = 10_000  # maximum number of files per scan, and of remembered names
+WINDOW = 10 * 10**9  # ns for which names are remembered; timestamps of file systems have steps of up to 2 s
+WARNING_PERIOD = 60.0  # seconds; a broken camera can cause thirty warnings per second
 SOI, EOI, SOS = 0xD8, 0xD9, 0xDA
 _START = bytes((0xFF, SOI, 0xFF))
 _FILL = re.compile(rb"\xff+")
-# Ends entropy-coded data: a marker that is no stuffed zero, no restart and no fill byte.
+# End of entropy-coded data: a marker other than a stuffed zero, a restart marker and a fill byte.
 _END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-# Markers that have a length and occur in what Pillow decodes: frame headers, tables, scans, applications, comments.
+# Markers with a length that Pillow supports: frame headers, tables, scans, application data, comments.
 _SEGMENTS = frozenset({*range(0xC0, 0xD0), *range(SOS, 0xE0), *range(0xE0, 0xF0), 0xFE} - {0xC8})
-_MORE, _WHOLE, _BROKEN = "more", "whole", "broken"
+_MORE, _COMPLETE, _BROKEN = "more", "complete", "broken"
 
 
-class Sparingly:
-    """A warning that comes again and again: the first is logged at once, then one a minute, with how many there were.
+class RateLimitedWarning:
+    """A repeated warning that is logged at most once per minute, with the number of suppressed ones.
 
     Args:
-        clock: monotonic seconds.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._next, self._silent = clock, -float("inf"), 0
+        self._clock, self._next, self._suppressed = clock, -float("inf"), 0
 
     def warn(self, text: str) -> None:
-        """Log the sentence, or count it."""
+        """Log a warning, or count it if the last one is less than a minute old."""
         if self._clock() < self._next:
-            self._silent += 1
+            self._suppressed += 1
             return
-        more = f" ({self._silent} more since the last time)" if self._silent else ""
+        more = f" ({self._suppressed} more since the last time)" if self._suppressed else ""
         log.warning("%s%s", text, more)
-        self._next, self._silent = self._clock() + SAY_AGAIN, 0
+        self._next, self._suppressed = self._clock() + WARNING_PERIOD, 0
 
 
 class _Frame:
-    """Looks for the end of the JPEG that begins a buffer, as the buffer grows; `at` is how far it has looked."""
+    """Parser that finds the end of the JPEG at the start of a growing buffer; `at` is its position."""
 
     def __init__(self) -> None:
         self.at, self._coded, self._picture = 2, False, False
 
-    def look(self, data: bytearray) -> str:
-        """`_WHOLE`: it ends at `at`. `_BROKEN`: it is none, and the next may begin at `at`. `_MORE`: not yet known."""
+    def parse(self, data: bytearray) -> str:
+        """Continue parsing.
+
+        Returns:
+            `_COMPLETE` if the JPEG ends at `at`, `_BROKEN` if it is not valid and another one may start at `at`, or
+            `_MORE` if more data is needed.
+        """
         while True:
             if self._coded:
                 found = _END.search(data, self.at)
-                if found is None:  # a last FF is looked at again with what follows it
+                if found is None:  # a final FF is parsed again with the next byte
                     self.at = max(self.at, len(data) - data.endswith(b"\xff"))
                     return _MORE
                 self.at, self._coded = found.start(), False
@@ -83,7 +88,7 @@ class _Frame:
                 return _BROKEN
             if code == EOI:
                 self.at += 2
-                return _WHOLE if self._picture else _BROKEN
+                return _COMPLETE if self._picture else _BROKEN
             if code not in _SEGMENTS:
                 self.at += 2
                 return _BROKEN
@@ -98,28 +103,27 @@ class _Frame:
 
 
 def mjpeg(stream: BinaryIO, limit: int = FRAME_LIMIT) -> Iterator[bytes]:
-    """Cut a stream of JPEGs into its frames, in the memory of one.
+    """Split a stream of JPEGs into frames, with the memory of one frame.
 
-    Segments are passed over by their lengths, so that a preview within one is not taken for a frame. What stands
-    between frames (multipart headers) is skipped. A frame that breaks off or is over the limit is dropped with a
-    warning, and the search goes on behind the bytes that were looked at by then: no byte is looked at twice, but a
-    frame within reach of a wrong length is lost too.
+    Segments are skipped by their lengths, so that a preview inside a segment is not mistaken for a frame. Bytes between
+    frames, such as multipart headers, are skipped. A truncated frame or one over the limit is dropped with a warning,
+    and the search continues after the parsed bytes. No byte is parsed twice, so a wrong length may cost the next frame.
 
     Args:
-        stream: binary and blocking, best unbuffered; it is read until it ends or fails.
-        limit: of a frame, bytes.
+        stream: Binary blocking stream, preferably unbuffered; it is read until it ends or fails.
+        limit: Maximum size of a frame in bytes.
 
     Yields:
-        The bytes of each frame, from its start to its end marker; whether they decode is not known yet.
+        The bytes of each frame from its start to its end marker, which may still fail to decode.
     """
-    read = getattr(stream, "read1", stream.read)  # what is there, rather than a full block
-    data, dropped = bytearray(), Sparingly()
+    read = getattr(stream, "read1", stream.read)  # returns available data without waiting for a full block
+    data, dropped = bytearray(), RateLimitedWarning()
 
     def more() -> bool:
         try:
             block = read(BLOCK)
         except OSError as error:
-            log.warning("the stream of frames cannot be read any more (%s)", error)
+            log.warning("the stream of frames cannot be read (%s)", error)
             return False
         data.extend(block or b"")
         return bool(block)
@@ -127,17 +131,17 @@ def mjpeg(stream: BinaryIO, limit: int = FRAME_LIMIT) -> Iterator[bytes]:
     while True:
         start = data.find(_START)
         if start < 0:
-            del data[: max(len(data) - 2, 0)]  # the first two bytes of a start may have come
+            del data[: max(len(data) - 2, 0)]  # they may be the first two bytes of a start marker
             if not more():
                 return
             continue
         del data[:start]
         frame = _Frame()
-        while (verdict := frame.look(data)) is _MORE and max(frame.at, len(data)) <= limit:
+        while (verdict := frame.parse(data)) is _MORE and max(frame.at, len(data)) <= limit:
             if not more():
-                log.warning("the stream ended within a frame; its first %d bytes are dropped", len(data))
+                log.warning("the stream ended within a frame; its first %d bytes were dropped", len(data))
                 return
-        if verdict is _WHOLE and frame.at <= limit:
+        if verdict is _COMPLETE and frame.at <= limit:
             yield bytes(data[: frame.at])
         elif verdict is _BROKEN:
             dropped.warn(f"a frame of the stream is broken after {frame.at} bytes and was dropped")
@@ -149,23 +153,23 @@ def mjpeg(stream: BinaryIO, limit: int = FRAME_LIMIT) -> Iterator[bytes]:
 def take(
     stream: BinaryIO, count: int, every: float, size: int, clock: Callable[[], float] = time.monotonic
 ) -> list[np.ndarray]:
-    """Frames of a live stream to learn from, one every so many seconds; those between are dropped.
+    """Take frames of a live stream at fixed intervals, e.g. to learn from them.
 
     Example:
         >>> device.learn("gear", take(stream, 20, 0.5, device.bundle.size))
 
     Args:
-        stream: see `mjpeg`.
-        count: how many; at least 1.
-        every: seconds between two; 0: each frame.
-        size: side of the results in pixels; a frame is decoded at once, so that 20 of them are 3 MB and not 100.
-        clock: monotonic seconds.
+        stream: Stream of JPEGs, see `mjpeg`.
+        count: Number of frames, at least 1.
+        every: Seconds between two frames; 0 for every frame.
+        size: Side of the results in pixels. Frames are resized immediately to save memory.
+        clock: Monotonic clock in seconds.
 
     Returns:
-        `count` arrays, uint8 RGB ``(size, size, 3)``: image sources like any other.
+        `count` arrays, uint8 RGB ``(size, size, 3)``.
 
     Raises:
-        InputError: the stream ended before.
+        InputError: The stream ended too early.
     """
     taken: list[np.ndarray] = []
     due = clock()
@@ -175,7 +179,7 @@ def take(
         try:
             taken.append(images.decode(frame, f"frame {number}", size))
         except InputError as error:
-            log.warning("%s; the next one is taken", error)
+            log.warning("%s; taking the next frame instead", error)
             continue
         if len(taken) == count:
             return taken
@@ -184,10 +188,10 @@ def take(
 
 
 class Newest:
-    """Reads frames in a thread and keeps the newest: whoever is slower than the camera gets no old ones.
+    """The newest frame of a stream, which a thread reads; frames that are not taken in time are dropped.
 
     Args:
-        frames: see `mjpeg`.
+        frames: Frames of `mjpeg`.
     """
 
     def __init__(self, frames: Iterable[bytes]) -> None:
@@ -209,15 +213,15 @@ class Newest:
 
     @property
     def ended(self) -> bool:
-        """Whether there is no frame and none will come."""
+        """True if the stream has ended and its last frame was taken."""
         with self._changed:
             return self._over and self._waiting is None
 
     def take(self, timeout: float) -> tuple[int, bytes] | None:
-        """The newest frame that was not taken yet, and its number in the stream from 1; waits up to `timeout` seconds.
+        """Wait up to `timeout` seconds for a new frame.
 
         Returns:
-            None: none has come, or the stream has ended.
+            The number of the newest frame in the stream, from 1, and the frame; None if there is no new frame.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._waiting is not None or self._over, timeout)
@@ -229,70 +233,72 @@ _Identity = tuple[int, int, int]  # inode, mtime in ns, bytes
 
 
 class _Unfinished(NamedTuple):
-    """A file that was no image when it was last read."""
+    """A file that was not a valid image when it was last read."""
 
-    state: tuple[int, _Identity] | None  # of `_about`; None: not even that could be read
+    state: tuple[int, _Identity] | None  # result of `_file_state`; None if it could not be read
     since: float  # monotonic seconds
     problem: str
 
 
 class Folder:
-    """New images of a folder, oldest first, each once. Nothing in it is changed.
+    """New images of a folder, oldest first and each once. The folder is only read.
 
-    What was seen is remembered in fixed memory: by the latest change of a file (its ctime, which is also set when it is
-    renamed into the folder) up to `WINDOW` before the folder's own, and by names after that. Only times of the file
-    system are compared with each other, never with the clock of this process.
+    Seen files are remembered in fixed memory. Files whose last change (ctime, which a rename into the folder also sets)
+    is more than `WINDOW` before the folder's own are remembered by that time, later ones by name. Times of the file
+    system are only compared with each other, never with the clock of this process.
 
     Args:
-        path: the folder; what lies in folders below it is not looked at.
-        existing: take also what is there at the first look.
-        clock: monotonic seconds.
+        path: The folder, without its subfolders.
+        existing: Include the images that exist at the first scan.
+        clock: Monotonic clock in seconds.
 
     Raises:
-        InputError: it is no folder.
+        InputError: The path is not a folder.
     """
 
     def __init__(self, path: str | Path, existing: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self._clock = Path(path), clock
         if not self.path.is_dir():
-            raise InputError(f"{self.path} is not a folder; create it, or name the one that the camera writes to")
+            raise InputError(f"{self.path} is not a folder; create it, or use the folder that the camera writes to")
         self._skip = not existing
-        self._folder: int | None = None  # its ctime at the last look
-        self._low: tuple[int, str] = (-1, "")  # everything up to this (ctime, name) is done
-        self._recent: dict[str, tuple[int, _Identity]] = {}  # done, but after `_low`
+        self._folder: int | None = None  # ctime of the folder at the last scan
+        self._low: tuple[int, str] = (-1, "")  # all files up to this (ctime, name) are done
+        self._recent: dict[str, tuple[int, _Identity]] = {}  # files after `_low` that are done
         self._unfinished: dict[str, _Unfinished] = {}
-        self.seconds = 0.0  # that the last look took
+        self.seconds = 0.0  # duration of the last scan
         if self._skip:
-            self._look()
+            self._scan()
 
     def images(self, size: Callable[[], int]) -> Iterator[tuple[str, np.ndarray]]:
-        """One look at the folder; files are read when they are asked for.
+        """Scan the folder once and yield its new images, which are read one by one.
+
+        A file that is not a valid image is read again at later scans if it has changed, and given up with a warning if
+        it has not changed for `PATIENCE` seconds.
 
         Args:
-            size: gives the side of the next result in pixels.
+            size: Returns the side of the next result in pixels.
 
         Yields:
-            Path, and uint8 RGB ``(size, size, 3)``. A file that is no image yet is tried again at later looks, when it
-            has changed; given up when it has not for `PATIENCE` seconds, with a warning.
+            Path and uint8 RGB image ``(size, size, 3)``.
 
         Raises:
-            OSError: the folder cannot be read.
+            OSError: The folder cannot be read.
         """
         begun = self._clock()
-        waiting, arrived = list(self._unfinished), self._look()
+        waiting, arrived = list(self._unfinished), self._scan()
         self.seconds = self._clock() - begun
         for name in waiting + arrived:
             pixels = self._read(name, size())
             if pixels is not None:
                 yield str(self.path / name), pixels
 
-    def _look(self) -> list[str]:
-        """Names of what is new, `AT_ONCE` at most; they count as done."""
-        folder = os.stat(self.path).st_ctime_ns  # before the names: what comes after it has a later time
+    def _scan(self) -> list[str]:
+        """Return the names of up to `AT_ONCE` new files, which then count as done."""
+        folder = os.stat(self.path).st_ctime_ns  # read before the names: files that arrive later have a later time
         back = self._folder is not None and folder < self._folder
         if back:
             log.warning(
-                "the clock was set back, or another folder has come to %s; old images may come again", self.path
+                "the clock was set back, or %s was replaced by another folder; old images may appear again", self.path
             )
         if back or self._skip:
             self._low = (folder - WINDOW, "")
@@ -305,21 +311,21 @@ class Folder:
                 if self._skip or (back and when > folder) or self._recent.get(name, (0, None))[1] == identity:
                     present[name] = (when, identity)
                     if len(present) > 3 * AT_ONCE:
-                        self._forget(present)
+                        self._drop_old(present)
                 else:
                     yield when, name, identity
 
         found = heapq.nsmallest(AT_ONCE, arrived())
         present.update((name, (when, identity)) for when, name, identity in found)
-        if len(found) < AT_ONCE:  # else there may be more of any time
+        if len(found) < AT_ONCE:  # otherwise more files of any time may follow
             self._low = max(self._low, (folder - WINDOW, ""))
         self._recent = present
-        self._forget(present)
+        self._drop_old(present)
         self._folder, self._skip = folder, False
         return [name for _, name, _ in found]
 
-    def _forget(self, names: dict[str, tuple[int, _Identity]]) -> None:
-        """All but the newest `AT_ONCE`: the older are then known by their time."""
+    def _drop_old(self, names: dict[str, tuple[int, _Identity]]) -> None:
+        """Drop all but the newest `AT_ONCE` names; older files are remembered by their time."""
         order = sorted((when, name) for name, (when, _) in names.items())
         if len(order) > AT_ONCE:
             self._low = max(self._low, order[-AT_ONCE - 1])
@@ -328,21 +334,21 @@ class Folder:
                 del names[key[1]]
 
     def _files(self) -> Iterator[tuple[str, int, _Identity]]:
-        """Name and `_about` of every image file."""
+        """Yield the name and `_file_state` of every image file."""
         with os.scandir(self.path) as listing:
             for entry in listing:
                 if images.is_image_name(entry.name):
-                    with contextlib.suppress(OSError):  # gone since
+                    with contextlib.suppress(OSError):  # removed meanwhile
                         if entry.is_file():
-                            yield entry.name, *_about(entry)
+                            yield entry.name, *_file_state(entry)
 
     def _read(self, name: str, size: int) -> np.ndarray | None:
-        """The image in a file; None: gone, not whole yet, or given up."""
+        """Read an image; return None if the file is gone, unfinished or given up."""
         path, now = self.path / name, self._clock()
         before = self._unfinished.pop(name, None)
         state = None
         try:
-            state = _about(path)
+            state = _file_state(path)
             if before is not None and before.state == state:
                 problem = before.problem
             else:
@@ -350,7 +356,7 @@ class Folder:
                 self._recent[name] = state
                 return pixels
         except FileNotFoundError:
-            log.info("%s was gone before it was read", path)
+            log.info("%s was removed before it was read", path)
             return None
         except (InputError, OSError) as error:
             problem = str(error)
@@ -358,14 +364,14 @@ class Folder:
         if now - since <= PATIENCE and len(self._unfinished) < UNFINISHED:
             self._unfinished[name] = _Unfinished(state, since, problem)
         else:
-            log.warning("%s is left out: %s", path, problem)
+            log.warning("%s is skipped: %s", path, problem)
             if state is not None:
                 self._recent[name] = state
         return None
 
 
-def _about(entry: os.DirEntry[str] | Path) -> tuple[int, _Identity]:
-    """When a file last changed (its ctime in ns), and what tells one content of it from another."""
+def _file_state(entry: os.DirEntry[str] | Path) -> tuple[int, _Identity]:
+    """Return the ctime of a file in ns, and values that change with its contents."""
     own = entry.stat(follow_symlinks=False)
     about = entry.stat() if entry.is_symlink() else own
     changed = max(about.st_ctime_ns, own.st_ctime_ns)  # a new link to an old file is new

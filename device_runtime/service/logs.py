@@ -12,19 +12,19 @@ from typing import Any
 
 from ssd_edge.system import utc_now
 
-LONGEST = 4000  # characters of one text in a log line: flash is small, and a name may be a stranger's
+LONGEST = 4000  # characters per text in a log line; names are untrusted, and flash is small
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line, in ASCII without control characters.
+    """Formatter of log records as one JSON object per line, in ASCII without control characters.
 
-    Keys: ``monotonic`` (seconds since this boot; the order within a boot), ``untrusted_time`` (wall clock, UTC; a box
-    without a clock battery starts in 1970), ``level``, ``source`` (the logger), ``event`` (the message), ``fields`` (of
-    ``log.info("…", extra={"fields": {…}})``), and ``error`` (a traceback) where there is one.
+    Keys: ``monotonic`` (seconds since boot), ``untrusted_time`` (UTC; a device without a clock battery starts in 1970),
+    ``level``, ``source`` (name of the logger), ``event`` (message), ``fields`` (of
+    ``log.info("…", extra={"fields": {…}})``) and ``error`` (traceback), the last two only if present.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """Return the line without a newline."""
         line: dict[str, Any] = {
             "monotonic": round(time.monotonic(), 3),
             "untrusted_time": utc_now(),
@@ -36,15 +36,15 @@ class JsonLines(logging.Formatter):
         if fields:
             line["fields"] = _plain(fields)
         if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)[-LONGEST:]  # its end says what happened
+            line["error"] = self.formatException(record.exc_info)[-LONGEST:]  # the end of a traceback has the error
         return json.dumps(line, allow_nan=False)
 
 
 def _plain(value: Any, depth: int = 4) -> Any:
-    """JSON values in place of any others: a log line must come out whatever is put in."""
+    """Convert any value to JSON values, so that logging never fails."""
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, numbers.Integral):  # NumPy's too
+    if isinstance(value, numbers.Integral):  # also NumPy's
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else str(value)
@@ -56,7 +56,7 @@ def _plain(value: Any, depth: int = 4) -> Any:
 
 
 def log_json(level: int = logging.INFO) -> logging.Handler:
-    """Make standard error `JsonLines` of everything at or above `level`; systemd keeps them in its journal."""
+    """Log everything at or above `level` to standard error as `JsonLines`, which systemd stores in its journal."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=level, force=True)

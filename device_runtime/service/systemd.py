@@ -1,6 +1,6 @@
-"""What a process under systemd owes its supervisor and its reader: readiness, heartbeats, log lines.
+"""Readiness, status and watchdog messages to systemd, as in sd_notify(3) and sd_watchdog_enabled(3).
 
-Protocol: sd_notify(3) and sd_watchdog_enabled(3); without systemd every call does nothing. See docs/service.md.
+Without systemd no call has an effect. See docs/service.md.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from ssd_edge.errors import printable
 
 log = logging.getLogger(__name__)
 
-SEND_TIMEOUT = 1.0  # seconds; a supervisor that does not read must not stop the camera
+SEND_TIMEOUT = 1.0  # seconds; a supervisor that does not read must not block the loop
 LONGEST = 4000  # characters of a status line
-BEATS = 4  # heartbeats in the time that the watchdog allows; systemd asks for at least two
+BEATS = 4  # heartbeats per watchdog period; systemd recommends at least two
 
 
 def notify(state: str, status: str = "") -> bool:
-    """Tell the supervisor how things are; whether it was told.
+    """Send a state to systemd.
 
     Args:
-        state: assignments, one a line: ``READY=1``, ``WATCHDOG=1``, ``STOPPING=1``, ``EXTEND_TIMEOUT_USEC=60000000``.
-        status: a line for people, which ``systemctl status`` shows. It may hold any text, a file's name too: what would
-            end the line and begin another assignment is made harmless.
+        state: Assignments, one per line: ``READY=1``, ``WATCHDOG=1``, ``STOPPING=1``,
+            ``EXTEND_TIMEOUT_USEC=60000000``.
+        status: Text shown by ``systemctl status``. Control characters are replaced, so that a file name in it cannot
+            add an assignment.
 
     Returns:
-        False without systemd, or when its socket does not answer (logged): the work goes on without.
+        True if the message was sent; False without systemd or if its socket does not respond, which is logged.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return False
     if address[0] not in "/@":
-        log.warning("NOTIFY_SOCKET is '%s', but only a path and an abstract name (@…) are known", printable(address))
+        log.warning("NOTIFY_SOCKET is '%s', but only a path or an abstract name (@…) is supported", printable(address))
         return False
     lines = [state] * bool(state) + [f"STATUS={printable(status[:LONGEST])}"] * bool(status)
     target = "\0" + address[1:] if address[0] == "@" else address
@@ -44,13 +45,13 @@ def notify(state: str, status: str = "") -> bool:
             connection.settimeout(SEND_TIMEOUT)
             connection.sendto("\n".join(lines).encode("utf-8", "replace"), target)
     except OSError as error:
-        log.warning("systemd could not be told '%s' (%s)", printable(state), error)
+        log.warning("cannot send '%s' to systemd (%s)", printable(state), error)
         return False
     return True
 
 
 def watchdog_seconds() -> float | None:
-    """Seconds within which the supervisor wants to hear ``WATCHDOG=1``; None when it does not wait for this process."""
+    """Return the watchdog period in seconds, or None if systemd does not watch this process."""
     try:
         limit = int(os.environ.get("WATCHDOG_USEC", ""))
         addressee = int(os.environ.get("WATCHDOG_PID") or os.getpid())
@@ -60,13 +61,12 @@ def watchdog_seconds() -> float | None:
 
 
 class Heartbeat:
-    """Keeps the watchdog quiet as long as the work goes on.
+    """Watchdog messages of a working loop.
 
-    Call `beat` from the loop that does the work and never from a thread of its own, which would go on beating beside
-    a loop that hangs.
+    Call `beat` from the loop itself. A separate thread would continue to send messages while the loop hangs.
 
     Args:
-        clock: monotonic seconds.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -76,12 +76,12 @@ class Heartbeat:
         self._next = clock()
 
     def beat(self) -> bool:
-        """Send a heartbeat if one is due; costs nothing else. Whether one was sent."""
+        """Send a heartbeat if one is due; return True if it was sent."""
         if self._pause is None or self._clock() < self._next:
             return False
         self._next = self._clock() + self._pause
         return notify("WATCHDOG=1")
 
     def pause(self, most: float) -> float:
-        """Seconds that a loop without work may sleep: `most`, or less where a heartbeat is due before."""
+        """Return how many seconds an idle loop may sleep: `most`, or less if a heartbeat is due earlier."""
         return most if self._pause is None else min(most, max(self._next - self._clock(), 0.0))

@@ -1,6 +1,6 @@
-"""The loop of a service: names what comes from a camera, takes over what is learned meanwhile, and keeps drift counts.
+"""The loop of the camera service: predictions, new generations and drift counts.
 
-`watch` runs until it is stopped or the stream ends. `watch_state` keeps its counts and its last report.
+`watch` runs until it is stopped or the stream ends; `watch_state` stores its counts and its last report.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from device_runtime.learning.unknown import UNKNOWN
 from device_runtime.service import systemd
 from device_runtime.service.consensus import Consensus
 from device_runtime.service.drift import Monitor, Reference
-from device_runtime.service.frames import Folder, Newest, Sparingly, mjpeg
+from device_runtime.service.frames import Folder, Newest, RateLimitedWarning, mjpeg
 from device_runtime.store import watch_state
 from ssd_edge import images
 from ssd_edge.errors import InputError, SSDEdgeError
 
 log = logging.getLogger(__name__)
 
-LOOK = 0.5  # seconds between two looks at a folder
-SHARE = 0.2  # of the time is spent on looking at a folder, at most
+SCAN = 0.5  # seconds between two scans of a folder
+SHARE = 0.2  # largest share of the time that is spent on scanning a folder
 NAP = 0.1  # seconds; a signal does not end a sleep
-REFRESH, STATUS, SAVE = 1.0, 10.0, 60.0  # seconds between two
+REFRESH, STATUS, SAVE = 1.0, 10.0, 60.0  # periods in seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,29 +75,28 @@ def watch(
     stopped: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Name images as they come, until the stream ends or `stopped`; the image at hand is finished.
+    """Predict the class of each new image, until the stream ends or `stopped` returns True.
 
-    A damaged image, a full disk and a learn that cannot be taken over are logged, and it goes on. A device without
-    classes waits for the first.
+    A damaged image, a full disk and a generation that cannot be read are logged and do not stop the loop. A device
+    without classes waits for its first class.
 
     Args:
-        device: opened; nobody else may use it meanwhile.
-        source: a folder that fills, see `frames.Folder`; or a stream of JPEGs, of which the newest is taken.
-        answer: called with one JSON object an image: ``image`` (its path) or ``frame`` (its number in the stream),
-            ``label``, ``nearest``, ``score``, ``generation`` (see `Prediction`), ``monotonic`` (when it was taken over,
-            seconds since this boot), and for a stream ``stable``, the `Consensus` of the last frames or None.
-        existing: name also the images that are in the folder at the start.
-        every: seconds between two looks at the folder, or between two frames; None: `LOOK`, or each frame.
-        ready: called once the backbone has run; before, an engine may be built for minutes.
-        stopped: asked after every image and several times a second.
-        clock: monotonic seconds.
+        device: An open device, used by no other thread meanwhile.
+        source: A folder of images, see `frames.Folder`, or a stream of JPEGs, see `frames.mjpeg`. Frames of a stream
+            that arrive during a prediction are skipped except for the newest.
+        answer: Called with the answer for each image.
+        existing: Include the images that are in the folder at the start.
+        every: Seconds between two scans of the folder, or between two frames; None for `SCAN`, or for every frame.
+        ready: Called when the backbone has run for the first time. Before that, an engine may be built for minutes.
+        stopped: Called after every image and several times per second.
+        clock: Monotonic clock in seconds.
 
     Returns:
-        How many images were named.
+        Number of predicted images.
 
     Raises:
-        InputError: the source is no folder.
-        SlowerProviderError, EnvironmentUnfitError, BundleRefusedError: the backbone cannot run here.
+        InputError: The source is not a folder.
+        SlowerProviderError, EnvironmentUnfitError, BundleRefusedError: The backbone cannot run on this machine.
     """
     feed: _Files | _Stream
     if isinstance(source, str | Path):
@@ -116,7 +115,7 @@ def watch(
                     loop.upkeep()
                     if stopped():
                         break
-            until = begun + (feed.pause() if known else LOOK)
+            until = begun + (feed.pause() if known else SCAN)
             loop.upkeep()
             while clock() < until and not stopped():
                 time.sleep(loop.heart.pause(min(NAP, max(until - clock(), 0))))
@@ -133,24 +132,24 @@ class _Files:
 
     def __init__(self, path: Path, existing: bool, every: float | None, clock: Callable[[], float]) -> None:
         self.name, self._folder = str(path), Folder(path, existing, clock)
-        self._every = LOOK if every is None else every
-        self._trouble = Sparingly(clock)
+        self._every = SCAN if every is None else every
+        self._warning = RateLimitedWarning(clock)
 
     def images(self, size: Callable[[], int]) -> Iterator[tuple[str, np.ndarray]]:
         try:
             yield from self._folder.images(size)
-        except OSError as error:  # a card that was pulled out, a share that is gone
-            self._trouble.warn(f"{self.name} cannot be read ({error}); it is tried again")
+        except OSError as error:  # e.g. a removed card or a lost network share
+            self._warning.warn(f"{self.name} cannot be read ({error}); retrying")
 
     def skip(self) -> None:
-        """Without classes: what comes meanwhile is named later."""
+        """Do nothing: images that arrive before the first class are predicted later."""
 
     def pause(self) -> float:
-        """Seconds from look to look; a folder of a hundred thousand images is looked at less often."""
+        """Return the seconds between two scans, which are more for a folder that takes long to scan."""
         return max(self._every, self._folder.seconds / SHARE)
 
     def settle(self, prediction: Prediction, at: float) -> tuple[str | None, bool]:
-        """What else to answer, and whether the image counts for drift: here each is an event of its own."""
+        """Return the stable answer (None for files) and whether the image counts for drift (always)."""
         return None, True
 
 
@@ -162,7 +161,7 @@ class _Stream:
     def __init__(self, stream: BinaryIO, every: float | None, clock: Callable[[], float]) -> None:
         self._newest, self._every = Newest(mjpeg(stream)), every or 0.0
         self._consensus = Consensus(gap=max(2.0, 3 * self._every))
-        self._damaged = Sparingly(clock)
+        self._warning = RateLimitedWarning(clock)
         self._generation, self._stable = 0, ""
 
     @property
@@ -176,19 +175,19 @@ class _Stream:
         try:
             pixels = images.decode(taken[1], f"frame {taken[0]}", size())
         except InputError as error:
-            self._damaged.warn(str(error))
+            self._warning.warn(str(error))
             return
         yield taken[0], pixels
 
     def skip(self) -> None:
-        """Without classes: frames pass."""
+        """Drop the frames that arrive before the first class."""
         self._newest.take(0)
 
     def pause(self) -> float:
         return self._every
 
     def settle(self, prediction: Prediction, at: float) -> tuple[str | None, bool]:
-        """The stable answer. A frame counts for drift where that changes: a still part is one image, not thirty."""
+        """Return the stable answer and whether the frame counts for drift, which is when that answer changes."""
         if prediction.generation != self._generation:
             self._consensus.reset()
             self._generation = prediction.generation
@@ -199,7 +198,7 @@ class _Stream:
 
 
 class _Loop:
-    """What `watch` does beside getting images."""
+    """Predictions and periodic work of `watch`."""
 
     def __init__(
         self,
@@ -211,16 +210,16 @@ class _Loop:
         self._device, self._feed, self._answer, self._clock = device, feed, answer, clock
         self.heart = systemd.Heartbeat(clock)
         self.named = 0
-        self._saved = 0  # of `named`
+        self._saved = 0  # `named` when the counts were last saved
         self._monitor: Monitor | None = None
         self._current: tuple[int, ...] | None = None  # see `_mark`
         self._level = self._last = ""
         self._idle = False
-        self._trouble = Sparingly(clock)
+        self._warning = RateLimitedWarning(clock)
         self._due = dict.fromkeys((REFRESH, STATUS, SAVE), clock())
 
     def start(self) -> None:
-        """Run the backbone once, which may build an engine first; go on counting where the last process ended."""
+        """Run the backbone once, which may build an engine, and continue with the stored drift counts."""
         size = self._device.bundle.size
         self._device.embed([np.zeros((size, size, 3), np.uint8)])
         found = watch_state.load(self._device.store.root)
@@ -229,25 +228,25 @@ class _Loop:
         systemd.notify("READY=1", f"watching {self._feed.name}")
 
     def knows_classes(self) -> bool:
-        """Whether there is anything to name; said once when not."""
+        """Return True if the device has classes; otherwise log it once."""
         if self._device.classes:
             self._idle = False
             return True
         if not self._idle:
-            told = "this device knows no class yet and waits; teach it one: ssd-edge device learn --label NAME FOLDER"
-            log.warning(told)
-            systemd.notify("", told)
+            text = "this device has no classes yet and waits; teach it one: ssd-edge device learn --label NAME FOLDER"
+            log.warning(text)
+            systemd.notify("", text)
         self._idle = True
         self._feed.skip()
         return False
 
     def predict(self, name: str | int, pixels: np.ndarray) -> None:
-        """Answer one image and count it."""
+        """Predict one image, pass on the answer and count the image."""
         at = self._clock()
         try:
             seen = self._device.observe([pixels])
         except InputError as error:
-            log.warning("%s was not named: %s", name, error)
+            log.warning("no prediction for %s: %s", name, error)
             return
         (found,) = seen.predictions
         stable, event = self._feed.settle(found, at)
@@ -268,36 +267,36 @@ class _Loop:
         )
 
     def upkeep(self) -> None:
-        """What is due: a heartbeat, a look for a new generation, the status, the counts."""
+        """Do the work that is due: send a heartbeat, check for a new generation, send the status, save the counts."""
         self.heart.beat()
         now = self._clock()
-        for period, work in ((REFRESH, self._refresh), (STATUS, self._tell), (SAVE, self._save)):
+        for period, work in ((REFRESH, self._refresh), (STATUS, self._send_status), (SAVE, self._save)):
             if now >= self._due[period]:
                 self._due[period] = now + period
                 work()
 
     def close(self) -> None:
-        """Say that it stops, and keep the counts."""
+        """Notify systemd that the service stops, and save the counts."""
         systemd.notify("STOPPING=1", "stopping")
         self._save()
 
     def _refresh(self) -> None:
         current = self._mark()
-        if current == self._current:  # `Device.refresh` would read and verify some megabytes every second
+        if current == self._current:  # `Device.refresh` reads and verifies several megabytes
             return
         try:
             changed = self._device.refresh()
         except (SSDEdgeError, OSError) as error:
             number = self._device.generation.number
-            self._trouble.warn(f"generation {number} goes on answering: the current one cannot be taken over ({error})")
+            self._warning.warn(f"generation {number} stays in use: the current one cannot be read ({error})")
             return
         self._current = current
         if changed:
-            log.info("generation %d answers now: %s", self._device.generation.number, ", ".join(self._device.classes))
+            log.info("generation %d is in use now: %s", self._device.generation.number, ", ".join(self._device.classes))
             self._count_with(None if self._monitor is None else self._monitor.state())
 
     def _mark(self) -> tuple[int, ...]:
-        """What differs after every commit: CURRENT is replaced by each."""
+        """Return a value that changes with every commit, which replaces the file CURRENT."""
         try:
             about = (self._device.store.root / "CURRENT").stat()
         except OSError:
@@ -305,7 +304,7 @@ class _Loop:
         return about.st_ino, about.st_mtime_ns, about.st_ctime_ns
 
     def _count_with(self, counts: Mapping[str, np.ndarray] | None) -> None:
-        """A monitor for the generation that answers, with the counts so far where they fit its classes."""
+        """Create a monitor for the current generation, with the given counts if they belong to its classes."""
         try:
             reference = Reference(self._device.statistics)
         except InputError:  # no classes yet
@@ -313,9 +312,9 @@ class _Loop:
             return
         self._monitor = Monitor(reference) if counts is None else Monitor.from_state(reference, counts)
 
-    def _tell(self) -> None:
+    def _send_status(self) -> None:
         level = "collecting" if self._monitor is None else self._monitor.report().level
-        last = f", the last: {self._last}" if self._last else ""
+        last = f", last: {self._last}" if self._last else ""
         systemd.notify("", f"generation {self._device.generation.number}: {self.named} images{last}; drift: {level}")
 
     def _save(self) -> None:
@@ -323,12 +322,14 @@ class _Loop:
             return
         report = self._monitor.report()
         if report.level != self._level and report.level in ("moderate", "drifted"):
-            log.warning("what the camera shows has changed (drift: %s, index %s)", report.level, report.psi)
+            log.warning(
+                "the images have drifted from those that were learned (drift: %s, index %s)", report.level, report.psi
+            )
         self._level = report.level
         fields = {"report": report.to_dict(), "named": self.named, "generation": self._device.generation.number}
         try:
             watch_state.save(self._device.store.root, self._monitor.state(), fields, self._clock())
         except (SSDEdgeError, OSError) as error:
-            log.warning("the drift counts were not kept: %s", error)
+            log.warning("the drift counts were not saved: %s", error)
             return
         self._saved = self.named

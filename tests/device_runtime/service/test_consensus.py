@@ -12,14 +12,14 @@ LABELS = st.sampled_from(["cup", "nut", "screw", "unknown"])
 
 @st.composite
 def shapes(draw):
-    """window, share, minimum as they may be."""
+    """Draw valid values of window, share and minimum."""
     window = draw(st.integers(1, 9))
     share = draw(st.floats(0.5, 1.0, exclude_min=True))
     return window, share, draw(st.integers(1, window))
 
 
 @given(shapes(), st.lists(LABELS, max_size=40))
-def test_the_answer_is_a_label_of_the_window_with_its_share_or_none(shape, frames):
+def test_answer_has_its_share_of_the_window(shape, frames):
     window, share, minimum = shape
     consensus = Consensus(*shape)
     for number, label in enumerate(frames):
@@ -31,7 +31,7 @@ def test_the_answer_is_a_label_of_the_window_with_its_share_or_none(shape, frame
 
 
 @given(shapes(), LABELS, st.integers(1, 20))
-def test_a_constant_stream_is_answered_after_minimum_frames_and_not_before(shape, label, length):
+def test_constant_stream_is_answered_after_minimum_frames(shape, label, length):
     consensus = Consensus(*shape)
     answers = [consensus.add(label) for _ in range(length)]
     early = min(shape[2] - 1, length)
@@ -39,7 +39,7 @@ def test_a_constant_stream_is_answered_after_minimum_frames_and_not_before(shape
 
 
 @given(shapes().filter(lambda shape: shape[2] >= 2), st.integers(1, 20), st.integers(0, 19))
-def test_a_single_odd_frame_never_becomes_the_answer(shape, length, place):
+def test_single_odd_frame_is_never_the_answer(shape, length, place):
     consensus = Consensus(*shape)
     frames = ["cup"] * length
     frames.insert(min(place, length), "nut")
@@ -47,14 +47,14 @@ def test_a_single_odd_frame_never_becomes_the_answer(shape, length, place):
 
 
 @given(st.integers(3, 20), st.integers(0, 19))
-def test_with_the_defaults_it_does_not_even_interrupt_the_answer(length, place):
+def test_single_odd_frame_does_not_interrupt_the_answer_by_default(length, place):
     consensus = Consensus()
     frames = ["cup"] * length
     frames.insert(min(place, length), "unknown")
     assert [consensus.add(frame) for frame in frames] == [None, None] + ["cup"] * (length - 1)
 
 
-def test_unknown_is_a_vote_and_can_win():
+def test_unknown_can_win():
     consensus = Consensus()
     assert [consensus.add(label) for label in ["cup", "unknown", "unknown", "cup", "unknown"]][2:] == [
         "unknown",
@@ -63,14 +63,14 @@ def test_unknown_is_a_vote_and_can_win():
     ]
 
 
-def test_a_new_object_is_answered_when_it_has_its_share_of_the_window():
+def test_new_object_is_answered_with_its_share_of_the_window():
     consensus = Consensus()
     for _ in range(9):
         consensus.add("cup")
     assert [consensus.add("nut") for _ in range(3)] == ["cup", "cup", "nut"]
 
 
-def test_the_score_is_the_mean_over_the_frames_that_agree():
+def test_score_is_the_mean_of_agreeing_frames():
     consensus = Consensus()
     for label, score in [("cup", 0.4), ("nut", 0.0), ("cup", 0.8)]:
         consensus.add(label, score)
@@ -78,7 +78,7 @@ def test_the_score_is_the_mean_over_the_frames_that_agree():
 
 
 @pytest.mark.parametrize("late", [12.1, 9.0], ids=["a pause", "a clock set back"])
-def test_a_gap_forgets_the_frames_before_it(late):
+def test_gap_drops_earlier_frames(late):
     consensus = Consensus(gap=2.0)
     assert [consensus.add("cup", 1.0, at) for at in (6.0, 8.0, 10.0)][-1] == "cup"
     assert consensus.add("cup", 1.0, late) is None
@@ -86,14 +86,14 @@ def test_a_gap_forgets_the_frames_before_it(late):
     assert consensus.add("cup", 1.0, late + 2.0) == "cup"
 
 
-def test_frames_without_a_time_never_have_a_gap():
+def test_frames_without_a_time_have_no_gap():
     consensus = Consensus(gap=1.0)
     consensus.add("cup", 1.0, 1.0)
     consensus.add("cup")
     assert consensus.add("cup", 1.0, 2.0) == "cup"
 
 
-def test_reset_forgets():
+def test_reset():
     consensus = Consensus()
     for _ in range(5):
         consensus.add("cup")
@@ -122,7 +122,7 @@ def test_values_out_of_range_are_refused(options, word):
 @pytest.mark.parametrize(
     "frame", [("",), (None,), ("cup", math.nan), ("cup", math.inf), ("cup", 1.0, math.nan)], ids=str
 )
-def test_a_frame_that_says_nothing_is_refused_and_not_counted(frame):
+def test_invalid_frame_is_refused_and_not_counted(frame):
     consensus = Consensus()
     consensus.add("cup")
     consensus.add("cup")

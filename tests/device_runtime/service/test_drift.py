@@ -1,4 +1,4 @@
-"""Drift: nothing is said of nothing, a shift is found, and nothing grows."""
+"""Drift: too few images give no level, a shift is detected, and memory is constant."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class World:
         self.mixing = self.rng.normal(size=(DIM, DIM)) / np.sqrt(DIM)
 
     def draw(self, count: int, classes: int = CLASSES, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings and labels; `shift` in standard deviations along one direction of the noise."""
+        """Return embeddings and labels; `shift` is in standard deviations along one direction of the noise."""
         labels = self.rng.integers(0, classes, count)
         noise = self.rng.standard_t(8, (count, DIM)) * np.sqrt(6 / 8)
         vectors = self.means[labels] + (noise + shift * np.ones(DIM)) @ self.mixing
         return torch.from_numpy(vectors).float(), torch.from_numpy(labels)
 
     def reference(self, images: int = 4000) -> Reference:
-        """Of classes with this many images in all."""
+        """Return a reference of classes with this many images in total."""
         statistics = ClassStatistics(DIM)
         statistics.add(*self.draw(images))
         return Reference(statistics)
@@ -59,7 +59,7 @@ def fed(reference: Reference, *parts: torch.Tensor) -> Monitor:
     return monitor
 
 
-def test_index_is_its_formula():
+def test_index_follows_its_formula():
     observed = np.array([300] + [100] * 9)
     expected = np.full(BINS, 0.1)
     shares = (observed + 0.5) / (1200 + 5)
@@ -71,7 +71,7 @@ def test_index_is_its_formula():
     ]  # fmt: skip
 
 
-def test_says_nothing_before_there_are_enough(world: World, reference: Reference):
+def test_too_few_images_give_no_level(world: World, reference: Reference):
     monitor = Monitor(reference)
     assert monitor.report().level == "collecting"
     assert monitor.report().reject_rate is None
@@ -81,7 +81,7 @@ def test_says_nothing_before_there_are_enough(world: World, reference: Reference
     assert monitor.report().level == "drifted"
 
 
-def test_the_same_is_stable_with_the_fewest_images_and_with_many(world: World, reference: Reference):
+def test_no_shift_is_stable_with_few_and_many_images(world: World, reference: Reference):
     found = [fed(reference, world.draw(MINIMUM)[0]).report().psi for _ in range(60)]
     assert max(found) < 0.1
     report = fed(reference, world.draw(2 * WINDOW + MINIMUM)[0]).report()
@@ -90,12 +90,12 @@ def test_the_same_is_stable_with_the_fewest_images_and_with_many(world: World, r
     assert report.level == "stable"
 
 
-def test_one_class_all_day_is_no_drift(world: World, reference: Reference):
+def test_one_class_only_is_no_drift(world: World, reference: Reference):
     report = fed(reference, world.draw(WINDOW)[0], world.draw(WINDOW, classes=1)[0]).report()
     assert report.level == "stable", report
 
 
-def test_a_shift_is_found_and_forgotten_when_it_is_over(world: World, reference: Reference):
+def test_shift_is_detected_until_it_ends(world: World, reference: Reference):
     monitor = fed(reference, world.draw(WINDOW)[0])
     assert monitor.report().level == "stable"
     monitor.add(world.draw(2 * WINDOW, shift=1.0)[0], scores(2 * WINDOW))
@@ -104,7 +104,7 @@ def test_a_shift_is_found_and_forgotten_when_it_is_over(world: World, reference:
     assert monitor.report().level == "stable"
 
 
-def test_a_wider_spread_is_found_by_the_distance(world: World, reference: Reference):
+def test_wider_spread_is_detected_by_the_distance(world: World, reference: Reference):
     usual = world.draw(WINDOW)
     wide, labels = world.draw(WINDOW)
     means = torch.from_numpy(world.means).float()[labels]
@@ -112,12 +112,12 @@ def test_a_wider_spread_is_found_by_the_distance(world: World, reference: Refere
     assert report.psi_distance > 0.25
 
 
-def test_the_larger_index_decides(world: World, reference: Reference):
+def test_larger_index_decides(world: World, reference: Reference):
     report = fed(reference, world.draw(WINDOW)[0], world.draw(WINDOW, shift=0.5)[0]).report()
     assert report.psi == max(report.psi_directions, report.psi_distance)
 
 
-def test_order_does_not_matter_within_a_window_nor_how_images_come(world: World, reference: Reference):
+def test_report_does_not_depend_on_order_or_batches(world: World, reference: Reference):
     vectors = world.draw(WINDOW - 1)[0]
     shares = torch.linspace(0, 1, len(vectors))
     order = torch.randperm(len(vectors))
@@ -126,7 +126,7 @@ def test_order_does_not_matter_within_a_window_nor_how_images_come(world: World,
     for part in order.split(37):
         other.add(vectors[part], shares[part])
     assert all(np.array_equal(a, other.state()[name]) for name, a in one.state().items())
-    many = world.draw(2 * WINDOW + 77)[0]  # across the windows' ends
+    many = world.draw(2 * WINDOW + 77)[0]  # more than two windows
     assert fed(reference, many).report() == fed(reference, *many.split(333)).report()
 
 
@@ -145,7 +145,7 @@ def test_rejects_are_counted(world: World, reference: Reference):
     assert monitor.report().reject_rate_at_first == 0.1
 
 
-def test_scores_are_told_but_do_not_decide(world: World, reference: Reference):
+def test_scores_are_reported_but_do_not_decide(world: World, reference: Reference):
     monitor = fed(reference, world.draw(WINDOW)[0])
     monitor.add(world.draw(WINDOW)[0], scores(WINDOW, 0.4))
     assert monitor.report().psi_score > 1
@@ -156,13 +156,13 @@ def test_scores_are_told_but_do_not_decide(world: World, reference: Reference):
     ("spoil", "words"),
     [
         (lambda v, s: (v.index_fill(1, torch.tensor([3]), float("nan")), s, None), "NaN"),
-        (lambda v, s: (v.index_fill(0, torch.tensor([3]), float("inf")), s, None), "NaN or infinity"),
+        (lambda v, s: (v.index_fill(0, torch.tensor([3]), float("inf")), s, None), "NaN or infinite"),
         (lambda v, s: (v, np.where(np.arange(len(s)) == 2, np.nan, s), None), "score"),
-        (lambda v, s: (v, s * 7, None), "softmax"),
-        (lambda v, s: (v[:, 1:], s, None), "do not fit"),
-        (lambda v, s: (v, s[1:], None), "do not fit"),
-        (lambda v, s: (v[0], s, None), "do not fit"),
-        (lambda v, s: (v, s, [True]), "do not fit"),
+        (lambda v, s: (v, s * 7, None), "Pass probabilities, not logits"),
+        (lambda v, s: (v[:, 1:], s, None), "are required; nothing was counted"),
+        (lambda v, s: (v, s[1:], None), "are required; nothing was counted"),
+        (lambda v, s: (v[0], s, None), "are required; nothing was counted"),
+        (lambda v, s: (v, s, [True]), "are required; nothing was counted"),
     ],
 )
 def test_bad_input_is_refused_and_not_counted(world: World, reference: Reference, spoil, words: str):
@@ -172,7 +172,7 @@ def test_bad_input_is_refused_and_not_counted(world: World, reference: Reference
     assert monitor.report().images == 0
 
 
-def test_a_state_goes_on_where_it_was(world: World, reference: Reference):
+def test_stored_counts_continue(world: World, reference: Reference):
     before = fed(reference, world.draw(WINDOW + 500)[0])
     arrays, _ = files.parse_tensors(files.tensor_bytes(before.state()), "drift.safetensors")
     after = Monitor.from_state(reference, arrays)
@@ -186,7 +186,7 @@ def test_a_state_goes_on_where_it_was(world: World, reference: Reference):
 
 
 @pytest.mark.parametrize("spoil", ["shape", "name", "images", "negative", "rejected", "reference"])
-def test_a_damaged_or_foreign_state_begins_anew(world: World, reference: Reference, spoil: str, caplog):
+def test_damaged_or_foreign_counts_start_anew(world: World, reference: Reference, spoil: str, caplog):
     caplog.set_level(logging.INFO)
     state = fed(reference, world.draw(WINDOW + 9)[0]).state()
     if spoil == "shape":
@@ -203,12 +203,12 @@ def test_a_damaged_or_foreign_state_begins_anew(world: World, reference: Referen
         state["reference"] = world.reference().digest
     monitor = Monitor.from_state(reference, state)
     assert monitor.report().images == 0
-    assert "begins anew" in caplog.text
+    assert "counting starts anew" in caplog.text
     monitor.add(world.draw(3)[0], scores(3))
     assert monitor.report().images == 3
 
 
-def test_few_images_a_class_are_no_reference_but_the_first_window_is(world: World):
+def test_first_window_is_the_reference_for_small_classes(world: World):
     reference = world.reference(images=40)
     assert not reference.solid
     monitor = fed(reference, world.draw(WINDOW + MINIMUM - 1)[0])
@@ -219,7 +219,7 @@ def test_few_images_a_class_are_no_reference_but_the_first_window_is(world: Worl
     assert monitor.report().level == "drifted"
 
 
-def test_images_near_a_class_taught_with_few_are_left_out(world: World):
+def test_images_near_a_small_class_are_not_counted(world: World):
     statistics = ClassStatistics(DIM)
     vectors, labels = world.draw(4000)
     kept = (labels < CLASSES - 1) | (torch.arange(4000) < 40)
@@ -232,12 +232,12 @@ def test_images_near_a_class_taught_with_few_are_left_out(world: World):
     assert fed(reference, vectors[labels < CLASSES - 1][:MINIMUM]).report().level == "stable"
 
 
-def test_no_class_no_reference():
+def test_no_class_gives_no_reference():
     with pytest.raises(InputError, match="teach it"):
         Reference(ClassStatistics(DIM))
 
 
-def test_overlapping_classes_are_expected_to_overlap():
+def test_overlap_of_classes_is_expected():
     rng = np.random.default_rng(1)
     means = rng.normal(0, 0.4, (12, DIM))
 

@@ -1,4 +1,4 @@
-"""Streams of JPEGs are cut where they should be, whatever comes."""
+"""Splitting of JPEG streams into frames, for any input."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from device_runtime.service import frames
-from device_runtime.service.frames import Newest, Sparingly, mjpeg, take
+from device_runtime.service.frames import Newest, RateLimitedWarning, mjpeg, take
 from ssd_edge.errors import InputError
 
 
 def jpeg(colour: tuple[int, int, int] = (200, 30, 30), size: int = 24, preview: bool = False, **options) -> bytes:
-    """A JPEG with noise, so that its data has stuffed zeros."""
+    """Return a JPEG with noise, so that its data has stuffed zeros."""
     noise = np.random.default_rng(sum(colour)).integers(-25, 25, (size, size, 3))
     image = Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
-    if preview:  # a JPEG within a segment, as cameras write it
+    if preview:  # a JPEG inside a segment, as written by cameras
         small = io.BytesIO()
         image.resize((8, 8)).save(small, "JPEG")
         options["exif"] = b"Exif\0\0" + small.getvalue()
@@ -46,7 +46,7 @@ KINDS = {
 
 
 class Pieces(io.RawIOBase):
-    """A stream that gives what it likes."""
+    """A stream that returns pieces of random size."""
 
     def __init__(self, data: bytes, sizes: Iterator[int]) -> None:
         self.left, self.sizes = memoryview(data), sizes
@@ -61,7 +61,7 @@ def cut(data: bytes, **options) -> list[bytes]:
     return list(mjpeg(io.BytesIO(data), **options))
 
 
-def test_samples_are_what_they_are_for():
+def test_samples_have_the_intended_markers():
     assert all(Image.open(io.BytesIO(data)).getbbox() for data in KINDS.values())
     assert b"\xff\x00" in KINDS["large"]
     assert b"\xff\xd0" in KINDS["restarts"]
@@ -71,15 +71,15 @@ def test_samples_are_what_they_are_for():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_frames_come_out_as_they_went_in(kind: str):
+def test_frames_are_unchanged(kind: str):
     sent = [KINDS[kind], KINDS["plain"], KINDS[kind]]
     assert cut(b"".join(sent)) == sent
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(list(KINDS.values())), max_size=6), st.randoms(use_true_random=False), st.data())
-def test_neither_pieces_nor_what_stands_between_matters(sent: list[bytes], chance: random.Random, data):
-    # no start of a JPEG among it: nobody could tell
+def test_pieces_and_bytes_between_frames_do_not_matter(sent: list[bytes], chance: random.Random, data):
+    # without the start of a JPEG, which would be ambiguous
     between = st.binary(max_size=40).map(lambda some: some.replace(b"\xff", b"-"))
     stream = b"".join(data.draw(between) + frame for frame in sent) + data.draw(between)
     assert list(mjpeg(Pieces(stream, iter(lambda: chance.choice((1, 2, 3, 500, 10**6)), 0)))) == sent
@@ -98,23 +98,23 @@ def test_fill_bytes_before_markers():
     assert cut(filled + plain) == [filled, plain]
 
 
-def test_markers_within_a_header_that_comes_in_pieces_are_none():
+def test_markers_inside_a_split_header_are_ignored():
     odd = b"\xff\xd8\xff\xda\x00\x07\x01\xff\xd9\x02\xff" + b"\xd9 data \xff\x00" + b"\xff\xd9"
     for size in range(1, len(odd) + 1):
         assert list(mjpeg(Pieces(odd + odd, itertools.repeat(size)))) == [odd, odd]
 
 
-def test_the_end_within_a_frame_is_said(caplog):
+def test_end_within_a_frame_is_logged(caplog):
     plain = KINDS["plain"]
     for length in range(3, len(plain)):
         caplog.clear()
         assert cut(plain + plain[:length]) == [plain]
         assert [record.getMessage() for record in caplog.records] == [
-            f"the stream ended within a frame; its first {length} bytes are dropped"
+            f"the stream ended within a frame; its first {length} bytes were dropped"
         ]
 
 
-def test_a_frame_that_breaks_off_costs_itself_only(caplog):
+def test_truncated_frame_does_not_affect_the_next(caplog):
     large, plain = KINDS["large"], KINDS["plain"]
     broken = large[: large.index(b"\xff\xda") + 200]
     assert cut(plain + broken + plain + large) == [plain, plain, large]
@@ -126,12 +126,12 @@ def test_a_frame_that_breaks_off_costs_itself_only(caplog):
     [b"\xff\xd8\xff\xd9", b"\xff\xd8\xff\xe0\x00\x01", b"\xff\xd8\xff\x02", b"\xff\xd8\xff\xc8\x00\x04ab"],
     ids=["nothing in it", "length below two", "no marker of a JPEG", "reserved marker"],
 )
-def test_what_only_begins_like_a_frame(bad: bytes, caplog):
+def test_bytes_that_start_like_a_frame(bad: bytes, caplog):
     assert cut(bad + KINDS["plain"]) == [KINDS["plain"]]
     assert len(caplog.records) == 1
 
 
-def test_a_frame_over_the_limit_is_dropped_and_said(caplog):
+def test_frame_over_the_limit_is_dropped_and_logged(caplog):
     plain, large = KINDS["plain"], KINDS["large"]
     assert cut(plain + large + plain, limit=len(large) - 1) == [plain, plain]
     assert f"larger than {len(large) - 1} bytes" in caplog.text
@@ -141,7 +141,7 @@ def test_a_frame_over_the_limit_is_dropped_and_said(caplog):
 
 
 @pytest.mark.parametrize("start", [b"", b"\xff\xd8\xff\xda\x00\x02"], ids=["no start", "no end"])
-def test_memory_stays_that_of_one_frame(start: bytes):
+def test_memory_is_that_of_one_frame(start: bytes):
     limit = 10 * frames.BLOCK
     blocks = itertools.chain([start], itertools.repeat(b"\x11" * frames.BLOCK, 400))  # 26 MB
 
@@ -176,13 +176,13 @@ def test_any_bytes(parts: list[bytes], piece: int):
     whole = cut(data)
     assert whole == list(mjpeg(Pieces(data, iter(lambda: piece, 0))))
     at = 0
-    for frame in whole:  # each is a piece of the stream, behind the one before
+    for frame in whole:  # each is a part of the stream after the previous one
         at = data.index(frame, at) + len(frame)
         assert frame.startswith(b"\xff\xd8\xff")
         assert frame.endswith(b"\xff\xd9")
 
 
-def test_a_stream_that_fails_ends(caplog):
+def test_failing_stream_ends(caplog):
     class Failing(io.RawIOBase):
         def __init__(self) -> None:
             self.data = KINDS["plain"] + KINDS["plain"][:50]
@@ -197,9 +197,9 @@ def test_a_stream_that_fails_ends(caplog):
     assert "Input/output error" in caplog.text
 
 
-def test_warnings_that_come_again_are_counted(caplog):
+def test_repeated_warnings_are_counted(caplog):
     now = [0.0]
-    sparingly = Sparingly(lambda: now[0])
+    sparingly = RateLimitedWarning(lambda: now[0])
     for _ in range(200):
         sparingly.warn("broken")
         now[0] += 1.0
@@ -209,11 +209,11 @@ def test_warnings_that_come_again_are_counted(caplog):
     ]  # fmt: skip
 
 
-def test_taken_frames_are_at_their_pace_and_decoded(caplog):
+def test_take_decodes_frames_at_intervals(caplog):
     now = [0.0]
 
     class Camera(io.RawIOBase):
-        """Ten frames a second; the eleventh and twelfth are damaged."""
+        """Ten frames per second; the eleventh and twelfth are damaged."""
 
         sent = 0
 
@@ -227,16 +227,16 @@ def test_taken_frames_are_at_their_pace_and_decoded(caplog):
     assert [array.shape for array in found] == [(8, 8, 3)] * 3
     # the 1st, the 13th in place of the damaged 11th, the 23rd
     assert camera.sent == 23
-    assert caplog.text.count("the next one is taken") == 2
+    assert caplog.text.count("taking the next frame instead") == 2
 
 
-def test_too_few_frames_is_one_sentence():
+def test_take_from_a_stream_that_is_too_short():
     with pytest.raises(InputError, match="ended after 2 of 3 frames"):
         take(io.BytesIO(KINDS["plain"] * 2), 3, 0.0, 8)
     assert len(take(io.BytesIO(KINDS["plain"] * 4), 3, 0.0, 8)) == 3
 
 
-def test_the_newest_frame_is_taken_and_older_ones_are_dropped():
+def test_newest_frame_is_taken_and_older_ones_are_dropped():
     arriving: queue.Queue[bytes | None] = queue.Queue()
     newest = Newest(iter(arriving.get, None))
     assert newest.take(0.01) is None
@@ -252,7 +252,7 @@ def test_the_newest_frame_is_taken_and_older_ones_are_dropped():
     assert newest.ended
 
 
-def test_waiting_for_a_frame_ends_with_it():
+def test_waiting_ends_with_the_next_frame():
     arriving: queue.Queue[bytes | None] = queue.Queue()
     newest = Newest(iter(arriving.get, None))
     threading.Timer(0.02, arriving.put, [b"one"]).start()

@@ -1,4 +1,4 @@
-"""A folder gives each new image once, whatever its camera and its clock do."""
+"""`Folder` yields each new image once, for all kinds of writers and clocks."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PLAIN, LARGE = jpeg(), jpeg((10, 200, 90), 200)
 
 
 class Camera:
-    """A folder and a clock that is read by hand."""
+    """A folder and a clock that the test sets."""
 
     def __init__(self, path: Path, existing: bool = False) -> None:
         self.path, self.now = path, 100.0
         self.folder = Folder(path, existing, clock=lambda: self.now)
 
     def put(self, name: str, data: bytes = PLAIN) -> None:
-        """As a careful camera does: under another name first."""
+        """Write an image under a temporary name and rename it."""
         (self.path / f"{name}.part").write_bytes(data)
         (self.path / f"{name}.part").rename(self.path / name)
 
@@ -52,28 +52,28 @@ def camera(tmp_path: Path) -> Camera:
     return Camera(tmp_path)
 
 
-def test_only_what_is_new_and_an_image_is_seen(tmp_path: Path):
+def test_only_new_images_are_yielded(tmp_path: Path):
     (tmp_path / "old.jpg").write_bytes(PLAIN)
     camera = Camera(tmp_path)
     assert camera.look() == []
     (tmp_path / "below.jpg").mkdir()
     for name in ("b.jpg", "a.PNG", "note.txt", ".hidden.jpg"):
         camera.put(name)
-    assert camera.look() == ["b.jpg", "a.PNG"]  # in the order in which they came
+    assert camera.look() == ["b.jpg", "a.PNG"]  # in order of arrival
     assert camera.look() == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".hidden.jpg", "a.PNG", "b.jpg", "below.jpg", "note.txt", "old.jpg",
     ]  # fmt: skip
 
 
-def test_existing_images_are_seen_when_asked_for(tmp_path: Path):
+def test_existing_images_on_request(tmp_path: Path):
     (tmp_path / "old.jpg").write_bytes(PLAIN)
     camera = Camera(tmp_path, existing=True)
     assert camera.look() == ["old.jpg"]
     assert camera.look() == []
 
 
-def test_an_old_file_that_is_moved_in_is_new(camera: Camera):
+def test_old_file_moved_into_the_folder_is_new(camera: Camera):
     outside = camera.path / "elsewhere.part"
     outside.write_bytes(PLAIN)
     os.utime(outside, (1, 1))
@@ -81,7 +81,7 @@ def test_an_old_file_that_is_moved_in_is_new(camera: Camera):
     assert camera.look() == ["moved.jpg"]
 
 
-def test_a_name_that_is_written_again_is_new(camera: Camera):
+def test_rewritten_file_is_new(camera: Camera):
     for colour in ((1, 2, 3), (30, 2, 3), (1, 40, 3)):
         camera.put("latest.jpg", jpeg(colour))
         assert camera.look() == ["latest.jpg"]
@@ -90,7 +90,7 @@ def test_a_name_that_is_written_again_is_new(camera: Camera):
     assert camera.look() == []
 
 
-def test_another_mode_is_no_new_image(camera: Camera):
+def test_changed_mode_is_no_new_image(camera: Camera):
     camera.put("a.jpg")
     assert camera.look() == ["a.jpg"]
     (camera.path / "a.jpg").chmod(0o600)
@@ -106,7 +106,7 @@ def test_links_are_followed(camera: Camera, tmp_path_factory):
     assert camera.look() == []
 
 
-def test_a_new_link_to_an_old_image_is_new(camera: Camera, monkeypatch):
+def test_new_link_to_an_old_image_is_new(camera: Camera, monkeypatch):
     monkeypatch.setattr(frames, "WINDOW", 0)
     target = camera.path.parent / f"{camera.path.name}-old.jpg"
     target.write_bytes(PLAIN)
@@ -116,19 +116,19 @@ def test_a_new_link_to_an_old_image_is_new(camera: Camera, monkeypatch):
         assert camera.look() == [name]
 
 
-def test_a_file_that_is_written_slowly_is_seen_when_it_is_whole(camera: Camera, caplog):
+def test_slowly_written_file_is_yielded_when_complete(camera: Camera, caplog):
     data = LARGE
     with open(camera.path / "slow.jpg", "wb") as file:
         for part in range(9):
             file.write(data[part * len(data) // 9 : (part + 1) * len(data) // 9])
             file.flush()
-            camera.now += 4.0  # each pause is shorter than the patience, all together are not
+            camera.now += 4.0  # each pause is shorter than PATIENCE, their sum is longer
             assert camera.look() == (["slow.jpg"] if part == 8 else [])
     assert camera.look() == []
     assert not caplog.records
 
 
-def test_what_stays_damaged_is_given_up_and_said_once(camera: Camera, caplog):
+def test_damaged_file_is_given_up_with_one_warning(camera: Camera, caplog):
     camera.put("bad.jpg", b"no image")
     camera.put("empty.jpg", b"")
     for _ in range(8):
@@ -137,13 +137,13 @@ def test_what_stays_damaged_is_given_up_and_said_once(camera: Camera, caplog):
         camera.now += 1.0
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
-    assert "bad.jpg is left out:" in told[0]
+    assert "bad.jpg is skipped:" in told[0]
     assert "is not a JPEG, PNG, WebP or BMP image" in told[0]
-    camera.put("bad.jpg")  # mended
+    camera.put("bad.jpg")  # repaired
     assert camera.look() == ["bad.jpg"]
 
 
-def test_a_file_that_is_gone_again(camera: Camera, caplog):
+def test_file_removed_before_reading(camera: Camera, caplog):
     caplog.set_level(logging.INFO)
     camera.put("a.jpg")
     camera.put("b.jpg")
@@ -152,11 +152,11 @@ def test_a_file_that_is_gone_again(camera: Camera, caplog):
         found.append(Path(path).name)
         (camera.path / "b.jpg").unlink(missing_ok=True)
     assert found == ["a.jpg"]
-    assert "gone before it was read" in caplog.text
+    assert "removed before it was read" in caplog.text
     assert camera.look() == []
 
 
-def test_too_large_a_file_is_given_up(camera: Camera, monkeypatch, caplog):
+def test_file_that_is_too_large_is_given_up(camera: Camera, monkeypatch, caplog):
     monkeypatch.setattr(frames.images, "MAX_BYTES", 50)
     camera.put("film.jpg")
     for _ in range(4):
@@ -166,16 +166,16 @@ def test_too_large_a_file_is_given_up(camera: Camera, monkeypatch, caplog):
     assert "at most 50 are read" in caplog.text
 
 
-def test_only_so_many_unfinished_files_are_waited_for(camera: Camera, monkeypatch, caplog):
+def test_number_of_unfinished_files_is_limited(camera: Camera, monkeypatch, caplog):
     monkeypatch.setattr(frames, "UNFINISHED", 2)
     for number in range(5):
         camera.put(f"{number}.jpg", b"half")
     assert camera.look() == []
     assert len(camera.folder._unfinished) == 2
-    assert caplog.text.count("is left out") == 3
+    assert caplog.text.count("is skipped") == 3
 
 
-def test_a_folder_that_is_gone_and_comes_back(camera: Camera):
+def test_folder_that_disappears_and_returns(camera: Camera):
     away = camera.path.with_name("away")
     camera.put("a.jpg")
     assert camera.look() == ["a.jpg"]
@@ -187,13 +187,13 @@ def test_a_folder_that_is_gone_and_comes_back(camera: Camera):
     assert camera.look() == ["b.jpg"]
 
 
-def test_no_folder_is_one_sentence(tmp_path: Path):
+def test_path_that_is_no_folder(tmp_path: Path):
     with pytest.raises(InputError, match="is not a folder"):
         Folder(tmp_path / "none")
 
 
 class Drawn(Folder):
-    """A folder whose files and times are made up."""
+    """A folder with simulated files and times."""
 
     def __init__(self, path: Path, existing: bool = False) -> None:
         self.files: dict[str, int] = {}
@@ -205,7 +205,7 @@ class Drawn(Folder):
 
 @pytest.fixture
 def drawn(tmp_path: Path, monkeypatch) -> Drawn:
-    """Ten files are taken at once and remembered; the folder's own time is that of its newest file."""
+    """Return a folder that yields and remembers ten files at once and whose ctime is that of its newest file."""
     monkeypatch.setattr(frames, "AT_ONCE", 10)
     monkeypatch.setattr(frames, "WINDOW", 100)
     folder = Drawn(tmp_path, existing=True)
@@ -221,7 +221,7 @@ def drawn(tmp_path: Path, monkeypatch) -> Drawn:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 45)), min_size=1, max_size=15))
-def test_each_once_and_in_order_however_many_there_are(steps: list[tuple[int, int]]):
+def test_each_file_once_and_in_order(steps: list[tuple[int, int]]):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frames, "AT_ONCE", 10)
         patch.setattr(frames, "WINDOW", 100)
@@ -232,39 +232,39 @@ def test_each_once_and_in_order_however_many_there_are(steps: list[tuple[int, in
         for later, count in steps:
             clock[0] += later
             folder.files |= {f"{len(folder.files) + n:05d}": clock[0] for n in range(count)}
-            seen += folder._look()
+            seen += folder._scan()
             assert len(folder._recent) <= 10
         for _ in range(len(folder.files) // 10 + 1):
-            seen += folder._look()
+            seen += folder._scan()
         assert seen == sorted(folder.files)
 
 
-def test_a_clock_that_is_set_back_hides_nothing_new(drawn: Drawn, caplog):
+def test_clock_set_back_hides_no_new_file(drawn: Drawn, caplog):
     drawn.times["now"] = 10_000
-    drawn.files = {f"old-{n}": 3_000 + 1_400 * n for n in range(6)}  # of which two are remembered by name
-    assert len(drawn._look()) == 6
+    drawn.files = {f"old-{n}": 3_000 + 1_400 * n for n in range(6)}  # two of them are remembered by name
+    assert len(drawn._scan()) == 6
     drawn.times["now"] = 2_000
     drawn.files["new-1"] = 2_000
-    assert drawn._look() == ["new-1"]
+    assert drawn._scan() == ["new-1"]
     assert "set back" in caplog.text
     drawn.times["now"] = drawn.files["new-2"] = 2_500
-    assert drawn._look() == ["new-2"]
-    assert drawn._look() == []
+    assert drawn._scan() == ["new-2"]
+    assert drawn._scan() == []
     assert len(caplog.records) == 1
 
 
-def test_what_comes_in_the_same_tick_of_the_clock_is_new(drawn: Drawn):
+def test_files_of_the_same_clock_tick_are_new(drawn: Drawn):
     drawn.times["now"] = drawn.files["m"] = 1_000
-    assert drawn._look() == ["m"]
+    assert drawn._scan() == ["m"]
     drawn.files |= {"a": 1_000, "z": 1_000, "b": 950}  # FAT counts in steps of two seconds
-    assert drawn._look() == ["b", "a", "z"]
-    assert drawn._look() == []
+    assert drawn._scan() == ["b", "a", "z"]
+    assert drawn._scan() == []
 
 
-def test_images_of_the_future_hide_nothing(drawn: Drawn):
+def test_files_from_the_future_hide_no_others(drawn: Drawn):
     drawn.files = {"from-2099": 10**9, "now": 1_000}
     drawn.times["now"] = 1_000
-    assert drawn._look() == ["now", "from-2099"]
+    assert drawn._scan() == ["now", "from-2099"]
     drawn.times["now"] = drawn.files["next"] = 5_000
-    assert drawn._look() == ["next"]
-    assert drawn._look() == []
+    assert drawn._scan() == ["next"]
+    assert drawn._scan() == []

@@ -1,4 +1,4 @@
-"""What a log line may hold."""
+"""Log lines as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def line_of(message: str, fields: object = None, error: BaseException | None = N
     return logs.JsonLines().format(record)
 
 
-def test_a_log_line_is_one_json_object():
+def test_log_line_is_one_json_object():
     numbers = {"score": np.float32(0.5), "n": np.int64(3), "psi": float("nan")}
     fields = {"image": Path("a.jpg"), **numbers, "l": [True, None, (1.5,)]}
     found = json.loads(line_of("image named", fields))
@@ -30,7 +30,7 @@ def test_a_log_line_is_one_json_object():
     assert found["monotonic"] > 0
 
 
-def test_a_log_line_has_no_control_characters_and_an_end():
+def test_log_line_is_printable_ascii_of_limited_length():
     evil = "\n\r\x1b[2J\x00\x7f\x9b\u2028\udc80é"
     loop: list[object] = []
     loop.append(loop)
@@ -41,7 +41,7 @@ def test_a_log_line_has_no_control_characters_and_an_end():
     assert len(line_of("x" * 10**6, {"y" * 10**5: "z" * 10**5})) < 5 * logs.LONGEST
 
 
-def test_a_log_line_tells_an_error():
+def test_log_line_has_the_traceback():
     try:
         raise ValueError("no such\nimage")
     except ValueError as error:
@@ -50,10 +50,10 @@ def test_a_log_line_tells_an_error():
     assert "fields" not in found
 
 
-def test_log_json_replaces_what_was_there(capsys):
+def test_log_json_replaces_other_handlers(capsys):
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
-    for handler in before:  # else they would be closed
+    for handler in before:  # so that they are not closed
         root.removeHandler(handler)
     try:
         logs.log_json()

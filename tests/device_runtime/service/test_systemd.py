@@ -1,4 +1,4 @@
-"""What systemd is told and asks for, and the unit file of the examples."""
+"""Messages to systemd, and the unit file of the examples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from device_runtime.service import systemd
 
 UNIT = Path(__file__).parents[3] / "examples" / "ssd-edge.service"
-# Known to systemd 245, the oldest that the file names.
+# Keys of systemd 245, the oldest supported version.
 KNOWN = {
     "Unit": "Description Documentation After StartLimitIntervalSec",
     "Service": "Type NotifyAccess ExecStart TimeoutStartSec TimeoutStopSec WatchdogSec Restart RestartSec User Group "
@@ -30,7 +30,7 @@ KNOWN = {
 
 @pytest.fixture(params=["path", "abstract"])
 def supervisor(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch) -> Iterator[socket.socket]:
-    """What systemd listens with."""
+    """Yield a socket that receives the messages, like that of systemd."""
     name = str(tmp_path / "notify") if request.param == "path" else f"\0ssd-edge-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(name)
@@ -39,33 +39,33 @@ def supervisor(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch) -> I
         yield listener
 
 
-def test_what_is_said_arrives(supervisor: socket.socket):
+def test_messages_arrive(supervisor: socket.socket):
     assert systemd.notify("READY=1", "watching grün")
     assert supervisor.recv(4096).decode() == "READY=1\nSTATUS=watching grün"
     assert systemd.notify("", "alone")
     assert supervisor.recv(4096) == b"STATUS=alone"
 
 
-def test_a_status_brings_no_assignment(supervisor: socket.socket):
+def test_status_cannot_add_an_assignment(supervisor: socket.socket):
     assert systemd.notify("WATCHDOG=1", "bad\nSTOPPING=1\x1b[2J\udcff.jpg")
     said = supervisor.recv(4096).decode().split("\n")
     assert said == ["WATCHDOG=1", "STATUS=bad?STOPPING=1?[2J?.jpg"]
 
 
 @pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody-listens-here", "vsock:2:1234", "/" + "x" * 200])
-def test_a_supervisor_that_is_not_there_is_logged_and_no_error(address: str, monkeypatch, caplog):
+def test_missing_supervisor_is_logged(address: str, monkeypatch, caplog):
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     assert not systemd.notify("READY=1")
     assert len(caplog.records) == 1
 
 
-def test_without_systemd_nothing_is_said(monkeypatch, caplog):
+def test_without_systemd_nothing_is_sent(monkeypatch, caplog):
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     assert not systemd.notify("READY=1")
     assert not caplog.records
 
 
-def test_a_supervisor_that_does_not_read_does_not_stop_the_work(tmp_path: Path, monkeypatch, caplog):
+def test_supervisor_that_does_not_read_does_not_block(tmp_path: Path, monkeypatch, caplog):
     monkeypatch.setattr(systemd, "SEND_TIMEOUT", 0.05)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(tmp_path / "full"))
@@ -98,7 +98,7 @@ def test_watchdog_time(microseconds: str | None, process: str | None, expected: 
     assert systemd.watchdog_seconds() == expected
 
 
-def test_heartbeats_come_in_time_and_no_oftener(monkeypatch):
+def test_heartbeats_are_sent_when_due(monkeypatch):
     monkeypatch.setenv("WATCHDOG_USEC", "40000000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
     said: list[float] = []
@@ -115,7 +115,7 @@ def test_heartbeats_come_in_time_and_no_oftener(monkeypatch):
     assert heart.pause(2.0) == 0.0
 
 
-def test_no_watchdog_no_heartbeat(monkeypatch):
+def test_no_heartbeats_without_a_watchdog(monkeypatch):
     monkeypatch.delenv("WATCHDOG_USEC", raising=False)
     monkeypatch.setattr(systemd, "notify", lambda state: pytest.fail("said something"))
     heart = systemd.Heartbeat()
@@ -124,7 +124,7 @@ def test_no_watchdog_no_heartbeat(monkeypatch):
 
 
 def unit_settings() -> dict[str, list[tuple[str, str]]]:
-    """Section → (key, value) of every line, in order; strict."""
+    """Parse the unit file strictly; return the (key, value) pairs of each section in order."""
     found: dict[str, list[tuple[str, str]]] = {}
     for line in UNIT.read_text(encoding="ascii").splitlines():
         if line.startswith("["):
@@ -140,7 +140,7 @@ def unit_settings() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def test_unit_has_known_keys_only_and_each_once():
+def test_unit_has_only_known_keys_once():
     sections = unit_settings()
     assert list(sections) == ["Unit", "Service", "Install"]
     for section, settings in sections.items():
@@ -149,21 +149,21 @@ def test_unit_has_known_keys_only_and_each_once():
         assert {key for key in keys if keys.count(key) > 1} <= {"Environment"}
 
 
-def test_unit_keeps_what_the_code_relies_on():
+def test_unit_has_the_settings_that_the_code_requires():
     settings = dict(unit_settings()["Service"])
     assert settings["Type"] == "notify"
     assert settings["Restart"] == "on-failure"
     assert settings["ProtectSystem"] == "strict"
-    assert int(settings["WatchdogSec"]) >= 60  # a learn must fit in
+    assert int(settings["WatchdogSec"]) >= 60  # longer than learning takes
     assert settings["ExecStart"].split()[1:3] == ["device", "watch"]
     environment = " ".join(value for key, value in unit_settings()["Service"] if key == "Environment")
     assert f"SSD_EDGE_ROOT=%S/{settings['StateDirectory']} " in environment
-    assert "AF_UNIX" in settings["RestrictAddressFamilies"]  # else it cannot say that it is ready
-    assert not {"MemoryDenyWriteExecute", "PrivateDevices", "DeviceAllow"} & set(settings)  # they take the GPU away
+    assert "AF_UNIX" in settings["RestrictAddressFamilies"]  # for READY=1
+    assert not {"MemoryDenyWriteExecute", "PrivateDevices", "DeviceAllow"} & set(settings)  # they disable the GPU
     assert settings["ProtectClock"] == "no"
 
 
-def test_systemd_understands_the_unit(tmp_path: Path):
+def test_systemd_accepts_the_unit(tmp_path: Path):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed: the unit was checked against the list of known keys only")
     unit = tmp_path / "ssd-edge.service"
@@ -173,7 +173,7 @@ def test_systemd_understands_the_unit(tmp_path: Path):
         command = ["systemd-analyze", "verify", "--man=no", unit]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         own = [line for line in (done.stdout + done.stderr).splitlines() if "ssd-edge" in line]
-        return "\n".join(own)  # not what it says of other units of this machine
+        return "\n".join(own)  # without messages about other units of this machine
 
     assert verify() == ""
     unit.write_text(unit.read_text().replace("WatchdogSec=120", "WatchdogSec=often\nWatchdogs=1"))

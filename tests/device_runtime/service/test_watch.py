@@ -1,4 +1,4 @@
-"""The loop of a service, by its steps; test_watch_process.py has it in processes of its own."""
+"""The loop of the camera service, step by step; test_watch_process.py runs it as a process."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def installed(tiny_bundle, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _rough(monkeypatch) -> None:
-    """A reference from fewer pseudo-embeddings is made in a tenth of the time."""
+    """Use fewer samples for the reference, which takes a tenth of the time."""
     monkeypatch.setattr(drift, "SAMPLES", 2000)
 
 
@@ -78,7 +78,7 @@ def root(installed: Path, tmp_path: Path, monkeypatch) -> Path:
 
 @pytest.fixture
 def solid(monkeypatch) -> None:
-    """The tiny classes, of 20 images, are a reference for drift."""
+    """Let the tiny classes of 20 images be a reference for drift."""
     monkeypatch.setattr(drift, "SOLID", 20)
 
 
@@ -89,10 +89,10 @@ def camera(tmp_path: Path) -> Path:
 
 
 class Driven:
-    """Runs `watch` in a clock of its own: a step when something is answered, and when it asks whether to stop.
+    """Runs `watch` with a simulated clock that advances whenever `watch` checks whether to stop.
 
     Args:
-        script: called before each question whether to stop, in turn; after the last one it stops.
+        script: Called in turn, one per check; after the last one `watch` stops.
     """
 
     def __init__(self, monkeypatch, *script: Callable[[], object], step: float = 0.25) -> None:
@@ -115,10 +115,10 @@ class Driven:
 
 
 def nothing() -> None:
-    """A step in which nothing happens."""
+    """Do nothing in this step."""
 
 
-def test_every_new_image_is_one_line(root: Path, camera: Path, monkeypatch):
+def test_one_answer_per_new_image(root: Path, camera: Path, monkeypatch):
     put(camera, "old.png", picture("cup"))
 
     def arrive() -> None:
@@ -141,24 +141,24 @@ def test_every_new_image_is_one_line(root: Path, camera: Path, monkeypatch):
     )] == ["cup", "nut", "screw"]  # fmt: skip
 
 
-def test_what_is_unlike_every_class_is_unknown(root: Path, camera: Path, monkeypatch):
+def test_image_unlike_every_class_is_unknown(root: Path, camera: Path, monkeypatch):
     put(camera, "odd.png", picture("wedge"))
     (line,) = Driven(monkeypatch, *[nothing] * 4).run(Device.open(root), camera, existing=True)
     assert line["label"] == "unknown"
     assert line["nearest"] in COLOURS
 
 
-def test_a_damaged_image_does_not_stop_it(root: Path, camera: Path, monkeypatch, caplog):
+def test_damaged_image_does_not_stop_the_loop(root: Path, camera: Path, monkeypatch, caplog):
     put(camera, "bad.png", b"no image")
     driven = Driven(monkeypatch, *[nothing] * 60)
     driven.steps = itertools.chain(driven.steps, [lambda: put(camera, "good.png", picture("cup"))], [nothing] * 8)
     assert [line["image"] for line in driven.run(Device.open(root), camera, existing=True)] == [
         str(camera / "good.png")
     ]
-    assert caplog.text.count("bad.png is left out") == 1
+    assert caplog.text.count("bad.png is skipped") == 1
 
 
-def test_a_folder_that_goes_away_does_not_stop_it(root: Path, camera: Path, monkeypatch, caplog):
+def test_missing_folder_does_not_stop_the_loop(root: Path, camera: Path, monkeypatch, caplog):
     away = camera.with_name("away")
 
     def back() -> None:
@@ -170,7 +170,7 @@ def test_a_folder_that_goes_away_does_not_stop_it(root: Path, camera: Path, monk
     assert caplog.text.count("cannot be read") == 1
 
 
-def test_another_process_learns_and_the_next_image_is_answered_by_it(root: Path, camera: Path, monkeypatch, caplog):
+def test_generation_of_another_process_answers_the_next_image(root: Path, camera: Path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     other = Device.open(root)
 
@@ -183,10 +183,10 @@ def test_another_process_learns_and_the_next_image_is_answered_by_it(root: Path,
     driven = Driven(monkeypatch, arrive, *[nothing] * 8, teach, *[nothing] * 8, arrive, *[nothing] * 8)
     lines = driven.run(Device.open(root), camera, existing=True)
     assert [(line["label"], line["generation"]) for line in lines] == [("unknown", 1), ("wedge", 2)]
-    assert "generation 2 answers now" in caplog.text
+    assert "generation 2 is in use now" in caplog.text
 
 
-def test_the_disk_is_read_only_when_there_is_something_new(root: Path, camera: Path, monkeypatch):
+def test_generations_are_read_only_after_a_commit(root: Path, camera: Path, monkeypatch):
     device, read = Device.open(root), []
     refresh = device.refresh
     monkeypatch.setattr(device, "refresh", lambda: read.append(0) or refresh())
@@ -197,7 +197,7 @@ def test_the_disk_is_read_only_when_there_is_something_new(root: Path, camera: P
     assert device.classes[0] == "mug"
 
 
-def test_a_generation_that_cannot_be_read_leaves_the_old_one_answering(root, camera, monkeypatch, caplog):
+def test_unreadable_generation_leaves_the_old_one_in_use(root, camera, monkeypatch, caplog):
     device, other = Device.open(root), Device.open(root)
 
     def fail() -> bool:
@@ -210,12 +210,12 @@ def test_a_generation_that_cannot_be_read_leaves_the_old_one_answering(root, cam
 
     driven = Driven(monkeypatch, *[nothing] * 8, commit, *[nothing] * 20)
     assert [line["label"] for line in driven.run(device, camera)] == ["cup"]
-    assert caplog.text.count("generation 1 goes on answering") == 1
+    assert caplog.text.count("generation 1 stays in use") == 1
 
 
 @pytest.fixture
 def empty(tiny_bundle, tmp_path: Path) -> Path:
-    """A root with a bundle that was deployed without classes."""
+    """Return a root with a bundle that was deployed without classes."""
     full = bundle.parse(tiny_bundle())
     dim = full.manifest["backbone"]["dim"]
     learner, statistics = learners.build({"name": "ncm"}, dim, Priors()), ClassStatistics(dim)
@@ -232,7 +232,7 @@ def empty(tiny_bundle, tmp_path: Path) -> Path:
     return tmp_path / "empty"
 
 
-def test_without_classes_it_waits_says_so_once_and_goes_on_after_a_learn(empty: Path, camera, monkeypatch, caplog):
+def test_device_without_classes_waits_for_the_first(empty: Path, camera, monkeypatch, caplog):
     other = Device.open(empty)
     put(camera, "a.png", picture("cup"))
 
@@ -241,8 +241,8 @@ def test_without_classes_it_waits_says_so_once_and_goes_on_after_a_learn(empty: 
 
     driven = Driven(monkeypatch, *[nothing] * 30, teach, *[nothing] * 9)
     lines = driven.run(Device.open(empty), camera, existing=True)
-    assert [(line["label"], line["generation"]) for line in lines] == [("cup", 2)]  # it was not lost
-    assert caplog.text.count("knows no class yet and waits") == 1
+    assert [(line["label"], line["generation"]) for line in lines] == [("cup", 2)]  # the image was not lost
+    assert caplog.text.count("has no classes yet and waits") == 1
     assert last_report(empty)["images"] == 1
 
 
@@ -251,7 +251,7 @@ def stream(*frames: bytes) -> io.BytesIO:
 
 
 class Live(io.RawIOBase):
-    """A stream that gives a frame when it is told to."""
+    """A stream whose frames the test sends."""
 
     def __init__(self) -> None:
         self.frames: queue.Queue[bytes] = queue.Queue()
@@ -283,7 +283,7 @@ def test_frames_of_another_generation_do_not_vote(root: Path, monkeypatch):
 
     def answer(answer: Answer) -> None:
         driven.answer(answer)
-        driven.now += 1.1  # a look at what was committed is due
+        driven.now += 1.1  # the check for a new generation is due
         if len(driven.lines) == 3:
             other.rename("cup", "mug")
         live.frames.put(frame("cup", 5) if len(driven.lines) < 6 else b"")
@@ -294,7 +294,7 @@ def test_frames_of_another_generation_do_not_vote(root: Path, monkeypatch):
     assert [line["stable"] for line in driven.lines] == [None, None, "cup", None, None, "mug"]
 
 
-def test_a_stream_that_ends_ends_it(root: Path, caplog):
+def test_loop_ends_with_the_stream(root: Path, caplog):
     lines: list[Answer] = []
     assert watch(Device.open(root), stream(), lines.append) == 0
     assert watch(Device.open(root), stream(frame("cup")[:-9]), lines.append) == 0
@@ -306,7 +306,7 @@ def test_a_stream_that_ends_ends_it(root: Path, caplog):
     assert watch(Device.open(root), stream(frame("cup")), lines.append) == 1
 
 
-def test_a_stream_ends_it_also_without_classes(empty: Path):
+def test_loop_without_classes_ends_with_the_stream(empty: Path):
     assert watch(Device.open(empty), stream(frame("cup"), frame("nut")), pytest.fail) == 0
 
 
@@ -315,7 +315,7 @@ def fill(camera: Path, count: int) -> None:
         put(camera, f"{number:04d}.png", picture(("cup", "nut", "screw")[number % 3], number))
 
 
-def test_counts_are_kept_told_and_gone_on_with(root: Path, camera: Path, monkeypatch, solid):
+def test_counts_are_saved_reported_and_continued(root: Path, camera: Path, monkeypatch, solid):
     assert last_report(root) is None
     fill(camera, MINIMUM)
     Driven(monkeypatch, *[nothing] * (MINIMUM + 4)).run(Device.open(root), camera, existing=True)
@@ -334,7 +334,7 @@ def test_counts_are_kept_told_and_gone_on_with(root: Path, camera: Path, monkeyp
     assert (told["images"], told["named"]) == (MINIMUM + 1, 1)
 
 
-def test_age_is_told_within_a_boot_only(root: Path, camera: Path, monkeypatch, tmp_path: Path):
+def test_age_is_known_within_a_boot_only(root: Path, camera: Path, monkeypatch, tmp_path: Path):
     fill(camera, 1)
     named: list[dict[str, Any]] = []
     watch(Device.open(root), camera, named.append, existing=True, stopped=lambda: bool(named))
@@ -346,7 +346,7 @@ def test_age_is_told_within_a_boot_only(root: Path, camera: Path, monkeypatch, t
     assert last_report(root)["age"] is None
 
 
-def test_counts_are_kept_once_a_minute_and_only_when_there_are_new_ones(root: Path, camera: Path, monkeypatch):
+def test_counts_are_saved_once_per_minute_if_changed(root: Path, camera: Path, monkeypatch):
     written = []
     write = files.write_tensors
     monkeypatch.setattr(files, "write_tensors", lambda *a: written.append(driven.now) or write(*a))
@@ -357,7 +357,7 @@ def test_counts_are_kept_once_a_minute_and_only_when_there_are_new_ones(root: Pa
     assert all(later - earlier >= 60 for earlier, later in itertools.pairwise(written))
 
 
-def test_a_full_disk_is_said_and_the_images_are_answered(root: Path, camera: Path, monkeypatch, caplog):
+def test_full_disk_is_logged_and_predictions_continue(root: Path, camera: Path, monkeypatch, caplog):
     fill(camera, 3)
 
     def full(step: str, path: Path) -> None:
@@ -366,12 +366,12 @@ def test_a_full_disk_is_said_and_the_images_are_answered(root: Path, camera: Pat
 
     monkeypatch.setattr(files, "fault_hook", full)
     assert len(Driven(monkeypatch, *[nothing] * 9).run(Device.open(root), camera, existing=True)) == 3
-    assert "the drift counts were not kept" in caplog.text
+    assert "the drift counts were not saved" in caplog.text
     assert "the disk is full" in caplog.text
     assert last_report(root) is None
 
 
-def test_a_learn_that_clears_temporary_files_costs_no_counts(root: Path, camera: Path, monkeypatch):
+def test_cleanup_of_temporary_files_loses_no_counts(root: Path, camera: Path, monkeypatch):
     fill(camera, 1)
     cleared = []
 
@@ -387,7 +387,7 @@ def test_a_learn_that_clears_temporary_files_costs_no_counts(root: Path, camera:
     assert last_report(root)["images"] == 1
 
 
-def test_a_damaged_file_of_counts_is_ignored(root: Path, camera: Path, monkeypatch, caplog):
+def test_damaged_counts_are_ignored(root: Path, camera: Path, monkeypatch, caplog):
     fill(camera, 2)
     Driven(monkeypatch, *[nothing] * 4).run(Device.open(root), camera, existing=True)
     path = root / watch_state.NAME
@@ -402,10 +402,10 @@ def test_a_damaged_file_of_counts_is_ignored(root: Path, camera: Path, monkeypat
     assert last_report(root) is None
     put(camera, "more.png", picture("cup"))
     assert len(Driven(monkeypatch, *[nothing] * 6).run(Device.open(root), camera, existing=True)) == 3
-    assert last_report(root)["images"] == 3  # begun anew
+    assert last_report(root)["images"] == 3  # started anew
 
 
-def test_a_new_class_begins_the_counts_anew_another_name_does_not(root: Path, camera: Path, monkeypatch):
+def test_new_class_restarts_the_counts_but_a_rename_does_not(root: Path, camera: Path, monkeypatch):
     other = Device.open(root)
     fill(camera, 6)
     seen = []
@@ -437,15 +437,15 @@ def test_a_new_class_begins_the_counts_anew_another_name_does_not(root: Path, ca
     assert seen == [6, 7, 1]
 
 
-def test_a_change_of_what_is_seen_is_logged_once(root: Path, camera: Path, monkeypatch, caplog, solid):
-    for number in range(MINIMUM + 150):  # counts are kept two times more
+def test_drift_is_logged_once(root: Path, camera: Path, monkeypatch, caplog, solid):
+    for number in range(MINIMUM + 150):  # the counts are saved twice more
         put(camera, f"{number}.png", picture("wedge", number))
     driven = Driven(monkeypatch, *[nothing] * (MINIMUM + 300), step=1.0)
     driven.run(Device.open(root), camera, existing=True)
-    assert caplog.text.count("what the camera shows has changed (drift: drifted") == 1
+    assert caplog.text.count("the images have drifted from those that were learned (drift: drifted") == 1
 
 
-def test_strict_refuses_what_is_slower(tiny_bundle, tmp_path: Path, camera: Path):
+def test_strict_refuses_a_slower_runtime(tiny_bundle, tmp_path: Path, camera: Path):
     (tmp_path / "b.ssdedge").write_bytes(tiny_bundle(target="jetson"))
     install(tmp_path / "root", tmp_path / "b.ssdedge")
     with pytest.raises(SlowerProviderError):

@@ -1,4 +1,4 @@
-"""`ssd-edge device watch` in a process of its own, from start to stop."""
+"""`ssd-edge device watch` as a process, from start to stop."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def camera(tmp_path: Path) -> Path:
 
 
 class Supervisor:
-    """What systemd does: listens for what the process says of itself."""
+    """A socket that receives the process's messages to systemd."""
 
     def __init__(self, path: Path) -> None:
         self.said: list[str] = []
@@ -79,7 +79,7 @@ class Supervisor:
 
 
 class Running:
-    """The command line, watching."""
+    """The running command."""
 
     def __init__(self, root: Path, source: str | Path, *words: str, **options: Any) -> None:
         self.supervisor = Supervisor(root.parent / "notify")
@@ -98,7 +98,7 @@ class Running:
         return json.loads(self.lines.get(timeout=PATIENCE))
 
     def wait_for(self, word: str) -> None:
-        """Until it has said this of itself; what it said before it ended may still be on its way."""
+        """Wait for this message, which may arrive after the process has ended."""
         for _ in range(PATIENCE * 20):
             if word in self.supervisor.said:
                 return
@@ -107,7 +107,7 @@ class Running:
         raise AssertionError(f"{word} was not said: {self.supervisor.said}")
 
     def stop(self, number: int) -> list[dict[str, Any]]:
-        """Exit with 0 is asked for; what it logged comes back."""
+        """Stop the process, check that its exit code is 0 and return its log."""
         self.process.send_signal(number)
         assert self.process.wait(PATIENCE) == 0, self.process.stderr.read().decode()
         return [json.loads(line) for line in self.process.stderr.read().splitlines()]
@@ -128,7 +128,7 @@ def running() -> Iterator[Callable[..., Running]]:
         one.supervisor.close()
 
 
-def test_a_service_from_start_to_stop(root: Path, camera: Path, running):
+def test_folder_service_from_start_to_stop(root: Path, camera: Path, running):
     put(camera, "old.png", picture("cup"))
     service = running(root, camera, "--every", "0.05")
     service.wait_for("READY=1")
@@ -137,7 +137,7 @@ def test_a_service_from_start_to_stop(root: Path, camera: Path, running):
     assert (first["image"], first["label"], first["generation"]) == (str(camera / "1.png"), "nut", 1)
     put(camera, "bad.png", b"")
     Device.open(root).learn("wedge", [pixels("wedge", seed) for seed in range(12)])
-    for number in itertools.count(2):  # taken over within a second
+    for number in itertools.count(2):  # in use within a second
         put(camera, f"{number}.png", picture("wedge", 77))
         line = service.answer()
         if line["generation"] == 2:
@@ -147,15 +147,15 @@ def test_a_service_from_start_to_stop(root: Path, camera: Path, running):
     service.wait_for("WATCHDOG=1")
     logged = service.stop(signal.SIGTERM)
     service.wait_for("STOPPING=1")
-    assert "generation 2 answers now: cup, nut, screw, wedge" in [line["event"] for line in logged]
+    assert "generation 2 is in use now: cup, nut, screw, wedge" in [line["event"] for line in logged]
     assert any(word.startswith("STATUS=") for word in service.supervisor.said)
     assert last_report(root)["images"] >= 1
     assert sorted(path.name for path in camera.iterdir())[-2:] == ["bad.png", "old.png"]
 
 
-def test_a_stream_on_standard_input_from_start_to_stop(root: Path, running):
+def test_stream_service_from_start_to_stop(root: Path, running):
     service = running(root, "-")
-    for _ in range(3):  # one by one, as the newest only is answered
+    for _ in range(3):  # one by one, because only the newest is answered
         service.process.stdin.write(picture("cup", 5, "JPEG", quality=95, subsampling=0))
         service.process.stdin.flush()
         line = service.answer()
