@@ -48,3 +48,28 @@ def test_the_readme_names_the_two_commands() -> None:
     for command in ("make train", "make test"):
         assert command in text
         assert f"\n{command.split()[1]}:" in makefile
+
+
+def test_the_command_line_page_has_every_verb_with_its_options() -> None:
+    import click
+
+    from ssd_edge.cli import cli
+
+    def leaves(group: click.Group, path: str = "") -> dict[str, click.Command]:
+        found: dict[str, click.Command] = {}
+        for name, command in group.commands.items():
+            if isinstance(command, click.Group):
+                found |= leaves(command, f"{path}{name} ")
+            elif not command.hidden:
+                found[path + name] = command
+        return found
+
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### `([^`]+)`\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL))
+    verbs = leaves(cli)
+    assert set(sections) == set(verbs)
+    for verb, command in verbs.items():
+        assert f"`ssd-edge {verb}" in sections[verb]
+        for option in (param for param in command.params if isinstance(param, click.Option)):
+            if option.name not in ("root", "as_json", "push_command", "allow_downgrade"):
+                assert option.opts[-1] in sections[verb], f"docs/cli.md, {verb}: {option.opts[-1]} is missing"
