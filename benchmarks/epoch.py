@@ -1,9 +1,9 @@
-"""Epochs of SSD (distilling task): dense autograd, touched rows in PyTorch and the compiled epoch, side by side.
+"""Time epochs of SSD on a task that distils: dense autograd, touched rows in PyTorch, and compiled, side by side.
 
 Usage: [SSD_EDGE_DATA=FOLDER] python benchmarks/epoch.py [--quick] [--json FILE]
 
-`ssd-edge bench --full`, on embeddings of CIFAR-10 where SSD_EDGE_DATA has it (classes 2 and 3 of the training images,
-after 0 and 1; accuracy on test images), else on the clustered Gaussian ones of `ssd_edge.run.bench`.
+Like `ssd-edge bench --full`, on embeddings of CIFAR-10 if SSD_EDGE_DATA has it (classes 2 and 3 of the training images
+after 0 and 1; accuracy on test images), otherwise on the clustered Gaussian embeddings of `ssd_edge.run.bench`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ssd_edge.run import bench
 
 
 def cifar() -> tuple[Task, Task, Task]:
-    """Two tasks of two classes and their test images, as the shipped backbone sees them."""
+    """Return embeddings of two tasks of two classes and of their test images."""
     from ssd_edge.backbones.embedder import open_backbone
     from ssd_edge.config import BackboneConfig, DataConfig
     from ssd_edge.data import load

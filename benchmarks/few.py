@@ -1,9 +1,9 @@
-"""Learn two new classes from 50 images each with `ssd` at 10,000 neurons: seconds and accuracy by epochs.
+"""Learn two new classes from 50 images each with `ssd` and 10,000 neurons: seconds and accuracy by epochs.
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/few.py [--json FILE]
 
-As on a device: embeddings are given, the two classes before them had 5,000 images each, and the compiled epoch runs.
-Accuracy is over the test images of all four classes; two draws of the 50.
+As on a device, embeddings are given, the two earlier classes had 5,000 images each, and epochs are compiled. Accuracy
+is over the test images of all four classes, for two draws of the 50 images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OPTIONS = {"name": "ssd", "neurons": 10_000, "inhibition": "subtract", "engine":
 
 
 def learner(epochs: int) -> learners.Learner:
-    """A new one for ten announced classes."""
+    """Return a new learner for ten announced classes."""
     made = learners.build({**OPTIONS, "epochs": epochs}, bench.DIM, Priors())
     made.expect(bench.CLASSES)
     return made
@@ -36,7 +36,7 @@ def main() -> None:
     """Print the table; write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     first, second, test = cifar()
     bench.warm_up()
     before = learner(40)
@@ -57,9 +57,9 @@ def main() -> None:
             row["accuracy"].append(float((device.predict(test.embeddings) == test.labels).double().mean()))
         rows.append(row)
         print(f"{epochs:6,} epochs  {max(row['seconds']):6.2f} s  {row['accuracy']}", flush=True)
-    if words.json:
+    if args.json:
         found = {"command": "python benchmarks/few.py", **environment(), "rows": rows}
-        words.json.write_text(json.dumps(found, indent=2) + "\n")
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

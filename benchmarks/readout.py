@@ -1,12 +1,11 @@
-"""Where SDMLP and SSD forget: in the keys or in the head? Split CIFAR-10 (5 tasks of 2), on held-out training images.
+"""Measure whether SDMLP and SSD forget in the keys or in the head, on Split CIFAR-10 (5 tasks of 2 classes).
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/readout.py [--json FILE] [--order N]
 
-After the five tasks the trained values are replaced by closed-form ones (a linear discriminant on the sparse code,
-from all training data): what such a head reads out of the final keys is still in them, and what the trained head
-does not find was lost in the head. The same read-out of the keys before the first task says what they began with; an
-SDMLP that is given all classes at once is the upper bound.
-One thread.
+After the five tasks the trained values are replaced by closed-form ones (a linear discriminant on the sparse code, from
+all training data). The accuracy of that head is what the final keys still represent; the difference to the trained head
+was lost in the head. The same head on the keys before the first task is the starting point, and an SDMLP trained on all
+classes at once is the upper bound. Accuracy is on held-out training images; one thread.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 
 
 def readout(learner: learners.Learner, train: tuple, test: tuple) -> float:
-    """Accuracy of a discriminant on the code that the learner's present keys give."""
+    """Return the accuracy of a discriminant on the activations of the learner's current keys."""
     net, statistics = learner.net, ClassStatistics(len(learner.net.keys))
 
     def code(vectors: torch.Tensor) -> torch.Tensor:
@@ -52,19 +51,19 @@ def readout(learner: learners.Learner, train: tuple, test: tuple) -> float:
 
 
 def main() -> None:
-    """Print a line a system; write JSON if asked to."""
+    """Print one line per system; write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--order", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
     vectors, labels = embeddings("cifar10-jpg.tar.xz", embedder)
-    train, held_out, row = protocol(labels, words.order)
+    train, held_out, row = protocol(labels, args.order)
     given, test = (vectors[train], row[train]), (vectors[held_out], row[held_out])
     rows = []
     for name, options in SYSTEMS.items():
-        learner = learners.build(options, vectors.shape[1], embedder.priors, words.order)
+        learner = learners.build(options, vectors.shape[1], embedder.priors, args.order)
         learner.expect(10)
         before = readout(learner, given, test)
         parts = [train] if name == JOINT else [train[row[train] // 2 == task] for task in range(TASKS)]
@@ -74,9 +73,9 @@ def main() -> None:
         after = readout(learner, given, test)
         rows.append({"system": name, "own_head": own, "closed_form_head": after, "keys_before": before})
         print(f"{name:26} own head {own:.3f}  closed-form head {after:.3f}  on the first keys {before:.3f}", flush=True)
-    if words.json:
-        command = f"python benchmarks/readout.py --order {words.order}"
-        words.json.write_text(json.dumps({"command": command, **environment(), "rows": rows}, indent=2) + "\n")
+    if args.json:
+        command = f"python benchmarks/readout.py --order {args.order}"
+        args.json.write_text(json.dumps({"command": command, **environment(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Split CIFAR-10 (5 tasks of 2) with any learner's settings, on held-out training images: what a setting is worth.
+"""Compare settings of any learner on Split CIFAR-10 (5 tasks of 2 classes), on held-out training images.
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/split.py [--json FILE] [--order N] SETTINGS...
 
 SETTINGS is a comma-separated list, e.g. name=sdmlp,lr=0.5,epochs=40. The extra key keys_shift pretrains SDMLP keys for
-that input shift first (on Tiny-ImageNet-32, as the shipped ones were); without it the shipped keys are used.
-A fifth of the training images, seeded, is held out and measured; test images are not touched. One thread.
+that input shift first (on Tiny-ImageNet-32, like the shipped keys); without it the shipped keys are used. A seeded
+fifth of the training images is held out for measuring; test images are not used. One thread.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ TASKS = 5
 
 
 def embeddings(name: str, embedder: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training embeddings and labels of a data set."""
+    """Return the training embeddings and labels of a data set."""
     dataset = load(DataConfig(path=name), 0)
     return torch.from_numpy(embed(dataset, embedder, Console(), True)["train"]), torch.from_numpy(dataset.train_labels)
 
 
 def keys_for(shift: float, embedder: Any) -> Priors:
-    """The priors with SDMLP keys that were pretrained for another input shift."""
+    """Return the priors with SDMLP keys pretrained for another input shift."""
     vectors, labels = embeddings("tiny-imagenet32-jpg.tar.xz", embedder)
     config = StudentConfig(shift=shift)
     keys, counters, switch, _ = pretrain_student(vectors, labels, int(labels.max()) + 1, config, 0, lambda text: None)
@@ -50,14 +50,14 @@ def keys_for(shift: float, embedder: Any) -> Priors:
 
 
 def protocol(labels: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Indices of the training and of the held-out samples, and the learner row of every label in this class order."""
+    """Return indices of the training and held-out samples, and the learner row of every label in this class order."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))
     row = torch.from_numpy(np.argsort(np.random.default_rng(order).permutation(10)))[labels]
     return shuffled[len(labels) // 5 :], shuffled[: len(labels) // 5], row
 
 
 def run(options: dict[str, Any], priors: Priors, vectors: torch.Tensor, labels: torch.Tensor, order: int) -> dict:
-    """Take one learner through the five tasks."""
+    """Train one learner on the five tasks and return its metrics."""
     train, held_out, row = protocol(labels, order)
     learner = learners.build(options, vectors.shape[1], priors, order)
     learner.expect(10)
@@ -72,30 +72,30 @@ def run(options: dict[str, Any], priors: Priors, vectors: torch.Tensor, labels: 
 
 
 def main() -> None:
-    """Print a line a setting; add them to the JSON file if one is named."""
+    """Print one line per setting; write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="+")
     parser.add_argument("--order", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
     vectors, labels = embeddings("cifar10-jpg.tar.xz", embedder)
     rows = []
-    for text in words.settings:
+    for text in args.settings:
         options = {key: yaml.safe_load(value) for key, _, value in (part.partition("=") for part in text.split(","))}
         shift = options.pop("keys_shift", None)
         priors = embedder.priors if shift is None else keys_for(float(shift), embedder)
-        result = run(options, priors, vectors, labels, words.order)
-        rows.append({"settings": text, "order": words.order, **result})
+        result = run(options, priors, vectors, labels, args.order)
+        rows.append({"settings": text, "order": args.order, **result})
         print(
             f"{text:60} accuracy {result['average_accuracy']:.3f}  BWT {result['backward_transfer']:+.3f}  "
             f"just learned {result['learning_accuracy']:.3f}  {result['seconds']:.0f} s",
             flush=True,
         )
-    if words.json:
+    if args.json:
         command = "python benchmarks/split.py SETTINGS"
-        words.json.write_text(json.dumps({"command": command, **environment(), "rows": rows}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"command": command, **environment(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Which closed-form values on the landmarks' directions: ridge, discriminant, or the Gaussian read-out of `landmark`?
+"""Compare closed-form values on the directions of `landmark`: ridge, linear discriminant, and its Gaussian read-out.
 
 Usage: python benchmarks/values.py [--data cifar10-jpg.tar.xz] [--shots 5 20 50 500] [--json FILE]
 
-Needs a data set with a test split. The last class is taught with few images beside the others' full number, as
-on a device; printed: accuracy over all classes, and the share of the new class's test images that are recognised.
+Requires a data set with a test split. The last class is taught with few images while the others have all of theirs, as
+on a device. Printed are the accuracy over all classes and the recall of the new class.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10-jpg.tar.xz")
     parser.add_argument("--shots", type=int, nargs="+", default=[5, 20, 50, 500])
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     set_threads(0)
-    dataset = load(DataConfig(path=words.data), 0)
+    dataset = load(DataConfig(path=args.data), 0)
     embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
     embedded = embed(dataset, embedder, Console(), True)
     train, test = (torch.from_numpy(embedded[part]) for part in ("train", "test"))
@@ -42,7 +42,7 @@ def main() -> None:
     learner = learners.build({"name": "landmark"}, embedder.dim, embedder.priors)
     codes = torch.cat([learner.features(part) for part in test.split(4096)]).double()
     print(f"{'new class':>10} {'ridge':>16} {'discriminant':>16} {'landmark':>16}  (accuracy / new class)")
-    for shots in [*words.shots, int((labels == last).sum())]:
+    for shots in [*args.shots, int((labels == last).sum())]:
         few = torch.randperm(int((labels == last).sum()), generator=torch.Generator().manual_seed(0))[:shots]
         index = torch.cat([(labels != last).nonzero().flatten(), (labels == last).nonzero().flatten()[few]])
         learner = learners.build({"name": "landmark"}, embedder.dim, embedder.priors)
@@ -64,9 +64,9 @@ def main() -> None:
         rows.append(row)
         cells = "".join(f" {row[name]['accuracy']:8.3f} / {row[name]['recall']:.3f}" for name in solutions)
         print(f"{shots:10,}{cells}", flush=True)
-    if words.json:
-        command = f"python benchmarks/values.py --data {words.data}"
-        words.json.write_text(json.dumps({"command": command, **environment(), "rows": rows}, indent=2) + "\n")
+    if args.json:
+        command = f"python benchmarks/values.py --data {args.data}"
+        args.json.write_text(json.dumps({"command": command, **environment(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

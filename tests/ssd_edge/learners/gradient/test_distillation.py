@@ -1,4 +1,4 @@
-"""Distillation: closed-form gradients against autograd, the selection rules, the teacher's targets."""
+"""Tests of distillation: closed-form gradients against autograd, selection rules, teacher targets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DIRECTIONS = ["teacher_student", "student_teacher"]
 
 
 def pair(count: int = 5, width: int = 7) -> tuple[Tensor, Tensor]:
-    """A student's and a teacher's numbers, some of them zero as after Top-K."""
+    """Return a student's and a teacher's activations, some of them zero as after Top-K."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, count, width, generator=generator, dtype=torch.float64).clamp_min(0)
     return student, teacher
@@ -43,7 +43,7 @@ def autograd(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tens
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float, direction: str) -> Tensor:
-    """T² KL of the softened softmaxes, a mean over the batch, as PyTorch writes it."""
+    """Compute T² KL of the softened softmaxes, averaged over the batch, with PyTorch's functions."""
     q, p = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1)
     forward = F.kl_div(q, p, log_target=True, reduction="batchmean") * temperature**2
     backward = F.kl_div(p, q, log_target=True, reduction="batchmean") * temperature**2
@@ -67,7 +67,7 @@ def test_divergence(direction: str, temperature: float) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_divergence_at_high_temperature(direction: str) -> None:
-    """T²·KL → (1/2m) Σ (D_i − mean D)², D = student − teacher: T stops to matter."""
+    """T²·KL → (1/2m) Σ (D_i − mean D)², D = student − teacher: T has no effect."""
     student, teacher = pair()
     difference = student - teacher
     limit = (difference - difference.mean(1, keepdim=True)).square().sum(1).mean() / (2 * student.shape[1])
@@ -94,14 +94,14 @@ def test_hidden_loss(kind: str, direction: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["kl_softmax", "mse"])
-def test_a_silent_teacher_gives_a_finite_gradient(kind: str) -> None:
+def test_inactive_teacher_gives_a_finite_gradient(kind: str) -> None:
     student = torch.full((2, 3), 0.1)
     loss, gradient = hidden_loss(student, torch.zeros(2, 3), 8.0, kind, "teacher_student")
     assert math.isfinite(float(loss))
     assert float(gradient.abs().max()) < 1.0
 
 
-def test_one_table_neuron_has_no_softmax_to_distil() -> None:
+def test_table_of_one_neuron_has_no_loss() -> None:
     loss, gradient = hidden_loss(torch.rand(4, 1), torch.rand(4, 1), 8.0, "kl_softmax", "teacher_student")
     assert float(loss) == 0.0
     assert float(gradient.abs().max()) == 0.0
@@ -123,7 +123,7 @@ def test_top_n_forms(value: str | float, count: int) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "k", "ten", "1.5", "1,0k", "nan", "inf", "nank", "infk", "1.0kk", "10 %"])
-def test_top_n_of_no_form(value: str) -> None:
+def test_malformed_top_n_raises(value: str) -> None:
     with pytest.raises(InputError, match=r"learner.top_n must be a whole number, a multiple of k .*, but is"):
         parse_top_n(value, k=10, neurons=1000)
 
@@ -131,7 +131,7 @@ def test_top_n_of_no_form(value: str) -> None:
 @pytest.mark.parametrize(
     ("value", "count"), [("0", 0), ("-3", -3), ("-1k", -10), ("1001", 1001), ("101k", 1010), ("0.0001", 0)]
 )
-def test_top_n_out_of_range(value: str, count: int) -> None:
+def test_top_n_out_of_range_raises(value: str, count: int) -> None:
     with pytest.raises(InputError, match=f"learner.top_n gives {count} neurons.* between 1 and .* 1000"):
         parse_top_n(value, k=10, neurons=1000)
 
@@ -139,14 +139,14 @@ def test_top_n_out_of_range(value: str, count: int) -> None:
 FREQUENCIES = torch.tensor([0.2, 0.9, 0.0, 0.5, 0.5, 0.0, 0.1])
 
 
-def test_select_by_frequency_takes_the_lower_index_of_a_tie() -> None:
+def test_select_by_frequency_breaks_ties_by_index() -> None:
     table = select(FREQUENCIES, 4)
     assert table.indices.tolist() == [1, 3, 4, 0]
     assert table.frequencies.tolist() == pytest.approx([0.9, 0.5, 0.5, 0.2])
     assert select(FREQUENCIES, 7).indices.tolist() == [1, 3, 4, 0, 6, 2, 5]
 
 
-def test_select_at_random_depends_on_the_generator_alone() -> None:
+def test_random_selection_depends_only_on_the_generator() -> None:
     p = torch.rand(50)
     tables = [select(p, 10, "random", generator=torch.Generator().manual_seed(s)).indices for s in (1, 1, 2)]
     assert torch.equal(tables[0], tables[1])
@@ -171,7 +171,7 @@ def network(closed: bool, neurons: int = 48, dim: int = 6) -> tuple[SDMLP, Tenso
     values = initial_rows(neurons, 3, neurons, generator, torch.float64)
     counters = torch.full((neurons,), 8.0) if closed else torch.randint(0, 9, (neurons,), generator=generator)
     inputs = prepare(torch.randn(50, dim, generator=generator, dtype=torch.float64), 0.0)
-    inputs[7] = 0.0  # a sample that activates nothing
+    inputs[7] = 0.0  # a sample that activates no neuron
     return SDMLP([Layer(keys, counters.double())], values, 4, 8.0), inputs
 
 
@@ -183,7 +183,7 @@ def dense_activations(net: SDMLP, inputs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("closed", [True, False])
 @pytest.mark.parametrize("batch", [2048, 16])
-def test_targets_are_those_of_a_dense_teacher(closed: bool, batch: int) -> None:
+def test_targets_equal_those_of_a_dense_teacher(closed: bool, batch: int) -> None:
     net, inputs = network(closed)
     indices = torch.tensor([3, 40, 0, 17, 21, 5, 30])
     targets = teacher_targets(net, inputs, [TopNTable(indices, torch.zeros(7))], batch)
@@ -193,7 +193,7 @@ def test_targets_are_those_of_a_dense_teacher(closed: bool, batch: int) -> None:
     torch.testing.assert_close(targets.logits, a @ net.values, rtol=1e-12, atol=1e-12)
 
 
-def test_targets_of_a_closed_teacher_are_stored_sparse() -> None:
+def test_targets_with_closed_switches_are_stored_sparse() -> None:
     net, inputs = network(closed=True)
     targets = teacher_targets(net, inputs, [TopNTable(torch.arange(48), torch.zeros(48))])
     assert targets.hidden[0].activations.shape[1] <= net.k

@@ -33,14 +33,14 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "ssd_edge.learners.gradient.kernels", raising=False)
 
 
-def test_without_numba_everything_is_learned_by_pytorch(without_numba: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_pytorch_without_numba(without_numba: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(epoch, "MIN_WORK", 0.0)
     automatic, plain = learner(engine="auto"), learner(engine="torch")
     assert automatic.learn(task()) == plain.learn(task())
     assert torch.equal(automatic.net.keys, plain.net.keys)
 
 
-def test_without_numba_compiled_is_refused(without_numba: None) -> None:
+def test_compiled_raises_without_numba(without_numba: None) -> None:
     asked = learner(engine="compiled")
     before = asked.net.keys.clone()
     with pytest.raises(EnvironmentUnfitError, match=r"engine=compiled needs the package numba.*ssd-edge\[fast\]"):
@@ -56,7 +56,7 @@ def test_without_numba_compiled_is_refused(without_numba: None) -> None:
         ("sdmlp", {"penalty": "si"}, "it does not support this loss"),
     ],
 )
-def test_compiled_is_refused_where_it_does_not_fit(name: str, options: dict[str, Any], reason: str) -> None:
+def test_compiled_raises_for_unsupported_tasks(name: str, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=f"learner.engine is compiled, but {reason}.*set learner.engine=auto"):
         learner(name, engine="compiled", **options).learn(task())
     assert learner(name, engine="auto", **options).learn(task())["epochs"] == 2.0
@@ -73,7 +73,7 @@ def test_other_distillation_is_not_compiled(options: dict[str, Any]) -> None:
     assert student.trainer(task((2, 3))).loss.compiled() is None
 
 
-def test_a_learner_that_is_observed_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_observed_learner_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[epoch.CompiledLoss | None] = []
     monkeypatch.setattr(epoch, "start", lambda net, settings, loss, inputs, labels: given.append(loss))
     plain, observed = learner("ssd"), learner("ssd")
@@ -83,7 +83,7 @@ def test_a_learner_that_is_observed_is_not_compiled(monkeypatch: pytest.MonkeyPa
     assert given == [epoch.CompiledLoss(1.0), None]
 
 
-def test_short_tasks_are_not_worth_the_loading() -> None:
+def test_short_tasks_are_not_compiled() -> None:
     short = learner(engine="auto")
     loss = epoch.CompiledLoss(1.0)
     assert epoch.start(short.net, short.settings, loss, torch.rand(40, DIM), task().labels) is None

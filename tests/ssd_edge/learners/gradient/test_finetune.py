@@ -1,4 +1,4 @@
-"""Fine-tuning: the lower bound, and with another schedule the joint upper bound."""
+"""Tests of `finetune`: sequential and joint training, outputs, penalties, state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make(**options: object) -> FineTune:
     return build({"name": "finetune", "neurons": 50, "epochs": 20, **options}, DIM, Priors())
 
 
-def test_it_learns_and_forgets() -> None:
+def test_learns_a_task_and_forgets_the_previous_one() -> None:
     learner = make()
     learner.expect(4)
     learner.learn(task((0, 1)))
@@ -42,14 +42,14 @@ def test_it_learns_and_forgets() -> None:
     assert accuracy(learner, task((0, 1), seed=1)) < 0.3
 
 
-def test_joint_training_knows_all_classes() -> None:
+def test_joint_training_learns_all_classes() -> None:
     settings = dataclasses.replace(JOINT, neurons=50, min_steps=200)
     learner = FineTune(DIM, settings, Priors())
     learner.learn(task((0, 1, 2, 3), 400))
     assert accuracy(learner, task((0, 1, 2, 3), 400, seed=1)) > 0.95
 
 
-def test_one_step_is_that_of_autograd() -> None:
+def test_one_step_equals_autograd() -> None:
     """One full batch: plain SGD on the cross-entropy, clipped, over all outputs."""
     learner, new = make(epochs=1, batch=500, clip=0.5, lr=0.1), task((0, 1))
     learner.expect(3)
@@ -62,7 +62,7 @@ def test_one_step_is_that_of_autograd() -> None:
     loss = torch.nn.functional.cross_entropy(hidden @ weights[2].T + weights[3], new.labels)
     gradients = torch.autograd.grad(loss, weights)
     norm = float(sum(gradient.square().sum() for gradient in gradients) ** 0.5)
-    assert norm > 0.5  # so that the clip is at work
+    assert norm > 0.5  # the gradient is clipped
     measured = learner.learn(new)
     assert measured["cross_entropy"] == pytest.approx(float(loss.detach()), rel=1e-5)
     after = (learner.hidden_weight, learner.hidden_bias, learner.output_weight, learner.output_bias)
@@ -70,7 +70,7 @@ def test_one_step_is_that_of_autograd() -> None:
         torch.testing.assert_close(mine, (weight - 0.1 * 0.5 / norm * gradient).detach(), rtol=0, atol=1e-6)
 
 
-def test_outputs_are_announced_or_arrive() -> None:
+def test_number_of_outputs_with_and_without_announcement() -> None:
     for outputs, sizes in (("announced", (6, 6)), ("arriving", (2, 4))):
         learner = make(outputs=outputs, epochs=1)
         learner.expect(6)
@@ -79,7 +79,7 @@ def test_outputs_are_announced_or_arrive() -> None:
             assert learner.scores(torch.zeros(1, DIM)).shape == (1, size)
 
 
-def test_an_announced_class_is_a_negative_from_the_start() -> None:
+def test_announced_class_is_a_negative_from_the_start() -> None:
     learner = make()
     learner.expect(3)
     learner.learn(task((0, 1)))
@@ -88,17 +88,17 @@ def test_an_announced_class_is_a_negative_from_the_start() -> None:
 
 
 def test_min_steps_adds_epochs() -> None:
-    told: list[float] = []
-    make(epochs=2, batch=100, min_steps=9).learn(task((0, 1), 200), told.append)  # 2 steps an epoch
-    assert told == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    shares: list[float] = []
+    make(epochs=2, batch=100, min_steps=9).learn(task((0, 1), 200), shares.append)  # 2 steps per epoch
+    assert shares == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
-def test_divergence_is_told() -> None:
+def test_divergence_raises() -> None:
     with pytest.raises(InputError, match=r"fine-tuning diverged in epoch \d+; lower learner.lr \(1e\+30\)"):
         make(lr=1e30, clip=1e30).learn(task((0, 1)))
 
 
-def test_weights_do_not_carry_gradients() -> None:
+def test_weights_require_no_gradients_after_learning() -> None:
     learner = make(epochs=1)
     learner.learn(task((0, 1)))
     assert not any(tensor.requires_grad for tensor in (learner.hidden_weight, learner.output_bias))
@@ -108,7 +108,7 @@ def test_weights_do_not_carry_gradients() -> None:
 # ── outputs ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_untrained_learner_scores_every_announced_class() -> None:
+def test_untrained_learner_scores_every_announced_class() -> None:
     learner = make()
     assert learner.scores(torch.zeros(3, DIM)).shape == (3, 0)
     for announced in (4, 6, 2):  # the last announcement counts
@@ -120,8 +120,8 @@ def test_an_untrained_learner_scores_every_announced_class() -> None:
     assert arriving.scores(torch.zeros(3, DIM)).shape == (3, 0)
 
 
-def test_outputs_are_the_same_however_they_were_announced() -> None:
-    """Nothing, too few, or all: the first task draws its outputs as if it had drawn them at once."""
+def test_outputs_do_not_depend_on_the_announcements() -> None:
+    """The first task draws the same outputs whether none, too few or all were announced."""
     learners = []
     for announced in ((), (3,), (2, 4), (6,), (7, 6)):
         learner = make(epochs=1, lr=1e-9)
@@ -133,7 +133,7 @@ def test_outputs_are_the_same_however_they_were_announced() -> None:
     assert len(learners[0].output_weight.unique(dim=0)) == 6
     before = learners[0].output_weight
     learners[0].expect(9)
-    assert learners[0].output_weight is before  # later outputs wait for their task
+    assert learners[0].output_weight is before  # later outputs are added by their task
     learners[0].learn(task((0, 1)))
     grown = learners[0].output_weight
     torch.testing.assert_close(grown[:6], before, rtol=0, atol=1e-6)
@@ -144,7 +144,7 @@ def test_outputs_are_the_same_however_they_were_announced() -> None:
 
 
 def functional(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Two hidden layers, as PyTorch writes them."""
+    """Compute two hidden layers in plain PyTorch."""
     x = (x @ parameters["hidden_weight"].T + parameters["hidden_bias"]).clamp_min(0)
     x = (x @ parameters["hidden_weight_1"].T + parameters["hidden_bias_1"]).clamp_min(0)
     return x @ parameters["output_weight"].T + parameters["output_bias"]
@@ -168,7 +168,7 @@ def test_two_layers_forward_and_per_sample_gradients() -> None:
         torch.testing.assert_close(mine, wanted[name], rtol=1e-4, atol=1e-5)
 
 
-def test_more_layers_learn_too() -> None:
+def test_several_layers_learn() -> None:
     learner = make(layers=3)
     learner.learn(task((0, 1, 2, 3), 400))
     assert accuracy(learner, task((0, 1, 2, 3), 400, seed=1)) > 0.95
@@ -177,8 +177,8 @@ def test_more_layers_learn_too() -> None:
     }  # fmt: skip
 
 
-def test_one_step_with_a_penalty_is_that_of_autograd() -> None:
-    """SI, two tasks of one full batch each: path, importance, pull before the clip."""
+def test_one_step_with_a_penalty_equals_autograd() -> None:
+    """SI over two tasks of one full batch each: path, importance, and the penalty's gradient before clipping."""
     options = {"penalty_beta": 0.5, "penalty_weight": 50.0}
     learner = make(epochs=1, batch=500, clip=0.5, lr=0.1, neurons=9, penalty="si", **options)
     learner.expect(4)
@@ -216,7 +216,7 @@ def test_one_step_with_a_penalty_is_that_of_autograd() -> None:
 @pytest.mark.parametrize(
     ("penalty", "weight"), [("ewc", 100.0), ("online_ewc", 100.0), ("mas", 1.0), ("si", 100.0), ("l2", 3.0)]
 )
-def test_a_penalty_keeps_what_fine_tuning_forgets(penalty: str, weight: float) -> None:
+def test_penalty_reduces_forgetting(penalty: str, weight: float) -> None:
     known = []
     for used in (1e-6, weight):
         learner = make(penalty=penalty, penalty_weight=used, lr=0.02)
@@ -230,7 +230,7 @@ def test_a_penalty_keeps_what_fine_tuning_forgets(penalty: str, weight: float) -
     assert known[1][1] > 0.7
 
 
-def test_no_weight_is_fine_tuning() -> None:
+def test_penalty_of_weight_zero_equals_fine_tuning() -> None:
     plain, weightless = make(epochs=2), make(epochs=2, penalty="ewc", penalty_weight=0)
     for learner in (plain, weightless):
         learner.expect(4)
@@ -241,19 +241,19 @@ def test_no_weight_is_fine_tuning() -> None:
     assert plain.memory_bytes() < weightless.memory_bytes()
 
 
-def test_the_display_name_says_which_penalty() -> None:
+def test_display_name_contains_the_penalty() -> None:
     assert (make().display, make(penalty="online_ewc").display) == ("fine-tuning", "online EWC")
     assert FineTune.display == "fine-tuning"
 
 
 @pytest.mark.parametrize("options", [{"optimiser": "adamw"}, {"weight_decay": 0.1}], ids=str)
-def test_a_penalty_goes_with_plain_sgd(options: dict[str, object]) -> None:
+def test_penalty_requires_plain_sgd(options: dict[str, object]) -> None:
     with pytest.raises(InputError, match=r"learner.penalty=mas requires plain SGD, but learner.optimiser is"):
         make(penalty="mas", **options)
 
 
 @pytest.mark.parametrize("penalty", ["ewc", "online_ewc", "si", "mas", "l2"])
-def test_a_restored_penalty_goes_on_to_the_last_bit(penalty: str) -> None:
+def test_resume_with_a_penalty_gives_identical_weights(penalty: str) -> None:
     learner = make(epochs=2, layers=2, neurons=10, outputs="arriving", penalty=penalty, fisher="batch")
     for number, rows in enumerate(((0, 1), (2, 3), (1, 5))):
         again = restore(*pack(learner))

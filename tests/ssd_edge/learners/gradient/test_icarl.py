@@ -1,4 +1,4 @@
-"""iCaRL: herding against a plain loop, the bound of the memory, nearest means, and what replay is worth."""
+"""Tests of `icarl`: herding against a plain loop, size of the memory, nearest means, effect of replay."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(**options: object) -> ICaRL:
 
 
 def kept(learner: ICaRL) -> dict[int, torch.Tensor]:
-    """Exemplars by class, in their order."""
+    """Return the exemplars by class, in their order."""
     rows = learner.exemplar_rows
     return {row: learner.exemplars[rows == row] for row in rows.unique().tolist() if row >= 0}
 
@@ -42,7 +42,7 @@ def kept(learner: ICaRL) -> dict[int, torch.Tensor]:
 # ── herding ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_herding_against_a_plain_loop() -> None:
+def test_herding_equals_a_plain_loop() -> None:
     features = np.random.default_rng(0).normal(size=(25, 4)) + 1
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     mean, chosen = features.mean(0), []
@@ -54,8 +54,8 @@ def test_herding_against_a_plain_loop() -> None:
         assert herd(torch.tensor(features), count).tolist() == chosen[:count]
 
 
-def test_herding_of_features_of_any_length() -> None:
-    """Lengths count, and two equal samples may both be chosen, but none twice."""
+def test_herding_of_features_that_are_not_normalised() -> None:
+    """Lengths matter, and equal samples may both be chosen, but no sample twice."""
     features = torch.tensor([[4.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     assert herd(features, 4).tolist() == [1, 2, 0, 3]  # mean 1.5; then running means 1, 1, 2, 1.5
     assert herd(torch.zeros(3, 2), 3).sort().values.tolist() == [0, 1, 2]
@@ -64,7 +64,7 @@ def test_herding_of_features_of_any_length() -> None:
 # ── the memory ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_memory_is_shared_and_never_exceeded() -> None:
+def test_classes_share_the_memory_and_never_exceed_it() -> None:
     learner, before = make(epochs=2), {}
     for rows, share in (((0, 1), 15), ((2,), 10), ((3, 4), 6), ((5, 6), 4)):
         new = task(rows)
@@ -72,7 +72,7 @@ def test_the_memory_is_shared_and_never_exceeded() -> None:
         now = kept(learner)
         assert {len(part) for part in now.values()} == {share}
         assert sorted(now) == list(range(rows[-1] + 1))
-        for row, part in before.items():  # the last of each order have gone
+        for row, part in before.items():  # the last exemplars of each class are dropped
             assert torch.equal(now[row], part[:share])
         for row in rows:
             members = new.embeddings[new.labels == row]
@@ -84,7 +84,7 @@ def test_the_memory_is_shared_and_never_exceeded() -> None:
         before = now
 
 
-def test_fewer_samples_than_the_share() -> None:
+def test_class_with_fewer_samples_than_its_share() -> None:
     learner = make(epochs=1)
     learner.learn(task((0, 1), 6))
     assert {row: len(part) for row, part in kept(learner).items()} == {0: 3, 1: 3}
@@ -92,7 +92,7 @@ def test_fewer_samples_than_the_share() -> None:
     assert {row: len(part) for row, part in kept(learner).items()} == {0: 3, 1: 3, 2: 10}
 
 
-def test_a_class_that_is_taught_again_is_chosen_from_new_and_kept_samples() -> None:
+def test_repeated_class_chooses_from_new_and_kept_samples() -> None:
     learner = make(epochs=2)
     learner.learn(task((0, 1)))
     first = kept(learner)
@@ -105,7 +105,7 @@ def test_a_class_that_is_taught_again_is_chosen_from_new_and_kept_samples() -> N
     assert len(pool) == 115
 
 
-def test_a_memory_that_is_too_small_is_refused_before_learning() -> None:
+def test_too_small_memory_raises_before_learning() -> None:
     learner = make(memory=3, epochs=1)
     learner.learn(task((0, 1, 2)))
     state = learner.state_dict()
@@ -117,9 +117,9 @@ def test_a_memory_that_is_too_small_is_refused_before_learning() -> None:
 # ── learning ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_loss_by_hand() -> None:
-    """Labels for the classes of the task and for unknown ones, the previous answers for all others."""
-    learner = make(epochs=1, batch=500)  # a task is one step, so what is measured is the loss before it
+def test_loss_equals_the_formula() -> None:
+    """Targets are labels for classes of the task and unknown classes, and previous outputs for all others."""
+    learner = make(epochs=1, batch=500)  # one step, so the measured loss is the one before it
     learner.expect(5)
     learner.learn(task((0, 1, 2)))
     before, new = learner.state_dict(), task((2, 3), 40)
@@ -128,14 +128,14 @@ def test_the_loss_by_hand() -> None:
     hidden = (inputs @ before["hidden_weight"].T + before["hidden_bias"]).clamp_min(0)
     p = (hidden @ before["output_weight"].T + before["output_bias"]).double().sigmoid().numpy()
     wanted = np.eye(5)[labels]
-    wanted[:, :2] = p[:, :2]  # class 2 is taught again: its labels count
+    wanted[:, :2] = p[:, :2]  # class 2 is taught again, so it uses labels
     each = -(wanted * np.log(p) + (1 - wanted) * np.log(1 - p)).mean(0)
     measured = learner.learn(new)
     assert measured["cross_entropy"] == pytest.approx(each[2:].sum(), rel=1e-5)
     assert measured["distillation"] == pytest.approx(each[:2].sum(), rel=1e-5)
 
 
-def test_replay_keeps_the_first_task() -> None:
+def test_replay_retains_the_first_task() -> None:
     options = {"neurons": 50, "epochs": 20}
     forgetful = FineTune(DIM, FineTuneSettings(**options), Priors())
     replaying = make()
@@ -148,7 +148,7 @@ def test_replay_keeps_the_first_task() -> None:
     assert accuracy(replaying, task((2, 3), seed=1)) > 0.9
 
 
-def test_prediction_is_by_the_nearest_mean_exemplar() -> None:
+def test_prediction_is_the_nearest_mean_exemplar() -> None:
     learner = make(epochs=5, layers=2)
     learner.expect(6)
     for rows in ((0, 1), (2, 4)):
@@ -169,7 +169,7 @@ def test_prediction_is_by_the_nearest_mean_exemplar() -> None:
     assert (scores[:, [3, 5]] < -1e20).all()
 
 
-def test_before_anything_is_taught() -> None:
+def test_scores_before_the_first_task() -> None:
     learner = make()
     learner.expect(4)
     assert (learner.scores(torch.ones(2, DIM)) < -1e20).all()
@@ -180,7 +180,7 @@ def test_before_anything_is_taught() -> None:
 
 
 @pytest.mark.parametrize("tasks", [0, 1, 2])
-def test_a_resumed_learner_goes_on_to_the_last_bit(tasks: int) -> None:
+def test_resume_gives_identical_weights(tasks: int) -> None:
     stream = [task((0, 1), 70), task((2, 3), 90), task((1, 5), 50)]
     learner = make(epochs=2)
     learner.expect(6)
@@ -198,7 +198,7 @@ def test_a_resumed_learner_goes_on_to_the_last_bit(tasks: int) -> None:
     assert torch.equal(again.scores(test), learner.scores(test))
 
 
-def test_the_state_says_that_it_holds_samples_and_does_not_grow() -> None:
+def test_state_declares_replay_and_does_not_grow() -> None:
     sizes = []
     for count in (60, 600):
         learner = make(epochs=1)
@@ -213,16 +213,18 @@ def test_the_state_says_that_it_holds_samples_and_does_not_grow() -> None:
     assert ICaRL.replay
 
 
-@pytest.mark.parametrize(("row", "told"), [(2, "from -1 to 2, but there are 2"), (-2, "from -2 to 1, but there are 2")])
-def test_exemplars_of_no_class_are_refused(row: int, told: str) -> None:
+@pytest.mark.parametrize(
+    ("row", "message"), [(2, "from -1 to 2, but there are 2"), (-2, "from -2 to 1, but there are 2")]
+)
+def test_exemplars_of_unknown_classes_raise(row: int, message: str) -> None:
     learner = make(epochs=1)
     learner.learn(task((0, 1), 10))
     state = learner.state_dict()
     state["exemplar_rows"][-1 if row < 0 else 0] = row
-    with pytest.raises(BundleRefusedError, match=told):
+    with pytest.raises(BundleRefusedError, match=message):
         make().load_state_dict(state)
 
 
-def test_a_penalty_is_refused() -> None:
+def test_penalty_raises() -> None:
     with pytest.raises(InputError, match=r"learner.penalty is ewc, but icarl protects earlier classes by replay"):
         make(penalty="ewc")

@@ -1,6 +1,6 @@
-"""The compiled epoch against plain PyTorch and against dense autograd, in float64 within 1e-9.
+"""Tests of the compiled epoch against PyTorch and dense autograd, in float64 within 1e-9.
 
-Counters are compared exactly: a single neuron that the lazy Top-K misses, or wrongly adds, in a single step would show.
+Counters are compared exactly, which reveals any neuron that the lazy Top-K misses or wrongly adds in any step.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def make(name: str, engine: str, dtype: torch.dtype = torch.float64, given: Prio
 
 
 def task(rows: tuple[int, int], seed: int, count: int = 90) -> Task:
-    """Two noisy classes; a sample that gives the network nothing, and one that comes twice."""
+    """Return two noisy classes with one sample that is zero after the ReLU and one duplicate."""
     generator = torch.Generator().manual_seed(seed)
     means, labels = torch.randn(2, DIM, generator=generator), torch.arange(count) % 2
     embeddings = means[labels] + 0.7 * torch.randn(count, DIM, generator=generator)
@@ -58,7 +58,7 @@ def task(rows: tuple[int, int], seed: int, count: int = 90) -> Task:
 
 
 def both(name: str, ran: list, **options: Any) -> tuple[Learner, Learner]:
-    """A compiled learner and a plain one after two equal tasks; what they measured is compared on the way."""
+    """Train a compiled and a plain learner on the same two tasks, and compare their measurements."""
     fast, plain = make(name, "compiled", **options), make(name, "torch", **options)
     for learner in (fast, plain):
         learner.expect(5)
@@ -80,19 +80,19 @@ def assert_same(fast: Learner, plain: Learner, tolerance: float = 1e-9) -> None:
 NETWORKS = [
     {},
     {"clip": 0.05},
-    {"lr": 20.0, "clip": 20.0, "epochs": 6},  # keys fly about: most samples cannot be proved
+    {"lr": 20.0, "clip": 20.0, "epochs": 6},  # keys move far: no proof for most samples
     {"lr": 0.01, "epochs": 8},
     {"k": 1},
-    {"k": 14},  # the most that counts as sparse
+    {"k": 14},  # the largest k that is sparse
     {"neurons": 40, "k": 4, "batch": 7},
-    {"neurons": 700, "k": 10, "batch": 200},  # one step an epoch
+    {"neurons": 700, "k": 10, "batch": 200},  # one step per epoch
     {"inhibition": "mask"},
     {"outputs": "arriving"},
 ]
 
 
 @pytest.mark.parametrize("options", NETWORKS, ids=str)
-def test_the_network_as_plain_pytorch(options: dict[str, Any], ran: list) -> None:
+def test_network_equals_plain_pytorch(options: dict[str, Any], ran: list) -> None:
     assert_same(*both("sdmlp", ran, **options))
 
 
@@ -108,12 +108,12 @@ DISTILLED = [
 
 
 @pytest.mark.parametrize("options", DISTILLED, ids=str)
-def test_distillation_as_plain_pytorch(options: dict[str, Any], ran: list) -> None:
+def test_distillation_equals_plain_pytorch(options: dict[str, Any], ran: list) -> None:
     assert_same(*both("ssd", ran, **options))
 
 
 def priors(opened: int, neurons: int = 120, switch: float = 300.0) -> Priors:
-    """Keys of which three are dead, six are equal in pairs, and the first have switches that are open still."""
+    """Return keys of which three are dead, six are equal in pairs, and the first ones have open switches."""
     keys = torch.randn(neurons, DIM, generator=torch.Generator().manual_seed(9)).clamp_min(0)
     keys[[0, 1, 20]] = 0.0
     keys[30:33] = keys[33:36]
@@ -127,7 +127,7 @@ def test_dead_and_equal_keys_and_open_switches(name: str, opened: int, ran: list
     given = priors(opened)
     fast, plain = both(name, ran, given=given, gaba="keep", epochs=6)
     assert_same(fast, plain)
-    if opened:  # dead keys are excited, and with ten open switches one has closed on the way
+    if opened:  # dead keys are excited, and one of ten open switches has closed
         assert float(fast.net.counters[0]) > 0
         assert bool((fast.net.counters[:opened] > 300).any()) == (opened == 10)
 
@@ -152,7 +152,7 @@ def test_random_shapes(seed: int, ran: list) -> None:
 
 
 def test_dense_autograd() -> None:
-    """The oracle that shares no line with either: every neuron, by autograd, in the same order of samples."""
+    """Compare with independent code: every neuron, by autograd, in the same order of samples."""
     learner = make("ssd", "compiled", neurons=200, top_n="50", temperature=0.5, hidden_weight=0.6, epochs=5)
     learner.expect(5)
     learner.learn(task((1, 3), 1))
@@ -171,7 +171,7 @@ def test_dense_autograd() -> None:
 
 
 def test_float32(ran: list) -> None:
-    """What is shipped: the state within rounding, and (nearly) every answer the same."""
+    """In the default dtype states agree within rounding, and nearly all predictions are equal."""
     learners = []
     for engine in ("compiled", "torch"):
         learner = make("ssd", engine, torch.float32, neurons=600, k=6)
@@ -200,8 +200,8 @@ def test_few_neurons_are_evaluated_and_no_array_is_samples_by_neurons(ran: list)
     assert lanes.blocks.nbytes <= epoch.LANES_SHARE * learner.net.keys.numpy().nbytes + 64 * DIM * 8
 
 
-def test_caches_that_prove_nothing_are_given_up(ran: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With next to no room for neurons that have moved far, what is cached says nothing of a wild training."""
+def test_useless_caches_are_abandoned(ran: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches prove nothing if keys move far and there are almost no lanes for them."""
     monkeypatch.setattr(epoch, "LANES_LEAST", 2)
     monkeypatch.setattr(epoch, "LANES_SHARE", 0.0)
     options = {"neurons": 400, "k": 8, "lr": 20.0, "clip": 20.0, "epochs": 30}
@@ -209,11 +209,11 @@ def test_caches_that_prove_nothing_are_given_up(ran: list, monkeypatch: pytest.M
     for learner in (fast, plain):
         learner.learn(task((0, 1), 1, 200))
     assert_same(fast, plain)
-    assert 1 < len(ran) < 20  # of 30 epochs; the others were plain PyTorch's
+    assert 1 < len(ran) < 20  # of 30 epochs; the others ran in PyTorch
     assert ran[-1].fills > 1
 
 
-def test_stops_early_and_goes_on_bit_for_bit() -> None:
+def test_resume_after_early_stop_gives_identical_weights() -> None:
     def learn(stop: float) -> tuple[Learner, dict[str, float]]:
         learner = make("ssd", "compiled", torch.float64, epochs=6)
         return learner, learner.learn(task((0, 1), 1), lambda share: share >= stop)
@@ -234,12 +234,12 @@ def test_stops_early_and_goes_on_bit_for_bit() -> None:
     assert not differ
 
 
-def test_divergence_is_told() -> None:
+def test_divergence_raises() -> None:
     with pytest.raises(InputError, match=r"SDMLP diverged in epoch \d.*; lower learner.lr"):
         make("sdmlp", "compiled", torch.float32, lr=1e38, clip=1e38).learn(task((0, 1), 1))
 
 
-def test_machine_code_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code_that_cannot_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     from ssd_edge.learners.gradient import kernels
 
     def full_disk(*arguments: Any) -> None:

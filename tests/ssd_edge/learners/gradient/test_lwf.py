@@ -1,4 +1,4 @@
-"""LwF: distillation on the classes taught before, from targets that are computed once a task."""
+"""Tests of `lwf`: distillation on classes taught before, with targets computed once per task."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def make(**options: object) -> LwF:
 
 
 @pytest.mark.parametrize("temperature", [2.0, 0.7])
-def test_the_distillation_is_that_of_ssd(temperature: float) -> None:
-    """Value and gradient against the closed form, on the columns of the classes taught before and on no other."""
+def test_distillation_equals_the_closed_form(temperature: float) -> None:
+    """Value and gradient equal the closed form of SSD on classes taught before, and are zero on all others."""
     learner = make(temperature=temperature, distillation_weight=0.3, epochs=2)
     learner.expect(6)
     learner.learn(task((0, 3, 4)))
@@ -50,8 +50,8 @@ def test_the_distillation_is_that_of_ssd(temperature: float) -> None:
     assert not gradient[:, [1, 2, 5]].any()
 
 
-def test_only_the_first_step_of_a_task_is_that_of_fine_tuning() -> None:
-    """There old and new answers are still the same; then the distillation pulls."""
+def test_only_the_first_step_of_a_task_equals_fine_tuning() -> None:
+    """Old and new outputs are equal before the first step, so distillation has no gradient there."""
     for epochs in (1, 2):
         plain, distilled = (make(epochs=epochs, batch=500, distillation_weight=weight) for weight in (0.0, 1.0))
         for rows in ((0, 1), (2, 3)):
@@ -66,12 +66,12 @@ def test_only_the_first_step_of_a_task_is_that_of_fine_tuning() -> None:
             assert difference > 1e-5
 
 
-def test_the_first_task_is_fine_tuning() -> None:
+def test_first_task_equals_fine_tuning() -> None:
     learner = make(epochs=2)
     assert learner.learn(task((0, 1))).keys() == {"cross_entropy", "epochs"}
 
 
-def test_it_forgets_less_than_without_distillation() -> None:
+def test_distillation_reduces_forgetting() -> None:
     for weight, low, high in ((0.0, 0.0, 0.3), (3.0, 0.6, 1.0)):
         learner = make(distillation_weight=weight)
         learner.expect(4)
@@ -81,7 +81,7 @@ def test_it_forgets_less_than_without_distillation() -> None:
         assert accuracy(learner, task((2, 3), seed=1)) > 0.95
 
 
-def test_nothing_of_the_teacher_outlives_the_task() -> None:
+def test_teacher_logits_are_discarded_after_the_task() -> None:
     learner = make(epochs=1)
     for rows in ((0, 1), (2, 3)):
         learner.learn(task(rows))
@@ -91,7 +91,7 @@ def test_nothing_of_the_teacher_outlives_the_task() -> None:
     }  # fmt: skip
 
 
-def test_a_resumed_learner_goes_on_to_the_last_bit() -> None:
+def test_resume_gives_identical_weights() -> None:
     learner = make(epochs=2)
     for rows in ((0, 1), (2, 3), (1, 5)):
         again = make(epochs=2)

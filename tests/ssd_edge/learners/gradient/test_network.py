@@ -1,7 +1,4 @@
-"""The network: input step, initialisation, constraints, and a step that touches only what was active.
-
-That a step computes the right numbers is test_oracle.py's business.
-"""
+"""Tests of the network: input step, initialisation, constraints, touched rows. test_oracle.py checks the gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ def batch(count: int = 16, dim: int = 8, classes: int = 3) -> tuple[Tensor, Tens
 
 
 def descend(net: SDMLP, x: Tensor, labels: Tensor, lr: float, clip: float) -> float:
-    """One step on the cross-entropy."""
+    """Take one step on the cross-entropy."""
     state = net.forward(x)
     _, gradient = cross_entropy(state.top.matmul(net.values), labels)
     return net.apply(net.gradients(state, gradient), lr, clip)
@@ -41,14 +38,14 @@ def descend(net: SDMLP, x: Tensor, labels: Tensor, lr: float, clip: float) -> fl
 def test_prepare_shifts_rectifies_and_normalises() -> None:
     x = prepare(torch.tensor([[4.0, 5.0, 0.0], [1.0, 0.5, -3.0]]), shift=1.0)
     assert x[0].tolist() == pytest.approx([0.6, 0.8, 0.0])
-    assert x[1].tolist() == [0.0, 0.0, 0.0]  # a zero row stays zero and is not NaN
+    assert x[1].tolist() == [0.0, 0.0, 0.0]  # a zero row stays zero, not NaN
 
 
 def test_prepare_without_shift_stays_signed() -> None:
     assert prepare(torch.tensor([[3.0, -4.0]]), None)[0].tolist() == pytest.approx([0.6, -0.8])
 
 
-def test_initial_rows_are_uniform_and_half_of_them_zero() -> None:
+def test_initial_weights_are_uniform_and_half_of_them_zero() -> None:
     rows = initial_rows(200, 100, 25, torch.Generator().manual_seed(0), torch.float32)
     assert float(rows.min()) == 0.0
     assert 0.199 < float(rows.max()) < 0.2
@@ -56,7 +53,7 @@ def test_initial_rows_are_uniform_and_half_of_them_zero() -> None:
     assert float(rows[rows > 0].mean()) == pytest.approx(0.1, rel=0.02)
 
 
-def test_construction_puts_the_weights_where_a_step_would() -> None:
+def test_construction_applies_the_constraints() -> None:
     keys = torch.tensor([[3.0, 4.0, -5.0], [-1.0, -1.0, -1.0]])
     net = SDMLP([Layer(keys, torch.zeros(2))], torch.tensor([[-1.0], [2.0]]), 1, 1.0)
     assert net.keys[0].tolist() == pytest.approx([0.6, 0.8, 0.0])
@@ -64,7 +61,7 @@ def test_construction_puts_the_weights_where_a_step_would() -> None:
     assert net.values.flatten().tolist() == [0.0, 2.0]
 
 
-def test_a_network_owns_its_tensors() -> None:
+def test_network_copies_its_tensors() -> None:
     given = torch.eye(3), torch.ones(3, 2), torch.zeros(3)
     net = SDMLP([Layer(given[0], given[2])], given[1], 1, 5.0)
     state = net.forward(torch.eye(3))
@@ -75,7 +72,7 @@ def test_a_network_owns_its_tensors() -> None:
     assert torch.equal(given[2], torch.zeros(3))
 
 
-def test_gamma_is_dropped_once_every_switch_is_closed() -> None:
+def test_gamma_is_none_once_every_switch_is_closed() -> None:
     net = make(closed=False)
     net.counters[0] = 5.0
     assert net.gamma[:2].tolist() == [0.0, -1.0]
@@ -85,7 +82,7 @@ def test_gamma_is_dropped_once_every_switch_is_closed() -> None:
     assert net.gamma.tolist() == [-1.0] * 64
 
 
-def test_count_adds_the_samples_that_a_neuron_answered() -> None:
+def test_count_adds_the_samples_that_activate_a_neuron() -> None:
     net = make()
     x, _ = batch()
     before = net.counters.clone()
@@ -100,11 +97,11 @@ def test_grow_keeps_the_old_columns() -> None:
     assert net.values.shape == (64, 5)
     assert torch.equal(net.values[:, :2], before)
     assert 0 < float(net.values[:, 2:].max()) <= 1 / math.sqrt(64)
-    net.grow(3, torch.Generator())  # there are enough
+    net.grow(3, torch.Generator())  # already enough columns
     assert net.values.shape == (64, 5)
 
 
-def test_logits_do_not_depend_on_the_batch_and_are_not_counted() -> None:
+def test_logits_do_not_depend_on_the_batch_size_or_change_counters() -> None:
     net = make(closed=False)
     x, _ = batch(40)
     counters = net.counters.clone()
@@ -113,7 +110,7 @@ def test_logits_do_not_depend_on_the_batch_and_are_not_counted() -> None:
     assert net.logits(x[:0]).shape == (0, 3)
 
 
-def test_a_step_leaves_untouched_rows_bit_for_bit() -> None:
+def test_step_does_not_change_untouched_rows() -> None:
     net = make()
     x, labels = batch()
     keys, values = net.keys.clone(), net.values.clone()
@@ -127,7 +124,7 @@ def test_a_step_leaves_untouched_rows_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_step_keeps_the_constraints(closed: bool) -> None:
+def test_step_keeps_the_constraints(closed: bool) -> None:
     net = make(closed=closed)
     x, labels = batch()
     net.keys[5] = 0.0  # a dead key
@@ -140,7 +137,7 @@ def test_a_step_keeps_the_constraints(closed: bool) -> None:
     torch.testing.assert_close(norms[norms > 0], torch.ones_like(norms[norms > 0]), rtol=1e-12, atol=1e-12)
 
 
-def test_a_step_clips_the_whole_gradient_and_gives_its_norm() -> None:
+def test_step_clips_the_gradient_and_returns_its_norm() -> None:
     x, labels = batch()
     moved = []
     for clip in (1e9, 1e-3):
@@ -150,12 +147,12 @@ def test_a_step_clips_the_whole_gradient_and_gives_its_norm() -> None:
         moved.append(((net.values - start), norm))
     (free, norm), (clipped, same) = moved
     assert norm == same > 1e-3
-    inside = (free != 0) & (make().values > 1e-2)  # where the clamp at zero plays no part
+    inside = (free != 0) & (make().values > 1e-2)  # where the clamp at zero has no effect
     torch.testing.assert_close(clipped[inside], free[inside] * 1e-3 / (norm + 1e-6), rtol=1e-6, atol=0.0)
 
 
 def deep(closed: bool, inhibition: str = "gaba") -> SDMLP:
-    """Two hidden layers of 24 and 16 neurons."""
+    """Return a network with hidden layers of 24 and 16 neurons."""
     generator = torch.Generator().manual_seed(0)
     layers = []
     for neurons, inputs in ((24, 8), (16, 24)):
@@ -168,15 +165,15 @@ def deep(closed: bool, inhibition: str = "gaba") -> SDMLP:
 
 @pytest.mark.parametrize("inhibition", ["gaba", "mask"])
 @pytest.mark.parametrize("closed", [True, False])
-def test_two_hidden_layers_against_autograd(closed: bool, inhibition: str) -> None:
-    """Gradients of a loss on logits and on both layers' activations, through the length of the code between them."""
+def test_two_hidden_layers_equal_autograd(closed: bool, inhibition: str) -> None:
+    """Compare gradients of a loss on logits and both layers' activations, through the normalisation between them."""
     net = deep(closed, inhibition)
     x, labels = batch()
     keys = [layer.keys.clone().requires_grad_(True) for layer in net.layers]
     values = net.values.clone().requires_grad_(True)
     inputs, codes = x, []
     for layer, matrix in zip(net.layers, keys, strict=True):
-        u = torch.relu(inputs @ matrix.T)  # not clamp: its slope at 0 is 1
+        u = torch.relu(inputs @ matrix.T)  # not clamp, whose gradient at 0 is 1
         ranked = u.sort(dim=1, descending=True).values
         if inhibition == "mask":
             a = u * (u >= ranked[:, 2:3])
@@ -206,10 +203,10 @@ def test_two_hidden_layers_against_autograd(closed: bool, inhibition: str) -> No
     whole = torch.zeros_like(net.values)
     whole[found.rows[-1]] = found.values
     torch.testing.assert_close(whole, wanted[2], rtol=1e-10, atol=1e-12)
-    assert float(wanted[0].abs().max()) > 1e-3  # the bottom layer does learn
+    assert float(wanted[0].abs().max()) > 1e-3  # the bottom layer has a gradient
 
 
-def test_a_copy_is_independent_and_bit_equal() -> None:
+def test_copy_is_independent_and_equal() -> None:
     net = deep(closed=True)
     twin = net.copy()
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(net.layers, twin.layers, strict=True))
@@ -221,7 +218,7 @@ def test_a_copy_is_independent_and_bit_equal() -> None:
     assert not torch.equal(net.logits(x), before)
 
 
-def test_widening_adds_zero_rows_in_order() -> None:
+def test_widened_adds_zero_rows_in_order() -> None:
     net = make()
     x, labels = batch(2)
     state = net.forward(x)

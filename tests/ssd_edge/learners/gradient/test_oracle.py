@@ -1,10 +1,10 @@
-"""The oracle: SDMLP and SSD once more, dense and by autograd, written from docs/method.md and not from the code.
+"""Tests against an oracle: SDMLP and SSD implemented densely with autograd, from docs/method.md and not from the code.
 
-The learner computes closed-form gradients on active neurons and updates touched rows only. In float64 both
-must walk the same path for 200 steps; in float32, one step from equal state must agree.
+The learner computes closed-form gradients on active neurons and updates only touched rows. In float64 both must agree
+for 200 steps; in float32, one step from equal states must agree.
 """
 
-# ruff: noqa: B023  the functions made in loops are called within their round
+# ruff: noqa: B023  functions defined in loops are called within the same iteration
 from __future__ import annotations
 
 import itertools
@@ -22,18 +22,18 @@ from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DIM, NEURONS, K, BATCH, EPOCHS = 16, 96, 4, 32, 20  # 320 samples: 10 steps an epoch, 200 in all
+DIM, NEURONS, K, BATCH, EPOCHS = 16, 96, 4, 32, 20  # 320 samples: 10 steps per epoch, 200 in total
 
 
 class Oracle:
-    """Dense SDMLP, trained by autograd, `torch.optim.SGD` and `clip_grad_norm_`."""
+    """A dense SDMLP trained by autograd, `torch.optim.SGD` and `clip_grad_norm_`."""
 
     def __init__(self, w1: Tensor, w2: Tensor, counters: Tensor, switch: float, dtype: torch.dtype) -> None:
         self.w1, self.w2 = w1.clone().to(dtype), w2.T.clone().to(dtype).contiguous()  # (r, D), (C, r)
         self.counters, self.switch = counters.clone().to(dtype), switch
 
     def activations(self, x: Tensor, k: int = K) -> Tensor:
-        """Post-Top-K activations ``(B, r)``."""
+        """Return the activations after Top-K, ``(B, r)``."""
         u = F.relu(x @ self.w1.T)
         inhibition = u.topk(min(k + 1, u.shape[1]), dim=1).values.min(1, keepdim=True).values.detach()
         gamma = torch.clip(-1 + 2 * self.counters / self.switch, -1, 1)
@@ -42,9 +42,9 @@ class Oracle:
     def step(
         self, x: Tensor, labels: Tensor, lr: float, clip: float, distil: Any = None, penalty: Any = None
     ) -> Tensor:
-        """One step; returns the activations that it started from.
+        """Take one step and return the activations before it.
 
-        `distil(logits, a)` is added to α·CE, `penalty(w1, w2)` to the whole.
+        `distil(logits, a)` returns α and a term added to α·CE; `penalty(w1, w2)` is added to the sum.
         """
         self.w1.requires_grad_(True)
         self.w2.requires_grad_(True)
@@ -69,7 +69,7 @@ class Oracle:
 
 
 def softened(student: Tensor, teacher: Tensor, temperature: float, direction: str) -> Tensor:
-    """T² KL between the softened softmaxes over the last axis; 'batchmean'."""
+    """Compute T² KL between the softened softmaxes over the last axis, averaged over the batch."""
     p, q = F.softmax(teacher / temperature, 1), F.softmax(student / temperature, 1)
     forward, backward = (p * (p / q).log()).sum(1).mean(), (q * (q / p).log()).sum(1).mean()
     return (
@@ -82,7 +82,10 @@ def softened(student: Tensor, teacher: Tensor, temperature: float, direction: st
 
 
 def distillation(settings: Any, table: Tensor, teacher: tuple[Tensor, Tensor], scope: list[int]) -> Any:
-    """(α, (1 − α)(λ·hidden + (1 − λ)·logits)) of one batch; `teacher` is its logits and a."""
+    """Return a function that computes (α, (1 − α)(λ·hidden + (1 − λ)·logits)) of one batch.
+
+    `teacher` holds the logits and activations of the teacher.
+    """
     wanted_logits, wanted_a = teacher
 
     def losses(logits: Tensor, a: Tensor) -> tuple[float, Tensor]:
@@ -99,10 +102,10 @@ def distillation(settings: Any, table: Tensor, teacher: tuple[Tensor, Tensor], s
 
 
 def watched(name: str, dtype: torch.dtype, options: dict[str, Any], switches: str) -> Learner:
-    """A learner of another precision that remembers where each task began and which form its batches had.
+    """Return a learner of a given dtype that records its state before each task and the form of its batches.
 
-    Switches are ``open`` (C in `options`), ``closed``, or ``mixed``: four open ones among closed ones, two of
-    them of dead keys, which then are excited without a score.
+    Switches are ``open`` (C in `options`), ``closed``, or ``mixed``: four open ones among closed ones, two of them of
+    dead keys, which are excited without a score.
     """
 
     class Watched(LEARNERS[name]):  # type: ignore[misc, valid-type]
@@ -131,7 +134,7 @@ def watched(name: str, dtype: torch.dtype, options: dict[str, Any], switches: st
 
 
 def task(first_row: int, seed: int, count: int = 320) -> Task:
-    """Two Gaussian classes."""
+    """Return samples of two Gaussian classes."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 2
     means = 1.5 * torch.randn(2, DIM, generator=generator)
@@ -144,7 +147,7 @@ def inputs_of(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def walk(learner: Learner, new: Task, make_distillation: Any = None, penalty: Any = None) -> Oracle:
-    """Let the learner learn, then the oracle from the learner's start with the learner's order of samples."""
+    """Train the learner, then the oracle from the same state with the same order of samples."""
     generator = learner.generator()
     learner.learn(new)
     oracle = Oracle(*learner.start, switch=learner.net.switch, dtype=learner.dtype)
@@ -160,7 +163,7 @@ def assert_same(learner: Learner, oracle: Oracle, tolerance: float) -> None:
     torch.testing.assert_close(learner.net.keys, oracle.w1, rtol=0, atol=tolerance)
     torch.testing.assert_close(learner.net.values, oracle.w2.T, rtol=0, atol=tolerance)
     torch.testing.assert_close(learner.net.counters, oracle.counters, rtol=0, atol=0)
-    assert float((learner.net.keys - learner.start[0]).abs().max()) > 1e-3  # it did move
+    assert float((learner.net.keys - learner.start[0]).abs().max()) > 1e-3  # the keys have changed
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.02])
@@ -180,11 +183,11 @@ def test_dead_keys_excited_among_closed_switches() -> None:
     assert learner.excited
     assert_same(learner, oracle, 1e-9)
     assert float(learner.net.keys[:2].abs().max()) == 0.0
-    assert bool((learner.net.values[:2] != learner.start[1][:2]).any())  # but their values learn
+    assert bool((learner.net.values[:2] != learner.start[1][:2]).any())  # their values are trained
 
 
 def test_closing_switch() -> None:
-    """From all neurons active (dense, γ = −1) through half open to sparse: both forms, and the change between."""
+    """Switches close from all neurons active (dense, γ = −1) to sparse: both forms and the transition."""
     learner = watched("sdmlp", torch.float64, {"epochs": EPOCHS, "lr": 0.3, "switch": 1500.0}, "open")
     oracle = walk(learner, task(0, 1))
     changes = sum(a != b for a, b in zip(learner.forms, learner.forms[1:], strict=False))
@@ -196,7 +199,7 @@ def test_closing_switch() -> None:
 
 
 def taught(learner: Learner, first: Task, second: Task) -> Any:
-    """Learn the first task; then, for a batch of the second, the losses against what is now the teacher."""
+    """Learn the first task; return a function of the losses of a batch of the second against that teacher."""
     learner.learn(first)
     net, settings = learner.net, learner.settings
     teacher = Oracle(net.keys, net.values, net.counters, net.switch, learner.dtype)
@@ -241,7 +244,7 @@ def test_distillation_with_a_closed_switch(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("hidden", ["kl_softmax", "mse"])
 def test_distillation_while_the_switch_closes(hidden: str) -> None:
-    """Dense batches with a gradient on table activations, then sparse ones; the teacher half open as well."""
+    """Batches with a gradient on table activations are dense first, then sparse; the teacher is half open as well."""
     options = {"hidden": hidden, "hidden_weight": 0.8, "temperature": 0.5, "top_n": "3k"}
     options = {**options, "epochs": EPOCHS, "lr": 0.3, "ce_weight": 0.4, "switch": 2500.0}
     learner = watched("ssd", torch.float64, options, "open")
@@ -257,7 +260,7 @@ def test_distillation_while_the_switch_closes(hidden: str) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("switches", ["open", "closed", "mixed"])
 def test_one_step_in_float32(switches: str, seed: int) -> None:
-    """From equal state, against the oracle in float64: equal selection but for near ties, weights within 1e-5."""
+    """From equal states, selection equals that of the float64 oracle except for near ties, and weights within 1e-5."""
     options = {"epochs": 1, "lr": 3.0, "hidden": "mse", "hidden_weight": 0.5, "ce_weight": 0.5}
     learner = watched("ssd", torch.float32, {**options, "switch": 800.0}, switches)
     learner.expect(6)
@@ -274,7 +277,9 @@ def test_one_step_in_float32(switches: str, seed: int) -> None:
     distil = distillation(learner.settings, table, (wanted_a @ teacher.w2.T, wanted_a), list(range(6)))
     a = oracle.step(x, labels, learner.settings.lr, learner.settings.clip, distil)
     selected = learner.last.to_dense()
-    torch.testing.assert_close(selected.double(), a, rtol=0, atol=1e-6)  # so a neuron of one only is a near tie
+    torch.testing.assert_close(
+        selected.double(), a, rtol=0, atol=1e-6
+    )  # so a neuron selected by only one is a near tie
     same = ((selected > 0) == (a > 0)).all(0)
     assert float(same.double().mean()) > 0.9
     assert len(learner.forms) == 1
@@ -287,7 +292,7 @@ def test_one_step_in_float32(switches: str, seed: int) -> None:
 
 
 def importances(oracle: Oracle, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(Ω of W1, Ω of W2) of a task's data, one sample and one class at a time by autograd."""
+    """Return Ω of W1 and W2 on a task's data, by autograd for one sample and class at a time."""
     if kind == "l2":
         return torch.ones_like(oracle.w1), torch.ones_like(oracle.w2)
     total = [torch.zeros_like(oracle.w1), torch.zeros_like(oracle.w2)]
@@ -318,7 +323,7 @@ PENALTIES = [("ewc", 40.0), ("online_ewc", 40.0), ("mas", 20.0), ("l2", 0.2)]
 @pytest.mark.parametrize(("kind", "weight"), PENALTIES)
 @pytest.mark.parametrize("name", ["sdmlp", "ssd"])
 def test_penalties_over_three_tasks(name: str, kind: str, weight: float) -> None:
-    """The pull on rows that moved since an anchor, active or not, over tasks whose importances add up or replace."""
+    """The penalty acts on rows that moved since an anchor, active or not; importances add up or are replaced."""
     options = {"epochs": 10, "lr": 0.3, "penalty": kind, "penalty_weight": weight, "penalty_decay": 0.7}
     if name == "ssd":
         options |= {"ce_weight": 0.4, "hidden": "mse", "hidden_weight": 0.5}
@@ -331,7 +336,7 @@ def test_penalties_over_three_tasks(name: str, kind: str, weight: float) -> None
         net = learner.net
         at_anchor = Oracle(net.keys, net.values, net.counters, net.switch, torch.float64)
         new_one = importances(at_anchor, inputs_of(previous.embeddings, torch.float64), kind)
-        if kind != "ewc" and slots:  # one slot, importances add up behind the newest anchor
+        if kind != "ewc" and slots:  # one slot: importances add up, only the newest anchor counts
             keep = {"online_ewc": 0.7, "mas": 1.0, "l2": 0.0}[kind]
             new_one = tuple(keep * old + now for old, now in zip(slots.pop()[0], new_one, strict=True))
         slots.append((new_one, (net.keys.clone(), net.values.T.clone())))
@@ -359,11 +364,11 @@ def test_penalties_over_three_tasks(name: str, kind: str, weight: float) -> None
     free.expect(6)
     for each in tasks:
         free.learn(each)
-    assert float((free.net.values - learner.net.values).abs().max()) > 1e-3  # the penalty did something
+    assert float((free.net.values - learner.net.values).abs().max()) > 1e-3  # the penalty has an effect
 
 
 def test_synaptic_intelligence_along_the_path() -> None:
-    """SI accumulates −g·Δθ over the real updates, g of the β-softmax cross-entropy alone."""
+    """SI accumulates −g·Δθ over the actual updates, with g of the β-softmax cross-entropy alone."""
     beta, weight, damping = 0.5, 2.0, 0.1
     options = {
         "epochs": 5, "lr": 0.3, "penalty": "si", "penalty_weight": weight, "penalty_beta": beta,

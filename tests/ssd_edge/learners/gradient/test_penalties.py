@@ -1,4 +1,4 @@
-"""Penalties: importances against per-sample autograd, the collapsed quadratic against the explicit sum."""
+"""Tests of penalties: importances against per-sample autograd, the collapsed quadratic against the explicit sum."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ssd_edge.learners.gradient.penalties import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Parameters = dict[str, Tensor]
-Network = Callable[[Parameters, Tensor], Tensor]  # of one sample (D,) or many (B, D)
+Network = Callable[[Parameters, Tensor], Tensor]  # takes one sample (D,) or many (B, D)
 KINDS = list(DISPLAY)
 
 
@@ -41,7 +41,7 @@ def mlp(parameters: Parameters, x: Tensor) -> Tensor:
 
 
 def top_k(parameters: Parameters, x: Tensor) -> Tensor:
-    """Subtraction of the third largest score, dense; the subtracted value carries no gradient."""
+    """Subtract the third largest score; the subtracted value has no gradient."""
     scores = (x @ parameters["keys"].T).relu()
     inhibition = scores.topk(3, dim=-1).values[..., -1:].detach()
     return (scores - inhibition).relu() @ parameters["values"]
@@ -82,7 +82,7 @@ INPUTS = draw(30, 5, seed=5)
 
 
 def per_sample(loss: Callable[[Parameters, Tensor], Tensor], parameters: Parameters) -> Parameters:
-    """Gradients ``(30, …)`` of every sample of its own, by automatic differentiation."""
+    """Return per-sample gradients ``(30, …)`` by automatic differentiation."""
     return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, INPUTS)
 
 
@@ -102,7 +102,7 @@ def close(mine: Parameters, wanted: Parameters) -> None:
 
 @pytest.mark.parametrize("beta", [1.0, 0.08])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_exact_fisher_is_that_of_single_samples(network: str, beta: float) -> None:
+def test_exact_fisher_equals_per_sample_gradients(network: str, beta: float) -> None:
     function, slots, parameters = NETWORKS[network]
     probability = (beta * function(parameters, INPUTS)).softmax(1)
     wanted = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -115,7 +115,7 @@ def test_the_exact_fisher_is_that_of_single_samples(network: str, beta: float) -
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_mas_is_that_of_single_samples(network: str) -> None:
+def test_mas_equals_per_sample_gradients(network: str) -> None:
     function, slots, parameters = NETWORKS[network]
     each = per_sample(lambda p, x: function(p, x).square().sum(), parameters)
     wanted = {name: gradient.abs().mean(0) for name, gradient in each.items()}
@@ -125,8 +125,8 @@ def test_mas_is_that_of_single_samples(network: str) -> None:
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(("batch", "used"), [(4, 6), (8, 4)])
-def test_the_batch_variant_squares_summed_gradients_of_own_answers(network: str, batch: int, used: int) -> None:
-    """Six batches at most (of 8 that there are with 4), the divisor is of five in any case."""
+def test_batch_fisher_squares_summed_gradients_of_predictions(network: str, batch: int, used: int) -> None:
+    """At most six batches are used (of 8 of size 4), and the divisor is always that of five."""
     function, slots, parameters = NETWORKS[network]
     order = torch.randperm(30, generator=torch.Generator().manual_seed(6))
     leaves = {name: parameter.clone().requires_grad_(True) for name, parameter in parameters.items()}
@@ -144,7 +144,7 @@ def test_the_batch_variant_squares_summed_gradients_of_own_answers(network: str,
 
 
 def stream(kind: str, **options: object) -> tuple[Penalty, list[Parameters], list[Parameters]]:
-    """Three tasks through an MLP that moves in between; anchors, and the importance of each task alone."""
+    """Run three tasks on a changing MLP; return the penalty, the anchors, and the importance of each task alone."""
     penalty = Penalty(PenaltySettings(penalty=kind, penalty_weight=1.7, **options), "cpu", torch.float64)
     anchors, alone = [], []
     parameters = {name: parameter.clone() for name, parameter in NETWORKS["mlp"][2].items()}
@@ -171,7 +171,7 @@ def stream(kind: str, **options: object) -> tuple[Penalty, list[Parameters], lis
 
 
 def explicit(kind: str, anchors: list[Parameters], alone: list[Parameters], at: Parameters, decay: float) -> Tensor:
-    """The sum as the papers write it."""
+    """Compute the sum over tasks as written in the papers."""
     if kind == "ewc":
         terms = list(zip(alone, anchors, strict=True))
     else:
@@ -204,14 +204,14 @@ def test_three_tasks_collapse_into_two_tensors(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ewc"])
-def test_at_the_last_anchor_there_is_no_pull(kind: str) -> None:
+def test_penalty_is_zero_at_the_last_anchor(kind: str) -> None:
     penalty, anchors, _ = stream(kind)
     assert float(penalty.value(anchors[-1])) == pytest.approx(0, abs=1e-9)
     for name, anchor in anchors[-1].items():
         assert float(penalty.gradient(name, anchor).abs().max()) < 1e-12
 
 
-def test_the_fisher_setting_and_beta_reach_the_importance() -> None:
+def test_fisher_and_beta_settings_affect_the_importance() -> None:
     parameters = NETWORKS["top-k"][2]
     for kind in ("ewc", "online_ewc"):
         penalty = Penalty(PenaltySettings(penalty=kind, fisher="batch", penalty_beta=0.3), "cpu", torch.float64)
@@ -223,8 +223,8 @@ def test_the_fisher_setting_and_beta_reach_the_importance() -> None:
 # ── SI ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_path_of_si_by_hand() -> None:
-    """Steps of whole parameters and of some rows; a sum below 0 is kept at 0, and a later task adds to what is kept."""
+def test_si_path_equals_numpy() -> None:
+    """Steps change whole parameters or some rows; negative sums are clamped at 0, and later tasks add to them."""
     penalty = Penalty(PenaltySettings(penalty="si", penalty_weight=1.0, si_damping=0.2), "cpu", torch.float64)
     theta, importance = np.zeros((3, 2)), np.zeros((3, 2))
     random = np.random.default_rng(0)
@@ -260,7 +260,7 @@ def test_only_si_tracks(kind: str) -> None:
 
 
 def test_new_rows_and_columns_have_no_importance() -> None:
-    """One task with a 2 x 3 parameter, then it grows; L2 on the old part alone until the next anchor."""
+    """A 2 x 3 parameter grows after one task; L2 applies only to its old part until the next anchor."""
     penalty = Penalty(PenaltySettings(penalty="l2", penalty_weight=0.5), "cpu", torch.float64)
     small, large = {"w": draw(2, 3)}, {"w": draw(4, 5, seed=1)}
     penalty.consolidate(small, INPUTS, no_network)
@@ -268,7 +268,7 @@ def test_new_rows_and_columns_have_no_importance() -> None:
     difference[:2, :3] = large["w"][:2, :3] - small["w"]
     wanted = (0.5 * difference.square().sum(), difference, penalty.tensors(large)["importance_w"])
     assert wanted[2].sum() == 6
-    for step in ("before", "after"):  # a state may be asked for before the task begins
+    for step in ("before", "after"):  # the state may be read before the task begins
         torch.testing.assert_close(penalty.value(large), wanted[0], msg=step)
         torch.testing.assert_close(penalty.gradient("w", large["w"]), wanted[1], msg=step)
         torch.testing.assert_close(penalty.gradient("w", large["w"], torch.tensor([3, 1])), wanted[1][[3, 1]])
@@ -279,7 +279,7 @@ def test_new_rows_and_columns_have_no_importance() -> None:
 
 
 def test_ewc_sums_over_tasks_that_grow() -> None:
-    """A network with two outputs, then four: the first task's anchor holds only what it had."""
+    """Outputs grow from two to four; the anchor of the first task covers only the first two."""
     penalty = Penalty(PenaltySettings(penalty="ewc", penalty_weight=1.0), "cpu", torch.float64)
     keys, values = draw(6, 5), draw(6, 4, seed=1)
     first, second = {"keys": keys, "values": values[:, :2]}, {"keys": keys + 0.1, "values": values + 0.1}
@@ -294,7 +294,7 @@ def test_ewc_sums_over_tasks_that_grow() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_state_goes_through_and_pulls_as_before(kind: str) -> None:
+def test_restored_penalty_equals_the_saved_one(kind: str) -> None:
     penalty, anchors, _ = stream(kind)
     at = {name: anchor + 0.1 for name, anchor in anchors[-1].items()}
     again = Penalty(penalty.settings, "cpu", torch.float64)
@@ -313,7 +313,7 @@ def test_the_state_goes_through_and_pulls_as_before(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_before_the_first_anchor(kind: str) -> None:
     penalty, parameters = Penalty(PenaltySettings(penalty=kind), "cpu"), {"w": torch.ones(2, 3)}
-    for _ in range(2):  # also when such a state is restored
+    for _ in range(2):  # again for the restored state
         assert not penalty.active
         assert float(penalty.value(parameters)) == 0
         assert torch.equal(penalty.gradient("w", parameters["w"], torch.tensor([1])), torch.zeros(1, 3))
@@ -326,7 +326,7 @@ def test_before_the_first_anchor(kind: str) -> None:
         penalty.load(tensors)
 
 
-def test_no_penalty_keeps_nothing() -> None:
+def test_no_penalty_has_no_state() -> None:
     penalty, parameters = Penalty(PenaltySettings(), "cpu"), {"w": torch.ones(2, 3)}
     penalty.begin(parameters)
     penalty.consolidate(parameters, INPUTS, no_network)
@@ -345,7 +345,7 @@ def test_weights(weight: float, used: float) -> None:
     torch.testing.assert_close(penalty.gradient("w", anchor + 1), torch.full((2, 3), 2 * used, dtype=torch.float64))
 
 
-def test_a_weight_between_minus_one_and_zero_is_refused() -> None:
+def test_weight_between_minus_one_and_zero_raises() -> None:
     with pytest.raises(InputError, match=r"at least 0, or -1 for the method's default, but is -0.5"):
         Penalty(PenaltySettings(penalty="ewc", penalty_weight=-0.5), "cpu")
 

@@ -1,4 +1,4 @@
-"""What neurons do: by hand, and against NumPy loops over samples, neurons and paths."""
+"""Tests of neuron statistics: by hand, and against NumPy loops over samples, neurons and paths."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def binary_entropy(p: float) -> float:
     return -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
 
 
-# ── how often ────────────────────────────────────────────────────────────────────────────────────────
+# ── frequency ────────────────────────────────────────────────────────────────────────────────────────
 def test_frequencies_dead_share_coverage_and_effective_k() -> None:
     assert activation_frequencies(COUNTS, 10).tolist() == [0.5, 0.0, 0.2, 0.5, 0.0]
     assert dead_share(COUNTS) == pytest.approx(0.4)
@@ -69,7 +69,7 @@ def test_activation_entropy() -> None:
 
 def test_mean_activation_entropy() -> None:
     frequencies = torch.tensor([0.5, 0.0, 0.2, 1.0])
-    # H(½) = ln 2 and H(0.2) = 0.2 ln 5 + 0.8 ln 1.25; neurons that never or always answer have none
+    # H(½) = ln 2 and H(0.2) = 0.2 ln 5 + 0.8 ln 1.25; neurons that are never or always active have none
     total = math.log(2) + 0.2 * math.log(5) + 0.8 * math.log(1.25)
     assert mean_activation_entropy(frequencies) == pytest.approx(total / 4)
     assert mean_activation_entropy(frequencies, alive_only=True) == pytest.approx(total / 3)
@@ -98,7 +98,7 @@ def test_mean_gamma() -> None:
     assert mean_gamma(None) == 1.0
 
 
-# ── for which classes ────────────────────────────────────────────────────────────────────────────────
+# ── class selectivity ────────────────────────────────────────────────────────────────────────────────
 def test_class_entropy() -> None:
     counts = torch.tensor([[4, 4, 0], [7, 0, 0], [0, 0, 0], [1, 1, 1], [3, 0, 1]])
     wanted = [math.log(2), 0.0, 0.0, math.log(3), 0.75 * math.log(4 / 3) + 0.25 * math.log(4)]
@@ -166,7 +166,7 @@ def test_subnetwork_cosine_of_unit_rows_is_their_mean_cosine() -> None:
 
 
 def test_subnetwork_cosine_with_the_students_own_set() -> None:
-    """Unit rows: neuron 1 alone is in both sets, of 2 each, and has not moved: 1/√(2·2)."""
+    """Only neuron 1 is in both sets of two unit rows, and it has not moved: 1/√(2·2)."""
     keys = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     assert subnetwork_cosine(keys, keys, torch.tensor([0, 1]), torch.tensor([1, 2])) == pytest.approx(0.5)
     assert subnetwork_cosine(keys, keys, torch.tensor([0]), torch.tensor([2])) == 0.0
@@ -185,14 +185,14 @@ def test_teacher_student_divergence_has_no_factor(temperature: float) -> None:
 
 
 def test_teacher_student_divergence_by_hand() -> None:
-    """P = (½, ½), Q = (¾, ¼): ½ ln(⅔) + ½ ln 2 = ½ ln(4/3); the second sample agrees."""
+    """P = (½, ½), Q = (¾, ¼): ½ ln(⅔) + ½ ln 2 = ½ ln(4/3); the second sample has divergence 0."""
     teacher, student = torch.zeros(2, 2), torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
     assert teacher_student_divergence(teacher, student, 1.0) == pytest.approx(0.25 * math.log(4 / 3))
 
 
-# ── with which others ────────────────────────────────────────────────────────────────────────────────
+# ── co-activation ────────────────────────────────────────────────────────────────────────────────────
 def pairs_by_hand(active: np.ndarray, minimum: int) -> set[tuple[int, int]]:
-    """Pairs of neurons, sample by sample."""
+    """Return the pairs of neurons with a Python loop over samples."""
     seen: dict[tuple[int, int], int] = {}
     for row in active:
         neurons = np.flatnonzero(row).tolist()
@@ -203,7 +203,7 @@ def pairs_by_hand(active: np.ndarray, minimum: int) -> set[tuple[int, int]]:
 
 
 def floyd_warshall(edges: set[tuple[int, int]], count: int) -> float:
-    """Mean finite distance between different nodes, 0 if there is none."""
+    """Return the mean finite distance between different nodes, or 0 without any."""
     distance = np.full((count, count), np.inf)
     for low, high in edges:
         distance[low, high] = distance[high, low] = 1
@@ -220,7 +220,7 @@ def test_coactivation_is_that_of_a_loop_over_samples(
 ) -> None:
     monkeypatch.setattr(representation, "BLOCK", 7)  # more than one block
     scores = torch.randn(30, 40, generator=torch.Generator().manual_seed(k)) + torch.linspace(0, 3, 40)
-    scores[3] = -1.0  # a sample that activates nothing
+    scores[3] = -1.0  # a sample that activates no neuron
     activations = inhibit(scores, k)
     assert activations.is_dense == dense
     edges = coactivation(activations, minimum)
@@ -241,7 +241,7 @@ def test_a_common_sample_is_needed_for_an_edge() -> None:
 
 
 def test_mean_path_length_by_hand() -> None:
-    """A chain of four, 0-2-5-9, has distances 1, 1, 1, 2, 2, 3; the pair 3-4 beside it has 1; 10 over 6, 11 over 7."""
+    """The chain 0-2-5-9 has distances 1, 1, 1, 2, 2, 3 (mean 10/6); with the separate pair 3-4 the mean is 11/7."""
     chain = torch.tensor([[0, 2, 5], [2, 5, 9]])
     assert mean_path_length(chain) == pytest.approx(10 / 6)
     assert mean_path_length(torch.cat([chain, torch.tensor([[3], [4]])], dim=1)) == pytest.approx(11 / 7)
@@ -255,18 +255,18 @@ def test_mean_path_length_is_that_of_floyd_and_warshall(edges: set[tuple[int, in
     assert mean_path_length(table) == pytest.approx(floyd_warshall(edges, 14))
 
 
-@pytest.mark.parametrize("ring", [5, 40])  # held densely, and as a list
+@pytest.mark.parametrize("ring", [5, 40])  # dense and sparse adjacency
 def test_mean_path_length_of_a_ring(monkeypatch: pytest.MonkeyPatch, ring: int) -> None:
-    """From each node of a ring: 1, 1, 2, 2, … half way round."""
+    """Distances from each node of a ring are 1, 1, 2, 2, … up to half its length."""
     monkeypatch.setattr(representation, "BLOCK", 6)
     nodes = torch.arange(ring)
     distances = [min(step, ring - step) for step in range(1, ring)]
     assert mean_path_length(torch.stack([nodes, (nodes + 1) % ring])) == pytest.approx(sum(distances) / (ring - 1))
 
 
-# ── all at once ──────────────────────────────────────────────────────────────────────────────────────
+# ── report ───────────────────────────────────────────────────────────────────────────────────────────
 def network(k: int = 3, counters: float = 10.0, layers: int = 1) -> tuple[SDMLP, Tensor, Tensor]:
-    """A network, prepared inputs and labels of 4 classes, of which the last does not occur."""
+    """Return a network, prepared inputs, and labels of 4 classes, the last of which does not occur."""
     generator = torch.Generator().manual_seed(0)
     hidden = [
         Layer(initial_rows(48, width, width, generator, torch.float64), torch.full((48,), counters).double())
@@ -278,7 +278,7 @@ def network(k: int = 3, counters: float = 10.0, layers: int = 1) -> tuple[SDMLP,
 
 
 def report_by_hand(net: SDMLP, inputs: Tensor, labels: Tensor) -> dict[str, float]:
-    """The report, one neuron at a time, from the dense activations of the top layer."""
+    """Compute the report neuron by neuron from the dense activations of the top layer."""
     active = net.activate(inputs).to_dense().numpy() > 0
     neurons = active.shape[1]
     alive = [j for j in range(neurons) if active[:, j].any()]
@@ -315,7 +315,7 @@ def test_report(layers: int) -> None:
 
 
 def test_report_while_the_switch_is_open() -> None:
-    """All neurons answer all samples: no entropy, one step from each to each."""
+    """All neurons are active on all samples: entropy 0, path length 1."""
     net, inputs, labels = network(counters=0.0)
     report = neuron_report(net, inputs, labels, 4)
     assert report == pytest.approx(report_by_hand(net, inputs, labels))
@@ -335,7 +335,7 @@ def test_report_takes_the_graph_from_evenly_spaced_inputs(monkeypatch: pytest.Mo
 def test_report_leaves_out_a_graph_that_may_be_too_large(
     monkeypatch: pytest.MonkeyPatch, counters: float, k: int, samples: int
 ) -> None:
-    """The bound is by neurons, by samples of few active neurons, and by few samples."""
+    """The bound uses the number of neurons, active neurons per sample, and the number of samples."""
     net, inputs, labels = network(k, counters)
     inputs, labels = inputs[:samples], labels[:samples]
     active = net.activate(inputs).to_dense().numpy() > 0

@@ -1,4 +1,4 @@
-"""SDMLP as a learner: where it starts, what closes its switches, which outputs it has."""
+"""Tests of `sdmlp`: initial keys, GABA switches, outputs, measurements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def task(rows: tuple[int, ...], seed: int = 0) -> Task:
 
 
 def priors(switch: float = 100.0) -> Priors:
-    """Pretrained keys, a third of whose switches never closed."""
+    """Return pretrained keys, a third of which have open switches."""
     keys = np.abs(np.random.default_rng(0).normal(size=(NEURONS, DIM)))
     counters = np.where(np.arange(NEURONS) % 3, 2 * switch, 0.4 * switch)
     unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
@@ -53,14 +53,14 @@ def test_pretrained_keys_start_closed_unless_kept() -> None:
     assert not torch.allclose(other.net.keys, closed.net.keys)
 
 
-def test_keys_of_another_size_or_without_counters_are_not_used() -> None:
+def test_keys_of_another_size_or_without_counters_are_ignored() -> None:
     given = priors()
     for learner in (make(given, neurons=65), make(Priors(keys=given.keys))):
         assert float(learner.net.counters.max()) == 0.0
         assert learner.switch == 0.0
 
 
-def test_learners_of_one_package_count_for_themselves() -> None:
+def test_learners_of_one_package_have_separate_counters() -> None:
     given = priors()
     first = learned(given, gaba="keep")
     assert not torch.equal(first.net.counters, torch.from_numpy(given.counters))
@@ -73,10 +73,10 @@ def test_switch_comes_from_the_settings_the_package_or_the_first_task() -> None:
     learner = learned(Priors())
     assert learner.switch == 0.5 * 64 * 4
     learner.learn(Task(torch.zeros(8, DIM), torch.zeros(8, dtype=torch.int64)))
-    assert learner.switch == learner.net.switch == 0.5 * 64 * 4  # a later task does not move it
+    assert learner.switch == learner.net.switch == 0.5 * 64 * 4  # later tasks do not change it
 
 
-def test_outputs_are_announced_or_arrive() -> None:
+def test_number_of_outputs_with_and_without_announcement() -> None:
     for outputs, widths in (("announced", (6, 6)), ("arriving", (2, 4))):
         learner = make(priors(), outputs=outputs)
         learner.expect(6)
@@ -85,17 +85,17 @@ def test_outputs_are_announced_or_arrive() -> None:
             assert learner.net.values.shape == (NEURONS, width)
 
 
-def test_divergence_is_told() -> None:
+def test_divergence_raises() -> None:
     with pytest.raises(InputError, match=r"SDMLP diverged in epoch \d.*; lower learner.lr \(1e\+38\)"):
         learned(priors(), lr=1e38, clip=1e38)
 
 
-def test_more_active_neurons_than_there_are() -> None:
+def test_k_above_the_number_of_neurons_raises() -> None:
     with pytest.raises(InputError, match=r"learner.k .* 65 .* 64"):
         make(Priors(), k=65)
 
 
-def test_keys_of_another_shift_or_size_are_pointed_out() -> None:
+def test_note_on_keys_of_another_shift_or_size() -> None:
     keys = torch.rand(NEURONS, 8).numpy()
     given = Priors(keys=keys, counters=torch.ones(NEURONS).numpy(), student={"shift": 0.0, "switch": 1.0})
     options = {"name": "sdmlp", "neurons": NEURONS, "k": 4}
@@ -105,14 +105,14 @@ def test_keys_of_another_shift_or_size_are_pointed_out() -> None:
     assert build({**options, "pretrained": False}, 9, given).note == ""
 
 
-def test_inhibitions_learn_differently_and_by_their_own_rule() -> None:
-    """`subtract` is the switch closed from the start; a mask passes whole scores, so more than a difference."""
-    closed = learned(priors(), pretrained=False, switch=1e-9)  # every counter is past it after the first batch
+def test_inhibitions_follow_their_rules() -> None:
+    """`subtract` behaves like a switch closed from the start; `mask` passes scores unchanged."""
+    closed = learned(priors(), pretrained=False, switch=1e-9)  # every counter exceeds it after the first batch
     subtract = learned(priors(), pretrained=False, inhibition="subtract")
     mask = learned(priors(), pretrained=False, inhibition="mask")
     assert closed.net.gamma is None
     assert subtract.net.gamma is None
-    assert float(subtract.net.counters.max()) < 64 * 4  # from the start few neurons answer
+    assert float(subtract.net.counters.max()) < 64 * 4  # few neurons are active from the start
     x = subtract.prepared(task((0, 1), seed=5).embeddings)
     assert int(subtract.net.activate(x).counts().sum()) <= 4 * len(x)
     assert int(mask.net.activate(x).counts().sum()) == 4 * len(x)
@@ -129,7 +129,7 @@ def test_two_hidden_layers_learn() -> None:
     assert float((learner.predict(test.embeddings) == test.labels).double().mean()) > 0.85
 
 
-def test_untrained_outputs_exist_once_announced_and_are_the_ones_that_learn() -> None:
+def test_announced_outputs_exist_before_training() -> None:
     learner, other = make(priors()), make(priors())
     learner.expect(6)
     assert learner.scores(task((0, 1)).embeddings).shape[1] == 6
@@ -140,7 +140,7 @@ def test_untrained_outputs_exist_once_announced_and_are_the_ones_that_learn() ->
     assert torch.equal(learner.net.values, columns)
 
 
-def test_columns_beyond_the_announced_ones_are_drawn_anew() -> None:
+def test_columns_beyond_the_announced_ones_differ_from_them() -> None:
     learner = make(priors(), lr=1e-30)
     learner.expect(2)
     learner.learn(task((0, 3)))
@@ -149,7 +149,7 @@ def test_columns_beyond_the_announced_ones_are_drawn_anew() -> None:
     assert not torch.equal(values[:, 2:], values[:, :2])
 
 
-def test_what_each_loss_term_pulls_is_measured() -> None:
+def test_gradient_norm_of_each_loss_term_is_measured() -> None:
     learner = make(priors(), penalty="l2", penalty_weight=0.1)
     learner.expect(4)
     first, second = learner.learn(task((0, 1))), learner.learn(task((2, 3)))

@@ -1,7 +1,4 @@
-"""Algorithm 1 of SSD: every switch runs, and does what it says.
-
-That the gradients are right is test_oracle.py's business.
-"""
+"""Tests of `ssd`: every setting runs and has its documented effect. test_oracle.py checks the gradients."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ def task(rows: tuple[int, ...], count: int = 64, seed: int = 0) -> Task:
 
 
 def priors(switch: float = 100.0) -> Priors:
-    """Pretrained keys, a third of whose switches never closed."""
+    """Return pretrained keys, a third of which have open switches."""
     keys = np.abs(np.random.default_rng(0).normal(size=(NEURONS, DIM)))
     counters = np.where(np.arange(NEURONS) % 3, 2 * switch, 0.4 * switch)
     unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
@@ -71,11 +68,11 @@ def same(one: Learner, other: Learner) -> bool:
     return all(torch.equal(mine[name], theirs[name]) for name in ("keys", "values"))
 
 
-# ── every value of every switch ──────────────────────────────────────────────────────────────────────
+# ── every value of every setting ─────────────────────────────────────────────────────────────────────
 
 
-def switches() -> list[tuple[str, Any]]:
-    """Read from the settings themselves, so that a new switch is tested as soon as it exists."""
+def choices_of_settings() -> list[tuple[str, Any]]:
+    """Return (name, value) pairs, read from the settings class so that new settings are tested as well."""
     values: list[tuple[str, Any]] = []
     for name, kind in typing.get_type_hints(Settings).items():
         if typing.get_origin(kind) is typing.Literal:
@@ -90,9 +87,9 @@ def switches() -> list[tuple[str, Any]]:
     return values + [(name, value) for name, choices in extremes.items() for value in choices]
 
 
-@pytest.mark.parametrize(("name", "value"), switches())
+@pytest.mark.parametrize(("name", "value"), choices_of_settings())
 @pytest.mark.parametrize("given", ["pretrained", "nothing"])
-def test_every_switch_runs(name: str, value: Any, given: str) -> None:
+def test_every_setting_runs(name: str, value: Any, given: str) -> None:
     options = {"epochs": 2, "hidden_weight": 0.5, name: value}
     if name == "k" and value == 64:
         options["top_n"] = "64"
@@ -112,7 +109,7 @@ def test_every_switch_runs(name: str, value: Any, given: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"k": 65}, r"learner.k .* 65 .* 64"),
         ({"top_n": "3"}, r"learner.top_n gives 3 neurons.* at least learner.k = 4"),
@@ -130,28 +127,28 @@ def test_every_switch_runs(name: str, value: Any, given: str) -> None:
     ],
     ids=str,
 )
-def test_settings(options: dict[str, Any], told: str | None) -> None:
-    if told is None:
+def test_settings(options: dict[str, Any], message: str | None) -> None:
+    if message is None:
         build({"name": "ssd", **SMALL, **options}, DIM, Priors())
         return
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         build({"name": "ssd", **SMALL, **options}, DIM, Priors())
 
 
 # ── the losses ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_first_task_is_that_of_sdmlp() -> None:
+def test_first_task_equals_sdmlp() -> None:
     plain = SDMLPLearner(DIM, SDMLPLearner.Settings(**SMALL), priors(), seed=1)
     plain.learn(task(TASKS[0]))
     assert same(plain, learned(1))
     plain.learn(task(TASKS[1]))
     assert not same(plain, learned(2))
-    assert same(plain, learned(2, ce_weight=1.0))  # no weight on distillation: SDMLP again
+    assert same(plain, learned(2, ce_weight=1.0))  # distillation of weight 0 equals SDMLP
 
 
-def test_distillation_holds_the_student_to_its_teacher() -> None:
-    """The more weight it has, the closer the student's answers on the new data stay to the former ones."""
+def test_distillation_keeps_the_logits_near_the_teacher() -> None:
+    """The larger its weight, the closer the student's logits on the new data stay to the previous ones."""
     gaps = []
     for weight in (1.0, 0.5, 0.1):
         learner = learned(2, ce_weight=weight, hidden_weight=0.1)
@@ -159,7 +156,7 @@ def test_distillation_holds_the_student_to_its_teacher() -> None:
     assert gaps[0] > gaps[1] > gaps[2]
 
 
-def test_hidden_distillation_holds_the_activations() -> None:
+def test_hidden_distillation_keeps_the_activations_near_the_teacher() -> None:
     gaps = []
     for weight in (0.0, 0.9):
         options = {"ce_weight": 0.01, "hidden_weight": weight, "hidden": "mse", "top_n": "64", "lr": 1.0}
@@ -169,7 +166,7 @@ def test_hidden_distillation_holds_the_activations() -> None:
     assert gaps[1] < gaps[0]
 
 
-def test_the_kinds_of_hidden_loss_differ() -> None:
+def test_hidden_losses_differ() -> None:
     assert not same(learned(2, hidden="kl_softmax", hidden_weight=0.9), learned(2, hidden="mse", hidden_weight=0.9))
 
 
@@ -182,22 +179,22 @@ def test_logit_scope_with_gaps_between_rows(scope: str, outputs: list[int] | Non
     assert (learner.outputs if outputs is None else learner.outputs.tolist()) == outputs
 
 
-# ── how often ────────────────────────────────────────────────────────────────────────────────────────
+# ── frequencies ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def shares(learner: Watched, net: SDMLP) -> Tensor:
-    """Share of the present task's samples that activate each neuron of a network."""
+    """Return the share of the current task's samples that activate each neuron of a network."""
     return (count_activations(net, learner.inputs)[0] / len(learner.inputs)).float()
 
 
-def test_frequencies_of_the_end_pass_are_those_of_the_trained_network() -> None:
+def test_frequencies_come_from_the_trained_network() -> None:
     learner = learned(2, top_n="64")
     wanted = select(shares(learner, learner.net), NEURONS)
     assert torch.equal(learner.tables[0].indices, wanted.indices)
     assert torch.equal(learner.tables[0].frequencies, wanted.frequencies)
 
 
-def test_selection_rules_choose_differently() -> None:
+def test_selection_rules_differ() -> None:
     tables = {
         rule: tuple(learned(1, selection=rule, top_n="8").tables[0].indices.tolist())
         for rule in ("frequency", "random", "all")
@@ -209,7 +206,7 @@ def test_selection_rules_choose_differently() -> None:
 # ── the teacher ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_previous_self_teaches_and_nothing_of_it_is_kept() -> None:
+def test_teacher_is_the_previous_self_and_is_not_stored() -> None:
     learner = learned(1)
     former = learner.net.copy()
     assert not any(name.startswith("teacher") for name in learner.state_dict())
@@ -217,8 +214,8 @@ def test_the_previous_self_teaches_and_nothing_of_it_is_kept() -> None:
     torch.testing.assert_close(learner.taught.logits[:, :2], former.logits(learner.inputs))
 
 
-def test_distillation_forgets_less_than_none() -> None:
-    """The method as such, on data where it can: five tasks' worth is for the benchmark."""
+def test_distillation_reduces_forgetting() -> None:
+    """The method works on easy data; benchmarks measure real streams."""
     kept = []
     for weight in (1.0, 0.3):
         learner = watched(ce_weight=weight, epochs=15, logit_scope="old", lr=0.5)

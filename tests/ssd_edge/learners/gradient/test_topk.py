@@ -1,4 +1,4 @@
-"""Top-K inhibition against a loop over samples that follows docs/method.md word for word."""
+"""Tests of Top-K inhibition against a loop over samples that follows docs/method.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def naive(scores: Tensor, k: int, gamma: Tensor | None) -> Tensor:
-    """a_j = ReLU(ReLU(z_j) − γ_j·I), I the (k+1)-th largest ReLU(z), one number at a time."""
+    """a_j = ReLU(ReLU(z_j) − γ_j·I), I the (k+1)-th largest ReLU(z), with Python loops."""
     rows = []
     for row in scores.tolist():
         u = [max(z, 0.0) for z in row]
@@ -46,7 +46,7 @@ def inputs(draw: st.DrawFn) -> tuple[Tensor, int, Tensor | None]:
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(inputs())
-def test_activations_are_those_of_the_loop(case: tuple[Tensor, int, Tensor | None]) -> None:
+def test_activations_equal_those_of_the_loop(case: tuple[Tensor, int, Tensor | None]) -> None:
     scores, k, gamma = case
     wanted = naive(scores, k, gamma)
     a = inhibit(scores, k, gamma)
@@ -66,7 +66,7 @@ def test_activations_are_those_of_the_loop(case: tuple[Tensor, int, Tensor | Non
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(inputs(), st.integers(1, 20), st.integers(0, 2**31))
-def test_products_and_columns_are_those_of_the_dense_array(
+def test_products_and_columns_equal_those_of_the_dense_array(
     case: tuple[Tensor, int, Tensor | None], classes: int, seed: int
 ) -> None:
     scores, k, gamma = case
@@ -99,18 +99,18 @@ def test_ties_with_the_inhibition_are_inactive() -> None:
     assert a.to_dense().tolist() == [[1.0, 0.0, 0.0, 0.0]]
 
 
-def test_all_neurons_subtract_the_smallest() -> None:
+def test_k_of_all_neurons_subtracts_the_smallest() -> None:
     assert inhibit(torch.tensor([[3.0, 2.0, 0.5]]), k=3).to_dense().tolist() == [[2.5, 1.5, 0.0]]
 
 
-def test_open_switch_excites_every_neuron_but_passes_no_gradient_where_the_score_is_not_positive() -> None:
+def test_open_switch_activates_neurons_but_passes_no_gradient_below_zero_scores() -> None:
     a = inhibit(torch.tensor([[3.0, 2.0, -1.0]]), k=1, gamma=-torch.ones(3))
     assert a.dense.tolist() == [[5.0, 4.0, 2.0]]
     assert a.positive.tolist() == [[True, True, False]]
 
 
 def test_a_sparse_entry_below_zero_score_passes_no_gradient() -> None:
-    """One open neuron among many closed ones: active by excitation alone, in the sparse form."""
+    """One open neuron among closed ones is active by excitation alone, in the sparse form."""
     scores = torch.cat([torch.tensor([[-1.0, 2.0, 1.0]]), torch.zeros(1, 29)], dim=1)
     gamma = torch.ones(32)
     gamma[0] = -1.0
@@ -135,9 +135,9 @@ def test_gaba_rises_with_the_count() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3, 20, 40])
-def test_a_mask_lets_the_k_largest_positive_scores_pass_unchanged(k: int) -> None:
+def test_mask_passes_the_k_largest_positive_scores(k: int) -> None:
     scores = torch.randn(6, 40, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-    scores[0] = -1.0  # nothing to pass
+    scores[0] = -1.0  # no positive score
     found = inhibit(scores, k, mask=True)
     assert found.is_dense == (k > DENSE_ABOVE * 40)
     wanted = torch.zeros_like(scores)
@@ -151,7 +151,7 @@ def test_a_mask_lets_the_k_largest_positive_scores_pass_unchanged(k: int) -> Non
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_products_and_norms_are_those_of_the_dense_matrix(dense: bool) -> None:
+def test_products_and_norms_equal_those_of_the_dense_matrix(dense: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(7, 40, generator=generator, dtype=torch.float64)
     found = inhibit(scores, 30 if dense else 3)
