@@ -1,11 +1,11 @@
-"""What the drift monitor says of images that have changed, and how often it is wrong about images that have not.
+"""Indices of the drift monitor on shifted images, and its false alarms on clean ones.
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/drift.py RUN [--json FILE]
 
-RUN is a finished run on nine classes of CIFAR-10 (examples/cifar10.yaml), whose class statistics are what a device has.
+RUN is a finished run on nine classes of CIFAR-10 (examples/cifar10.yaml) with the class statistics of a device.
 Its test images are shifted before they are embedded, then fed to `Monitor` in random order:
-- as a device that has seen `WINDOW` clean ones first, and then n shifted ones: both indices;
-- as one that was shifted from the start, which only the directions can tell.
+- `WINDOW` clean images followed by n shifted ones, for both indices;
+- shifted images from the start, which only the directions can detect.
 Indices are means over `DRAWS` random draws. A false alarm is one of `CLEAN_DRAWS` draws of clean images whose level is
 not stable.
 """
@@ -38,7 +38,7 @@ from ssd_edge.run.embed import embed
 from ssd_edge.run.storage import environment
 from ssd_edge.run.train import set_threads
 
-SHIFTED = 2000  # images that are shifted and embedded
+SHIFTED = 2000  # number of shifted images
 DRAWS, CLEAN_DRAWS = 20, 2000
 IMAGES = (300, 600, 1000)
 ALARMS = (300, 1000)
@@ -83,7 +83,7 @@ SHIFTS: dict[str, Shift] = {
 
 
 class Box:
-    """What a device would have of a run, and what it would see."""
+    """Reference, learner and rejector of a device with the run."""
 
     def __init__(self, run: Path) -> None:
         arrays, _ = files.read_tensors(run / "statistics.safetensors")
@@ -93,13 +93,13 @@ class Box:
         self.reference, self.rejector = Reference(statistics), Rejector.fit(statistics)
 
     def seen(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings with their scores and whether they are taken for known."""
+        """Return the embeddings, their scores and whether each is accepted as known."""
         shares = torch.cat([self.learner.scores(part) for part in vectors.split(4096)])[:, : len(self.names)].softmax(1)
         best, rows = shares.max(1)
         return vectors, best, self.rejector.accepts(vectors, rows)[0]
 
     def report(self, *parts: tuple[tuple[Tensor, Tensor, Tensor], np.ndarray]) -> DriftReport:
-        """Of a monitor that was fed with these images, one part after the other."""
+        """Return the report of a monitor after these images, one part after the other."""
         monitor = Monitor(self.reference)
         for seen, chosen in parts:
             monitor.add(*(array[torch.from_numpy(chosen)] for array in seen))
@@ -107,7 +107,7 @@ class Box:
 
 
 def embedded(data: Dataset, kept: np.ndarray, embedder: Embedder, shift: Shift | None = None) -> Tensor:
-    """Embeddings of test images, shifted."""
+    """Return the embeddings of shifted test images."""
     rng = np.random.default_rng(0)
     parts = []
     for some in np.array_split(kept, -(-len(kept) // 256)):
@@ -124,7 +124,7 @@ def embedded(data: Dataset, kept: np.ndarray, embedder: Embedder, shift: Shift |
 
 
 def index_of(box: Box, clean: tuple[Tensor, ...], shifted: tuple[Tensor, ...]) -> dict[str, Any]:
-    """A row of the table: means over draws, by number of images."""
+    """Return a row of the table: means over draws by number of images."""
     after: dict[str, Any] = {}
     for count in IMAGES:
         later, early, levels = [], [], Counter()
@@ -149,7 +149,7 @@ def index_of(box: Box, clean: tuple[Tensor, ...], shifted: tuple[Tensor, ...]) -
 
 
 def false_alarms(box: Box, clean: tuple[Tensor, ...]) -> dict[str, Any]:
-    """How often clean images are called moderate or drifted, by their number; with and without a first window."""
+    """Return how often clean images are reported as moderate or drifted, with and without a first window."""
     found = {}
     for count in ALARMS:
         levels = {"from_start": Counter(), "after_first_window": Counter()}
@@ -173,15 +173,15 @@ def false_alarms(box: Box, clean: tuple[Tensor, ...]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the tables; write JSON if asked to."""
+    """Print the tables, and write them as JSON on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     set_threads(0)
     embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
     ten, hundred = (load(DataConfig(path=f"cifar{n}-jpg.tar.xz"), 0) for n in (10, 100))
-    box = Box(words.run)
+    box = Box(args.run)
     row = np.array([box.names.index(name) if name in box.names else -1 for name in ten.classes])[ten.test_labels]
     (new,) = [name for name in ten.classes if name not in box.names]
     everything = torch.from_numpy(embed(ten, embedder, Console(), True)["test"])
@@ -202,7 +202,7 @@ def main() -> None:
         print(f"{name:32}{'  '.join(cells)}  unknown {found['unknown']:.3f}", flush=True)
     alarms = false_alarms(box, clean)
     print(json.dumps(alarms, indent=1))
-    if words.json:
+    if args.json:
         record = {
             "command": "python benchmarks/drift.py RUN (RUN: ssd-edge train --config examples/cifar10.yaml)",
             **environment(),
@@ -212,7 +212,7 @@ def main() -> None:
             "shifts": table,
             "false_alarms": alarms,
         }
-        words.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        args.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Deploy a run in every precision: what each changes in embeddings, decisions, size and time.
+"""Deploy a run in every precision and compare embeddings, decisions, sizes and latency.
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/precision.py RUN [--json FILE]
 
-Accuracy is that of the run's learner on all of its test images; cosine, difference and drift are over the same images,
-against the embeddings that the run was made with. Milliseconds are medians of one image through ONNX Runtime on this
-machine's CPU, the precisions taking turns; they say nothing about a GPU. The engine is built by TensorRT-RTX, which
-needs no GPU for that and cannot run it without one.
+Accuracy is that of the run's learner on all of its test images; cosine, difference and drift compare the embeddings of
+the same images with those of the run. Milliseconds are medians per image with ONNX Runtime on this machine's CPU, with
+alternating precisions; they do not apply to a GPU. TensorRT-RTX builds the engine, which needs a GPU only to run.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ REPEATS = 200
 
 
 def main() -> None:
-    """Print the table; write JSON if asked to."""
+    """Print the table, and write it as JSON on request."""
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     set_threads(0)
-    run = finished.read(words.run)
+    run = finished.read(args.run)
     dataset = data.load(run.config.data, run.config.run.seed)
     images = dataset.test.load(np.arange(len(dataset.test)), run.backbone["size"])
     labels = np.array([run.registry.row(name) for name in dataset.classes])[dataset.test_labels]
@@ -49,7 +48,7 @@ def main() -> None:
     wanted = TorchEmbedder(packages.load(Path(path) if path else None), torch.device("cpu")).embed(images)
     rows, graphs = [], {}
     for precision in precisions.names():
-        row, graphs[precision] = _deploy(words.run, precision)
+        row, graphs[precision] = _deploy(args.run, precision)
         measured = parity.measure(graphs[precision], lambda _: wanted, images, run.learner, labels)
         rows.append({**row, **measured})
     times = _times(list(graphs.values()), images)
@@ -57,9 +56,9 @@ def main() -> None:
         row["milliseconds"] = milliseconds
         shown = {key: row[key] for key in ("precision", "backbone_bytes", "min_cosine", "max_difference", "agreement")}
         print(shown, row["accuracy"], f"{milliseconds:.2f} ms")
-    if words.json:
+    if args.json:
         result = {"command": "python benchmarks/precision.py RUN", **storage.environment(), "rows": rows}
-        words.json.write_text(json.dumps(result, indent=2) + "\n")
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _deploy(run: Path, precision: str) -> tuple[dict[str, Any], bytes]:
@@ -73,7 +72,7 @@ def _deploy(run: Path, precision: str) -> tuple[dict[str, Any], bytes]:
 
 
 def _times(graphs: list[bytes], images: np.ndarray) -> list[float]:
-    """Median milliseconds of one image, the graphs taking turns so that a busy machine is busy for all."""
+    """Return the median milliseconds per image, with alternating graphs so that other load affects all of them."""
     sessions = [open_session(graph) for graph in graphs]
     taken: list[list[float]] = [[] for _ in sessions]
     for turn in range(REPEATS):

@@ -1,4 +1,4 @@
-"""Installing: what is checked before a bundle becomes the current generation, in which order, and what is refused."""
+"""Installation: the checks before a bundle becomes the current generation, their order and refusals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def put(root: Path, tiny_bundle, tmp_path: Path):
-    """put(release=…) installs a tiny bundle; further arguments of `install` by keyword."""
+    """Return ``put(release=…)``, which installs a tiny bundle; it accepts the keyword arguments of `install`."""
 
     def run(allow_downgrade: bool = False, **made):
         path = tmp_path / "tiny.ssdedge"
@@ -35,7 +35,7 @@ def put(root: Path, tiny_bundle, tmp_path: Path):
 
 @pytest.fixture
 def keys(tmp_path: Path):
-    """keys("a") → a new pair of key files."""
+    """Return ``keys("a")``, which creates a pair of key files."""
 
     def make(name: str):
         signing.new_key(tmp_path, name)
@@ -48,7 +48,7 @@ def nothing_is_current(root: Path) -> bool:
     return not (root / "CURRENT").exists()
 
 
-def test_it_is_tested_on_this_machine_and_what_was_found_is_kept(put, root):
+def test_self_test_result_is_stored(put, root):
     generation = put(release=7)
     assert generation.info["release"] == 7
     assert generation.info["signed_by"] is None
@@ -61,7 +61,7 @@ def test_it_is_tested_on_this_machine_and_what_was_found_is_kept(put, root):
     assert Device.open(root).status().release == 7
 
 
-def test_what_a_later_start_needs_is_carried_into_learned_generations(put, root, tmp_path):
+def test_facts_are_kept_in_learned_generations(put, root, tmp_path):
     from PIL import Image
 
     put()
@@ -74,7 +74,7 @@ def test_what_a_later_start_needs_is_carried_into_learned_generations(put, root,
     assert Device.open(root).predict(photos)[0].label == "wedge"
 
 
-def test_a_backbone_that_computes_something_else_here_is_refused(put, root):
+def test_backbone_with_other_results_is_refused(put, root):
     with pytest.raises(
         GateRefusedError,
         match=r"gives other embeddings on this machine .*at most 0\.001 is allowed\); run ssd-edge doctor",
@@ -83,32 +83,32 @@ def test_a_backbone_that_computes_something_else_here_is_refused(put, root):
     assert nothing_is_current(root)
 
 
-def test_a_learner_that_decides_otherwise_is_refused(put, root):
+def test_learner_with_other_decisions_is_refused(put, root):
     with pytest.raises(GateRefusedError, match=r"decisions agree with the bundle on \d+% of the probe images"):
         put(roll=1)
     assert nothing_is_current(root)
 
 
-def test_a_refused_bundle_leaves_the_old_one_in_place(put, root):
+def test_refused_bundle_leaves_the_old_generation(put, root):
     put(release=1)
     with pytest.raises(GateRefusedError):
         put(release=2, shift=0.5)
     assert Device.open(root).generation.number == 1
 
 
-def test_a_lower_release_is_refused_unless_allowed(put, root):
+def test_lower_release_is_refused_unless_allowed(put, root):
     put(release=5)
-    put(release=5)  # the same again is no step back
+    put(release=5)  # the same release is no downgrade
     with pytest.raises(
         BundleRefusedError, match=r"release 4, but release 5 was installed on this device; .*--allow-downgrade"
     ):
         put(release=4)
     assert put(release=4, allow_downgrade=True).number == 3
-    with pytest.raises(BundleRefusedError, match="release 5 was installed"):  # it still was
+    with pytest.raises(BundleRefusedError, match="release 5 was installed"):  # also after a downgrade
         put(release=4)
 
 
-def test_neither_a_rollback_nor_a_learned_generation_lowers_the_bar(put, root):
+def test_rollback_and_learning_do_not_allow_a_downgrade(put, root):
     put(release=1)
     put(release=2)
     Device.open(root).rollback(1)
@@ -116,7 +116,7 @@ def test_neither_a_rollback_nor_a_learned_generation_lowers_the_bar(put, root):
         put(release=1)
 
 
-def test_nor_does_pruning(put, root):
+def test_pruning_does_not_allow_a_downgrade(put, root):
     put(release=2)
     for _ in range(12):
         put(release=3)
@@ -128,7 +128,7 @@ def test_nor_does_pruning(put, root):
         put(release=2)
 
 
-def test_with_a_trusted_key_only_what_it_signed_is_installed(put, root, keys):
+def test_trusted_key_requires_its_signature(put, root, keys):
     private, public = keys("ours")
     stranger, _ = keys("stranger")
     identity = trust.trust(root, public)
@@ -143,12 +143,12 @@ def test_with_a_trusted_key_only_what_it_signed_is_installed(put, root, keys):
     assert put().info["signed_by"] is None
 
 
-def test_without_a_trusted_key_a_signature_is_not_required_and_not_claimed(put, keys):
+def test_signature_is_optional_without_a_trusted_key(put, keys):
     private, _ = keys("ours")
     assert put(sign=signing.signer(private)).info["signed_by"] is None
 
 
-def test_a_trusted_key_without_cryptography_is_a_refusal_not_a_skip(put, root, keys, monkeypatch):
+def test_trusted_key_without_cryptography_is_refused(put, root, keys, monkeypatch):
     private, public = keys("ours")
     sign = signing.signer(private)
     trust.trust(root, public)
@@ -160,16 +160,16 @@ def test_a_trusted_key_without_cryptography_is_a_refusal_not_a_skip(put, root, k
     assert nothing_is_current(root)
 
 
-def test_distrusting_a_key_that_is_not_trusted_names_those_that_are(root, keys):
+def test_distrust_of_an_unknown_key_names_the_trusted_ones(root, keys):
     identity = trust.trust(root, keys("ours")[1])
     with pytest.raises(InputError, match=f"no key 0123 is trusted in .*trusted: {identity}"):
         trust.distrust(root, "0123")
 
 
-def test_what_is_no_public_key_is_not_trusted(root, keys, tmp_path):
+def test_files_that_are_no_public_key_are_refused(root, keys, tmp_path):
     (tmp_path / "x.pub").write_text("ssh-ed25519 AAAA")
     with pytest.raises(InputError, match=r"x\.pub"):
         trust.trust(root, tmp_path / "x.pub")
-    with pytest.raises(InputError):  # a private key is none, and must not be copied to a device
+    with pytest.raises(InputError):  # a private key must not be on a device
         trust.trust(root, keys("ours")[0])
     assert trust.trusted(root) == []

@@ -1,7 +1,7 @@
-"""Images and folders by a stranger: used, or refused in one sentence that names the file; never another error.
+"""Hostile images and folders are used or refused with one sentence that names the file, without any other error.
 
-Mutants go the device's own way, from a file, as a PIL image, through `predict` and through `learn`. What could take the
-memory of the machine is decoded in a process of its own, whose memory is measured.
+Mutants reach the device as files and as PIL images, through `predict` and `learn`. Images that could exhaust the memory
+are decoded in a separate process, whose memory is measured.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from device_runtime.learning import teach
 from ssd_edge import images
 from ssd_edge.errors import BundleRefusedError, InputError, printable
 
-SIZE = 8  # of the tiny backbone
-pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of what it corrects in EXIF data and palettes
+SIZE = 8  # input size of the tiny backbone
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns about corrections in EXIF data and palettes
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def noise(rng: np.random.Generator, mode: str = "RGB") -> Image.Image:
 
 
 def originals(rng: np.random.Generator) -> list[bytes]:
-    """Small valid images of the four formats in many kinds."""
+    """Return small valid images of many kinds in the four formats."""
     found = [encoded(noise(rng, mode), "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")]
     found += [encoded(noise(rng, mode), "BMP") for mode in ("1", "L", "P", "RGB", "RGBA")]
     found += [encoded(noise(rng, mode), "JPEG") for mode in ("L", "RGB", "CMYK")]
@@ -79,7 +79,7 @@ NUMBERS = [
 
 
 def mutated(rng: np.random.Generator, data: bytes, other: bytes) -> bytes:
-    """One to three changes: flipped bits, cuts, splices, other numbers in the header, repetitions, runs of zeros."""
+    """Apply one to three changes: flipped bits, cuts, splices, other header values, repetitions, runs of zeros."""
     changed = bytearray(data)
     for _ in range(rng.integers(1, 4)):
         if len(changed) < 4:
@@ -108,7 +108,7 @@ def mutated(rng: np.random.Generator, data: bytes, other: bytes) -> bytes:
 
 @contextlib.contextmanager
 def one_sentence(name: str) -> Iterator[None]:
-    """What is raised in it is an `InputError` of one printable sentence that holds `name`; it goes on to the caller."""
+    """Check that an error in the block is an `InputError` with one printable sentence that contains `name`."""
     try:
         yield
     except InputError as error:
@@ -120,7 +120,7 @@ def one_sentence(name: str) -> Iterator[None]:
 
 
 def attempt(rng: np.random.Generator, data: bytes, folder: Path, device: Device, number: int) -> str:
-    """Give a mutant to the device; returns the way it went and what became of it."""
+    """Give a mutant to the device; return the interface that was used and the outcome."""
     ending, strange = rng.choice(["jpg", "png", "webp", "bmp"]), rng.choice(["x", "a b", "\x1b[2J", "two\nlines", "ü"])
     path = folder / f"{strange}.{ending}"
     path.write_bytes(data)
@@ -131,7 +131,7 @@ def attempt(rng: np.random.Generator, data: bytes, folder: Path, device: Device,
         if way == "image":
             try:
                 opened = Image.open(path)
-            except Exception:  # by the caller, in whose program it would be raised
+            except Exception:  # an error in the caller's own program
                 return "image: not opened"
             with opened, one_sentence("image 7"):
                 check(teach.decode(opened, "image 7", SIZE))
@@ -198,7 +198,7 @@ def test_ten_thousand_mutants(root, tmp_path):
     ],
     ids=["gif", "tiff", "ico", "eps", "ppm", "tga", "pdf", "psd", "svg", "heic", "pickle", "elf", "byte"],
 )
-def test_other_formats_are_refused_whatever_their_name(tmp_path, data):
+def test_other_formats_are_refused_for_any_name(tmp_path, data):
     (tmp_path / "x.jpg").write_bytes(data)
     with pytest.raises(InputError, match=r"x\.jpg is not a JPEG, PNG, WebP or BMP image; remove or convert it"):
         teach.decode(tmp_path / "x.jpg", "", SIZE)
@@ -209,7 +209,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def zeros(count: int, head: bytes = b"") -> bytes:
-    """So many zeros, deflated."""
+    """Return deflated zeros."""
     packer = zlib.compressobj(9 if count < 2**20 else 1)
     parts = [packer.compress(head)] + [packer.compress(bytes(min(2**20, count - at))) for at in range(0, count, 2**20)]
     return b"".join([*parts, packer.flush()])
@@ -218,7 +218,7 @@ def zeros(count: int, head: bytes = b"") -> bytes:
 def png(
     width: int, height: int, depth: int = 8, colour: int = 0, extra: bytes = b"", body: bytes | None = None
 ) -> bytes:
-    """A PNG of zeros; `colour` 0: grey, 2: RGB, 6: RGBA."""
+    """Return a PNG of zeros; `colour` is 0 for grey, 2 for RGB and 6 for RGBA."""
     if body is None:
         channels = {0: 1, 2: 3, 6: 4}[colour]
         body = zeros(height * (1 + -(-width * channels * depth // 8)))
@@ -244,7 +244,7 @@ def bmp_claiming(side: int) -> bytes:
 
 
 def moving(frames: int) -> bytes:
-    """An animated PNG of tiny frames."""
+    """Return an animated PNG of tiny frames."""
     extra = chunk(b"acTL", struct.pack(">II", frames, 0)) + frame(0)
     later = [frame(2 * n - 1) + chunk(b"fdAT", struct.pack(">I", 2 * n) + zeros(20)) for n in range(1, frames)]
     whole = png(4, 4, extra=extra)
@@ -263,7 +263,7 @@ def scans(count: int) -> bytes:
 # A lossless WebP of one colour, 16,000 × 5,000 pixels. Decoding it took 1.8 GB before there was a limit.
 ONE_COLOUR = bytes.fromhex("524946461a000000574542505650384c0d0000002f7ffee114071011118888fe0700")
 USED = "(224, 224, 3)"
-BOMBS = {  # name → what makes it, what becomes of it
+BOMBS = {  # name → function that creates it, expected outcome
     "webp": (lambda: ONE_COLOUR, "16000 × 5000 pixels, but an image of this type may have at most 20,000,000"),
     "webp-60000": (lambda: webp_claiming(60_000), "more than 80,000,000 pixels"),
     "bmp-60000": (lambda: bmp_claiming(60_000), "more than 80,000,000 pixels"),
@@ -279,7 +279,7 @@ BOMBS = {  # name → what makes it, what becomes of it
     "20000x1": (lambda: png(20_000, 1, colour=6, extra=exif(6)), USED),
     "1x1": (lambda: png(1, 1), USED),
 }
-LARGEST = {  # that are read
+LARGEST = {  # largest accepted images
     "rgba": lambda: png(20_000, 4_000, colour=6),
     "rgba-turned": lambda: png(20_000, 4_000, colour=6, extra=exif(6)),
     "grey-16": lambda: png(20_000, 4_000, depth=16),
@@ -294,7 +294,7 @@ from PIL import Image
 from ssd_edge import images
 from ssd_edge.errors import InputError
 
-def peak():  # in MiB; not getrusage, whose maximum is handed on by the process that started this one
+def peak():  # in MiB; the maximum of getrusage includes that of the parent process
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 def told(path):
@@ -310,13 +310,13 @@ print(json.dumps({path: [told(path), peak() - before] for path in sys.argv[1:]})
 
 
 def measured(*paths: Path) -> dict[str, tuple[str, float]]:
-    """Name → what became of an image, and how far memory had grown by then, in MiB; in a process of its own."""
+    """Read images in a separate process; return the outcome and the growth of memory in MiB by name."""
     command = [sys.executable, "-c", MEASURE, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return {Path(path).name: (told, grown) for path, (told, grown) in json.loads(done.stdout).items()}
 
 
-def test_bombs_do_not_take_the_memory(tmp_path):
+def test_bombs_use_little_memory(tmp_path):
     for name, (make, _) in BOMBS.items():
         (tmp_path / f"{name}.jpg").write_bytes(make())
     found = measured(*(tmp_path / f"{name}.jpg" for name in BOMBS))
@@ -329,7 +329,7 @@ def test_bombs_do_not_take_the_memory(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGEST)
-def test_the_largest_images_that_are_read_stay_within_bounds(tmp_path, name):
+def test_largest_accepted_images_stay_within_bounds(tmp_path, name):
     (tmp_path / "x.jpg").write_bytes(LARGEST[name]())
     told, grown = measured(tmp_path / "x.jpg")["x.jpg"]
     assert told == USED
@@ -346,7 +346,7 @@ def names() -> list[bytes]:
     ]
 
 
-def test_whatever_a_file_is_called_the_sentence_can_be_printed(root, tmp_path):
+def test_messages_with_hostile_file_names_are_printable(root, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in names():
@@ -362,7 +362,7 @@ def test_whatever_a_file_is_called_the_sentence_can_be_printed(root, tmp_path):
         assert device.predict([path])[0].image == str(path)
 
 
-def test_a_file_that_vanishes_after_it_was_listed(root, tmp_path):
+def test_file_removed_after_listing(root, tmp_path):
     path = tmp_path / "photos" / "x.png"
     path.parent.mkdir()
     path.write_bytes(png(4, 4))
@@ -394,13 +394,13 @@ def test_a_file_that_vanishes_after_it_was_listed(root, tmp_path):
         ([1, 2], "is a list"),
     ],
 )
-def test_what_is_no_image(root, source, message):
+def test_values_that_are_no_image(root, source, message):
     good = np.zeros((8, 8, 3), np.uint8)
     with pytest.raises(InputError, match=message), one_sentence("image 2"):
         Device.open(root).predict([good, good, source])
 
 
-def test_arrays_however_they_lie_in_memory(root):
+def test_arrays_of_any_memory_layout(root):
     rng = np.random.default_rng(0)
     whole = rng.integers(0, 256, (20, 12, 3), dtype=np.uint8)
     for view in (whole[::-1], whole[:, ::-2], whole[..., ::-1], np.asfortranarray(whole), whole.transpose(1, 0, 2)):
@@ -411,14 +411,14 @@ def test_arrays_however_they_lie_in_memory(root):
     assert device.embed([square]).equal(device.embed([np.ascontiguousarray(square)]))
 
 
-def test_the_callers_image_is_left_as_it_is(tmp_path):
+def test_image_of_the_caller_is_unchanged(tmp_path):
     Image.new("RGB", (640, 480), "teal").save(tmp_path / "x.jpg")
     with Image.open(tmp_path / "x.jpg") as image:
         assert (teach.decode(image, "", SIZE) == teach.decode(tmp_path / "x.jpg", "", SIZE)).all()
         assert image.size == (640, 480)
 
 
-def test_nothing_is_learned_when_one_image_of_many_is_hostile(root, tmp_path):
+def test_one_hostile_image_prevents_learning(root, tmp_path):
     device = Device.open(root)
     good = [np.full((8, 8, 3), shade, np.uint8) for shade in range(10)]
     (tmp_path / "x.png").write_bytes(png(8, 8)[:40])
@@ -430,7 +430,7 @@ def test_nothing_is_learned_when_one_image_of_many_is_hostile(root, tmp_path):
     assert device.learn("wedge", good)["generation"] == 2
 
 
-def test_embeddings_that_are_no_numbers_are_neither_answered_nor_learned(root):
+def test_embeddings_that_are_not_finite_are_refused(root):
     device = Device.open(root)
     session = device.embedder._session
 
