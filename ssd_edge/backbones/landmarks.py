@@ -1,8 +1,8 @@
-"""The default learner's neurons and directions, made once from a backbone's own pretraining embeddings.
+"""Landmarks and directions of the default learner, computed from the pretraining embeddings of a backbone.
 
-Neurons are landmarks: embeddings of pretraining images. What r of them answer is highly redundant, so statistics
-are kept only along the n directions of their activity that carry most: variance first (the principal components of
-the code), then the axes along which pretraining classes differ most beside their spread. Seconds on a CPU.
+Landmarks are embeddings of r pretraining images. Their responses are redundant, so the learner stores statistics along
+n directions only: the leading principal components of the responses, rotated to the axes that separate pretraining
+classes best relative to their within-class covariance. Takes seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -13,39 +13,44 @@ import torch
 from torch import Tensor
 
 from ssd_edge.learners.closed_form.sums import ClassStatistics, shrink_to_diagonal
-from ssd_edge.learners.gradient.network import prepare, respond
+from ssd_edge.learners.gradient.network import respond, unit_rows
 from ssd_edge.learners.priors import Landmarks
 
-Say = Callable[[str], None]
-# All chosen on held-out training images of CIFAR-10 (docs/landmark.md). GAIN is the γ of the response; SAMPLES
-# embeddings give the principal components, down to SMALLEST of the largest variance.
-GAIN, SAMPLES, SMALLEST = 0.2, 20_000, 1e-9
-# How far the means of new classes are expected to lie apart along a direction, in units of the spread within classes:
-# a share of what is seen of the pretraining classes, a part that grows with the direction's variance (for few
-# images that is nearest mean), and a floor.
+# All constants were chosen on held-out training images of CIFAR-10 (docs/landmark.md).
+GAIN = 0.2  # γ of the responses
+SAMPLES = 20_000  # embeddings for the principal components
+SMALLEST = 1e-9  # smallest variance of a principal component, relative to the largest
+# Expected variance of the means of new classes along a direction, relative to the within-class variance: a share of
+# that of the pretraining classes, a part that grows with the variance of the direction, and a floor.
 OF_CLASSES, OF_VARIANCE, FLOOR = 0.05, 0.015, 0.003
-TO_DIAGONAL = 0.3  # shrinkage of the within-class covariance: 200 classes do not tell it well
+TO_DIAGONAL = 0.3  # shrinkage of the within-class covariance, which 200 classes estimate poorly
 
 
 def make_landmarks(
-    embeddings: Tensor, labels: Tensor, classes: int, neurons: int, directions: int, seed: int, say: Say
+    embeddings: Tensor,
+    labels: Tensor,
+    classes: int,
+    neurons: int,
+    directions: int,
+    seed: int,
+    log: Callable[[str], None],
 ) -> Landmarks:
-    """Draw landmarks and find the directions.
+    """Draw landmarks and compute the directions.
 
     Args:
-        embeddings: standardised, float32 ``(N, D)``.
+        embeddings: standardised embeddings, float32 ``(N, D)``.
         labels: int64 ``(N,)``.
-        classes: C.
-        neurons: r; fewer where there are fewer images.
-        directions: n; fewer where the images do not span as many.
-        seed: of the draw.
-        say: called with one line.
+        classes: number of classes C.
+        neurons: number of landmarks r, limited by the number of images.
+        directions: number of directions n, limited by the rank of the responses.
+        seed: seed of the draw.
+        log: receives one line of progress.
 
     Returns:
-        Numbers that fp16 holds exactly where the package keeps fp16.
+        Landmarks whose keys and projection are exact in float16.
     """
     generator = torch.Generator().manual_seed(seed)
-    inputs = prepare(embeddings, None)
+    inputs = unit_rows(embeddings)
     order = torch.randperm(len(inputs), generator=generator)
     keys = inputs[order[:neurons]].half().float()
     sample = respond(inputs[order[-SAMPLES:]] @ keys.T, GAIN)
@@ -53,34 +58,34 @@ def make_landmarks(
     centred = (sample - mean).double()
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(sample))
     variances, axes = variances.flip(0), axes.flip(1)
-    # no more than rounding leaves sense in, and samples enough to know how they vary within classes
+    # Keep components above rounding error, and at least four samples each for the within-class covariance.
     spanned = int((variances > SMALLEST * variances[0]).sum())
-    found = max(1, min(directions, spanned, len(inputs) // 4))
-    # Scaled to a mean variance of 1: in the code itself it is so small that rounding would be felt.
-    scale = variances[:found].mean()
-    components = axes[:, :found] / scale.sqrt()
-    statistics = ClassStatistics(found)
-    for part, truth in zip(inputs.split(4096), labels.split(4096), strict=True):
-        statistics.add((respond(part @ keys.T, GAIN) - mean).double() @ components, truth)
+    count = max(1, min(directions, spanned, len(inputs) // 4))
+    # Scale to a mean variance of 1: the variance of the responses is so small that rounding would matter.
+    scale = variances[:count].mean()
+    components = axes[:, :count] / scale.sqrt()
+    statistics = ClassStatistics(count)
+    for part, rows in zip(torch.split(inputs, 4096), torch.split(labels, 4096), strict=True):
+        statistics.add((respond(part @ keys.T, GAIN) - mean).double() @ components, rows)
     transform, signal = _joint_axes(statistics, classes)
-    # New classes are expected around the mean of the old ones, each counted alike.
+    # New classes are expected around the mean of the class means.
     mean = (mean.double() + scale * components @ statistics.means.mean(0)).float()
     projection = (components @ transform).half().float()
-    held = float(variances[:found].sum() / variances.clamp_min(0).sum())
-    say(f"landmarks: {len(keys):,} neurons, {found:,} directions that hold {held:.2%} of the code's variance")
+    explained = float(variances[:count].sum() / variances.clamp_min(0).sum())
+    log(f"landmarks: {len(keys):,} neurons, {count:,} directions with {explained:.2%} of the variance of the responses")
     return Landmarks(keys.numpy(), mean.numpy(), projection.numpy(), signal.float().numpy(), GAIN)
 
 
 def _joint_axes(statistics: ClassStatistics, classes: int) -> tuple[Tensor, Tensor]:
-    """Axes on which the spread within classes is 1, and the expected signal of each, largest first.
+    """Compute axes on which the within-class covariance is the identity and the expected signal is diagonal.
 
     Returns:
-        Axes as columns ``(n, n)`` and signal ``(n,)``, float64.
+        Axes as columns ``(n, n)`` and their signal ``(n,)``, descending; float64.
     """
     within = shrink_to_diagonal(statistics.within_covariance(), TO_DIAGONAL)
     means = statistics.means
     means = means - means.mean(0)
-    # estimated means lie apart by their own noise too
+    # The scatter of estimated means includes their sampling noise.
     noise = within * float((1.0 / statistics.counts.clamp_min(1)).mean())
     between = means.T @ means / max(classes - 1, 1) - noise
     variances, axes = torch.linalg.eigh(within)

@@ -116,7 +116,7 @@ def load(folder: Path | None = None) -> BackbonePackage:
                 within_covariance=priors.get("within_covariance"),
                 keys=_unit_rows(priors.get("keys")),
                 counters=priors.get("counters"),
-                landmarks=Landmarks.taken(priors, metadata),
+                landmarks=Landmarks.pop(priors, metadata),
                 student=dict(metadata.get("student", {})),
             ),
             card={**card, "arch": str(card["arch"]), "size": int(card["size"]), "dim": int(card["dim"])},

@@ -1,4 +1,4 @@
-"""Learners: one file each; `build`, `pack` and `restore` create, save and load them."""
+"""Learners, one per file; `build`, `pack` and `restore` create, save and load them."""
 
 from ssd_edge.learners.base import Learner, Task, TensorSpec
 from ssd_edge.learners.registry import (

@@ -1,7 +1,7 @@
-"""``learner.name=auto``: which closed-form learner suits these embeddings, by a held-out part of the training images.
+"""``learner.name=auto``: choose a closed-form learner by its accuracy on held-out training images.
 
-The choice sees every class at once, before the stream begins: closed-form learners end at the same state whatever the
-order. Test images are never looked at.
+The candidates learn all classes at once, before the stream begins: the final state of a closed-form learner does not
+depend on the order. Test images are not used.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from ssd_edge.learners.registry import AUTO, CANDIDATES, build
 from ssd_edge.system import size
 
 DEFAULT = "landmark"
-ONE_IN = 5  # of each class, how many samples there are to one held out
-MOST_HELD_OUT, MOST_LEARNED = 200, 1000  # a class: enough to tell learners apart, in seconds
-ROUNDING = 1e-9  # one sample of difference is exactly one standard error, which rounding must not decide
+ONE_IN = 5  # one of five samples per class is held out
+MAX_HELD_OUT, MAX_LEARNED = 200, 1000  # samples per class: enough to compare learners within seconds
+ROUNDING = 1e-9  # a difference of one sample is exactly one standard error, which rounding must not decide
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """How one learner, with its defaults, did on the held-out part.
+    """Result of one learner with default settings on the held-out samples.
 
     Attributes:
         name: key of `learners.LEARNERS`.
-        accuracy: share of the held-out samples; None where nothing could be held out.
-        behind: accuracy of the best minus this one's; None as above.
-        standard_error: of `behind`, paired over the held-out samples; None as above.
-        state_bytes: of its state after learning.
+        accuracy: accuracy on the held-out samples; None if there are none.
+        behind: accuracy of the best candidate minus `accuracy`; None if there are no held-out samples.
+        standard_error: paired standard error of `behind`; None if there are no held-out samples.
+        state_bytes: size of the state after learning.
     """
 
     name: str
@@ -47,20 +47,22 @@ class Candidate:
 
     @property
     def tied(self) -> bool:
-        """Within one standard error of the best."""
-        return self.behind is None or self.behind <= self.standard_error * (1 + ROUNDING)
+        """True if within one standard error of the best candidate, or if there are no held-out samples."""
+        if self.behind is None or self.standard_error is None:
+            return True
+        return self.behind <= self.standard_error * (1 + ROUNDING)
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which learner, and why.
+    """Choice of a learner.
 
     Attributes:
-        name: of the learner chosen.
-        sentence: the reason, with the figures that decided.
-        rows: every candidate, the most accurate first.
-        learned: samples that the candidates learned from.
-        held_out: samples that they were compared on.
+        name: name of the chosen learner.
+        sentence: reason, with the deciding figures.
+        rows: results of all candidates, the most accurate first.
+        learned: number of samples that the candidates learned.
+        held_out: number of samples that they were compared on.
     """
 
     name: str
@@ -70,23 +72,23 @@ class Choice:
     held_out: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as metrics.json keeps them."""
+        """Return the choice as stored in metrics.json."""
         return {**dataclasses.asdict(self), "rows": [dataclasses.asdict(row) for row in self.rows]}
 
 
 def wanted(options: Mapping[str, Any]) -> bool:
-    """Whether a run's ``learner`` section leaves the choice to `choose`.
+    """Return True if the ``learner`` section of a run asks for an automatic choice.
 
     Raises:
-        InputError: it does, and sets something else too.
+        InputError: it also contains other settings.
     """
     if options.get("name") != AUTO:
         return False
     others = [f"learner.{key}" for key in options if key != "name"]
     if others:
         raise InputError(
-            f"learner.name={AUTO} compares learners with their defaults, but {', '.join(others)} "
-            f"{'is' if len(others) == 1 else 'are'} given too; leave that out, or name the learner that it is meant for"
+            f"learner.name={AUTO} compares learners with default settings, but {', '.join(others)} "
+            f"{'is' if len(others) == 1 else 'are'} also set; remove the setting, or choose a learner by name"
         )
     return True
 
@@ -99,23 +101,23 @@ def choose(
     device: str | torch.device = "cpu",
     progress: Callable[[float, str], object] | None = None,
 ) -> Choice:
-    """Learn a part of the training samples with every candidate, and compare them on the rest.
+    """Compare all candidates on held-out training samples and choose one.
 
-    All within one standard error of the best are a tie; of these the default learner is taken if it is among them,
-    else the smallest state.
+    Candidates within one standard error of the best are tied. Of these, the default learner is chosen if it is among
+    them, otherwise the one with the smallest state.
 
     Args:
-        embeddings: training samples only, standardised, float32 ``(N, D)``.
-        labels: rows, int64 ``(N,)``.
-        priors: from the backbone package.
-        seed: of the split, and of what is random in a learner.
-        device: where learners compute.
-        progress: told the share done and the candidate at work.
+        embeddings: standardised embeddings of training samples, float32 ``(N, D)``.
+        labels: class rows, int64 ``(N,)``.
+        priors: priors of the backbone package.
+        seed: seed of the split and of the learners.
+        device: device to compute on.
+        progress: callback with the fraction done and the name of the current candidate.
 
     Raises:
-        InputError: as `learners.Task`.
+        InputError: see `learners.Task`.
     """
-    Task(embeddings, labels)  # its checks, before anything is split
+    Task(embeddings, labels)  # check before splitting
     learned, held_out = (torch.from_numpy(index) for index in split(labels.numpy(), seed))
     task, right, sizes = Task(embeddings[learned], labels[learned]), {}, {}
     for number, name in enumerate(CANDIDATES):
@@ -130,25 +132,30 @@ def choose(
 
 
 def split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to learn and to hold out, each ascending: of each class a fifth is held out, but at least one sample
-    and never the last one, and no more of either than costs seconds.
+    """Split the samples of each class into those to learn and those to hold out.
+
+    A fifth of each class is held out, at least one sample, unless it is the only one of its class. Both parts are
+    limited to `MAX_LEARNED` and `MAX_HELD_OUT` samples per class.
+
+    Returns:
+        Indices to learn and to hold out, each ascending.
     """
     rng, learned, held_out = np.random.default_rng(seed), [], []
     for row in np.unique(labels):
         index = rng.permutation(np.flatnonzero(labels == row))
-        count = min(max(len(index) // ONE_IN, 1), MOST_HELD_OUT, len(index) - 1)
+        count = min(max(len(index) // ONE_IN, 1), MAX_HELD_OUT, len(index) - 1)
         held_out.append(index[:count])
-        learned.append(index[count : count + MOST_LEARNED])
+        learned.append(index[count : count + MAX_LEARNED])
     return np.sort(np.concatenate(learned)), np.sort(np.concatenate(held_out))
 
 
 def decide(right: Mapping[str, np.ndarray], sizes: Mapping[str, int], learned: int) -> Choice:
-    """The rule of `choose`.
+    """Apply the rule of `choose` to the results of the candidates.
 
     Args:
-        right: by candidate, whether each held-out sample was right, bool ``(M,)``; empty where none was held out.
-        sizes: bytes of each candidate's state.
-        learned: samples that the candidates learned from.
+        right: candidate → correctness of each held-out sample, bool ``(M,)``; empty if there are no held-out samples.
+        sizes: candidate → size of the state in bytes.
+        learned: number of samples that the candidates learned.
     """
     if not right:
         rows = tuple(Candidate(name, None, None, None, count) for name, count in sizes.items())
@@ -162,9 +169,9 @@ def decide(right: Mapping[str, np.ndarray], sizes: Mapping[str, int], learned: i
     best = names[0]
     rows = tuple(_compared(name, right[name], right[best], sizes[name]) for name in names)
     tied = [row for row in rows if row.tied]
-    taken = min(tied, key=lambda row: (row.name != DEFAULT, row.state_bytes))
+    chosen = min(tied, key=lambda row: (row.name != DEFAULT, row.state_bytes))
     count = len(right[best])
-    return Choice(taken.name, _sentence(taken, rows, count), rows, learned, count)
+    return Choice(chosen.name, _sentence(chosen, rows, count), rows, learned, count)
 
 
 def _compared(name: str, right: np.ndarray, best: np.ndarray, state_bytes: int) -> Candidate:
@@ -173,35 +180,35 @@ def _compared(name: str, right: np.ndarray, best: np.ndarray, state_bytes: int) 
     return Candidate(name, float(right.mean()), float(difference.mean()), error, state_bytes)
 
 
-def _sentence(taken: Candidate, rows: tuple[Candidate, ...], count: int) -> str:
-    """Why `taken`: against the best where that is another, against the default where it lost, else the next best."""
+def _sentence(chosen: Candidate, rows: tuple[Candidate, ...], count: int) -> str:
+    """Explain the choice: against the best candidate, the default, or the runner-up."""
     best, default = rows[0], next(row for row in rows if row.name == DEFAULT)
     images = "image" if count == 1 else "images"
-    parts = [f"{taken.name}: {taken.accuracy:.3f} on {count:,} held-out training {images}"]
-    against = f"({size(best.state_bytes)} against {size(taken.state_bytes)})"
-    if taken is not best:
+    parts = [f"{chosen.name}: {chosen.accuracy:.3f} on {count:,} held-out training {images}"]
+    if chosen is not best:
         parts.append(
-            f"{best.name} {best.accuracy:.3f} is {_points(taken.behind)} ahead, no more than the "
-            f"standard error of {_number(taken.standard_error)} {against}"
+            f"{best.name} {best.accuracy:.3f} is {_points(chosen.behind)} ahead, no more than the standard error of "
+            f"{_percentage(chosen.standard_error)} ({size(best.state_bytes)} against {size(chosen.state_bytes)})"
         )
     if not default.tied:
-        whom = "" if taken is best else f" {best.name}"
+        ahead = "" if chosen is best else f" {best.name}"
         parts.append(
-            f"{DEFAULT} {default.accuracy:.3f} is {_points(default.behind)} behind{whom}, more than the standard error "
-            f"of {_number(default.standard_error)}"
+            f"{DEFAULT} {default.accuracy:.3f} is {_points(default.behind)} behind{ahead}, more than the standard "
+            f"error of {_percentage(default.standard_error)}"
         )
-    elif taken is best:
+    elif chosen is best:
         other = rows[1]
-        against = f"({size(other.state_bytes)} against {size(taken.state_bytes)})"
-        parts.append(f"next {other.name} {other.accuracy:.3f} {against}")
+        sizes = f"({size(other.state_bytes)} against {size(chosen.state_bytes)})"
+        parts.append(f"next {other.name} {other.accuracy:.3f} {sizes}")
     return "; ".join(parts)
 
 
-def _points(share: float) -> str:
-    number = _number(share)
+def _points(share: float | None) -> str:
+    number = _percentage(share)
     return f"{number} {'point' if number == '1.0' else 'points'}"
 
 
-def _number(share: float) -> str:
-    """Percentage points with one digit after the point; of less than a tenth with two."""
+def _percentage(share: float | None) -> str:
+    """Format as percentage points with one decimal, or two below a tenth of a point."""
+    share = share or 0.0
     return f"{100 * share:.2f}" if 0 < share < 0.00095 else f"{100 * share:.1f}"

@@ -1,8 +1,8 @@
-"""The Learner contract: everything that is learned, and how. The workstation and the device use the same one.
+"""Base class of learners, the tasks they learn, and the schema of their state.
 
-A learner sees standardised embeddings and class *rows* (0, 1, …); names live in the class registry. Boundaries
-between tasks are known while learning and never while predicting, and nothing in the state grows with the
-number of samples seen (no replay): `schema` lists every tensor with its shape and the reason for keeping it.
+A learner works on standardised embeddings and class rows (0, 1, …); class names live in the class registry. Task
+boundaries are known during learning but never during prediction. No tensor of the state grows with the number of
+samples: `Learner.schema` lists every tensor with its shape and the reason for storing it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.priors import Priors
 
-# Told the share of the present task that is done, 0..1. Where it answers True, a learner that goes over its task
-# several times stops after the present epoch and ends the task as if that had been the last one.
+# Callback with the fraction of the task that is done, 0 to 1. If it returns True, a learner that trains for several
+# epochs stops after the current one and finishes the task normally.
 Progress = Callable[[float], bool | None]
 
 DTYPES = {
@@ -37,8 +37,8 @@ class Task:
     """Labelled embeddings that arrive together.
 
     Attributes:
-        embeddings: standardised, float32 ``(N, D)``.
-        labels: rows, int64 ``(N,)``.
+        embeddings: standardised embeddings, float32 ``(N, D)``.
+        labels: class rows, int64 ``(N,)``.
     """
 
     embeddings: Tensor
@@ -48,42 +48,47 @@ class Task:
         """Check shapes, types and values.
 
         Raises:
-            InputError: shapes that disagree, another type, no sample, a negative row, NaN or infinity.
+            InputError: the shapes or dtypes are wrong, there are no samples, a row is negative, or an embedding is
+                not finite.
         """
         if self.embeddings.ndim != 2 or self.labels.shape != self.embeddings.shape[:1]:
             raise InputError(
-                f"a task needs embeddings (N, D) and labels (N,), but has {tuple(self.embeddings.shape)} "
-                f"and {tuple(self.labels.shape)}"
+                f"a task needs embeddings of shape (N, D) and labels of shape (N,), but got "
+                f"{tuple(self.embeddings.shape)} and {tuple(self.labels.shape)}"
             )
         if (self.embeddings.dtype, self.labels.dtype) != (torch.float32, torch.int64):
             raise InputError(
-                "a task needs embeddings of torch.float32 and labels of torch.int64, but has "
+                "a task needs embeddings of dtype torch.float32 and labels of dtype torch.int64, but got "
                 f"{self.embeddings.dtype} and {self.labels.dtype}"
             )
         if not len(self.labels):
-            raise InputError("a task without samples cannot be learned; give it images")
+            raise InputError("a task must contain at least one sample")
         if int(self.labels.min()) < 0:
-            raise InputError(f"class rows start at 0, but a label is {int(self.labels.min())}")
+            raise InputError(f"labels must be class rows of at least 0, but the smallest is {int(self.labels.min())}")
         if not bool(torch.isfinite(self.embeddings).all()):
-            raise InputError("an embedding holds NaN or infinity; check the backbone and its images")
+            raise InputError("an embedding contains NaN or infinity; check the backbone and the images")
 
     @property
     def rows(self) -> Tensor:
-        """The rows that occur, ascending."""
-        return self.labels.unique()
+        """Distinct class rows, ascending."""
+        rows: Tensor = torch.unique(self.labels)
+        return rows
 
 
-# Letters of a shape that count classes: a row of the learner is a place on such an axis. C is all of them, S those up
-# to the last one taught, P those of a former self. Every other letter has nothing to do with classes.
+# Symbols for axes that are indexed by class row: C all rows, S rows up to the last one learned, P rows of a teacher.
 CLASS_AXES = frozenset("CSP")
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a learner's state: symbolic shape (letters must agree), dtype, and why it is kept.
+    """Description of one tensor of a learner's state.
 
-    `shipped`: it came with the backbone and never changes. It is kept beside the state so that a state is complete, but
-    is no part of what was learned (`Learner.memory_bytes`).
+    Attributes:
+        shape: sizes or symbols; a symbol stands for the same size everywhere in a state.
+        dtype: key of `DTYPES`.
+        reason: why the tensor is stored.
+        shipped: True for a constant that came with the backbone. It is stored so that a state is self-contained, but
+            does not count as learned (`Learner.memory_bytes`).
     """
 
     shape: tuple[str | int, ...]
@@ -93,8 +98,8 @@ class TensorSpec:
 
 
 BASE_SCHEMA = {
-    "seen": TensorSpec(("S",), "uint8", "which classes have been taught"),
-    "tasks_learned": TensorSpec((1,), "int64", "position in the random streams"),
+    "seen": TensorSpec(("S",), "uint8", "1 for each learned class"),
+    "tasks_learned": TensorSpec((1,), "int64", "number of tasks learned; selects the random numbers"),
 }
 
 
@@ -166,11 +171,11 @@ class Learner(abc.ABC):
         Settings: frozen dataclass of its settings.
 
     Args:
-        dim: D of the embeddings.
-        settings: a frozen dataclass; see each learner's `Settings`.
-        priors: what pretraining knows; may be empty.
-        seed: of everything random. Task t draws from (seed, t) alone, so a resumed run continues bit for bit.
-        device: where large tensors live.
+        dim: dimension D of the embeddings.
+        settings: instance of `Settings`.
+        priors: statistics from pretraining; may be empty.
+        seed: random seed. Task t draws from (seed, t) alone, so a resumed run is bit-identical.
+        device: where large tensors are stored.
     """
 
     name: ClassVar[str]
@@ -190,29 +195,29 @@ class Learner(abc.ABC):
         self.settings = settings
         self.seed = seed
         self.device = torch.device(device)
-        self.seen = torch.zeros(0, dtype=torch.uint8)  # (C,), 1 where a class has been taught
+        self.seen = torch.zeros(0, dtype=torch.uint8)  # (S,), 1 for each learned class
         self.tasks_learned = 0
-        self.note = ""  # one sentence where the learner could not start as its settings ask; a run prints it
+        self.note = ""  # set if the settings ask for something the priors lack; runs print it
 
     @abc.abstractmethod
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
-        """Learn one checked task; `seen` and `tasks_learned` are kept by `learn`."""
+        """Learn a validated task; `learn` updates `seen` and `tasks_learned`."""
 
     @abc.abstractmethod
     def scores(self, embeddings: Tensor) -> Tensor:
-        """Scores ``(N, C)`` of embeddings ``(N, D)``, higher is likelier; on the CPU, float32."""
+        """Return scores of embeddings ``(N, D)``: float32 ``(N, C)`` on the CPU, higher is more likely."""
 
     @abc.abstractmethod
     def schema(self) -> dict[str, TensorSpec]:
-        """Every tensor of the state beyond `BASE_SCHEMA`."""
+        """Return the specification of every tensor of the state except those of `BASE_SCHEMA`."""
 
     @abc.abstractmethod
     def _tensors(self) -> dict[str, Tensor]:
-        """The state's tensors, as `schema` describes them."""
+        """Return the tensors of the state, as `schema` describes them."""
 
     @abc.abstractmethod
     def _load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over tensors that have passed `schema`."""
+        """Restore the state from tensors that match `schema`."""
 
     def write_head(self, graph: HeadGraph, x: str) -> str | None:
         """Write the operators that compute `scores` into an ONNX graph.
@@ -229,21 +234,21 @@ class Learner(abc.ABC):
         """
         return None
 
-    def expect(self, classes: int) -> None:  # noqa: B027  an announcement that most learners do not need
-        """Announce how many classes the stream will have; classes may also arrive unannounced."""
+    def expect(self, classes: int) -> None:  # noqa: B027  most learners ignore it
+        """Announce the number of classes of the stream; a learner must also accept unannounced classes."""
 
     def learn(self, task: Task, progress: Progress | None = None) -> dict[str, float]:
-        """Learn one task from its own data alone.
+        """Learn one task from its samples alone.
 
         Args:
-            task: embeddings and rows; rows never seen before are new classes.
-            progress: told the share done; see `Progress`.
+            task: embeddings and class rows; new rows are new classes.
+            progress: callback, see `Progress`.
 
         Returns:
-            Measurements, e.g. losses; keys depend on the learner. ``epochs``: how many a learner with epochs went over.
+            Measurements such as losses; the keys depend on the learner. Learners with epochs report ``epochs``.
 
         Raises:
-            InputError: the embeddings have another dimension, or the learner diverged.
+            InputError: the embeddings have the wrong dimension, or training diverged.
         """
         self._check_dim(task.embeddings)
         classes = int(task.labels.max()) + 1
@@ -255,53 +260,51 @@ class Learner(abc.ABC):
         return measured
 
     def remove(self, row: int, approximately: bool = False) -> bool:
-        """Forget one class, as if it had never been taught. The other classes keep their rows.
+        """Remove a class as if it had never been learned. The other classes keep their rows.
 
         Args:
-            row: of the class.
-            approximately: where it cannot be taken out exactly, take out what can be: of one second moment of all
-                classes what such a class adds on average, of a trained network the class's output. What the shared
-                numbers have learned from its samples stays.
+            row: class row.
+            approximately: accept an approximate removal if an exact one is impossible, see `removal`.
 
         Returns:
-            Whether it was exact; always without `approximately`.
+            True if the removal was exact. Always True without `approximately`.
 
         Raises:
-            InputError: the class has not been taught, or this learner cannot take one out.
+            InputError: the class has not been learned, or it cannot be removed exactly.
         """
-        self._check_taught(row, "taken out")
+        self._check_learned(row, "removed")
         exact = self._remove(row, approximately)
         self.seen[row] = 0
         return exact
 
     def join(self, row: int, into: int) -> None:
-        """Count what one class was taught with as taught to another, as if both had had one row from the start.
+        """Join one class into another, as if their samples had been learned as one class.
 
         Args:
-            row: untaught from now on.
-            into: the class that stays.
+            row: row of the class to join; it is no longer learned afterwards.
+            into: row of the class that remains.
 
         Raises:
-            InputError: either has not been taught, both are the same, or this learner cannot join two.
+            InputError: a class has not been learned, both rows are the same, or this learner cannot join classes.
         """
         for each in (row, into):
-            self._check_taught(each, "joined")
+            self._check_learned(each, "joined")
         if row == into:
-            raise InputError(f"row {row} cannot be joined with itself; name two rows")
+            raise InputError(f"row {row} cannot be joined with itself; choose two different rows")
         self._join(row, into)
         self.seen[row] = 0
 
     def merge(self, other: Learner, rows: Tensor | None = None) -> None:
-        """Add what another learner of the same kind has seen, as if this one had seen it too.
+        """Merge another learner, as if this one had learned its samples too.
 
         Args:
-            other: of the same kind and settings; it stays as it is.
-            rows: int64; its row i is row ``rows[i]`` here, and two may become one. None: the same rows.
+            other: learner with the same settings; it is not changed.
+            rows: int64 mapping from rows of `other` to rows of this learner; several may map to one. None: identity.
 
         Raises:
-            InputError: this learner cannot be merged, or the two disagree in something that must be equal.
+            InputError: learners of this kind cannot be merged, or the two are incompatible.
         """
-        rows = self._check_same(other, rows, "merged")
+        rows = self._check_compatible(other, rows, "merged")
         self._merge(other, rows)
         missing = int(rows.max()) + 1 - len(self.seen) if len(rows) else 0
         self.seen = torch.cat([self.seen, self.seen.new_zeros(max(missing, 0))])
@@ -309,109 +312,115 @@ class Learner(abc.ABC):
         self.tasks_learned += other.tasks_learned
 
     def subtract(self, other: Learner, rows: Tensor | None = None) -> None:
-        """Take out what another learner has seen: the inverse of `merge`, but for rounding.
+        """Subtract another learner: the inverse of `merge`, up to rounding.
 
-        Two learners that went on from a common one and are merged have seen its samples twice; without them once they
-        have seen all that either has.
+        After merging two learners that continued from a common ancestor, subtracting the ancestor leaves every sample
+        counted once.
 
         Args:
-            other: what this one contains, as by `merge`; it stays as it is.
-            rows: int64; its row i is row ``rows[i]`` here. None: the same rows.
+            other: learner whose samples this one contains; it is not changed.
+            rows: int64 mapping from rows of `other` to rows of this learner. None: identity.
 
         Raises:
-            InputError: as `merge`, or this learner has fewer samples of a class than the other; it is unchanged then.
+            InputError: as `merge`, or this learner has fewer samples of a class than `other`; it is unchanged then.
         """
-        rows = self._check_same(other, rows, "subtracted")
+        rows = self._check_compatible(other, rows, "subtracted")
         left = self._subtract(other, rows)
         self.seen[left == 0] = 0
         self.tasks_learned = max(self.tasks_learned - other.tasks_learned, 0)
 
     def _remove(self, row: int, approximately: bool) -> bool:
         raise InputError(
-            f"{self.display} cannot take a class out: what it learned of it is spread over its weights; take it out "
-            "approximately, which blanks its output alone"
+            f"{self.display} cannot remove a class exactly: its shared weights keep what they learned from it. Remove "
+            "it approximately, which zeroes its output only"
         )
 
     def _join(self, row: int, into: int) -> None:
         raise InputError(
-            f"{self.display} cannot join two classes: what it learned of them is spread over its weights; take one "
-            "out approximately and teach its images again as the other"
+            f"{self.display} cannot join two classes: its shared weights mix what they learned from both. Remove one "
+            "approximately and learn its images again as the other"
         )
 
     def _common(self) -> dict[str, Any]:
-        """What two learners of this kind must have in common to be merged: by name, a tensor or a plain value."""
-        raise InputError(f"{self.display} cannot be merged: what two of them learned apart does not add up")
+        """Return what two learners must share to be merged: description → tensor or plain value.
+
+        Raises:
+            InputError: learners of this kind cannot be merged.
+        """
+        raise InputError(f"{self.display} cannot be merged: weights trained separately do not add up")
 
     def _shared_settings(self) -> dict[str, Any]:
-        """The least that `_common` holds."""
+        """Return the part of `_common` that all mergeable learners need."""
         settings = dataclasses.asdict(self.settings)
-        return {"the embedding's size": self.dim, **{f"learner.{key}": value for key, value in settings.items()}}
+        return {"the embedding dimension": self.dim, **{f"learner.{key}": value for key, value in settings.items()}}
 
     def _merge(self, other: Any, rows: Tensor) -> None:
-        """Add the other's state; both have passed `merge`'s checks. Whoever gives `_common` gives this too."""
+        """Add the state of a compatible learner. Required if `_common` is implemented."""
         raise NotImplementedError
 
     def _subtract(self, other: Any, rows: Tensor) -> Tensor:
-        """Take out the other's state, and say how many samples are left of each row ``(C,)``; else as `_merge`."""
+        """Subtract the state of a compatible learner; return the remaining samples per row ``(C,)``."""
         raise NotImplementedError
 
-    def _check_taught(self, row: int, done: str) -> None:
+    def _check_learned(self, row: int, action: str) -> None:
         if not 0 <= row < len(self.seen) or not self.seen[row]:
-            taught = ", ".join(map(str, self.seen.nonzero().flatten().tolist())) or "none"
-            raise InputError(f"row {row} has not been taught, so it cannot be {done}; rows taught: {taught}")
+            learned = ", ".join(map(str, self.seen.nonzero().flatten().tolist())) or "none"
+            raise InputError(f"row {row} has not been learned and cannot be {action}; learned rows: {learned}")
 
-    def _check_same(self, other: Learner, rows: Tensor | None, done: str) -> Tensor:
-        """Check that two learners may be merged or subtracted; the other's rows as they are called here."""
+    def _check_compatible(self, other: Learner, rows: Tensor | None, action: str) -> Tensor:
+        """Check that `other` can be merged or subtracted; return the row mapping."""
         mine = self._common()
         if type(other) is not type(self):
-            raise InputError(f"only learners of one kind can be {done}, but these are {self.display}, {other.display}")
-        for what, value in other._common().items():
+            raise InputError(
+                f"only learners of the same kind can be {action}, but these are {self.display} and {other.display}"
+            )
+        for description, value in other._common().items():
             if isinstance(value, Tensor):
-                equal, values = torch.equal(value.cpu(), mine[what].cpu()), ""
+                equal, values = torch.equal(value.cpu(), mine[description].cpu()), ""
             else:
-                equal, values = value == mine[what], f" ({mine[what]} and {value})"
+                equal, values = value == mine[description], f" ({mine[description]} and {value})"
             if not equal:
                 raise InputError(
-                    f"two learners that differ in {what}{values} cannot be {done}; start both with the same"
+                    f"learners that differ in {description}{values} cannot be {action}; build both with the same"
                 )
         rows = torch.arange(len(other.seen)) if rows is None else rows
         if rows.dtype != torch.int64 or rows.shape != other.seen.shape or bool((rows < 0).any()):
             raise InputError(
-                f"what is to be {done} needs a row of at least 0 for each of the other learner's {len(other.seen)} "
-                f"rows, but was given {rows.tolist()}"
+                f"rows must map each of the {len(other.seen)} rows of the learner to be {action} to a row of at least "
+                f"0, but is {rows.tolist()}"
             )
         return rows
 
-    def _renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:  # noqa: B027  most hold no such number
-        """Change in a state whatever names rows, or counts them, by a number.
+    def renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:  # noqa: B027  most store no row numbers
+        """Update the tensors of a state that store row numbers or row counts, after rows were deleted.
 
         Args:
-            tensors: of the state; changed.
-            rows: that are left out, int64, ascending; those above move up.
+            tensors: the state; modified in place.
+            rows: deleted rows, int64, ascending.
         """
 
     def predict(self, embeddings: Tensor) -> Tensor:
-        """Rows int64 ``(N,)``: the best-scored class among those taught. No task is named.
+        """Return the learned class row with the highest score, int64 ``(N,)``, without knowing the task.
 
         Raises:
-            InputError: wrong dimension, or nothing has been taught.
+            InputError: the dimension is wrong, or no class has been learned.
         """
         self._check_dim(embeddings)
         if not bool(self.seen.any()):
-            raise InputError("nothing has been taught yet; learn a class first")
+            raise InputError("no class has been learned yet; learn one first")
         scores = self.scores(embeddings)[:, : len(self.seen)]
         return scores.masked_fill(self.seen[: scores.shape[1]] == 0, -torch.inf).argmax(1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors, copied to the CPU: enough to go on learning or predicting elsewhere, whatever comes after."""
+        """Return copies of all tensors on the CPU: enough to continue learning elsewhere."""
         tensors = {**self._tensors(), "seen": self.seen, "tasks_learned": torch.tensor([self.tasks_learned])}
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave, bit for bit.
+        """Restore a state from `state_dict`, bit for bit.
 
         Raises:
-            BundleRefusedError: a tensor is missing, unknown, or of another shape or dtype.
+            BundleRefusedError: a tensor is missing or unknown, or has the wrong shape or dtype.
         """
         check_state(state, {**BASE_SCHEMA, **self.schema()}, {"D": self.dim}, self.name)
         self.seen = state["seen"].clone()
@@ -419,57 +428,57 @@ class Learner(abc.ABC):
         self._load({name: tensor.clone() for name, tensor in state.items() if name not in BASE_SCHEMA})
 
     def constants(self) -> dict[str, Tensor]:
-        """The tensors of the state that came with the backbone and never change."""
+        """Return the tensors of the state that came with the backbone and never change."""
         shipped = {name for name, spec in self.schema().items() if spec.shipped}
         return {name: tensor for name, tensor in self._tensors().items() if name in shipped}
 
     def memory_bytes(self) -> int:
-        """Bytes of the state: all that must persist beyond the backbone package, so without `constants`."""
+        """Return the size of the state in bytes, without `constants`."""
         shipped = self.constants()
-        kept = [tensor for name, tensor in self.state_dict().items() if name not in shipped]
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        learned = [tensor for name, tensor in self.state_dict().items() if name not in shipped]
+        return sum(tensor.numel() * tensor.element_size() for tensor in learned)
 
     def generator(self, purpose: int = 0) -> torch.Generator:
-        """Random numbers that depend on the seed, the number of tasks learned and the purpose only."""
+        """Return a generator seeded by the seed, the number of tasks learned and `purpose` alone."""
         mixed = (self.seed * 1_000_003 + self.tasks_learned * 8_191 + purpose * 131) % (2**63 - 1)
         return torch.Generator().manual_seed(mixed)
 
     def _check_dim(self, embeddings: Tensor) -> None:
         if embeddings.ndim != 2 or embeddings.shape[1] != self.dim:
             raise InputError(
-                f"this learner takes embeddings of {self.dim} values, but was given {tuple(embeddings.shape)}; "
-                "use the backbone that it was trained with"
+                f"this learner expects embeddings of shape (N, {self.dim}), but got {tuple(embeddings.shape)}; use the "
+                "backbone that it was trained with"
             )
 
 
-def check_state(state: dict[str, Tensor], schema: dict[str, TensorSpec], bound: dict[str, int], what: str) -> None:
-    """Check names, dtypes and shapes of a state against a schema.
+def check_state(state: dict[str, Tensor], schema: dict[str, TensorSpec], bound: dict[str, int], owner: str) -> None:
+    """Check the names, dtypes and shapes of a state against a schema.
 
     Args:
         state: tensors by name.
-        schema: what they must be. A spec whose shape holds a letter binds it for all others.
-        bound: letters known beforehand.
-        what: the learner's name, for the error.
+        schema: expected tensors by name.
+        bound: sizes of symbols that are known beforehand.
+        owner: name for error messages.
 
     Raises:
-        BundleRefusedError: with the two values that disagree.
+        BundleRefusedError: a tensor is missing or unknown, or has the wrong shape or dtype.
     """
     if set(state) != set(schema):
         missing, extra = sorted(set(schema) - set(state)), sorted(set(state) - set(schema))
         raise BundleRefusedError(
-            f"the state is not one of '{what}': missing {missing or 'nothing'}, unknown {extra or 'nothing'}"
+            f"the state does not match '{owner}': missing tensors {missing or 'none'}, unknown {extra or 'none'}"
         )
     bound = dict(bound)
     for name, spec in schema.items():
         tensor = state[name]
         if tensor.dtype != DTYPES[spec.dtype]:
-            raise BundleRefusedError(f"the tensor '{name}' of '{what}' must be {spec.dtype}, but is {tensor.dtype}")
+            raise BundleRefusedError(f"the tensor '{name}' of '{owner}' must be {spec.dtype}, but is {tensor.dtype}")
         fits = tensor.ndim == len(spec.shape) and all(
             size == (bound.setdefault(symbol, size) if isinstance(symbol, str) else symbol)
             for symbol, size in zip(spec.shape, tensor.shape, strict=True)
         )
         if not fits:
-            wanted = tuple(bound.get(s, s) if isinstance(s, str) else s for s in spec.shape)
+            expected = tuple(bound.get(s, s) if isinstance(s, str) else s for s in spec.shape)
             raise BundleRefusedError(
-                f"the tensor '{name}' of '{what}' must have the shape {wanted}, but has {tuple(tensor.shape)}"
+                f"the tensor '{name}' of '{owner}' must have the shape {expected}, but has {tuple(tensor.shape)}"
             )

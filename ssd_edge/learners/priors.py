@@ -1,4 +1,4 @@
-"""What pretraining knows about embeddings, for the learners that can use it."""
+"""Statistics from pretraining that learners can start from."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-LANDMARKS = {"keys": np.float16, "mean": np.float32, "projection": np.float16, "signal": np.float32}  # in a file
+LANDMARKS = {"keys": np.float16, "mean": np.float32, "projection": np.float16, "signal": np.float32}  # dtypes in a file
 
 
 @dataclass(frozen=True)
 class Landmarks:
-    """The default learner's neurons, and the directions of their activity along which it keeps statistics.
+    """Neurons of the default learner and the directions of their responses.
 
     Attributes:
-        keys: ``(r, D)`` float32, unit embeddings of pretraining images; fp16 holds them exactly.
-        mean: ``(r,)`` float32, the mean response to pretraining classes.
-        projection: ``(r, n)`` float32 that fp16 holds exactly; the columns with most signal come first, and along each
-            the spread within pretraining classes is about 1.
-        signal: ``(n,)`` float32, the expected variance of class means along each direction.
-        gain: γ of the response exp(γ cos).
+        keys: unit embeddings of pretraining images, float32 ``(r, D)``, exact in float16.
+        mean: mean responses to pretraining classes, float32 ``(r,)``.
+        projection: directions as columns, float32 ``(r, n)``, exact in float16; sorted by signal, and scaled to a
+            variance within pretraining classes of about 1.
+        signal: expected variance of class means along each direction, float32 ``(n,)``.
+        gain: γ of the responses exp(γ cos).
     """
 
     keys: np.ndarray
@@ -31,31 +31,31 @@ class Landmarks:
     gain: float
 
     def store(self, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
-        """Add them to what a file of priors will hold; `taken` is the inverse."""
+        """Add the landmarks to the contents of a file of priors; `pop` is the inverse."""
         for name, kind in LANDMARKS.items():
             arrays[f"landmark_{name}"] = getattr(self, name).astype(kind)
         metadata["landmark_gain"] = self.gain
 
     @classmethod
-    def taken(cls, arrays: dict[str, np.ndarray], metadata: Mapping[str, Any]) -> Landmarks | None:
-        """Take them out of what a file of priors holds; None where it holds none."""
+    def pop(cls, arrays: dict[str, np.ndarray], metadata: Mapping[str, Any]) -> Landmarks | None:
+        """Remove the landmarks from the contents of a file of priors and return them; None if it has none."""
         if "landmark_gain" not in metadata:
             return None
-        named = {name: arrays.pop(f"landmark_{name}").astype(np.float32) for name in LANDMARKS}
-        return cls(**named, gain=float(metadata["landmark_gain"]))
+        parts = {name: arrays.pop(f"landmark_{name}").astype(np.float32) for name in LANDMARKS}
+        return cls(**parts, gain=float(metadata["landmark_gain"]))
 
 
 @dataclass(frozen=True)
 class Priors:
-    """Every part may be missing (a user's ONNX backbone has none).
+    """Statistics from the pretraining of a backbone. Every part is optional; a user's ONNX backbone has none.
 
     Attributes:
-        count: number of pretraining images behind the covariance.
-        within_covariance: ``(D, D)`` float32, of standardised embeddings around their class means.
-        keys: ``(r, D)`` float32, non-negative unit rows of an SDMLP pretrained with the settings in `student`.
-        counters: ``(r,)`` float32, its GABA counters.
-        landmarks: of the default learner.
-        student: how the keys were pretrained (neurons, k, shift, …).
+        count: number of pretraining images that the covariance was estimated from.
+        within_covariance: within-class covariance of standardised embeddings, float32 ``(D, D)``.
+        keys: non-negative unit rows of an SDMLP pretrained with the settings in `student`, float32 ``(r, D)``.
+        counters: GABA counters of that SDMLP, float32 ``(r,)``.
+        landmarks: landmarks of the default learner.
+        student: settings of the pretraining of the keys (neurons, k, shift, …).
     """
 
     count: int = 0

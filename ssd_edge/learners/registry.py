@@ -1,4 +1,4 @@
-"""Learners, one file a way of learning; `build`, `pack` and `restore` are the doors."""
+"""The registry of learners: build them from settings, pack and restore their state."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ BASELINES = tuple(name for name, kind in LEARNERS.items() if kind.baseline)
 PANEL = tuple(name for name, kind in LEARNERS.items() if kind.panel)
 CANDIDATES = tuple(name for name, kind in LEARNERS.items() if kind.candidate)
 CLOSED_FORM = tuple(name for name, kind in LEARNERS.items() if kind.family == "closed form")
-AUTO = "auto"  # no learner: `train` takes one of them for it before a run starts (choosing.py)
+AUTO = "auto"  # not a learner: `train` replaces it with the choice of `learners.auto` before a run starts
 
 
 def _kind(name: Any) -> type[Learner]:
     if name == AUTO:
         raise InputError(
-            f"learner.name={AUTO} is settled by `ssd-edge train` when a run is started, and nowhere else; name a "
-            f"learner: {', '.join(LEARNERS)}"
+            f"learner.name={AUTO} is only resolved by `ssd-edge train` at the start of a run; choose a learner here: "
+            f"{', '.join(LEARNERS)}"
         )
     if not isinstance(name, str) or name not in LEARNERS:
         known = (*LEARNERS, AUTO)
@@ -56,22 +56,26 @@ def _kind(name: Any) -> type[Learner]:
 
 
 def settings_class(name: str) -> type:
-    """The settings of the learner of this name.
+    """Return the settings class of a learner.
 
     Raises:
-        InputError: unknown name.
+        InputError: the name is unknown.
     """
     return _kind(name).Settings
 
 
 def settings_of(options: Mapping[str, Any]) -> Any:
-    """The checked settings of a learner.
+    """Parse and check the settings of a learner.
 
     Args:
-        options: ``name`` and any of its settings.
+        options: ``name`` and settings of that learner.
+
+    Returns:
+        Instance of the learner's `Settings`.
 
     Raises:
-        InputError: unknown name or setting, wrong type, or out of range; a penalty where no gradient is descended.
+        InputError: the name or a setting is unknown, a value has the wrong type or is out of range, or a penalty is set
+            for a learner that is not trained by gradient descent.
     """
     values = dict(options)
     kind = _kind(values.pop("name", None))
@@ -79,11 +83,14 @@ def settings_of(options: Mapping[str, Any]) -> Any:
     penalties = {field.name for field in dataclasses.fields(PenaltySettings)}
     for key in values:
         if key in penalties - known:
-            descend = (one for one in LEARNERS.values() if issubclass(one.Settings, PenaltySettings))
-            able = [one.name for one in descend if not one.replay]
+            suitable = [
+                name
+                for name, other in LEARNERS.items()
+                if issubclass(other.Settings, PenaltySettings) and not other.replay
+            ]
             raise InputError(
-                f"learner.{key} belongs to learners that descend a gradient, and '{kind.name}' does not; leave it "
-                f"out, or take one of {', '.join(able)}"
+                f"learner.{key} requires a learner that is trained by gradient descent, but '{kind.name}' is not; "
+                f"remove it, or use one of {', '.join(suitable)}"
             )
     return parse_section(kind.Settings, values, "learner")
 
@@ -91,24 +98,24 @@ def settings_of(options: Mapping[str, Any]) -> Any:
 def build(
     options: Mapping[str, Any], dim: int, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
 ) -> Learner:
-    """A new learner.
+    """Build a new learner.
 
     Args:
-        options: ``name`` and any of its settings.
-        dim: D of the embeddings.
-        priors: from the backbone package.
-        seed: of everything random in it.
-        device: where it computes.
+        options: ``name`` and settings of that learner.
+        dim: dimension D of the embeddings.
+        priors: priors of the backbone package.
+        seed: random seed.
+        device: device to compute on.
 
     Raises:
-        InputError: as `settings_of`.
+        InputError: see `settings_of`.
     """
     settings = settings_of(options)
     return _kind(options["name"])(dim, settings, priors, seed, device)
 
 
 def pack(learner: Learner) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and metadata for `files.write_tensors`; `restore` is the inverse."""
+    """Return the state as arrays and metadata for `files.write_tensors`; `restore` is the inverse."""
     arrays = {name: tensor.numpy() for name, tensor in learner.state_dict().items()}
     settings = {
         key: list(value) if isinstance(value, tuple) else value
@@ -128,17 +135,19 @@ def pack(learner: Learner) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def restore(
     arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any], device: str | torch.device = "cpu"
 ) -> Learner:
-    """The learner that `pack` took apart, with equal predictions bit for bit.
+    """Restore a learner from `pack`; its predictions are bit-identical.
 
     Raises:
-        BundleRefusedError: metadata or a tensor is not what a learner of that name keeps.
+        BundleRefusedError: the metadata or a tensor does not match the learner.
     """
     try:
         options, dim = {"name": metadata["learner"], **metadata["settings"]}, int(metadata["dim"])
         if dim < 1:
-            raise ValueError(f"embeddings of {dim} values")
+            raise ValueError(f"dim is {dim}")
         learner = build(options, dim, Priors(), int(metadata["seed"]), device)
     except (KeyError, TypeError, ValueError, InputError) as error:
-        raise BundleRefusedError(f"the learner's state does not say what it is ({error}); restore the file") from error
+        raise BundleRefusedError(
+            f"the metadata of the learner's state is invalid ({error}); restore the file"
+        ) from error
     learner.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
     return learner

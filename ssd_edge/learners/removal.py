@@ -1,6 +1,6 @@
-"""Taking classes out of a learner's state: blanking a trained network's outputs, and leaving out rows for good.
+"""Removal of classes from a learner's state: zeroing the outputs of a network, and deleting rows.
 
-Both work on any learner: `Learner.schema` says along which axis of which tensor the classes lie.
+Both find the class axes of all tensors in `Learner.schema`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 def blank(learner: Learner, row: int) -> None:
-    """Zero all that a trained network keeps of one class: its output, the former self's, what holds it in place.
+    """Zero the output of a class in a trained network, its teacher and its penalty.
 
-    A penalty would otherwise pull the output back to where the class was known, and a kept teacher teach it again.
-    The output then is one like those of classes that are yet to come.
+    Otherwise a penalty would pull the output back and a teacher would distil it. The result is like the output of a
+    class that has not been learned.
     """
     state, rows = learner.state_dict(), torch.tensor([row])
-    _release(learner, state, rows)
+    _release_penalty(learner, state, rows)
     for name, axis in _class_axes(learner):
         some = rows[rows < state[name].shape[axis]]
         state[name] = state[name].index_fill(axis, some, 0)
@@ -32,49 +32,49 @@ def blank(learner: Learner, row: int) -> None:
 
 
 def without_rows(learner: Learner, rows: Iterable[int]) -> Learner:
-    """A copy of a learner without some rows; those above move up, and it answers with their new numbers.
+    """Return a copy of a learner without some rows; later rows move up.
 
     Args:
-        learner: stays as it is.
-        rows: that have not been taught, or whose classes have been removed or joined with others.
+        learner: learner to copy; it is not changed.
+        rows: rows without a learned class.
 
     Raises:
-        InputError: a row is taught, or there is none of that number.
+        InputError: a row has a learned class or does not exist.
     """
-    state, left_out = learner.state_dict(), sorted(set(rows))
+    state, deleted = learner.state_dict(), sorted(set(rows))
     classes = max(state[name].shape[axis] for name, axis in _class_axes(learner))
-    wrong = [row for row in left_out if not 0 <= row < classes]
-    if wrong:
-        raise InputError(f"there are {classes} rows, so rows {wrong} cannot be left out; name some from 0 on")
-    taught = [row for row in left_out if row < len(learner.seen) and learner.seen[row]]
-    if taught:
-        raise InputError(f"rows {taught} are taught, so they cannot be left out; remove or join their classes first")
-    gone = torch.tensor(left_out, dtype=torch.int64)
-    _release(learner, state, gone)
-    learner._renumber(state, gone)
+    missing = [row for row in deleted if not 0 <= row < classes]
+    if missing:
+        raise InputError(f"rows {missing} cannot be deleted: the rows are 0 to {classes - 1}")
+    learned = [row for row in deleted if row < len(learner.seen) and learner.seen[row]]
+    if learned:
+        raise InputError(f"rows {learned} cannot be deleted: they have learned classes; remove or join them first")
+    index = torch.tensor(deleted, dtype=torch.int64)
+    _release_penalty(learner, state, index)
+    learner.renumber(state, index)
     stays = torch.ones(classes, dtype=torch.bool)
-    stays[gone] = False
+    stays[index] = False
     for name, axis in _class_axes(learner):
-        places = stays[: state[name].shape[axis]].nonzero().flatten()
-        state[name] = state[name].index_select(axis, places).contiguous()
+        remaining = stays[: state[name].shape[axis]].nonzero().flatten()
+        state[name] = state[name].index_select(axis, remaining).contiguous()
     fewer = type(learner)(learner.dim, learner.settings, Priors(), learner.seed, learner.device)
     fewer.load_state_dict(state)
     return fewer
 
 
 def _class_axes(learner: Learner) -> Iterator[tuple[str, int]]:
-    """The tensors of the state that have an axis of classes, and which it is."""
+    """Yield the name and axis of every class axis in the state."""
     for name, spec in {**BASE_SCHEMA, **learner.schema()}.items():
         for axis, symbol in enumerate(spec.shape):
             if symbol in CLASS_AXES:
                 yield name, axis
 
 
-def _release(learner: Learner, state: dict[str, Tensor], rows: Tensor) -> None:
-    """Take the part of these rows out of a penalty's value.
+def _release_penalty(learner: Learner, state: dict[str, Tensor], rows: Tensor) -> None:
+    """Subtract the contribution of some rows from the constant ΣΣΩθ*² of a penalty.
 
-    ΣΣΩθ*² is kept as one number. Of a single anchor the rows' part of it is (Ωθ*)²/Ω. Of several (EWC) that is the
-    part that goes at their weighted mean; how far they lie apart stays in the value, which no parameter can change.
+    With a single anchor the contribution is (Ωθ*)²/Ω. With several (EWC) this is the contribution at their weighted
+    mean; their variance stays in the constant, which does not affect gradients.
     """
     if "penalty_constant" not in state:
         return

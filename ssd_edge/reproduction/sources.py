@@ -250,5 +250,5 @@ def write_priors(folder: Path, priors: Priors) -> Path:
 def read_priors(path: Path) -> Priors:
     """What `write_priors` wrote."""
     arrays, metadata = files.read_tensors(path)
-    landmarks = Landmarks.taken(arrays, metadata)
+    landmarks = Landmarks.pop(arrays, metadata)
     return Priors(count=metadata["count"], student=metadata["student"], landmarks=landmarks, **arrays)

@@ -241,7 +241,7 @@ def test_files_of_two_runs_are_refused(own_run, package_run, tmp_path):
 
 def test_a_learner_that_cannot_be_restored_is_refused(own_run, tmp_path):
     files.write_tensors(own_run / "learner.safetensors", {"sums": np.zeros(3)}, {"learner": "ncm"})
-    refused(own_run, tmp_path / "b", "learner's state does not say what it is", BundleRefusedError)
+    refused(own_run, tmp_path / "b", "metadata of the learner's state is invalid", BundleRefusedError)
 
 
 def test_an_export_that_computes_something_else_is_refused_and_the_old_bundle_stays(own_run, tmp_path, monkeypatch):

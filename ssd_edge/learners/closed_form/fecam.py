@@ -1,7 +1,7 @@
-"""FeCAM (Goswami et al. 2023): the nearest class mean by a Mahalanobis distance of each class's own.
+"""FeCAM (Goswami et al. 2023): nearest class mean by the Mahalanobis distance of each class.
 
-Nothing is trained. Each class keeps its count, its sum and its second moments, so that classes can be removed and
-joined and learners merged and subtracted exactly, and no class changes what another has learned.
+Each class has its own count, sum and second moments: classes are removed and joined exactly, learners are merged and
+subtracted exactly, and no class affects another.
 """
 
 from __future__ import annotations
@@ -20,42 +20,44 @@ from ssd_edge.learners.closed_form.linear import BATCH, NEVER, statistics_schema
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
 
-JITTER = 1e-7  # on the unit diagonal of a correlation matrix: it can be singular still, as with two samples
+JITTER = 1e-7  # on the diagonal of correlation matrices, which can be singular, e.g. with two samples
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of FeCAM."""
 
-    shrink_diagonal: float = setting(1.0, "γ1, share of the mean variance put on the diagonal, twice", minimum=0.001)
-    shrink_off_diagonal: float = setting(1.0, "γ2, share of the mean covariance put beside it, twice", minimum=0.0)
+    shrink_diagonal: float = setting(1.0, "γ1, factor of the mean variance added to the diagonal, twice", minimum=0.001)
+    shrink_off_diagonal: float = setting(
+        1.0, "γ2, factor of the mean covariance added off the diagonal, twice", minimum=0.0
+    )
     tukey: float = setting(
         1.0,
-        "sign(z)|z|^tukey; published 0.5 straightens ReLU outputs; signed embeddings it tears apart at 0; 1: off",
+        "exponent of sign(z)|z|^tukey; the published 0.5 suits ReLU outputs but not signed embeddings; 1: off",
         above=0.0,
         maximum=1.0,
     )
 
     def __post_init__(self) -> None:
-        """Check what one field says against another.
+        """Check the shrinkage.
 
         Raises:
-            InputError: a shrinkage that can leave no positive definite matrix.
+            InputError: the shrunk covariance would not be positive definite for all data.
         """
         if self.shrink_off_diagonal > self.shrink_diagonal:
             raise InputError(
-                f"learner.shrink_off_diagonal must be at most learner.shrink_diagonal, or a covariance can lose its "
-                f"inverse, but is {self.shrink_off_diagonal:g} of {self.shrink_diagonal:g}"
+                f"learner.shrink_off_diagonal must be at most learner.shrink_diagonal = {self.shrink_diagonal:g}, or "
+                f"the covariance may be singular, but is {self.shrink_off_diagonal:g}"
             )
 
 
 def shrink_twice(covariance: Tensor, diagonal: float, off_diagonal: float) -> Tensor:
-    """Σ + γ1 V̄ I + γ2 C̄ (11ᵀ − I), V̄ the mean variance and C̄ the mean covariance of Σ; then the same of the result.
+    """Apply Σ ← Σ + γ1 V̄ I + γ2 C̄ (11ᵀ − I) twice, with V̄ the mean variance and C̄ the mean covariance of Σ.
 
     Args:
-        covariance: Σ, ``(D, D)``.
+        covariance: Σ, ``(D, D)``, positive semidefinite.
         diagonal: γ1.
-        off_diagonal: γ2; positive semidefinite stays so where it is at most γ1.
+        off_diagonal: γ2; the result is positive semidefinite if it is at most γ1.
     """
     size = len(covariance)
     identity = torch.eye(size, dtype=covariance.dtype)
@@ -67,7 +69,7 @@ def shrink_twice(covariance: Tensor, diagonal: float, off_diagonal: float) -> Te
 
 
 def correlation(covariance: Tensor) -> Tensor:
-    """The covariance ``(D, D)`` over its standard deviations; the identity where there is no variance."""
+    """Return the correlation matrix of a covariance ``(D, D)``; dimensions without variance are uncorrelated."""
     deviation = covariance.diagonal().sqrt()
     deviation = deviation.masked_fill(deviation == 0, 1.0)
     scaled = covariance / torch.outer(deviation, deviation)
@@ -75,9 +77,10 @@ def correlation(covariance: Tensor) -> Tensor:
 
 
 class FeCAM(Learner):
-    """−(x − m_c)ᵀ R_c⁻¹ (x − m_c): x and m_c the unit embedding and class mean, R_c the class's correlation matrix.
+    """Nearest class mean with scores −(x − m_c)ᵀ R_c⁻¹ (x − m_c).
 
-    R_c comes from the shrunk covariance of the class. A class of one sample has the identity for it.
+    x and m_c are the embedding and the class mean scaled to unit length, R_c is the correlation matrix of the shrunk
+    covariance of the class; for a class of one sample it is the identity.
     """
 
     name: ClassVar[str] = "fecam"
@@ -93,12 +96,11 @@ class FeCAM(Learner):
     ) -> None:
         super().__init__(dim, settings, priors, seed, device)
         self.statistics = ClassStatistics(dim, per_class=True)
-        self._solved: dict[int, tuple[Tensor, Tensor]] = {}  # by row; solved when first needed, not saved
+        self._solved: dict[int, tuple[Tensor, Tensor]] = {}  # by row; a cache, not part of the state
 
     def _transform(self, embeddings: Tensor) -> Tensor:
-        if self.settings.tukey == 1.0:
-            return embeddings
-        return embeddings.sign() * embeddings.abs() ** self.settings.tukey
+        tukey: float = self.settings.tukey
+        return embeddings if tukey == 1.0 else embeddings.sign() * embeddings.abs() ** tukey
 
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
         self.statistics.add(self._transform(task.embeddings), task.labels)
@@ -128,8 +130,9 @@ class FeCAM(Learner):
         return self.statistics.counts
 
     def solve(self, row: int) -> tuple[Tensor, Tensor]:
-        """The unit mean ``(D,)`` of a class and L⁻ᵀ ``(D, D)``, LLᵀ its correlation matrix: |(x − m) L⁻ᵀ|² is the
-        squared distance.
+        """Return the unit mean m ``(D,)`` of a class and L⁻ᵀ ``(D, D)``, with LLᵀ = R_c its correlation matrix.
+
+        The squared distance of x is |(x − m) L⁻ᵀ|².
         """
         if row not in self._solved:
             settings, identity = self.settings, torch.eye(self.dim, dtype=torch.float64)
@@ -138,12 +141,12 @@ class FeCAM(Learner):
             factor = torch.linalg.cholesky(correlation(shrunk) + JITTER * identity)
             inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
             mean = F.normalize(self.statistics.sums[row], dim=0)
-            # contiguous: see LinearLearner
+            # contiguous, see LinearLearner
             self._solved[row] = mean.float().to(self.device), inverse.T.float().contiguous().to(self.device)
         return self._solved[row]
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """Scores ``(N, C)``: minus the squared distances; a class without samples is never the best."""
+        """Return negative squared distances ``(N, C)``; a class without samples is never the best."""
         counts = self.statistics.counts
         scores = torch.full((len(embeddings), len(counts)), NEVER)
         for start in range(0, len(embeddings), BATCH):

@@ -1,6 +1,6 @@
-"""FlyModel (Shen, Dasgupta & Navlakha 2021): a sparse hash as of the fruit fly's Kenyon cells, one row a class.
+"""FlyModel (Shen, Dasgupta & Navlakha 2021): sparse codes after the fruit fly's Kenyon cells, one weight row per class.
 
-A class writes only its own row, so that no class pushes another down; one pass over the data, no gradient.
+A class updates only its own row, so no class affects another; one pass over the data, no gradients.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from ssd_edge.learners.priors import Priors
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of the FlyModel; the defaults are the published ones of Split CIFAR-10."""
+    """Settings of the FlyModel; the defaults are those published for Split CIFAR-10."""
 
-    neurons: int = setting(1000, "n, the number of Kenyon cells", minimum=2, maximum=1_000_000)
-    inputs_per_neuron: int = setting(32, "values of the embedding that a neuron sums up", minimum=1)
-    lr: float = setting(0.005, "what one sample adds to its class", above=0.0)
-    active: float = setting(0.01, "share of the neurons that stay active", above=0.0, maximum=1.0)
+    neurons: int = setting(1000, "number of Kenyon cells n", minimum=2, maximum=1_000_000)
+    inputs_per_neuron: int = setting(32, "number of embedding values that a neuron sums", minimum=1)
+    lr: float = setting(0.005, "factor of the code that one sample adds to its class", above=0.0)
+    active: float = setting(0.01, "fraction of neurons that stay active", above=0.0, maximum=1.0)
 
 
 class FlyModel(Learner):
-    """Scores h Wᵀ. A sample's code h is sparse; its class adds lr·h to its row of W, which ends at 1.
+    """Scores h Wᵀ with sparse codes h; a sample adds lr·h to the row of its class in W, which is clipped at 1.
 
-    The code, after the code of the SDMLP authors: the embedding is scaled to [0, 1] by its own least and greatest
-    value; each neuron sums `inputs_per_neuron` distinct values of it; sums from the (1 − active) quantile of the
-    sample upwards (linear between order statistics) stay, ties with it too; the greatest becomes 1.
+    The code follows the implementation of the SDMLP authors: the embedding is scaled to [0, 1] by its minimum and
+    maximum; each neuron sums `inputs_per_neuron` distinct values of it; sums of at least the (1 − active) quantile of
+    the sample (linear between order statistics) are kept, the others set to 0; the code is divided by its maximum.
 
-    W is clipped once a task. As nothing is ever subtracted, that is min(1, the sum over all samples), whatever the
-    order; so two learners of one seed merge exactly, and classes, which are rows of their own, are joined and removed
-    exactly. The neurons' inputs are drawn again from the seed and are not part of the state.
+    W is clipped once per task. As all terms are non-negative, the result is min(1, sum over all samples) in any order,
+    so learners with the same seed merge exactly and classes are joined and removed exactly. The inputs of the neurons
+    are drawn from the seed and not part of the state.
 
     Raises:
         InputError: a neuron has more inputs than the embedding has values.
@@ -57,19 +57,19 @@ class FlyModel(Learner):
         super().__init__(dim, settings, priors, seed, device)
         if settings.inputs_per_neuron > dim:
             raise InputError(
-                f"learner.inputs_per_neuron is {settings.inputs_per_neuron}, but an embedding has only {dim} values; "
+                f"learner.inputs_per_neuron is {settings.inputs_per_neuron}, but embeddings have only {dim} values; "
                 f"set it to {dim} or less"
             )
         generator = torch.Generator().manual_seed(seed)
         inputs = torch.rand(settings.neurons, dim, generator=generator).topk(settings.inputs_per_neuron).indices
         projection = torch.zeros(settings.neurons, dim).scatter_(1, inputs, 1.0)
         self.projection = projection.T.contiguous().to(self.device)
-        # Of n sorted sums, those from the quantile at (n − 1)(1 − active) upwards; 1e-9: 0.1 · 10 must not be 0.99…
+        # Number of sorted sums from the quantile at (n − 1)(1 − active) on; 1e-9 guards against rounding down.
         self.kept = 1 + math.floor((settings.neurons - 1) * settings.active + 1e-9)
         self.weights = torch.zeros(0, settings.neurons)
 
     def code(self, embeddings: Tensor) -> Tensor:
-        """Codes ``(N, n)`` of embeddings ``(N, D)``, in [0, 1]; zero for an embedding of equal values."""
+        """Return codes ``(N, n)`` in [0, 1] of embeddings ``(N, D)``; zero for a constant embedding."""
         least, most = embeddings.aminmax(dim=1, keepdim=True)
         scaled = (embeddings - least) / (most - least).clamp_min(torch.finfo(embeddings.dtype).tiny)
         sums = (scaled @ self.projection).clamp_min(0)
@@ -99,7 +99,7 @@ class FlyModel(Learner):
         return True
 
     def _join(self, row: int, into: int) -> None:
-        # Clipped or not before: min(1, min(1, a) + min(1, b)) = min(1, a + b), as neither is negative
+        # Exact despite clipping: min(1, min(1, a) + min(1, b)) = min(1, a + b) for non-negative a and b.
         self.weights[into] = (self.weights[into] + self.weights[row]).clamp_max(1.0)
         self.weights[row] = 0.0
 
@@ -112,13 +112,13 @@ class FlyModel(Learner):
 
     def _subtract(self, other: FlyModel, rows: Tensor) -> Tensor:
         raise InputError(
-            f"{self.display} cannot subtract another: its weights end at 1, and a sum that was cut off there cannot be "
-            "taken apart; teach one learner after the other instead"
+            f"{self.display} learners cannot be subtracted: their weights are clipped at 1, which loses the sums. Let "
+            "one learner learn after the other instead of merging them"
         )
 
     def scores(self, embeddings: Tensor) -> Tensor:
         weights = self.weights.T.to(self.device)
-        parts = [(self.code(part.to(self.device)) @ weights).cpu() for part in embeddings.split(BATCH)]
+        parts = [(self.code(part.to(self.device)) @ weights).cpu() for part in torch.split(embeddings, BATCH)]
         return torch.cat(parts) if len(embeddings) else torch.zeros(0, len(self.weights))
 
     def write_head(self, graph: HeadGraph, x: str) -> str:
@@ -133,7 +133,9 @@ class FlyModel(Learner):
         return graph.matmul(code, "weights", self.weights[: graph.classes].T)
 
     def schema(self) -> dict[str, TensorSpec]:
-        return {"weights": TensorSpec(("C", self.settings.neurons), "float32", "how often a class used each neuron")}
+        return {
+            "weights": TensorSpec(("C", self.settings.neurons), "float32", "how often each class activated each neuron")
+        }
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"weights": self.weights}

@@ -1,12 +1,9 @@
-"""`landmark`, the default learner: landmark neurons, statistics along a subnetwork of them, values in closed form.
+"""`landmark`, the default learner: statistics along directions of landmark responses, values in closed form.
 
-Trained by gradients to the letter of the paper, one softmax head forgets: every new class pushes down the
-rows of the old ones. Here nothing is trained on the device. The neurons' keys are embeddings of pretraining images;
-of what they answer only the Top-n directions are kept, those that carry most of the activity; and after each task the
-values are solved from sufficient statistics along them, which no later task can spoil. What the former self
-knew is in the statistics exactly, so there is no teacher to store and no image to replay.
-
-Which part does what, and what of SSD was measured and left out: docs/landmark.md.
+The keys of the neurons are embeddings of pretraining images. Their responses are projected onto the n directions that
+separate pretraining classes best, and after each task the output weights are solved from sufficient statistics along
+these directions. The state is exact for all earlier tasks, so there is neither a teacher nor replay.
+docs/landmark.md describes the method and its ablations.
 """
 
 from __future__ import annotations
@@ -23,14 +20,22 @@ from ssd_edge.errors import InputError
 from ssd_edge.learners.base import HeadGraph, TensorSpec
 from ssd_edge.learners.closed_form.linear import PER_CLASS, LinearLearner
 from ssd_edge.learners.closed_form.sums import gaussian_readout, likeliest_weight, ridge_strength, signal_scale
-from ssd_edge.learners.gradient.network import prepare, respond, unit_rows
+from ssd_edge.learners.gradient.network import respond, unit_rows
 from ssd_edge.learners.priors import Priors
 
-# Without a backbone's landmarks: the gain of random keys for each √D (a cosine with one is about 1/√D), and how the
-# signal of a direction is guessed from its variance; chosen as the constants of `backbones.landmarks` were.
-RANDOM_GAIN, OF_VARIANCE, FLOOR = 0.5, 0.003, 0.001
-DIRECTIONS, TINY, ROUNDING = 900, 1e-12, 4e-7
-SHIPPED = ("keys", "mean", "projection", "signal", "gain")
+# For random keys: the gain per √D (cosines are about 1/√D), and the expected signal of a direction as shares of its
+# squared and plain variance. Chosen like the constants of `backbones.landmarks`.
+RANDOM_GAIN, SIGNAL_OF_VARIANCE, SIGNAL_FLOOR = 0.5, 0.003, 0.001
+DIRECTIONS = 900  # with random keys
+MIN_VARIANCE = 1e-12
+ROUNDING = 4e-7  # relative error of float32 second moments, per √n and sample
+DESCRIPTIONS = {  # of the constants that come with the backbone
+    "keys": "the landmarks",
+    "mean": "the landmarks' mean response",
+    "projection": "the directions",
+    "signal": "the directions' signal",
+    "gain": "the landmarks' gain",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +43,20 @@ class Settings:
     """Settings of the default learner."""
 
     directions: int = setting(
-        0, "n, along which statistics are kept; the state grows with n²/2; 0: all that the backbone brings, or 900",
+        0, "number of directions n; the state grows with n²/2; 0: all of the backbone's, or 900",
         minimum=0, maximum=20000,
     )  # fmt: skip
-    keys: Literal["pretrained", "random"] = setting("pretrained", "random where the backbone brings no landmarks")
+    keys: Literal["pretrained", "random"] = setting(
+        "pretrained", "keys of the neurons; random if the backbone has no landmarks"
+    )
     prior_weight: float = setting(
-        0.0, "samples that the expected spread counts for beside those seen; 0: in closed form", minimum=0.0
+        0.0, "weight of the expected within-class covariance in samples; 0: estimated", minimum=0.0
     )
     per_class: bool = setting(False, PER_CLASS)
 
 
 class Landmark(LinearLearner):
-    """Landmark responses along n directions; values solved in closed form."""
+    """Probabilistic LDA on landmark responses along n directions."""
 
     name: ClassVar[str] = "landmark"
     display: str = "landmark"
@@ -61,14 +68,14 @@ class Landmark(LinearLearner):
         self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
     ) -> None:
         landmarks = priors.landmarks if settings.keys == "pretrained" else None
-        self.shipped: dict[str, Tensor] = {}  # empty: random keys, drawn again from the seed
+        self.shipped: dict[str, Tensor] = {}  # empty with random keys, which are drawn from the seed
         if landmarks is not None:
-            brought = landmarks.projection.shape[1]
-            directions = settings.directions or brought
-            if directions > brought:
+            available = landmarks.projection.shape[1]
+            directions = settings.directions or available
+            if directions > available:
                 raise InputError(
-                    f"learner.directions is {directions:,}, but the backbone's landmarks have {brought:,}; lower it, "
-                    f"or make others: ssd-edge pretrain PACKAGE --student student.directions={directions}"
+                    f"learner.directions is {directions:,}, but the backbone's landmarks have {available:,}; lower it, "
+                    f"or make new ones: ssd-edge pretrain PACKAGE --student student.directions={directions}"
                 )
             self.shipped = {
                 "keys": torch.from_numpy(landmarks.keys).half(),
@@ -79,28 +86,26 @@ class Landmark(LinearLearner):
             }
         self.directions = len(self.shipped["signal"]) if self.shipped else settings.directions or DIRECTIONS
         super().__init__(dim, settings, priors, seed, device)
-        self._prepare()
+        self.keys, self.mean, self.projection, self.gain = self._constants()
         if landmarks is None and settings.keys == "pretrained":
-            self.note = "the backbone brings no landmarks; random keys are used"
+            self.note = "the backbone has no landmarks; random keys are used"
 
-    def _prepare(self) -> None:
-        """The constants as they are computed with."""
+    def _constants(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return keys, mean and projection on the device, and the gain; mean and projection are empty if unused."""
         if self.shipped:
-            self.keys = self.shipped["keys"].float().to(self.device)
-            self.mean = self.shipped["mean"].to(self.device)
-            self.projection = self.shipped["projection"].float().to(self.device)
-            self.gain = float(self.shipped["gain"][0])
-        else:
-            generator = torch.Generator().manual_seed(self.seed)
-            self.keys = unit_rows(torch.randn(self.directions, self.dim, generator=generator)).to(self.device)
-            self.gain = RANDOM_GAIN * math.sqrt(self.dim)
+            keys, mean, projection = (self.shipped[name] for name in ("keys", "mean", "projection"))
+            gain = float(self.shipped["gain"][0])
+            return keys.float().to(self.device), mean.to(self.device), projection.float().to(self.device), gain
+        generator = torch.Generator().manual_seed(self.seed)
+        keys = unit_rows(torch.randn(self.directions, self.dim, generator=generator)).to(self.device)
+        return keys, torch.zeros(0), torch.zeros(0, 0), RANDOM_GAIN * math.sqrt(self.dim)
 
     def feature_count(self) -> int:
         return self.directions
 
     def features(self, embeddings: Tensor) -> Tensor:
-        """Activity along the directions, ``(N, n)``."""
-        response = respond(prepare(embeddings, None) @ self.keys.T, self.gain)
+        """Return the responses along the directions, ``(N, n)``."""
+        response = respond(unit_rows(embeddings) @ self.keys.T, self.gain)
         return (response - self.mean) @ self.projection if self.shipped else response
 
     def _write_features(self, graph: HeadGraph, x: str) -> str:
@@ -113,29 +118,30 @@ class Landmark(LinearLearner):
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         statistics, freedom, size = self.statistics, self.statistics.degrees_of_freedom, self.directions
         identity, scatter = torch.eye(size, dtype=torch.float64), statistics.scatter_within()
-        # Rounding second moments to float32 can turn a scatter indefinite by about this much a sample.
+        # Rounding the second moments to float32 can make the scatter indefinite by about this much per sample.
         square = float(statistics.second.diagonal().mean()) / max(statistics.total, 1.0)
-        rounding = max(ROUNDING * math.sqrt(size) * square, TINY)
+        rounding = max(ROUNDING * math.sqrt(size) * square, MIN_VARIANCE)
         variance = max(float(scatter.trace()) / freedom / size, rounding) if freedom else 1.0
         weight = self.settings.prior_weight or max(self._weight(scatter, variance), 1.0)
-        # on the directions of landmarks the spread within pretraining classes is the identity
+        # The prior is a multiple of the identity, which is the within-class covariance of pretraining classes.
         covariance = (weight * variance * identity + scatter) / (weight + freedom) + rounding * identity
         if self.shipped:
             signal = self.shipped["signal"].double().diag()
         else:
-            signal = OF_VARIANCE * covariance @ covariance * (size / covariance.trace()) + FLOOR * covariance
-        taught = statistics.counts > 0
-        centre = statistics.means.sum(0) / taught.sum().clamp_min(1)
+            signal = SIGNAL_OF_VARIANCE * covariance @ covariance * (size / covariance.trace())
+            signal = signal + SIGNAL_FLOOR * covariance
+        learned = statistics.counts > 0
+        centre = statistics.means.sum(0) / learned.sum().clamp_min(1)
         scale = signal_scale(statistics.means, statistics.counts, covariance, signal)
-        means = (statistics.means - centre) * taught[:, None]
+        means = (statistics.means - centre) * learned[:, None]
         values, bias = gaussian_readout(means, statistics.counts, covariance, scale * signal)
         return values, bias - centre @ values, {"prior_weight": weight, "signal_scale": scale}
 
     def _weight(self, scatter: Tensor, variance: float) -> float:
-        """How many samples the prior spread counts for: the more cautious of two choices in closed form.
+        """Return the weight of the prior covariance in samples: the larger of two estimates.
 
-        The weight under which the scatter is likeliest trusts too few images where they vary unlike pretraining's; the
-        λ of generalised cross-validation, which here is the same weight, where they are very few.
+        The maximum-likelihood weight is too small if the images vary unlike those of pretraining; the λ of generalised
+        cross-validation, which is the same weight on this scale, is too small for very few images.
         """
         freedom = self.statistics.degrees_of_freedom
         if freedom < 1:
@@ -147,35 +153,33 @@ class Landmark(LinearLearner):
         return weight
 
     def _common(self) -> dict[str, Any]:
-        words = {"keys": "the landmarks", "mean": "the landmarks' mean response", "projection": "the directions",
-                 "signal": "the directions' signal", "gain": "the landmarks' gain"}  # fmt: skip
+        shipped = {DESCRIPTIONS[name]: tensor for name, tensor in self.shipped.items()}
         return {
             **super()._common(),
-            "whether there are landmarks": bool(self.shipped),  # before what only one of the two has
+            "the presence of landmarks": bool(self.shipped),  # first: the items below exist for one kind only
             "the number of directions": self.directions,
-            **({words[name]: tensor for name, tensor in self.shipped.items()} or {"the seed of the keys": self.seed}),
+            **(shipped or {"the seed of the keys": self.seed}),
         }
 
     def schema(self) -> dict[str, TensorSpec]:
-        own = super().schema()
+        learned, n = super().schema(), self.directions
         if not self.shipped:
-            return own
-        n = self.directions
+            return learned
         return {
-            **own,
-            "keys": TensorSpec(("r", "D"), "float16", "W1, the landmarks", shipped=True),
-            "mean": TensorSpec(("r",), "float32", "what they answer on average", shipped=True),
-            "projection": TensorSpec(("r", n), "float16", "the Top-n directions of their activity", shipped=True),
-            "signal": TensorSpec((n,), "float32", "how far class means lie apart along each", shipped=True),
-            "gain": TensorSpec((1,), "float32", "of their response", shipped=True),
+            **learned,
+            "keys": TensorSpec(("r", "D"), "float16", "landmarks, the keys of the neurons", shipped=True),
+            "mean": TensorSpec(("r",), "float32", "mean responses of the landmarks", shipped=True),
+            "projection": TensorSpec(("r", n), "float16", "directions of the responses", shipped=True),
+            "signal": TensorSpec((n,), "float32", "expected variance of class means per direction", shipped=True),
+            "gain": TensorSpec((1,), "float32", "gain of the responses", shipped=True),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave, bit for bit; landmarks come with it or not."""
-        self.shipped = {name: state[name] for name in SHIPPED if name in state}
-        brought = self.shipped.get("projection")
-        if brought is not None and brought.ndim:
-            self.directions = brought.shape[-1]
+        """Restore a state from `state_dict`, with or without landmarks."""
+        self.shipped = {name: state[name] for name in DESCRIPTIONS if name in state}
+        projection = self.shipped.get("projection")
+        if projection is not None and projection.ndim:
+            self.directions = projection.shape[-1]
         else:
             self.directions = self.settings.directions or DIRECTIONS
         super().load_state_dict(state)
@@ -186,4 +190,4 @@ class Landmark(LinearLearner):
     def _load(self, tensors: dict[str, Tensor]) -> None:
         super()._load(tensors)
         self.shipped = {name: tensors[name] for name in self.shipped}
-        self._prepare()
+        self.keys, self.mean, self.projection, self.gain = self._constants()

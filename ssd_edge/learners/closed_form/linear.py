@@ -1,7 +1,4 @@
-"""What closed-form learners share: sufficient statistics of some features, linear values solved from them.
-
-One pass, no epochs, order-invariant up to rounding.
-"""
+"""Base class of closed-form learners whose scores are linear in features: one pass, independent of sample order."""
 
 from __future__ import annotations
 
@@ -16,35 +13,41 @@ from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpe
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
 
-NEVER = -1e30  # the bias of a class without samples; −∞ would not be a valid state
+NEVER = -1e30  # bias of a class without samples; −∞ is not allowed in a state
 BATCH = 4096
-PER_CLASS = "keep second moments per class: a class can then be removed exactly, at C times the memory"
+PER_CLASS = "store second moments per class: classes can be removed exactly, at C times the memory"
 
 
 def statistics_schema(size: int, per_class: bool, single: bool = False) -> dict[str, TensorSpec]:
-    """The tensors of `ClassStatistics` over `size` features."""
+    """Return the specification of the tensors of `ClassStatistics` over `size` features."""
     kind = "float32" if single else "float64"
     triangle = size * (size + 1) // 2
-    whose = "of each class, upper triangles" if per_class else "all classes, upper triangle"
+    scope = "of each class, upper triangles" if per_class else "of all classes, upper triangle"
     return {
-        "counts": TensorSpec(("C",), "float64", "samples seen of each class"),
+        "counts": TensorSpec(("C",), "float64", "number of samples of each class"),
         "sums": TensorSpec(("C", size), kind, "sum of the features of each class"),
         "second": TensorSpec(
-            ("C", triangle) if per_class else (triangle,), kind, f"second moments of the features, {whose}"
+            ("C", triangle) if per_class else (triangle,), kind, f"second moments of the features {scope}"
         ),
     }
 
 
 class LinearLearner(Learner):
-    """Scores are linear in features of the embedding.
+    """Base class of learners with scores x W + b, where x are features of the embedding.
 
-    Two of them merge and subtract exactly, and two classes join exactly; with the setting `per_class` a class can also
-    be removed exactly.
+    W and b are solved from `ClassStatistics` of the features after every change. Learners are merged and subtracted and
+    classes joined exactly; with the setting `per_class`, classes are also removed exactly.
+
+    Attributes:
+        single: True to store the statistics in float32.
+        statistics: of the features.
+        values: W, float32 ``(F, C)``.
+        bias: b, float32 ``(C,)``.
     """
 
     family = "closed form"
     removal = "with per_class"
-    single: ClassVar[bool] = False  # whether the statistics are kept in float32
+    single: ClassVar[bool] = False
 
     def __init__(
         self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
@@ -55,16 +58,16 @@ class LinearLearner(Learner):
         self.bias = torch.zeros(0)
 
     def feature_count(self) -> int:
-        """F, the number of features."""
+        """Return the number of features F."""
         return self.dim
 
     def features(self, embeddings: Tensor) -> Tensor:
-        """Features ``(N, F)`` of embeddings ``(N, D)``."""
+        """Return features ``(N, F)`` of embeddings ``(N, D)``."""
         return embeddings
 
     @abc.abstractmethod
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Values ``(F, C)`` and biases ``(C,)`` from the statistics, and measurements."""
+        """Return W ``(F, C)``, b ``(C,)`` and measurements, solved from the statistics."""
 
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
         self.statistics.grow(int(task.labels.max()) + 1)
@@ -80,15 +83,15 @@ class LinearLearner(Learner):
     def _update(self) -> dict[str, float]:
         self.statistics.settle()
         values, bias, measured = self.solve()
-        # contiguous: another memory order would change the last bits of a product after a restart
+        # Contiguous: a different memory layout would change the last bits of a product after a restart.
         self.values, self.bias = values.float().contiguous(), bias.float().clamp_min(NEVER)
         return measured
 
     def _remove(self, row: int, approximately: bool) -> bool:
         if not (self.settings.per_class or approximately):
             raise InputError(
-                f"{self.display} keeps one second moment of all classes, from which none can be taken out; take it "
-                "out approximately, or set learner.per_class=true and teach the classes anew"
+                f"{self.display} stores one second moment for all classes, so a class cannot be removed exactly. "
+                "Remove it approximately, or set learner.per_class=true and learn all classes again"
             )
         exact = self.statistics.remove(row, approximately)
         self._update()
@@ -112,7 +115,7 @@ class LinearLearner(Learner):
 
     def scores(self, embeddings: Tensor) -> Tensor:
         values, bias = self.values.to(self.device), self.bias.to(self.device)
-        parts = [(self.features(part.to(self.device)) @ values + bias).cpu() for part in embeddings.split(BATCH)]
+        parts = [(self.features(part.to(self.device)) @ values + bias).cpu() for part in torch.split(embeddings, BATCH)]
         return torch.cat(parts) if parts else torch.zeros(0, self.values.shape[1])
 
     def write_head(self, graph: HeadGraph, x: str) -> str:
@@ -127,7 +130,7 @@ class LinearLearner(Learner):
         return self._schema_of(self.feature_count())
 
     def _schema_of(self, size: int) -> dict[str, TensorSpec]:
-        """`schema` if there were `size` features."""
+        """Return `schema` for `size` features."""
         return {
             **statistics_schema(size, self.settings.per_class, self.single),
             "values": TensorSpec((size, "C"), "float32", "solved from the statistics"),

@@ -1,4 +1,4 @@
-"""Nearest class mean by cosine similarity: the smallest learner of all, and the best with five images a class."""
+"""Nearest class mean by cosine similarity: the smallest learner, and the best one with five images per class."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from ssd_edge.learners.priors import Priors
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Nothing to set."""
+    """NCM has no settings."""
 
 
 class NCM(Learner):
-    """argmax_c cos(z, μ_c). The standardised embedding is centred by the pretraining mean, which cosine needs.
+    """Nearest class mean, argmax_c cos(z, μ_c), on embeddings centred by the pretraining mean.
 
-    Removing or joining classes and merging or subtracting learners are exact: a class is its own count and sum.
+    Classes are removed and joined exactly and learners merged and subtracted exactly: each class has its own count and
+    sum.
     """
 
     name: ClassVar[str] = "ncm"
@@ -73,7 +74,7 @@ class NCM(Learner):
         known = other.counts > 0
         self.counts = counts_without(self.counts, other.counts[known], rows[known])
         self.sums = self.sums.index_add(0, rows[known], -other.sums[known])
-        self.sums[self.counts == 0] = 0.0  # rounding leaves no exact 0
+        self.sums[self.counts == 0] = 0.0  # rounding would leave a residue
         return self.counts
 
     def scores(self, embeddings: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class NCM(Learner):
 
     def schema(self) -> dict[str, TensorSpec]:
         return {
-            "counts": TensorSpec(("C",), "float64", "samples seen of each class"),
+            "counts": TensorSpec(("C",), "float64", "number of samples of each class"),
             "sums": TensorSpec(("C", "D"), "float64", "sum of the embeddings of each class"),
         }
 

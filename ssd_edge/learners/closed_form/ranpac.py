@@ -21,27 +21,29 @@ MOST_FEATURES = 20000
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of ridge on random features."""
+    """Settings of RanPAC."""
 
-    features: int = setting(2000, "M; the state grows with M²/2", minimum=2, maximum=MOST_FEATURES)
+    features: int = setting(
+        2000, "number of random features M; the state grows with M²/2", minimum=2, maximum=MOST_FEATURES
+    )
     strength: float = setting(0.0, STRENGTH, minimum=0.0)
     per_class: bool = setting(False, PER_CLASS)
     budget_mb: float = setting(
         0.0,
-        "most MB that the state may take at budget_classes; the number of features follows; 0: features as given",
+        "size limit of the state in MB at budget_classes, from which M follows; 0: use features",
         minimum=0.0,
     )
-    budget_classes: int = setting(100, "classes for which the budget must hold", minimum=2)
+    budget_classes: int = setting(100, "number of classes that the budget must hold", minimum=2)
 
 
 class RanPAC(Ridge):
-    """Ridge on ReLU(z R), R random normal: RanPAC without its fine-tuning (McDonnell et al. 2023).
+    """Ridge regression on ReLU(z R) with R random normal.
 
-    R is drawn again from the seed and is not part of the state. With a memory budget there are as many features,
-    up to 20,000, as a state of `budget_classes` classes has room for; 1 MB is a million bytes.
+    R is drawn from the seed and not part of the state. With a memory budget, the number of features is the largest, up
+    to 20,000, whose state fits for `budget_classes` classes; 1 MB is a million bytes.
 
     Raises:
-        InputError: the budget has no room for two features.
+        InputError: the budget is too small for two features.
     """
 
     name: ClassVar[str] = "ranpac"
@@ -57,14 +59,14 @@ class RanPAC(Ridge):
         self.projection = projection.to(self.device)
 
     def feature_count(self) -> int:
-        settings = self.settings
+        settings: Settings = self.settings
         if not settings.budget_mb:
             return settings.features
         least, most = 2, MOST_FEATURES
         if self._bytes(least) > settings.budget_mb * 1e6:
             raise InputError(
-                f"learner.budget_mb {settings.budget_mb:g} has no room for two features and {settings.budget_classes} "
-                f"classes, which take {self._bytes(least) / 1e6:g} MB; raise it or lower learner.budget_classes"
+                f"learner.budget_mb={settings.budget_mb:g} is too small for two features and {settings.budget_classes} "
+                f"classes, which need {self._bytes(least) / 1e6:g} MB; raise it or lower learner.budget_classes"
             )
         while least < most:
             middle = (least + most + 1) // 2
@@ -75,11 +77,11 @@ class RanPAC(Ridge):
         return least
 
     def _bytes(self, features: int) -> int:
-        """Bytes of the whole state with so many features, after `budget_classes` classes."""
-        sizes: dict[str | int, int] = {"C": self.settings.budget_classes, "S": self.settings.budget_classes}
+        """Return the size of the state in bytes with `features` features and `budget_classes` classes."""
+        classes: int = self.settings.budget_classes  # all symbols of the shapes count classes
 
         def size(spec: TensorSpec) -> int:
-            return DTYPES[spec.dtype].itemsize * math.prod(sizes.get(part, part) for part in spec.shape)
+            return DTYPES[spec.dtype].itemsize * math.prod(classes if isinstance(n, str) else n for n in spec.shape)
 
         return sum(map(size, {**BASE_SCHEMA, **self._schema_of(features)}.values()))
 

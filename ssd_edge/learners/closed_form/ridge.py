@@ -11,7 +11,7 @@ from ssd_edge.config import setting
 from ssd_edge.learners.closed_form.linear import PER_CLASS, LinearLearner
 from ssd_edge.learners.closed_form.sums import ridge
 
-STRENGTH = "λ; 0: by generalised cross-validation from the statistics"
+STRENGTH = "λ; 0: chosen by generalised cross-validation on the statistics"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Settings:
 
 
 class Ridge(LinearLearner):
-    """Exact and order-invariant: what recursive least squares (RLS, analytic learning) ends at over the same samples.
+    """Exact ridge regression: equal to recursive least squares (analytic learning) over the same samples in any order.
 
-    One-hot targets weigh classes by their size, so a class taught with few images beside large ones is hardly
-    ever predicted: for that use `landmark`, `slda` or `ncm`.
+    One-hot targets weight classes by their size, so a class with few images is rarely predicted next to large ones; use
+    `landmark`, `slda` or `ncm` in that case.
     """
 
     name: ClassVar[str] = "ridge"

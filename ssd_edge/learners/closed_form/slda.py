@@ -19,12 +19,12 @@ from ssd_edge.learners.priors import Priors
 class Settings:
     """Settings of streaming LDA."""
 
-    prior_weight: float = setting(-1.0, "samples that the prior covariance counts for; -1: the likeliest", minimum=-1)
+    prior_weight: float = setting(-1.0, "weight of the prior covariance in samples; -1: the most likely", minimum=-1)
     per_class: bool = setting(False, PER_CLASS)
 
 
 class SLDA(LinearLearner):
-    """Class means and one pooled covariance: exact, OAS-shrunk, with the pretraining covariance as a prior."""
+    """Linear discriminant analysis with exact, OAS-shrunk pooled covariance and the pretraining covariance as prior."""
 
     name: ClassVar[str] = "slda"
     display: str = "SLDA"
@@ -58,8 +58,10 @@ class SLDA(LinearLearner):
     def schema(self) -> dict[str, TensorSpec]:
         return {
             **super().schema(),
-            "prior": TensorSpec((self.dim, self.dim), "float32", "covariance from pretraining", shipped=True),
-            "prior_weight": TensorSpec((1,), "float64", "samples that the prior counts for; -1: the likeliest number"),
+            "prior": TensorSpec(
+                (self.dim, self.dim), "float32", "within-class covariance from pretraining", shipped=True
+            ),
+            "prior_weight": TensorSpec((1,), "float64", "weight of the prior in samples; -1: the most likely"),
         }
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Sufficient statistics: all that closed-form learners keep of the data they have seen.
+"""Sufficient statistics of classes, and the estimators that closed-form learners solve from them.
 
-Sums are accumulated in float64, so that the order of tasks and samples does not matter beyond rounding.
-Nothing here grows with the number of samples.
+Sums are accumulated in float64, so the order of tasks and samples matters only up to rounding. No size depends on the
+number of samples.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ from torch import Tensor
 from ssd_edge.errors import InputError
 
 PRIOR_GRID = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
-LEAST_SIGNAL = 1e-3  # images of few, alike classes must not talk the read-out out of telling them apart
+LEAST_SIGNAL = 1e-3  # keeps few, similar classes distinguishable
 RIDGE_GRID = tuple(10.0 ** (e / 2) for e in range(-12, 9))  # λ relative to the mean eigenvalue
-NO_VARIANCE = 1e-12  # of the mean square: less than this is what rounding leaves of equal samples
+NO_VARIANCE = 1e-12  # relative to the mean square: smaller variances are rounding errors of equal samples
 
 
 class ClassStatistics:
-    """Counts, sums and second moments of embeddings.
+    """Counts, sums and second moments of embeddings by class.
+
+    Args:
+        dim: dimension D.
+        per_class: True to store second moments per class, so that classes can be removed exactly.
+        single: True to store sums and moments in float32: half the size. They are still accumulated in float64 and
+            rounded after each change (`settle`).
 
     Attributes:
-        counts: float64 ``(C,)``.
-        sums: float64 ``(C, D)``; a mean is sums/counts. (The mean of a single image is that image's
-            embedding, which is why a class must be taught with at least three.)
-        per_class: whether second moments are kept class by class, so that a class can be taken out again.
-        moments: float64, Σ z zᵀ over all samples ``(D, D)``, or of each class ``(C, D, D)``.
-        single: whether sums and moments are kept in float32, at half the size: they are still added up in float64, and
-            rounded where a change ends (`settle`).
+        counts: number of samples, float64 ``(C,)``.
+        sums: sums of embeddings, float64 ``(C, D)``. With one sample the sum is its embedding, so devices require at
+            least three images per class.
+        moments: Σ z zᵀ over all samples ``(D, D)``, or per class ``(C, D, D)``; float64.
     """
 
     def __init__(self, dim: int, per_class: bool = False, single: bool = False) -> None:
@@ -40,13 +43,13 @@ class ClassStatistics:
         self.moments = torch.zeros((0, dim, dim) if per_class else (dim, dim), dtype=torch.float64)
 
     def copy(self) -> ClassStatistics:
-        """Statistics of their own, equal bit for bit."""
-        twin = ClassStatistics(self.sums.shape[1], self.per_class, self.single)
-        twin.counts, twin.sums, twin.moments = self.counts.clone(), self.sums.clone(), self.moments.clone()
-        return twin
+        """Return an independent, bit-identical copy."""
+        copied = ClassStatistics(self.sums.shape[1], self.per_class, self.single)
+        copied.counts, copied.sums, copied.moments = self.counts.clone(), self.sums.clone(), self.moments.clone()
+        return copied
 
     def grow(self, classes: int) -> None:
-        """Make room for rows up to `classes`."""
+        """Append empty rows until there are `classes` rows."""
         missing = classes - len(self.counts)
         if missing > 0:
             self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
@@ -55,82 +58,87 @@ class ClassStatistics:
                 self.moments = torch.cat([self.moments, self.moments.new_zeros(missing, *self.moments.shape[1:])])
 
     def add(self, vectors: Tensor, labels: Tensor) -> None:
-        """Add samples: ``(N, D)`` and their rows, int64 ``(N,)``."""
+        """Add samples.
+
+        Args:
+            vectors: ``(N, D)``.
+            labels: class rows, int64 ``(N,)``.
+        """
         self.grow(int(labels.max()) + 1)
         labels = labels.cpu()
-        for part, truth in zip(vectors.split(4096), labels.split(4096), strict=True):
+        for part, rows in zip(torch.split(vectors, 4096), torch.split(labels, 4096), strict=True):
             wide = part.cpu().double()
-            self.counts.index_add_(0, truth, torch.ones(len(truth), dtype=torch.float64))
-            self.sums.index_add_(0, truth, wide)
+            self.counts.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
+            self.sums.index_add_(0, rows, wide)
             if self.per_class:
-                for row in truth.unique():
-                    own = wide[truth == row]
+                for row in torch.unique(rows):
+                    own = wide[rows == row]
                     self.moments[row] += own.T @ own
             else:
                 self.moments += wide.T @ wide
-        # A product XᵀX may be an ulp off symmetric, but only a triangle is saved: a restart must change no bit.
-        touched = labels.unique() if self.per_class else ...
-        self.moments[touched] = (self.moments[touched] + self.moments[touched].mT) / 2
+        # XᵀX may be asymmetric by an ulp, but only a triangle is stored and a restart must not change any bit.
+        changed = torch.unique(labels) if self.per_class else ...
+        self.moments[changed] = (self.moments[changed] + self.moments[changed].mT) / 2
 
     def remove(self, row: int, approximately: bool = False) -> bool:
-        """Forget the samples of one class; its row stays, empty.
+        """Remove the samples of a class, leaving its row empty.
 
-        One sum of all second moments does not say which part of it is this class's. What `approximately` takes out
-        of it is n μμᵀ + (n − 1) W, W the pooled within-class covariance: what a class of that size and mean adds on
-        average. W is the same afterwards, so what the class has said of it stays.
+        From pooled second moments, an approximate removal subtracts n μμᵀ + (n − 1) W with W the pooled within-class
+        covariance: the expected contribution of a class of that size and mean. W stays the same, including what the
+        class contributed to it.
 
         Args:
-            row: of the class.
-            approximately: whether that will do where second moments are not kept class by class.
+            row: class row.
+            approximately: accept this approximation if second moments are not stored per class.
 
         Returns:
-            Whether nothing of the class is left: with `per_class`, or if it had one sample or was the only class.
+            True if nothing of the class is left: with `per_class`, or if it had one sample or was the only class.
 
         Raises:
-            InputError: second moments are not kept class by class, and an approximation was not asked for.
+            InputError: second moments are not stored per class, and `approximately` is False.
         """
         if not (self.per_class or approximately):
-            raise InputError("the second moments of all classes are one sum, from which no class can be taken out")
+            raise InputError("second moments are pooled over all classes, so a class cannot be removed exactly")
         count, total = float(self.counts[row]), self.total
         if self.per_class:
-            for kept in (self.counts, self.sums, self.moments):
-                kept[row] = 0.0
+            for tensor in (self.counts, self.sums, self.moments):
+                tensor[row] = 0.0
         elif count:
             scatter, freedom = self.scatter_within(), self.degrees_of_freedom
             self.counts[row], self.sums[row] = 0.0, 0.0
-            # put together from its parts, not subtracted: nothing can turn negative, and of no class 0 is left
+            # Recomputed from its parts, not subtracted: variances stay non-negative, and zero without classes.
             moments = (self.degrees_of_freedom / freedom if freedom else 0.0) * scatter + self._scatter_of_means()
             self.moments = (moments + moments.mT) / 2
         return self.per_class or count <= 1 or count == total
 
     def join(self, row: int, into: int) -> None:
-        """Count the samples of one class as those of another; its row stays, empty.
+        """Join class `row` into class `into`, leaving its row empty.
 
         Raises:
-            InputError: both are one row.
+            InputError: both rows are the same.
         """
         if row == into:
-            raise InputError(f"row {row} cannot be joined with itself; name two rows")
-        for kept in (self.counts, self.sums, *((self.moments,) if self.per_class else ())):
-            kept[into] += kept[row]
-            kept[row] = 0.0
+            raise InputError(f"row {row} cannot be joined with itself; choose two different rows")
+        for tensor in (self.counts, self.sums, *((self.moments,) if self.per_class else ())):
+            tensor[into] += tensor[row]
+            tensor[row] = 0.0
 
     def subtract(self, other: ClassStatistics, rows: Tensor) -> None:
-        """Take out what others have seen: the inverse of `merge`, but for rounding.
+        """Subtract other statistics: the inverse of `merge`, up to rounding.
 
         Args:
-            other: keeps the same moments.
-            rows: int64; its row i is row ``rows[i]`` of these. Where it has no samples that does not matter.
+            other: statistics with the same `per_class`.
+            rows: int64 mapping from its rows to rows of these statistics; ignored for empty rows.
 
         Raises:
-            InputError: these hold fewer samples of a class than the other; nothing has changed then.
+            InputError: a class has fewer samples than in `other`; nothing is changed then.
         """
         known = other.counts > 0
         rows = rows[known]
         self.counts = counts_without(self.counts, other.counts[known], rows)
         empty = self.counts == 0
         self.sums = self.sums.index_add(0, rows, -other.sums[known])
-        self.sums[empty] = 0.0  # rounding leaves no exact 0
+        self.sums[empty] = 0.0  # rounding would leave a residue
         if self.per_class:
             self.moments = self.moments.index_add(0, rows, -other.moments[known])
             self.moments[empty] = 0.0
@@ -138,26 +146,26 @@ class ClassStatistics:
             self.moments = torch.zeros_like(self.moments) if empty.all() else self.moments - other.moments
 
     def without_rows(self, rows: Iterable[int]) -> ClassStatistics:
-        """A copy without some empty rows; those above move up.
+        """Return a copy without some empty rows; later rows move up.
 
         Raises:
-            InputError: a row holds samples, or there is none of that number.
+            InputError: a row is not empty or does not exist.
         """
-        left_out = set(rows)
-        held = [row for row in sorted(left_out) if not 0 <= row < len(self.counts) or self.counts[row]]
-        if held:
+        deleted = set(rows)
+        invalid = [row for row in sorted(deleted) if not 0 <= row < len(self.counts) or self.counts[row]]
+        if invalid:
             raise InputError(
-                f"of {len(self.counts)} rows only empty ones can be left out, but rows {held} are not; remove or join "
+                f"only empty rows of the {len(self.counts)} can be deleted, but rows {invalid} are not; remove or join "
                 "their classes first"
             )
-        kept = torch.tensor([row for row in range(len(self.counts)) if row not in left_out], dtype=torch.int64)
+        kept = torch.tensor([row for row in range(len(self.counts)) if row not in deleted], dtype=torch.int64)
         fewer = ClassStatistics(self.sums.shape[1], self.per_class, self.single)
         fewer.counts, fewer.sums = self.counts[kept], self.sums[kept]
         fewer.moments = self.moments[kept] if self.per_class else self.moments.clone()
         return fewer
 
     def merge(self, other: ClassStatistics, rows: Tensor) -> None:
-        """Add what others have seen: their row i to row ``rows[i]`` of these; both keep the same moments."""
+        """Add other statistics with the same `per_class`: their row i to row ``rows[i]``."""
         if len(rows):
             self.grow(int(rows.max()) + 1)
         self.counts.index_add_(0, rows, other.counts)
@@ -188,7 +196,7 @@ class ClassStatistics:
         return self.total - int((self.counts > 0).sum())
 
     def scatter_within(self) -> Tensor:
-        """Σ (z − μ_y)(z − μ_y)ᵀ, ``(D, D)``: exact, from the sums alone."""
+        """Return the within-class scatter Σ (z − μ_y)(z − μ_y)ᵀ, ``(D, D)``."""
         return self.second - self._scatter_of_means()
 
     def within_covariance(self) -> Tensor:
@@ -200,12 +208,12 @@ class ClassStatistics:
         return shrink(self.within_covariance(), max(self.degrees_of_freedom, 1.0))
 
     def _scatter_of_means(self) -> Tensor:
-        """Σ_c n_c μ_c μ_cᵀ, ``(D, D)``."""
+        """Return Σ_c n_c μ_c μ_cᵀ, ``(D, D)``."""
         means = self.means
         return (means * self.counts[:, None]).T @ means
 
     def covariance(self, row: int) -> Tensor:
-        """Covariance of one class, ``(D, D)``, divided by n − 1; zero for one sample. With `per_class` only."""
+        """Return the covariance of a class ``(D, D)``, divided by n − 1; zero for one sample. Requires `per_class`."""
         count, mean = self.counts[row], self.sums[row] / self.counts[row].clamp_min(1)
         covariance = (self.moments[row] - count * torch.outer(mean, mean)) / (count - 1).clamp_min(1)
         mean_square = self.moments[row].diagonal() / count.clamp_min(1)
@@ -213,18 +221,18 @@ class ClassStatistics:
         return covariance * torch.outer(varies, varies)
 
     def settle(self) -> None:
-        """Round to what `state` keeps, so that a restart changes no bit; nothing without `single`."""
+        """Round to the precision of `state`, so that a restart does not change any bit; no effect without `single`."""
         if self.single:
             self.sums, self.moments = self.sums.float().double(), self.moments.float().double()
 
     def state(self) -> dict[str, Tensor]:
-        """Named tensors; symmetric matrices as their upper triangles. With `single`, call `settle` before."""
+        """Return the state as tensors, symmetric matrices as upper triangles. With `single`, call `settle` first."""
         kind = torch.float32 if self.single else torch.float64
         return {"counts": self.counts, "sums": self.sums.to(kind), "second": pack_symmetric(self.moments).to(kind)}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> ClassStatistics:
-        """Restore; the inverse of `state`, bit for bit."""
+        """Restore statistics from `state`, bit for bit."""
         single = state["sums"].dtype == torch.float32
         statistics = cls(state["sums"].shape[1], per_class=state["second"].ndim == 2, single=single)
         statistics.counts = state["counts"].clone()
@@ -234,15 +242,15 @@ class ClassStatistics:
 
 
 def counts_without(counts: Tensor, taken: Tensor, rows: Tensor) -> Tensor:
-    """The samples that are left of each class, float64 ``(C,)``.
+    """Subtract numbers of samples from the counts of classes; return the remaining counts, float64 ``(C,)``.
 
     Args:
-        counts: before, float64 ``(C,)``.
-        taken: how many are taken out, above 0, float64 ``(N,)``.
-        rows: of which classes, int64 ``(N,)``; one may come more than once.
+        counts: float64 ``(C,)``.
+        taken: numbers to subtract, positive, float64 ``(N,)``.
+        rows: class rows to subtract them from, int64 ``(N,)``; may repeat.
 
     Raises:
-        InputError: more of a class than there are.
+        InputError: a class has fewer samples.
     """
     missing = int(rows.max()) + 1 - len(counts) if len(rows) else 0
     counts = torch.cat([counts, counts.new_zeros(max(missing, 0))])
@@ -250,20 +258,20 @@ def counts_without(counts: Tensor, taken: Tensor, rows: Tensor) -> Tensor:
     if bool((left < 0).any()):
         row = int(left.argmin())
         raise InputError(
-            f"what was never added cannot be subtracted: row {row} has {counts[row]:.0f} samples, the other "
-            f"{counts[row] - left[row]:.0f}; subtract from what was taught or merged with the other"
+            f"only statistics that were added can be subtracted: row {row} has {counts[row]:.0f} samples, the other "
+            f"{counts[row] - left[row]:.0f}; subtract only what was learned or merged"
         )
     return left
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:
-    """The upper triangles of ``(…, n, n)`` as ``(…, n(n+1)/2)``."""
+    """Return the upper triangles of ``(…, n, n)`` as ``(…, n(n+1)/2)``."""
     row, column = torch.triu_indices(*matrix.shape[-2:])
     return matrix[..., row, column].clone()
 
 
 def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
-    """The inverse of `pack_symmetric`."""
+    """Restore symmetric matrices ``(…, size, size)`` from `pack_symmetric`."""
     matrix = packed.new_zeros(*packed.shape[:-1], size, size)
     row, column = torch.triu_indices(size, size)
     matrix[..., row, column] = packed
@@ -272,15 +280,15 @@ def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
 
 
 def oas_shrinkage(covariance: Tensor, samples: float) -> float:
-    """Share of the identity in the oracle-approximating shrinkage (OAS) estimate of Chen et al. 2010.
+    """Return the weight of the identity in oracle approximating shrinkage (OAS; Chen et al. 2010).
 
-    With S the covariance of p dimensions from n samples, (tr S² + tr² S) / ((n + 1)(tr S² − tr² S/p)), at most 1.
-    This is scikit-learn's form; Eq. 23 of the paper has (1 − 2/p) tr S² above and n + 1 − 2/p below, which differs
-    only where p is small.
+    With S the covariance of p dimensions from n samples, min(1, (tr S² + tr² S) / ((n + 1)(tr S² − tr² S/p))), as in
+    scikit-learn. Eq. 23 of the paper has (1 − 2/p) tr S² in the numerator and n + 1 − 2/p in the denominator, which
+    differs for small p only.
 
     Args:
-        covariance: empirical, ``(D, D)``.
-        samples: how many samples it was estimated from.
+        covariance: empirical covariance, ``(D, D)``.
+        samples: number of samples it was estimated from.
     """
     size = covariance.shape[0]
     mean_variance = float(covariance.trace()) / size
@@ -290,7 +298,7 @@ def oas_shrinkage(covariance: Tensor, samples: float) -> float:
 
 
 def shrink(covariance: Tensor, samples: float) -> Tensor:
-    """The covariance shrunk by `oas_shrinkage` towards a multiple of the identity: always invertible."""
+    """Return the covariance shrunk by `oas_shrinkage` towards a multiple of the identity: positive definite."""
     size = covariance.shape[0]
     share = oas_shrinkage(covariance, samples)
     variance = max(float(covariance.trace()) / size, 1e-12)
@@ -299,22 +307,22 @@ def shrink(covariance: Tensor, samples: float) -> Tensor:
 
 
 def shrink_to_diagonal(covariance: Tensor, share: float) -> Tensor:
-    """The covariance with `share` of what stands beside its diagonal taken away; always invertible."""
+    """Return the covariance with off-diagonal entries scaled by 1 − `share`, plus jitter: positive definite."""
     diagonal = covariance.diagonal().diag()
     jitter = 1e-4 * torch.eye(len(covariance), dtype=covariance.dtype) * covariance.diagonal().mean()
     return (1.0 - share) * covariance + share * diagonal + jitter
 
 
 def likeliest_weight(scatter: Tensor, freedom: float, prior: Tensor) -> float:
-    """How many samples a prior covariance should count for: the weight under which the data are likeliest.
+    """Return the weight of a prior covariance, in samples, that maximises the marginal likelihood of the data.
 
-    With an inverse-Wishart prior of mean Σ₀ and weight w, Σ's posterior mean is (w Σ₀ + S)/(w + N), and the
-    marginal likelihood of the scatter S is known in closed form: |wΣ₀|^(ν/2) |wΣ₀ + S|^(−(ν+N)/2)
-    Γ_D((ν+N)/2)/Γ_D(ν/2) up to a constant, with ν = w + D + 1.
+    With an inverse-Wishart prior of mean Σ₀ and weight w, the posterior mean of Σ is (w Σ₀ + S)/(w + N), and the
+    marginal likelihood of the scatter S is |wΣ₀|^(ν/2) |wΣ₀ + S|^(−(ν+N)/2) Γ_D((ν+N)/2)/Γ_D(ν/2) up to a constant,
+    with ν = w + D + 1. The weight is chosen from `PRIOR_GRID`.
 
     Args:
-        scatter: S, within-class, ``(D, D)``.
-        freedom: N, its degrees of freedom.
+        scatter: within-class scatter S, ``(D, D)``.
+        freedom: degrees of freedom N of S.
         prior: Σ₀, ``(D, D)``, positive definite.
     """
     size, best, chosen = prior.shape[0], -float("inf"), PRIOR_GRID[0]
@@ -334,16 +342,16 @@ def likeliest_weight(scatter: Tensor, freedom: float, prior: Tensor) -> float:
 
 
 def discriminant(means: Tensor, counts: Tensor, covariance: Tensor, samples: float) -> tuple[Tensor, Tensor]:
-    """Linear discriminant with equal class priors: w_c = Λ⁻¹ μ_c, b_c = −½ μ_cᵀ Λ⁻¹ μ_c.
+    """Solve the linear discriminant with equal class priors: w_c = Λ⁻¹ μ_c, b_c = −½ μ_cᵀ Λ⁻¹ μ_c.
 
-    With few samples the estimate of μᵀΛ⁻¹μ is too large by tr(Λ⁻¹Σ)/n_c, so that a class taught with few
-    images next to classes taught with many is never predicted; `gaussian_readout` allows for it.
+    For n_c samples μᵀΛ⁻¹μ is overestimated by tr(Λ⁻¹Σ)/n_c, so a class with few samples is rarely predicted next to
+    classes with many; `gaussian_readout` corrects for this.
 
     Args:
-        means: ``(C, D)``.
-        counts: ``(C,)``; a class with 0 samples gets a bias of −∞.
-        covariance: within-class, ``(D, D)``; shrunk here to Λ.
-        samples: how many samples stand behind it.
+        means: class means, ``(C, D)``.
+        counts: number of samples, ``(C,)``; a class without samples gets a bias of −∞.
+        covariance: within-class covariance, ``(D, D)``; shrunk here to Λ.
+        samples: number of samples that the covariance was estimated from.
 
     Returns:
         Values ``(D, C)`` and biases ``(C,)``, float64.
@@ -355,23 +363,23 @@ def discriminant(means: Tensor, counts: Tensor, covariance: Tensor, samples: flo
 
 
 def gaussian_readout(means: Tensor, counts: Tensor, covariance: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-    """The linear read-out of Gaussian classes whose means are themselves uncertain (probabilistic LDA, Ioffe 2006).
+    """Solve the linear read-out of Gaussian classes with uncertain means (probabilistic LDA, Ioffe 2006).
 
-    A class mean is drawn from N(0, B), a sample from N(mean, W). After n_c samples the mean is known up to
-    (B⁻¹ + n_c W⁻¹)⁻¹, and an embedding is expected at the shrunken mean with a spread of W plus that. On the axes on
-    which W = 1 and B is diagonal b, with τ_c = b/(n_c b + 1) what is left unknown of the mean,
+    Class means are drawn from N(0, B) and samples from N(mean, W). After n_c samples the posterior covariance of the
+    mean is (B⁻¹ + n_c W⁻¹)⁻¹, and the predictive distribution is centred at the posterior mean with W plus that
+    covariance. On axes on which W = 1 and B is diagonal b, with posterior variance τ_c = b/(n_c b + 1),
 
         log p(x | c) = Σ x m/(1 + τ) − ½ Σ m²/(1 + τ) − ½ Σ log(1 + τ) − ½ Σ x²/(1 + τ),   m = n_c τ x̄.
 
-    The last term is the only one that is not linear in x, and hardly differs between classes: it is replaced by its
-    mean over the samples seen. So few images give a nearest mean along the directions that matter, and many give
-    linear discriminant analysis, and classes of 5 and of 5,000 images can be compared.
+    The last term is the only one that is not linear in x. It hardly differs between classes and is replaced by its
+    mean over the samples. With few samples this is a nearest-mean classifier along directions with signal, with many it
+    is linear discriminant analysis, so classes with 5 and with 5,000 images are comparable.
 
     Args:
-        means: of the samples, ``(C, D)``, around the mean that new classes are expected at.
-        counts: ``(C,)``; a class with 0 samples gets a bias of −∞.
-        covariance: W, ``(D, D)``, positive definite.
-        signal: B, ``(D, D)``.
+        means: class means, ``(C, D)``, relative to the expected mean of new classes.
+        counts: number of samples, ``(C,)``; a class without samples gets a bias of −∞.
+        covariance: within-class covariance W, ``(D, D)``, positive definite.
+        signal: covariance of class means B, ``(D, D)``.
 
     Returns:
         Values ``(D, C)`` and biases ``(C,)``, float64.
@@ -381,26 +389,26 @@ def gaussian_readout(means: Tensor, counts: Tensor, covariance: Tensor, signal: 
     whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
     variances, rotation = torch.linalg.eigh((whitened + whitened.mT) / 2)
     axes = torch.linalg.solve_triangular(factor.mT, rotation, upper=True)
-    known = counts[:, None]
-    unknown = variances.clamp_min(0) / (known * variances.clamp_min(0) + 1.0)
-    there, precision = means @ axes, 1.0 / (1.0 + unknown)
-    shrunk = known * unknown * there
-    seen = 1.0 + (known * there.square()).sum(0) / counts.sum().clamp_min(1)
-    bias = (-shrunk.square() * precision + precision.log() - seen * precision).sum(1) / 2
+    n = counts[:, None]
+    tau = variances.clamp_min(0) / (n * variances.clamp_min(0) + 1.0)
+    along, precision = means @ axes, 1.0 / (1.0 + tau)
+    shrunk = n * tau * along
+    mean_square = 1.0 + (n * along.square()).sum(0) / counts.sum().clamp_min(1)
+    bias = (-shrunk.square() * precision + precision.log() - mean_square * precision).sum(1) / 2
     values = axes @ (shrunk * precision).T
     return values, bias.masked_fill(counts == 0, -torch.inf)
 
 
 def signal_scale(means: Tensor, counts: Tensor, covariance: Tensor, signal: Tensor) -> float:
-    """By how much to raise `signal`: half-way, as a factor, to the scatter seen between the means, less their noise.
+    """Return the factor for `signal` half-way, geometrically, to the observed scatter of class means minus its noise.
 
-    Half-way, because a few classes tell the scatter no better than pretraining does.
+    Half-way, because a few classes do not estimate the scatter better than pretraining does.
 
     Args:
-        means: ``(C, D)``.
-        counts: ``(C,)``; classes with 0 samples do not count.
-        covariance: within-class, ``(D, D)``.
-        signal: B, ``(D, D)``.
+        means: class means, ``(C, D)``.
+        counts: number of samples, ``(C,)``; classes without samples are ignored.
+        covariance: within-class covariance, ``(D, D)``.
+        signal: expected covariance of class means B, ``(D, D)``.
 
     Returns:
         At least √`LEAST_SIGNAL`; 1 for fewer than two classes.
@@ -408,21 +416,21 @@ def signal_scale(means: Tensor, counts: Tensor, covariance: Tensor, signal: Tens
     means, counts = means[counts > 0], counts[counts > 0]
     if len(counts) < 2:
         return 1.0
-    apart = (means - means.mean(0)).square().sum() / (len(counts) - 1)
+    between = (means - means.mean(0)).square().sum() / (len(counts) - 1)
     noise = covariance.trace() * (1.0 / counts).mean()
-    return math.sqrt(max(float((apart - noise) / signal.trace()), LEAST_SIGNAL))
+    return math.sqrt(max(float((between - noise) / signal.trace()), LEAST_SIGNAL))
 
 
 def ridge(statistics: ClassStatistics, strength: float = 0.0) -> tuple[Tensor, Tensor, float]:
-    """Ridge regression on one-hot targets with an unpenalised bias: min Σ |y − Wᵀz − b|² + λ |W|².
+    """Solve ridge regression on one-hot targets with an unpenalised bias: min Σ |y − Wᵀz − b|² + λ |W|².
 
-    Recursive least squares (RLS) over the same samples, started from P = I/λ and with a bias that λ leaves alone,
-    ends at the same solution, in any order of the samples; here nothing is inverted before the end.
+    The solution equals that of recursive least squares over the same samples in any order, started from P = I/λ with an
+    unpenalised bias.
 
     Args:
-        statistics: of the features.
-        strength: λ, on the scale of the summed squares. 0: the λ of a grid that minimises generalised
-            cross-validation (Golub, Heath & Wahba 1979), GCV(λ) = (RSS/N) / (1 − df/N)², from the statistics.
+        statistics: statistics of the features.
+        strength: λ, on the scale of the summed squares. 0: chosen from a grid to minimise generalised cross-validation
+            (Golub, Heath & Wahba 1979), GCV(λ) = (RSS/N) / (1 − df/N)².
 
     Returns:
         Values ``(D, C)``, biases ``(C,)`` (float64; −∞ for a class without samples) and λ.
@@ -443,10 +451,10 @@ def ridge(statistics: ClassStatistics, strength: float = 0.0) -> tuple[Tensor, T
 
 
 def ridge_strength(statistics: ClassStatistics) -> float:
-    """The λ that `ridge` would choose, from eigenvectors in float32: half the time, and a grid asks for no more.
+    """Return the λ that `ridge` would choose, from a float32 eigendecomposition at half the time.
 
     Args:
-        statistics: of at least one sample.
+        statistics: statistics of at least one sample.
     """
     gram, cross = _centred(statistics)
     eigenvalues, vectors = torch.linalg.eigh(gram.float())
@@ -455,28 +463,28 @@ def ridge_strength(statistics: ClassStatistics) -> float:
 
 
 def _centred(statistics: ClassStatistics) -> tuple[Tensor, Tensor]:
-    """Σ (z − z̄)(z − z̄)ᵀ ``(D, D)`` and Σ (z − z̄) yᵀ ``(D, C)``, y one-hot."""
+    """Return Σ (z − z̄)(z − z̄)ᵀ ``(D, D)`` and Σ (z − z̄) yᵀ ``(D, C)`` with one-hot y."""
     total, centre = statistics.total, statistics.sums.sum(0) / statistics.total
     gram = statistics.second - total * torch.outer(centre, centre)
     return gram, (statistics.sums - torch.outer(statistics.counts, centre)).T
 
 
 def _cross_validated(eigenvalues: Tensor, projected: Tensor, counts: Tensor) -> float:
-    """The λ of the grid with the least GCV, see `ridge`.
+    """Return the λ of `RIDGE_GRID` with the smallest GCV, see `ridge`.
 
     Args:
-        eigenvalues: of the centred Gram matrix, ``(D,)``, at least 0.
-        projected: the centred cross products on its eigenvectors, ``(D, C)``.
-        counts: ``(C,)``.
+        eigenvalues: eigenvalues of the centred Gram matrix, ``(D,)``, non-negative.
+        projected: centred cross products projected on its eigenvectors, ``(D, C)``.
+        counts: number of samples, ``(C,)``.
     """
     total, power = float(counts.sum()), projected.square().sum(1)
-    spread = float((counts - counts.square() / total).sum())  # Σ |y − ȳ|²
+    target_scatter = float((counts - counts.square() / total).sum())  # Σ |y − ȳ|²
     scale = max(float(eigenvalues.mean()), 1e-12)
     best, chosen = float("inf"), scale
     for relative in RIDGE_GRID:
         penalty = relative * scale
         inverse = 1.0 / (eigenvalues + penalty)
-        residual = max(spread - float((power * (inverse + penalty * inverse.square())).sum()), 0.0)
+        residual = max(target_scatter - float((power * (inverse + penalty * inverse.square())).sum()), 0.0)
         freedom = float((eigenvalues * inverse).sum()) + 1.0
         if freedom >= total:
             continue

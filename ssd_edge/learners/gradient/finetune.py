@@ -323,7 +323,7 @@ class FineTune(Learner):
             "announced": torch.tensor([self.announced]),
         }
 
-    def _renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
+    def renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
         tensors["announced"] -= (rows < self.announced).sum()
 
     def _load(self, tensors: dict[str, Tensor]) -> None:

@@ -198,8 +198,8 @@ class ICaRL(FineTune):
     def _tensors(self) -> dict[str, Tensor]:
         return {**super()._tensors(), "exemplars": self.exemplars, "exemplar_rows": self.exemplar_rows}
 
-    def _renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
-        super()._renumber(tensors, rows)
+    def renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
+        super().renumber(tensors, rows)
         tensors["exemplar_rows"] -= torch.searchsorted(rows, tensors["exemplar_rows"])  # -1 stays -1
 
     def _load(self, tensors: dict[str, Tensor]) -> None:

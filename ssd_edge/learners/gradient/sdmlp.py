@@ -203,7 +203,7 @@ class SDMLPLearner(Learner):
             **self.penalty.tensors(self.parameters()),
         }
 
-    def _renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
+    def renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
         tensors["announced"] -= (rows < self.announced).sum()
 
     def _load(self, tensors: dict[str, Tensor]) -> None:

@@ -39,7 +39,7 @@ def test_the_whole_path(shapes: Path, cli, tmp_path: Path) -> None:
     backbone = ["backbone.onnx=own.onnx", "backbone.size=40"]  # relative: the run must still be deployable elsewhere
     quick = ["run.panel=false", "run.baselines=false", "data.exclude=triangle"]
     told = cli("train", f"data.path={shapes}", *backbone, *quick, cwd=tmp_path).stdout
-    assert "landmark: the backbone brings no landmarks; random keys are used" in told
+    assert "landmark: the backbone has no landmarks; random keys are used" in told
     run = tmp_path / "runs" / "1"
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["average_accuracy"] > 0.5

@@ -173,8 +173,8 @@ def test_bad_embeddings_are_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["learner.k=3"], "learner.name=auto compares learners with their defaults, but learner.k is given too"),
-        (["learner.k=3", "learner.strength=1"], "but learner.k, learner.strength are given too; leave that out"),
+        (["learner.k=3"], "learner.name=auto compares learners with default settings, but learner.k is also set"),
+        (["learner.k=3", "learner.strength=1"], "but learner.k, learner.strength are also set; remove the setting"),
         (["learner.name=atuo"], "unknown learner.name 'atuo'. Did you mean 'auto'? Known: landmark, "),
         (["learner.name=[a, b]"], "unknown learner.name '['a', 'b']'"),
     ],
@@ -186,11 +186,11 @@ def test_what_is_refused_leaves_nothing_behind(words: list[str], message: str, r
 
 def test_no_learner_is_called_auto() -> None:
     assert AUTO not in LEARNERS
-    wanted = r"^learner\.name=auto is settled by `ssd-edge train`.* name a learner: landmark, "
+    wanted = r"^learner\.name=auto is only resolved by `ssd-edge train`.* choose a learner here: landmark, "
     with pytest.raises(InputError, match=wanted):
         build({"name": AUTO}, 4, Priors())
     arrays, metadata = pack(build({"name": "ncm"}, 4, Priors()))
-    with pytest.raises(BundleRefusedError, match=r"learner\.name=auto is settled by"):
+    with pytest.raises(BundleRefusedError, match=r"learner\.name=auto is only resolved by"):
         restore(arrays, {**metadata, "learner": AUTO})
 
 

@@ -231,7 +231,7 @@ def test_an_unknown_tensor_is_refused(case: str) -> None:
 )
 def test_metadata_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
     arrays, metadata = pack(make("landmark"))
-    with pytest.raises(BundleRefusedError, match="does not say what it is"):
+    with pytest.raises(BundleRefusedError, match=r"^the metadata of the learner's state is invalid"):
         restore(arrays, {**metadata, **change})
 
 
@@ -318,18 +318,18 @@ def test_predicting_changes_nothing_and_takes_any_number(case: str) -> None:
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_nothing_taught(case: str) -> None:
-    with pytest.raises(InputError, match="nothing has been taught yet"):
+    with pytest.raises(InputError, match=r"^no class has been learned yet; learn one first"):
         make(case).predict(torch.zeros(3, DIM))
 
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_another_dimension(case: str) -> None:
     learner = make(case)
-    with pytest.raises(InputError, match=r"takes embeddings of 12 values, but was given \(4, 13\)"):
+    with pytest.raises(InputError, match=r"expects embeddings of shape \(N, 12\), but got \(4, 13\)"):
         learner.learn(Task(torch.zeros(4, 13), torch.zeros(4, dtype=torch.int64)))
     learner.learn(task((0, 1)))
     for shape in ((4, 13), (12,), (1, 4, 12)):
-        with pytest.raises(InputError, match="takes embeddings of 12 values"):
+        with pytest.raises(InputError, match=r"expects embeddings of shape \(N, 12\)"):
             learner.predict(torch.zeros(shape))
 
 
@@ -339,15 +339,15 @@ ROWS = torch.tensor([0, 1, 1])
 @pytest.mark.parametrize(
     ("embeddings", "labels", "told"),
     [
-        (torch.zeros(3, DIM), ROWS[:2], r"but has \(3, 12\) and \(2,\)"),
-        (torch.zeros(DIM), ROWS, r"but has \(12,\) and \(3,\)"),
+        (torch.zeros(3, DIM), ROWS[:2], r"but got \(3, 12\) and \(2,\)"),
+        (torch.zeros(DIM), ROWS, r"but got \(12,\) and \(3,\)"),
         (torch.zeros(3, DIM), ROWS[:, None], r"and \(3, 1\)"),
-        (torch.zeros(0, DIM), ROWS[:0], "without samples cannot be learned"),
-        (torch.zeros(3, DIM), ROWS - 2, "rows start at 0, but a label is -2"),
+        (torch.zeros(0, DIM), ROWS[:0], "must contain at least one sample"),
+        (torch.zeros(3, DIM), ROWS - 2, "rows of at least 0, but the smallest is -2"),
         (torch.full((3, DIM), torch.nan), ROWS, "NaN or infinity"),
         (torch.full((3, DIM), torch.inf), ROWS, "NaN or infinity"),
-        (torch.zeros(3, DIM, dtype=torch.float64), ROWS, "but has torch.float64 and torch.int64"),
-        (torch.zeros(3, DIM), ROWS.float(), "but has torch.float32 and torch.float32"),
+        (torch.zeros(3, DIM, dtype=torch.float64), ROWS, "but got torch.float64 and torch.int64"),
+        (torch.zeros(3, DIM), ROWS.float(), "but got torch.float32 and torch.float32"),
     ],
 )
 def test_a_task_that_cannot_be_learned(embeddings: torch.Tensor, labels: torch.Tensor, told: str) -> None:
@@ -370,7 +370,7 @@ def test_unknown_setting() -> None:
 @pytest.mark.parametrize("key", ["penalty", "penalty_weight", "fisher"])
 def test_a_penalty_needs_a_gradient(name: str, key: str) -> None:
     value = {"penalty": "ewc", "penalty_weight": 1.0, "fisher": "exact"}[key]
-    with pytest.raises(InputError, match=rf"learner.{key} belongs to .*'{name}' does not; .*sdmlp, finetune, lwf$"):
+    with pytest.raises(InputError, match=rf"learner.{key} requires .*'{name}' is not; .*sdmlp, finetune, lwf$"):
         build({"name": name, key: value}, DIM, Priors())
 
 
@@ -382,7 +382,7 @@ def test_removal_is_as_exact_as_declared(name: str) -> None:
     if declared == "exact":
         assert learner.remove(1)
     else:
-        with pytest.raises(InputError, match="take it out approximately"):
+        with pytest.raises(InputError, match=r"[Rr]emove it approximately"):
             learner.remove(1)
         assert not learner.remove(1, approximately=True)
     if declared == "with per_class":

@@ -146,10 +146,10 @@ def test_it_goes_on_learning_and_survives_a_restart(case: str) -> None:
 def test_only_rows_that_are_not_taught_can_be_left_out(case: str) -> None:
     learner = taught(case)
     classes = learner.scores(TEST).shape[1]
-    with pytest.raises(InputError, match=r"rows \[2, 4\] are taught, so they cannot be left out; remove or join"):
+    with pytest.raises(InputError, match=r"rows \[2, 4\] cannot be deleted: they have learned classes; remove or join"):
         without_rows(learner, [3, 2, 4])
     for row in (-1, classes):
-        with pytest.raises(InputError, match=rf"there are {classes} rows, so rows \[{row}\] cannot be left out"):
+        with pytest.raises(InputError, match=rf"rows \[{row}\] cannot be deleted: the rows are 0 to {classes - 1}$"):
             without_rows(learner, [row])
     same = without_rows(learner, [])
     assert all(array.tobytes() == pack(same)[0][name].tobytes() for name, array in pack(learner)[0].items())
@@ -177,7 +177,9 @@ def test_a_penalty_of_one_anchor_loses_the_part_of_the_rows_that_go(case: str) -
 def test_a_trained_class_is_blanked_and_the_rest_stays(case: str) -> None:
     learner = taught(case)
     scores = learner.scores(TEST)
-    with pytest.raises(InputError, match=r"cannot take a class out: .* spread over its weights; take it out approxim"):
+    with pytest.raises(
+        InputError, match=r"cannot remove a class exactly: its shared weights .* Remove it approximately"
+    ):
         learner.remove(4)
     assert learner.remove(4, approximately=True) is False
     assert learner.seen.tolist() == [1, 1, 1, 0, 0]

@@ -176,7 +176,9 @@ def test_a_memory_budget_is_no_reason_for_endless_features(monkeypatch: pytest.M
 
 
 def test_a_memory_budget_without_room_is_refused() -> None:
-    with pytest.raises(InputError, match=r"learner.budget_mb 0.001 has no room .* 100 classes, which take 0.003732 MB"):
+    with pytest.raises(
+        InputError, match=r"learner.budget_mb=0.001 is too small .* 100 classes, which need 0.003732 MB"
+    ):
         build({"name": "ranpac", "budget_mb": 0.001}, DIM, Priors())
 
 
@@ -329,7 +331,7 @@ def test_ssd_of_other_landmarks_is_not_merged() -> None:
         one.merge(other)
     bare = build({"name": "landmark"}, DIM, Priors())
     for first, second in ((one, bare), (bare, one)):
-        with pytest.raises(InputError, match=r"whether there are landmarks \((True|False) and (True|False)\)"):
+        with pytest.raises(InputError, match=r"the presence of landmarks \((True|False) and (True|False)\)"):
             first.merge(second)
 
 

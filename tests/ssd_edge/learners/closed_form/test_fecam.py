@@ -113,5 +113,5 @@ def test_what_is_solved_once_follows_the_statistics() -> None:
 
 
 def test_off_diagonal_shrinkage_beyond_the_diagonal_one_is_refused() -> None:
-    with pytest.raises(InputError, match=r"shrink_off_diagonal must be at most .* is 2 of 1"):
+    with pytest.raises(InputError, match=r"shrink_off_diagonal must be at most .* = 1, .* but is 2$"):
         build({"name": "fecam", "shrink_off_diagonal": 2.0}, DIM, Priors())

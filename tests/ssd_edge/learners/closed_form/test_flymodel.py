@@ -110,5 +110,5 @@ def test_more_samples_than_a_batch() -> None:
 
 
 def test_more_inputs_than_values_are_refused() -> None:
-    with pytest.raises(InputError, match=r"inputs_per_neuron is 32, but an embedding has only 20 values; set it to 20"):
+    with pytest.raises(InputError, match=r"inputs_per_neuron is 32, but embeddings have only 20 values; set it to 20"):
         build({"name": "flymodel"}, DIM, Priors())
