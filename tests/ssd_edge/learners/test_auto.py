@@ -196,7 +196,7 @@ def test_no_learner_is_called_auto() -> None:
 
 def test_config_of_auto_is_a_working_file() -> None:
     done = CliRunner().invoke(config, ["--learner", "auto"], catch_exceptions=False)
-    assert "train compares landmark, ncm, slda, ridge, ranpac, fecam on a held-out part" in done.output
+    assert "train compares landmark, ncm, slda, ridge, ranpac, fecam with default settings on held-out" in done.output
     tree = parse(TrainConfig, yaml.safe_load(done.output))
     assert tree.learner == {"name": "auto"}
     assert auto.wanted(tree.learner)
