@@ -65,7 +65,7 @@ class MemoryEstimate:
     Attributes:
         runtime: Interpreter and libraries.
         bundle: The bundle's bytes, while it is installed.
-        backbone: The backbone, with its weights laid out anew.
+        backbone: The backbone, with its reordered weights.
         activations: A batch of 32 images in layers of 64 channels, at half the resolution if the input is larger than
             64 pixels.
         learner: The learner, with the copies that learning makes.
@@ -84,7 +84,7 @@ class MemoryEstimate:
 
 @dataclasses.dataclass(frozen=True)
 class TargetFit:
-    """Whether a process fits into the memory of a target.
+    """Comparison of a process with the memory budget of a target.
 
     Attributes:
         target: Name of the target.

@@ -427,7 +427,7 @@ def test_one_hostile_image_prevents_learning(root, tmp_path):
         with pytest.raises(InputError):
             device.learn_all({"wedge": good, "cup": [*good, hostile]})
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == kept
-    assert device.learn("wedge", good)["generation"] == 2
+    assert device.learn("wedge", good).generation == 2
 
 
 def test_embeddings_that_are_not_finite_are_refused(root):
