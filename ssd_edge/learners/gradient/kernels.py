@@ -115,7 +115,7 @@ def _lazy(
     delta: float,
     margin: float,
     top: Array,
-    who: Array,
+    winners: Array,
 ) -> tuple[bool, int]:
     """Find the largest scores of one sample from its cache.
 
@@ -127,7 +127,7 @@ def _lazy(
     rank, filled = top.shape[0], 0
     for at in range(scores.shape[0]):
         if filled < rank or scores[at] > top[rank - 1]:
-            filled = _insert(scores[at], listed[at], top, who, filled)
+            filled = _insert(scores[at], listed[at], top, winners, filled)
     for place in range(cached.shape[0]):
         neuron = cached[place]
         if neuron < 0:
@@ -138,7 +138,7 @@ def _lazy(
             continue
         score = _dot(sample, keys[neuron])
         if filled < rank or score > top[rank - 1]:
-            filled = _insert(score, neuron, top, who, filled)
+            filled = _insert(score, neuron, top, winners, filled)
     return filled == rank and bound + delta + margin <= top[rank - 1], filled
 
 
@@ -153,23 +153,23 @@ def _full(
     cached_scores: Array,
     bound: Array,
     top: Array,
-    who: Array,
+    winners: Array,
     filled: Array,
     near: Array,
-    near_who: Array,
+    near_winners: Array,
 ) -> None:
     """Evaluate every neuron for the samples without a proof, and cache their best neurons anew.
 
     Args:
         samples: ``(Q, D)``, inputs.
         missed: ``(Q, 2)``, index of each sample in the task and in the batch.
-        near: ``(Q, m + 1)``, buffer for scores; `near_who` is the buffer for neurons.
+        near: ``(Q, m + 1)``, buffer for scores; `near_winners` is the buffer for neurons.
     """
     for q in range(missed.shape[0]):  # neurons without a lane are added again below
         b, kept = missed[q, 1], 0
         for place in range(filled[b]):
-            if lane[who[b, place]] >= 0:
-                top[b, kept], who[b, kept] = top[b, place], who[b, place]
+            if lane[winners[b, place]] >= 0:
+                top[b, kept], winners[b, kept] = top[b, place], winners[b, place]
                 kept += 1
         filled[b] = kept
     last, rank = near.shape[1] - 1, top.shape[1]
@@ -181,15 +181,15 @@ def _full(
         for q in range(missed.shape[0]):
             b, score = missed[q, 1], _dot(samples[q], key)
             if filled[b] < rank or score > top[b, rank - 1]:
-                filled[b] = _insert(score, neuron, top[b], who[b], filled[b])
+                filled[b] = _insert(score, neuron, top[b], winners[b], filled[b])
             # relative to the key at the time when all caches were filled, so that one bound holds for all
             score = near.dtype.type(score - path[neuron])
             if found[q] <= last or score > near[q, last]:
-                found[q] = _insert(score, neuron, near[q], near_who[q], found[q])
+                found[q] = _insert(score, neuron, near[q], near_winners[q], found[q])
     for q in range(missed.shape[0]):
         sample = missed[q, 0]
         for place in range(last):
-            cached[sample, place] = near_who[q, place] if place < found[q] else -1
+            cached[sample, place] = near_winners[q, place] if place < found[q] else -1
             cached_scores[sample, place] = near[q, place]
         bound[sample] = near[q, last] if found[q] > last else -np.inf
 
@@ -280,23 +280,23 @@ def _hidden_loss(
 
 
 @_inner
-def _rescore(sample: Array, keys: Array, lane: Array, top: Array, who: Array, filled: int) -> None:
+def _rescore(sample: Array, keys: Array, lane: Array, top: Array, winners: Array, filled: int) -> None:
     """Compute the scores of chosen neurons in lanes as for all others, so that equal keys give equal bits."""
     for place in range(filled):
-        neuron, score = who[place], top[place]
+        neuron, score = winners[place], top[place]
         if lane[neuron] >= 0:
             score = _dot(sample, keys[neuron])
         at = place
         while at > 0 and top[at - 1] < score:
-            top[at], who[at] = top[at - 1], who[at - 1]
+            top[at], winners[at] = top[at - 1], winners[at - 1]
             at -= 1
-        top[at], who[at] = score, neuron
+        top[at], winners[at] = score, neuron
 
 
 @_inner
 def _active(
     top: Array,
-    who: Array,
+    winners: Array,
     filled: int,
     subtract: int,
     lane: Array,
@@ -313,11 +313,11 @@ def _active(
     zero = top.dtype.type(0)
     inhibition = max(zero, top[rank - 1]) if subtract else zero
     for place in range(min(filled, rank - subtract)):
-        at = lane[who[place]]
+        at = lane[winners[place]]
         if 0 <= at < gammas.shape[0]:
             continue  # open switch, handled below
         if top[place] > inhibition:
-            active[found], value[found], positive[found] = who[place], top[place] - inhibition, 1
+            active[found], value[found], positive[found] = winners[place], top[place] - inhibition, 1
             found += 1
     for at in range(gammas.shape[0]):
         score = _dot(sample, keys[listed[at]])
@@ -382,7 +382,11 @@ def _epoch(
     margin = 3.0 * dim * np.finfo(keys.dtype).eps  # rounding errors of two scores and of the sums with them
     near_size, most = cached.shape[1] + 1, rank + opened
     rows = min(neurons, batch * most)
-    top, who, filled = np.empty((batch, rank), keys.dtype), np.empty((batch, rank), np.int32), np.zeros(batch, np.int64)
+    top, winners, filled = (
+        np.empty((batch, rank), keys.dtype),
+        np.empty((batch, rank), np.int32),
+        np.zeros(batch, np.int64),
+    )
     active, value = np.empty(most, np.int32), np.empty(most, keys.dtype)
     positive, to_active = np.empty(most, np.int8), np.zeros(most, keys.dtype)
     logits, slope, buffer = np.empty(classes, keys.dtype), np.empty(classes, keys.dtype), np.full(width, -1.0)
@@ -407,24 +411,24 @@ def _epoch(
             i = order[start + b]
             proved, filled[b] = _lazy(
                 x[i], keys, cached[i], cached_scores[i], bound[i], path, lane, scores[b, : counts[0]], listed,
-                delta, margin, top[b], who[b],
+                delta, margin, top[b], winners[b],
             )  # fmt: skip
             if not proved:
                 missed[misses, 0], missed[misses, 1] = i, b
                 misses += 1
         if misses:
-            near, near_who = np.empty((misses, near_size), keys.dtype), np.empty((misses, near_size), np.int32)
+            near, near_winners = np.empty((misses, near_size), keys.dtype), np.empty((misses, near_size), np.int32)
             _full(
                 x[missed[:misses, 0]], missed[:misses], keys, path, lane, cached, cached_scores, bound,
-                top, who, filled, near, near_who,
+                top, winners, filled, near, near_winners,
             )  # fmt: skip
         # losses and gradients
         for b in range(count):
             i = order[start + b]
             slack[i] = top[b, rank - 1] - bound[i]
-            _rescore(x[i], keys, lane, top[b], who[b], filled[b])
+            _rescore(x[i], keys, lane, top[b], winners[b], filled[b])
             found = _active(
-                top[b], who[b], filled[b], subtract, lane, listed, gammas, x[i], keys, active, value, positive
+                top[b], winners[b], filled[b], subtract, lane, listed, gammas, x[i], keys, active, value, positive
             )
             logits[:] = 0
             for e in range(found):
