@@ -1,4 +1,4 @@
-"""``learner.name=auto``: which learner is taken, the sentence that says why, and what a run keeps of it."""
+"""``learner.name=auto``: the chosen learner, the sentence that explains it, and its record in a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZES = {"landmark": 1_700_000, "ranpac": 16_200_000, "fecam": 26_000_000, "slda
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the candidate whose 2,000 features take seconds to solve."""
+    """Skip the candidate whose 2,000 features take seconds to solve."""
     monkeypatch.setattr(auto, "CANDIDATES", tuple(name for name in CANDIDATES if name != "ranpac"))
 
 
@@ -51,7 +51,7 @@ def hits(count: int, wrong: list[int]) -> np.ndarray:
 
 
 def decided(count: int, **wrong: list[int]) -> auto.Choice:
-    """The choice where each candidate errs on these samples."""
+    """Return the choice if each candidate is wrong on these samples."""
     return decide({name: hits(count, where) for name, where in wrong.items()}, SIZES, 9)
 
 
@@ -105,7 +105,7 @@ def test_with_single_images_there_is_nothing_to_compare(quickly: None) -> None:
     assert "Candidates: landmark (" in html._choice(choice.to_json())
 
 
-def test_two_images_a_class_are_enough(quickly: None) -> None:
+def test_two_images_per_class_are_enough(quickly: None) -> None:
     choice = auto.choose(*blobs(3, 2, 0.1), Priors())
     assert (choice.learned, choice.held_out) == (3, 3)
     assert all(0 <= row.accuracy <= 1 for row in choice.rows)
@@ -165,7 +165,7 @@ def test_a_single_held_out_sample() -> None:
     assert choice.sentence == "landmark: 1.000 on 1 held-out training image; next ncm 1.000 (4.0 kB against 1.7 MB)"
 
 
-def test_bad_embeddings_are_refused() -> None:
+def test_embeddings_with_nan_are_refused() -> None:
     with pytest.raises(InputError, match="NaN or infinity"):
         auto.choose(torch.full((4, 3), torch.nan), torch.tensor([0, 0, 1, 1]), Priors())
 
@@ -179,7 +179,7 @@ def test_bad_embeddings_are_refused() -> None:
         (["learner.name=[a, b]"], "unknown learner.name '['a', 'b']'"),
     ],
 )
-def test_what_is_refused_leaves_nothing_behind(words: list[str], message: str, refused, tmp_path: Path) -> None:
+def test_refused_run_leaves_no_files(words: list[str], message: str, refused, tmp_path: Path) -> None:
     assert message in refused("train", *DIGITS, *QUICK, *words, f"run.out={tmp_path / 'runs'}", code=2)
     assert not (tmp_path / "runs").exists()
 

@@ -1,4 +1,4 @@
-"""What every learner promises: resume to the last bit, no tensor that grows with the samples, errors in words."""
+"""The contract of all learners: bit-identical resume, a state of fixed size, and clear errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "slda": {"name": "slda"},
     "ridge": {"name": "ridge"},
     "ranpac": {"name": "ranpac", "features": 30},
-    # settings that add to the state or to what a task draws
+    # settings that add tensors to the state or random draws to a task
     "ssd, random selection": {
         "name": "ssd", **SMALL, "selection": "random", "outputs": "arriving", "gaba": "keep",
     },
@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two hidden layers": {"name": "ssd", **SMALL, "layers": 2},
     "masked": {"name": "sdmlp", **SMALL, "inhibition": "mask"},
     "sdmlp, ewc": {"name": "sdmlp", **SMALL, "penalty": "ewc", "layers": 2},
-    "paper, si": {"name": "ssd", **SMALL, "penalty": "si", "outputs": "arriving"},
+    "ssd, si": {"name": "ssd", **SMALL, "penalty": "si", "outputs": "arriving"},
     "sdmlp, mas": {"name": "sdmlp", **SMALL, "penalty": "mas"},
     "finetune, online ewc": {
         "name": "finetune", "neurons": 20, "epochs": 3, "batch": 16, "penalty": "online_ewc", "layers": 2,
@@ -53,14 +53,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fecam": {"name": "fecam"},
     "flymodel": {"name": "flymodel", "neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
     "slda by class": {"name": "slda", "per_class": True},
-    "ssd, random keys": {"name": "landmark", "directions": 40, "keys": "random"},
-    "ssd by class": {"name": "landmark", "directions": 20, "per_class": True},
+    "landmark, random keys": {"name": "landmark", "directions": 40, "keys": "random"},
+    "landmark by class": {"name": "landmark", "directions": 20, "per_class": True},
 }  # fmt: skip
 RANDOM = ("landmark", "ssd", "sdmlp", "finetune", "lwf", "icarl", "ranpac", "flymodel")
 
 
 def priors() -> Priors:
-    """Everything that a backbone package can bring, of the size of the learners above."""
+    """Return priors with every part, sized for the learners above."""
     generator = np.random.default_rng(0)
 
     def unit(rows: NDArray) -> NDArray:
@@ -82,7 +82,7 @@ def make(case: str, seed: int = 0, empty: bool = False) -> Learner:
 
 
 def task(rows: tuple[int, ...], count: int = 60, seed: int = 0) -> Task:
-    """Well separated Gaussian classes; a row always has the same mean."""
+    """Draw well separated Gaussian classes; each row always has the same mean."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor(rows).repeat(-(-count // len(rows)))[:count]
     means = 4.0 * torch.randn(10, DIM, generator=torch.Generator().manual_seed(99))
@@ -90,14 +90,14 @@ def task(rows: tuple[int, ...], count: int = 60, seed: int = 0) -> Task:
 
 
 def differing(one: Learner, other: Learner) -> list[str]:
-    """Names of state tensors that are not bit-equal."""
+    """Return the names of state tensors that are not bit-identical."""
     mine, theirs = pack(one)[0], pack(other)[0]
     assert mine.keys() == theirs.keys()
     return [name for name in mine if mine[name].tobytes() != theirs[name].tobytes()]
 
 
 def through_a_file(learner: Learner) -> Learner:
-    """Packed and restored; what has been packed must not move with the learner that goes on."""
+    """Pack and restore a learner, through JSON."""
     arrays, metadata = pack(learner)
     return restore(arrays, json.loads(json.dumps(metadata)))
 
@@ -110,7 +110,7 @@ def test_every_learner_is_tested() -> None:
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_pack_and_restore_to_the_last_bit(case: str) -> None:
+def test_pack_and_restore_are_bit_identical(case: str) -> None:
     learner = make(case)
     learner.expect(6)
     test = task((0, 1, 2, 3), seed=7).embeddings
@@ -124,7 +124,7 @@ def test_pack_and_restore_to_the_last_bit(case: str) -> None:
 
 @pytest.mark.parametrize("case", OPTIONS)
 @pytest.mark.parametrize("tasks", [0, 1, 2])
-def test_a_resumed_learner_goes_on_to_the_last_bit(case: str, tasks: int) -> None:
+def test_resume_gives_identical_states(case: str, tasks: int) -> None:
     stream = [task((0, 1), 70), task((2, 3), 90), task((1, 5), 50)]
     learner = make(case)
     learner.expect(6)
@@ -229,21 +229,21 @@ def test_an_unknown_tensor_is_refused(case: str) -> None:
     ],
     ids=str,
 )
-def test_metadata_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
+def test_invalid_metadata_is_refused(change: dict[str, Any]) -> None:
     arrays, metadata = pack(make("landmark"))
     with pytest.raises(BundleRefusedError, match=r"^the metadata of the learner's state is invalid"):
         restore(arrays, {**metadata, **change})
 
 
 @pytest.mark.parametrize("key", ["learner", "settings", "dim", "seed"])
-def test_metadata_that_lack_a_key_are_refused(key: str) -> None:
+def test_metadata_without_a_key_is_refused(key: str) -> None:
     arrays, metadata = pack(make("landmark"))
     del metadata[key]
     with pytest.raises(BundleRefusedError, match=key):
         restore(arrays, metadata)
 
 
-def test_a_table_that_names_no_neuron_is_refused() -> None:
+def test_top_n_table_with_an_unknown_neuron_is_refused() -> None:
     arrays, metadata = pack(make("ssd"))
     arrays["top_n_indices"][0] = 48
     with pytest.raises(BundleRefusedError, match="contains neuron 48, but there are 48"):
@@ -276,7 +276,7 @@ def test_classes_arrive_unannounced_with_gaps_and_again(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_the_classes_of_one_task_are_told_apart(case: str) -> None:
+def test_classes_of_one_task_are_distinguished(case: str) -> None:
     learner = build({**OPTIONS[case], **({"epochs": 30} if "epochs" in OPTIONS[case] else {})}, DIM, priors())
     learner.learn(task((0, 1, 2), 240))
     test = task((0, 1, 2), 240, seed=1)
@@ -303,7 +303,7 @@ def test_every_task_and_purpose_draws_its_own_numbers() -> None:
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_predicting_changes_nothing_and_takes_any_number(case: str) -> None:
+def test_predict_changes_nothing_for_any_batch_size(case: str) -> None:
     learner = make(case)
     learner.learn(task((0, 1)))
     before = {name: array.copy() for name, array in pack(learner)[0].items()}
@@ -317,13 +317,13 @@ def test_predicting_changes_nothing_and_takes_any_number(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_nothing_taught(case: str) -> None:
+def test_predict_without_classes_is_refused(case: str) -> None:
     with pytest.raises(InputError, match=r"^no class has been learned yet; learn one first"):
         make(case).predict(torch.zeros(3, DIM))
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_another_dimension(case: str) -> None:
+def test_wrong_dimension_is_refused(case: str) -> None:
     learner = make(case)
     with pytest.raises(InputError, match=r"expects embeddings of shape \(N, 12\), but got \(4, 13\)"):
         learner.learn(Task(torch.zeros(4, 13), torch.zeros(4, dtype=torch.int64)))
@@ -350,7 +350,7 @@ ROWS = torch.tensor([0, 1, 1])
         (torch.zeros(3, DIM), ROWS.float(), "but got torch.float32 and torch.float32"),
     ],
 )
-def test_a_task_that_cannot_be_learned(embeddings: torch.Tensor, labels: torch.Tensor, told: str) -> None:
+def test_invalid_task_is_refused(embeddings: torch.Tensor, labels: torch.Tensor, told: str) -> None:
     with pytest.raises(InputError, match=told):
         Task(embeddings, labels)
 
@@ -368,7 +368,7 @@ def test_unknown_setting() -> None:
 
 @pytest.mark.parametrize("name", ["ncm", "slda", "ridge", "ranpac", "fecam", "flymodel", "landmark"])
 @pytest.mark.parametrize("key", ["penalty", "penalty_weight", "fisher"])
-def test_a_penalty_needs_a_gradient(name: str, key: str) -> None:
+def test_penalty_requires_a_gradient_learner(name: str, key: str) -> None:
     value = {"penalty": "ewc", "penalty_weight": 1.0, "fisher": "exact"}[key]
     with pytest.raises(InputError, match=rf"learner.{key} requires .*'{name}' is not; .*sdmlp, finetune, lwf$"):
         build({"name": name, key: value}, DIM, Priors())
@@ -391,7 +391,7 @@ def test_removal_is_as_exact_as_declared(name: str) -> None:
         assert separate.remove(1)
 
 
-def test_replay_is_said_of_the_one_learner_that_stores_samples() -> None:
+def test_replay_is_declared_by_the_learner_that_stores_samples() -> None:
     stores = [name for name, kind in LEARNERS.items() if kind.replay]
     assert stores == ["icarl"]
     learner = make("icarl")

@@ -1,4 +1,4 @@
-"""Removing and joining classes, merging and subtracting learners: exactly what a learner knows that was taught so."""
+"""Removing and joining classes, merging and subtracting learners: equal to learning the resulting samples."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_one_class_or_none_is_left(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", BY_CLASS)
-def test_only_what_was_taught_can_be_taken_out(case: str) -> None:
+def test_only_learned_classes_can_be_removed(case: str) -> None:
     learner = taught(case, [draw({0: 9, 2: 9})])
     for row in (1, 3, -1):
         with pytest.raises(InputError, match=f"row {row} has not been learned.*; learned rows: 0, 2"):
@@ -141,7 +141,7 @@ def test_only_what_was_taught_can_be_taken_out(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", POOLED)
-def test_nothing_is_taken_out_of_a_pooled_second_moment(case: str) -> None:
+def test_pooled_second_moment_allows_no_exact_removal(case: str) -> None:
     learner = taught(case, STREAM)
     before = pack(learner)[0]
     with pytest.raises(InputError, match=r"one second moment for all classes.*learner.per_class=true"):
@@ -150,8 +150,8 @@ def test_nothing_is_taken_out_of_a_pooled_second_moment(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", POOLED)
-def test_out_of_a_pooled_second_moment_a_class_is_taken_approximately(case: str) -> None:
-    """Means and counts are exact; of the covariance what the class has said stays, which changes few answers."""
+def test_approximate_removal_from_a_pooled_second_moment(case: str) -> None:
+    """Means and counts are exact; the covariance keeps the share of the class, which changes few predictions."""
     learner, pooled = taught(case, STREAM), taught(case, STREAM).statistics
     assert learner.remove(1, approximately=True) is False
     assert learner.seen.tolist() == [1, 0, 1, 1]
@@ -187,7 +187,7 @@ def test_second_moments_by_class_predict_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_what_is_spread_over_weights_can_neither_be_taken_out_nor_merged(name: str) -> None:
+def test_gradient_learners_refuse_removal_and_merging(name: str) -> None:
     learner = build({"name": name, "neurons": 40, "epochs": 1}, DIM, Priors())
     learner.learn(draw({0: 9, 1: 9}))
     shown = re.escape(learner.display)
@@ -312,7 +312,7 @@ def test_merging_with_one_that_knows_nothing(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", BY_CLASS)
-def test_a_class_of_another_learner_can_be_taken_out_after_merging(case: str) -> None:
+def test_class_of_another_learner_can_be_removed_after_merging(case: str) -> None:
     learner = taught(case, STREAM[:1])
     learner.merge(taught(case, STREAM[1:]))
     learner.remove(2)
@@ -330,7 +330,7 @@ def test_a_class_of_another_learner_can_be_taken_out_after_merging(case: str) ->
         ("flymodel", {"lr": 0.1}, r"learner.lr \(0.03 and 0.1\)"),
     ],
 )
-def test_learners_of_other_settings_are_not_merged(case: str, settings: dict[str, Any], told: str) -> None:
+def test_learners_with_different_settings_are_not_merged(case: str, settings: dict[str, Any], told: str) -> None:
     learner = taught(case, STREAM)
     before = pack(learner)[0]
     with pytest.raises(InputError, match=told):
@@ -346,7 +346,7 @@ def test_learners_of_other_settings_are_not_merged(case: str, settings: dict[str
         ("landmark", r"differ in the seed of the keys \(0 and 1\)"),
     ],
 )
-def test_learners_of_other_random_numbers_are_not_merged(case: str, told: str) -> None:
+def test_learners_with_different_seeds_are_not_merged(case: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
         make(case).merge(make(case, seed=1))
 
@@ -359,7 +359,7 @@ def test_the_seed_of_learners_that_draw_nothing_may_differ(case: str) -> None:
     assert_same(one, taught(case, STREAM), [0, 1, 2, 3])
 
 
-def test_learners_of_other_priors_kinds_or_sizes_are_not_merged() -> None:
+def test_learners_with_different_priors_kinds_or_sizes_are_not_merged() -> None:
     slda = make("slda")
     for known, told in ((priors(2.0), "the prior covariance cannot"), (Priors(), "the prior covariance cannot")):
         with pytest.raises(InputError, match=told):
@@ -443,7 +443,7 @@ def test_nothing_is_left_of_a_row_whose_sums_were_rounded_otherwise(case: str) -
 
 
 @pytest.mark.parametrize("case", SUBTRACT)
-def test_what_was_never_added_cannot_be_subtracted(case: str) -> None:
+def test_subtracting_samples_that_were_never_added_is_refused(case: str) -> None:
     learner = taught(case, STREAM)
     before = pack(learner)[0]
     for task, told in ((draw({2: 41}), "row 2 has 40 samples, the other 41"), (draw({6: 3}), "row 6 has 0 .* other 3")):

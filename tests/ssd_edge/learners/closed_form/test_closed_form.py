@@ -170,7 +170,7 @@ def test_random_features_that_fit_a_memory_budget(megabytes: float, per_class: b
     assert learner.memory_bytes() <= megabytes * 1e6 < one_more.memory_bytes()
 
 
-def test_a_memory_budget_is_no_reason_for_endless_features(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_budget_is_limited_to_most_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranpac_module, "MOST_FEATURES", 30)
     assert build({"name": "ranpac", "budget_mb": 1e7}, DIM, Priors()).feature_count() == 30
 
@@ -301,7 +301,7 @@ def test_ssd_without_landmarks_draws_its_keys_from_the_seed_and_says_so() -> Non
     assert asked.note == ""
 
 
-def test_ssd_keeps_two_megabytes_for_ten_classes() -> None:
+def test_landmark_state_is_below_two_megabytes_for_ten_classes() -> None:
     """The bar of docs/landmark.md, of the shipped size: what the backbone brought does not count."""
     given = Priors(landmarks=landmarks(256, neurons=1500, directions=900))
     learner = build({"name": "landmark"}, 256, given)
@@ -320,7 +320,7 @@ def test_ssd_keeps_two_megabytes_for_ten_classes() -> None:
     ],
     ids=str,
 )
-def test_ssd_settings_that_cannot_be(options: dict[str, Any], told: str) -> None:
+def test_invalid_landmark_settings_are_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
         build({"name": "landmark", **options}, DIM, Priors(landmarks=landmarks(DIM)))
 
