@@ -94,7 +94,7 @@ def ordered(stream: str, order: int) -> StreamData:
     """A stream with its classes in the order of that number."""
     inputs = read(_opened[stream][0])
     config = StreamConfig(**streams()[stream].stream, order=f"sdmlp-{ORDERS[order]}")
-    return prepare(inputs.dataset, make_stream(inputs.dataset.classes, config, order), inputs, inputs.embedded)
+    return prepare(inputs.dataset, make_stream(inputs.dataset.classes, config, order), True, inputs.embedded)
 
 
 def tasks_of(stream: str, shots: int, order: int) -> list[Tensor]:

@@ -188,7 +188,8 @@ class Drawing:
             stretched: take the width of the page instead of the figure's own.
         """
         buffer = io.BytesIO()
-        self._canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        self._canvas.print_svg(buffer, metadata=metadata)  # type: ignore[no-untyped-call]  # untyped in matplotlib
         root = ElementTree.fromstring(buffer.getvalue())
         root.remove(root[0])  # a style sheet, which would apply to the whole page
         for group in root.iter(f"{_SVG}g"):

@@ -1,7 +1,7 @@
-"""Many cells: what is to be done, in which processes, and what is told meanwhile.
+"""Run many cells, in this process or in parallel.
 
-Everything that cells share (embeddings, keys) is made here first, so that workers only learn. A worker that dies
-takes nothing along: finished cells are stored one by one, and its own is done again.
+Embeddings and keys are shared between cells and prepared first, so that worker processes only learn. Results are stored
+one by one; if a worker process dies, only its cell is repeated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -28,28 +28,28 @@ from ssd_edge.report import events
 from ssd_edge.report.events import Listener, Message
 from ssd_edge.report.wording import percent
 from ssd_edge.reproduction import cells, work
-from ssd_edge.reproduction.sources import Sources, found, write_inputs, write_priors
+from ssd_edge.reproduction.sources import Sources, locate, write_inputs, write_priors
 from ssd_edge.reproduction.specs import Experiment, StreamSource, streams
 from ssd_edge.reproduction.work import Job
 from ssd_edge.run.train import pick_device, set_threads
 from ssd_edge.system import duration, usable_cores
 
-ATTEMPTS = 3  # at a cell whose process dies
+ATTEMPTS = 3  # pools of worker processes, before giving up
 RESULTS = Path("results") / "reproduce"
-INTERNAL = 1  # exit code of what is no user's error
+INTERNAL = 1  # exit code of internal errors
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a user asks for.
+    """Options of `ssd-edge reproduce`.
 
     Attributes:
-        experiments: to run.
+        experiments: Experiments to run.
         budget: smoke, reduced or full.
-        orders: class orders; None: the budget's.
-        workers: processes; 0: one per usable core, or one where there is a GPU.
-        out: results.md and results/ are in here.
-        tiny_backbone: for Split Tiny-ImageNet, or None.
+        orders: Number of class orders; None for that of the budget.
+        workers: Number of processes; 0 for one per usable core, or one with a GPU.
+        out: Folder of results.md and results/.
+        tiny_backbone: Backbone for Split Tiny-ImageNet, or None.
     """
 
     experiments: Sequence[Experiment]
@@ -61,45 +61,45 @@ class Request:
 
     @property
     def results(self) -> Path:
-        """Where cells are stored."""
+        """Folder of stored results."""
         return self.out / RESULTS
 
 
 def wanted(request: Request) -> list[cells.Setup]:
-    """All setups, each once: first every one of the first class order with its upper bound, then of the next."""
-    asked: dict[str, cells.Setup] = {}
+    """Return the distinct setups with their upper bounds, ordered by class order."""
+    distinct: dict[str, cells.Setup] = {}
     for experiment in request.experiments:
         for stream in experiment.streams:
             for system in experiment.systems:
                 for setup in cells.setups(experiment, system, stream, request.budget, request.orders):
-                    for one in (setup, cells.upper_bound(setup)):
-                        asked.setdefault(one.key(), one)
-    return sorted(asked.values(), key=lambda setup: setup.order)
+                    for cell in (setup, cells.upper_bound(setup)):
+                        distinct.setdefault(cell.key(), cell)
+    return sorted(distinct.values(), key=lambda setup: setup.order)
 
 
 def missing_data(setups: Sequence[cells.Setup]) -> list[str]:
-    """Files that the setups need and that are not under ``$SSD_EDGE_DATA``."""
-    return sorted({streams()[q.stream].data for q in setups if found(streams()[q.stream].data) is None})
+    """Return the files required by the setups that are missing under ``$SSD_EDGE_DATA``."""
+    return sorted({data for setup in setups if locate(data := streams()[setup.stream].data) is None})
 
 
 def plan(request: Request, sources: Sources, scratch: Path) -> tuple[list[Job], int]:
-    """The cells that are not stored yet, with everything that they need in `scratch`; and how many are.
+    """Return the jobs for cells that are not stored, and the number of stored cells; write their inputs to `scratch`.
 
     Raises:
-        InputError: data is not here, and this budget takes no other in its place.
+        InputError: Data is missing, and the budget does not allow a stand-in.
     """
     setups = wanted(request)
     smoke = request.budget == "smoke"
-    lacking = missing_data(setups)
-    if lacking and not smoke:
+    missing = missing_data(setups)
+    if missing and not smoke:
         root = os.environ.get("SSD_EDGE_DATA")
         where = f"not under SSD_EDGE_DATA={root}" if root else "SSD_EDGE_DATA is not set"
-        raise InputError(f"the budget {request.budget} needs {', '.join(lacking)}, but {where}; put the files there")
+        raise InputError(f"the budget {request.budget} needs {', '.join(missing)}, but {where}; put the files there")
     jobs, stored = [], 0
     for setup in setups:
         stream = streams()[setup.stream]
         if _lacks_backbone(stream, sources):
-            continue  # `run` has said so
+            continue  # reported by `run`
         inputs = sources.inputs(stream, setup.images, smoke)
         priors, keys, notes = sources.keys(inputs, setup.learner, stream, not smoke)
         cell = cells.spec(setup, cells.Provenance(inputs.dataset.fingerprint, inputs.identity, keys))
@@ -124,18 +124,18 @@ def plan(request: Request, sources: Sources, scratch: Path) -> tuple[list[Job], 
 
 
 def _checkpoints() -> Path:
-    """States of unfinished cells; beside the embeddings, which can be deleted at any time too."""
+    """Return the folder for unfinished cells; like the embeddings next to it, it can be deleted at any time."""
     return cache.folder().parent / "reproduce"
 
 
 def run(request: Request, listener: Listener) -> SSDEdgeError | None:
-    """Run what is not stored yet.
+    """Run the cells that are not stored.
 
     Returns:
-        None, or, where cells failed, an error with the worst of their exit codes: the others are stored.
+        None, or an error with the worst exit code of the failed cells. The results of all others are stored.
 
     Raises:
-        InputError: data is not here; nothing was run.
+        InputError: Data is missing; nothing was run.
     """
     device = pick_device("auto")
     set_threads(0)
@@ -152,75 +152,88 @@ def run(request: Request, listener: Listener) -> SSDEdgeError | None:
         failures = _all(jobs, min(workers, max(1, len(jobs))), listener)
     if not failures:
         return None
-    error = SSDEdgeError(f"{len(failures)} of {len(jobs)} cells failed (above); all others are stored")
-    codes = [code for code, _ in failures]
+    error = SSDEdgeError(f"{len(failures)} of {len(jobs)} cells failed, see above; all others are stored")
+    codes = [outcome.code for outcome in failures]
     error.exit_code = INTERNAL if INTERNAL in codes else max(codes)
     return error
 
 
 def _lacks_backbone(stream: StreamSource, sources: Sources) -> bool:
-    """Whether the data is here but not the backbone that it needs (digits stand in for data that is not)."""
-    return stream.backbone != "shipped" and sources.tiny_backbone is None and found(stream.data) is not None
+    """Return True if the data exists but its backbone does not; digits replace missing data."""
+    return stream.backbone != "shipped" and sources.tiny_backbone is None and locate(stream.data) is not None
 
 
 def title(job: Job) -> str:
-    """A cell in a few words."""
+    """Return a short name of a cell."""
     asked = job.cell["asked"]
     readable = Path(cells.file_name(job.cell)).name.rsplit("-", 2)[0]
     return f"{asked['stream']} {readable}, order {job.cell['order']}"
 
 
-Outcome = tuple[int, str, float]  # exit code (0: done), what to tell, seconds
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Outcome of a job.
+
+    Attributes:
+        code: Exit code; 0 for success.
+        text: Accuracy or error message.
+        seconds: Duration.
+    """
+
+    code: int
+    text: str
+    seconds: float
 
 
 def attempt(job: Job) -> Outcome:
-    """Run one cell; an error is told, not raised, because the others go on."""
+    """Run one cell; errors are returned, so that other cells continue."""
     began = time.monotonic()
     try:
         result = work.run(job)
     except SSDEdgeError as error:
-        return error.exit_code, str(error), time.monotonic() - began
+        return Outcome(error.exit_code, str(error), time.monotonic() - began)
     except Exception:
-        return INTERNAL, traceback.format_exc(), time.monotonic() - began
-    return 0, percent(result["accuracy"]), time.monotonic() - began
+        return Outcome(INTERNAL, traceback.format_exc(), time.monotonic() - began)
+    return Outcome(0, percent(result["accuracy"]), time.monotonic() - began)
 
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """An interrupt waits until the block is left; processes started in it never see one: their parent ends them."""
-    came: list[int] = []
-    # both: a mask is inherited by the processes, but another thread of this one may still take the signal
-    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    """Delay interrupts until the end of the block; processes started inside ignore them."""
+    received: list[int] = []
+    # child processes inherit the mask, but other threads of this process could still receive the signal
+    handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
-    if came:
+    if received:
         raise KeyboardInterrupt
 
 
-def _all(jobs: list[Job], workers: int, listener: Listener) -> list[tuple[int, str]]:
-    """Run the jobs; returns exit code and message of those that failed."""
+def _all(jobs: list[Job], workers: int, listener: Listener) -> list[Outcome]:
+    """Run the jobs and return the outcomes of those that failed."""
     failures, began = [], time.monotonic()
-    outcomes = _here(jobs) if workers == 1 else _beside(jobs, workers)
+    outcomes = _sequential(jobs) if workers == 1 else _parallel(jobs, workers)
     width = len(str(len(jobs)))
-    # closing: an interrupt must end the worker processes at once
+    # closing ends the worker processes at once after an interrupt
     reporting = events.progress(listener, "reproduce", len(jobs), "cell", live_only=True)
     with contextlib.closing(outcomes), reporting as update:
-        for done, (job, (code, told, seconds)) in enumerate(outcomes, 1):
+        for done, (job, outcome) in enumerate(outcomes, 1):
             left = (time.monotonic() - began) / done * (len(jobs) - done)
-            status = f"FAILED, {told.strip()}" if code else f"{told} in {duration(seconds)}"
+            success = f"{outcome.text} in {duration(outcome.seconds)}"
+            status = f"FAILED, {outcome.text.strip()}" if outcome.code else success
             listener(Message(f"[{done:>{width}}/{len(jobs)}] {title(job)}: {status}; {duration(left)} left"))
             update(done - 1, 1.0)
-            if code:
-                failures.append((code, told))
+            if outcome.code:
+                failures.append(outcome)
     return failures
 
 
-def _here(jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
-    """One after the other in this process."""
+def _sequential(jobs: Sequence[Job]) -> Generator[tuple[Job, Outcome], None, None]:
+    """Run jobs one after the other in this process."""
     threads = torch.get_num_threads()
     work.limit_threads()
     try:
@@ -230,11 +243,11 @@ def _here(jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
         torch.set_num_threads(threads)
 
 
-def _beside(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Outcome]]:
-    """In processes side by side. Where one dies, the pool is made anew for what it left undone.
+def _parallel(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, Outcome], None, None]:
+    """Run jobs in parallel processes; if one dies, a new pool runs the remaining jobs.
 
     Raises:
-        EnvironmentUnfitError: processes keep dying.
+        EnvironmentUnfitError: Processes keep dying.
     """
     left = list(jobs)
     for _ in range(ATTEMPTS):
@@ -243,24 +256,24 @@ def _beside(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Outcome]]:
             with _uninterrupted():
                 waiting = {pool.submit(attempt, job): job for job in left}
             for future in as_completed(waiting):
-                if isinstance(future.exception(), BrokenProcessPool):  # all that were not finished
+                if isinstance(future.exception(), BrokenProcessPool):  # of all unfinished jobs
                     continue
                 left.remove(waiting[future])
                 yield waiting[future], future.result()
         except BrokenProcessPool:
-            pass  # while cells were still handed out
+            pass  # while jobs were being submitted
         finally:
             _end(pool)
         if not left:
             return
-        left = left[workers:] + left[:workers]  # what ran when the process died comes last
+        left = left[workers:] + left[:workers]  # jobs that ran when the process died come last
     raise EnvironmentUnfitError(
         f"worker processes died {ATTEMPTS} times with {len(left)} cells left; memory may be short: lower --workers"
     )
 
 
 def _end(pool: ProcessPoolExecutor) -> None:
-    """Stop a pool without waiting for cells that are running."""
-    for process in multiprocessing.active_children():  # this command's only ones
+    """Stop a pool without waiting for running cells."""
+    for process in multiprocessing.active_children():  # there are no others in this process
         process.terminate()
     pool.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Data sets as embeddings, and SDMLP keys pretrained for the settings that the shipped ones were not made for."""
+"""Embeddings of data sets, and SDMLP keys pretrained for settings without shipped keys."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from ssd_edge.reproduction.specs import StreamSource
 from ssd_edge.run.embed import embed
 
 PRETRAINING = "tiny-imagenet32-jpg.tar.xz"
-TINY_CLASSES = ("0:100",)  # that a backbone for Split Tiny-ImageNet may have seen
-SIDE, FRAME = 32, 2  # MNIST's 28 × 28 pixels are read with a black frame
+TINY_CLASSES = ("0:100",)  # classes to pretrain the backbone of Split Tiny-ImageNet on
+SIDE, FRAME = 32, 2  # MNIST images of 28 × 28 pixels are read with a black border
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a learner sees of a data set; stands for its embedder in `run.tasks.prepare`.
+    """Embeddings of a data set.
 
     Attributes:
-        dataset: labels and class names; its images are no longer needed.
-        embedded: ``train`` and ``test``, float32 ``(N, D)``.
-        identity: of the backbone; ``pixels`` without one.
-        priors: what pretraining knows.
-        notes: sentences for the page.
-        stand_in: whether another data set was taken, because the stream's own is not here.
+        dataset: Labels and class names; the images are dropped.
+        embedded: ``train`` and ``test``, float32 ``(N, D)``, standardised.
+        identity: Identity of the backbone; ``pixels`` if there is none.
+        priors: Statistics of pretraining.
+        notes: Notes for the page.
+        stand_in: True if another data set replaces that of the stream, which was not found.
     """
 
     dataset: Dataset
@@ -46,59 +46,57 @@ class Inputs:
     priors: Priors
     notes: tuple[str, ...] = ()
     stand_in: bool = False
-    standardised: bool = True
 
 
-def found(name: str) -> Path | None:
-    """A file or folder under ``$SSD_EDGE_DATA``; None where there is none."""
+def locate(name: str) -> Path | None:
+    """Return a file or folder under ``$SSD_EDGE_DATA``, or None if it does not exist."""
     root = os.environ.get("SSD_EDGE_DATA")
     path = Path(root).expanduser() / name if root else None
     return path if path is not None and path.exists() else None
 
 
 class Sources:
-    """Opens each data set and backbone once.
+    """Data sets and backbones, each opened once.
 
     Args:
-        device: where embeddings are computed.
-        listener: receives progress events.
-        tiny_backbone: folder of a package pretrained on the first half of Tiny-ImageNet; None: look under
+        device: Device to compute embeddings on.
+        listener: Receives progress events.
+        tiny_backbone: Folder of a package pretrained on the first half of Tiny-ImageNet; by default
             ``$SSD_EDGE_DATA/backbones/tiny-100``.
     """
 
     def __init__(self, device: torch.device, listener: Listener, tiny_backbone: Path | None = None) -> None:
         self.device, self.listener = device, listener
-        self.tiny_backbone = tiny_backbone or found("backbones/tiny-100")
+        self.tiny_backbone = tiny_backbone or locate("backbones/tiny-100")
         self._embedders: dict[str, Embedder] = {}
         self._datasets: dict[tuple[str, tuple[str, ...]], Dataset] = {}
         self._inputs: dict[tuple[Any, ...], Inputs] = {}
 
     def embedder(self, name: str) -> Embedder:
-        """The backbone of that name, open."""
+        """Return the backbone of that name."""
         if name not in self._embedders:
             path = "" if name == "shipped" else str(self.tiny_backbone)
             self._embedders[name] = open_backbone(BackboneConfig(path=path), self.device)
         return self._embedders[name]
 
     def dataset(self, path: str, classes: tuple[str, ...]) -> Dataset:
-        """A data set, read once."""
+        """Return a data set."""
         if (path, classes) not in self._datasets:
             self._datasets[path, classes] = load(DataConfig(path=path, classes=classes), 0)
         return self._datasets[path, classes]
 
     def inputs(self, stream: StreamSource, images: tuple[int, ...], may_stand_in: bool) -> Inputs:
-        """What a learner sees of a stream.
+        """Return the embeddings for a stream.
 
         Args:
-            stream: which.
-            images: training and test images a class at most; () all.
-            may_stand_in: whether the bundled digits may take the place of data that is not here.
+            stream: The stream.
+            images: Maximum number of training and test images per class; () for all.
+            may_stand_in: Use the bundled digits if the data is missing.
 
         Raises:
-            InputError: the data is not here, or damaged.
+            InputError: The data is missing or damaged.
         """
-        missing = found(stream.data) is None
-        absent = missing and may_stand_in
+        absent = may_stand_in and locate(stream.data) is None
         path, classes = ("digits", ()) if absent else (stream.data, stream.classes)
         key = (path, classes, images, stream.pixels, stream.backbone)
         if key not in self._inputs:
@@ -121,16 +119,16 @@ class Sources:
     def keys(
         self, inputs: Inputs, settings: Mapping[str, Any], stream: StreamSource, may_pretrain: bool
     ) -> tuple[Priors, dict[str, Any] | None, tuple[str, ...]]:
-        """The priors that a learner starts from.
+        """Return the priors for a learner, pretraining keys for its settings if necessary.
 
         Args:
-            inputs: of its stream.
-            settings: of the learner; those without ``pretrained`` take the priors as they are.
-            stream: of it.
-            may_pretrain: whether keys may be pretrained here.
+            inputs: Embeddings of its stream.
+            settings: Settings of the learner; without ``pretrained`` the priors are returned unchanged.
+            stream: Stream of the learner.
+            may_pretrain: Allow keys to be pretrained.
 
         Returns:
-            Priors, how their keys were made (None for a learner that takes none), and sentences for the page.
+            Priors, the recipe of their keys (None for a learner without keys), and notes for the page.
         """
         priors = inputs.priors
         if not settings.get("pretrained", False):
@@ -139,7 +137,7 @@ class Sources:
         made = priors.student
         if priors.keys is not None and (len(priors.keys), made.get("k"), made.get("shift")) == (neurons, k, shift):
             return priors, {"source": "backbone", **_plain(made)}, ()
-        if priors.keys is None or not may_pretrain or found(PRETRAINING) is None or k >= neurons:
+        if priors.keys is None or not may_pretrain or locate(PRETRAINING) is None or k >= neurons:
             fits = priors.keys is not None and len(priors.keys) == neurons
             kind = f"keys pretrained for k = {made.get('k')}, not {k}" if fits else "random keys"
             why = "pretraining data not found" if may_pretrain else "none are pretrained for this budget"
@@ -153,14 +151,14 @@ class Sources:
         switch = float(arrays["switch"][0])
         student = {**made, **dataclasses.asdict(config), "switch": switch}
         priors = dataclasses.replace(priors, keys=arrays["keys"], counters=arrays["counters"], student=student)
-        said = f"r = {neurons:,}, k = {k}" + (f", s = {shift:g}" if shift else "")
-        return priors, {"source": "pretrained here", **recipe}, (f"keys pretrained here for {said}",)
+        description = f"r = {neurons:,}, k = {k}" + (f", s = {shift:g}" if shift else "")
+        return priors, {"source": "pretrained here", **recipe}, (f"keys pretrained here for {description}",)
 
     def _pretrained(self, config: StudentConfig, dataset: Dataset, backbone: str) -> dict[str, np.ndarray]:
         vectors = torch.from_numpy(embed(dataset, self.embedder(backbone), self.listener, True)["train"])
         labels = torch.from_numpy(dataset.train_labels)
-        said = f"pretraining {config.neurons:,} keys, k = {config.k}"
-        with events.progress(self.listener, said, config.epochs) as update:
+        title = f"pretraining {config.neurons:,} keys, k = {config.k}"
+        with events.progress(self.listener, title, config.epochs) as update:
             done = iter(range(1, config.epochs + 1))
             keys, counters, switch, _ = pretrain_student(
                 vectors, labels, int(labels.max()) + 1, config, 0, lambda text: update(next(done), 0.0)
@@ -169,12 +167,12 @@ class Sources:
 
 
 def _plain(made: Mapping[str, Any]) -> dict[str, Any]:
-    """Of how keys were pretrained, what decides them."""
+    """Return the settings that determine pretrained keys."""
     return {key: made[key] for key in ("neurons", "k", "shift", "epochs", "lr", "seed") if key in made}
 
 
 def subset(dataset: Dataset, train: int, test: int) -> Dataset:
-    """At most so many training and test images of each class, seeded."""
+    """Return a seeded sample of at most `train` and `test` images of each class."""
 
     def pick(labels: np.ndarray, count: int) -> np.ndarray:
         parts = [
@@ -196,17 +194,17 @@ def subset(dataset: Dataset, train: int, test: int) -> Dataset:
 
 
 def pixels(dataset: Dataset) -> dict[str, np.ndarray]:
-    """The first channel of each image without its frame, in 0..1: ``train`` and ``test``, ``(N, 784)``."""
+    """Return the first channel without the border, in 0..1: ``train`` and ``test``, ``(N, 784)``."""
     inner = slice(FRAME, SIDE - FRAME)
-    made = {}
+    arrays = {}
     for part, images in (("train", dataset.train), ("test", dataset.test)):
         batches = [batch[:, inner, inner, 0].reshape(len(batch), -1) for batch in images.batches(SIDE)]
-        made[part] = np.concatenate(batches).astype(np.float32) / 255
-    return made
+        arrays[part] = np.concatenate(batches).astype(np.float32) / 255
+    return arrays
 
 
 def write_inputs(folder: Path, inputs: Inputs) -> Path:
-    """Arrays for worker processes: embeddings and labels, named by their content."""
+    """Write embeddings and labels for worker processes to a file named by a hash of the inputs."""
     dataset = inputs.dataset
     key = files.sha256(files.json_bytes([dataset.fingerprint, inputs.identity]))[:16]
     path = folder / f"inputs-{key}.safetensors"
@@ -221,7 +219,7 @@ def write_inputs(folder: Path, inputs: Inputs) -> Path:
 
 
 def read_inputs(path: Path) -> Inputs:
-    """What `write_inputs` wrote, without priors."""
+    """Read a file of `write_inputs`; the priors are empty."""
     arrays, metadata = files.read_tensors(path)
     empty = Images([], ())
     dataset = Dataset(
@@ -235,7 +233,7 @@ PRIOR_ARRAYS = ("within_covariance", "keys", "counters")
 
 
 def write_priors(folder: Path, priors: Priors) -> Path:
-    """Priors for worker processes, named by their content."""
+    """Write priors for worker processes to a file named by its hash."""
     arrays = {name: getattr(priors, name) for name in PRIOR_ARRAYS if getattr(priors, name) is not None}
     metadata: dict[str, Any] = {"count": priors.count, "student": priors.student}
     if priors.landmarks is not None:
@@ -248,7 +246,7 @@ def write_priors(folder: Path, priors: Priors) -> Path:
 
 
 def read_priors(path: Path) -> Priors:
-    """What `write_priors` wrote."""
+    """Read a file of `write_priors`."""
     arrays, metadata = files.read_tensors(path)
     landmarks = Landmarks.pop(arrays, metadata)
     return Priors(count=metadata["count"], student=metadata["student"], landmarks=landmarks, **arrays)

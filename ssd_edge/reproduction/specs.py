@@ -1,8 +1,8 @@
-"""What is to be run: streams, budgets and experiments from YAML, and the settings that they come to.
+"""Streams, budgets and experiments from YAML, and the learner settings that follow from them.
 
-An experiment is a table of systems (a learner with settings) on streams. A budget says how long they are trained.
-Settings come from general to particular: budget, experiment, stream (each only where the learner knows the key),
-then the system's own; the smoke budget caps all of them at the end.
+An experiment is a table of systems (learners with settings) on streams. A budget is a training schedule. Settings of
+the budget, the experiment and the stream apply in this order, each only to learners that have the key; then those of
+the system, and finally the limits of the smoke budget.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from ssd_edge.run.train import JOINT_NAME
 
 FOLDER = Path(__file__).resolve().parent / "experiments"
 BUDGETS = ("smoke", "reduced", "full")
-ORDERS = (0, 3, 15, 27, 97)  # of SDMLP's code: the ordinal order, and four seeds of legacy NumPy
+ORDERS = (0, 3, 15, 27, 97)  # class orders of SDMLP's code: the original order, and four seeds of legacy NumPy
 METRICS = ("accuracy", "backward_transfer", "entropy", "trace")
 LAYOUTS = ("rows", "grid")
 FIGURES = ("", "neurons", "similarity", "training", "tasks", "values", "surface")  # see `drawings`
-SMALLEST_TOP_N = 2  # a softmax over one neuron teaches nothing
+SMALLEST_TOP_N = 2  # the softmax over one neuron is constant
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How long systems are trained.
+    """A training schedule.
 
     Attributes:
         name: smoke, reduced or full.
-        why: one sentence for the page.
-        orders: how many class orders are run by default.
-        learner: settings of every learner that knows them.
-        learners: more settings, by learner name.
-        images: training and test images a class at most; () all.
-        most: caps of settings, applied last.
+        why: Description for the page.
+        orders: Default number of class orders.
+        learner: Settings for all learners that have them.
+        learners: Further settings by learner name.
+        images: Maximum number of training and test images per class; () for all.
+        most: Upper limits of settings, applied last.
     """
 
     name: str
@@ -53,17 +53,17 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class StreamSource:
-    """A data set cut into tasks.
+    """A data set split into tasks.
 
     Attributes:
-        name: key in streams.yaml.
-        title: for the page.
-        data: file under ``$SSD_EDGE_DATA``.
-        classes: ``data.classes``; empty: all.
-        stream: keys of `StreamConfig`, without the order.
-        pixels: the learner sees the 784 pixels of a 28 × 28 image, in 0..1, instead of embeddings.
-        backbone: ``shipped``, or ``tiny-100``: one that was pretrained on other classes than the stream's.
-        learner: settings that belong to this stream.
+        name: Key in streams.yaml.
+        title: Title on the page.
+        data: File under ``$SSD_EDGE_DATA``.
+        classes: ``data.classes``; empty for all.
+        stream: Keys of `StreamConfig`, without the order.
+        pixels: Use the 784 pixels of a 28 × 28 image, in 0..1, instead of embeddings.
+        backbone: ``shipped``, or ``tiny-100`` for one pretrained on classes outside the stream.
+        learner: Learner settings for this stream.
     """
 
     name: str
@@ -84,12 +84,12 @@ class System:
     """One row of an experiment's table.
 
     Attributes:
-        name: as printed.
-        learner: ``name`` and any settings.
-        budgets: more settings, by budget.
-        by_stream: more settings, by stream and then by budget (``any``: every budget).
-        reported: the paper's number by stream; None where it gives none.
-        note: printed under the table.
+        name: Printed name.
+        learner: ``name`` and settings.
+        budgets: Further settings by budget.
+        by_stream: Further settings by stream and budget; ``any`` means all budgets.
+        reported: Published number by stream; None if the paper gives none.
+        note: Footnote of the table.
     """
 
     name: str
@@ -105,20 +105,20 @@ class Experiment:
     """One table of the page.
 
     Attributes:
-        id: as typed, e.g. T1.
-        title: its heading.
-        place: where the paper reports it; empty: not in the paper.
-        text: what is asked, one or two sentences.
-        streams: names in streams.yaml.
-        systems: its rows.
-        metric: which number ``reported`` is.
-        learner: settings of every system.
-        budgets: more settings of every system, by budget.
-        orders: at most so many class orders; 0: the budget's.
-        layout: ``rows``: one a system and stream; ``grid``: one a system, one column a stream.
-        figure: what is drawn of it; empty: nothing.
-        trace: points a task at which training is looked into; 0: none.
-        paired: pairs of system names whose differences are tested, order by order.
+        id: Identifier on the command line, e.g. T1.
+        title: Heading.
+        place: Table or figure of the paper; empty if it is not in the paper.
+        text: Description in one or two sentences.
+        streams: Names in streams.yaml.
+        systems: Rows of the table.
+        metric: Metric of the ``reported`` numbers.
+        learner: Settings for all systems.
+        budgets: Further settings for all systems by budget.
+        orders: Maximum number of class orders; 0 for that of the budget.
+        layout: ``rows`` for one row per system and stream, ``grid`` for one row per system and one column per stream.
+        figure: Kind of figure; empty for none.
+        trace: Trace points per task; 0 for no trace.
+        paired: Pairs of system names whose accuracy is compared by class order.
     """
 
     id: str
@@ -138,10 +138,10 @@ class Experiment:
 
 
 def _build(kind: type, values: Any, where: str) -> Any:
-    """A dataclass from a mapping of YAML.
+    """Build a dataclass from a YAML mapping.
 
     Raises:
-        InputError: an unknown or a missing key.
+        InputError: A key is unknown or missing.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{where} must be a mapping, but is {values!r}")
@@ -152,30 +152,30 @@ def _build(kind: type, values: Any, where: str) -> Any:
     try:
         return kind(**values)
     except TypeError as error:
-        raise InputError(f"{where} is not complete: {error}") from error
+        raise InputError(f"{where} is incomplete: {error}") from error
 
 
 @functools.cache
 def budgets() -> dict[str, Budget]:
-    """All budgets by name."""
-    found = {}
-    for name, values in read_yaml(FOLDER / "budgets.yaml").items():
-        found[name] = _build(Budget, {**values, "name": name, "images": tuple(values.get("images", ()))}, name)
-    return found
+    """Return all budgets by name."""
+    return {
+        name: _build(Budget, {**values, "name": name, "images": tuple(values.get("images", ()))}, name)
+        for name, values in read_yaml(FOLDER / "budgets.yaml").items()
+    }
 
 
 @functools.cache
 def streams() -> dict[str, StreamSource]:
-    """All streams by name."""
-    found = {}
-    for name, values in read_yaml(FOLDER / "streams.yaml").items():
-        found[name] = _build(StreamSource, {**values, "name": name, "classes": tuple(values.get("classes", ()))}, name)
-    return found
+    """Return all streams by name."""
+    return {
+        name: _build(StreamSource, {**values, "name": name, "classes": tuple(values.get("classes", ()))}, name)
+        for name, values in read_yaml(FOLDER / "streams.yaml").items()
+    }
 
 
 @functools.cache
 def experiments() -> dict[str, Experiment]:
-    """All experiments by id, in the order of their files' numbers."""
+    """Return all experiments by id, in the order of the numbers of their files."""
     found = {}
     for path in sorted(FOLDER.glob("[0-9]*.yaml")):
         values = read_yaml(path)
@@ -189,10 +189,10 @@ def experiments() -> dict[str, Experiment]:
 
 
 def _check(experiment: Experiment, where: str) -> None:
-    """What one part of an experiment says against another.
+    """Check that an experiment is consistent.
 
     Raises:
-        InputError: an unknown stream, budget, metric, layout, figure or system is named.
+        InputError: A stream, budget, metric, layout, figure or system is unknown, or a system name is not unique.
     """
     names = [system.name for system in experiment.systems]
     wanted: list[tuple[str, Any]] = [(stream, streams()) for stream in experiment.streams]
@@ -203,38 +203,38 @@ def _check(experiment: Experiment, where: str) -> None:
         wanted += [(stream, experiment.streams) for stream in (*system.by_stream, *system.reported)]
         wanted += [(name, BUDGETS) for name in system.budgets]
         wanted += [(name, (*BUDGETS, "any")) for layers in system.by_stream.values() for name in layers]
-    for word, known in wanted:
-        if word not in known:
-            raise InputError(f"{where} names '{word}', which is unknown.{did_you_mean(word, known)}")
+    for name, known in wanted:
+        if name not in known:
+            raise InputError(f"{where} names '{name}', which is unknown.{did_you_mean(name, known)}")
     if len(set(names)) != len(names) or not names:
         raise InputError(f"{where} must name each of its systems once")
 
 
-def chosen(words: tuple[str, ...]) -> list[Experiment]:
-    """The experiments that a user names, in any case; ``all`` is every one.
+def chosen(names: tuple[str, ...]) -> list[Experiment]:
+    """Return the experiments with these ids, in upper or lower case; ``all`` means all of them.
 
     Raises:
-        InputError: an unknown id.
+        InputError: An id is unknown.
     """
     known = experiments()
-    by_word = {name.casefold(): name for name in known}
-    found: dict[str, Experiment] = {}
-    for word in words:
-        if word.casefold() == "all":
-            found.update(known)
-        elif word.casefold() in by_word:
-            found[by_word[word.casefold()]] = known[by_word[word.casefold()]]
+    folded = {name.casefold(): name for name in known}
+    picked: dict[str, Experiment] = {}
+    for name in names:
+        if name.casefold() == "all":
+            picked.update(known)
+        elif name.casefold() in folded:
+            picked[folded[name.casefold()]] = known[folded[name.casefold()]]
         else:
-            near = did_you_mean(word.casefold(), by_word)
-            raise InputError(f"there is no experiment '{word}'.{near} Known: {', '.join(known)}, list, all")
-    return list(found.values())
+            near = did_you_mean(name.casefold(), folded)
+            raise InputError(f"there is no experiment '{name}'.{near} Known: {', '.join(known)}, list, all")
+    return list(picked.values())
 
 
 def on_streams(picked: Sequence[Experiment], names: Sequence[str]) -> list[Experiment]:
-    """The experiments on some of their streams; all of them if no stream is named.
+    """Restrict experiments to some streams; without names, return them unchanged.
 
     Raises:
-        InputError: an unknown stream, or one that none of the experiments has.
+        InputError: A stream is unknown, or none of the experiments uses it.
     """
     for name in names:
         if not any(name in experiment.streams for experiment in picked):
@@ -243,8 +243,8 @@ def on_streams(picked: Sequence[Experiment], names: Sequence[str]) -> list[Exper
             raise InputError(f"none of these experiments has a stream '{name}'.{near} They have {', '.join(known)}")
     if not names:
         return list(picked)
-    cut = [dataclasses.replace(one, streams=tuple(name for name in one.streams if name in names)) for one in picked]
-    return [experiment for experiment in cut if experiment.streams]
+    kept = [tuple(name for name in experiment.streams if name in names) for experiment in picked]
+    return [dataclasses.replace(one, streams=streams) for one, streams in zip(picked, kept, strict=True) if streams]
 
 
 @functools.cache
@@ -253,24 +253,24 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def known_settings(name: str) -> dict[str, Any]:
-    """The settings of a learner, or of joint training, with their defaults as JSON values.
+    """Return the default settings of a learner, or of joint training, as JSON values.
 
     Raises:
-        InputError: unknown learner.
+        InputError: The learner is unknown.
     """
     return dict(_defaults(name))
 
 
 def options(experiment: Experiment, system: System, stream: str, budget: str) -> dict[str, Any]:
-    """``name`` and every setting of a system's learner on a stream.
+    """Return ``name`` and all settings of the learner of a system on a stream.
 
     Raises:
-        InputError: a setting that the learner does not know, or a value out of range.
+        InputError: A setting is unknown to the learner, or a value is out of range.
     """
     source, plan = streams()[stream], budgets()[budget]
     name = system.learner["name"]
     defaults = known_settings(name)
-    if name == JOINT_NAME:  # its schedule is its own (docs/method.md); only the size is the others'
+    if name == JOINT_NAME:  # has a schedule of its own (docs/method.md); only the number of neurons is shared
         general: list[Mapping[str, Any]] = [
             {key: layer[key] for key in ("neurons",) if key in layer}
             for layer in (plan.learner, experiment.learner, experiment.budgets.get(budget, {}))
@@ -291,20 +291,20 @@ def options(experiment: Experiment, system: System, stream: str, budget: str) ->
 
 
 def _capped(values: dict[str, Any], most: Mapping[str, float]) -> dict[str, Any]:
-    """Settings cut down to what a budget allows at most; a Top-n table must fit the neurons that are left."""
+    """Limit settings to the maxima of a budget, and the Top-n table to the remaining neurons."""
     if not most:
         return values
-    cut = {key: min(value, most[key]) if key in most else value for key, value in values.items()}
-    text = str(cut.get("top_n", ""))
-    if text.isdecimal() and "neurons" in cut:
-        number = max(min(int(text), cut["neurons"]), cut.get("k", 1), SMALLEST_TOP_N)
-        cut["top_n"] = type(values["top_n"])(number)
-    return cut
+    capped = {key: min(value, most[key]) if key in most else value for key, value in values.items()}
+    text = str(capped.get("top_n", ""))
+    if text.isdecimal() and "neurons" in capped:
+        number = max(min(int(text), capped["neurons"]), capped.get("k", 1), SMALLEST_TOP_N)
+        capped["top_n"] = type(values["top_n"])(number)
+    return capped
 
 
 def _explicit(values: dict[str, Any]) -> dict[str, Any]:
-    """Lists for tuples, and the weight that stands for "the method's own" by its value: it may change some day."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    """Replace tuples by lists, and the weight −1 by the method's default, which a later version may change."""
+    plain: dict[str, Any] = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     if plain.get("penalty", "none") != "none" and plain["penalty_weight"] == -1:
         from ssd_edge.learners.gradient.penalties import DEFAULT_WEIGHT
 
@@ -313,6 +313,6 @@ def _explicit(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def deviations(learner: Mapping[str, Any]) -> dict[str, Any]:
-    """``name`` and those settings that are not the learner's defaults."""
+    """Return ``name`` and the settings that differ from the defaults of the learner."""
     defaults = {**_defaults(learner["name"]), "name": None}
     return {key: value for key, value in learner.items() if key not in defaults or value != defaults[key]}

@@ -1,11 +1,11 @@
-"""One cell from its job to its stored result; a killed one goes on after its last task that took long."""
+"""Run one cell and store its result; an interrupted cell resumes from its last checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,43 @@ from ssd_edge.learners.gradient.finetune import FineTune
 from ssd_edge.learners.gradient.finetune import Settings as FineTuneSettings
 from ssd_edge.learners.priors import Priors
 from ssd_edge.reproduction import cells, sources
+from ssd_edge.reproduction.cells import Result, TracePoint
 from ssd_edge.reproduction.traces import Watch, watch
 from ssd_edge.run import metrics, storage
 from ssd_edge.run.streams import Stream, make_stream
 from ssd_edge.run.tasks import StreamData, prepare
 from ssd_edge.run.train import JOINT_NAME
 
-CHECKPOINT_SECONDS = 20.0  # of learning since the last one: below, doing it again is cheaper than keeping it
+CHECKPOINT_SECONDS = 20.0  # of learning between checkpoints: repeating less is cheaper than storing it
+
+
+@dataclasses.dataclass
+class _Progress:
+    """State of an unfinished cell besides its learner; stored in the checkpoint."""
+
+    rows: list[list[float | None]] = dataclasses.field(default_factory=list)
+    measured: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    neurons: list[dict[str, float | None]] = dataclasses.field(default_factory=list)
+    trace: list[TracePoint] = dataclasses.field(default_factory=list)
+    top: list[int] | None = None
+    seconds: float = 0.0
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A cell and where its parts are; goes to a worker process.
+    """A cell to run in a worker process.
 
     Attributes:
-        cell: its spec.
-        inputs: file of `sources.write_inputs`.
-        priors: file of `sources.write_priors`.
-        notes: sentences for the page.
-        explained: whether they say already where the keys come from.
-        stand_in: whether other data took the place of the stream's own.
-        result: where to store it.
-        checkpoint: where to keep its state meanwhile.
-        device: where to compute.
+        cell: Spec of the cell.
+        inputs: File written by `sources.write_inputs`.
+        priors: File written by `sources.write_priors`.
+        notes: Notes for the page.
+        explained: True if the notes already say where the keys come from.
+        stand_in: True if another data set replaces that of the stream.
+        result: File for the result.
+        checkpoint: File for the state of an unfinished cell.
+        device: Device to compute on.
     """
 
     cell: dict[str, Any]
@@ -61,7 +75,7 @@ _priors = functools.lru_cache(maxsize=4)(sources.read_priors)
 
 
 def stream_of(job: Job, names: tuple[str, ...]) -> Stream:
-    """The cell's stream; where other data stands in, with no more tasks than it has pairs of classes."""
+    """Return the stream of the cell; a stand-in data set gets at most one task per two classes."""
     asked = job.cell["asked"]
     protocol = {key: value for key, value in asked["protocol"].items() if key not in ("classes", "pixels")}
     if job.stand_in:
@@ -70,29 +84,27 @@ def stream_of(job: Job, names: tuple[str, ...]) -> Stream:
     return make_stream(names, config, job.cell["order"])
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> Result:
     """Learn the cell's stream, measure, and store the result.
 
     Returns:
-        What was stored, before rounding.
+        The stored result, before rounding.
 
     Raises:
-        InputError: the learner diverged.
+        InputError: The learner diverged.
     """
     inputs, priors = _inputs(job.inputs), _priors(job.priors)
-    prepared = prepare(inputs.dataset, stream_of(job, inputs.dataset.classes), inputs, inputs.embedded)
-    if job.cell["asked"]["learner"]["name"] == JOINT_NAME:
-        learned, learner = _joint(job, prepared)
-    else:
-        learned, learner = _stream(job, prepared, priors)
-    result = {**learned, **_after(learner, prepared, job)}
+    prepared = prepare(inputs.dataset, stream_of(job, inputs.dataset.classes), True, inputs.embedded)
+    joint = job.cell["asked"]["learner"]["name"] == JOINT_NAME
+    result, learner = _joint(job, prepared) if joint else _stream(job, prepared, priors)
+    result.update(_evaluate(learner, prepared, job))
     cells.write(job.result, result)
     job.checkpoint.unlink(missing_ok=True)
     return result
 
 
-def _joint(job: Job, prepared: StreamData) -> tuple[dict[str, Any], FineTune]:
-    """All tasks at once."""
+def _joint(job: Job, prepared: StreamData) -> tuple[Result, learners.Learner]:
+    """Learn all tasks at once."""
     values = {key: value for key, value in job.cell["settings"].items() if key != "name"}
     dim, order = prepared.train.shape[1], job.cell["order"]
     learner = FineTune(dim, FineTuneSettings(**values), Priors(), order, job.device)
@@ -103,72 +115,77 @@ def _joint(job: Job, prepared: StreamData) -> tuple[dict[str, Any], FineTune]:
     return {"matrix": [row], "learned": None, "measured": _columns([measured]), "seconds": seconds}, learner
 
 
-def _stream(job: Job, prepared: StreamData, priors: Priors) -> tuple[dict[str, Any], learners.Learner]:
-    """One experience after the other, from the checkpoint on if there is one."""
+def _stream(job: Job, prepared: StreamData, priors: Priors) -> tuple[Result, learners.Learner]:
+    """Learn one experience after the other, starting from the checkpoint if there is one."""
     settings, points, count = job.cell["settings"], job.cell["asked"]["trace"], len(prepared.train_tasks)
-    learner, done = _kept(job) or _new(job, prepared, priors)
-    watched, kept = watch(learner), time.monotonic()
-    for number in range(len(done["rows"]), count):
+    learner, done = _restore(job) or _build(job, prepared, priors)
+    watched, saved = watch(learner), time.monotonic()
+    for number in range(len(done.rows), count):
         task = prepared.task(number)
         if watched is not None:
-            watched.begin(task, done["top"])
-        look = _looker(watched, prepared, number, settings, points, done["trace"])
+            watched.begin(task, done.top)
+        look = _looker(watched, prepared, number, settings, points, done.trace)
         began = time.monotonic()
         measured = learner.learn(task, look)
-        done["seconds"] += time.monotonic() - began
+        done.seconds += time.monotonic() - began
         row, _ = _accuracies(learner, prepared, number)
-        done["rows"].append(row)
-        done["measured"].append({name: float(value) for name, value in measured.items()})
+        done.rows.append(row)
+        done.measured.append({name: float(value) for name, value in measured.items()})
         if watched is not None:
-            report, done["top"] = watched.end(len(prepared.names))
-            done["neurons"].append(report)
-        if time.monotonic() - kept > CHECKPOINT_SECONDS and number + 1 < count:
+            report, done.top = watched.end(len(prepared.names))
+            done.neurons.append(report)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS and number + 1 < count:
             arrays, metadata = learners.pack(learner)
             files.make_directory(job.checkpoint.parent)
-            files.write_tensors(job.checkpoint, arrays, {"learner": metadata, "done": done})
-            kept = time.monotonic()
+            files.write_tensors(job.checkpoint, arrays, {"learner": metadata, "done": dataclasses.asdict(done)})
+            saved = time.monotonic()
     learned = list(prepared.introduced)
-    result = {
-        "matrix": done["rows"],
+    summary = metrics.summary(done.rows, learned).to_dict()
+    result: Result = {
+        "matrix": done.rows,
         "learned": learned,
-        "metrics": _summary(done["rows"], learned),
-        "measured": _columns(done["measured"]),
-        "seconds": done["seconds"],
+        "metrics": {name: value for name, value in summary.items() if name != "accuracy_matrix"},
+        "measured": _columns(done.measured),
+        "seconds": done.seconds,
     }
     if watched is not None:
-        result["neurons"] = _columns(done["neurons"])
+        result["neurons"] = _columns(done.neurons)
         result["neurons_overall"] = watched.overall(prepared)
-    if done["trace"]:
-        result["trace"] = done["trace"]
+    if done.trace:
+        result["trace"] = done.trace
     return result, learner
 
 
-def _new(job: Job, prepared: StreamData, priors: Priors) -> tuple[learners.Learner, dict[str, Any]]:
-    """A learner at its start, and what is done: nothing."""
+def _build(job: Job, prepared: StreamData, priors: Priors) -> tuple[learners.Learner, _Progress]:
+    """Return a new learner and an empty state."""
     dim, order = prepared.train.shape[1], job.cell["order"]
     learner = learners.build(job.cell["settings"], dim, priors, order, job.device)
     learner.expect(len(prepared.names))
-    lists: dict[str, Any] = {name: [] for name in ("rows", "measured", "neurons", "trace")}
-    return learner, {**lists, "top": None, "seconds": 0.0, "note": learner.note}
+    return learner, _Progress(note=learner.note)
 
 
-def _kept(job: Job) -> tuple[learners.Learner, dict[str, Any]] | None:
-    """The learner as the checkpoint has it, and what is done; None without one, or with one of another version."""
+def _restore(job: Job) -> tuple[learners.Learner, _Progress] | None:
+    """Return learner and state of the checkpoint; None if there is none, or only one of another version."""
     if not job.checkpoint.exists():
         return None
     try:
         arrays, metadata = files.read_tensors(job.checkpoint)
-        learner = learners.restore(arrays, metadata["learner"], job.device)
-    except BundleRefusedError:
+        learner, done = learners.restore(arrays, metadata["learner"], job.device), _Progress(**metadata["done"])
+    except (BundleRefusedError, TypeError):
         return None
-    learner.note = metadata["done"]["note"]  # a restored learner does not know how it began
-    return learner, metadata["done"]
+    learner.note = done.note  # is not part of the state of a learner
+    return learner, done
 
 
 def _looker(
-    watched: Watch | None, prepared: StreamData, number: int, settings: Mapping[str, Any], points: int, trace: list[Any]
+    watched: Watch | None,
+    prepared: StreamData,
+    number: int,
+    settings: Mapping[str, Any],
+    points: int,
+    trace: list[TracePoint],
 ) -> Callable[[float], None]:
-    """Called once an epoch with the share done: adds a point to the trace every so many epochs."""
+    """Return a callback for the completed share of a task that adds `points` evenly spaced points to the trace."""
     if watched is None or not points:
         return lambda share: None
     epochs = settings["epochs"]
@@ -182,19 +199,14 @@ def _looker(
     return look
 
 
-def _summary(rows: list[Any], learned: list[int]) -> dict[str, Any]:
-    found = metrics.summary(rows, learned).to_dict()
-    return {name: value for name, value in found.items() if name != "accuracy_matrix"}
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Measurements by name, one entry a task; None where a task has none of that name."""
+def _columns(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[float | None]]:
+    """Return measurements by name with one entry per task, which is None if the task lacks it."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _accuracies(learner: learners.Learner, prepared: StreamData, experience: int) -> tuple[list[float | None], Tensor]:
-    """Accuracy on each group of classes that has been introduced, and the rows predicted for all test samples."""
+    """Return accuracy on each group of classes introduced so far, and the predicted rows of all test samples."""
     predicted = learner.predict(prepared.test)
     right = (predicted == prepared.test_rows).double()
     row = [
@@ -204,11 +216,11 @@ def _accuracies(learner: learners.Learner, prepared: StreamData, experience: int
     return row, predicted
 
 
-def _after(learner: learners.Learner, prepared: StreamData, job: Job) -> dict[str, Any]:
-    """What is measured once, at the end."""
+def _evaluate(learner: learners.Learner, prepared: StreamData, job: Job) -> Result:
+    """Return the part of the result that is measured after the last task."""
     row, predicted = _accuracies(learner, prepared, len(prepared.train_tasks) - 1)
     samples = [len(index) for index in prepared.test_tasks]
-    newest = prepared.test_rows[prepared.test_tasks[-1]].unique()
+    newest = torch.unique(prepared.test_rows[prepared.test_tasks[-1]])
     notes = [*job.notes, *([learner.note] if learner.note and not job.explained else [])]
     return {
         "spec": job.cell,
@@ -223,5 +235,5 @@ def _after(learner: learners.Learner, prepared: StreamData, job: Job) -> dict[st
 
 
 def limit_threads() -> None:
-    """One thread of PyTorch a process: cells run side by side, and results do not depend on the machine's cores."""
+    """Use one PyTorch thread: cells run in parallel, and results must not depend on the number of cores."""
     torch.set_num_threads(1)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ssd_edge import learners
-from ssd_edge.backbones.embedder import Embedder
 from ssd_edge.backbones.embedder import standardisation as measure
 from ssd_edge.data import Dataset
 from ssd_edge.run.streams import Stream
@@ -50,18 +49,18 @@ class StreamData:
         return learners.Task(self.train[index], self.train_rows[index])
 
 
-def prepare(dataset: Dataset, stream: Stream, embedder: Embedder, embedded: Mapping[str, np.ndarray]) -> StreamData:
+def prepare(dataset: Dataset, stream: Stream, standardised: bool, embedded: Mapping[str, np.ndarray]) -> StreamData:
     """Standardise the embeddings, map labels to rows, and divide the samples into tasks.
 
     Args:
         dataset: Labels and class names.
         stream: Order of classes and samples.
-        embedder: Backbone that made the embeddings.
+        standardised: True if the embeddings are standardised already.
         embedded: Embeddings ``train`` ``(N, D)`` and ``test`` ``(M, D)``.
     """
     train, test, standardisation = embedded["train"], embedded["test"], None
     train_tasks = stream.experiences(dataset.train_labels)
-    if not embedder.standardised:  # by the first task only: later ones are not known yet
+    if not standardised:  # by the first task only: later ones are not known yet
         mu, sigma = (part.astype(np.float32) for part in measure(train[train_tasks[0]]))
         standardisation = (mu, sigma)
         train, test = ((part - mu) / sigma for part in (train, test))

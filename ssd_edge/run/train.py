@@ -124,7 +124,7 @@ class Setup:
         """Embeddings and tasks of the stream; computed on first use."""
         started = time.monotonic()
         embedded = embed(self.dataset, self.embedder, self.listener, self.config.backbone.cache)
-        data = prepare(self.dataset, self.stream, self.embedder, embedded)
+        data = prepare(self.dataset, self.stream, self.embedder.standardised, embedded)
         return dataclasses.replace(data, embed_seconds=time.monotonic() - started)
 
     def choose_learner(self) -> auto.Choice:

@@ -46,12 +46,12 @@ def run(request: Request) -> tuple[object, str]:
 @pytest.mark.parametrize(("codes", "worst"), [((0, 2, 0), 2), ((5, 2, 0), 5), ((5, 1, 2), 1)])
 def test_a_failed_cell_does_not_stop_the_others(codes: tuple, worst: int, tmp_path: Path, monkeypatch) -> None:
     left = iter(codes)
-    monkeypatch.setattr(runner, "attempt", lambda job: (next(left), "told", 1.0))
+    monkeypatch.setattr(runner, "attempt", lambda job: runner.Outcome(next(left), "a message", 1.0))
     error, told = run(request_for("T3", out=tmp_path))
     assert error.exit_code == worst
     failed = sum(code > 0 for code in codes)
-    assert str(error) == f"{failed} of 3 cells failed (above); all others are stored"
-    assert told.count("FAILED, told") == failed
+    assert str(error) == f"{failed} of 3 cells failed, see above; all others are stored"
+    assert told.count("FAILED, a message") == failed
     assert "[3/3]" in told
 
 

@@ -158,7 +158,7 @@ BROKEN = [
     ("systems: []\nid: x\ntitle: x\nstreams: [cifar10]\n", "must name each of its systems once"),
     ("id: x\ntitle: x\nstreams: [cifar11]\nsystems: [{name: a, learner: {name: ncm}}]\n", "Did you mean 'cifar10'"),
     ("id: x\ntitle: x\nstreams: [cifar10]\nsystem: []\n", "unknown key 'system'. Did you mean 'systems'"),
-    ("title: x\nstreams: [cifar10]\nsystems: [{name: a, learner: {name: ncm}}]\n", "is not complete"),
+    ("title: x\nstreams: [cifar10]\nsystems: [{name: a, learner: {name: ncm}}]\n", "is incomplete"),
     ("id: x\ntitle: x\nstreams: [cifar10]\nmetric: acuracy\nsystems: [{name: a, learner: {name: ncm}}]\n", "accuracy"),
     (
         "id: x\ntitle: x\nstreams: [cifar10]\npaired: [[a, b]]\nsystems: [{name: a, learner: {name: ncm}}]\n",

@@ -174,11 +174,12 @@ def test_an_error_is_told_and_not_raised(tmp_path: Path, monkeypatch) -> None:
 
     bad = job(tmp_path, "sdmlp", **SETTINGS)
     monkeypatch.setattr(SDMLPLearner, "learn", diverge)
-    assert runner.attempt(bad)[:2] == (2, "it diverged; lower learner.lr")
+    outcome = runner.attempt(bad)
+    assert (outcome.code, outcome.text) == (2, "it diverged; lower learner.lr")
     monkeypatch.setattr(SDMLPLearner, "learn", lambda self, task, progress: 1 / 0)
-    code, told, _ = runner.attempt(bad)
-    assert code == 1
-    assert "ZeroDivisionError" in told
+    outcome = runner.attempt(bad)
+    assert outcome.code == 1
+    assert "ZeroDivisionError" in outcome.text
     assert not bad.result.exists()
 
 
