@@ -1,4 +1,4 @@
-"""Device side: embed, predict, learn, undo. Imports nothing of the workstation."""
+"""Device side: embed, predict, learn and undo, without the packages of the workstation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Device", "Prediction"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Device` and `Prediction`, imported when first used: they need PyTorch."""
+    """Import `Device` and `Prediction` on first use, because they need PyTorch."""
     if name in __all__:
         from device_runtime import device
 

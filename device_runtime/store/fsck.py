@@ -1,4 +1,4 @@
-"""Checks of a whole store: what is damaged, what a cut left behind, what is odd. And their repair."""
+"""Check a store for damage, leftovers of a crash and foreign files, and repair it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DAMAGE, LEFTOVER, NOTE = "damage", "leftover", "note"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be.
+    """A problem in a store.
 
     Attributes:
-        path: below the root.
-        problem: what is wrong and, where there is something to do, what.
-        severity: ``damage``: something that was stored is lost or in danger; ``leftover``: what a cut left, of no
-            use; ``note``: harmless.
-        repaired: whether it is gone after the repair.
+        path: Path relative to the root.
+        problem: Description, and what to do about it.
+        severity: ``damage`` for lost or endangered data, ``leftover`` for useless remains of a crash, ``note`` for
+            something harmless.
+        repaired: True if `repair` has removed the problem.
     """
 
     path: str
@@ -36,11 +36,11 @@ class Finding:
 
 
 def check(store: Generations) -> list[Finding]:
-    """Read and verify every file of a store.
+    """Verify every file of a store; nothing is changed.
 
     Raises:
-        InputError: nothing is installed.
-        EnvironmentUnfitError: a file cannot be read for a reason that lies in this process.
+        InputError: No bundle is installed.
+        EnvironmentUnfitError: A file cannot be read by this process at the moment.
     """
     if not store.numbers() and not store.journal() and not (store.root / "CURRENT").exists():
         raise InputError(f"no bundle is installed in {store.root}; run: ssd-edge device install BUNDLE")
@@ -51,7 +51,7 @@ def check(store: Generations) -> list[Finding]:
             opened[number] = store.open(number)
         except BundleRefusedError as error:
             problems[number] = str(error)
-    found = [
+    findings = [
         *_current(store, opened),
         *_generations(store, opened, problems),
         *_backbones(store, opened, problems),
@@ -59,18 +59,21 @@ def check(store: Generations) -> list[Finding]:
         *_leftovers(store.root),
         *_engines(store.root / "engines"),
     ]
-    return [dataclasses.replace(one, path=os.path.relpath(one.path, store.root)) for one in found]
+    return [dataclasses.replace(one, path=os.path.relpath(one.path, store.root)) for one in findings]
 
 
 def repair(store: Generations) -> list[Finding]:
-    """Verify a store, and repair what can be repaired.
+    """Verify a store and repair it.
 
-    Remove what cuts left behind, complete the journal, and point CURRENT to the generation that stands in; where no
-    older one is intact, to the next newer. Nothing that is intact is deleted.
+    Removes leftovers of a crash, completes the journal, and sets CURRENT to the generation that replaces a damaged one,
+    or to the next newer one if no older one is intact. Nothing intact is deleted.
+
+    Returns:
+        The findings before the repair; `Finding.repaired` says which of them are gone.
 
     Raises:
-        InputError: nothing is installed.
-        EnvironmentUnfitError: someone else is writing, or the root is not writable.
+        InputError: No bundle is installed.
+        EnvironmentUnfitError: Another process is writing, or the root is not writable.
     """
     if store.writing:
         raise RuntimeError("repair outside of 'with generations.writer():', which already repairs some of it")
@@ -92,7 +95,7 @@ def repair(store: Generations) -> list[Finding]:
 
 
 def _unused_backbones(store: Generations, opened: dict[int, Generation]) -> list[Path]:
-    """Backbones that no generation refers to; none while a damaged generation may be the one that does."""
+    """Return backbones that no generation uses; empty if a damaged generation may use one of them."""
     if len(opened) < len(store.numbers()):
         return []
     needed = {generation.backbone for generation in opened.values()}
@@ -102,7 +105,7 @@ def _unused_backbones(store: Generations, opened: dict[int, Generation]) -> list
 def _current(store: Generations, opened: dict[int, Generation]) -> Iterator[Finding]:
     path, number = str(store.root / "CURRENT"), store.pointer()
     if number is None:
-        yield Finding(path, "it is missing or damaged, so that a stand-in is used; repair it", DAMAGE)
+        yield Finding(path, "it is missing or damaged, so another generation may be used; repair it", DAMAGE)
     elif number not in opened:
         kind = "damaged" if number in store.numbers() else "missing"
         yield Finding(path, f"it names generation {number}, which is {kind}; repair it", DAMAGE)
@@ -110,20 +113,20 @@ def _current(store: Generations, opened: dict[int, Generation]) -> Iterator[Find
 
 def _generations(store: Generations, opened: dict[int, Generation], problems: dict[int, str]) -> Iterator[Finding]:
     for number, problem in problems.items():
-        told = f"{problem}; it cannot be restored and stays until it is pruned"
-        yield Finding(str(store.folder(number)), told, DAMAGE)
+        message = f"{problem}; it cannot be restored and stays until it is pruned"
+        yield Finding(str(store.folder(number)), message, DAMAGE)
     known = {event["generation"] for event in store.journal()} | {store.pointer()}
     for number, generation in opened.items():
         if number not in known:
-            told = "it is intact, but not in the journal: that was lost, or a cut came before this became current"
-            yield Finding(str(generation.path), told, NOTE)
+            message = "it is intact, but not in the journal: that was lost, or a crash came before this became current"
+            yield Finding(str(generation.path), message, NOTE)
         for path in sorted(generation.path.iterdir()):
             if path.name not in (*generation.files, "generation.json"):
-                told = f"generation {number} has no such file; remove it if nobody needs it"
-                yield Finding(str(path), told, NOTE)
+                message = f"it does not belong to generation {number}; delete it if you do not need it"
+                yield Finding(str(path), message, NOTE)
     for path in sorted(store.root.glob("generations/*")):
         if path not in map(store.folder, store.numbers()) and not path.name.startswith(files.TEMPORARY_PREFIX):
-            yield Finding(str(path), "it is no generation; remove it if nobody needs it", NOTE)
+            yield Finding(str(path), "it is not a generation; delete it if you do not need it", NOTE)
 
 
 def _backbones(store: Generations, opened: dict[int, Generation], problems: dict[int, str]) -> Iterator[Finding]:
@@ -134,7 +137,7 @@ def _backbones(store: Generations, opened: dict[int, Generation], problems: dict
     for digest in sorted({*users, *(path.stem for path in store.backbones())}):
         path = store.root / "backbones" / f"{digest}.onnx"
         if path in unused:
-            yield Finding(str(path), "no generation refers to it", LEFTOVER)
+            yield Finding(str(path), "no generation uses it", LEFTOVER)
             continue
         try:
             store.backbone_path(digest)
@@ -143,14 +146,14 @@ def _backbones(store: Generations, opened: dict[int, Generation], problems: dict
             yield Finding(str(path), f"{error}; generations that need it: {numbers}", DAMAGE)
     for path in sorted(store.root.glob("backbones/*")):
         if path not in store.backbones() and not path.name.startswith(files.TEMPORARY_PREFIX):
-            yield Finding(str(path), "it is no backbone; remove it if nobody needs it", NOTE)
+            yield Finding(str(path), "it is not a backbone; delete it if you do not need it", NOTE)
 
 
 def _journal(store: Generations, journal: Journal) -> Iterator[Finding]:
     path, lines, events = str(journal.path), journal.lines(), journal.events()
     unreadable = [place for place, (_, event) in enumerate(lines, 1) if event is None]
-    if not journal.is_whole():
-        yield Finding(path, f"a cut has ended line {len(lines)} early", LEFTOVER)
+    if not journal.is_complete():
+        yield Finding(path, f"line {len(lines)} is incomplete after a crash", LEFTOVER)
         unreadable = [place for place in unreadable if place != len(lines)]
     if unreadable:
         yield Finding(path, f"cannot read line {', '.join(map(str, unreadable))}; states are not affected", DAMAGE)
@@ -159,7 +162,7 @@ def _journal(store: Generations, journal: Journal) -> Iterator[Finding]:
         if seq > before + 1:
             yield Finding(path, f"events {before + 1} to {seq - 1} are lost; states are not affected", NOTE)
         elif seq <= before:
-            yield Finding(path, f"event {seq} comes after event {before}: someone has changed the file", NOTE)
+            yield Finding(path, f"event {seq} comes after event {before}: the file was edited", NOTE)
         before = seq
     number = store.pointer()
     if number and (not events or events[-1]["generation"] != number):
@@ -169,19 +172,21 @@ def _journal(store: Generations, journal: Journal) -> Iterator[Finding]:
 def _leftovers(root: Path) -> Iterator[Finding]:
     for folder in (root, root / "generations", root / "backbones"):
         for path in sorted(folder.glob(f"{files.TEMPORARY_PREFIX}*")):
-            yield Finding(str(path), "a cut has left it, or someone is writing it now", LEFTOVER)
+            yield Finding(str(path), "it is left over from a crash, or being written now", LEFTOVER)
 
 
 def _engines(folder: Path) -> Iterator[Finding]:
     if not os.path.lexists(folder):
         return
     about = folder.lstat()
-    told = "; remove it: engines are built again"
+    advice = "; delete it: engines are built again"
     if not stat.S_ISDIR(about.st_mode):
-        yield Finding(str(folder), f"it is not a folder{told}", DAMAGE)
+        yield Finding(str(folder), f"it is not a folder{advice}", DAMAGE)
     elif about.st_uid != os.geteuid():
-        yield Finding(str(folder), f"it belongs to user {about.st_uid}, but this is user {os.geteuid()}{told}", DAMAGE)
+        yield Finding(
+            str(folder), f"it belongs to user {about.st_uid}, but this is user {os.geteuid()}{advice}", DAMAGE
+        )
     elif about.st_mode & 0o077:
-        # Only who else can write is a danger: an engine is a program.
+        # Only write access is dangerous, because an engine is executable code.
         severity = DAMAGE if about.st_mode & 0o022 else NOTE
-        yield Finding(str(folder), f"its mode is {stat.S_IMODE(about.st_mode):o}, not 700{told}", severity)
+        yield Finding(str(folder), f"its mode is {stat.S_IMODE(about.st_mode):o}, not 700{advice}", severity)

@@ -1,4 +1,4 @@
-"""The journal of a store: one event a line, appended and never changed. It is for people; no state is read from it."""
+"""Journal of a store: one event per line, appended and never changed. It is for people; no state is read from it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ssd_edge.system import utc_now
 
 
 class Journal:
-    """``ROOT/journal.jsonl``. Events are ordered by ``seq`` alone: 1, 2, …, whatever the clock says."""
+    """``ROOT/journal.jsonl``. Events are ordered by ``seq`` (1, 2, …), independent of the clock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def events(self) -> Sequence[dict[str, Any]]:
-        """The events, in order; a line that cannot be read (cut short, damaged) is left out."""
+        """Return the events in order, without unreadable lines (cut short or damaged)."""
         return [event for _, event in self.lines() if event is not None]
 
     def lines(self) -> Sequence[tuple[bytes, dict[str, Any] | None]]:
-        """Every line that is not empty, with its event; None for one that cannot be read."""
-        found = []
+        """Return every non-empty line with its event, or None if it is unreadable."""
+        result = []
         for line in self._bytes().splitlines():
             event = None
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
@@ -32,37 +32,37 @@ class Journal:
                 if type(value["seq"]) is int and type(value["generation"]) is int:
                     event = value
             if line:
-                found.append((line, event))
-        return found
+                result.append((line, event))
+        return result
 
-    def is_whole(self) -> bool:
-        """Whether the last line ends as it should."""
+    def is_complete(self) -> bool:
+        """Return True if the last line ends with a newline."""
         return (self._bytes() or b"\n").endswith(b"\n")
 
     def append(self, event: str, number: int, **fields: Any) -> None:
-        """Add an event about a generation.
+        """Append an event about a generation.
 
         Raises:
-            EnvironmentUnfitError: the disk is full, read-only or forbidden.
+            EnvironmentUnfitError: The disk is full or read-only.
         """
-        if not self.is_whole():
-            files.append_line(self.path, "")  # ends the line that a cut left incomplete
+        if not self.is_complete():
+            files.append_line(self.path, "")  # ends the line that a crash has left incomplete
         seq = max((earlier["seq"] for earlier in self.events()), default=0) + 1
         line = {"seq": seq, "untrusted_time": utc_now(), "event": event, "generation": number, **fields}
         files.append_line(self.path, json.dumps(line, allow_nan=False))
 
     def drop_unreadable(self) -> None:
-        """Write the journal anew without the lines that cannot be read."""
+        """Rewrite the journal without unreadable lines."""
         lines = self.lines()
-        if not self.is_whole() or any(event is None for _, event in lines):
+        if not self.is_complete() or any(event is None for _, event in lines):
             files.write_bytes(self.path, b"".join(line + b"\n" for line, event in lines if event is not None))
 
     def shorten(self, keep: int) -> None:
-        """Drop older events once there are twice as many as are to be kept: a journal must not fill a disk in years.
+        """Drop old events once there are twice as many as `keep`, so that the journal does not fill the disk.
 
         Args:
-            keep: so many of the newest stay, and every installation: the highest release that was installed is known
-                from them.
+            keep: Number of the newest events that stay. Every installation stays as well, because the highest
+                installed release is derived from them.
         """
         lines = self.lines()
         if len(lines) >= 2 * keep:

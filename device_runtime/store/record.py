@@ -1,4 +1,4 @@
-"""One committed state of a device: read, and verified before anything of it is used."""
+"""A committed generation, verified before it is used."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputErro
 
 VERSION = 1
 RECORD = "generation.json"
-# Reading fails for want of these, not because anything is damaged: nothing may stand in or be repaired for it.
+# These errors are not damage: no other generation may replace the current one and nothing may be repaired.
 _NOT_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """One committed state, verified when it was opened; a file is verified again when it is read.
+    """A committed generation, verified when it was opened; each file is verified again when it is read.
 
     Attributes:
-        number: 1, 2, …; never used twice in a root.
-        parent: the generation it was learned from; None for an installed one.
+        number: 1, 2, …; never reused in a root.
+        parent: Number of the generation it was learned from; None for an installed one.
         origin: ``install`` or ``learn``.
-        created_utc: the wall clock at the commit; a device without a clock battery starts in 1970.
-        backbone: sha256 of the backbone whose embeddings it understands.
-        info: what the caller of `Generations.commit` gave.
-        files: name → {"size", "sha256"}.
-        path: its folder.
-        fallback: empty, or one sentence: why this one stands in for the current one. Show it.
+        created_utc: Wall clock time of the commit; a device without a clock battery starts in 1970.
+        backbone: SHA-256 of the backbone that computes its embeddings.
+        info: What the caller of `Generations.commit` recorded.
+        files: File name → {"size", "sha256"}.
+        path: Its folder.
+        fallback: One sentence on why it replaces the current generation, to be shown to the user; usually empty.
     """
 
     number: int
@@ -48,11 +48,11 @@ class Generation:
     fallback: str = ""
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file of this generation.
+        """Return the bytes of a file of this generation.
 
         Raises:
-            InputError: it has no file of that name.
-            BundleRefusedError: the file is missing or not what was committed.
+            InputError: It has no file of that name.
+            BundleRefusedError: The file is missing or differs from what was committed.
         """
         if name not in self.files:
             raise InputError(f"{self.path} has no file '{name}'; it has: {', '.join(sorted(self.files))}")
@@ -63,12 +63,12 @@ class Generation:
         return data
 
     def tensors(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Arrays and metadata of a safetensors file; raises like `read`, also on NaN or infinity."""
+        """Return arrays and metadata of a safetensors file; raises as `read`, also for NaN or infinity."""
         return files.parse_tensors(self.read(name), str(self.path / name))
 
     @property
     def registry(self) -> ClassRegistry:
-        """The classes, in the order of the learner's rows."""
+        """The classes by row."""
         return ClassRegistry.from_json(json.loads(self.read("classes.json")))
 
 
@@ -100,11 +100,11 @@ class GenerationSummary:
 
 
 def open_generation(path: Path, number: int) -> Generation:
-    """Read and verify the generation in a folder, every file of it.
+    """Read the generation in a folder and verify every file of it.
 
     Raises:
-        BundleRefusedError: it is missing, damaged, of another number, or of a newer version.
-        EnvironmentUnfitError: see `check_damage`.
+        BundleRefusedError: It is missing or damaged, has another number, or needs a newer version.
+        EnvironmentUnfitError: See `check_damage`.
     """
     raw = _read(path / RECORD)
     try:
@@ -125,15 +125,15 @@ def open_generation(path: Path, number: int) -> Generation:
 
 
 def sealed(body: Mapping[str, Any]) -> bytes:
-    """The one byte form of a generation.json: any flipped bit makes it another one."""
+    """Return the canonical bytes of a generation.json, with a digest that detects any flipped bit."""
     return files.json_bytes({**body, "digest": files.sha256(files.json_bytes(body))})
 
 
 def check_damage(path: Path, error: OSError) -> None:
-    """Tell what is damaged from what this process cannot read now, or may not.
+    """Raise if a read error is not damage, such as missing permission or too many open files.
 
     Raises:
-        EnvironmentUnfitError: the latter.
+        EnvironmentUnfitError: The file cannot be read by this process at the moment.
     """
     if error.errno in _NOT_DAMAGE:
         raise EnvironmentUnfitError(
@@ -143,7 +143,7 @@ def check_damage(path: Path, error: OSError) -> None:
 
 
 def _read(path: Path) -> bytes:
-    """A file that must be there: that it cannot be read is damage, not a user's mistake."""
+    """Return the bytes of a file that must exist."""
     try:
         return path.read_bytes()
     except OSError as error:

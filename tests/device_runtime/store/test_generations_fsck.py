@@ -53,7 +53,7 @@ def test_an_empty_root(tmp_path):
 def test_a_damaged_pointer_is_written_anew(store, damage):
     damage(store.root / "CURRENT")
     before = snapshot(store.root)
-    told = ("CURRENT", "damage", "it is missing or damaged, so that a stand-in is used; repair it")
+    told = ("CURRENT", "damage", "it is missing or damaged, so another generation may be used; repair it")
     assert only(store) == (*told, False)
     assert snapshot(store.root) == before
     assert only(store, repair=True) == (*told, True)
@@ -136,7 +136,7 @@ def test_a_cut_journal(store):
     path = store.root / "journal.jsonl"
     os.truncate(path, path.stat().st_size - 5)
     found = [(one.severity, one.problem, one.repaired) for one in fsck.repair(store)]
-    assert found[0] == ("leftover", "a cut has ended line 3 early", True)
+    assert found[0] == ("leftover", "line 3 is incomplete after a crash", True)
     # a generation that is current, and for all the journal says has never been made
     assert found[1] == ("leftover", "it lacks that generation 3 is current", True)
     assert [(event["seq"], event["event"]) for event in store.journal()][2:] == [(3, "recovered")]
@@ -156,7 +156,7 @@ def test_a_damaged_journal(store):
     assert [one.problem for one in fsck.check(store)][1:] == [lost]
     path.write_bytes(lines[0] + lines[2] + lines[1])
     problems = [one.problem for one in fsck.check(store)]
-    assert "event 2 comes after event 3: someone has changed the file" in problems
+    assert "event 2 comes after event 3: the file was edited" in problems
 
 
 def test_a_generation_that_a_cut_kept_from_becoming_current(store, monkeypatch):
@@ -173,7 +173,7 @@ def test_a_generation_that_a_cut_kept_from_becoming_current(store, monkeypatch):
     monkeypatch.undo()
     path, severity, problem, repaired = only(store, repair=True)
     assert (path, severity, repaired) == ("generations/000004", "note", False)
-    assert problem.endswith("or a cut came before this became current")
+    assert problem.endswith("or a crash came before this became current")
     assert (store.current().number, value(store.get(4))) == (3, 4.0)
 
 
@@ -183,11 +183,11 @@ def test_the_folder_of_engines(store):
     assert fsck.check(store) == []
     for mode, severity in ((0o750, "note"), (0o770, "damage")):
         folder.chmod(mode)
-        told = f"its mode is {mode:o}, not 700; remove it: engines are built again"
+        told = f"its mode is {mode:o}, not 700; delete it: engines are built again"
         assert only(store, repair=True) == ("engines", severity, told, False)
     folder.rmdir()
     folder.write_bytes(b"")
-    assert only(store)[2] == "it is not a folder; remove it: engines are built again"
+    assert only(store)[2] == "it is not a folder; delete it: engines are built again"
 
 
 def test_repair_waits_for_nobody(store):

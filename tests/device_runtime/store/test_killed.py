@@ -218,12 +218,12 @@ def examine(root: Path, before: dict[int, dict[str, bytes]], action: str, after:
         assert files.sha256_file(path) == path.stem
     journal = Journal(root / "journal.jsonl")
     events = [event for _, event in journal.lines()]
-    assert None not in (events if journal.is_whole() else events[:-1])
+    assert None not in (events if journal.is_complete() else events[:-1])
     result = device.learn("wedge", photos("wedge", 4, seed=50), limits=ANY)  # and the lock is free
     assert result.generation > max(now.number, 10)
     assert (device.generation.parent, Device.open(root).generation) == (now.number, device.generation)
     assert leftovers(root) == []
-    assert journal.is_whole()
+    assert journal.is_complete()
     assert None not in [event for _, event in journal.lines()]
     assert {one.severity for one in fsck.check(store)} <= {"note"}
     return inside, now.number

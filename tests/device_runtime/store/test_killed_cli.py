@@ -110,7 +110,7 @@ class Box:
         assert Device.open(root).generation == device.generation
         assert leftovers(root) == []
         journal = Journal(root / "journal.jsonl")
-        assert journal.is_whole()
+        assert journal.is_complete()
         assert None not in [event for _, event in journal.lines()]
         assert {one.severity for one in fsck.check(device.store)} <= {"note"}
 
@@ -206,7 +206,7 @@ def test_asked_to_end(box, tmp_path):
             assert "Traceback" not in told or "atexit" in told, told  # PyTorch's own tidying up can be interrupted
         assert code != 0 or number == box.after[verb][0]
         assert leftovers(root) == []
-        assert not any("a cut came before" in one.problem for one in fsck.check(Generations(root)))
+        assert not any("a crash came before" in one.problem for one in fsck.check(Generations(root)))
         box.go_on(root, number)
     print(f"(verb, generation, exit code): {outcomes}")
 
@@ -236,7 +236,7 @@ def test_asked_to_end_at_any_step(box, tmp_path, monkeypatch, verb):
                 code = 0
         outcomes.add((box.examine(verb, root), code))
         assert leftovers(root) == [], at
-        assert not any("a cut came before" in one.problem for one in fsck.check(Generations(root))), at
+        assert not any("a crash came before" in one.problem for one in fsck.check(Generations(root))), at
         shutil.rmtree(root)
         if next(steps) <= at:
             break
