@@ -6,7 +6,7 @@ import functools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ from ssd_edge.run.embed import EMBED_BATCH
 from ssd_edge.run.finished import FinishedRun
 from ssd_edge.run.results import Evaluation
 from ssd_edge.system import duration, size
+
+if TYPE_CHECKING:
+    from exporters.deploy import DeployResult
 
 ImageLike: TypeAlias = "str | Path | Image.Image | np.ndarray"
 Label: TypeAlias = "str | int"
@@ -241,7 +244,7 @@ class Run:
         empty: bool = False,
         release: int | None = None,
         progress: bool | Listener = True,
-    ) -> dict[str, Any]:
+    ) -> DeployResult:
         """Export the backbone, check it, and write a bundle for a device.
 
         Args:
@@ -256,14 +259,14 @@ class Run:
             progress: As in `train`.
 
         Returns:
-            The facts that ``ssd-edge deploy --json`` prints, such as ``sha256`` and ``precision``.
+            The facts that ``ssd-edge deploy --json`` prints, as attributes such as ``sha256`` and ``precision``.
 
         Raises:
             InputError: If an option cannot be used.
             GateRefusedError: If the exported backbone does not compute what the run computed.
 
         Example:
-            >>> run.deploy("robot.ssdedge", target="jetson-orin-nano")["precision"]
+            >>> run.deploy("robot.ssdedge", target="jetson-orin-nano").precision
             'fp16'
         """
         from exporters.deploy import Options, deploy

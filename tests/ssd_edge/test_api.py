@@ -132,8 +132,8 @@ def test_predict_accepts_files_images_and_arrays(shapes: Path, tmp_path: Path) -
 def test_deploy(run: ssd_edge.Run, tmp_path: Path) -> None:
     received: list[Event] = []
     result = run.deploy(tmp_path / "robot.ssdedge", target="cpu", empty=True, progress=received.append)
-    assert (tmp_path / "robot.ssdedge").stat().st_size == result["bytes"]
-    assert result["target"] == "cpu"
+    assert (tmp_path / "robot.ssdedge").stat().st_size == result.bytes
+    assert result.target == "cpu"
     assert any(isinstance(event, Message) and "exporting the backbone" in event.text for event in received)
     with pytest.raises(InputError, match="Did you mean 'jetson'"):
         run.deploy(tmp_path / "x.ssdedge", target="jetsn")
