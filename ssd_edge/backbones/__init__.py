@@ -1,1 +1,1 @@
-"""Backbones: networks, pretraining, packages, and the embedders that run them."""
+"""Backbones: networks, pretraining, packages, and embedders."""

@@ -1,4 +1,4 @@
-"""Embedders of the workstation: uint8 images → embeddings, with the backbone that a configuration names."""
+"""Embedders of the workstation, which run a backbone on uint8 images."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ssd_edge.learners.priors import Priors
 
 
 class Embedder(Protocol):
-    """A backbone that runs.
+    """A backbone that can be run.
 
     Attributes:
-        identity: digest of everything that decides its output; part of the cache's key.
-        size: side of its input in pixels.
-        dim: D.
-        standardised: whether it gives embeddings; else raw features, to be standardised by the first task.
-        priors: what pretraining knows.
-        provenance: for the model card.
+        identity: Digest of everything that determines the output; part of the cache key.
+        size: Side of the input in pixels.
+        dim: Embedding size D.
+        standardised: True if the output is standardised; False for raw features, which the first task standardises.
+        priors: Statistics from pretraining.
+        provenance: Entries for the model card.
     """
 
     identity: str
@@ -36,15 +36,15 @@ class Embedder(Protocol):
     provenance: dict[str, Any]
 
     def embed(self, images: np.ndarray) -> np.ndarray:
-        """uint8 RGB ``(N, size, size, 3)`` → float32 ``(N, D)``."""
+        """Embed images, uint8 RGB ``(N, size, size, 3)``, and return float32 ``(N, D)``."""
         ...
 
 
 def network(package: packages.BackbonePackage) -> EmbeddingNetwork:
-    """The module of a package, in eval mode: uint8 ``(N, H, W, 3)`` → embeddings.
+    """Return the network of a package in eval mode, from uint8 ``(N, H, W, 3)`` to embeddings.
 
     Raises:
-        BundleRefusedError: weights that do not fit the architecture.
+        BundleRefusedError: The weights do not match the architecture.
     """
     arch = package.card["arch"]
     if arch not in ARCHITECTURES:
@@ -63,13 +63,16 @@ def network(package: packages.BackbonePackage) -> EmbeddingNetwork:
 
 
 def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation ``(D,)`` of raw features ``(N, D)``, float64; a dead feature must not blow up."""
+    """Return mean and standard deviation ``(D,)`` of raw features ``(N, D)``, float64.
+
+    The standard deviation has a lower bound, so that constant features stay finite.
+    """
     mu, sigma = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     return mu, np.maximum(sigma, 1e-3 * max(float(sigma.max()), 1e-12))
 
 
 class TorchEmbedder:
-    """The backbone of a package, run by PyTorch."""
+    """Embedder that runs the backbone of a package with PyTorch."""
 
     def __init__(self, package: packages.BackbonePackage, device: torch.device) -> None:
         self.network = network(package).to(device)
@@ -82,20 +85,22 @@ class TorchEmbedder:
 
     @torch.inference_mode()
     def embed(self, images: np.ndarray) -> np.ndarray:
+        """Embed images, uint8 RGB ``(N, size, size, 3)``, and return float32 ``(N, D)``."""
         parts = [self.network(torch.from_numpy(part).to(self.device)).cpu().numpy() for part in _parts(images, 500)]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
 
 def _parts(images: np.ndarray, batch: int) -> Iterable[np.ndarray]:
+    """Yield contiguous batches."""
     return (np.ascontiguousarray(images[start : start + batch]) for start in range(0, len(images), batch))
 
 
 def open_backbone(config: BackboneConfig, device: torch.device) -> Embedder:
-    """The embedder that a configuration names: the shipped package, another one, or the user's ONNX.
+    """Open the backbone of a configuration: the shipped package, another package, or an ONNX file.
 
     Raises:
-        InputError: both a package and an ONNX file are named, or the file cannot be used.
-        BundleRefusedError: a damaged package.
+        InputError: The configuration names both a package and an ONNX file, or the file cannot be used.
+        BundleRefusedError: The package is damaged.
     """
     if config.onnx and config.path:
         raise InputError(f"backbone.path={config.path} and backbone.onnx={config.onnx} exclude each other; drop one")

@@ -1,7 +1,7 @@
-"""SDMLP keys pretrained on the backbone's own data, for a backbone package.
+"""Pretrain the SDMLP keys of a backbone package on the backbone's own data.
 
-As in the SDMLP and SSD papers, the sparse network first learns the classes that the backbone was trained on;
-its keys and GABA counters are kept, its values are dropped. Embeddings only: seconds to minutes on a CPU.
+As in the SDMLP and SSD papers, the sparse network first learns the classes that the backbone was trained on. Its keys
+and GABA counters are kept, its values dropped. It trains on embeddings, which takes seconds to minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from ssd_edge.config import StudentConfig
 from ssd_edge.errors import InputError
 from ssd_edge.learners.gradient.network import SDMLP, Layer, initial_rows, prepare
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 BATCH, CLIP = 128, 1.0
 
 
 def pretrain_student(
-    embeddings: Tensor, labels: Tensor, classes: int, config: StudentConfig, seed: int, say: Say
+    embeddings: Tensor, labels: Tensor, classes: int, config: StudentConfig, seed: int, log: Log
 ) -> tuple[Tensor, Tensor, float, float]:
     """Train an SDMLP on standardised embeddings.
 
     Args:
-        embeddings: ``(N, D)`` float32.
+        embeddings: float32 ``(N, D)``.
         labels: int64 ``(N,)``.
-        classes: number of classes.
-        config: size and schedule.
-        seed: of initialisation and order.
-        say: called with a line per epoch.
+        classes: Number of classes.
+        config: Size and schedule.
+        seed: Seed of initialisation and order.
+        log: Receives one line per epoch.
 
     Returns:
-        keys ``(r, D)``, counters ``(r,)``, C of the switch, and the training accuracy of the last epoch.
+        Keys ``(r, D)``, counters ``(r,)``, C of the GABA switch, and the training accuracy of the last epoch.
 
     Raises:
         InputError: k is not below the number of neurons.
@@ -50,7 +50,7 @@ def pretrain_student(
     dim = embeddings.shape[1]
     keys = initial_rows(config.neurons, dim, dim, generator, torch.float32)
     values = initial_rows(config.neurons, classes, config.neurons, generator, torch.float32)
-    # C = ½ · samples · epochs: while a switch is open its neuron answers every sample, so all can close in time
+    # C = ½ · samples · epochs: a neuron with an open switch is active for every sample, so every switch can close
     switch = max(1.0, 0.5 * config.epochs * len(embeddings))
     net = SDMLP([Layer(keys, torch.zeros(config.neurons))], values, config.k, switch)
     inputs = prepare(embeddings, config.shift)
@@ -58,7 +58,7 @@ def pretrain_student(
     for epoch in range(config.epochs):
         order = torch.randperm(len(inputs), generator=generator)
         correct = 0
-        for index in order.split(BATCH):
+        for index in torch.split(order, BATCH):
             x, truth = inputs[index], labels[index]
             state = net.forward(x)
             net.count(state)
@@ -69,7 +69,7 @@ def pretrain_student(
         accuracy = correct / len(inputs)
         closed = float((net.counters >= switch).float().mean())
         seconds = time.monotonic() - started
-        say(
+        log(
             f"student epoch {epoch + 1}/{config.epochs}  training accuracy {accuracy:.3f}  "
             f"switches closed {closed:.2f}  {seconds / (epoch + 1) * (config.epochs - epoch - 1):.0f} s left"
         )
@@ -77,13 +77,13 @@ def pretrain_student(
 
 
 def with_student(
-    package: BackbonePackage, embeddings: np.ndarray, labels: np.ndarray, config: StudentConfig, seed: int, say: Say
+    package: BackbonePackage, embeddings: np.ndarray, labels: np.ndarray, config: StudentConfig, seed: int, log: Log
 ) -> BackbonePackage:
-    """The package with SDMLP keys and landmarks, both from its own pretraining embeddings ``(N, D)``."""
+    """Return the package with SDMLP keys and landmarks from its own pretraining embeddings ``(N, D)``."""
     vectors, truth = torch.from_numpy(embeddings), torch.from_numpy(labels)
     classes = int(truth.max()) + 1
-    keys, counters, switch, accuracy = pretrain_student(vectors, truth, classes, config, seed, say)
-    landmarks = make_landmarks(vectors, truth, classes, config.landmarks, config.directions, seed, say)
+    keys, counters, switch, accuracy = pretrain_student(vectors, truth, classes, config, seed, log)
+    landmarks = make_landmarks(vectors, truth, classes, config.landmarks, config.directions, seed, log)
     student = {**dataclasses.asdict(config), "switch": switch, "seed": seed, "training_accuracy": round(accuracy, 4)}
     priors = dataclasses.replace(
         package.priors,

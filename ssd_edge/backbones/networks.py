@@ -1,6 +1,6 @@
-"""The two backbones that `ssd-edge pretrain` can train, and the frozen graph around them.
+"""The two backbones that `ssd-edge pretrain` can train, and the module that adds preprocessing to them.
 
-Both take normalised float images ``(N, 3, H, W)`` and give features ``(N, 256)``.
+Both map normalised float images ``(N, 3, H, W)`` to features ``(N, 256)``.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 FEATURES = 256
-PIXEL_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in 0..1
+PIXEL_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, for pixels in 0..1
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 class ConvMixer(nn.Module):
-    """ConvMixer-256/8, kernel 5, patch 2: the extractor of the SDMLP and SSD papers.
+    """ConvMixer-256/8 with kernel 5 and patch 2, the feature extractor of the SDMLP and SSD papers.
 
     Each block is a depthwise convolution with a residual, then a pointwise one, each followed by GELU and
     batch normalisation (Trockman & Kolter, "Patches Are All You Need?", 2022).
@@ -42,7 +42,8 @@ class ConvMixer(nn.Module):
         x = self.stem(images)
         for depthwise, pointwise in zip(self.depthwise, self.pointwise, strict=True):
             x = pointwise(x + depthwise(x))
-        return x.mean((2, 3))
+        pooled: Tensor = x.mean((2, 3))
+        return pooled
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -67,23 +68,29 @@ class ResNet9(nn.Module):
         x = x + self.residual1(x)
         x = self.down(x)
         x = x + self.residual2(x)
-        return self.last(x).mean((2, 3))
+        pooled: Tensor = self.last(x).mean((2, 3))
+        return pooled
 
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {"resnet9": ResNet9, "convmixer": ConvMixer}
 
 
 class EmbeddingNetwork(nn.Module):
-    """Everything between a camera's bytes and an embedding, as it is exported.
+    """A backbone with preprocessing and standardisation, as it is exported.
 
-    uint8 RGB ``(N, H, W, 3)`` → pixels normalised, body, standardised → float32 ``(N, D)``,
-    z = (f(image) − μ)/σ. Preprocessing and standardisation are in fp32.
+    Maps uint8 RGB ``(N, H, W, 3)`` to z = (f(image) − μ)/σ, float32 ``(N, D)``. Preprocessing and standardisation are
+    in fp32.
 
     Args:
-        body: maps ``(N, 3, H, W)`` to ``(N, D)``.
-        mu: mean of each feature over the pretraining data, ``(D,)``.
-        sigma: its standard deviation, ``(D,)``.
+        body: Network from ``(N, 3, H, W)`` to ``(N, D)``.
+        mu: Mean of each feature over the pretraining data, ``(D,)``.
+        sigma: Standard deviation of each feature, ``(D,)``.
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    mu: Tensor
+    sigma: Tensor
 
     def __init__(self, body: nn.Module, mu: Tensor, sigma: Tensor) -> None:
         super().__init__()
@@ -95,5 +102,5 @@ class EmbeddingNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = (images.to(torch.float32) / 255.0 - self.pixel_mean) / self.pixel_std
-        features = self.body(x.permute(0, 3, 1, 2))
+        features: Tensor = self.body(x.permute(0, 3, 1, 2))
         return (features.to(torch.float32) - self.mu) / self.sigma

@@ -1,10 +1,10 @@
-"""A user's own backbone: one ONNX file, composed with preprocessing and standardisation into one graph.
+"""A user's own backbone: an ONNX file, combined with preprocessing and standardisation into one graph.
 
-`compose` makes what the workstation and the device run:
+`compose` makes the graph that workstation and device run:
 
-    uint8 RGB (N, size, size, 3) → pixels normalised → the user's network → (f − μ)/σ → float32 (N, D)
+    uint8 RGB (N, size, size, 3) → normalised pixels → the user's network → (f − μ)/σ → float32 (N, D)
 
-Preprocessing and standardisation are in fp32, whatever the network's precision.
+Preprocessing and standardisation are in fp32, whatever the precision of the network.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
     from onnxruntime import InferenceSession
 
-SCHEMA = "ssd-edge-backbone/1"  # of the model's metadata
+SCHEMA = "ssd-edge-backbone/1"  # in the metadata of the model
 INPUT, EMBEDDINGS, FEATURES = "images", "embeddings", "features"
 MAX_BATCH = 32
-_BATCH_PIXELS = 2**21  # 32 images of 256×256: some backbones take 100 times the memory of their input
+_BATCH_PIXELS = 2**21  # 32 images of 256×256: some backbones use 100 times the memory of their input
 _PURPOSE = "use a backbone as an ONNX file"
 
 # (operator, constants after its first input, attributes)
@@ -37,13 +37,13 @@ Step = tuple[str, tuple[np.ndarray, ...], dict[str, Any]]
 
 
 class OnnxEmbedder:
-    """An `Embedder`: raw features of the user's network, by ONNX Runtime on the CPU.
+    """An `Embedder` that runs the user's network with ONNX Runtime on the CPU and returns raw features.
 
     Args:
-        config: its `onnx`, `size`, `mean`, `std` and `layout`.
+        config: Configuration with `onnx`, `size`, `mean`, `std` and `layout`.
 
     Raises:
-        InputError: the file cannot be read or used; see `compose`.
+        InputError: The file cannot be read or used; see `compose`.
         EnvironmentUnfitError: onnx or onnxruntime is not installed.
     """
 
@@ -71,37 +71,38 @@ class OnnxEmbedder:
         }
 
     def embed(self, images: np.ndarray) -> np.ndarray:
-        """uint8 RGB ``(N, size, size, 3)`` → raw features, float32 ``(N, D)``."""
+        """Return the raw features, float32 ``(N, D)``, of uint8 RGB images ``(N, size, size, 3)``."""
         return run(self._session, images)
 
 
 def identity(model_bytes: bytes, size: int, mean: Sequence[float], std: Sequence[float], layout: str) -> str:
-    """A short digest of everything that decides the features."""
+    """Return a short digest of everything that determines the features."""
     preprocessing = {"size": size, "mean": list(mean), "std": list(std), "layout": layout}
     return files.sha256(files.json_bytes({"model": files.sha256(model_bytes), **preprocessing}))[:16]
 
 
 def open_session(model: bytes) -> InferenceSession:
-    """A model in ONNX Runtime, on the CPU.
+    """Open a model in ONNX Runtime on the CPU.
 
     Raises:
         EnvironmentUnfitError: onnxruntime is not installed.
     """
     runtime = require("onnxruntime", "export", _PURPOSE)
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised, and need not be printed as well
+    options.log_severity_level = 4  # errors are raised anyway
     options.add_session_config_entry(*EXACT_INT8)
-    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session: InferenceSession = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return session
 
 
 def batch_size(session: InferenceSession) -> int:
-    """How many images to give at a time: 1 if the graph takes exactly one, else some, fewer of large ones."""
+    """Return the batch size: 1 if the graph accepts only one image, otherwise more, depending on the image size."""
     batch, size, *_ = session.get_inputs()[0].shape
     return 1 if isinstance(batch, int) else min(MAX_BATCH, max(2, _BATCH_PIXELS // size**2))
 
 
 def run(session: InferenceSession, images: np.ndarray, batch: int | None = None) -> np.ndarray:
-    """Run uint8 images ``(N, size, size, 3)``, `batch` (else `batch_size`) at a time; returns ``(N, D)``."""
+    """Run uint8 images ``(N, size, size, 3)`` in batches of `batch` or `batch_size`, and return ``(N, D)``."""
     step = batch or batch_size(session)
     name = session.get_inputs()[0].name
     parts = [session.run(None, {name: images[start : start + step]})[0] for start in range(0, len(images), step)]
@@ -118,34 +119,34 @@ def compose(
     sigma: np.ndarray | None = None,
     name: str = "",
 ) -> bytes:
-    """Preprocessing, the user's network and standardisation as one self-contained ONNX model.
+    """Combine preprocessing, the user's network and standardisation into one self-contained ONNX model.
 
-    The batch becomes dynamic, also where the file declares a fixed one, if two images together give the
-    features that each gives alone. Else the result takes exactly one image.
+    The batch dimension becomes dynamic, even if the file declares a fixed one, provided that two images in a batch give
+    the same features as each alone. Otherwise the result accepts exactly one image.
 
     Args:
-        model_bytes: one float32 or float16 input of rank 4; one output ``(N, D)``, ``(N, D, 1, 1)`` or
+        model_bytes: Model with one float32 or float16 input of rank 4 and one output ``(N, D)``, ``(N, D, 1, 1)`` or
             ``(N, 1, 1, D)``.
-        size: side of its input in pixels.
-        mean: a channel, of pixels in 0..1.
-        std: a channel.
-        layout: ``nchw`` or ``nhwc``, of its input.
-        mu: ``(D,)``, mean of the features; without mu and sigma raw features are given.
-        sigma: ``(D,)``, their standard deviation.
-        name: identity of the backbone for the metadata; else the one of `identity`.
+        size: Side of the input in pixels.
+        mean: Mean per channel, for pixels in 0..1.
+        std: Standard deviation per channel.
+        layout: Layout of the input, ``nchw`` or ``nhwc``.
+        mu: Mean of the features, ``(D,)``. Without mu and sigma the model returns raw features.
+        sigma: Standard deviation of the features, ``(D,)``.
+        name: Identity of the backbone for the metadata. Empty: that of `identity`.
 
     Returns:
-        A model with the input `images`, uint8 ``(batch, size, size, 3)``, and the output `embeddings`, or
-        `features` without standardisation, float32 ``(batch, D)``.
+        A model with the input `images`, uint8 ``(batch, size, size, 3)``, and the output `embeddings` (`features`
+        without standardisation), float32 ``(batch, D)``.
 
     Raises:
-        InputError: in one sentence, why this file cannot be a backbone.
+        InputError: The file cannot be used as a backbone.
         EnvironmentUnfitError: onnx or onnxruntime is not installed.
     """
     onnx = require("onnx", "export", _PURPOSE)
     if (mu is None) != (sigma is None):
         raise ValueError("mu and sigma go together")
-    require("onnxruntime", "export", _PURPOSE)  # here, because `_probe` takes every later error for the file's
+    require("onnxruntime", "export", _PURPOSE)  # here, because `_probe` attributes every later error to the file
     helper, types = onnx.helper, onnx.TensorProto
     model = onnx_file.parse(model_bytes)
     graph = model.graph
@@ -196,17 +197,17 @@ def compose(
 
 
 def finish(model: ModelProto, name: str, size: int, dim: int) -> bytes:
-    """Label a backbone's graph, check it and serialise it: the same bytes for the same graph.
+    """Add metadata to a backbone's graph, check it and serialise it deterministically.
 
     Args:
-        model: with one input and one output; changed in place.
-        name: identity of the backbone.
-        size: side of its input in pixels.
-        dim: D of its output.
+        model: Model with one input and one output; changed in place.
+        name: Identity of the backbone.
+        size: Side of the input in pixels.
+        dim: Size D of the output.
 
     Raises:
-        onnx.checker.ValidationError: it is not valid.
-        onnx.shape_inference.InferenceError: a shape or type in it is wrong.
+        onnx.checker.ValidationError: The model is not valid.
+        onnx.shape_inference.InferenceError: A shape or type is wrong.
     """
     import onnx
 
@@ -223,22 +224,23 @@ def finish(model: ModelProto, name: str, size: int, dim: int) -> bytes:
         "precision": onnx_file.model_precision(model),
     }
     onnx.helper.set_model_props(model, properties)
-    # the oldest version that has the opset, for the sake of older runtimes on devices
+    # the oldest version that supports the opset, for older runtimes on devices
     model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import))
     onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString(deterministic=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
     for key, values in (("mean", mean), ("std", std)):
         if len(values) != 3:
-            raise InputError(f"backbone.{key} needs 3 values, one a channel, but has {len(values)}: {list(values)}")
+            raise InputError(f"backbone.{key} needs 3 values, one per channel, but has {len(values)}: {list(values)}")
     if not all(value > 0 for value in std):
         raise InputError(f"backbone.std must be above 0 in every channel, but is {list(std)}")
 
 
 def _chain(graph: GraphProto, source: str, target: str, steps: Sequence[Step], name: str) -> list[NodeProto]:
-    """Nodes from the value `source` to the value `target`, one a step; their constants go into the graph."""
+    """Return nodes from the value `source` to the value `target`, and add their constants to the graph."""
     from onnx import helper, numpy_helper
 
     nodes = []
@@ -255,10 +257,10 @@ def _chain(graph: GraphProto, source: str, target: str, steps: Sequence[Step], n
 
 
 def _probe(model: ModelProto, image: ValueInfoProto, together: bool) -> tuple[int, ...]:
-    """Run two random images, each alone and also `together`; returns the shape of one image's output.
+    """Run two random images one by one and, if `together`, as a batch; return the output shape for one image.
 
     Raises:
-        InputError: it does not run, or gives NaN, or something else a second time or in company.
+        InputError: The model does not run, gives NaN, or is not deterministic, or an image changes with its batch.
     """
     size = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
     images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
@@ -266,7 +268,7 @@ def _probe(model: ModelProto, image: ValueInfoProto, together: bool) -> tuple[in
         session = open_session(model.SerializeToString())
         first, second, again = (session.run(None, {INPUT: images[[index]]})[0] for index in (0, 1, 0))
         pair = session.run(None, {INPUT: images})[0] if together else None
-    except Exception as error:  # ONNX Runtime's errors have no common base
+    except Exception as error:  # ONNX Runtime's errors have no common base class
         raise InputError(
             f"it does not run on one image of {size}×{size} (its input is {onnx_file.describe(image)}; "
             f"{onnx_file.short(error)})"
@@ -276,19 +278,20 @@ def _probe(model: ModelProto, image: ValueInfoProto, together: bool) -> tuple[in
     if not np.array_equal(first, again):
         raise InputError("it gives different outputs for the same image; export it in evaluation mode, without dropout")
     if pair is not None:
-        # Loose: in float16 rounding differs with the batch. What mixes images up differs entirely.
+        # Loose, because float16 rounding depends on the batch; a model that mixes images differs much more.
         tolerance = 0.01 * max(np.abs(first).max(initial=0), np.abs(second).max(initial=0))
         alike = pair.shape == (2, *first.shape[1:]) and first.shape == second.shape
         if not alike or np.abs(pair - np.concatenate([first, second])).max(initial=0) > tolerance:
-            raise InputError("it gives different outputs for an image when another one is beside it")
-    return first.shape
+            raise InputError("it gives different outputs for an image alone and in a batch")
+    shape: tuple[int, ...] = first.shape
+    return shape
 
 
 def _check_features(shape: tuple[int, ...]) -> int:
-    """D of one image's output."""
+    """Return the embedding size D for the output shape of one image."""
     vector = len(shape) == 2 or (len(shape) == 4 and (shape[2:] == (1, 1) or shape[1:3] == (1, 1)))
     if not vector or shape[0] != 1 or 0 in shape:
         raise InputError(
-            f"its output must be one vector an image, (1, D), but is {shape}; cut it after its global average pooling"
+            f"its output must be one vector per image, (1, D), but is {shape}; cut it after its global average pooling"
         )
     return int(np.prod(shape[1:]))

@@ -1,6 +1,6 @@
-"""A user's ONNX file: parsed, checked, and freed of what a backbone cannot carry.
+"""Parse and check a user's ONNX file, and remove everything that a backbone does not need.
 
-Every refusal is one sentence that reads on after "backbone.onnx=FILE: ".
+Error messages are written to follow "backbone.onnx=FILE: ".
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
     from onnx import GraphProto, ModelProto, ValueInfoProto
 
-MAX_BYTES = 2**31 - 2**20  # protobuf ends at 2 GiB; the rest is for preprocessing and standardisation
-OPSETS = range(13, 21)  # TensorRT 10.3 (JetPack 6) parses up to 20; below 13 its axes are attributes
-OPSET = 18  # what other models are converted to, and what our own export writes
+MAX_BYTES = 2**31 - 2**20  # protobuf's limit of 2 GiB, less preprocessing and standardisation
+OPSETS = range(13, 21)  # TensorRT 10.3 (JetPack 6) supports up to 20; below 13, axes are attributes
+OPSET = 18  # written by our own export; models with unsupported opsets are converted to it
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 _PREFIX = "backbone/"
-_SHOWN = 300  # characters of another library's message
+_SHOWN = 300  # characters of another library's error message
 
 
 def read(path: str | Path) -> bytes:
-    """The bytes of an ONNX file.
+    """Read an ONNX file.
 
     Raises:
-        InputError: missing, a folder, or over 2 GiB.
+        InputError: The file is missing, a folder, or over 2 GiB.
     """
     path = Path(path)
     if path.is_file():
-        _check_bytes(path.stat().st_size)  # before that much is read
+        _check_bytes(path.stat().st_size)  # before reading it
     return files.read_bytes(path)
 
 
 def parse(data: bytes) -> ModelProto:
-    """A valid model of a supported opset, without functions and metadata; all its names begin with `backbone/`.
+    """Parse a model, convert it to a supported opset, inline functions, drop metadata and prefix names by `backbone/`.
 
     Raises:
-        InputError: it is none, or has external data or operators of other domains.
+        InputError: The model is invalid, or has external data or custom operators.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -65,18 +65,18 @@ def parse(data: bytes) -> ModelProto:
             model = inliner.inline_local_functions(model)
         _check_domains(model)
         onnx.checker.check_model(model)
-    except (onnx.checker.ValidationError, RuntimeError) as error:  # RuntimeError: of the inliner
+    except (onnx.checker.ValidationError, RuntimeError) as error:  # RuntimeError: from the inliner
         raise InputError(f"it is not a valid ONNX model ({short(error)})") from error
     model = _with_supported_opset(model)
     model.ClearField("training_info")
-    model.graph.ClearField("quantization_annotation")  # refers to values by name; not used by any runtime here
+    model.graph.ClearField("quantization_annotation")  # refers to values by name; no runtime uses it
     strip(model)
     _prefix_names(model.graph)
     return model
 
 
 def strip(model: ModelProto) -> None:
-    """Drop documentation, metadata and inferred shapes: they hold source paths, and shapes for another batch."""
+    """Remove documentation, metadata and inferred shapes, which contain source paths and a fixed batch size."""
     for message in _messages(model):
         for field in ("doc_string", "metadata_props", "value_info"):
             if field in message.DESCRIPTOR.fields_by_name:
@@ -84,14 +84,14 @@ def strip(model: ModelProto) -> None:
 
 
 def precision(data: bytes) -> str:
-    """``int8``, ``fp16`` or ``fp32``: the narrowest that a valid model computes in."""
+    """Return the narrowest precision in which a valid model computes: ``int8``, ``fp16`` or ``fp32``."""
     import onnx
 
     return model_precision(onnx.ModelProto.FromString(data))
 
 
 def model_precision(model: ModelProto) -> str:
-    """`precision` of a parsed model."""
+    """Return the `precision` of a parsed model."""
     import onnx
 
     if any(node.op_type == "DequantizeLinear" for node in messages_of(model, onnx.NodeProto)):
@@ -101,18 +101,18 @@ def model_precision(model: ModelProto) -> str:
 
 
 def opset(data: bytes) -> int:
-    """The version of the standard operators in a valid model."""
+    """Return the version of the standard operators in a valid model."""
     import onnx
 
     versions = onnx.ModelProto.FromString(data).opset_import
-    return next(entry.version for entry in versions if entry.domain in ("", "ai.onnx"))
+    return next(int(entry.version) for entry in versions if entry.domain in ("", "ai.onnx"))
 
 
 def interface(graph: GraphProto) -> tuple[ValueInfoProto, ValueInfoProto]:
-    """Copies of the one input and the one output of a parsed graph.
+    """Return copies of the only input and the only output of a parsed graph.
 
     Raises:
-        InputError: more than one, or not float32 or float16.
+        InputError: There is more than one, or the type is neither float32 nor float16.
     """
     import onnx
 
@@ -128,14 +128,14 @@ def interface(graph: GraphProto) -> tuple[ValueInfoProto, ValueInfoProto]:
 
 
 def check_input(image: ValueInfoProto, size: int, layout: str) -> None:
-    """Compare the declared input with the configuration.
+    """Check the declared input against the configuration.
 
     Raises:
-        InputError: not images, not three channels, or of another size.
+        InputError: The input does not have rank 4, three channels and the configured size.
     """
     dims = _dims(image)
     if len(dims) != 4:
-        raise InputError(f"its input must have rank 4, of images, but is {describe(image)}")
+        raise InputError(f"its input must be images, of rank 4, but is {describe(image)}")
     channels = {"nchw": 1, "nhwc": 3}
     if dims[channels[layout]] not in (None, 3):
         other = "nhwc" if layout == "nchw" else "nchw"
@@ -152,17 +152,17 @@ def check_input(image: ValueInfoProto, size: int, layout: str) -> None:
 
 
 def element_type(value: ValueInfoProto) -> int:
-    """An `onnx.TensorProto.DataType`."""
+    """Return the `onnx.TensorProto.DataType` of a value."""
     return value.type.tensor_type.elem_type
 
 
 def _dims(value: ValueInfoProto) -> list[int | None]:
-    """None for what is not known before it runs."""
+    """Return the dimensions, None if unknown."""
     return [dim.dim_value or None for dim in value.type.tensor_type.shape.dim]
 
 
 def describe(value: ValueInfoProto) -> str:
-    """E.g. ``'x' float32 (?, 3, 224, 224)``."""
+    """Describe a value, e.g. ``'x' float32 (?, 3, 224, 224)``."""
     import onnx
 
     kind = onnx.TensorProto.DataType.Name(element_type(value)).lower()
@@ -171,12 +171,12 @@ def describe(value: ValueInfoProto) -> str:
 
 
 def short(error: BaseException) -> str:
-    """The message of another library as part of a sentence."""
+    """Return the error message of another library on one line, cut to a length."""
     return " ".join(str(error).split())[:_SHOWN]
 
 
 def _messages(message: Message) -> Iterator[Message]:
-    """A protobuf message and all within it, also subgraphs in attributes."""
+    """Yield a protobuf message and all messages in it, including subgraphs in attributes."""
     from google.protobuf.message import Message
 
     yield message
@@ -187,26 +187,28 @@ def _messages(message: Message) -> Iterator[Message]:
 
 
 def messages_of(model: ModelProto, kind: type) -> Iterator[Any]:
-    """All nodes, graphs or tensors of a model (by the class of the message), also those within subgraphs."""
+    """Yield all messages of a class (node, graph or tensor) in a model, including those in subgraphs."""
     return (message for message in _messages(model) if isinstance(message, kind))
 
 
 def _check_bytes(size: int) -> None:
     if size > MAX_BYTES:
-        raise InputError(f"it has {size:,} bytes, but an ONNX file of at most {MAX_BYTES:,} (2 GiB) can be used")
+        raise InputError(f"it has {size:,} bytes, but at most {MAX_BYTES:,} (2 GiB) are supported")
 
 
 def _check_domains(model: ModelProto) -> None:
-    """Nothing but ONNX's own operators: no other runtime, and no TensorRT, has the rest."""
+    """Check that the model has only standard ONNX operators, because TensorRT supports no others."""
     import onnx
 
     nodes = list(messages_of(model, onnx.NodeProto))
     foreign = sorted({f"{node.domain}.{node.op_type}" for node in nodes if node.domain not in DOMAINS})
     if foreign:
         some = ", ".join(foreign[:5])
-        raise InputError(f"it uses operators that are not ONNX's own ({some}); export it without them")
+        raise InputError(f"it uses custom operators ({some}); export it with standard ONNX operators only")
     used = {node.domain for node in nodes} | {"", "ai.onnx"}
-    kept = [entry for entry in model.opset_import if entry.domain in used]  # exporters name more than they use
+    kept = [
+        entry for entry in model.opset_import if entry.domain in used
+    ]  # exporters import more domains than they use
     del model.opset_import[:]
     model.opset_import.extend(kept)
 
@@ -219,7 +221,7 @@ def _with_supported_opset(model: ModelProto) -> ModelProto:
         return model
     try:
         return version_converter.convert_version(model, OPSET)
-    except Exception as error:  # C++ raises what it likes
+    except Exception as error:  # the C++ code has no common error class
         raise InputError(
             f"its opset {version} is not one of {OPSETS[0]} to {OPSETS[-1]}, and it cannot be converted to {OPSET} "
             f"({short(error)}); export it with opset {OPSET}"
@@ -227,13 +229,13 @@ def _with_supported_opset(model: ModelProto) -> ModelProto:
 
 
 def _prefix_names(graph: GraphProto) -> None:
-    """Prefix every name in a graph and its subgraphs alike, so that none is one of ours."""
+    """Prefix every name in a graph and its subgraphs, so that none collides with the nodes that `compose` adds."""
     import onnx
 
     named = (onnx.NodeProto, onnx.GraphProto, onnx.TensorProto, onnx.ValueInfoProto)
     for message in _messages(graph):
         if isinstance(message, onnx.NodeProto):
             for names in (message.input, message.output):
-                names[:] = [name and _PREFIX + name for name in names]  # empty: an optional one left out
+                names[:] = [name and _PREFIX + name for name in names]  # an empty name is an omitted optional input
         if isinstance(message, named) and message.name:
             message.name = _PREFIX + message.name

@@ -1,13 +1,13 @@
-"""Backbone package: a folder with weights and with what learners need from pretraining.
+"""Backbone packages: folders with weights and with the statistics from pretraining that learners need.
 
 ```
 backbone.safetensors   weights of the body; matrices fp16, vectors fp32
 priors.safetensors     mu, sigma (D,), count, within_covariance (D, D) of the standardised embeddings,
                        keys (r, D) and counters (r,) of a pretrained SDMLP,
                        landmark_* of the default learner (`priors.Landmarks`)
-card.json              where each comes from: data and terms, command, seed, accuracy
+card.json              provenance: data and terms, command, seed, accuracy
 ```
-A user's own ONNX backbone has no package: its μ and σ come from the first task and stay frozen.
+A user's own ONNX backbone has no package: its μ and σ are measured on the first task and then fixed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 @dataclass(frozen=True)
 class BackbonePackage:
-    """A trained backbone as numpy arrays.
+    """A trained backbone as NumPy arrays.
 
     Attributes:
-        weights: state of the body (`networks.ARCHITECTURES[card["arch"]]`).
-        mu: ``(D,)``, mean of the raw features over the pretraining data.
-        sigma: ``(D,)``, their standard deviation.
-        priors: for the learners.
-        card: provenance; has at least ``arch``, ``size``, ``dim``, ``data``, ``terms``.
+        weights: State dict of the body (`networks.ARCHITECTURES[card["arch"]]`).
+        mu: Mean of the raw features over the pretraining data, ``(D,)``.
+        sigma: Standard deviation of the raw features, ``(D,)``.
+        priors: Statistics for the learners.
+        card: Provenance, with at least ``arch``, ``size``, ``dim``, ``data`` and ``terms``.
     """
 
     weights: dict[str, np.ndarray]
@@ -47,14 +47,14 @@ class BackbonePackage:
 
     @property
     def identity(self) -> str:
-        """A short digest of everything that decides the embedding (not of the keys)."""
+        """Short digest of everything that determines the embedding; excludes the keys."""
         metadata = {"arch": self.card["arch"], "size": self.card["size"]}
         data = files.tensor_bytes({**compact(self.weights), "mu": self.mu, "sigma": self.sigma}, metadata)
         return files.sha256(data)[:16]
 
 
 def compact(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Matrices as fp16, vectors (biases, normalisation) as fp32; counters of batch norm are dropped."""
+    """Convert matrices to fp16 and vectors (biases, normalisation) to fp32, and drop the counters of batch norm."""
     return {
         name: tensor.astype(np.float16 if tensor.ndim >= 2 else np.float32)
         for name, tensor in weights.items()
@@ -63,15 +63,16 @@ def compact(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _unit_rows(keys: np.ndarray | None) -> np.ndarray | None:
-    """Unit rows in fp32: rounding to fp16 leaves them a little off."""
+    """Normalise rows in fp32, which undoes the effect of rounding to fp16 on their length."""
     if keys is None:
         return None
     wide = keys.astype(np.float32)
-    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
+    unit: np.ndarray = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
+    return unit
 
 
 def save(package: BackbonePackage, folder: Path) -> int:
-    """Write a package; returns its size in bytes."""
+    """Write a package and return its size in bytes."""
     folder = Path(folder)
     files.make_directory(folder)
     priors: dict[str, np.ndarray] = {"mu": package.mu.astype(np.float32), "sigma": package.sigma.astype(np.float32)}
@@ -90,11 +91,11 @@ def save(package: BackbonePackage, folder: Path) -> int:
 
 
 def load(folder: Path | None = None) -> BackbonePackage:
-    """Read a package; without a folder, the one that ships with SSD-Edge.
+    """Load a package; without a folder, the one that ships with SSD-Edge.
 
     Raises:
-        InputError: the folder is not a backbone package.
-        BundleRefusedError: one of its files is damaged.
+        InputError: The folder is not a backbone package.
+        BundleRefusedError: A file is damaged.
     """
     folder = SHIPPED if folder is None else Path(folder)
     missing = [name for name in (WEIGHTS, PRIORS, CARD) if not (folder / name).is_file()]
@@ -122,9 +123,11 @@ def load(folder: Path | None = None) -> BackbonePackage:
             card={**card, "arch": str(card["arch"]), "size": int(card["size"]), "dim": int(card["dim"])},
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise BundleRefusedError(f"the backbone package {folder} lacks or misstates {error}; restore it") from error
+        raise BundleRefusedError(
+            f"the backbone package {folder} has a missing or wrong entry ({error}); restore it"
+        ) from error
 
 
 def with_card(package: BackbonePackage, **changes: Any) -> BackbonePackage:
-    """The same package with changed card entries."""
+    """Return the package with changed card entries."""
     return dataclasses.replace(package, card={**package.card, **changes})

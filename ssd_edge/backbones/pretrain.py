@@ -1,4 +1,4 @@
-"""`ssd-edge pretrain`: images → trained backbone → statistics → SDMLP keys → a backbone package."""
+"""Pretrain a backbone package (`ssd-edge pretrain`): backbone, statistics, SDMLP keys and landmarks."""
 
 from __future__ import annotations
 
@@ -19,55 +19,55 @@ from ssd_edge.errors import InputError
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def as_tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 ``(N, H, W, 3)`` → contiguous uint8 tensor ``(N, 3, H, W)``."""
+    """Convert uint8 images ``(N, H, W, 3)`` to a contiguous uint8 tensor ``(N, 3, H, W)``."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 @torch.inference_mode()
 def features_of(body: torch.nn.Module, images: torch.Tensor, device: torch.device) -> np.ndarray:
-    """Raw features ``(N, D)`` float32 of uint8 images ``(N, 3, H, W)``."""
+    """Return the raw features, float32 ``(N, D)``, of uint8 images ``(N, 3, H, W)``."""
     body = body.to(device).eval()
-    parts = [body(normalise(part.to(device))).float().cpu().numpy() for part in images.split(1000)]
+    parts = [body(normalise(part.to(device))).float().cpu().numpy() for part in torch.split(images, 1000)]
     return np.concatenate(parts)
 
 
 def within_covariance(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Pooled covariance ``(D, D)`` around the class means, divided by N − C."""
+    """Return the pooled covariance ``(D, D)`` around the class means, divided by N − C."""
     statistics = ClassStatistics(embeddings.shape[1])
     statistics.add(torch.from_numpy(embeddings), torch.from_numpy(labels))
     return statistics.within_covariance().numpy()
 
 
 def pretrain_backbone(
-    config: PretrainConfig, dataset: Dataset, device: torch.device, command: str, say: Say
+    config: PretrainConfig, dataset: Dataset, device: torch.device, command: str, log: Log
 ) -> BackbonePackage:
-    """Train a backbone, measure its statistics, and pretrain the keys that learners start from.
+    """Train a backbone, measure its statistics, and pretrain the keys and landmarks of the learners.
 
-    The statistics are those of the weights as stored (fp16), without augmentation.
+    The statistics are measured with the stored weights (fp16) and without augmentation.
 
     Raises:
-        InputError: fewer than two classes, or a loss that is not finite.
+        InputError: There are fewer than two classes, or the loss is not finite.
     """
     if len(dataset.classes) < 2:
         raise InputError(f"pretraining needs at least two classes, but {dataset.name} has {len(dataset.classes)}")
     size = config.train.size
-    say(f"decoding {len(dataset.train_labels):,} training images to {size}×{size}")
+    log(f"decoding {len(dataset.train_labels):,} training images to {size}×{size}")
     train = as_tensor(dataset.train.load(np.arange(len(dataset.train)), size))
     labels = torch.from_numpy(dataset.train_labels)
 
     def report(epoch: int, epochs: int, loss: float, seconds: float) -> None:
         left = seconds / epoch * (epochs - epoch)
         rate = epoch * len(train) / seconds
-        say(f"epoch {epoch}/{epochs}  loss {loss:.3f}  {rate:,.0f} images/s  {left / 60:.1f} min left")
+        log(f"epoch {epoch}/{epochs}  loss {loss:.3f}  {rate:,.0f} images/s  {left / 60:.1f} min left")
 
     body, head = train_backbone(train, labels, len(dataset.classes), config.train, device, report)
     test = as_tensor(dataset.test.load(np.arange(len(dataset.test)), size))
     accuracy = top1(body, head, test, torch.from_numpy(dataset.test_labels), device)
-    say(f"top-1 on {len(test):,} test images of {len(dataset.classes)} classes: {accuracy:.3f}")
+    log(f"top-1 on {len(test):,} test images of {len(dataset.classes)} classes: {accuracy:.3f}")
     weights = {name: tensor.detach().cpu().numpy() for name, tensor in body.state_dict().items()}
     stored = {name: torch.from_numpy(t.astype(np.float32)) for name, t in packages.compact(weights).items()}
     body.load_state_dict(stored, strict=False)
@@ -88,22 +88,22 @@ def pretrain_backbone(
     }
     priors = Priors(count=len(train), within_covariance=within_covariance(embeddings, dataset.train_labels))
     package = BackbonePackage(weights, mu.astype(np.float32), sigma.astype(np.float32), priors, card)
-    return with_student(package, embeddings, dataset.train_labels, config.student, config.train.seed, say)
+    return with_student(package, embeddings, dataset.train_labels, config.student, config.train.seed, log)
 
 
 def retrain_student(
-    package: BackbonePackage, config: PretrainConfig, dataset: Dataset, device: torch.device, say: Say
+    package: BackbonePackage, config: PretrainConfig, dataset: Dataset, device: torch.device, log: Log
 ) -> BackbonePackage:
-    """New keys (another r, k or shift) for a backbone that stays as it is (``--student``).
+    """Make new keys and landmarks, e.g. with another r or k, for an unchanged backbone (``--student``).
 
     Args:
-        package: whose backbone embeds the images.
-        config: `student` is used.
-        dataset: the images that the backbone was trained on.
-        device: where the embedding runs.
-        say: called with lines of progress.
+        package: Package with the backbone.
+        config: Configuration, of which `student` is used.
+        dataset: Images that the backbone was trained on.
+        device: Device for embedding the images.
+        log: Receives progress messages.
     """
     embedder = TorchEmbedder(package, device)
-    say(f"embedding {len(dataset.train):,} images")
+    log(f"embedding {len(dataset.train):,} images")
     embeddings = np.concatenate([embedder.embed(part) for part in dataset.train.batches(embedder.size)])
-    return with_student(package, embeddings, dataset.train_labels, config.student, config.train.seed, say)
+    return with_student(package, embeddings, dataset.train_labels, config.student, config.train.seed, log)

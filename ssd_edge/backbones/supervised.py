@@ -1,7 +1,7 @@
-"""Train a backbone on labelled images: supervised, one-cycle, bfloat16 autocast.
+"""Supervised training of a backbone, with a one-cycle schedule and bfloat16 autocast.
 
-The whole set lives in memory as uint8 and is augmented on the device that trains, so that a CPU or a
-GPU is fed without loader processes. Recipe and its throughput: docs/backbone.md.
+The whole dataset is kept in memory as uint8 and augmented on the training device, without loader processes. The recipe
+and its throughput are in docs/backbone.md.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ Report = Callable[[int, int, float, float], None]  # epoch, epochs, loss, second
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 ``(N, 3, H, W)`` → float32, as `EmbeddingNetwork` does it."""
+    """Normalise uint8 images ``(N, 3, H, W)`` to float32, as `EmbeddingNetwork` does."""
     mean = torch.tensor(PIXEL_MEAN, device=images.device).view(1, 3, 1, 1)
     std = torch.tensor(PIXEL_STD, device=images.device).view(1, 3, 1, 1)
     return (images.float() / 255.0 - mean) / std
 
 
 def augment(images: Tensor, crop: int, cutout: int, generator: torch.Generator) -> Tensor:
-    """Random crop of the reflect-padded image, horizontal flip and an optional square of grey.
+    """Apply a random crop of the reflect-padded image, a horizontal flip and an optional grey square (cutout).
 
     Args:
         images: float ``(N, 3, H, W)``.
-        crop: padding in pixels; 0: no crop.
-        cutout: side of the square in pixels; 0: none.
-        generator: on the CPU, so that the same seed draws the same on every device.
+        crop: Padding in pixels. 0: no crop.
+        cutout: Side of the square in pixels. 0: no square.
+        generator: Generator on the CPU, so that a seed gives the same augmentation on every device.
     """
     count, _, height, width = images.shape
     device = images.device
@@ -60,34 +60,36 @@ def augment(images: Tensor, crop: int, cutout: int, generator: torch.Generator) 
 def train_backbone(
     images: Tensor, labels: Tensor, classes: int, config: PretrainingConfig, device: torch.device, report: Report
 ) -> tuple[nn.Module, nn.Linear]:
-    """Train body and a linear head from scratch.
+    """Train a body and a linear head from scratch.
 
     Args:
-        images: uint8 ``(N, 3, H, W)``; moved to `device` as a whole.
+        images: uint8 ``(N, 3, H, W)``, moved to `device` as a whole.
         labels: int64 ``(N,)``, below `classes`.
-        classes: number of classes.
-        config: the schedule.
-        device: where to train.
-        report: called after each epoch.
+        classes: Number of classes.
+        config: Schedule.
+        device: Training device.
+        report: Called after each epoch.
 
     Returns:
-        The trained body and head, in eval mode, on the CPU.
+        The trained body and head in eval mode on the CPU.
 
     Raises:
-        InputError: the loss is not finite any more (learning rate too high).
+        InputError: The loss is no longer finite, e.g. because the learning rate is too high.
     """
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     body = ARCHITECTURES[config.arch]()
     head = nn.Linear(FEATURES, classes)
-    model = nn.Sequential(body, head).to(device, memory_format=torch.channels_last)
+    model = nn.Sequential(body, head).to(device)
+    # the stubs lack `memory_format`
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, labels = images.to(device), labels.to(device)
     batch = min(config.batch, len(images))
     steps_per_epoch = max(1, len(images) // batch)
     kind = config.optimiser
     if kind == "auto":
         kind = "sgd" if config.arch == "resnet9" else "adamw"
-    # no decay on biases and normalisation: it only slows them down
+    # no weight decay on biases and normalisation
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     decay = config.weight_decay or (5e-4 if kind == "sgd" else 5e-3)
@@ -113,7 +115,7 @@ def train_backbone(
                 logits = model(inputs.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=config.label_smoothing)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # not annotated in torch
             if kind == "adamw":
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
@@ -129,10 +131,10 @@ def train_backbone(
 
 @torch.inference_mode()
 def top1(body: nn.Module, head: nn.Linear, images: Tensor, labels: Tensor, device: torch.device) -> float:
-    """Share of right answers on uint8 images ``(N, 3, H, W)``."""
+    """Return the top-1 accuracy on uint8 images ``(N, 3, H, W)``."""
     body, head = body.to(device).eval(), head.to(device).eval()
     correct = 0
-    for part, truth in zip(images.split(1000), labels.split(1000), strict=True):
+    for part, truth in zip(torch.split(images, 1000), torch.split(labels, 1000), strict=True):
         correct += int((head(body(normalise(part.to(device)))).argmax(1).cpu() == truth).sum())
     body.cpu()
     head.cpu()
