@@ -30,10 +30,9 @@ class Method:
 
 
 def compared(metrics: Mapping[str, Any]) -> list[Method]:
-    """The learner, the baselines, the panel's heads and joint training, in this order.
+    """Return the learner, the baselines, the heads of the panel and joint training, in this order.
 
-    Within each in the order of `DISPLAY`, whatever that of the file, so that a colour means the same in all reports.
-    A baseline or head that is the learner itself is left out.
+    Methods of the same role are in the order of `DISPLAY`. A baseline or head equal to the learner is left out.
     """
     known = list(DISPLAY)
 
@@ -54,14 +53,14 @@ def compared(metrics: Mapping[str, Any]) -> list[Method]:
 
 
 def ranked(metrics: Mapping[str, Any]) -> list[Method]:
-    """`compared`, the most accurate first."""
+    """Return the methods of `compared`, most accurate first."""
     return sorted(compared(metrics), key=lambda method: -method.values["average_accuracy"])
 
 
 def lead_note(metrics: Mapping[str, Any]) -> str:
-    """Who is ahead of the learner, in one sentence; empty when nobody is.
+    """Return a sentence on the methods ahead of the learner, or an empty string if there are none.
 
-    Joint training is no rival, for it sees all classes at once. A lead that prints as 0.0 points is none.
+    Joint training does not count, because it sees all classes at once, nor does a lead that rounds to 0.0 points.
     """
     own = metrics["average_accuracy"]
     rivals = [method for method in ranked(metrics) if method.role in ("baseline", "panel")]

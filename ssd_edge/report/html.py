@@ -19,8 +19,8 @@ def render(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     """The page.
 
     Args:
-        metrics: what metrics.json holds; `baselines` and `panel` may be empty.
-        run: what run.json holds.
+        metrics: Content of metrics.json; `baselines` and `panel` may be empty.
+        run: Content of run.json.
 
     Returns:
         A complete HTML document.
@@ -60,7 +60,7 @@ def render(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> str:
 
 
 def _choice(choice: Mapping[str, Any]) -> str:
-    """Which learner ``learner.name=auto`` took, why, and what else it looked at."""
+    """Describe the choice of ``learner.name=auto`` and its candidates."""
 
     def one(row: Mapping[str, Any]) -> str:
         accuracy = "" if row["accuracy"] is None else f" {row['accuracy']:.3f}"
@@ -140,7 +140,7 @@ def _comparison_section(metrics: Mapping[str, Any]) -> str:
 
 
 def _bars(metrics: Mapping[str, Any]) -> str:
-    """Final average accuracy of each method, the best first; joint training is the line across."""
+    """Return bars of the final average accuracy, best first; joint training is a vertical line."""
     methods = ranked(metrics)
     limit = next((method.values["average_accuracy"] for method in methods if method.role == "joint"), None)
     rows = []
@@ -168,7 +168,7 @@ def _bar_row(name: str, drawn: str, number: str, role: str = "") -> str:
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
-    """The bars' accompanying numbers."""
+    """Return the table below the bars."""
     heads = ("Average accuracy", "Average incremental", "Backward transfer", "Forgetting", "Time", "State")
     rows = [tag("tr", *(tag("th", head, scope="col") for head in ("Method", "", *heads)))]
     for method in ranked(metrics):
@@ -199,7 +199,7 @@ def _class_bars(metrics: Mapping[str, Any]) -> str:
 
 
 def _setup(run: Mapping[str, Any]) -> str:
-    """Everything that it takes to repeat the run."""
+    """Return the command, versions and configuration of the run."""
     keys = ("machine", "threads", "seed", "git_sha", "started", "finished")
     parts = {
         "Run": {key.replace("_", " "): run.get(key) for key in keys},
@@ -213,7 +213,7 @@ def _setup(run: Mapping[str, Any]) -> str:
 
 
 def _tree(value: Any) -> str:
-    """Plain values, nested as they are."""
+    """Return nested values as nested lists."""
     if isinstance(value, Mapping):
         rows = (tag("dt", escape(str(key))) + tag("dd", _tree(inner)) for key, inner in value.items())
         return tag("dl", *rows)
