@@ -1,4 +1,4 @@
-"""Labelled images from folders, archives, CIFAR, MNIST, Tiny-ImageNet and the bundled digits."""
+"""Labelled images from folders, archives, CIFAR, MNIST, Tiny-ImageNet and the digits of scikit-learn."""
 
 from ssd_edge.data.arrays import Images
 from ssd_edge.data.datasets import Dataset, load

@@ -1,6 +1,6 @@
-"""Images that need not be in memory, what every reader returns, and the two sources that are plain arrays.
+"""Lazily decoded images, the `Source` that every reader returns, and the readers of plain arrays.
 
-The other readers (`folders`, `cifar`, `mnist`) return a `Source` as well; `data.load` selects from it and splits it.
+The other readers are in `folders`, `cifar` and `mnist`; `data.load` selects classes from a source and splits it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ssd_edge.errors import InputError, require
 from ssd_edge.images import decode, from_array
 from ssd_edge.system import usable_cores
 
-MAX_BYTES = 2 << 30  # what is read into memory at once: an archive, an .npz
-# What reading a damaged .npz raises; MemoryError: by its header it would be larger than memory.
+MAX_BYTES = 2 << 30  # limit of what is read into memory at once: an archive or an .npz
+# Exceptions from reading a damaged .npz; MemoryError if its header claims more than the memory.
 _DAMAGE = (OSError, ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
-_CHUNK = 16  # images a thread takes at a time: few, so that one batch occupies many cores
+_CHUNK = 16  # images per unit of work: few, so that one batch uses many cores
 
 
 def _in_threads(work: Callable[[int], None], count: int) -> None:
-    """Call ``work(0) … work(count - 1)`` on all cores; of several errors the first in order is raised."""
+    """Call ``work(0)``, …, ``work(count - 1)`` on all cores, and raise the first error in this order."""
 
     def run(start: int) -> None:
         for index in range(start, min(start + _CHUNK, count)):
@@ -45,12 +45,12 @@ def _in_threads(work: Callable[[int], None], count: int) -> None:
 
 
 class Images:
-    """A sequence of images, decoded when they are asked for.
+    """A sequence of images that are decoded on access.
 
     Args:
-        items: uint8 array ``(N, H, W)`` or ``(N, H, W, 3)``; or a list of encoded images, each its bytes or
-            the path of its file.
-        names: what to call each image in an error.
+        items: uint8 array ``(N, H, W)`` or ``(N, H, W, 3)``, or a list of encoded images, each as bytes or as the path
+            of a file.
+        names: Name of each image for error messages.
     """
 
     def __init__(self, items: np.ndarray | Sequence[bytes | memoryview | Path], names: Sequence[str]) -> None:
@@ -61,23 +61,23 @@ class Images:
         return len(self._items)
 
     def load(self, indices: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
-        """Decode some of the images, on all cores (Pillow frees the GIL).
+        """Decode images on all cores (Pillow releases the GIL).
 
         Args:
-            indices: which ones, in the order wanted.
-            size: side of the result in pixels; another shape is resized (see `images.decode`).
+            indices: Positions of the images, in the order of the result.
+            size: Side of the result in pixels; images of another shape are resized (see `images.decode`).
 
         Returns:
             uint8 RGB, shape ``(len(indices), size, size, 3)``.
 
         Raises:
-            InputError: an image is corrupt, or its file is gone; the message names it.
+            InputError: An image is corrupt or its file does not exist; the message names it.
         """
         indices = np.asarray(indices, dtype=np.int64)
         pixels = np.empty((len(indices), size, size, 3), dtype=np.uint8)
         if isinstance(self._items, np.ndarray) and self._items.shape[1:3] == (size, size):
             chosen = self._items[indices]
-            pixels[:] = chosen if chosen.ndim == 4 else chosen[..., None]  # grey: the same in each channel
+            pixels[:] = chosen if chosen.ndim == 4 else chosen[..., None]  # greyscale: the same value in each channel
             return pixels
 
         def decode_one(row: int) -> None:
@@ -87,28 +87,28 @@ class Images:
         return pixels
 
     def batches(self, size: int, batch: int = 256) -> Iterator[np.ndarray]:
-        """All images in order: uint8 RGB ``(batch, size, size, 3)``, the last batch may be smaller.
+        """Yield all images in order as uint8 RGB ``(batch, size, size, 3)``; the last batch may be smaller.
 
         Raises:
-            InputError: as `load`.
+            InputError: See `load`.
         """
         for start in range(0, len(self), batch):
             yield self.load(range(start, min(start + batch, len(self))), size)
 
     def take(self, indices: np.ndarray) -> Images:
-        """The images at some positions, undecoded."""
+        """Return the images at the given positions without decoding them."""
         if np.array_equal(indices, np.arange(len(self))):
-            return self  # spares a copy of the array
+            return self  # avoids a copy of the array
         names = [self.names[index] for index in indices]
         if isinstance(self._items, np.ndarray):
             return Images(self._items[indices], names)
         return Images([self._items[index] for index in indices], names)
 
     def digest(self) -> bytes:
-        """SHA-256 over the content in order. Files are read for it, but nothing is decoded.
+        """Return the SHA-256 digest of all images in order. Files are read, but not decoded.
 
         Raises:
-            InputError: a file is gone or may not be read.
+            InputError: A file does not exist or cannot be read.
         """
         if isinstance(self._items, np.ndarray):
             digest = hashlib.sha256(f"{self._items.dtype.str} {self._items.shape}".encode())
@@ -140,13 +140,13 @@ class Labelled:
     labels: np.ndarray
 
     def take(self, indices: np.ndarray) -> Labelled:
-        """The images at some positions with their labels."""
+        """Return the images at the given positions with their labels."""
         return Labelled(self.images.take(indices), self.labels[indices])
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a reader found: `classes` maps a label to a name; without a split of its own `test` is None."""
+    """A data set as read: `classes` maps labels to names; `test` is None if the data has no split."""
 
     classes: tuple[str, ...]
     train: Labelled
@@ -155,19 +155,19 @@ class Source:
 
 
 def labelled_array(pixels: np.ndarray, labels: np.ndarray, kind: str) -> Labelled:
-    """Label an array; image 17 is called "`kind` image 17" in errors."""
+    """Label an array of images; errors name image 17 "`kind` image 17"."""
     names = [f"{kind} image {index}" for index in range(len(pixels))]
     return Labelled(Images(pixels, names), np.asarray(labels, dtype=np.int64))
 
 
 def padded(pixels: np.ndarray) -> np.ndarray:
-    """Grey images of 28 × 28 pixels ``(N, 28, 28)`` in the usual black frame, ``(N, 32, 32)``; others as they are."""
-    # 32 × 32 is what a backbone takes: nothing is blurred by resizing
+    """Pad greyscale images ``(N, 28, 28)`` with black to ``(N, 32, 32)``; return others unchanged."""
+    # 32 × 32 is the input of the shipped backbone, so that resizing does not blur
     return np.pad(pixels, ((0, 0), (2, 2), (2, 2))) if pixels.shape[1:] == (28, 28) else pixels
 
 
 def numbered(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> Source:
-    """A source of (pixels, labels) pairs whose classes are named by their numbers."""
+    """Return a source from pairs (pixels, labels), with the labels as class names."""
     numbers = np.unique(np.concatenate([train[1], test[1]]))
     parts = (
         labelled_array(pixels, np.searchsorted(numbers, labels), kind)
@@ -177,7 +177,7 @@ def numbered(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.nd
 
 
 def read_digits() -> Source:
-    """The 1,797 digits that come with scikit-learn: 8 × 8, grey, without a split of their own.
+    """Read the 1,797 digits of scikit-learn: 8 × 8 pixels, greyscale, without a split.
 
     Raises:
         EnvironmentUnfitError: scikit-learn is not installed.
@@ -189,7 +189,7 @@ def read_digits() -> Source:
 
 
 def _read_part(arrays: Mapping[str, np.ndarray], part: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and labels of ``train`` or ``test``, checked."""
+    """Return the validated pixels and labels of ``train`` or ``test``."""
     for key in (f"x_{part}", f"y_{part}"):
         if key not in arrays:
             found = ", ".join(arrays) or "nothing"
@@ -210,12 +210,12 @@ def _read_part(arrays: Mapping[str, np.ndarray], part: str, path: Path) -> tuple
 
 
 def read_npz(path: Path) -> Source:
-    """MNIST, or anything else stored like it: `x_train`, `y_train`, `x_test`, `y_test`.
+    """Read an .npz file with the arrays `x_train`, `y_train`, `x_test` and `y_test`, such as MNIST.
 
-    Labels are the names of the classes. 28 × 28 pixels are padded to 32 × 32 with black.
+    Labels become class names. Images of 28 × 28 pixels are padded to 32 × 32 with black.
 
     Raises:
-        InputError: not an .npz, damaged, over 2 GiB, or without these arrays.
+        InputError: The file is not an .npz, is damaged, exceeds 2 GiB, or lacks one of these arrays.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,7 +1,7 @@
-"""Embeddings that were computed before, kept between runs.
+"""Cache of embeddings between runs.
 
-One safetensors file for each key, in ``$SSD_EDGE_CACHE`` or ``~/.cache/ssd-edge`` (``$XDG_CACHE_HOME`` is
-honoured). It can be deleted at any time: a cache that is lost, damaged or not writable costs time only.
+One safetensors file per key, in ``$SSD_EDGE_CACHE``, ``$XDG_CACHE_HOME/ssd-edge`` or ``~/.cache/ssd-edge``. The cache
+can be deleted at any time: if it is missing, damaged or not writable, embeddings are recomputed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Where the embeddings are: a folder of their own, so that nothing else in there is ever deleted."""
+    """Return the folder of the cache, which contains nothing else, so that pruning cannot delete other files."""
     if named := os.environ.get("SSD_EDGE_CACHE"):
         return Path(named).expanduser() / "embeddings"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -33,16 +33,15 @@ def folder() -> Path:
 def embeddings(
     key_parts: dict[str, Any], compute: Callable[[], dict[str, np.ndarray]], enabled: bool = True
 ) -> dict[str, np.ndarray]:
-    """Take arrays from the cache, or compute and keep them.
+    """Return arrays from the cache, or compute and cache them.
 
     Args:
-        key_parts: all that the arrays depend on, as JSON values: fingerprint of the data, hash of the
-            backbone, …
-        compute: makes the arrays when they are not in the cache.
-        enabled: False: neither read nor write.
+        key_parts: Everything that the arrays depend on, as JSON values: data fingerprint, hash of the backbone, …
+        compute: Computes the arrays.
+        enabled: If False, the cache is neither read nor written.
 
     Returns:
-        The arrays, exactly as `compute` makes them.
+        The arrays, exactly as `compute` returns them.
 
     Raises:
         InputError: ``$SSD_EDGE_CACHE_MB`` is not a number.
@@ -59,18 +58,18 @@ def embeddings(
         write_tensors(path, arrays, {"key": key_parts})
         _prune(cap)
     except (SSDEdgeError, OSError) as error:
-        _LOG.warning("the embeddings are not kept for the next run: %s", error)
+        _LOG.warning("the embeddings are not cached for the next run: %s", error)
     return arrays
 
 
 def clear() -> int:
-    """Delete all of the cache.
+    """Delete the cache.
 
     Returns:
-        How many bytes that frees.
+        Number of bytes freed.
 
     Raises:
-        EnvironmentUnfitError: a file cannot be deleted.
+        EnvironmentUnfitError: A file cannot be deleted.
     """
     freed = 0
     for path in _files():
@@ -78,7 +77,7 @@ def clear() -> int:
             size = path.stat().st_size
             path.unlink()
         except FileNotFoundError:
-            continue  # another process was quicker
+            continue  # deleted by another process
         except OSError as error:
             raise EnvironmentUnfitError(f"cannot delete {path}: {error.strerror}") from error
         freed += size
@@ -86,7 +85,7 @@ def clear() -> int:
 
 
 def _cap() -> int:
-    """The most that the cache may hold, in bytes."""
+    """Return the largest size of the cache in bytes."""
     text = os.environ.get("SSD_EDGE_CACHE_MB") or str(DEFAULT_CAP_MB)
     try:
         megabytes = int(text)
@@ -98,7 +97,7 @@ def _cap() -> int:
 
 
 def _files() -> list[Path]:
-    """Cache files, and what a killed process has left of one."""
+    """Return the files of the cache, including temporary files of killed processes."""
     return [*folder().glob("*.safetensors"), *folder().glob(f"{TEMPORARY_PREFIX}*")]
 
 
@@ -108,20 +107,20 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
     try:
         arrays, _ = read_tensors(path)
     except (SSDEdgeError, OSError) as error:
-        _LOG.warning("a damaged cache file is removed and computed anew: %s", error)
+        _LOG.warning("a damaged cache file is removed, its embeddings are recomputed: %s", error)
         with contextlib.suppress(OSError):
             path.unlink()
         return None
     with contextlib.suppress(OSError):
-        os.utime(path)  # the time of its last use; file systems keep no reliable one of their own
+        os.utime(path)  # records the last use; access times of file systems are not reliable
     return arrays
 
 
 def _prune(cap: int) -> None:
-    """Delete the least recently used files until the cache fits."""
+    """Delete the least recently used files until the cache is within its limit."""
     sizes = {}
     for path in _files():
-        with contextlib.suppress(FileNotFoundError):  # another process prunes as well
+        with contextlib.suppress(FileNotFoundError):  # deleted by another process
             status = path.stat()
             sizes[path] = (status.st_mtime_ns, status.st_size)
     total = sum(size for _, size in sizes.values())

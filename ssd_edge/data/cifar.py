@@ -1,8 +1,7 @@
-"""CIFAR-10 and CIFAR-100 in the official Python format, which is made of pickles.
+"""Reader of CIFAR-10 and CIFAR-100 in the official Python format, which consists of pickles.
 
-This is the only place in the project that touches a pickle, because the authors publish the data as such. A
-pickle is a program: loading one runs what it names. Here it can name five things, and each is replaced by an
-inert stand-in from this file, so that not even numpy's own unpickling code runs. Anything else is refused.
+This is the only module that reads pickles. Unpickling calls the functions that the file names. This reader allows five
+names and replaces each by an inert stand-in, so that not even NumPy's own unpickling code runs; all others are refused.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ _TRAIN_10 = tuple(f"data_batch_{number}" for number in range(1, 6))
 # files of the training set, of the test set, of the class names; keys of the labels and of the class names
 _CIFAR_10 = (_TRAIN_10, ("test_batch",), "batches.meta", b"labels", b"label_names")
 _CIFAR_100 = (("train",), ("test",), "meta", b"fine_labels", b"fine_label_names")
-_FOLDERS = ("cifar-10-batches-py", "cifar-100-python")  # as the official archives name them
+_FOLDERS = ("cifar-10-batches-py", "cifar-100-python")  # names in the official archives
 FILES = frozenset({*_TRAIN_10, "test_batch", "batches.meta", "train", "test", "meta"})
 
 
 class _Dtype:
-    """Stands in for numpy.dtype: only ``uint8``."""
+    """Stand-in for numpy.dtype; only ``uint8`` is accepted."""
 
     def __init__(self, code: bytes | str, *_: Any) -> None:
         if code not in (b"u1", "u1"):
             raise pickle.UnpicklingError(f"an array of type {code!r} instead of uint8")
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and the like: nothing that matters to uint8."""
+        """Ignore the byte order and other state, which does not affect uint8."""
 
 
 class _Array:
-    """Stands in for numpy.ndarray; `pixels` is the array."""
+    """Stand-in for numpy.ndarray; `pixels` is the array."""
 
     pixels: np.ndarray
 
     def __init__(self, *_: Any) -> None:
-        """An empty array, as numpy makes one before it sets the state."""
+        """Accept the arguments with which NumPy creates an empty array before setting its state."""
 
     def __setstate__(self, state: tuple[int, tuple[int, ...], _Dtype, bool, bytes]) -> None:
         _, shape, _, by_column, data = state
@@ -52,7 +51,7 @@ class _Array:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Stands in for _codecs.encode, with which Python 3 writes bytes into the older pickles."""
+    """Stand-in for _codecs.encode, with which Python 3 writes bytes in old pickle protocols."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text encoded as {encoding!r}")
     return text.encode("latin1")
@@ -68,7 +67,7 @@ _PERMITTED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds nothing but the stand-ins."""
+    """Unpickler that resolves only the stand-ins."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -81,32 +80,32 @@ def _unpickle(data: bytes | memoryview, what: str) -> dict[bytes, Any]:
     """Read one of CIFAR's files.
 
     Raises:
-        InputError: damaged, or a pickle that asks for anything but a uint8 array; nothing of it has run.
+        InputError: The file is damaged, or names anything but a uint8 array; nothing was executed.
     """
     try:
         value = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(f"{what} is refused: {error}; download the official archive again") from error
     if not isinstance(value, dict):
-        raise InputError(f"{what} holds no table of arrays; download the official archive again")
+        raise InputError(f"{what} does not contain a table of arrays; download the official archive again")
     return value
 
 
 def names_in(folder: Path) -> list[str]:
-    """CIFAR's files in a folder."""
+    """Return the names of CIFAR's files in a folder."""
     return sorted(name for name in FILES if os.path.isfile(folder / name))
 
 
 def recognised(names: Collection[str]) -> bool:
-    """Whether file names are those of CIFAR-10 or CIFAR-100, perhaps not all of them."""
+    """Return True if file names are those of CIFAR-10 or CIFAR-100, even if some are missing."""
     return "data_batch_1" in names or "batches.meta" in names or {"train", "meta"} <= set(names)
 
 
 def find(folder: Path) -> Path | None:
-    """The folder with CIFAR's files: `folder` itself or one of the official names in it, else None.
+    """Return the folder with CIFAR's files: `folder`, or a subfolder with an official name, or None.
 
     Raises:
-        InputError: both data sets are in it.
+        InputError: The folder contains both data sets.
     """
     places = [folder, *(folder / name for name in _FOLDERS)]
     found = [place for place in places if recognised(names_in(place))]
@@ -119,11 +118,11 @@ def read(files: Mapping[str, bytes | memoryview], where: str) -> Source:
     """Read CIFAR-10 or CIFAR-100 (its fine labels).
 
     Args:
-        files: name → content of its files.
-        where: the folder or archive, for errors.
+        files: Content of the files by name.
+        where: Folder or archive, for error messages.
 
     Raises:
-        InputError: a file is missing, damaged, or asks for what a data set does not need.
+        InputError: A file is missing, damaged, or names anything that a data set does not need.
     """
     train, test, meta, label_key, name_key = _CIFAR_100 if "meta" in files else _CIFAR_10
     missing = [name for name in (*train, *test, meta) if name not in files]
@@ -143,7 +142,7 @@ def read(files: Mapping[str, bytes | memoryview], where: str) -> Source:
 
 
 def _batch(data: bytes | memoryview, what: str, label_key: bytes, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels ``(N, 32, 32, 3)`` and labels ``(N,)`` of one file."""
+    """Return the pixels ``(N, 32, 32, 3)`` and labels ``(N,)`` of one file."""
     table = _unpickle(data, what)
     try:
         pixels = table[b"data"].pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # stored plane by plane

@@ -1,7 +1,7 @@
-"""Labelled images from folders, archives, CIFAR, MNIST, Tiny-ImageNet and the bundled digits.
+"""Labelled images from folders, archives, CIFAR, MNIST, Tiny-ImageNet and the digits of scikit-learn.
 
 `load` is all that a run needs: ``dataset = load(config.data, seed)``, then
-``for pixels in dataset.train.batches(size): …``. Nothing is decoded before it is asked for.
+``for pixels in dataset.train.batches(size): …``. Images are decoded on access.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from ssd_edge.images import PIXELS_VERSION
 class Dataset:
     """Training and test images of the same classes."""
 
-    name: str  # short, for the report: "cifar10-jpg.tar.xz"
-    classes: tuple[str, ...]  # label -> name, sorted by name, numbers in them by value
+    name: str  # short name for the report, e.g. "cifar10-jpg.tar.xz"
+    classes: tuple[str, ...]  # label → name, sorted by name (numbers by value)
     train: Images
     train_labels: np.ndarray  # int64 (N,)
     test: Images
     test_labels: np.ndarray  # int64 (M,)
-    fingerprint: str  # SHA-256 of the chosen images, their order and labels, for the embedding cache's key
-    split: str  # one sentence: where the test images come from
-    own_split: bool  # whether the data brings its test images; else some were held out
+    fingerprint: str  # SHA-256 of the selected images, their order and labels; part of the cache key
+    split: str  # origin of the test images, in words
+    own_split: bool  # True if the data has its own test images, False if they were held out
 
 
 def load(config: DataConfig, seed: int) -> Dataset:
-    """Read the data set that a configuration names.
+    """Read the data set of a configuration.
 
     Args:
-        config: `path` is the word ``digits``, a path, or one relative to ``$SSD_EDGE_DATA``. `classes`,
-            `exclude` and `max_per_class` select from it; `test_fraction` is held out where it has no split.
-        seed: of what is held out and of `max_per_class`. What it draws from one class does not depend on
-            which other classes are selected.
+        config: `path` is ``digits`` or a path, possibly relative to ``$SSD_EDGE_DATA``. `classes`, `exclude` and
+            `max_per_class` select from the data; `test_fraction` is held out if it has no split.
+        seed: Seed of the held-out split and of `max_per_class`. The selection within a class does not depend on
+            the other classes.
 
     Raises:
-        InputError: no such path, damaged, an unknown class, fewer than two classes, a class without training
-            or test images. Damage within an image shows when it is decoded.
-        EnvironmentUnfitError: ``digits`` without scikit-learn.
+        InputError: The path does not exist, the data is damaged, a class is unknown or has no training or test images,
+            or fewer than two classes remain. Damaged images are detected when they are decoded.
+        EnvironmentUnfitError: scikit-learn is not installed, but ``digits`` needs it.
     """
     name, source = _read(config.path)
     classes = _choose(source.classes, config, name)
@@ -87,7 +87,7 @@ def _find(path: str) -> Path:
 
 
 def _read(path: str) -> tuple[str, Source]:
-    """The short name and the content of what `path` names."""
+    """Return the short name and the content of the data set at `path`."""
     if path == "digits":
         return path, read_digits()
     found = _find(path)
@@ -99,18 +99,18 @@ def _read(path: str) -> tuple[str, Source]:
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """Sort key that puts '10' after '9'; the name itself decides between '1' and '01'."""
+    """Return a sort key that orders numbers in names by value, and '1' and '01' by their text."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)], name
 
 
 def _some(names: Sequence[str]) -> str:
-    """At most five names, quoted."""
+    """Format at most five names, quoted."""
     shown = ", ".join(f"'{name}'" for name in names[:5])
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _named(word: str, ordered: Sequence[str], name: str) -> Sequence[str]:
-    """The classes that one word of a selection means: the one of this name, or those at positions ``a:b``."""
+    """Return the classes that an entry of a selection denotes: a name, or a slice ``a:b`` of the sorted names."""
     word = normalise_name(word)
     if word in ordered:
         return [word]
@@ -127,7 +127,7 @@ def _named(word: str, ordered: Sequence[str], name: str) -> Sequence[str]:
 
 
 def _choose(known: Sequence[str], config: DataConfig, name: str) -> tuple[str, ...]:
-    """The classes to keep, sorted."""
+    """Return the selected classes, sorted."""
     ordered = sorted(known, key=_natural)
     wanted = {found for word in config.classes for found in _named(word, ordered, name)}
     unwanted = {found for word in config.exclude for found in _named(word, ordered, name)}
@@ -140,7 +140,7 @@ def _choose(known: Sequence[str], config: DataConfig, name: str) -> tuple[str, .
 
 
 def _relabel(part: Labelled, old: Sequence[str], new: Sequence[str]) -> Labelled:
-    """Keep the images of the classes `new`, with labels that count in its order."""
+    """Return the images of the classes `new`, with labels in its order."""
     position = {name: label for label, name in enumerate(new)}
     mapping = np.array([position.get(name, -1) for name in old], dtype=np.int64)
     labels = mapping[part.labels]
@@ -156,7 +156,7 @@ def _check_every_class(part: Labelled, kind: str, classes: Sequence[str], name: 
 
 
 def _shuffled(labels: np.ndarray, classes: Sequence[str], seed: int, purpose: int) -> list[np.ndarray]:
-    """For each class its positions in a seeded order that depends on nothing but the class itself."""
+    """Return the positions of each class in a seeded order that depends only on the class."""
     return [
         np.random.default_rng([seed, purpose, *name.encode()]).permutation(np.flatnonzero(labels == label))
         for label, name in enumerate(classes)
@@ -164,7 +164,7 @@ def _shuffled(labels: np.ndarray, classes: Sequence[str], seed: int, purpose: in
 
 
 def _hold_out(part: Labelled, classes: Sequence[str], fraction: float, seed: int) -> tuple[Labelled, Labelled]:
-    """Split into training and test images, class by class, at least one of each."""
+    """Split each class into training and test images, with at least one of each."""
     test = []
     for name, positions in zip(classes, _shuffled(part.labels, classes, seed, 0), strict=True):
         if len(positions) < 2:
@@ -178,7 +178,7 @@ def _hold_out(part: Labelled, classes: Sequence[str], fraction: float, seed: int
 
 
 def _at_most(part: Labelled, classes: Sequence[str], count: int, seed: int) -> Labelled:
-    """A seeded subset with at most `count` images a class; a larger one contains a smaller one."""
+    """Return a seeded subset with at most `count` images per class; larger subsets contain smaller ones."""
     chosen = [positions[:count] for positions in _shuffled(part.labels, classes, seed, 1)]
     return part.take(np.sort(np.concatenate(chosen)))
 

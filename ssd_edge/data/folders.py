@@ -1,9 +1,8 @@
-"""Folders of images, one folder a class, on disk or in an archive.
+"""Reader of image folders with one subfolder per class, on disk or in an archive.
 
-Layouts: ``train/<class>/…`` with ``test/<class>/…`` (or ``val/``, ``valid/``), or just ``<class>/…``. Class
-folders may hold folders. What is hidden, or no image by its name, is skipped; so are images outside a class.
-A folder or archive in the official format of CIFAR, MNIST or Tiny-ImageNet is recognised by its files (see `cifar`,
-`mnist`, `tiny_imagenet`).
+Layouts: ``train/<class>/…`` with ``test/<class>/…`` (or ``val/``, ``valid/``), or only ``<class>/…``. Class folders may
+contain subfolders. Hidden files, files without an image extension, and images outside a class folder are skipped. The
+official formats of CIFAR, MNIST and Tiny-ImageNet are recognised by their files.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first one present is the test split
 LAYOUT = "expected train/<class>/… and test/<class>/…, or <class>/… alone"
 
-# By the parts of its path, an image: its file or its bytes, and what to call it in an error.
+# Parts of the path of an image → its file or bytes, and its name for error messages.
 Tree = Mapping[tuple[str, ...], tuple[Path | bytes | memoryview, str]]
 
 _OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {
@@ -44,7 +43,7 @@ _OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {
     ".tar.bz2": bz2.open,
     ".tbz2": bz2.open,
 }
-# What reading a damaged archive raises; gzip and bz2 report damage as an OSError without a number.
+# Exceptions from reading a damaged archive; gzip and bz2 report damage as an OSError without a number.
 _DAMAGE = (
     *(OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError),
     *(tarfile.TarError, zipfile.BadZipFile),
@@ -52,10 +51,10 @@ _DAMAGE = (
 
 
 def read_folder(folder: Path) -> Source:
-    """Read a folder: one in an official format, or one with a folder for each class.
+    """Read a folder in an official format, or with one subfolder per class.
 
     Raises:
-        InputError: it has no classes, or cannot be read.
+        InputError: The folder contains no classes or cannot be read.
     """
     if found := cifar.find(folder):
         return cifar.read({name: read_bytes(found / name) for name in cifar.names_in(found)}, str(found))
@@ -71,13 +70,13 @@ def read_folder(folder: Path) -> Source:
 
 
 def read_archive(path: Path) -> Source:
-    """Read an archive of such a folder into memory; nothing is written to the disk.
+    """Read an archive of such a folder into memory, without writing to the disk.
 
-    A single folder around everything is stripped. The images stay encoded.
+    A single top-level folder is stripped. Images remain encoded.
 
     Raises:
-        InputError: no archive by its name, damaged, cut short, over 2 GiB, with a link, or with a path that
-            leads outside.
+        InputError: The file is not an archive by its name, is damaged or truncated, exceeds 2 GiB, or contains a link
+            or a path that leads outside.
     """
     ending = next((ending for ending in _OPENERS if path.name.lower().endswith(ending)), path.suffix.lower())
     if ending not in (*_OPENERS, ".zip"):
@@ -111,14 +110,14 @@ def _tops(tree: Tree) -> list[str]:
 
 
 def _below(tree: Tree, top: str) -> Tree:
-    """What lies in folders in the folder `top`."""
+    """Return the entries in subfolders of the folder `top`."""
     return {parts[1:]: image for parts, image in tree.items() if parts[0] == top and len(parts) >= 3}
 
 
 def _by_class(tree: Tree, where: str) -> Source:
-    """Take split and classes from the paths."""
+    """Derive split and classes from the paths."""
     tops = _tops(tree)
-    # a split holds folders; a folder of images that is called 'train' is a class
+    # a split contains folders; a folder of images named 'train' is a class
     splits = {parts[0].lower(): parts[0] for parts in tree if len(parts) >= 3}
     train = next((splits[name] for name in TRAIN_NAMES if name in splits), None)
     test = next((splits[name] for name in TEST_NAMES if name in splits), None)
@@ -130,7 +129,7 @@ def _by_class(tree: Tree, where: str) -> Source:
         trees = [{parts: image for parts, image in tree.items() if len(parts) >= 2}]
     class_of = {folder: normalise_name(folder) for part in trees for folder in _tops(part)}
     if not class_of:
-        raise InputError(f"{where} holds no class with images; {LAYOUT}")
+        raise InputError(f"{where} contains no class with images; {LAYOUT}")
     classes = tuple(sorted(set(class_of.values())))
     label_of = {folder: classes.index(name) for folder, name in class_of.items()}
     labelled = [_label(part, label_of) for part in trees]
@@ -142,7 +141,7 @@ def _by_class(tree: Tree, where: str) -> Source:
 
 
 def _label(tree: Tree, label_of: Mapping[str, int]) -> Labelled:
-    """The images, sorted by path, with the label of the folder that each lies in."""
+    """Return the images, sorted by path, with the labels of their folders."""
     paths = sorted(tree)
     images = Images([tree[parts][0] for parts in paths], [tree[parts][1] for parts in paths])
     return Labelled(images, np.array([label_of[parts[0]] for parts in paths], dtype=np.int64))
@@ -153,7 +152,7 @@ def _too_large(path: Path) -> InputError:
 
 
 def _parts(name: str, path: Path) -> tuple[str, ...]:
-    """The parts of a member's path; none if something in it is hidden."""
+    """Return the parts of the path of a member; none if a part is hidden."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
         raise InputError(f"{path} is refused: its member '{name}' has a path that leads outside")
@@ -161,7 +160,7 @@ def _parts(name: str, path: Path) -> tuple[str, ...]:
 
 
 def _read_all(path: Path, opener: Callable[[Path], IO[bytes]]) -> bytes:
-    """Decompress as a whole: tarfile alone takes a stream that is cut between two members for complete."""
+    """Decompress a whole file: tarfile alone accepts a stream that was truncated between two members."""
     blocks: list[bytes] = []
     total = 0
     with opener(path) as stream:
@@ -174,7 +173,7 @@ def _read_all(path: Path, opener: Callable[[Path], IO[bytes]]) -> bytes:
 
 
 def _read_tar(data: bytes, path: Path) -> dict[tuple[str, ...], memoryview]:
-    """The files in an unpacked tar, as views of it."""
+    """Return the files in an uncompressed tar as views."""
     files = {}
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
         for member in archive:
@@ -185,21 +184,21 @@ def _read_tar(data: bytes, path: Path) -> dict[tuple[str, ...], memoryview]:
                 files[parts] = memoryview(data)[member.offset_data : member.offset_data + member.size]
             elif is_image_name(parts[-1]):
                 raise InputError(f"{path}: '{member.name}' is a link or no plain file; unpack it first")
-        # tarfile takes a damaged header for the end; a real end is a block of zeros
+        # tarfile ends at a damaged header without an error; a real end is a block of zeros
         if data[archive.offset : archive.offset + tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no valid header at byte {archive.offset:,}")
     return files
 
 
 def _wanted(parts: tuple[str, ...]) -> bool:
-    """Whether a reader may need a file; the others are not unpacked."""
+    """Return True if a reader may need a file; others are not unpacked."""
     name = parts[-1]
     official = name in cifar.FILES or name in mnist.SPELLINGS or parts[-2:] == tiny_imagenet.ANNOTATIONS
     return official or is_image_name(name)
 
 
 def _read_zip(path: Path) -> dict[tuple[str, ...], bytes]:
-    """The images, and what may be a file of an official format, in a zip."""
+    """Return the images and possible files of official formats in a zip."""
     files = {}
     total = 0
     with zipfile.ZipFile(path) as archive:

@@ -1,7 +1,7 @@
-"""MNIST in the official idx format, and what is published in the same four files (Fashion-MNIST, KMNIST).
+"""Reader of MNIST in the official idx format, and of Fashion-MNIST and KMNIST, which use the same four files.
 
 An idx file is two zero bytes, a type (0x08: unsigned bytes), the number of dimensions, each dimension as a big-endian
-32-bit number, and the values. A file is believed only where all of this agrees with its length.
+32-bit number, and the values. All of this is checked against the length of the file.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from ssd_edge.errors import InputError
 
 PARTS = ("train", "t10k")
 FILES = tuple(f"{part}-{kind}-ubyte" for part in PARTS for kind in ("images-idx3", "labels-idx1"))
-# as the files are called where they are offered → their official name
+# names under which the files are published → official name
 SPELLINGS = {
     f"{spelling}{ending}": name
     for name in FILES
     for spelling in (name, name.replace("-idx", ".idx"))
     for ending in ("", ".gz")
 }
-_BLOCK = 1 << 20  # read at once: what a header promises is not allocated before it is there
+_BLOCK = 1 << 20  # bytes read at once: memory is allocated for data, not for what a header claims
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """MNIST's files in a folder, by name."""
+    """Return MNIST's files in a folder by name."""
     return {name: folder / name for name in SPELLINGS if os.path.isfile(folder / name)}
 
 
 def read(files: Mapping[str, Path | bytes | memoryview], where: str) -> Source:
-    """Read the four files; classes are named by their numbers, 28 × 28 pixels padded to 32 × 32.
+    """Read the four files; labels become class names, 28 × 28 pixels are padded to 32 × 32.
 
     Args:
-        files: name → path or content of its files. Of a file that is there twice the unpacked one is taken.
-        where: the folder or archive, for errors.
+        files: Path or content of the files by name. If a file occurs twice, the uncompressed one is used.
+        where: Folder or archive, for error messages.
 
     Raises:
-        InputError: a file is missing, damaged, over 2 GiB, or disagrees with another.
+        InputError: A file is missing, damaged, over 2 GiB, or inconsistent with another.
     """
     chosen = {SPELLINGS[name]: name for name in sorted(files, key=lambda name: not name.endswith(".gz"))}
     missing = [name for name in FILES if name not in chosen]
@@ -67,7 +67,7 @@ def read(files: Mapping[str, Path | bytes | memoryview], where: str) -> Source:
 
 
 def _array(data: Path | bytes | memoryview, name: str, what: str, dimensions: int) -> np.ndarray:
-    """The uint8 array in one file."""
+    """Return the uint8 array in a file."""
     try:
         with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as stream:
             return _parse(gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream, what, dimensions)

@@ -1,8 +1,8 @@
-"""Tiny-ImageNet's own layout, which names the classes of its test images in a table.
+"""Reader of the official layout of Tiny-ImageNet, which lists the classes of its test images in a table.
 
-``train/<wnid>/images/*.JPEG``, ``val/images/*.JPEG`` with ``val/val_annotations.txt`` (a line per image: its file, its
-class, its box), and ``test/images/*.JPEG`` without labels, which is of no use here. Classes are called by their
-WordNet ids, which do not change; ``words.txt`` and the boxes are not read.
+``train/<wnid>/images/*.JPEG``, ``val/images/*.JPEG`` with ``val/val_annotations.txt`` (per line: file, class,
+box), and ``test/images/*.JPEG`` without labels, which is ignored. Classes are named by their WordNet ids; ``words.txt``
+and the boxes are not read.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ssd_edge.errors import InputError
 T = TypeVar("T")
 
 ANNOTATIONS = ("val", "val_annotations.txt")
-_FOLDER = "tiny-imagenet-200"  # as in the official archive
+_FOLDER = "tiny-imagenet-200"  # name in the official archive
 
 
 def find(folder: Path) -> Path | None:
-    """The folder with this layout: `folder` itself or the official name in it, else None.
+    """Return the folder with this layout: `folder`, or the subfolder with the official name, or None.
 
-    Where the test images have been moved to folders of their classes, the table is of no use any more.
+    A folder whose test images have been moved to class folders does not have this layout.
     """
     for place in (folder, folder / _FOLDER):
         if place.joinpath(*ANNOTATIONS).is_file() and (place / "val" / "images").is_dir():
@@ -34,16 +34,15 @@ def arrange(tree: Mapping[tuple[str, ...], T], table: bytes | memoryview, where:
     """Move each test image to the folder of its class.
 
     Args:
-        tree: what is to be moved, by the parts of its path in the data set.
-        table: content of ``val_annotations.txt``.
-        where: what to call that file in an error.
+        tree: Images by the parts of their paths in the data set.
+        table: Content of ``val_annotations.txt``.
+        where: Name of that file for error messages.
 
     Returns:
-        The tree of ``train/<wnid>/…`` and ``val/<wnid>/…`` alone.
+        The images in ``train/<wnid>/…`` and ``val/<wnid>/…``.
 
     Raises:
-        InputError: an image without a line, a line without its image, a line of another form, or a class that no
-            training image has.
+        InputError: An image has no line, a line has no image or another form, or a class has no training images.
     """
     arranged = {parts: item for parts, item in tree.items() if parts[0] == "train" and len(parts) >= 3}
     known = {parts[1] for parts in arranged}
@@ -61,7 +60,7 @@ def arrange(tree: Mapping[tuple[str, ...], T], table: bytes | memoryview, where:
 
 
 def _parse(table: bytes | memoryview, where: str) -> dict[str, str]:
-    """File → class."""
+    """Return the class of each file."""
     class_of: dict[str, str] = {}
     for number, line in enumerate(bytes(table).decode("utf-8", errors="replace").splitlines(), 1):
         if not line.strip():

@@ -75,7 +75,7 @@ def test_unsplit_archive_and_its_prefix(tmp_path: Path) -> None:
     assert read(pack(tmp_path / "b.zip", only_train)).classes == ("a", "b")
     with pytest.raises(InputError, match=r"at least two classes are needed, but c\.zip has only one"):
         read(pack(tmp_path / "c.zip", content(["set/1.png", "set/2.png"])))
-    with pytest.raises(InputError, match=r"d\.zip holds no class with images; expected train/<class>"):
+    with pytest.raises(InputError, match=r"d\.zip contains no class with images; expected train/<class>"):
         read(pack(tmp_path / "d.zip", {"notes.txt": b"x"}))
 
 

@@ -69,7 +69,7 @@ def test_damage_is_repaired(damage: bytes | None, home: Path, caplog: pytest.Log
     assert (cache.embeddings({"a": 1}, compute)["train"] == np.arange(6)).all()
     assert compute.calls == 2
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "a damaged cache file is removed and computed anew" in caplog.text
+    assert "a damaged cache file is removed, its embeddings are recomputed" in caplog.text
     assert str(path) in caplog.text
     assert path.read_bytes() == whole
 
@@ -86,7 +86,7 @@ def test_not_writable_is_a_warning(
     monkeypatch.setattr(files, "fault_hook", fault)
     assert (cache.embeddings({"a": 1}, Counted())["train"] == np.arange(6)).all()
     assert len(caplog.records) == 1
-    assert "the embeddings are not kept for the next run: " in caplog.text
+    assert "the embeddings are not cached for the next run: " in caplog.text
 
 
 def test_a_file_in_the_place_of_the_folder(
@@ -95,7 +95,7 @@ def test_a_file_in_the_place_of_the_folder(
     (tmp_path / "file").touch()
     monkeypatch.setenv("SSD_EDGE_CACHE", str(tmp_path / "file"))
     assert cache.embeddings({"a": 1}, Counted()).keys() == {"train", "labels"}
-    assert "are not kept for the next run" in caplog.text
+    assert "are not cached for the next run" in caplog.text
     assert cache.clear() == 0
 
 

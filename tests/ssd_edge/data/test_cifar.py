@@ -173,7 +173,7 @@ def test_nothing_else_can_be_named(module: str, name: str, tmp_path: Path) -> No
         ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [-1, 0]}, "has labels -1..0, but there are 10"),
         ({b"data": b"bytes", b"labels": [0]}, "is not a batch of CIFAR"),
         ({b"labels": [0]}, "is not a batch of CIFAR"),
-        ([1, 2], "holds no table of arrays"),
+        ([1, 2], "does not contain a table of arrays"),
     ],
 )
 def test_wrong_content(table: object, message: str, tmp_path: Path) -> None:

@@ -92,8 +92,8 @@ def test_unicode_and_natural_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ([], r"holds no class with images; expected train/<class>/… and test/<class>/…, or <class>/… alone"),
-        (["1.png", "2.png"], r"holds no class with images"),
+        ([], r"contains no class with images; expected train/<class>/… and test/<class>/…, or <class>/… alone"),
+        (["1.png", "2.png"], r"contains no class with images"),
         (["cat/1.png", "cat/2.png"], r"at least two classes are needed, but .* has only one \('cat'\)$"),
         (["a/1.png", "a/2.png", "b/1.png"], r"the class 'b' has only one image, but one to train and one to"),
         (["train/a/1.png", "train/b/1.png", "test/a/1.png"], r"has no test images of 'b'; add some, or"),
