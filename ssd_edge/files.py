@@ -233,7 +233,7 @@ def _tensor_header(data: bytes) -> dict[str, Any]:
             raise ValueError("a duplicate name")
         return dict(pairs)
 
-    header = json.loads(data[8 : 8 + length], object_pairs_hook=without_duplicates)
+    header: dict[str, Any] = json.loads(data[8 : 8 + length], object_pairs_hook=without_duplicates)
     tensors = [value for name, value in header.items() if name != "__metadata__"]
     if len(tensors) > MAX_TENSORS:
         raise ValueError(f"{len(tensors)} tensors, but at most {MAX_TENSORS} are allowed")

@@ -247,10 +247,11 @@ def _smaller(image: Image.Image, size: int) -> tuple[Image.Image, tuple[float, f
     The edges of the box may lie within a pixel. The image is converted in bands of rows, with the same result as for
     the whole image at once.
     """
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    tag = image.getexif().get(ExifTags.Base.Orientation)
+    orientation = tag if isinstance(tag, int) and tag in _UPRIGHT else 1
+    turn = _UPRIGHT.get(orientation)
     image.load()
-    width, height = image.size[:: -1 if turn is not None and orientation >= 5 else 1]
+    width, height = image.size[:: -1 if orientation >= 5 else 1]
     across, down = (int(side / size / _GAP) or 1 for side in (width, height))
     plain = image.mode == "RGB" and turn is None and "transparency" not in image.info
     rows = height if plain else max(1, _BAND // width // down) * down
@@ -258,7 +259,7 @@ def _smaller(image: Image.Image, size: int) -> tuple[Image.Image, tuple[float, f
     def reduced(top: int, bottom: int) -> Image.Image:
         part = image
         if bottom - top < height:
-            part = image.crop(_rows_of(image.size, orientation if turn is not None else 1, top, bottom))
+            part = image.crop(_rows_of(image.size, orientation, top, bottom))
         part = _to_rgb(part if turn is None else part.transpose(turn))
         return part if across == down == 1 else part.reduce((across, down))
 

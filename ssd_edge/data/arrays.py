@@ -169,11 +169,11 @@ def padded(pixels: np.ndarray) -> np.ndarray:
 def numbered(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> Source:
     """Return a source from pairs (pixels, labels), with the labels as class names."""
     numbers = np.unique(np.concatenate([train[1], test[1]]))
-    parts = (
-        labelled_array(pixels, np.searchsorted(numbers, labels), kind)
-        for kind, (pixels, labels) in (("train", train), ("test", test))
-    )
-    return Source(tuple(str(number) for number in numbers), *parts)
+
+    def labelled(part: tuple[np.ndarray, np.ndarray], kind: str) -> Labelled:
+        return labelled_array(part[0], np.searchsorted(numbers, part[1]), kind)
+
+    return Source(tuple(str(number) for number in numbers), labelled(train, "train"), labelled(test, "test"))
 
 
 def read_digits() -> Source:

@@ -150,7 +150,7 @@ def _relabel(part: Labelled, old: Sequence[str], new: Sequence[str]) -> Labelled
 
 def _check_every_class(part: Labelled, kind: str, classes: Sequence[str], name: str) -> None:
     counts = np.bincount(part.labels, minlength=len(classes))
-    empty = [classes[label] for label in np.flatnonzero(counts == 0)]
+    empty = [classes[label] for label in np.flatnonzero(counts == 0).tolist()]
     if empty:
         raise InputError(f"{name} has no {kind} images of {_some(empty)}; add some, or set data.exclude")
 

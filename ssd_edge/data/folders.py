@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 
@@ -34,10 +34,15 @@ LAYOUT = "expected train/<class>/… and test/<class>/…, or <class>/… alone"
 # Parts of the path of an image → its file or bytes, and its name for error messages.
 Tree = Mapping[tuple[str, ...], tuple[Path | bytes | memoryview, str]]
 
+
+def _open_gzip(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path))
+
+
 _OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {
     ".tar": lambda path: path.open("rb"),
-    ".tar.gz": gzip.open,
-    ".tgz": gzip.open,
+    ".tar.gz": _open_gzip,
+    ".tgz": _open_gzip,
     ".tar.xz": lzma.open,
     ".txz": lzma.open,
     ".tar.bz2": bz2.open,
@@ -56,10 +61,10 @@ def read_folder(folder: Path) -> Source:
     Raises:
         InputError: The folder contains no classes or cannot be read.
     """
-    if found := cifar.find(folder):
-        return cifar.read({name: read_bytes(found / name) for name in cifar.names_in(found)}, str(found))
-    if found := mnist.files_in(folder):
-        return mnist.read(found, str(folder))
+    if batches := cifar.find(folder):
+        return cifar.read({name: read_bytes(batches / name) for name in cifar.names_in(batches)}, str(batches))
+    if idx_files := mnist.files_in(folder):
+        return mnist.read(idx_files, str(folder))
     official = tiny_imagenet.find(folder)
     root = official or folder
     tree: Tree = {path.relative_to(root).parts: (path, str(path)) for path in walk_images(root)}

@@ -14,7 +14,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 
@@ -69,8 +69,10 @@ def read(files: Mapping[str, Path | bytes | memoryview], where: str) -> Source:
 def _array(data: Path | bytes | memoryview, name: str, what: str, dimensions: int) -> np.ndarray:
     """Return the uint8 array in a file."""
     try:
-        with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as stream:
-            return _parse(gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream, what, dimensions)
+        file: IO[bytes] = data.open("rb") if isinstance(data, Path) else io.BytesIO(data)
+        with file:
+            stream = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if name.endswith(".gz") else file
+            return _parse(stream, what, dimensions)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{what} cannot be read ({error}); download it again") from error
 
