@@ -22,7 +22,7 @@ def test_names_are_normalised() -> None:
     [
         ("", "a class name is empty"),
         (" \t ", "a class name is empty"),
-        ("Unknown", r"the class name 'Unknown' is reserved: it answers"),
+        ("Unknown", r"the class name 'Unknown' is reserved for images of no known class"),
         ("x" * 65, "has 65 characters, but at most 64 are allowed"),
         ("a\nb", r"'a\\nb' contains the control character U\+000A; remove it"),
         ("a\x1b[31m", r"contains the control character U\+001B"),
