@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "flymodel": {"neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
     "flymodel, all active": {"neurons": 50, "inputs_per_neuron": 4, "active": 1.0},
 }  # fmt: skip
+CASES |= {name: {} for name in LEARNERS if name not in CASES}  # a new learner: with its defaults
 
 
 @pytest.fixture(autouse=True, scope="module")

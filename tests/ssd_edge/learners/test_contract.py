@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "landmark, random keys": {"name": "landmark", "directions": 40, "keys": "random"},
     "landmark by class": {"name": "landmark", "directions": 20, "per_class": True},
 }  # fmt: skip
+OPTIONS |= {name: {"name": name} for name in LEARNERS if name not in OPTIONS}  # a new learner: with its defaults
 RANDOM = ("landmark", "ssd", "sdmlp", "finetune", "lwf", "icarl", "ranpac", "flymodel")
 
 
