@@ -1,25 +1,12 @@
-"""``ssd-edge device …``: verbs that run on the device, one module each."""
+"""``ssd-edge device …``: the group. Every module of this folder is a verb, named like its command."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 
 import click
-
-from ssd_edge.cli.device.export import export
-from ssd_edge.cli.device.forget import forget
-from ssd_edge.cli.device.fsck import fsck
-from ssd_edge.cli.device.history import history
-from ssd_edge.cli.device.install import install
-from ssd_edge.cli.device.learn import learn
-from ssd_edge.cli.device.merge import merge
-from ssd_edge.cli.device.merge_labels import merge_labels
-from ssd_edge.cli.device.predict import predict
-from ssd_edge.cli.device.rename import rename
-from ssd_edge.cli.device.rollback import rollback
-from ssd_edge.cli.device.status import status
-from ssd_edge.cli.device.trust import trust
-from ssd_edge.cli.device.watch import watch
 
 
 @click.group()
@@ -30,17 +17,5 @@ def device() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-device.add_command(install)
-device.add_command(trust)
-device.add_command(predict)
-device.add_command(learn)
-device.add_command(rollback)
-device.add_command(status)
-device.add_command(history)
-device.add_command(fsck)
-device.add_command(rename)
-device.add_command(forget)
-device.add_command(merge_labels)
-device.add_command(export)
-device.add_command(merge)
-device.add_command(watch)
+for _module in pkgutil.iter_modules(__path__):
+    device.add_command(getattr(importlib.import_module(f"{__name__}.{_module.name}"), _module.name))
