@@ -12,9 +12,9 @@ from ssd_edge.cli import cli
 from ssd_edge.run import bench as benching
 
 
-@pytest.mark.parametrize(("words", "expected"), [([], benching.Size()), (["--full"], benching.FULL)])
+@pytest.mark.parametrize(("args", "expected"), [([], benching.Size()), (["--full"], benching.FULL)])
 def test_json_is_one_object_and_full_is_the_large_size(
-    words: list[str], expected: benching.Size, monkeypatch: pytest.MonkeyPatch
+    args: list[str], expected: benching.Size, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
@@ -26,7 +26,7 @@ def test_json_is_one_object_and_full_is_the_large_size(
         return report
 
     monkeypatch.setattr(benching, "bench", bench)
-    done = CliRunner().invoke(cli, ["bench", "--json", *words])
+    done = CliRunner().invoke(cli, ["bench", "--json", *args])
     assert done.exit_code == 0, done.output
     assert asked == [expected]
     assert json.loads(done.stdout) == report.to_dict()

@@ -1,4 +1,4 @@
-"""The device's verbs through the real command line, as the README shows them."""
+"""`ssd-edge device` through the real command line, as the README shows it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def root(bundle: Path, cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_path_of_the_readme(root: Path, shapes: Path, cli) -> None:
+def test_the_readme_example(root: Path, shapes: Path, cli) -> None:
     pictures = sorted((shapes / "test" / "triangle").iterdir())
     at = ("--root", root)
 
@@ -48,13 +48,13 @@ def test_the_path_of_the_readme(root: Path, shapes: Path, cli) -> None:
     assert learned["old_classes"]["kind"].startswith("estimate")
     after = predict()
     assert sum(p["label"] == "triangle" for p in after["predictions"]) >= 10
-    told = cli("device", "learn", "--strict", "--label", "more", shapes / "train" / "triangle", *at, code=6)
-    assert "slower than TensorRT, which the target jetson expects" in told.stderr
+    result = cli("device", "learn", "--strict", "--label", "more", shapes / "train" / "triangle", *at, code=6)
+    assert "slower than TensorRT, which the target jetson expects" in result.stderr
     status = json.loads(cli("device", "status", *at, "--json").stdout)
     assert (status["generation"], status["classes"][-1]) == (2, "triangle")
     rolled = json.loads(cli("device", "rollback", *at, "--json").stdout)
     assert (rolled["generation"], len(rolled["classes"])) == (1, 4)
-    assert predict()["predictions"] == before["predictions"]  # every score, to the last bit
+    assert predict()["predictions"] == before["predictions"]  # all scores are bit-identical
     history = json.loads(cli("device", "history", *at, "--json").stdout)
     assert [event["event"] for event in history["events"]] == ["install", "learn", "rollback"]
     for verb in ("status", "history"):
@@ -62,7 +62,7 @@ def test_the_path_of_the_readme(root: Path, shapes: Path, cli) -> None:
     assert "circle" in cli("device", "predict", shapes / "test" / "circle", *at).stdout
 
 
-def test_fsck_tells_what_is_damaged(root: Path, refused, tmp_path: Path) -> None:
+def test_fsck_reports_what_is_damaged(root: Path, refused, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(root, tmp_path / "copy"))
     sound = CliRunner().invoke(device, ["fsck", "--root", str(copy)])
     assert (sound.exit_code, sound.output) == (0, f"{copy} is sound\n")
@@ -72,7 +72,7 @@ def test_fsck_tells_what_is_damaged(root: Path, refused, tmp_path: Path) -> None
     assert "damaged parts in" in refused("device", "fsck", "--root", copy, code=5)
 
 
-def test_folders_of_one_name_are_one_class(tmp_path: Path) -> None:
+def test_folders_with_the_same_name_are_one_class(tmp_path: Path) -> None:
     for place in ("one/gear", "one/nut", "two/gear"):
         (tmp_path / place).mkdir(parents=True)
     (tmp_path / "one" / "note.txt").write_text("no folder")
@@ -81,7 +81,7 @@ def test_folders_of_one_name_are_one_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("args", "code", "message"),
     [
         (["predict", "none.jpg"], 2, "none.jpg"),
         (["predict", "EMPTY"], 2, "EMPTY"),
@@ -96,22 +96,20 @@ def test_folders_of_one_name_are_one_class(tmp_path: Path) -> None:
         (["install", "none.ssdedge"], 2, "none.ssdedge"),
     ],
 )
-def test_bad_input(
-    words: list[str], code: int, message: str, root: Path, shapes: Path, refused, tmp_path: Path
-) -> None:
+def test_bad_input(args: list[str], code: int, message: str, root: Path, shapes: Path, refused, tmp_path: Path) -> None:
     empty, mixed = tmp_path / "EMPTY", tmp_path / "MIXED"
     empty.mkdir()
     mixed.mkdir()
     for number, path in enumerate(sorted((shapes / "test" / "triangle").iterdir())[:5]):
         (mixed / f"{number}.png").write_bytes(path.read_bytes())
     (mixed / "note.jpg").write_text("no image")
-    words = [str(tmp_path / word) if word in ("EMPTY", "MIXED") else word for word in words]
+    args = [str(tmp_path / arg) if arg in ("EMPTY", "MIXED") else arg for arg in args]
     before = sorted(str(path) for path in root.rglob("*"))
-    assert message in refused("device", *words, "--root", root, code=code)
+    assert message in refused("device", *args, "--root", root, code=code)
     assert sorted(str(path) for path in root.rglob("*")) == before
 
 
-def test_no_device_yet(cli, tmp_path: Path) -> None:
+def test_no_installed_device(cli, tmp_path: Path) -> None:
     done = cli("device", "status", "--root", tmp_path / "none", code=2)
     assert "no bundle is installed" in done.stderr
     assert not (tmp_path / "none").exists()
@@ -132,7 +130,7 @@ def test_damaged_bundles(bundle: Path, cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("missing", "extra"), [("torch", "device"), ("onnxruntime", "device")])
-def test_a_missing_package_is_one_sentence(missing: str, extra: str, bundle: Path, tmp_path: Path) -> None:
+def test_a_missing_package_is_reported_in_one_sentence(missing: str, extra: str, bundle: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
 class Block:

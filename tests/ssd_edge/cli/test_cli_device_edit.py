@@ -1,4 +1,4 @@
-"""Editing verbs of the device, and learning from a stream, as a user types them."""
+"""Editing commands of the device and learning from a stream, through the command line."""
 
 from __future__ import annotations
 
@@ -22,72 +22,72 @@ def root(installed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(installed, tmp_path / "root"))
 
 
-def run(root: Path, *words: str | Path) -> Result:
-    done = CliRunner().invoke(device, [*map(str, words), "--root", str(root)], catch_exceptions=False)
+def run(root: Path, *args: str | Path) -> Result:
+    done = CliRunner().invoke(device, [*map(str, args), "--root", str(root)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done
 
 
-def test_forget_says_what_stays(root: Path) -> None:
-    told = run(root, "forget", "circle", "--max-forgetting", "1").stdout
-    assert "forgot 'circle', not exactly: its counts, mean and scores are gone" in told
-    assert "undo with: ssd-edge device rollback" in told
+def test_forget_reports_an_approximate_removal(root: Path) -> None:
+    output = run(root, "forget", "circle", "--max-forgetting", "1").stdout
+    assert "forgot 'circle', not exactly: its counts, mean and scores are gone" in output
+    assert "undo with: ssd-edge device rollback" in output
     assert json.loads(run(root, "status", "--json").stdout)["classes"] == ["square", "cross", "stripes"]
     run(root, "rollback")
     assert "circle" in json.loads(run(root, "status", "--json").stdout)["classes"]
 
 
-def test_forget_exactly_is_refused_where_it_cannot_be(root: Path, refused) -> None:
-    told = refused("device", "forget", "circle", "--exactly", "--root", root, code=2)
-    assert "learner.per_class=true" in told
+def test_forget_exactly_is_refused_where_it_is_impossible(root: Path, refused) -> None:
+    output = refused("device", "forget", "circle", "--exactly", "--root", root, code=2)
+    assert "learner.per_class=true" in output
 
 
 def test_merge_labels_and_history(root: Path) -> None:
-    told = run(root, "merge-labels", "circle", "square", "--into", "blob", "--max-forgetting", "1").stdout
-    assert "circle, square are now 'blob'" in told
+    output = run(root, "merge-labels", "circle", "square", "--into", "blob", "--max-forgetting", "1").stdout
+    assert "circle, square are now 'blob'" in output
     assert "merge 'circle', 'square' into 'blob'" in run(root, "history").stdout
     edited = json.loads(run(root, "merge-labels", "cross", "--into", "blob", "--max-forgetting", "1", "--json").stdout)
     assert edited["classes"] == ["blob", "stripes"]
 
 
-def test_a_merge_through_the_command_line(bundle: Path, root: Path, shapes: Path, tmp_path: Path) -> None:
+def test_merge(bundle: Path, root: Path, shapes: Path, tmp_path: Path) -> None:
     install(tmp_path / "other", bundle)
     run(tmp_path / "other", "learn", "--label", "triangle", shapes / "train" / "triangle", "--max-forgetting", "1")
     exported = run(tmp_path / "other", "export", tmp_path / "theirs.ssdedge").stdout
     assert "5 classes: " in exported
     assert exported.endswith("; not signed\n")
-    told = run(root, "merge", tmp_path / "theirs.ssdedge", "--max-forgetting", "1").stdout
-    assert "merged with installation" in told
-    assert "triangle: 40 images, new" in told
+    output = run(root, "merge", tmp_path / "theirs.ssdedge", "--max-forgetting", "1").stdout
+    assert "merged with installation" in output
+    assert "triangle: 40 images, new" in output
 
 
-def test_an_answer_can_be_asked_for_always(root: Path, shapes: Path) -> None:
+def test_predict_can_always_return_a_class(root: Path, shapes: Path) -> None:
     images = shapes / "test" / "triangle"
     asked = [json.loads(run(root, "predict", images, *more, "--json").stdout) for more in ((), ("--always-answer",))]
     rejecting, always = (one["predictions"] for one in asked)
     assert "unknown" in {one["label"] for one in rejecting}
     assert [one["label"] for one in always] == [one["nearest"] for one in rejecting]
-    told = run(root, "predict", images).stdout
-    assert "unknown (nearest: " in told
+    output = run(root, "predict", images).stdout
+    assert "unknown (nearest: " in output
 
 
-def test_status_tells_how_the_machine_is(root: Path) -> None:
-    told = run(root, "status").stdout
-    assert "MiB of memory free" in told
-    assert "nothing yet; start with: ssd-edge device watch" in told
-    found = json.loads(run(root, "status", "--json").stdout)
-    assert found["machine"]["disk_free_mb"] > 0
-    assert found["watched"] is None
+def test_status_shows_the_state_of_the_machine(root: Path) -> None:
+    output = run(root, "status").stdout
+    assert "MiB of memory free" in output
+    assert "nothing yet; start with: ssd-edge device watch" in output
+    status = json.loads(run(root, "status", "--json").stdout)
+    assert status["machine"]["disk_free_mb"] > 0
+    assert status["watched"] is None
 
 
-def test_a_class_is_learned_from_a_stream(root: Path, shapes: Path) -> None:
+def test_learning_a_class_from_a_stream(root: Path, shapes: Path) -> None:
     stream = io.BytesIO()
     for path in sorted((shapes / "train" / "triangle").iterdir())[:8]:
         Image.open(path).convert("RGB").save(stream, "JPEG")
         stream.write(b"\r\n--boundary\r\n")
-    words = ["device", "learn", "--label", "triangle", "--frames", "6", "--every", "0", "--max-forgetting", "1"]
+    args = ["device", "learn", "--label", "triangle", "--frames", "6", "--every", "0", "--max-forgetting", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "ssd_edge", *words, "-", "--root", str(root), "--json"],
+        [sys.executable, "-m", "ssd_edge", *args, "-", "--root", str(root), "--json"],
         input=stream.getvalue(),
         capture_output=True,
         check=False,
@@ -98,8 +98,8 @@ def test_a_class_is_learned_from_a_stream(root: Path, shapes: Path) -> None:
     assert (learned["images"], learned["classes"][-1]) == (6, "triangle")
 
 
-@pytest.mark.parametrize("words", [("-",), ("--label", "gear", "-", "more")])
-def test_a_stream_shows_one_class(root: Path, words: tuple[str, ...]) -> None:
-    done = CliRunner().invoke(device, ["learn", *words, "--root", str(root)])
+@pytest.mark.parametrize("args", [("-",), ("--label", "gear", "-", "more")])
+def test_learning_from_a_stream_needs_exactly_one_label(root: Path, args: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(device, ["learn", *args, "--root", str(root)])
     assert done.exit_code == 2
     assert "a stream (-) shows one class" in done.output

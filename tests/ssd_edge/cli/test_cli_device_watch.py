@@ -1,4 +1,4 @@
-"""``ssd-edge device watch``: what it refuses. What it does is tested in tests/device_runtime/test_watch.py."""
+"""Invalid use of ``ssd-edge device watch``; its behaviour is tested in tests/device_runtime/test_watch.py."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ssd_edge.errors import InputError
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """Log handlers and signals belong to the process."""
+    """Restore log handlers and signal handlers, which belong to the process."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for handler in handlers:  # else they would be closed
+    for handler in handlers:  # otherwise they would be closed
         root.removeHandler(handler)
     yield
     root.handlers[:], root.level = handlers, level
@@ -29,7 +29,7 @@ def _as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         ([], "Missing argument 'FOLDER|-'"),
         (["FOLDER", "--every", "-1"], "-1.0 is not in the range"),
@@ -37,21 +37,21 @@ def _as_before() -> Iterator[None]:
         (["-", "--existing"], "--existing applies to a folder"),
     ],
 )
-def test_bad_words(words: list[str], message: str, tmp_path: Path) -> None:
-    words = [str(tmp_path) if word == "FOLDER" else word for word in words]
-    done = CliRunner().invoke(watch, [*words, "--root", str(tmp_path / "none")])
+def test_bad_arguments(args: list[str], message: str, tmp_path: Path) -> None:
+    args = [str(tmp_path) if arg == "FOLDER" else arg for arg in args]
+    done = CliRunner().invoke(watch, [*args, "--root", str(tmp_path / "none")])
     assert done.exit_code == 2
     assert message in done.output
 
 
-def test_no_device_yet(tmp_path: Path) -> None:
+def test_no_installed_device(tmp_path: Path) -> None:
     done = CliRunner().invoke(watch, [str(tmp_path), "--root", str(tmp_path / "none")])
     assert isinstance(done.exception, InputError)
     assert "no bundle is installed" in str(done.exception)
     assert not (tmp_path / "none").exists()
 
 
-def test_the_first_signal_asks_the_second_interrupts() -> None:
+def test_the_first_signal_requests_a_stop_and_the_second_interrupts() -> None:
     stop = _Stop()
     stop.listen()
     assert not stop.requested

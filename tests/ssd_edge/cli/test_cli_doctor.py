@@ -1,4 +1,4 @@
-"""`doctor` and `profile` through the command line."""
+"""`ssd-edge doctor` and `ssd-edge profile` through the command line."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from ssd_edge.cli.profile import lines, profile
 from ssd_edge.errors import BundleRefusedError, InputError
 
 
-def run(command: Any, *words: str | Path) -> Result:
-    return CliRunner().invoke(command, [str(word) for word in words])
+def run(command: Any, *args: str | Path) -> Result:
+    return CliRunner().invoke(command, [str(arg) for arg in args])
 
 
-def test_a_table_that_ends_in_a_verdict(tmp_path: Path) -> None:
+def test_the_table_ends_with_a_verdict(tmp_path: Path) -> None:
     done = run(doctor, "--root", tmp_path)
     assert done.exit_code == 0, done.output
     table = done.stdout.splitlines()
     assert table[-1] == "fit"
-    assert all(len(line) <= 100 for line in table if str(tmp_path) not in line)  # a path stays whole
+    assert all(len(line) <= 100 for line in table if str(tmp_path) not in line)  # a path is never wrapped
     assert any(line.split()[:2] == ["ok", "onnxruntime"] for line in table)
     assert any(line.split()[:2] == ["ok", "disk"] for line in table)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unfit_machine_ends_with_code_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfit_machine_exits_with_code_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examination, "disk_free", lambda path: 1 << 20)
     done = run(doctor, "--root", tmp_path)
     assert done.exit_code == 3
     assert done.stdout.splitlines()[-1] == "unfit: disk"
     assert "-> free some space" in done.stdout
-    told = json.loads(run(doctor, "--root", tmp_path, "--json").stdout)
-    assert (told["fit"], told["verdict"]) == (False, "unfit: disk")
+    report = json.loads(run(doctor, "--root", tmp_path, "--json").stdout)
+    assert (report["fit"], report["verdict"]) == (False, "unfit: disk")
 
 
 def test_an_old_jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,26 +52,26 @@ def test_an_old_jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.stdout.splitlines()[-1] == "unfit: jetpack"
 
 
-def test_as_json(tmp_path: Path, bundle: Path) -> None:
+def test_json_output(tmp_path: Path, bundle: Path) -> None:
     done = run(doctor, bundle, "--root", tmp_path, "--json")
-    told = json.loads(done.stdout)
+    report = json.loads(done.stdout)
     assert done.exit_code == 0
-    assert told["fit"] is True
-    assert all(set(check) == {"name", "state", "found", "fix"} for check in told["checks"])
-    states = {check["name"]: check["state"] for check in told["checks"]}
-    assert (states["target"], states["signature"]) == ("warning", "note")  # for a jetson, which this is not
-    assert told["machine"]["cpus"] >= 1
+    assert report["fit"] is True
+    assert all(set(check) == {"name", "state", "found", "fix"} for check in report["checks"])
+    states = {check["name"]: check["state"] for check in report["checks"]}
+    assert (states["target"], states["signature"]) == ("warning", "note")  # the bundle is for a Jetson
+    assert report["machine"]["cpus"] >= 1
 
 
-def test_what_is_no_bundle(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_bundle(tmp_path: Path) -> None:
     (tmp_path / "x.ssdedge").write_bytes(b"no bundle")
     for command in (doctor, profile):
         assert isinstance(run(command, tmp_path / "x.ssdedge").exception, BundleRefusedError)
         assert isinstance(run(command, tmp_path / "none.ssdedge").exception, InputError)
 
 
-def test_with_nothing_but_the_base_packages(tmp_path: Path) -> None:
-    """In a process of its own, so that nothing is imported already."""
+def test_doctor_needs_only_the_base_packages(tmp_path: Path) -> None:
+    """Run in a separate process, where nothing is imported yet."""
     code = """
 import sys
 for name in ("torch", "onnxruntime", "tensorrt", "cryptography", "onnx", "sklearn", "rich"):
@@ -81,21 +81,21 @@ from ssd_edge.cli.doctor import doctor
 cli.add_command(doctor)
 main()
 """
-    words = [sys.executable, "-c", code, "doctor", "--root", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    args = [sys.executable, "-c", code, "doctor", "--root", str(tmp_path)]
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done
     assert done.stdout.splitlines()[-1] == "unfit: torch, backbone"
     assert "pip install 'ssd-edge[device]'" in done.stdout
     assert done.stderr == ""
 
 
-def test_what_others_wrote_cannot_steer_the_terminal() -> None:
+def test_control_codes_from_outside_are_escaped() -> None:
     assert _indented("a\x1b[2Jb\nc  d", 4) == "a?[2Jb c d"
 
 
 def test_a_profile(bundle: Path, tmp_path: Path) -> None:
-    words = (bundle, "--images", "3", "--warm-up", "1", "--root", tmp_path)
-    result = json.loads(run(profile, *words, "--json").stdout)
+    args = (bundle, "--images", "3", "--warm-up", "1", "--root", tmp_path)
+    result = json.loads(run(profile, *args, "--json").stdout)
     assert (result["calls"], result["warm_up"], result["batch"]) == (3, 1, 1)
     assert result["bundle"]["learner"] == "landmark"
     assert result["memory_mb"]["learned"] > result["memory_mb"]["imports"]
@@ -105,15 +105,15 @@ def test_a_profile(bundle: Path, tmp_path: Path) -> None:
     assert "This machine is not a Jetson" in shown
     result["machine"] |= {"jetson": True, "title": "Orin\x1b[2J"}
     result["fits"][0]["fits"] = False
-    told = lines(result)
-    assert "This machine is not a Jetson" not in "\n".join(told)
-    assert "measured on Orin?[2J, with" in told[1]
-    assert any(line.endswith("does not fit *") for line in told)
+    report = lines(result)
+    assert "This machine is not a Jetson" not in "\n".join(report)
+    assert "measured on Orin?[2J, with" in report[1]
+    assert any(line.endswith("does not fit *") for line in report)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("option", "value"), [("--images", "0"), ("--warm-up", "-1"), ("--batch", "0")])
-def test_a_profile_of_nothing(option: str, value: str, tmp_path: Path) -> None:
+def test_a_profile_of_zero_images(option: str, value: str, tmp_path: Path) -> None:
     error = run(profile, tmp_path / "none.ssdedge", option, value).exception
     assert isinstance(error, InputError)
     assert str(error).startswith(f"{option} must be at least")

@@ -1,4 +1,4 @@
-"""``keys``, ``inspect`` and ``verify``: what is shown, what is refused, and that strangers write no control codes."""
+"""``keys``, ``inspect`` and ``verify``: output, errors, and no control codes from a bundle on the terminal."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ssd_edge.errors import BundleRefusedError, InputError
 pytest.importorskip("cryptography")
 
 
-def run(command: click.Command, *words: str | Path) -> str:
-    """Standard output of a command that must succeed."""
-    result = CliRunner().invoke(command, [str(word) for word in words], catch_exceptions=False)
+def run(command: click.Command, *args: str | Path) -> str:
+    """Return the standard output of a command that must succeed."""
+    result = CliRunner().invoke(command, [str(arg) for arg in args], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 @pytest.fixture
 def put(tmp_path: Path) -> Callable[..., Path]:
-    """put(data) → the path of a bundle with these bytes; by default the tiny one."""
+    """Return ``put(data)``, which writes a bundle (by default the tiny one) and returns its path."""
 
     def write(data: bytes | None = None, name: str = "robot.ssdedge") -> Path:
         path = tmp_path / name
@@ -62,8 +62,8 @@ def test_keys(tmp_path):
     assert "next, on the device: ssd-edge device trust lab.pub" in shown
     assert run(keys, "show", private) == run(keys, "show", public) == f"{own}\n"
     assert json.loads(run(keys, "show", private, "--json")) == {"id": own, "kind": "private"}
-    told = json.loads(run(keys, "new", "other", "--folder", tmp_path, "--json"))
-    assert told == {
+    printed = json.loads(run(keys, "new", "other", "--folder", tmp_path, "--json"))
+    assert printed == {
         "id": identity(tmp_path / "other.key"),
         "private": str(tmp_path / "other.key"),
         "public": str(tmp_path / "other.pub"),
@@ -71,7 +71,7 @@ def test_keys(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (("new", "lab", "--folder", "KEYS"), r"lab\.key exists, and keys are never overwritten"),
         (("new", "../lab"), "the name of a key must have 1 to 64 characters"),
@@ -80,14 +80,14 @@ def test_keys(tmp_path):
         (("show", "TEXT"), "does not contain a public key in PEM format"),
     ],
 )
-def test_keys_refuse(tmp_path, key, words, message):
+def test_keys_refuses_bad_input(tmp_path, key, args, message):
     opened, text = tmp_path / "open.key", tmp_path / "text.pub"
     opened.write_bytes(key.read_bytes())
     opened.chmod(0o644)
     text.write_text("hello")
     places = {"KEYS": key.parent, "OPEN": opened, "TEXT": text}
     with pytest.raises(InputError, match=message):
-        run(keys, *(places.get(word, word) for word in words))
+        run(keys, *(places.get(arg, arg) for arg in args))
 
 
 def test_inspect(put, key):
@@ -114,27 +114,31 @@ def test_inspect(put, key):
     assert files.sha256(path.read_bytes()) in shown
     signed = put(bundle.pack(*hand.parts(), signing.signer(key)))
     assert f"signature   names the key {identity(key)}; not checked here" in run(inspect, signed)
-    told = json.loads(run(inspect, signed, "--json"))
-    assert told["signature"] == identity(key)
-    assert (told["release"], told["classes"], told["sha256"]) == (7, ["cup", "schraube ß"], bundle.read(signed).sha256)
-    assert told["graphs"]["backbone"]["inputs"][0] == {
+    printed = json.loads(run(inspect, signed, "--json"))
+    assert printed["signature"] == identity(key)
+    assert (printed["release"], printed["classes"], printed["sha256"]) == (
+        7,
+        ["cup", "schraube ß"],
+        bundle.read(signed).sha256,
+    )
+    assert printed["graphs"]["backbone"]["inputs"][0] == {
         "name": "images",
         "dtype": "uint8",
         "shape": ["batch", 8, 8, 3],
     }
 
 
-def test_inspect_shows_a_head_and_says_where_it_stops(put):
+def test_inspect_shows_the_head_and_shortens_long_lists(put):
     names = [f"class {number}" for number in range(25)]
     registry = ClassRegistry()
     for name in names:
         registry = registry.add(name)
-    whole = {**hand.contents(), "classes.json": files.json_bytes(registry.to_json()), "head.onnx": hand.onnx()}
+    entries = {**hand.contents(), "classes.json": files.json_bytes(registry.to_json()), "head.onnx": hand.onnx()}
     parity = {"images": {"cosine": 0.99999, "drift": {"spread": 1.5}}}
-    manifest = {**json.loads(whole["manifest.json"]), "classes": names, "parity": parity}
+    manifest = {**json.loads(entries["manifest.json"]), "classes": names, "parity": parity}
     manifest["files"].append({"path": "head.onnx", "role": "head", "size": 0, "sha256": ""})
-    whole = hand.relisted({**whole, "manifest.json": files.json_bytes(manifest)})
-    shown = run(inspect, put(hand.sealed(whole)))
+    entries = hand.relisted({**entries, "manifest.json": files.json_bytes(manifest)})
+    shown = run(inspect, put(hand.sealed(entries)))
     assert "class 19 … and 5 more" in shown
     assert "class 20" not in shown
     assert "head        opset 18" in shown
@@ -145,9 +149,9 @@ HOSTILE = "\x1b[2J\x9b1m\u202e\r\n"
 
 
 def hostile_bundle() -> bytes:
-    """Control codes wherever a maker may write freely."""
-    whole = hand.contents()
-    manifest = json.loads(whole["manifest.json"])
+    """Return a bundle with control codes in every free-text field."""
+    entries = hand.contents()
+    manifest = json.loads(entries["manifest.json"])
     graph = hand.onnx(model=hand.field(14, hand.field(1, HOSTILE) + hand.field(2, HOSTILE)))
     graph = graph.replace(b"\x0a\x06images", b"\x0a\x06im\x1b[2J").replace(b"\x12\x05batch", b"\x12\x05b\x1b[2J")
     manifest["backbone"] |= {"id": HOSTILE, "precision": HOSTILE * 100}
@@ -160,23 +164,23 @@ def hostile_bundle() -> bytes:
         {**item, "role": HOSTILE if item["path"] == "notes.txt" else item["role"]}
         for item in [*manifest["files"], {"path": "notes.txt", "role": "x", "size": 0, "sha256": ""}]
     ]
-    whole |= {"notes.txt": b"", "backbone.onnx": graph, "manifest.json": files.json_bytes(manifest)}
-    return hand.sealed(hand.relisted(whole))
+    entries |= {"notes.txt": b"", "backbone.onnx": graph, "manifest.json": files.json_bytes(manifest)}
+    return hand.sealed(hand.relisted(entries))
 
 
-@pytest.mark.parametrize("words", [(), ("--json",)])
+@pytest.mark.parametrize("args", [(), ("--json",)])
 @pytest.mark.parametrize("command", [inspect, verify])
-def test_strangers_write_no_control_codes(put, command, words):
+def test_control_codes_in_a_bundle_are_escaped(put, command, args):
     path = put(hostile_bundle())
     assert "\x1b" in bundle.read(path).manifest["learner"]["name"]
-    shown = run(command, path, *words)
+    shown = run(command, path, *args)
     assert all(letter.isprintable() or letter == "\n" for letter in shown)
-    if words:
+    if args:
         assert shown.isascii()
         assert json.loads(shown)["bundle"] == str(path)
 
 
-def test_class_names_with_control_codes_are_no_names(put):
+def test_class_names_with_control_codes_are_refused(put):
     registry = {"next_id": 1, "classes": [{"id": 0, "name": HOSTILE, "origin": "base", "images": 1}]}
     with pytest.raises(BundleRefusedError, match="the class registry is damaged") as caught:
         run(inspect, put(hand.with_entry("classes.json", files.json_bytes(registry))))
@@ -193,13 +197,13 @@ def test_verify(put, key):
     public = key.with_suffix(".pub")
     other = signing.new_key(key.parent, "other")[1]
     assert f"signature  signed by {identity(key)}" in run(verify, signed, "--key", other, "--key", public).splitlines()
-    told = json.loads(run(verify, signed, "--key", public, "--json"))
-    assert (told["signed_by"], told["signature"], told["release"]) == (identity(key), identity(key), 7)
-    assert told["probe"]["images"] == 2
-    assert told["probe_not_run"] is None
+    printed = json.loads(run(verify, signed, "--key", public, "--json"))
+    assert (printed["signed_by"], printed["signature"], printed["release"]) == (identity(key), identity(key), 7)
+    assert printed["probe"]["images"] == 2
+    assert printed["probe_not_run"] is None
 
 
-def test_verify_refuses(put, key):
+def test_verify_refuses_bad_bundles(put, key):
     public, plain = key.with_suffix(".pub"), put()
     with pytest.raises(BundleRefusedError, match="is not signed, but must be signed by"):
         run(verify, plain, "--key", public)
@@ -207,32 +211,32 @@ def test_verify_refuses(put, key):
     other = signing.new_key(key.parent, "other")[1]
     with pytest.raises(BundleRefusedError, match="signed with the key"):
         run(verify, signed, "--key", other)
-    whole = hand.relisted({**hand.contents(signed.read_bytes()), "MODEL_CARD.md": b"# another\n"})
+    entries = hand.relisted({**hand.contents(signed.read_bytes()), "MODEL_CARD.md": b"# another\n"})
     with pytest.raises(BundleRefusedError, match=r"signature of the bundle 'robot' by \w+ does not match its manifest"):
-        run(verify, put(hand.sealed(whole)), "--key", public)
+        run(verify, put(hand.sealed(entries)), "--key", public)
     with pytest.raises(InputError, match="contains a private key"):
         run(verify, signed, "--key", key)
     with pytest.raises(BundleRefusedError, match="it is damaged"):
         run(verify, put(bundle.pack(*hand.parts()).replace(b"# robot", b"# Robot")))
 
 
-def test_a_backbone_that_computes_something_else_is_refused(put):
+def test_a_backbone_with_different_outputs_is_refused(put):
     wrong = hand.probe(embeddings=("F32", [2, 3], [1.0, -2.0, 3.0, 4.0, 5.0, 6.0]))
     with pytest.raises(BundleRefusedError, match="gives other embeddings on this machine than in the bundle"):
         run(verify, put(hand.with_entry("probe.safetensors", wrong)))
 
 
-def test_a_backbone_that_cannot_run_is_one_printable_line(put, refused):
+def test_a_backbone_that_cannot_run_is_reported_in_one_printable_line(put, refused):
     nodes = [hand.node("Nonsense", ["images"], ["embeddings"], hand.field(3, HOSTILE))]
-    told = refused("verify", put(hand.with_entry("backbone.onnx", hand.onnx(nodes=nodes))), code=3)
-    assert "ONNX Runtime cannot run the backbone" in told
-    assert told.replace("\n", "").isprintable()
+    printed = refused("verify", put(hand.with_entry("backbone.onnx", hand.onnx(nodes=nodes))), code=3)
+    assert "ONNX Runtime cannot run the backbone" in printed
+    assert printed.replace("\n", "").isprintable()
 
 
-def test_without_onnx_runtime_it_says_that_nothing_was_run(put, monkeypatch):
+def test_verify_without_onnx_runtime_reports_that_the_probe_was_not_run(put, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     shown = run(verify, put())
     assert "probe      not run: the package 'onnxruntime' is needed to run the probe" in shown
-    told: dict[str, Any] = json.loads(run(verify, put(), "--json"))
-    assert told["probe"] is None
-    assert "onnxruntime" in told["probe_not_run"]
+    printed: dict[str, Any] = json.loads(run(verify, put(), "--json"))
+    assert printed["probe"] is None
+    assert "onnxruntime" in printed["probe_not_run"]

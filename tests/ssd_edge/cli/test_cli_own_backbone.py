@@ -1,4 +1,4 @@
-"""A user's own ONNX backbone through the whole path: train, deploy, install, learn, predict."""
+"""A custom ONNX backbone end to end: train, deploy, install, learn, predict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ onnx = pytest.importorskip("onnx")
 
 
 def own_backbone(path: Path) -> None:
-    """conv 3→32, ReLU, 4×4 average pool: features of oriented edges, in the order (N, 3, 40, 40) → (N, 32·25)."""
+    """Write an edge-feature backbone, (N, 3, 40, 40) → (N, 32·25): conv 3→32, ReLU, 4×4 average pool."""
     from onnx import TensorProto, helper, numpy_helper
 
     weights = np.random.default_rng(0).normal(size=(32, 3, 5, 5)).astype(np.float32)
@@ -34,19 +34,22 @@ def own_backbone(path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def test_the_whole_path(shapes: Path, cli, tmp_path: Path) -> None:
+def test_custom_backbone_end_to_end(shapes: Path, cli, tmp_path: Path) -> None:
     own_backbone(tmp_path / "own.onnx")
-    backbone = ["backbone.onnx=own.onnx", "backbone.size=40"]  # relative: the run must still be deployable elsewhere
+    backbone = [
+        "backbone.onnx=own.onnx",
+        "backbone.size=40",
+    ]  # relative path: the run must be deployable from another folder
     quick = ["run.panel=false", "run.baselines=false", "data.exclude=triangle"]
-    told = cli("train", f"data.path={shapes}", *backbone, *quick, cwd=tmp_path).stdout
-    assert "landmark: the backbone has no landmarks; random keys are used" in told
+    printed = cli("train", f"data.path={shapes}", *backbone, *quick, cwd=tmp_path).stdout
+    assert "landmark: the backbone has no landmarks; random keys are used" in printed
     run = tmp_path / "runs" / "1"
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["average_accuracy"] > 0.5
     assert (run / "standardisation.safetensors").exists()
-    told = json.loads(cli("deploy", "--target", "cpu", run, "-o", tmp_path / "own.ssdedge", "--json").stdout)
-    assert len(told["classes"]) == 4
-    (tmp_path / "own.onnx").unlink()  # the bundle holds all that the device needs
+    printed = json.loads(cli("deploy", "--target", "cpu", run, "-o", tmp_path / "own.ssdedge", "--json").stdout)
+    assert len(printed["classes"]) == 4
+    (tmp_path / "own.onnx").unlink()  # the bundle contains everything the device needs
     cli("device", "install", tmp_path / "own.ssdedge", "--root", tmp_path / "root")
     learned = ["device", "learn", "--label", "triangle", shapes / "train" / "triangle", "--root", tmp_path / "root"]
     assert "triangle: 40 images, new" in cli(*learned).stdout

@@ -1,4 +1,4 @@
-"""`ssd-edge reproduce` as a user meets it: without data (digits stand in), killed, interrupted, and misspelt."""
+"""`ssd-edge reproduce` through the command line: without data (digits stand in), killed, interrupted, bad input."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def reproduced(cli, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """T1 at the smoke budget, and what was printed."""
+    """Run T1 at the smoke budget; return its folder and output."""
     out = tmp_path_factory.mktemp("reproduced")
     done = cli("reproduce", "t1", "--budget", "smoke", "--workers", "1", "--out", out)
     return out, done.stdout
 
 
-def here(*words: str | Path) -> None:
-    """The command in this process, which has PyTorch already."""
-    reproduce.main([str(word) for word in words], standalone_mode=False)
+def run_in_process(*args: str | Path) -> None:
+    """Run the command in this process, where PyTorch is already imported."""
+    reproduce.main([str(arg) for arg in args], standalone_mode=False)
 
 
 def stored(out: Path) -> dict[str, dict]:
@@ -37,8 +37,8 @@ def stored(out: Path) -> dict[str, dict]:
     return {str(path.relative_to(root)): json.loads(path.read_text()) for path in root.glob("*/*.json")}
 
 
-def test_without_data_digits_stand_in_and_every_row_says_so(reproduced: tuple[Path, str]) -> None:
-    out, told = reproduced
+def test_without_data_digits_stand_in_and_every_row_is_marked(reproduced: tuple[Path, str]) -> None:
+    out, output = reproduced
     cells = stored(out)
     assert len(cells) == 3 * (5 + 1)  # five systems and the upper bound on three streams
     for name, cell in cells.items():
@@ -56,24 +56,24 @@ def test_without_data_digits_stand_in_and_every_row_says_so(reproduced: tuple[Pa
     digits = {number.strip("[]") for number, line in notes.items() if "digits in place of" in line}
     assert len(digits) == 3
     assert all(digits & set(row.split("[")[1].split("]")[0].split(", ")) for row in rows)
-    assert "18 cells, 0 of them stored already" in told
-    assert "[18/18]" in told
-    assert f"page: {out / 'results.md'}" in told
+    assert "18 cells, 0 of them stored already" in output
+    assert "[18/18]" in output
+    assert f"page: {out / 'results.md'}" in output
 
 
-def test_what_is_stored_is_not_run_again(reproduced: tuple[Path, str], capsys) -> None:
+def test_stored_cells_are_not_run_again(reproduced: tuple[Path, str], capsys) -> None:
     out, _ = reproduced
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    here("T3", "--budget", "smoke", "--workers", "1", "--out", out)
-    assert "3 cells, 3 of them stored already" in capsys.readouterr().out  # T3's are among T1's
+    run_in_process("T3", "--budget", "smoke", "--workers", "1", "--out", out)
+    assert "3 cells, 3 of them stored already" in capsys.readouterr().out  # the cells of T3 are among those of T1
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     (out / "results.md").unlink()
-    here("T1", "--page-only", "--out", out)
+    run_in_process("T1", "--page-only", "--out", out)
     assert (out / "results.md").read_bytes() == before[out / "results.md"]
 
 
-def test_list_says_what_there_is_and_what_is_stored(reproduced: tuple[Path, str], capsys) -> None:
-    here("list", "--out", reproduced[0])
+def test_list_shows_the_experiments_and_their_stored_cells(reproduced: tuple[Path, str], capsys) -> None:
+    run_in_process("list", "--out", reproduced[0])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("T1 ")
     assert "10,000 neurons: 5 systems × 3 streams; stored: smoke 15/15, reduced 0/45, full 0/75" in lines[0]
@@ -84,7 +84,7 @@ LACKING = "the budget reduced needs cifar10-jpg.tar.xz, cifar100-jpg.tar.xz, mni
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["T9"], "there is no experiment 'T9'. Did you mean 't"),
         (["pannel"], "Did you mean 'panel'?"),
@@ -94,39 +94,39 @@ LACKING = "the budget reduced needs cifar10-jpg.tar.xz, cifar100-jpg.tar.xz, mni
         (["T3", "--tiny-backbone", "/does/not/exist"], "is not a folder"),
     ],
 )
-def test_bad_input(words: list[str], message: str, tmp_path: Path) -> None:
+def test_bad_input(args: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
-        here(*words, "--out", tmp_path / "out")
+        run_in_process(*args, "--out", tmp_path / "out")
     assert message in str(raised.value)
-    assert not (tmp_path / "out").exists()  # nothing is left behind
+    assert not (tmp_path / "out").exists()  # no folder is created
 
 
-@pytest.mark.parametrize("words", [["T1", "--budget", "tiny"], ["T1", "--orders", "6"], []])
-def test_bad_usage(words: list[str]) -> None:
+@pytest.mark.parametrize("args", [["T1", "--budget", "tiny"], ["T1", "--orders", "6"], []])
+def test_bad_usage(args: list[str]) -> None:
     with pytest.raises(click.UsageError):
-        here(*words)
+        run_in_process(*args)
 
 
-def test_bad_input_ends_in_one_sentence(cli, tmp_path: Path) -> None:
+def test_bad_input_is_reported_in_one_sentence(cli, tmp_path: Path) -> None:
     done = cli("reproduce", "T1", "--out", tmp_path / "out", code=2)
     assert done.stderr == f"error: {LACKING}; put the files there\n"
 
 
 def start(out: Path) -> subprocess.Popen:
-    words = ["reproduce", "T3", "--budget", "smoke", "--workers", "2", "--out", str(out)]
-    command = [sys.executable, "-m", "ssd_edge", *words]
+    args = ["reproduce", "T3", "--budget", "smoke", "--workers", "2", "--out", str(out)]
+    command = [sys.executable, "-m", "ssd_edge", *args]
     return subprocess.Popen(command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def workers(process: subprocess.Popen) -> list[int]:
-    """The worker processes, as soon as there are any; they need seconds to import PyTorch."""
+    """Return the worker processes once they exist; importing PyTorch takes them seconds."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read()
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        found = [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
-        if found:
-            return found
+        pids = [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+        if pids:
+            return pids
         time.sleep(0.02)
     raise AssertionError("no worker was started in two minutes")
 
@@ -136,24 +136,24 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="NO
 
 @pytest.mark.slow
 @needs_proc
-def test_a_killed_workers_cells_are_done_again(reproduced: tuple[Path, str], tmp_path: Path) -> None:
+def test_cells_of_a_killed_worker_are_run_again(reproduced: tuple[Path, str], tmp_path: Path) -> None:
     process = start(tmp_path / "out")
     os.kill(workers(process)[0], signal.SIGKILL)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, told
-    found, whole = stored(tmp_path / "out"), stored(reproduced[0])
-    assert len(found) == 3
-    for name, cell in found.items():
-        assert cell["matrix"] == whole[name]["matrix"]  # the same from a worker and from the process itself
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    results, expected = stored(tmp_path / "out"), stored(reproduced[0])
+    assert len(results) == 3
+    for name, cell in results.items():
+        assert cell["matrix"] == expected[name]["matrix"]  # workers and the main process compute the same
 
 
 @needs_proc
-def test_an_interrupt_ends_the_workers_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_workers_and_explains_how_to_continue(tmp_path: Path) -> None:
     process = start(tmp_path / "out")
     children = workers(process)
     process.send_signal(signal.SIGINT)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, told
-    assert "Traceback" not in told
-    assert "run the same command again to continue" in told
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "run the same command again to continue" in output
     assert not any(Path(f"/proc/{child}").exists() for child in children)

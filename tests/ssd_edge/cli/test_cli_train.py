@@ -46,7 +46,7 @@ def test_files_of_a_run(trained: Path, shapes: Path) -> None:
     assert f"{metrics['average_accuracy']:.3f}"[:4] in report or f"{metrics['average_accuracy']:.1%}" in report
 
 
-def test_tasks_and_tables_are_printed(shapes: Path, cli, tmp_path: Path) -> None:
+def test_train_prints_tasks_and_tables(shapes: Path, cli, tmp_path: Path) -> None:
     done = cli("train", f"data.path={shapes}", *QUICK, f"run.out={tmp_path}")
     output = done.stdout + done.stderr
     assert "2 tasks" in output
@@ -232,7 +232,7 @@ def test_a_damaged_checkpoint_is_refused(trained: Path, cli, tmp_path: Path) -> 
     assert "'values' contains NaN" in done.stderr
 
 
-def test_help_is_quick_and_the_printed_config_works(cli, shapes: Path, tmp_path: Path) -> None:
+def test_help_is_fast_and_the_printed_config_works(cli, shapes: Path, tmp_path: Path) -> None:
     assert "Usage" in cli("--help").stdout
     code = "import sys; sys.argv = ['ssd-edge']; import ssd_edge.cli; print('torch' in sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

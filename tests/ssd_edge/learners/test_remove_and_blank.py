@@ -1,4 +1,4 @@
-"""Rows that are left out of any learner, classes blanked in a trained network, and learning that is stopped early."""
+"""Deleting rows from any learner, blanking classes of a trained network, and stopping training early."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def task(rows: tuple[int, ...], count: int = 30, seed: int = 0) -> Task:
 
 
 @functools.cache
-def taught_once(case: str, announced: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def fitted_state(case: str, announced: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     learner = build(CASES[case], DIM, Priors())
     learner.expect(announced)
     learner.learn(task((0, 1, 4)))
@@ -75,31 +75,31 @@ def taught_once(case: str, announced: int) -> tuple[dict[str, np.ndarray], dict[
     return pack(learner)
 
 
-def taught(case: str, announced: int = 7) -> Learner:
-    """Of rows 0, 1, 2 and 4; 3 lies between them, and from 5 on there is none or what was announced."""
-    return restore(*taught_once(case, announced))
+def fitted(case: str, announced: int = 7) -> Learner:
+    """Return a learner of rows 0, 1, 2 and 4: row 3 is empty, and rows from 5 on exist only where announced."""
+    return restore(*fitted_state(case, announced))
 
 
-def test_every_learner_is_here() -> None:
-    """With every penalty that there is; and no letter of a shape counts classes unnoticed."""
+def test_every_learner_and_penalty_is_covered() -> None:
+    """The cases cover all learners and penalties, and every class axis in a shape is listed in `CLASS_AXES`."""
     assert {options["name"] for options in CASES.values()} == LEARNERS.keys()
     known = typing.get_args(typing.get_type_hints(PenaltySettings)["penalty"])
     assert {"none", *PENALTIES} == set(known)
     for case in CASES:
         letters = {
-            symbol for spec in taught(case).schema().values() for symbol in spec.shape if isinstance(symbol, str)
+            symbol for spec in fitted(case).schema().values() for symbol in spec.shape if isinstance(symbol, str)
         }
         assert letters <= {"D", "r", *CLASS_AXES}
 
 
-# ── rows that are left out ───────────────────────────────────────────────────────────────────────────
+# ── deleted rows ───────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("announced", [0, 7])
-def test_the_others_answer_as_before(case: str, announced: int) -> None:
-    """Row 3 was never taught and 1 is taken out; what was 0, 2, 4 is then 0, 1, 2."""
-    learner = taught(case, announced)
+def test_deleting_rows_leaves_the_other_classes_unchanged(case: str, announced: int) -> None:
+    """Row 3 never had samples and row 1 is removed; rows 0, 2, 4 become 0, 1, 2."""
+    learner = fitted(case, announced)
     learner.remove(1, approximately=True)
     before = pack(learner)[0]
     fewer = without_rows(learner, [3, 1])
@@ -110,7 +110,7 @@ def test_the_others_answer_as_before(case: str, announced: int) -> None:
     scores, kept = fewer.scores(TEST), [row for row in range(learner.scores(TEST).shape[1]) if row not in (1, 3)]
     assert scores.shape[1] == len(kept)
     torch.testing.assert_close(scores, learner.scores(TEST)[:, kept], rtol=1e-5, atol=1e-5)
-    # every tensor is the one before, to the last bit, without these rows where it has rows
+    # every tensor is bit-identical to the one before, with these rows deleted along its class axes
     specs, after = {**BASE_SCHEMA, **learner.schema()}, pack(fewer)[0]
     for name, spec in specs.items():
         wanted = before[name]
@@ -126,10 +126,10 @@ def test_the_others_answer_as_before(case: str, announced: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_goes_on_learning_and_survives_a_restart(case: str) -> None:
-    learner = taught(case)
+def test_a_learner_with_deleted_rows_learns_on_and_restores_exactly(case: str) -> None:
+    learner = fitted(case)
     learner.remove(0, approximately=True)
-    fewer = without_rows(learner, [0, 3])  # 1, 2, 4 are 0, 1, 2
+    fewer = without_rows(learner, [0, 3])  # rows 1, 2, 4 become 0, 1, 2
     again = restore(*pack(fewer))
     for one in (fewer, again):
         measured = one.learn(task((2, 5)))
@@ -138,13 +138,13 @@ def test_it_goes_on_learning_and_survives_a_restart(case: str) -> None:
     assert all(array.tobytes() == pack(again)[0][name].tobytes() for name, array in pack(fewer)[0].items())
     assert fewer.seen.tolist() == [1, 1, 1, 0, 0, 1]
     outputs = fewer.scores(TEST).shape[1]
-    assert outputs == 6  # of seven that were announced two have gone, so that nothing grows back
+    assert outputs == 6  # two of the seven announced rows were deleted: the outputs grow to 6, not to 7
     assert set(fewer.predict(TEST).tolist()) <= {0, 1, 2, 5}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_only_rows_that_are_not_taught_can_be_left_out(case: str) -> None:
-    learner = taught(case)
+def test_only_rows_without_a_learned_class_can_be_deleted(case: str) -> None:
+    learner = fitted(case)
     classes = learner.scores(TEST).shape[1]
     with pytest.raises(InputError, match=r"rows \[2, 4\] cannot be deleted: they have learned classes; remove or join"):
         without_rows(learner, [3, 2, 4])
@@ -156,9 +156,9 @@ def test_only_rows_that_are_not_taught_can_be_left_out(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["finetune, l2", "sdmlp, mas", "ssd, online_ewc", "lwf, si"])
-def test_a_penalty_of_one_anchor_loses_the_part_of_the_rows_that_go(case: str) -> None:
-    """After the same steps it has the value of the other rows' quadratics, from nothing at the anchor."""
-    learner, blanked = taught(case), taught(case)
+def test_a_single_anchor_penalty_drops_the_terms_of_deleted_rows(case: str) -> None:
+    """The penalty is zero at the anchor and the sum of the remaining rows' quadratics away from it."""
+    learner, blanked = fitted(case), fitted(case)
     blanked.remove(4, approximately=True)
     for one in (learner, without_rows(learner, [3, 5, 6]), blanked, without_rows(blanked, [4])):
         parameters = one.parameters() if callable(one.parameters) else one.parameters
@@ -174,8 +174,8 @@ def test_a_penalty_of_one_anchor_loses_the_part_of_the_rows_that_go(case: str) -
 
 
 @pytest.mark.parametrize("case", TRAINED)
-def test_a_trained_class_is_blanked_and_the_rest_stays(case: str) -> None:
-    learner = taught(case)
+def test_blanking_a_trained_class_leaves_the_others_unchanged(case: str) -> None:
+    learner = fitted(case)
     scores = learner.scores(TEST)
     with pytest.raises(
         InputError, match=r"cannot remove a class exactly: its shared weights .* Remove it approximately"
@@ -185,7 +185,7 @@ def test_a_trained_class_is_blanked_and_the_rest_stays(case: str) -> None:
     assert learner.seen.tolist() == [1, 1, 1, 0, 0]
     others = [0, 1, 2, 3, 5, 6][: scores.shape[1] - 1]
     torch.testing.assert_close(learner.scores(TEST)[:, others], scores[:, others], rtol=1e-6, atol=1e-6)
-    for name, spec in learner.schema().items():  # no number of its output is left, also not with a former self
+    for name, spec in learner.schema().items():  # its outputs are zero everywhere, also in a teacher
         for axis, symbol in enumerate(spec.shape):
             tensor = learner.state_dict()[name]
             if symbol in CLASS_AXES and tensor.shape[axis] > 4:
@@ -195,12 +195,12 @@ def test_a_trained_class_is_blanked_and_the_rest_stays(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", TRAINED)
-def test_a_blanked_class_does_not_come_back_by_itself(case: str) -> None:
-    """No penalty, former self or sample restores it while others are learned, but it can be taught again."""
+def test_a_blanked_class_is_not_restored_by_learning_others(case: str) -> None:
+    """No penalty, teacher or stored sample restores it while others are learned, but it can be learned again."""
     learner = build({**CASES[case], "epochs": 25}, DIM, Priors())
     own = task((4,), 60, seed=3).embeddings
     learner.learn(task((0, 1, 4), 90))
-    # what is redrawn or distilled to nothing rises a little; a class that is known has some nine tenths
+    # a redrawn or distilled output rises a little above zero; a learned class has a share of about 0.9
     learner.remove(4, approximately=True)
     learner.learn(task((0, 2), 60))
     assert 4 not in learner.predict(own)
@@ -211,8 +211,8 @@ def test_a_blanked_class_does_not_come_back_by_itself(case: str) -> None:
     assert float((learner.predict(own) == 4).double().mean()) > 0.6
 
 
-def test_the_exemplars_of_a_class_go_with_it() -> None:
-    learner = taught("icarl")
+def test_removing_a_class_removes_its_exemplars() -> None:
+    learner = fitted("icarl")
     kept = learner.exemplars[(learner.exemplar_rows >= 0) & (learner.exemplar_rows != 4)]
     learner.remove(4, approximately=True)
     assert learner.exemplar_rows.tolist() == sorted(learner.exemplar_rows.tolist(), key=lambda row: row % 99)
@@ -220,7 +220,7 @@ def test_the_exemplars_of_a_class_go_with_it() -> None:
     assert torch.equal(learner.exemplars[: len(kept)], kept)
     assert not learner.exemplars[len(kept) :].any()
     assert learner.mean_rows.tolist() == [0, 1, 2]
-    learner = without_rows(taught("icarl"), [3, 5])
+    learner = without_rows(fitted("icarl"), [3, 5])
     assert learner.exemplar_rows.unique().tolist() == learner.mean_rows.tolist() == [0, 1, 2, 3]
     learner.remove(1, approximately=True)
     assert without_rows(learner, [1]).exemplar_rows.unique().tolist() == [-1, 0, 1, 2]
@@ -231,39 +231,39 @@ def test_the_exemplars_of_a_class_go_with_it() -> None:
 
 @pytest.mark.parametrize("case", TRAINED)
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_stopped_early_it_is_one_that_was_set_to_fewer_epochs(case: str, epochs: int) -> None:
-    """To the last bit, also in what ends a task; and it is restored and learns on like that one."""
+def test_stopping_early_equals_training_for_fewer_epochs(case: str, epochs: int) -> None:
+    """Bit-identical, including what runs at the end of a task; the state can be restored and trained further."""
     stopped, short = (build({**CASES[case], "epochs": count}, DIM, Priors()) for count in (9, epochs))
-    told: list[float] = []
+    shares: list[float] = []
 
     def enough(share: float) -> bool:
-        told.append(share)
-        return len(told) == epochs
+        shares.append(share)
+        return len(shares) == epochs
 
     for rows in ((0, 1), (1, 3)):
-        told.clear()
+        shares.clear()
         measured = stopped.learn(task(rows), enough)
         assert short.learn(task(rows))["epochs"] == measured["epochs"] == float(epochs)
-        assert told == [(done + 1) / 9 for done in range(epochs)]
-        mine, theirs = pack(stopped)[0], pack(short)[0]
-        assert all(array.tobytes() == theirs[name].tobytes() for name, array in mine.items())
+        assert shares == [(done + 1) / 9 for done in range(epochs)]
+        actual, expected = pack(stopped)[0], pack(short)[0]
+        assert all(array.tobytes() == expected[name].tobytes() for name, array in actual.items())
     assert set(stopped.predict(TEST).tolist()) <= {0, 1, 3}
     again = restore(*pack(stopped))
     assert again.learn(task((2, 4)))["epochs"] == 9.0
     assert again.seen.tolist() == [1, 1, 1, 1, 1]
 
 
-def test_a_one_cycle_schedule_is_simply_stopped() -> None:
+def test_a_one_cycle_schedule_can_be_stopped_early() -> None:
     options = {**CASES["finetune"], "optimiser": "adamw", "one_cycle": True, "min_steps": 12}
     learner = build(options, DIM, Priors())
-    assert learner.learn(task((0, 1)), lambda share: share >= 0.3)["epochs"] == 2.0  # of six, by `min_steps`
+    assert learner.learn(task((0, 1)), lambda share: share >= 0.3)["epochs"] == 2.0  # of the six that `min_steps` sets
     assert set(learner.predict(TEST).tolist()) <= {0, 1}
     assert restore(*pack(learner)).learn(task((0, 1)))["epochs"] == 6.0
 
 
 @pytest.mark.parametrize("case", CLOSED)
-def test_what_needs_one_pass_is_not_stopped(case: str) -> None:
-    stopped, whole = (build(CASES[case], DIM, Priors()) for _ in range(2))
+def test_single_pass_learners_ignore_early_stopping(case: str) -> None:
+    stopped, unstopped = (build(CASES[case], DIM, Priors()) for _ in range(2))
     assert "epochs" not in stopped.learn(task((0, 1)), lambda share: True)
-    whole.learn(task((0, 1)))
-    assert torch.equal(stopped.scores(TEST), whole.scores(TEST))
+    unstopped.learn(task((0, 1)))
+    assert torch.equal(stopped.scores(TEST), unstopped.scores(TEST))

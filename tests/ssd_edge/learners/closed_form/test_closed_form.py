@@ -1,4 +1,4 @@
-"""The closed-form learners against NumPy, and what they do with a few images beside many."""
+"""The closed-form learners against NumPy, and their accuracy with few images beside many."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def names(options: dict[str, Any]) -> str:
 
 
 def gaussians(counts: dict[int, int], spread: float = 1.0, seed: int = 0) -> Task:
-    """`counts[row]` samples around a mean that belongs to the row."""
+    """Return `counts[row]` samples around the mean of each row."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(10, DIM, generator=torch.Generator().manual_seed(99))
     labels = torch.tensor([row for row, count in counts.items() for _ in range(count)])
@@ -58,19 +58,19 @@ def test_the_order_of_tasks_and_samples_does_not_matter(options: dict[str, Any])
     for seed in range(3):
         learner = build(options, DIM, covariance_prior())
         order = torch.randperm(330, generator=torch.Generator().manual_seed(seed))
-        for index in order.split([100, 130, 100][seed]):  # also a class spread over tasks
+        for index in order.split([100, 130, 100][seed]):  # including a class that is spread over tasks
             learner.learn(Task(whole.embeddings[index], whole.labels[index]))
         learners.append(learner)
     for learner in learners[1:]:
         scores = learners[0].scores(test)
-        rounding = 1e-5 if options["name"] == "landmark" else 1e-6  # it keeps its statistics in float32
+        rounding = 1e-5 if options["name"] == "landmark" else 1e-6  # its statistics are in float32
         torch.testing.assert_close(learner.scores(test), scores, rtol=0, atol=rounding * float(scores.abs().max()))
         if hasattr(learner, "values"):
             scale = float(learners[0].values.abs().max())
             torch.testing.assert_close(learner.values, learners[0].values, rtol=1e-6, atol=10 * rounding * scale)
 
 
-def test_ncm_is_cosine_to_the_means() -> None:
+def test_ncm_scores_are_cosines_to_the_class_means() -> None:
     task, test = gaussians({0: 20, 1: 7, 3: 30}), gaussians({0: 10, 1: 10, 3: 10}, seed=1).embeddings
     learner = build({"name": "ncm"}, DIM, Priors())
     learner.learn(task)
@@ -82,7 +82,7 @@ def test_ncm_is_cosine_to_the_means() -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 50.0, 1000.0])
-def test_slda_is_a_discriminant_with_the_prior_s_covariance_mixed_in(weight: float) -> None:
+def test_slda_is_a_discriminant_with_a_prior_covariance(weight: float) -> None:
     task, test = gaussians({0: 40, 1: 25, 2: 60}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
     given = covariance_prior()
     learner = build({"name": "slda", "prior_weight": weight}, DIM, given)
@@ -97,8 +97,8 @@ def test_slda_is_a_discriminant_with_the_prior_s_covariance_mixed_in(weight: flo
     np.testing.assert_allclose(learner.scores(test), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_slda_is_scikit_learn_s_discriminant_with_its_oas_covariance() -> None:
-    """OAS of the N − C independent contrasts within the classes, whose mean square is the pooled covariance."""
+def test_slda_matches_the_scikit_learn_discriminant_with_oas_covariance() -> None:
+    """OAS is applied to the N − C independent within-class contrasts, whose mean square is the pooled covariance."""
     task, test = gaussians({0: 12, 1: 9, 2: 30}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
     learner = build({"name": "slda"}, DIM, Priors())
     learner.learn(task)
@@ -126,8 +126,8 @@ def test_slda_without_a_prior_ignores_its_weight() -> None:
     assert torch.equal(*scores)
 
 
-def test_slda_prior_helps_with_few_images() -> None:
-    """Five images a class say nothing of a lopsided covariance, which the pretraining knows."""
+def test_slda_prior_improves_accuracy_with_few_images() -> None:
+    """Five images per class do not determine an anisotropic covariance, but the pretraining data does."""
     generator = torch.Generator().manual_seed(0)
     widths = torch.logspace(-1, 1, DIM)
     means = 0.4 * torch.randn(4, DIM, generator=generator) * widths.sqrt()
@@ -143,7 +143,7 @@ def test_slda_prior_helps_with_few_images() -> None:
         learner.learn(few)
         accuracy[weight] = float((learner.predict(test.embeddings) == test.labels).double().mean())
     assert accuracy[1000.0] > accuracy[0.0] + 0.1
-    assert accuracy[-1.0] > accuracy[0.0] + 0.05  # sixteen degrees of freedom leave the likeliest weight low
+    assert accuracy[-1.0] > accuracy[0.0] + 0.05  # with 16 degrees of freedom the most likely weight stays low
 
 
 @pytest.mark.parametrize("strength", [0.3, 40.0])
@@ -159,7 +159,7 @@ def test_ridge_learners_at_a_given_strength(strength: float) -> None:
 
 @pytest.mark.parametrize("per_class", [False, True])
 @pytest.mark.parametrize("megabytes", [0.0013, 0.05, 0.4])
-def test_random_features_that_fit_a_memory_budget(megabytes: float, per_class: bool) -> None:
+def test_the_number_of_random_features_fits_the_memory_budget(megabytes: float, per_class: bool) -> None:
     settings = {"budget_mb": megabytes, "budget_classes": 6, "per_class": per_class}
     learner = build({"name": "ranpac", "features": 7, **settings}, DIM, Priors())
     more = {"features": learner.feature_count() + 1, "per_class": per_class}
@@ -170,19 +170,19 @@ def test_random_features_that_fit_a_memory_budget(megabytes: float, per_class: b
     assert learner.memory_bytes() <= megabytes * 1e6 < one_more.memory_bytes()
 
 
-def test_memory_budget_is_limited_to_most_features(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_memory_budget_is_capped_at_the_maximum_number_of_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranpac_module, "MOST_FEATURES", 30)
     assert build({"name": "ranpac", "budget_mb": 1e7}, DIM, Priors()).feature_count() == 30
 
 
-def test_a_memory_budget_without_room_is_refused() -> None:
+def test_a_memory_budget_that_is_too_small_is_refused() -> None:
     with pytest.raises(
         InputError, match=r"learner.budget_mb=0.001 is too small .* 100 classes, which need 0.003732 MB"
     ):
         build({"name": "ranpac", "budget_mb": 0.001}, DIM, Priors())
 
 
-def test_random_features_are_drawn_again_from_the_seed() -> None:
+def test_random_features_are_reproduced_from_the_seed() -> None:
     one, same, other = (build({"name": "ranpac", "features": 50}, DIM, Priors(), seed) for seed in (4, 4, 5))
     assert torch.equal(one.projection, same.projection)
     assert not torch.equal(one.projection, other.projection)
@@ -192,8 +192,8 @@ def test_random_features_are_drawn_again_from_the_seed() -> None:
     assert 0.3 < float((features == 0).double().mean()) < 0.7
 
 
-def test_random_features_separate_what_is_not_linear() -> None:
-    """A class inside another: ridge on the embedding cannot, on random features it can."""
+def test_random_features_separate_classes_that_are_not_linearly_separable() -> None:
+    """One class surrounds the other: ridge fails on the embedding and succeeds on random features."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(1000) % 2
     radius = torch.where(labels == 0, 1.0, 3.0)[:, None]
@@ -207,11 +207,11 @@ def test_random_features_separate_what_is_not_linear() -> None:
     assert accuracy["ranpac"] > 0.95
 
 
-# ── ssd ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── landmark ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def few_beside_many(few: int, spread: float) -> tuple[Learner, Tensor, Tensor]:
-    """Four classes of 2000 images, then one of a few; the learner, and unseen images of all five."""
+    """Learn four classes of 2000 images, then one of `few`; return the learner and unseen images of all five."""
     learner = build({"name": "landmark", "directions": 240}, DIM, Priors())
     learner.learn(gaussians(dict.fromkeys(range(4), 2000), spread, seed=1))
     learner.learn(gaussians({4: few}, spread, seed=2))
@@ -223,15 +223,15 @@ def recall(learner: Learner, embeddings: Tensor, labels: Tensor, row: int) -> fl
     return float((learner.predict(embeddings)[labels == row] == row).double().mean())
 
 
-def test_ssd_predicts_a_class_of_twenty_beside_classes_of_thousands() -> None:
+def test_a_class_of_twenty_images_is_predicted_beside_classes_of_thousands() -> None:
     learner, embeddings, labels = few_beside_many(20, spread=1.0)
     assert recall(learner, embeddings, labels, 4) > 0.5
     assert min(recall(learner, embeddings, labels, row) for row in range(4)) > 0.7
 
 
 @pytest.mark.parametrize("diagonal", [True, False])
-def test_the_read_out_is_that_of_gaussians_with_uncertain_means(diagonal: bool) -> None:
-    """Against the posterior of each mean, inverted as it stands; what is not linear enters by its mean."""
+def test_the_head_is_that_of_gaussians_with_uncertain_means(diagonal: bool) -> None:
+    """Compare with the posterior of each mean by direct inversion; the quadratic term enters by its mean."""
     rng = np.random.default_rng(0)
     size, counts = 6, np.array([1.0, 4.0, 0.0, 300.0])
     means = rng.normal(size=(4, size)) * (counts > 0)[:, None]
@@ -243,7 +243,7 @@ def test_the_read_out_is_that_of_gaussians_with_uncertain_means(diagonal: bool) 
         signal = turned @ signal @ turned.T
     given = (torch.from_numpy(array) for array in (means, counts, within, signal))
     values, bias = gaussian_readout(*given)
-    second = within + (means.T * counts) @ means / counts.sum()  # E[x xᵀ] over what was seen
+    second = within + (means.T * counts) @ means / counts.sum()  # E[x xᵀ] over the seen samples
     for row in (0, 1, 3):
         unknown = np.linalg.inv(np.linalg.inv(signal) + counts[row] * np.linalg.inv(within))
         mean = unknown @ np.linalg.inv(within) @ means[row] * counts[row]
@@ -255,7 +255,7 @@ def test_the_read_out_is_that_of_gaussians_with_uncertain_means(diagonal: bool) 
     assert bias[2] == -torch.inf
 
 
-def test_the_read_out_of_many_images_is_the_discriminant() -> None:
+def test_the_head_of_many_images_is_the_discriminant() -> None:
     task = gaussians(dict.fromkeys(range(4), 500))
     statistics = ClassStatistics(DIM)
     statistics.add(task.embeddings, task.labels)
@@ -270,7 +270,7 @@ def test_the_read_out_of_many_images_is_the_discriminant() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_ssd_of_hardly_any_images(count: int) -> None:
+def test_landmark_with_very_few_images(count: int) -> None:
     learner = build(CLOSED_FORM[0], DIM, Priors())
     learner.learn(gaussians({0: count, 1: count}, spread=0.1))
     test = gaussians({0: 50, 1: 50}, spread=0.1, seed=1)
@@ -278,7 +278,7 @@ def test_ssd_of_hardly_any_images(count: int) -> None:
     assert torch.equal(learner.predict(test.embeddings), test.labels)
 
 
-def test_ssd_features_are_directions_of_what_the_landmarks_answer() -> None:
+def test_landmark_features_are_projections_of_the_landmark_responses() -> None:
     given = landmarks(DIM)
     learner = build({"name": "landmark", "directions": 7}, DIM, Priors(landmarks=given))
     z = gaussians({0: 50}).embeddings.double().numpy()
@@ -288,7 +288,7 @@ def test_ssd_features_are_directions_of_what_the_landmarks_answer() -> None:
     assert sorted(learner.constants()) == ["gain", "keys", "mean", "projection", "signal"]
 
 
-def test_ssd_without_landmarks_draws_its_keys_from_the_seed_and_says_so() -> None:
+def test_without_landmarks_keys_are_drawn_from_the_seed_with_a_note() -> None:
     learner = build(CLOSED_FORM[0], DIM, Priors())
     assert "no landmarks" in learner.note
     z = gaussians({0: 50}).embeddings
@@ -302,7 +302,7 @@ def test_ssd_without_landmarks_draws_its_keys_from_the_seed_and_says_so() -> Non
 
 
 def test_landmark_state_is_below_two_megabytes_for_ten_classes() -> None:
-    """The bar of docs/landmark.md, of the shipped size: what the backbone brought does not count."""
+    """Check the limit stated in docs/landmark.md; constants that come with the backbone do not count."""
     given = Priors(landmarks=landmarks(256, neurons=1500, directions=900))
     learner = build({"name": "landmark"}, 256, given)
     for classes, most in ((10, 2e6), (100, 4e6)):
@@ -312,7 +312,7 @@ def test_landmark_state_is_below_two_megabytes_for_ten_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"directions": 21}, r"learner.directions is 21, but the backbone's landmarks have 20; lower it"),
         ({"prior_weight": -1}, r"learner.prior_weight must be at least 0"),
@@ -320,12 +320,12 @@ def test_landmark_state_is_below_two_megabytes_for_ten_classes() -> None:
     ],
     ids=str,
 )
-def test_invalid_landmark_settings_are_refused(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_invalid_landmark_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         build({"name": "landmark", **options}, DIM, Priors(landmarks=landmarks(DIM)))
 
 
-def test_ssd_of_other_landmarks_is_not_merged() -> None:
+def test_learners_with_different_landmarks_cannot_be_merged() -> None:
     one, other = (build({"name": "landmark"}, DIM, Priors(landmarks=landmarks(DIM, seed=seed))) for seed in (0, 1))
     with pytest.raises(InputError, match="differ in the landmarks cannot be merged"):
         one.merge(other)
@@ -337,8 +337,8 @@ def test_ssd_of_other_landmarks_is_not_merged() -> None:
 
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
 @pytest.mark.parametrize("given", [True, False], ids=["landmarks", "random keys"])
-def test_ssd_of_images_that_hardly_differ(spread: float, given: bool) -> None:
-    """More directions than images, and a scatter that rounding to float32 makes indefinite."""
+def test_landmark_with_nearly_identical_images(spread: float, given: bool) -> None:
+    """There are more directions than images, and rounding to float32 makes the scatter indefinite."""
     priors = Priors(landmarks=landmarks(DIM, neurons=400, directions=300)) if given else Priors()
     learner = build({"name": "landmark", "directions": 300}, DIM, priors)
     for rows in ((0, 1), (2, 3)):

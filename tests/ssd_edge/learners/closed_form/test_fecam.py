@@ -1,4 +1,4 @@
-"""FeCAM against the published steps written out in NumPy."""
+"""FeCAM against the published equations in NumPy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DIM = 9
 
 
 def draw(counts: dict[int, int], seed: int = 0) -> Task:
-    """Classes with means and covariances of their own."""
+    """Return samples of classes with different means and covariances."""
     generator = torch.Generator().manual_seed(seed)
     shapes = torch.Generator().manual_seed(99)
     means, mixing = torch.randn(8, DIM, generator=shapes), torch.randn(8, DIM, DIM, generator=shapes)
@@ -28,7 +28,7 @@ def draw(counts: dict[int, int], seed: int = 0) -> Task:
     return Task(means[labels] + torch.einsum("nd,nde->ne", noise, mixing[labels]) / 2, labels)
 
 
-def taught(task: Task, **settings: Any) -> Learner:
+def fitted(task: Task, **settings: Any) -> Learner:
     learner = build({"name": "fecam", **settings}, DIM, Priors())
     learner.learn(task)
     return learner
@@ -41,7 +41,7 @@ def shrunk(covariance: NDArray, diagonal: float, off_diagonal: float) -> NDArray
 
 
 def distances(task: Task, test: NDArray, diagonal: float, off_diagonal: float, tukey: float) -> NDArray:
-    """Squared Mahalanobis distances (N, C), one sample and one class at a time, with the pseudo-inverse."""
+    """Return squared Mahalanobis distances (N, C), per sample and class, using the pseudo-inverse."""
     x, y = task.embeddings.double().numpy(), task.labels.numpy()
     x, test = np.sign(x) * np.abs(x) ** tukey, np.sign(test) * np.abs(test) ** tukey
     found = []
@@ -58,9 +58,9 @@ def distances(task: Task, test: NDArray, diagonal: float, off_diagonal: float, t
 @pytest.mark.parametrize(
     ("diagonal", "off_diagonal", "tukey"), [(1.0, 1.0, 1.0), (1.0, 0.0, 1.0), (10.0, 10.0, 0.5), (0.2, 0.1, 0.7)]
 )
-def test_scores_are_the_distances_of_the_published_steps(diagonal: float, off_diagonal: float, tukey: float) -> None:
+def test_scores_match_the_published_distances(diagonal: float, off_diagonal: float, tukey: float) -> None:
     task, test = draw({0: 30, 1: 20, 3: 5}), draw({0: 20, 1: 20, 3: 20}, seed=1).embeddings
-    learner = taught(task, shrink_diagonal=diagonal, shrink_off_diagonal=off_diagonal, tukey=tukey)
+    learner = fitted(task, shrink_diagonal=diagonal, shrink_off_diagonal=off_diagonal, tukey=tukey)
     wanted = distances(task, test.double().numpy(), diagonal, off_diagonal, tukey)
     np.testing.assert_allclose(-learner.scores(test)[:, [0, 1, 3]], wanted, rtol=1e-5, atol=1e-6)
     assert learner.predict(test).tolist() == np.array([0, 1, 3])[wanted.argmin(1)].tolist()
@@ -72,34 +72,34 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize("repeats", [1, 6])
-def test_a_class_of_one_sample_or_equal_ones_is_measured_by_the_euclidean_distance(repeats: int) -> None:
+def test_a_class_without_variance_uses_the_euclidean_distance(repeats: int) -> None:
     task, test = draw({0: 1, 1: 1}), draw({0: 5, 1: 5}, seed=1).embeddings
-    learner = taught(Task(task.embeddings.repeat(repeats, 1), task.labels.repeat(repeats)))
+    learner = fitted(Task(task.embeddings.repeat(repeats, 1), task.labels.repeat(repeats)))
     unit = torch.nn.functional.normalize
     wanted = torch.cdist(unit(test), unit(task.embeddings)).square()
     torch.testing.assert_close(-learner.scores(test), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{}, {"shrink_diagonal": 0.001, "shrink_off_diagonal": 0.0}], ids=str)
-def test_covariances_without_an_inverse(settings: dict[str, float]) -> None:
-    """Two samples, most values equal; the mean of their difference is 0, so even the shrunk covariance is singular."""
+def test_singular_covariances(settings: dict[str, float]) -> None:
+    """Two samples with mostly equal values whose mean difference is 0: even the shrunk covariance is singular."""
     difference = torch.tensor([1.0, -1.0] + [0.0] * (DIM - 2))
     embeddings = torch.stack([torch.ones(DIM) + difference, torch.ones(DIM) - difference])
-    learner = taught(Task(embeddings, torch.tensor([0, 0])), **settings)
+    learner = fitted(Task(embeddings, torch.tensor([0, 0])), **settings)
     assert bool(torch.isfinite(learner.scores(draw({0: 50}).embeddings)).all())
 
 
-def test_one_dimension_has_nothing_beside_its_diagonal() -> None:
+def test_one_dimension_has_no_off_diagonal_elements() -> None:
     learner = build({"name": "fecam"}, 1, Priors())
     learner.learn(Task(torch.tensor([[-2.0], [-1.0], [1.0], [4.0]]), torch.tensor([0, 0, 1, 1])))
     torch.testing.assert_close(learner.scores(torch.tensor([[3.0]])), torch.tensor([[-4.0, 0.0]]))
 
 
-def test_what_is_solved_once_follows_the_statistics() -> None:
-    """Scores between the tasks, so that what was solved before a change would be used after it."""
+def test_cached_inverses_follow_the_statistics() -> None:
+    """Compute scores between the tasks: a stale cache would be used after the next one."""
     first, second = draw({0: 30, 1: 20, 2: 9}), draw({1: 25, 3: 12}, seed=2)
     test = draw({0: 20, 1: 20}, seed=1).embeddings
-    learner, fresh = taught(first), taught(first)
+    learner, fresh = fitted(first), fitted(first)
     for _ in range(2):
         learner.scores(test)
         fresh = restore(*pack(learner))
@@ -107,11 +107,11 @@ def test_what_is_solved_once_follows_the_statistics() -> None:
         learner.learn(second)
     learner.scores(test)
     learner.remove(1)
-    learner.merge(taught(draw({1: 14, 2: 8}, seed=3)))
+    learner.merge(fitted(draw({1: 14, 2: 8}, seed=3)))
     fresh = restore(*pack(learner))
     assert learner.scores(test).numpy().tobytes() == fresh.scores(test).numpy().tobytes()
 
 
-def test_off_diagonal_shrinkage_beyond_the_diagonal_one_is_refused() -> None:
+def test_off_diagonal_shrinkage_above_the_diagonal_one_is_refused() -> None:
     with pytest.raises(InputError, match=r"shrink_off_diagonal must be at most .* = 1, .* but is 2$"):
         build({"name": "fecam", "shrink_off_diagonal": 2.0}, DIM, Priors())

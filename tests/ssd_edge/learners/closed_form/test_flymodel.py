@@ -41,24 +41,24 @@ def codes(learner: Learner, embeddings: torch.Tensor) -> NDArray:
 
 
 @pytest.mark.parametrize("settings", [{}, {"neurons": 100, "active": 0.5}, {"active": 1.0}, {"active": 1e-4}], ids=str)
-def test_the_code_keeps_what_reaches_the_quantile(settings: dict[str, Any]) -> None:
+def test_the_code_keeps_activations_at_or_above_the_quantile(settings: dict[str, Any]) -> None:
     learner, embeddings = make(**settings), draw({0: 40, 1: 40}).embeddings
     np.testing.assert_allclose(learner.code(embeddings), codes(learner, embeddings), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("neurons", "active"), [(11, 0.1), (101, 0.07), (1000, 0.01), (7, 0.3), (50, 0.29), (2, 0.5)])
-def test_how_many_stay_active(neurons: int, active: float) -> None:
+def test_number_of_active_neurons(neurons: int, active: float) -> None:
     values = np.arange(float(neurons))
     assert make(neurons=neurons, active=active).kept == (values >= np.quantile(values, 1 - active) - 1e-9).sum()
 
 
-def test_ties_with_the_quantile_stay_and_equal_values_say_nothing() -> None:
+def test_ties_with_the_quantile_stay_active_and_constant_inputs_give_no_code() -> None:
     learner = build({"name": "flymodel", "neurons": 5, "inputs_per_neuron": 1, "active": 0.4}, 2, Priors())
     learner.projection = torch.tensor([[1.0, 1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0, 1.0]])
     assert learner.code(torch.tensor([[7.0, -7.0], [3.0, 3.0]])).tolist() == [[1, 1, 0, 1, 0], [0, 0, 0, 0, 0]]
 
 
-def test_every_neuron_has_distinct_inputs_that_the_seed_draws() -> None:
+def test_every_neuron_has_distinct_inputs_drawn_from_the_seed() -> None:
     projections = [build(SMALL, DIM, Priors(), seed).projection for seed in (3, 3, 4)]
     assert projections[0].unique().tolist() == [0.0, 1.0]
     assert projections[0].sum(0).tolist() == [6.0] * 101
@@ -67,7 +67,7 @@ def test_every_neuron_has_distinct_inputs_that_the_seed_draws() -> None:
 
 
 @pytest.mark.parametrize("lr", [0.002, 0.05])
-def test_learning_adds_codes_to_the_own_row_and_clips_once_a_task(lr: float) -> None:
+def test_learning_adds_codes_to_the_row_of_the_class_and_clips_once_per_task(lr: float) -> None:
     learner, tasks = make(lr=lr), [draw({0: 30, 2: 50}), draw({1: 20, 2: 40}, seed=1)]
     weights = np.zeros((3, 101))
     for task in tasks:
@@ -93,7 +93,7 @@ def after(tasks: list[Task], lr: float) -> torch.Tensor:
 
 @pytest.mark.parametrize(("lr", "clipped"), [(0.001, False), (0.05, True)])
 def test_the_order_of_tasks_does_not_matter_even_where_weights_are_clipped(lr: float, clipped: bool) -> None:
-    """What is added is never negative: min(1, min(1, a) + b) = min(1, a + b)."""
+    """Updates are never negative, so min(1, min(1, a) + b) = min(1, a + b)."""
     tasks = [draw({0: 30, 1: 30}), draw({0: 5, 2: 60}, seed=1), draw({1: 50, 2: 7}, seed=2)]
     whole = after([Task(torch.cat([t.embeddings for t in tasks]), torch.cat([t.labels for t in tasks]))], lr)
     assert (float(whole.max()) == 1.0) == clipped
@@ -101,7 +101,7 @@ def test_the_order_of_tasks_does_not_matter_even_where_weights_are_clipped(lr: f
         torch.testing.assert_close(after([tasks[number] for number in order], lr), whole, rtol=0, atol=1e-6)
 
 
-def test_more_samples_than_a_batch() -> None:
+def test_more_samples_than_one_batch() -> None:
     task = draw({0: 3000, 1: 2000})
     learner = make(lr=1e-5)
     learner.learn(task)

@@ -1,4 +1,4 @@
-"""Sufficient statistics against the data that they stand for, solvers against NumPy and scikit-learn."""
+"""Sufficient statistics against the data they summarise, solvers against NumPy and scikit-learn."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def data(count: int = 400, dim: int = 33, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Float32 samples of classes with different means and one lopsided covariance."""
+    """Return float32 samples of classes with different means and a shared anisotropic covariance."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (count,), generator=generator)
     labels[:classes] = torch.arange(classes)
@@ -47,12 +47,12 @@ def gathered(vectors: Tensor, labels: Tensor, per_class: bool = False) -> ClassS
 
 
 def within(vectors: Tensor, labels: Tensor) -> NDArray:
-    """Residuals around the class means, from the data itself."""
+    """Return the residuals around the class means, computed from the data."""
     x, y = vectors.double().numpy(), labels.numpy()
     return np.concatenate([x[y == c] - x[y == c].mean(0) for c in np.unique(y)])
 
 
-def test_statistics_are_those_of_the_data() -> None:
+def test_statistics_match_the_data() -> None:
     vectors, labels = data(count=9000)  # more than one inner batch
     statistics = gathered(vectors, labels)
     x, y = vectors.double().numpy(), labels.numpy()
@@ -64,7 +64,7 @@ def test_statistics_are_those_of_the_data() -> None:
     np.testing.assert_allclose(statistics.scatter_within(), residuals.T @ residuals, rtol=1e-8, atol=1e-8)
 
 
-def test_a_class_that_is_left_out_has_no_mean_and_no_scatter() -> None:
+def test_a_class_without_samples_has_no_mean_and_no_scatter() -> None:
     vectors, labels = data()
     gap = torch.where(labels == 3, 5, labels)
     full, sparse = gathered(vectors, labels), gathered(vectors, gap)
@@ -75,7 +75,7 @@ def test_a_class_that_is_left_out_has_no_mean_and_no_scatter() -> None:
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.integers(0, 2**31), st.integers(1, 6))
-def test_order_and_tasks_do_not_matter(seed: int, tasks: int) -> None:
+def test_the_order_and_the_split_into_tasks_do_not_matter(seed: int, tasks: int) -> None:
     vectors, labels = data()
     whole = gathered(vectors, labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -90,8 +90,8 @@ def test_order_and_tasks_do_not_matter(seed: int, tasks: int) -> None:
 
 
 @pytest.mark.parametrize("per_class", [False, True])
-def test_second_moments_are_symmetric_to_the_last_bit(per_class: bool) -> None:
-    """An upper triangle is all that is saved: otherwise a restart would change the last bits of what follows."""
+def test_second_moments_are_exactly_symmetric(per_class: bool) -> None:
+    """Only the upper triangle is saved, so any asymmetry would change later results after a restart."""
     statistics = gathered(*data(count=100), per_class)
     statistics.add(*data(count=77, seed=1))
     assert torch.equal(statistics.moments, statistics.moments.mT)
@@ -107,7 +107,7 @@ def test_state_round_trip_is_exact(per_class: bool, shape: tuple[int, ...]) -> N
     assert statistics.state()["second"].shape == shape
 
 
-def test_moments_of_each_class_are_those_of_its_data() -> None:
+def test_moments_of_each_class_match_its_data() -> None:
     vectors, labels = data(count=9000)
     labels = torch.where(labels == 3, 5, labels)
     statistics = gathered(vectors, labels, per_class=True)
@@ -123,13 +123,13 @@ def test_moments_of_each_class_are_those_of_its_data() -> None:
 
 @pytest.mark.parametrize("count", [1, 7])
 def test_equal_samples_have_no_covariance(count: int) -> None:
-    """What rounding leaves of the difference of two large numbers is no variance."""
+    """Rounding in the difference of two large numbers must not appear as variance."""
     vectors, labels = data(count=4)
     statistics = gathered(vectors[:1].expand(count, -1) * 1000, labels[:1].expand(count), per_class=True)
     assert float(statistics.covariance(0).abs().max()) == 0.0
 
 
-def test_taking_a_class_out_leaves_the_others_to_the_last_bit() -> None:
+def test_removing_a_class_leaves_the_others_bit_identical() -> None:
     vectors, labels = data()
     statistics = gathered(vectors, labels, per_class=True)
     statistics.remove(2)
@@ -163,7 +163,7 @@ def test_an_approximate_removal_keeps_the_pooled_covariance(counts: list[int], r
         assert not moments.any()
     elif statistics.degrees_of_freedom:
         torch.testing.assert_close(statistics.within_covariance(), before / freedom, rtol=0, atol=scale)
-    else:  # one sample a class, which is its mean: nothing lies around it
+    else:  # one sample per class equals its mean: the scatter is zero
         torch.testing.assert_close(statistics.scatter_within(), torch.zeros_like(before), rtol=0, atol=scale)
     if exact:
         never = ClassStatistics(dim)
@@ -172,7 +172,7 @@ def test_an_approximate_removal_keeps_the_pooled_covariance(counts: list[int], r
         torch.testing.assert_close(moments, never.moments, rtol=0, atol=scale)
 
 
-def test_the_samples_of_a_class_without_any_are_none() -> None:
+def test_removing_a_class_without_samples_changes_nothing() -> None:
     vectors, labels = data()
     statistics = gathered(vectors, torch.where(labels == 2, 5, labels))
     before = statistics.moments.clone()
@@ -182,8 +182,8 @@ def test_the_samples_of_a_class_without_any_are_none() -> None:
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.booleans(), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=6))
-def test_joined_classes_were_always_one(per_class: bool, joins: list[tuple[int, int]]) -> None:
-    """Also those that are joined on, and rows that hold nothing any more."""
+def test_joined_classes_equal_one_class_from_the_start(per_class: bool, joins: list[tuple[int, int]]) -> None:
+    """Covers repeated joins and rows that became empty."""
     vectors, labels = data(classes=5)
     statistics, now = gathered(vectors, labels, per_class), torch.arange(5)
     for row, into in joins:
@@ -200,8 +200,8 @@ def test_joined_classes_were_always_one(per_class: bool, joins: list[tuple[int, 
 
 
 @pytest.mark.parametrize("per_class", [False, True])
-def test_subtracting_leaves_what_the_others_have_not_seen(per_class: bool) -> None:
-    """The other's rows 0, 1, 2, 3 are 5, 0, 1 and again 1 here; its row 4 is empty, so that its place means nothing."""
+def test_subtracting_leaves_the_samples_that_the_other_has_not_seen(per_class: bool) -> None:
+    """Rows 0, 1, 2, 3 of the other map to 5, 0, 1 and 1; its row 4 is empty, so its target is irrelevant."""
     one, two, rows = data(), data(count=300, seed=1), torch.tensor([5, 0, 1, 1, 70])
     statistics, other = gathered(*one, per_class), gathered(*two, per_class)
     statistics.merge(other, rows[:4])
@@ -225,7 +225,7 @@ def test_subtracting_leaves_what_the_others_have_not_seen(per_class: bool) -> No
 
 
 @pytest.mark.parametrize("per_class", [False, True])
-def test_only_empty_rows_are_left_out(per_class: bool) -> None:
+def test_only_empty_rows_can_be_deleted(per_class: bool) -> None:
     vectors, labels = data()
     statistics = gathered(vectors, torch.tensor([0, 2, 3, 5])[labels], per_class)
     with pytest.raises(InputError, match=r"only empty rows of the 6 can be deleted, but rows \[2, 6\] are not"):
@@ -238,8 +238,8 @@ def test_only_empty_rows_are_left_out(per_class: bool) -> None:
 
 
 @pytest.mark.parametrize("per_class", [False, True])
-def test_merging_adds_and_may_rename(per_class: bool) -> None:
-    """The other's rows 0, 1, 2, 3 are 5, 0, 1 and again 1 here."""
+def test_merging_adds_statistics_and_can_map_rows(per_class: bool) -> None:
+    """Rows 0, 1, 2, 3 of the other map to 5, 0, 1 and 1."""
     one, two, rows = data(), data(count=300, seed=1), torch.tensor([5, 0, 1, 1])
     merged, other = gathered(*one, per_class), gathered(*two, per_class)
     before = {name: tensor.clone() for name, tensor in other.state().items()}
@@ -250,7 +250,7 @@ def test_merging_adds_and_may_rename(per_class: bool) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state().items())
 
 
-def test_restored_statistics_are_their_own() -> None:
+def test_restored_statistics_share_no_memory() -> None:
     state = gathered(*data()).state()
     before = {name: tensor.clone() for name, tensor in state.items()}
     ClassStatistics.from_state(state).add(*data())
@@ -273,7 +273,7 @@ def test_pack_symmetric(size: int) -> None:
 
 
 @pytest.mark.parametrize("count", [5, 40, 4000])
-def test_shrinkage_is_that_of_scikit_learn(count: int) -> None:
+def test_shrinkage_matches_scikit_learn(count: int) -> None:
     x = within(*data(count))
     wanted, share = oas(x, assume_centered=True)
     covariance = torch.from_numpy(x.T @ x / len(x))
@@ -282,8 +282,8 @@ def test_shrinkage_is_that_of_scikit_learn(count: int) -> None:
 
 
 @pytest.mark.parametrize(("dim", "least", "most"), [(3, 1e-2, 1.0), (150, 0.0, 1e-2)])
-def test_shrinkage_leaves_out_terms_of_two_over_p_as_scikit_learn_does(dim: int, least: float, most: float) -> None:
-    """Eq. 23 of Chen et al. as printed: far off with three dimensions, next to nothing with hundreds."""
+def test_shrinkage_omits_the_two_over_p_terms_like_scikit_learn(dim: int, least: float, most: float) -> None:
+    """The difference from Eq. 23 of Chen et al. is large in three dimensions and negligible in hundreds."""
     x = np.random.default_rng(0).normal(size=(50, dim)) * np.linspace(1, 4, dim)
     covariance = x.T @ x / 50
     square, trace = (covariance**2).sum(), np.trace(covariance)
@@ -294,13 +294,13 @@ def test_shrinkage_leaves_out_terms_of_two_over_p_as_scikit_learn_does(dim: int,
 
 
 @pytest.mark.parametrize("samples", [0.0, 1.0, 50.0])
-def test_nothing_known_of_the_covariance_still_gives_an_invertible_one(samples: float) -> None:
+def test_an_unknown_covariance_becomes_an_invertible_one(samples: float) -> None:
     shrunk = shrink(torch.zeros(5, 5, dtype=torch.float64), samples)
     assert bool(torch.isfinite(torch.linalg.cholesky(shrunk)).all())
 
 
 class Fixed:
-    """A covariance estimator that has made up its mind."""
+    """Covariance estimator that returns a fixed matrix."""
 
     def __init__(self, covariance: NDArray) -> None:
         self.covariance_ = covariance
@@ -309,7 +309,7 @@ class Fixed:
         return self
 
 
-def test_discriminant_is_that_of_scikit_learn() -> None:
+def test_discriminant_matches_scikit_learn() -> None:
     vectors, labels = data()
     statistics = gathered(vectors, labels)
     covariance = statistics.scatter_within() / (statistics.total - 4)
@@ -321,7 +321,7 @@ def test_discriminant_is_that_of_scikit_learn() -> None:
     np.testing.assert_allclose(bias, reference.intercept_ - np.log(0.25), rtol=1e-5)
 
 
-def test_discriminant_never_answers_a_class_without_samples() -> None:
+def test_discriminant_never_predicts_a_class_without_samples() -> None:
     means = torch.zeros(2, 3, dtype=torch.float64)
     _, bias = discriminant(means, torch.tensor([4.0, 0.0]).double(), torch.eye(3).double(), 3.0)
     assert bias[1] == -torch.inf
@@ -332,7 +332,7 @@ def test_discriminant_never_answers_a_class_without_samples() -> None:
 
 
 def generalised_cross_validation(vectors: Tensor, labels: Tensor, penalty: float) -> float:
-    """(RSS/N) / (1 − df/N)² from the hat matrix itself, the bias counted as one degree of freedom."""
+    """Return (RSS/N) / (1 − df/N)² from the hat matrix, counting the bias as one degree of freedom."""
     x, y = vectors.double().numpy(), np.eye(int(labels.max()) + 1)[labels.numpy()]
     x, y = x - x.mean(0), y - y.mean(0)
     hat = x @ np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T)
@@ -341,7 +341,7 @@ def generalised_cross_validation(vectors: Tensor, labels: Tensor, penalty: float
 
 
 @pytest.mark.parametrize(("count", "seed"), [(40, 0), (40, 10), (60, 1), (400, 0), (400, 2)])
-def test_ridge_is_the_direct_solution_at_the_best_penalty_of_the_grid(count: int, seed: int) -> None:
+def test_ridge_equals_the_direct_solution_at_the_best_penalty_of_the_grid(count: int, seed: int) -> None:
     vectors, labels = data(count, seed=seed)
     values, bias, penalty = ridge(gathered(vectors, labels))
     centred = vectors.double() - vectors.double().mean(0)
@@ -355,7 +355,7 @@ def test_ridge_is_the_direct_solution_at_the_best_penalty_of_the_grid(count: int
 
 @pytest.mark.parametrize("count", [4, 10, 20])
 def test_ridge_of_fewer_samples_than_features(count: int) -> None:
-    """The criterion is nearly 0/0 there: whatever it picks must be as good as the best and answer its own data."""
+    """The criterion is nearly 0/0: any choice must score as well as the best and fit the training data."""
     vectors, labels = data(count, dim=80)
     values, bias, penalty = ridge(gathered(vectors, labels))
     scores = [generalised_cross_validation(vectors, labels, penalty * factor) for factor in (1.0, 1e-2, 1e2)]
@@ -381,8 +381,8 @@ def test_ridge_of_no_sample(strength: float) -> None:
 
 
 @pytest.mark.parametrize("strength", [1e-3, 0.7, 300.0])
-def test_ridge_at_a_given_strength_is_that_of_scikit_learn(strength: float) -> None:
-    """Its alpha is this λ: both weigh |W|² against the sum, not the mean, of the squared errors."""
+def test_ridge_at_a_given_strength_matches_scikit_learn(strength: float) -> None:
+    """alpha equals λ: both weigh |W|² against the sum, not the mean, of squared errors."""
     vectors, labels = data()
     values, bias, chosen = ridge(gathered(vectors, labels), strength)
     assert chosen == strength
@@ -392,9 +392,9 @@ def test_ridge_at_a_given_strength_is_that_of_scikit_learn(strength: float) -> N
 
 
 def recursive_least_squares(x: NDArray, targets: NDArray, strength: float) -> tuple[NDArray, NDArray]:
-    """One rank-one (Woodbury) update a sample: K = P x/(1 + xᵀP x), P −= K xᵀP, W += K (y − xᵀW), from P = I/λ.
+    """Apply one rank-one (Woodbury) update per sample, from P = I/λ.
 
-    The bias is not penalised: it is what centred samples and targets need none of.
+    K = P x/(1 + xᵀP x), P −= K xᵀP, W += K (y − xᵀW). The bias is not penalised: samples and targets are centred.
     """
     centre, level = x.mean(0), targets.mean(0)
     inverse, weights = np.eye(x.shape[1]) / strength, np.zeros((x.shape[1], targets.shape[1]))
@@ -406,8 +406,8 @@ def recursive_least_squares(x: NDArray, targets: NDArray, strength: float) -> tu
 
 
 @pytest.mark.parametrize(("count", "strength"), [(20, 0.1), (400, 0.1), (400, 50.0)])
-def test_ridge_is_recursive_least_squares(count: int, strength: float) -> None:
-    """In any order of the samples; also with fewer samples than features."""
+def test_ridge_equals_recursive_least_squares(count: int, strength: float) -> None:
+    """The order of the samples does not matter, and there may be fewer samples than features."""
     vectors, labels = data(count)
     values, bias, _ = ridge(gathered(vectors, labels), strength)
     order = np.random.default_rng(1).permutation(count)
@@ -417,7 +417,7 @@ def test_ridge_is_recursive_least_squares(count: int, strength: float) -> None:
         np.testing.assert_allclose(bias, wanted[1], rtol=0, atol=1e-8 * np.abs(wanted[1]).max())
 
 
-def test_the_weight_of_a_prior_follows_the_data() -> None:
+def test_the_prior_weight_adapts_to_the_data() -> None:
     from ssd_edge.learners.closed_form.sums import PRIOR_GRID, likeliest_weight
 
     generator = torch.Generator().manual_seed(0)
@@ -430,8 +430,8 @@ def test_the_weight_of_a_prior_follows_the_data() -> None:
     assert likeliest_weight(unlike.T @ unlike, 2000.0, prior) == PRIOR_GRID[0]
 
 
-def test_the_evidence_is_the_marginal_likelihood() -> None:
-    """In one dimension the prior is inverse-gamma and the integral can be done numerically."""
+def test_the_evidence_equals_the_marginal_likelihood() -> None:
+    """In one dimension the prior is inverse-gamma and the integral is computed numerically."""
     import numpy as np
 
     from ssd_edge.learners.closed_form.sums import PRIOR_GRID, likeliest_weight
@@ -452,29 +452,29 @@ def test_the_evidence_is_the_marginal_likelihood() -> None:
         assert likeliest_weight(scatter * one, count, mean * one) == wanted
 
 
-# ── how far apart means lie ──────────────────────────────────────────────────────────────────────────
+# ── the scale of the class means ─────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("times", [0.25, 1.0, 9.0])
-def test_the_scale_of_the_signal_is_half_way_to_what_is_seen(times: float) -> None:
+def test_the_signal_scale_is_halfway_to_the_observed_one(times: float) -> None:
     generator = torch.Generator().manual_seed(0)
     size, classes, count = 30, 400, 5.0
     signal = torch.diag(torch.linspace(0.5, 2.0, size, dtype=torch.float64))
     covariance = 3.0 * torch.eye(size, dtype=torch.float64)
-    spread = (times * signal + covariance / count).sqrt()  # of a mean of five samples
+    spread = (times * signal + covariance / count).sqrt()  # variance of a mean of five samples
     means = torch.randn(classes, size, generator=generator, dtype=torch.float64) @ spread + 7.0
     counts = torch.full((classes,), count, dtype=torch.float64)
-    counts[0], means[0] = 0.0, 1e6  # a class without samples says nothing
+    counts[0], means[0] = 0.0, 1e6  # a class without samples is ignored
     assert signal_scale(means, counts, covariance, signal) == pytest.approx(times**0.5, rel=0.05)
 
 
-def test_the_scale_of_the_signal_of_one_class_and_of_equal_ones() -> None:
+def test_the_signal_scale_of_one_class_and_of_equal_classes() -> None:
     identity, counts = torch.eye(3, dtype=torch.float64), torch.tensor([4.0, 4.0], dtype=torch.float64)
     assert signal_scale(torch.ones(1, 3).double(), counts[:1], identity, identity) == 1.0
     assert signal_scale(torch.ones(2, 3).double(), counts, identity, identity) == pytest.approx(LEAST_SIGNAL**0.5)
 
 
-def test_statistics_in_float32_are_what_a_restart_reads() -> None:
+def test_float32_statistics_survive_a_restart_exactly() -> None:
     statistics = ClassStatistics(8, single=True)
     statistics.add(*(part for part in (torch.randn(50, 8), torch.arange(50) % 3)))
     statistics.settle()
@@ -485,6 +485,6 @@ def test_statistics_in_float32_are_what_a_restart_reads() -> None:
     assert statistics.state()["second"].dtype == torch.float32
 
 
-def test_the_strength_from_single_precision_is_the_one_that_ridge_takes() -> None:
+def test_single_precision_gives_the_strength_that_ridge_chooses() -> None:
     statistics = gathered(*data())
     assert ridge_strength(statistics) == pytest.approx(ridge(statistics)[2], rel=1e-5)
