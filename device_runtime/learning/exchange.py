@@ -129,7 +129,7 @@ def pack(
     )
     if changes:
         manifest["metrics"] = {}  # they were measured before the changes
-        entries["card"] = card.amended(state.card.decode(), state.registry, changes).encode()
+        entries["card"] = card.amend(state.card.decode(), state.registry, changes).encode()
     entries |= {"backbone": backbone, "probe": _probe(state)}
     packed = {bundles.ROLES[role]: (role, data) for role, data in entries.items()}
     return bundles.pack(manifest, packed, sign)

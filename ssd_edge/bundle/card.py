@@ -1,7 +1,7 @@
-"""MODEL_CARD.md of a bundle: what it is for, what it was measured on, what it cannot do.
+"""The model card of a bundle, MODEL_CARD.md: intended use, evaluation data, accuracy and limitations.
 
-Everything in it is taken from the manifest and the class registry. Names and other words of the user are
-escaped: a class called ``<script>`` or ``[x](http://…)`` is text, wherever the card is shown.
+The card is generated from the manifest and the class registry. Class names and other user-supplied text are escaped,
+so a class named ``<script>`` or ``[x](http://…)`` is rendered as plain text.
 """
 
 from __future__ import annotations
@@ -15,49 +15,48 @@ from ssd_edge import targets
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.learners import LEARNERS
 
-_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}  # a backslash would leave them HTML for some readers
-# What means something within a line of Markdown; the last two make links of bare addresses.
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}  # some renderers treat a backslash-escaped tag as HTML
+# Characters with a meaning in Markdown; the last two alternatives turn bare URLs into links.
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>&|#~!$]|:(?=//)|(?<=www)\.", re.IGNORECASE)
-KINDS = ("test", "brought", "synthetic")  # of images that the export was judged on
-_PROVENANCE = {  # key of a backbone's provenance -> what to call it
+KINDS = ("test", "brought", "synthetic")  # kinds of images that the export was checked on, in the order of the table
+_PROVENANCE = {  # key in a backbone's provenance -> label in the card
     "arch": "architecture",
     "file": "file",
     "sha256": "SHA-256 of the file",
     "data": "trained on",
-    "accuracy": "accuracy there",
-    "command": "made by",
+    "accuracy": "accuracy on that data",
+    "command": "created with",
     "seed": "seed",
     "terms": "terms",
 }
-
-
-_NO_CLASS = (
-    "## Classes\n\nNone: everything is taught on the device. No accuracy can be told before; `ssd-edge device learn` "
-    "measures it on images that it holds out."
+_NO_CLASSES = (
+    "## Classes\n\nNone: all classes are taught on the device. Their accuracy is therefore unknown; "
+    "`ssd-edge device learn` measures it on held-out images."
 )
+_ORIGINS = {"base": "before deployment", "device": "on a device"}
 
 
 def escape(text: Any) -> str:
-    """Text that Markdown and HTML show as it is, on one line."""
+    """Escape a value so that Markdown and HTML show it literally, on one line."""
     line = " ".join(str(text).split())
-    return _MARKUP.sub(lambda found: _ENTITIES.get(found[0], "\\" + found[0]), line)
+    return _MARKUP.sub(lambda match: _ENTITIES.get(match[0], "\\" + match[0]), line)
 
 
 def render(manifest: Mapping[str, Any], registry: ClassRegistry) -> str:
-    """The card of a bundle.
+    """Return the model card of a bundle as Markdown.
 
     Args:
-        manifest: as `packing` builds it.
-        registry: the classes with the number of training images of each.
+        manifest: The manifest of the bundle, as `exporters.deploy` builds it.
+        registry: The classes, with the number of training images per class.
 
     Returns:
-        Markdown; the same for the same arguments.
+        The Markdown text, which depends on the arguments only.
     """
     sections = [
         _purpose(manifest),
-        *([_classes(manifest["metrics"], registry), _accuracy(manifest)] if len(registry) else [_NO_CLASS]),
+        *([_classes(manifest["metrics"], registry), _accuracy(manifest)] if len(registry) else [_NO_CLASSES]),
         _backbone(manifest["backbone"]),
-        _making(manifest),
+        _reproduction(manifest),
         _export(manifest["parity"]),
         _limits(manifest["learner"]),
     ]
@@ -67,24 +66,22 @@ def render(manifest: Mapping[str, Any], registry: ClassRegistry) -> str:
 CHANGED = "## Since it was deployed"
 
 
-def amended(card: str, registry: ClassRegistry, events: Iterable[str]) -> str:
-    """A card with what a device did to the bundle's classes, in place of such a section that it has.
+def amend(card: str, registry: ClassRegistry, events: Iterable[str]) -> str:
+    """Return a card with a section on the changes made on a device, replacing an earlier such section.
 
     Args:
-        card: of the bundle as it was deployed.
-        registry: the classes now.
-        events: what happened on the device, in sentences, oldest first.
+        card: The card of the bundle, with or without such a section.
+        registry: The current classes.
+        events: Descriptions of the changes, oldest first.
     """
-    before = card.split(f"\n{CHANGED}\n")[0].rstrip("\n")
+    original = card.split(f"\n{CHANGED}\n")[0].rstrip("\n")
     rows = [(escape(entry.name), f"{entry.images:,}", _ORIGINS.get(entry.origin, "")) for entry in registry.entries]
-    told = "".join(f"- {escape(event)}\n" for event in events) or "- nothing\n"
+    changes = "".join(f"- {escape(event)}\n" for event in events) or "- none\n"
     return (
-        f"{before}\n\n{CHANGED}\n\nWhat stands above is about the bundle as it was deployed: its accuracy is not that "
-        f"of the classes below. On a device:\n\n{told}\n" + _table(("class now", "images", "taught"), rows) + "\n"
+        f"{original}\n\n{CHANGED}\n\nThe sections above describe the bundle as it was deployed; the accuracy given "
+        "there does not apply to the classes below. Changes on the device:\n\n"
+        f"{changes}\n" + _table(("current class", "images", "taught"), rows) + "\n"
     )
-
-
-_ORIGINS = {"base": "before it was deployed", "device": "on a device"}
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -94,10 +91,10 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _code(command: str) -> str:
-    return "    " + " ".join(command.split())  # indented: nothing on one line can end it
+    return "    " + " ".join(command.split())  # an indented code block needs no escaping on its line
 
 
-def _share(value: float | None) -> str:
+def _fraction(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
@@ -105,18 +102,20 @@ def _purpose(manifest: Mapping[str, Any]) -> str:
     target = manifest["target"]
     return (
         f"# {escape(manifest['name'])}\n\n"
-        f"Tells images of {len(manifest['classes']) or 'no'} classes apart, and learns further classes on the device "
-        "from a few images of each, without the old images.\n\n"
-        f"Prepared for `{target}`: {targets.get(target).title}. One image is {manifest['backbone']['size']} × "
-        f"{manifest['backbone']['size']} pixels, RGB; others are resized.\n\n"
-        "It is meant for sorting images like those it was trained and tested on. It is not meant for decisions on "
-        "which somebody's safety, health or rights depend."
+        f"Classifies images into {len(manifest['classes']) or 'no'} classes and learns new classes on the device "
+        "from a few images per class, without the old images.\n\n"
+        f"Built for `{target}`: {targets.get(target).title}. The input is an RGB image of "
+        f"{manifest['backbone']['size']} × {manifest['backbone']['size']} pixels; other images are resized.\n\n"
+        "Intended use: classification of images similar to those it was trained and tested on. It is not intended for "
+        "decisions that affect a person's safety, health or rights."
     )
 
 
 def _classes(metrics: Mapping[str, Any], registry: ClassRegistry) -> str:
     accuracy = metrics.get("class_accuracy", {})
-    rows = [(escape(entry.name), f"{entry.images:,}", _share(accuracy.get(entry.name))) for entry in registry.entries]
+    rows = [
+        (escape(entry.name), f"{entry.images:,}", _fraction(accuracy.get(entry.name))) for entry in registry.entries
+    ]
     return "## Classes\n\n" + _table(("class", "training images", "accuracy on test images"), rows)
 
 
@@ -125,38 +124,40 @@ def _accuracy(manifest: Mapping[str, Any]) -> str:
     head = (
         "## Accuracy\n\n"
         f"Data: {escape(metrics['data'])}, {metrics['train_images']:,} training and {metrics['test_images']:,} test "
-        f"images ({escape(metrics['split'])}), classes learned in {metrics['tasks']} tasks one after the other. "
-        "Average accuracy is the mean over the tasks after the last one, without being told the task.\n\n"
+        f"images ({escape(metrics['split'])}), classes learned in {metrics['tasks']} consecutive tasks. "
+        "Average accuracy is the mean accuracy over all tasks after the last one, without task ids at test time.\n\n"
     )
-    rows = [(f"**{escape(name)}** (this bundle)", f"**{_share(metrics['average_accuracy'])}**")]
-    rows += [(escape(other), _share(value)) for other, value in {**metrics["baselines"], **metrics["panel"]}.items()]
+    rows = [(f"**{escape(name)}** (this bundle)", f"**{_fraction(metrics['average_accuracy'])}**")]
+    rows += [(escape(other), _fraction(value)) for other, value in {**metrics["baselines"], **metrics["panel"]}.items()]
     forgetting = (
-        f"\n\nForgetting (mean drop from the best): {_share(metrics['forgetting'])}. "
-        f"Backward transfer: {_share(metrics['backward_transfer'])}."
+        f"\n\nForgetting (mean drop from the best accuracy per task): {_fraction(metrics['forgetting'])}. "
+        f"Backward transfer: {_fraction(metrics['backward_transfer'])}."
     )
     if not metrics["panel"]:
         forgetting += (
-            "\n\n**The run was made without the panel of simple methods (run.panel=false), so there is nothing to "
-            "hold this figure against.**"
+            "\n\n**The run did not include the panel of simple baselines (run.panel=false), so there is nothing to "
+            "compare this accuracy with.**"
         )
-    return head + _table(("on the same embeddings", "average accuracy"), rows) + forgetting
+    return head + _table(("method, on the same embeddings", "average accuracy"), rows) + forgetting
 
 
 def _backbone(backbone: Mapping[str, Any]) -> str:
     provenance = {"terms": "", **backbone["provenance"]}
-    lines = [f"- identity: `{backbone['id']}`, {backbone['dim']} values an embedding, {escape(backbone['precision'])}"]
+    lines = [
+        f"- identity: `{backbone['id']}`, embeddings of dimension {backbone['dim']}, {escape(backbone['precision'])}"
+    ]
     for key, label in _PROVENANCE.items():
         value = provenance.get(key)
         if isinstance(value, Mapping):
             value = ", ".join(f"{inner} {value[inner]}" for inner in sorted(value))
         if key == "terms" and not value:
-            value = "not stated; ask whoever made the backbone"
+            value = "not stated; ask the author of the backbone"
         if value not in (None, ""):
             lines.append(f"- {label}: {escape(value)}")
     return "## Backbone\n\n" + "\n".join(lines)
 
 
-def _making(manifest: Mapping[str, Any]) -> str:
+def _reproduction(manifest: Mapping[str, Any]) -> str:
     run, producer = manifest["run"], manifest["producer"]
     versions = {**run["versions"], **producer["packages"]}
     return (
@@ -171,8 +172,8 @@ def _making(manifest: Mapping[str, Any]) -> str:
 
 def _export(parity: Mapping[str, Any]) -> str:
     header = (
-        *("images", "number", "smallest cosine", "largest difference", "drift of a mean"),
-        *("same decision", "accuracy before → after"),
+        *("images", "count", "smallest cosine", "largest difference", "shift of the mean"),
+        *("same prediction", "accuracy before → after"),
     )
     rows = []
     for kind in KINDS:
@@ -192,36 +193,36 @@ def _export(parity: Mapping[str, Any]) -> str:
             )
         )
     text = (
-        f"## Export\n\nThe exported backbone in {escape(parity['precision'])} (ONNX Runtime on a CPU) against the one "
-        "that the run used:\n\n" + _table(header, rows)
+        f"## Export\n\nThe exported backbone in {escape(parity['precision'])} (ONNX Runtime on a CPU) compared with "
+        "the backbone of the run:\n\n" + _table(header, rows)
     )
     if calibration := parity.get("calibration"):
         text += (
             f"\n\nCalibrated with {calibration['images']} images: {escape(calibration['source'])} "
-            f"(SHA-256 of their pixels {calibration['sha256'][:16]}…)."
+            f"(SHA-256 of the pixels {calibration['sha256'][:16]}…)."
         )
     for precision, reason in parity.get("refused", {}).items():
-        text += f"\n\nRefused on the way, {escape(precision)}: {escape(reason)}"
+        text += f"\n\nRejected precision, {escape(precision)}: {escape(reason)}"
     return text
 
 
 def _limits(learner: Mapping[str, Any]) -> str:
     if LEARNERS[learner["name"]].replay:
-        kept = (
-            "- **Replay**: it holds embeddings of training images, one by one, and of images that it is taught with "
-            "later. They are no pictures, but they are data of the people or things shown."
+        stored = (
+            "- **Replay**: it stores embeddings of individual training images, and of images that it is taught later. "
+            "They are not images, but they are data about the people or objects shown."
         )
     else:
-        kept = (
-            "- It holds no images, but sums over them: the mean of a class taught with one image is that image's "
-            "embedding."
+        stored = (
+            "- It stores no images, only sums over their embeddings: the mean of a class taught with one image is the "
+            "embedding of that image."
         )
     return (
         "## Limits\n\n"
         "- Speed, memory and energy: not measured on a board.\n"
-        "- The accuracy holds for images like the test images. Another camera, light or background was not tested.\n"
-        "- It was not tested on images of anything but its classes.\n"
-        f"{kept}\n"
-        "- The bundle's digest says that it is complete, not who made it; a signature says whose key vouches for it "
-        "(`ssd-edge inspect`)."
+        "- The accuracy applies to images like the test images. Other cameras, lights and backgrounds were not tested.\n"
+        "- It was not tested on images of other classes.\n"
+        f"{stored}\n"
+        "- The digest of the bundle shows that it is intact, not who created it; check its signature with "
+        "`ssd-edge verify --key FILE.pub`."
     )

@@ -352,7 +352,7 @@ def test_without_classes_nothing_that_was_learned_is_in_it(package_run, deployed
     assert not read.tensors("statistics")[0]["second"].any()
     assert "agreement" not in read.manifest["parity"]["test"]
     card = read.read("card").decode()
-    assert "None: everything is taught on the device" in card
+    assert "None: all classes are taught on the device" in card
     assert "## Accuracy" not in card
     with pytest.raises(InputError, match="--head is a learner that only predicts"):
         quietly(package_run, path, empty=True, head=True)

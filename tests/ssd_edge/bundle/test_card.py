@@ -1,4 +1,4 @@
-"""The model card: the panel beside the figure, terms, limits; and no markup from outside."""
+"""Tests of the model card: accuracy table, terms, limitations and escaping of user-supplied text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ REGISTRY = ClassRegistry().add("cup", images=1200).add("<script>alert(1)</script
 
 
 def manifest(**changes) -> dict:
+    """Return a manifest with the given top-level keys replaced."""
     value = {
         "name": "robot",
         "created": "2026-11-21T04:33:00Z",
@@ -63,43 +64,43 @@ def manifest(**changes) -> dict:
     return {**value, **changes}
 
 
-def test_the_panel_stands_beside_the_figure():
+def test_accuracy_table_includes_the_panel():
     card = render(manifest(), REGISTRY)
     rows = [line for line in card.splitlines() if line.startswith("| ")]
-    place = rows.index("| **landmark** (this bundle) | **0.750** |")
-    assert rows[place + 1 : place + 4] == ["| finetune | 0.350 |", "| ncm | 0.710 |", "| joint | – |"]
+    index = rows.index("| **landmark** (this bundle) | **0.750** |")
+    assert rows[index + 1 : index + 4] == ["| finetune | 0.350 |", "| ncm | 0.710 |", "| joint | – |"]
 
 
-def test_without_a_panel_it_says_that_the_figure_stands_alone():
+def test_missing_panel_is_stated():
     metrics = {**manifest()["metrics"], "panel": {}}
-    assert "nothing to hold this figure against" in render(manifest(metrics=metrics), REGISTRY)
-    assert "nothing to hold" not in render(manifest(), REGISTRY)
+    assert "nothing to compare this accuracy with" in render(manifest(metrics=metrics), REGISTRY)
+    assert "nothing to compare" not in render(manifest(), REGISTRY)
 
 
-def test_it_says_where_the_backbone_comes_from_and_on_which_terms():
+def test_backbone_section_gives_provenance_and_terms():
     card = render(manifest(), REGISTRY)
     assert "- trained on: tiny-imagenet32" in card
     assert "- terms: research use only" in card
     backbone = {**manifest()["backbone"], "provenance": {"file": "own.onnx"}}
-    assert "- terms: not stated" in render(manifest(backbone=backbone), REGISTRY)
+    assert "- terms: not stated; ask the author of the backbone" in render(manifest(backbone=backbone), REGISTRY)
 
 
-def test_it_says_how_it_was_made_and_what_was_not_measured():
+def test_command_seed_and_limitations_are_given():
     card = render(manifest(), REGISTRY)
     assert "\n    ssd-edge train 'data.path=my shapes'\n" in card
     assert "seed 7, 2 threads" in card
     assert "not measured on a board" in card
 
 
-def test_it_says_how_the_precision_was_reached():
+def test_export_section_gives_precision_and_calibration():
     card = render(manifest(), REGISTRY)
     assert "in int8 (ONNX Runtime on a CPU)" in card
     assert "Calibrated with 64 images: a folder of the user" in card
-    assert "Refused on the way, fp16: &lt;b&gt;too&lt;/b&gt; far" in card
+    assert "Rejected precision, fp16: &lt;b&gt;too&lt;/b&gt; far" in card
     assert "Release 7, finished 2026-11-21" in card
 
 
-def test_markup_from_outside_is_text():
+def test_markup_in_user_text_is_escaped():
     hostile = "x\n\n# big\n<img src=x> | [y](http://z) `c`"
     run = {**manifest()["run"], "argv": ["ssd-edge", f"data.path={hostile}"], "machine": hostile}
     metrics = {**manifest()["metrics"], "data": hostile, "split": hostile}
@@ -132,8 +133,8 @@ def test_escape(text, escaped):
     assert escape(text) == escaped
 
 
-def test_a_learner_that_stores_samples_is_called_replay():
+def test_learner_that_stores_samples_is_labelled_replay():
     card = render(manifest(learner={"name": "icarl", "settings": {}}), REGISTRY)
-    assert "**Replay**: it holds embeddings of training images" in card
-    assert "It holds no images" not in card
+    assert "**Replay**: it stores embeddings of individual training images" in card
+    assert "It stores no images" not in card
     assert "Replay" not in render(manifest(), REGISTRY)
