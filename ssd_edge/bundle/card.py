@@ -220,7 +220,7 @@ def _limits(learner: Mapping[str, Any]) -> str:
     return (
         "## Limits\n\n"
         "- Speed, memory and energy: not measured on a board.\n"
-        "- The accuracy applies to images like the test images. Other cameras, lights and backgrounds were not tested.\n"
+        "- The accuracy applies to images like the test images. Other cameras, lighting or backgrounds are untested.\n"
         "- It was not tested on images of other classes.\n"
         f"{stored}\n"
         "- The digest of the bundle shows that it is intact, not who created it; check its signature with "

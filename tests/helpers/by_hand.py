@@ -1,6 +1,6 @@
-"""A tiny bundle, byte by byte: golden bytes must not depend on the version of a library.
+"""A tiny bundle built byte by byte, so that golden bytes do not depend on the version of a library.
 
-Loaded with `runpy` by the tests that need it. 8 × 8 pixels, three features, two classes.
+Images of 8 × 8 pixels, three features, two classes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from ssd_edge.classes import ClassRegistry
 
 SIZE, DIM = 8, 3
 CLASSES = ClassRegistry().add("cup").add("schraube ß")
-SEED = bytes(range(32))  # of the private key
+SEED = bytes(range(32))  # seed of the private key
 
 
 def varint(number: int) -> bytes:
+    """Encode a protobuf varint."""
     out = b""
     while number > 0x7F:
         out, number = out + bytes([number & 0x7F | 0x80]), number >> 7
@@ -28,7 +29,7 @@ def varint(number: int) -> bytes:
 
 
 def field(number: int, value: int | bytes | str) -> bytes:
-    """One protobuf field: a number, or bytes with their length."""
+    """Encode a protobuf field: a varint, or length-delimited bytes."""
     if isinstance(value, int):
         return varint(number << 3) + varint(value)
     data = value.encode() if isinstance(value, str) else value
@@ -36,29 +37,29 @@ def field(number: int, value: int | bytes | str) -> bytes:
 
 
 def node(op_type: str, inputs: list[str], outputs: list[str], *more: bytes) -> bytes:
-    """A NodeProto; `more` are encoded fields, e.g. of a domain."""
+    """Encode a NodeProto; `more` are further encoded fields, e.g. the domain."""
     names = [field(1, name) for name in inputs] + [field(2, name) for name in outputs]
     return b"".join([*names, field(4, op_type), *more])
 
 
 def attribute(name: str, kind: int, *more: bytes) -> bytes:
-    """An AttributeProto, as a field of a node."""
+    """Encode an AttributeProto as a field of a node."""
     return field(5, b"".join([field(1, name), *more, field(20, kind)]))
 
 
 def tensor(name: str, dtype: int, dims: list[int], raw: bytes, *more: bytes) -> bytes:
-    """A TensorProto."""
+    """Encode a TensorProto."""
     return b"".join([*(field(1, dim) for dim in dims), field(2, dtype), field(8, name), field(9, raw), *more])
 
 
 def value(name: str, dtype: int, shape: list[int | str]) -> bytes:
-    """A ValueInfoProto of a tensor."""
+    """Encode a ValueInfoProto of a tensor."""
     dims = b"".join(field(1, field(1, side) if isinstance(side, int) else field(2, side)) for side in shape)
     return field(1, name) + field(2, field(1, field(1, dtype) + field(2, dims)))
 
 
 def nodes() -> list[bytes]:
-    """The mean colour of an image, each part times a quarter."""
+    """Return nodes that compute a quarter of the mean colour of each image."""
     return [
         node("Cast", ["images"], ["pixels"], attribute("to", 2, field(3, 1))),
         node("ReduceMean", ["pixels", "axes"], ["colour"], attribute("keepdims", 2, field(3, 0))),
@@ -67,6 +68,7 @@ def nodes() -> list[bytes]:
 
 
 def tensors() -> list[bytes]:
+    """Return the initializers for `nodes`."""
     return [
         tensor("axes", 7, [2], struct.pack("<2q", 1, 2)),
         tensor("quarter", 1, [3], struct.pack("<3f", 0.25, 0.25, 0.25)),
@@ -80,22 +82,22 @@ def onnx(
     opsets: tuple[tuple[str, int], ...] = (("", 18),),
     model: bytes = b"",
 ) -> bytes:
-    """A ModelProto; `graph` and `model` are further encoded fields of them."""
-    own = globals()
-    inside = [field(1, one) for one in (own["nodes"]() if nodes is None else nodes)]
-    inside.append(field(2, "tiny"))
-    inside += [field(5, one) for one in (own["tensors"]() if tensors is None else tensors)]
-    inside.append(field(11, value("images", 2, ["batch", SIZE, SIZE, 3])))
-    inside.append(field(12, value("embeddings", 1, ["batch", DIM])))
+    """Encode a ModelProto; `graph` and `model` are further encoded fields of the graph and the model."""
+    defaults = globals()
+    parts = [field(1, each) for each in (defaults["nodes"]() if nodes is None else nodes)]
+    parts.append(field(2, "tiny"))
+    parts += [field(5, each) for each in (defaults["tensors"]() if tensors is None else tensors)]
+    parts.append(field(11, value("images", 2, ["batch", SIZE, SIZE, 3])))
+    parts.append(field(12, value("embeddings", 1, ["batch", DIM])))
     imports = [field(8, field(1, domain) + field(2, version)) for domain, version in opsets]
-    return b"".join([field(1, 8), field(7, b"".join(inside) + graph), *imports, model])
+    return b"".join([field(1, 8), field(7, b"".join(parts) + graph), *imports, model])
 
 
 DTYPES = {"U8": "B", "F32": "f", "I64": "q"}
 
 
 def safetensors(tensors: dict[str, tuple[str, list[int], list]], metadata: dict | None = None) -> bytes:
-    """Name → (type, shape, flat values), in this order."""
+    """Encode a safetensors file from name → (dtype, shape, flat values), in this order."""
     header, body = {}, b""
     if metadata is not None:
         header["__metadata__"] = {"json": json.dumps(metadata, sort_keys=True)}
@@ -108,12 +110,12 @@ def safetensors(tensors: dict[str, tuple[str, list[int], list]], metadata: dict 
 
 
 def vector(*values: float) -> bytes:
-    """One tensor, ``w``."""
+    """Encode a safetensors file with one float32 tensor, ``w``."""
     return safetensors({"w": ("F32", [len(values)], list(values))})
 
 
 def probe(**changed) -> bytes:
-    """Two images, whose embeddings are exact: sums of 64 numbers, divided by 64 and 4."""
+    """Encode two probe images with embeddings that are exact in float32: sums of 64 pixels divided by 256."""
     images = [[7 * i % 256 for i in range(SIZE * SIZE * 3)], [255 - i % 256 for i in range(SIZE * SIZE * 3)]]
     embeddings = [sum(image[channel::3]) / 256 for image in images for channel in range(3)]
     arrays = {
@@ -127,7 +129,7 @@ def probe(**changed) -> bytes:
 
 
 def parts() -> tuple[dict, dict[str, tuple[str, bytes]]]:
-    """The manifest and the entries of a tiny bundle."""
+    """Return the manifest and the entries (name → role, data) of a tiny bundle."""
     backbone = {"file": "backbone.onnx", "sha256": files.sha256(onnx())}
     manifest = {
         "name": "robot",
@@ -153,23 +155,23 @@ def parts() -> tuple[dict, dict[str, tuple[str, bytes]]]:
 
 
 def sealed(entries: dict[str, bytes]) -> bytes:
-    """A bundle of any entries, without a check: the canonical bytes, with the right digest."""
+    """Return the canonical bytes of a bundle with a valid digest, without checking the entries."""
     return b"".join(container.blocks(entries))
 
 
 def resealed(data: bytes) -> bytes:
-    """The same bytes with a digest that agrees with them."""
+    """Return the bytes with the digest recomputed."""
     return data[:-64] + files.sha256(data[:-64]).encode()
 
 
 def contents(data: bytes | None = None) -> dict[str, bytes]:
-    """Name → data of a bundle, by default the tiny one; the manifest included."""
+    """Return the entries (name → data) of a bundle, including the manifest; by default of the tiny bundle."""
     with zipfile.ZipFile(io.BytesIO(bundle.pack(*parts()) if data is None else data)) as packed:
         return {name: packed.read(name) for name in packed.namelist()}
 
 
 def relisted(entries: dict[str, bytes]) -> dict[str, bytes]:
-    """The same entries with a manifest that agrees with their sizes and digests."""
+    """Return the entries with their sizes and digests updated in the manifest."""
     manifest = json.loads(entries["manifest.json"])
     roles = {item["path"]: item["role"] for item in manifest["files"]}
     manifest["files"] = [
@@ -182,25 +184,25 @@ def relisted(entries: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def with_manifest(**changed) -> bytes:
-    """The tiny bundle with other values at the top of its manifest; None removes the key."""
-    whole = contents()
-    manifest = {**json.loads(whole["manifest.json"]), **changed}
+    """Return the tiny bundle with top-level keys of its manifest replaced; None removes a key."""
+    entries = contents()
+    manifest = {**json.loads(entries["manifest.json"]), **changed}
     manifest = {key: value for key, value in manifest.items() if value is not None}
-    return sealed({**whole, "manifest.json": files.json_bytes(manifest)})
+    return sealed({**entries, "manifest.json": files.json_bytes(manifest)})
 
 
 def with_entry(name: str, data: bytes, role: str | None = None) -> bytes:
-    """The tiny bundle with an entry replaced or added, and a manifest that agrees."""
-    whole = relisted({**contents(), name: data})
-    manifest = json.loads(whole["manifest.json"])
+    """Return the tiny bundle with an entry replaced or added, and the manifest updated."""
+    entries = relisted({**contents(), name: data})
+    manifest = json.loads(entries["manifest.json"])
     for item in manifest["files"]:
         if item["path"] == name and role is not None:
             item["role"] = role
-    return sealed({**whole, "manifest.json": files.json_bytes(manifest)})
+    return sealed({**entries, "manifest.json": files.json_bytes(manifest)})
 
 
 def write_key(folder: Path, seed: bytes = SEED) -> Path:
-    """A private key as OpenSSL writes it (RFC 8410): PKCS#8 around the seed."""
+    """Write a private key as OpenSSL does (RFC 8410): a PKCS#8 wrapper around the seed."""
     import base64
 
     path = folder / "fixed.key"

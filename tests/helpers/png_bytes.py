@@ -1,4 +1,4 @@
-"""PNG files by hand."""
+"""Helpers for handcrafted PNG files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import zlib
 
 
 def with_right_checksums(png: bytes) -> bytes:
-    """So that a changed PNG gets past the first check."""
+    """Return a PNG with its chunk checksums recomputed, so that a modified file passes the CRC check."""
     fixed, position = bytearray(png[:8]), 8
     while position + 12 <= len(png):
         end = position + 8 + int.from_bytes(png[position : position + 4], "big")

@@ -1,4 +1,4 @@
-"""Landmarks as a backbone package brings them, small and made by hand."""
+"""Small synthetic landmarks, in the form in which a backbone package stores them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ssd_edge.learners.priors import Landmarks
 
 
 def landmarks(dim: int, neurons: int = 40, directions: int = 20, seed: int = 0) -> Landmarks:
-    """Random unit keys, directions that mix what they answer, and a signal that falls."""
+    """Return landmarks with random unit keys, random directions and a decreasing signal."""
     rng = np.random.default_rng(seed)
     keys = rng.normal(size=(neurons, dim))
     keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)

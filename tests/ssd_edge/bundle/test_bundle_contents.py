@@ -1,4 +1,4 @@
-"""docs/bundle.md: what must be in the container: manifest, signature, roles, graphs, probe, tensors, JSON."""
+"""Tests of the contents of a bundle: manifest, signature, roles, graphs, probe images, tensors and JSON."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_manifest_is_checked(refusal, changed, message):
     assert got.endswith(" (build a new one with: ssd-edge deploy)")
 
 
-def test_files_are_what_the_manifest_says(refusal):
+def test_files_must_match_the_manifest(refusal):
     *others, last = json.loads(contents()["manifest.json"])["files"]
     message = refusal(hand.with_manifest(files=[*others, {**last, "sha256": "0" * 64}]))
     assert "its statistics.safetensors is (66, '" in message
@@ -68,17 +68,17 @@ def test_files_are_what_the_manifest_says(refusal):
     assert "its entry 'x.onnx' is not listed in manifest.json" in message
 
 
-def test_a_bundle_without_a_manifest_is_refused(refusal):
-    whole = contents()
-    del whole["manifest.json"]
-    assert "it has no manifest.json" in refusal(sealed(whole))
+def test_missing_manifest_is_refused(refusal):
+    entries = contents()
+    del entries["manifest.json"]
+    assert "it has no manifest.json" in refusal(sealed(entries))
     assert "it has no manifest.json" in refusal(sealed({}))
     for value in (None, 3, "x", [], [{}]):
-        message = refusal(sealed({**whole, "manifest.json": files.json_bytes(value)}))
+        message = refusal(sealed({**entries, "manifest.json": files.json_bytes(value)}))
         assert "its manifest.json does not say that its format is 'ssd-edge-bundle'" in message
 
 
-def test_every_role_is_there_once_under_its_name(refusal):
+def test_each_role_is_required_once_with_its_file_name(refusal):
     *others, last = json.loads(contents()["manifest.json"])["files"]
     message = refusal(hand.with_manifest(files=[*others, {**last, "role": "numbers"}]))
     assert "it has no entry with the role 'statistics' (statistics.safetensors)" in message
@@ -127,15 +127,15 @@ def test_broken_json_is_refused(refusal, data, message):
 
 
 def signed() -> dict[str, bytes]:
-    """Name → data of a signed bundle; nothing has verified the signature."""
+    """Return the entries of a bundle with a signature of the right form that does not verify."""
     return {**contents(), "manifest.sig": bundle.Signature("0123456789abcdef", bytes(64)).to_bytes()}
 
 
-def test_a_signature_is_read_without_a_library_and_not_verified(tmp_path):
+def test_signature_is_parsed_without_verification(tmp_path):
     path = tmp_path / "robot.ssdedge"
     path.write_bytes(sealed(signed()))
-    found = bundle.read(path).signature
-    assert found == bundle.Signature("0123456789abcdef", bytes(64))
+    signature = bundle.read(path).signature
+    assert signature == bundle.Signature("0123456789abcdef", bytes(64))
     made = bundle.pack(*parts(), lambda manifest: bundle.Signature("0123456789abcdef", manifest[:64]).to_bytes())
     path.write_bytes(made)
     read = bundle.read(path)
@@ -151,7 +151,7 @@ def test_a_signature_is_read_without_a_library_and_not_verified(tmp_path):
         (b"0123456789abcdef", b"0123456789ABCDEF"),
         (b"0123456789abcdef", b"0123456789abcde"),
         (b'"0123456789abcdef"', b"7"),
-        (b"AA==", b"AB=="),  # the same 64 bytes for a lax decoder
+        (b"AA==", b"AB=="),  # decodes to the same 64 bytes in a lenient decoder
         (b"AA==", b"A==="),
         (b"AA==", b"AAAA"),
         (b"\n}", b',\n  "time": 1\n}'),
@@ -160,41 +160,41 @@ def test_a_signature_is_read_without_a_library_and_not_verified(tmp_path):
         (b"{", b"[{"),
     ],
 )
-def test_a_signature_of_another_form_is_refused(refusal, old, new):
-    whole = signed()
-    assert old in whole["manifest.sig"]
-    whole["manifest.sig"] = whole["manifest.sig"].replace(old, new, 1)
-    assert "its manifest.sig does not have the form of docs/bundle.md" in refusal(sealed(whole))
+def test_malformed_signature_is_refused(refusal, old, new):
+    entries = signed()
+    assert old in entries["manifest.sig"]
+    entries["manifest.sig"] = entries["manifest.sig"].replace(old, new, 1)
+    assert "its manifest.sig does not have the form of docs/bundle.md" in refusal(sealed(entries))
 
 
 @pytest.mark.parametrize("data", [b"", b"null\n", b"[]\n", b"{}\n", b"\xff", b"[" * 190, b" " * 10**6, bytes(64)])
-def test_what_is_no_signature_is_refused(refusal, data):
+def test_arbitrary_bytes_as_signature_are_refused(refusal, data):
     assert "its manifest.sig does not have the form" in refusal(sealed({**contents(), "manifest.sig": data}))
 
 
-def test_only_the_manifest_and_its_signature_are_not_listed(refusal):
+def test_signature_must_not_be_listed_in_the_manifest(refusal):
     files_listed = json.loads(contents()["manifest.json"])["files"]
     extra = {"path": "manifest.sig", "role": "x", "size": 0, "sha256": ""}
     message = refusal(hand.with_manifest(files=[*files_listed, extra]))
     assert "its manifest.json lists 'manifest.sig', but there is no such entry" in message
 
 
-def test_engines_are_refused_by_their_first_bytes(refusal):
-    for mark in (b"ptrt", b"vtrt"):
-        message = refusal(hand.with_entry("notes.txt", mark + bytes(100)))
+def test_tensorrt_engines_are_refused(refusal):
+    for magic in (b"ptrt", b"vtrt"):
+        message = refusal(hand.with_entry("notes.txt", magic + bytes(100)))
         assert "its notes.txt is a compiled TensorRT engine; a device builds its own" in message
 
 
-def test_a_plan_of_tensorrt_rtx_is_refused(refusal):
-    """Real bytes: what NVIDIA's builder writes, without a GPU."""
+def test_real_tensorrt_rtx_engine_is_refused(refusal):
+    """Use an engine built by TensorRT-RTX, which does not need a GPU."""
     trt = pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     log = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    given = network.add_input("x", trt.float32, (1, 4))
-    network.mark_output(network.add_activation(given, trt.ActivationType.RELU).get_output(0))
-    plan = bytes(builder.build_serialized_network(network, builder.create_builder_config()))
-    assert "is a compiled TensorRT engine" in refusal(hand.with_entry("notes.txt", plan))
+    image = network.add_input("x", trt.float32, (1, 4))
+    network.mark_output(network.add_activation(image, trt.ActivationType.RELU).get_output(0))
+    engine = bytes(builder.build_serialized_network(network, builder.create_builder_config()))
+    assert "is a compiled TensorRT engine" in refusal(hand.with_entry("notes.txt", engine))
 
 
 @pytest.mark.parametrize(
@@ -217,18 +217,18 @@ def test_a_plan_of_tensorrt_rtx_is_refused(refusal):
         ),
     ],
 )
-def test_the_backbone_is_the_graph_that_the_manifest_describes(refusal, graph, message):
+def test_backbone_graph_must_match_the_manifest(refusal, graph, message):
     assert message in refusal(hand.with_entry("backbone.onnx", graph))
 
 
-def test_a_shape_that_a_graph_leaves_open_is_found_out_by_the_probe(tmp_path):
+def test_unspecified_input_shape_is_accepted(tmp_path):
     graph = hand.onnx().replace(b"\x0a\x02\x08\x08\x0a\x02\x08\x08", b"\x0a\x02\x12\x00\x0a\x02\x12\x00")
     path = tmp_path / "robot.ssdedge"
     path.write_bytes(hand.with_entry("backbone.onnx", graph))
     assert bundle.read(path).read("backbone") == graph
 
 
-def test_every_graph_is_scanned(refusal, tmp_path):
+def test_all_onnx_entries_are_scanned(refusal, tmp_path):
     bad = hand.onnx(nodes=[hand.node("Gemm", [], [], hand.field(7, "com.microsoft"))])
     for name, role in (("head.onnx", "head"), ("other/more.onnx", "more")):
         message = refusal(hand.with_entry(name, bad, role))
@@ -264,15 +264,15 @@ def test_every_graph_is_scanned(refusal, tmp_path):
         ({"limits": {"min_cosine": 1, "max_difference": 10**400}}, "needs 'max_difference' in its metadata, 0 to"),
     ],
 )
-def test_the_probe_is_what_a_device_can_run(refusal, changed, message):
+def test_invalid_probe_is_refused(refusal, changed, message):
     assert message in refusal(hand.with_entry("probe.safetensors", hand.probe(**changed)))
 
 
 @pytest.mark.parametrize("role", sorted(bundle.ROLES.keys() - bundle.OPTIONAL_ROLES))
-def test_what_every_bundle_needs(refusal, role):
-    whole = contents()
-    listed = [item for item in json.loads(whole["manifest.json"])["files"] if item["role"] != role]
-    del whole[bundle.ROLES[role]]
-    manifest = {**json.loads(whole["manifest.json"]), "files": listed}
-    message = refusal(sealed({**whole, "manifest.json": files.json_bytes(manifest)}))
+def test_missing_role_is_refused(refusal, role):
+    entries = contents()
+    listed = [item for item in json.loads(entries["manifest.json"])["files"] if item["role"] != role]
+    del entries[bundle.ROLES[role]]
+    manifest = {**json.loads(entries["manifest.json"]), "files": listed}
+    message = refusal(sealed({**entries, "manifest.json": files.json_bytes(manifest)}))
     assert f"it has no entry with the role '{role}' ({bundle.ROLES[role]})" in message

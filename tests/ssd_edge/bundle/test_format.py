@@ -1,4 +1,4 @@
-"""docs/bundle.md: the container, sentence by sentence: the one byte form, and what is refused."""
+"""Tests of the container format of docs/bundle.md: its canonical bytes and the refusal of all other forms."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ contents, parts, resealed, sealed = hand.contents, hand.parts, hand.resealed, ha
 
 def test_golden_bytes():
     data = bundle.pack(*parts())
-    # version needed; no flags, stored, 00:00:00, 1980-01-01; CRC-32; length, twice; lengths of name, extra
+    # version needed; no flags, stored, 00:00:00, 1980-01-01; CRC-32; both lengths; lengths of name and extra field
     common = bytes.fromhex("0a00 0000 0000 0000 2100 6f29ccf9 08000000 08000000 0d00 0000")
     assert data[:51] == b"PK\x03\x04" + common + b"MODEL_CARD.md" + b"# robot\n"
     directory = data.index(b"PK\x01\x02")
     # made by 1.0 on UNIX; no comment, disk 0, internal attributes 0; a regular file, rw-r--r--; offset
     before, after = b"PK\x01\x02\x0a\x03", bytes.fromhex("0000 0000 0000 0000a481 00000000")
     assert data[directory : directory + 59] == before + common + after + b"MODEL_CARD.md"
-    # disks; entries, twice; length and offset of the directory; length of the comment
+    # disk numbers; both entry counts; length and offset of the directory; length of the comment
     end = b"PK\x05\x06" + bytes.fromhex("0000 0000 0700 0700 af010000 4d0d0000 5900")
     assert data[-111:-64] == end + b"ssd-edge-bundle/1 sha256:"
     assert data[-64:] == files.sha256(data[:-64]).encode()
-    # A change of this literal is a change of the format: old bundles would be refused.
+    # Changing this digest means changing the format: existing bundles would be refused.
     assert files.sha256(data) == "3d5105f1535be9f51ee74be7712370b3cf19ce4d39530ca2f2dac8c45e1fd54f"
 
 
@@ -59,18 +59,18 @@ def test_zipfile_and_unzip_open_it(tmp_path):
         subprocess.run(["unzip", "-tq", path], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_what_is_packed_is_read(tmp_path):
+def test_pack_and_read_round_trip(tmp_path):
     manifest, entries = parts()
     table = files.tensor_bytes({"indices": np.arange(3, dtype=np.uint32)}, {"n": 3})
     entries["table.safetensors"] = ("table", table)
     entries["calibration/notes.txt"] = ("notes", b"")
-    manifest["learner"]["since"] = "a key that version 1 does not know"
+    manifest["learner"]["since"] = "a key unknown to version 1"
     data = bundle.pack(manifest, entries)
     path = tmp_path / "new folder" / "robot.ssdedge"
     bundle.write(path, data)
     got = bundle.read(path)
-    given = {name: data for name, (_, data) in entries.items()}
-    assert got.entries == {**given, "manifest.json": files.json_bytes(got.manifest)}
+    packed = {name: data for name, (_, data) in entries.items()}
+    assert got.entries == {**packed, "manifest.json": files.json_bytes(got.manifest)}
     assert {key: got.manifest[key] for key in manifest} == manifest
     assert (got.manifest["format"], got.manifest["version"]) == ("ssd-edge-bundle", 1)
     assert got.sha256 == files.sha256(data)
@@ -94,25 +94,25 @@ def test_missing_file_and_folder_are_input_errors(tmp_path):
         bundle.write(tmp_path, b"")
 
 
-def test_needs_neither_torch_nor_onnx():
+def test_import_does_not_load_torch_or_onnx():
     code = "import sys, ssd_edge.bundle; sys.exit(bool({'torch', 'onnx', 'onnxruntime'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("mend", [bytes, resealed], ids=["damaged", "with a digest that agrees"])
-def test_every_flipped_bit_is_refused(refusal, mend):
+@pytest.mark.parametrize("fix_digest", [bytes, resealed], ids=["stale digest", "valid digest"])
+def test_every_flipped_bit_is_refused(refusal, fix_digest):
     data, rng = bundle.pack(*parts()), random.Random(0)
     for position in range(len(data) - 64):
         flipped = bytearray(data)
         flipped[position] ^= 1 << rng.randrange(8)
-        message = refusal(mend(bytes(flipped)))
-        if mend is bytes and position < len(data) - len("ssd-edge-bundle/1 sha256:") - 64:
+        message = refusal(fix_digest(bytes(flipped)))
+        if fix_digest is bytes and position < len(data) - len("ssd-edge-bundle/1 sha256:") - 64:
             assert message.startswith("it is damaged (it states sha256 11aa1915051e…, but its bytes give ")
     for position in range(len(data) - 64, len(data)):
         refusal(data[:position] + bytes([data[position] ^ 1 << rng.randrange(8)]) + data[position + 1 :])
 
 
-def test_cut_files_are_refused(refusal):
+def test_truncated_files_are_refused(refusal):
     data = bundle.pack(*parts())
     assert refusal(b"") == "it is empty (no 'ssd-edge-bundle/1 sha256:…' at its end); copy or build it again"
     for length in [*range(1, 100), *range(100, len(data) - 100, 37), *range(len(data) - 100, len(data))]:
@@ -137,7 +137,7 @@ def test_random_bytes_are_refused(refusal):
 
 
 def zipped(**options) -> bytes:
-    """The tiny bundle's entries as `zipfile` writes them, with the right comment and digest."""
+    """Return the entries of the tiny bundle as written by `zipfile`, with the right comment and digest."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", **options) as packed:
         for name, data in sorted(contents().items()):
@@ -147,7 +147,7 @@ def zipped(**options) -> bytes:
 
 
 def replaced(old: bytes, new: bytes, count: int = -1) -> bytes:
-    """The tiny bundle with some bytes replaced and the digest made to agree."""
+    """Return the tiny bundle with some bytes replaced and the digest recomputed."""
     data = bundle.pack(*parts())
     assert old in data
     return resealed(data.replace(old, new, count))
@@ -166,7 +166,7 @@ def replaced(old: bytes, new: bytes, count: int = -1) -> bytes:
         pytest.param(lambda: resealed(sealed(contents() | {"zz.md": b""}).replace(b"zz.md", b"AA.md")), id="unsorted"),
     ],
 )
-def test_another_byte_form_is_refused_although_the_digest_agrees(refusal, hostile):
+def test_noncanonical_bytes_with_valid_digest_are_refused(refusal, hostile):
     assert "another tool may have packed it" in refusal(hostile())
 
 
@@ -174,7 +174,7 @@ def test_another_byte_form_is_refused_although_the_digest_agrees(refusal, hostil
     "name",
     ["", "../x", "/x", "a/../b", "a//b", "a/", "./a", ".a", "-rf", "a b", "a\\b", "C:a", "a\n", "x" * 129],
 )
-def test_names_that_lead_elsewhere_are_refused(refusal, name):
+def test_unsafe_entry_names_are_refused(refusal, name):
     assert "is not allowed: it is absolute, hidden" in refusal(sealed({**contents(), name: b""}))
     manifest, entries = parts()
     with pytest.raises(BundleRefusedError, match="is not allowed"):
@@ -184,7 +184,7 @@ def test_names_that_lead_elsewhere_are_refused(refusal, name):
 @pytest.mark.parametrize(
     "name", ["a.engine", "a.plan", "a.trt", "a.so", "a.py", "a.pkl", "a.pt", "a.sh", "a.JSON", "a", "a.onnx/b", "x.sig"]
 )
-def test_kinds_that_no_bundle_needs_are_refused(refusal, name):
+def test_unknown_suffixes_are_refused(refusal, name):
     message = refusal(sealed({**contents(), name: b""}))
     assert (
         f"its entry {name!r} has a suffix that is not allowed in a bundle; allowed are .csv .html .json .md .onnx"
@@ -192,13 +192,13 @@ def test_kinds_that_no_bundle_needs_are_refused(refusal, name):
     )
 
 
-def test_names_that_collide_are_refused(refusal):
-    whole = contents()
-    assert "differ only in case" in refusal(sealed({**whole, "Classes.json": b""}))
-    assert "'classes.json/x' is inside another entry" in refusal(sealed({**whole, "classes.json/x": b""}))
-    twice = sealed({**whole, "extra-a": b"", "extra-b": b""}).replace(b"extra-b", b"extra-a")
+def test_colliding_entry_names_are_refused(refusal):
+    entries = contents()
+    assert "differ only in case" in refusal(sealed({**entries, "Classes.json": b""}))
+    assert "'classes.json/x' is inside another entry" in refusal(sealed({**entries, "classes.json/x": b""}))
+    twice = sealed({**entries, "extra-a": b"", "extra-b": b""}).replace(b"extra-b", b"extra-a")
     assert "its entry 'extra-a' is there twice" in refusal(resealed(twice))
-    foreign = sealed({**whole, "extra-a": b""}).replace(b"extra-a", b"extra-\xe9")
+    foreign = sealed({**entries, "extra-a": b""}).replace(b"extra-a", b"extra-\xe9")
     assert "is not allowed" in refusal(resealed(foreign))
 
 
@@ -208,8 +208,8 @@ def test_limits(refusal, monkeypatch):
     big = b'"' + b"x" * bundle.MAX_JSON_BYTES + b'"\n'
     message = refusal(hand.with_entry("big.json", big, "big"))
     assert "its big.json has 2097155 bytes, but at most 2097152 are allowed" in message
-    claims = replaced(b"\x08\x00\x00\x00\x08\x00\x00\x00", b"\xff\xff\xff\xff\xff\xff\xff\xff")
-    assert "its entry 'MODEL_CARD.md' is longer than the file" in refusal(claims)
+    oversized = replaced(b"\x08\x00\x00\x00\x08\x00\x00\x00", b"\xff\xff\xff\xff\xff\xff\xff\xff")
+    assert "its entry 'MODEL_CARD.md' is longer than the file" in refusal(oversized)
     data = bundle.pack(*parts())
     for limit in (1500, len(data) - 1):
         monkeypatch.setattr(container, "MAX_BYTES", limit)
@@ -220,7 +220,7 @@ def test_limits(refusal, monkeypatch):
     assert bundle.pack(*parts()) == data
 
 
-def test_newer_versions_ask_for_an_upgrade(refusal):
+def test_unsupported_versions_are_refused(refusal):
     expected = "it has format version 2; this SSD-Edge reads 1; upgrade SSD-Edge on this machine"
     assert refusal(replaced(b"ssd-edge-bundle/1 ", b"ssd-edge-bundle/2 ")) == expected
     assert refusal(hand.with_manifest(version=2)).startswith(expected)

@@ -1,4 +1,4 @@
-"""The ONNX rules of docs/bundle.md, against models made by the `onnx` package and by hand."""
+"""Tests of the ONNX rules of docs/bundle.md on models from the `onnx` package and on handwritten bytes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ field, node = hand.field, hand.node
 
 
 def refused(data: bytes) -> str:
+    """Check that a model is refused and return the message."""
     with pytest.raises(BundleRefusedError) as caught:
         scan(data, "x.onnx")
     message = str(caught.value)
@@ -31,9 +32,9 @@ def refused(data: bytes) -> str:
 
 
 def graph(nodes, name="inner", inputs=(), outputs=("y",), tensors=()):
-    made = [helper.make_tensor_value_info(o, TensorProto.FLOAT, [1]) for o in outputs]
-    given = [helper.make_tensor_value_info(i, TensorProto.FLOAT, [1]) for i in inputs]
-    return helper.make_graph(list(nodes), name, given, made, list(tensors))
+    output_info = [helper.make_tensor_value_info(o, TensorProto.FLOAT, [1]) for o in outputs]
+    input_info = [helper.make_tensor_value_info(i, TensorProto.FLOAT, [1]) for i in inputs]
+    return helper.make_graph(list(nodes), name, input_info, output_info, list(tensors))
 
 
 def model(nodes, **more):
@@ -42,7 +43,7 @@ def model(nodes, **more):
 
 
 def nested(inner, depth=1):
-    """`inner` inside branches of If inside branches of If."""
+    """Return `inner` nested in the branches of `depth` If nodes."""
     for _ in range(depth):
         branch = graph([inner])
         inner = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=graph([identity()]))
@@ -62,29 +63,29 @@ def external() -> TensorProto:
 
 
 def every_node(nodes):
-    for one in nodes:
-        yield one
-        for attribute in one.attribute:
+    for parent in nodes:
+        yield parent
+        for attribute in parent.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 yield from every_node(inner.node)
 
 
-def agrees(data: bytes) -> Facts:
-    """The facts, compared with what `onnx` reads from the same bytes."""
+def checked_facts(data: bytes) -> Facts:
+    """Return the facts about a model after comparing them with those that `onnx` parses."""
     parsed, facts = onnx.load_model_from_string(data), scan(data, "x.onnx")
     nodes = list(every_node(parsed.graph.node))
     assert facts.nodes == len(nodes)
-    assert facts.op_types == tuple(sorted({one.op_type for one in nodes}))
+    assert facts.op_types == tuple(sorted({each.op_type for each in nodes}))
     assert [facts.opset] == [entry.version for entry in parsed.opset_import]
     assert [value.name for value in facts.outputs] == [value.name for value in parsed.graph.output]
     assert facts.metadata == {entry.key: entry.value for entry in parsed.metadata_props}
     return facts
 
 
-def test_facts_of_the_tiny_model_and_onnx_takes_it():
+def test_facts_of_the_tiny_model():
     data = hand.onnx(model=field(14, field(1, "who") + field(2, "ß")))
     onnx.checker.check_model(onnx.load_model_from_string(data), full_check=True)
-    assert agrees(data) == Facts(
+    assert checked_facts(data) == Facts(
         opset=18,
         nodes=3,
         op_types=("Cast", "Mul", "ReduceMean"),
@@ -94,7 +95,7 @@ def test_facts_of_the_tiny_model_and_onnx_takes_it():
     )
 
 
-def test_plain_models_of_every_kind_pass():
+def test_valid_models_are_accepted():
     weights = numpy_helper.from_array(np.ones((3, 2), np.float16), "w")
     typed = helper.make_tensor("t", TensorProto.INT64, [3], [1, -1, 2**40])
     ones, places = helper.make_tensor("s", TensorProto.FLOAT, [1], [1.0]), helper.make_tensor("i", 7, [1], [0])
@@ -113,13 +114,13 @@ def test_plain_models_of_every_kind_pass():
     made.graph.value_info.append(helper.make_tensor_sequence_value_info("q", TensorProto.FLOAT, None))
     made.graph.quantization_annotation.add(tensor_name="x").quant_parameter_tensor_names.add(key="S", value="w")
     made.graph.sparse_initializer.append(sparse)
-    facts = agrees(made.SerializeToString())
+    facts = checked_facts(made.SerializeToString())
     assert {"If", "Loop", "Identity"} < set(facts.op_types)
     both = model([identity()], opset_imports=[helper.make_opsetid("ai.onnx", 21)])
-    assert agrees(both.SerializeToString()).opset == 21
+    assert checked_facts(both.SerializeToString()).opset == 21
 
 
-def test_an_input_with_an_initial_value_is_none():
+def test_input_with_an_initializer_is_not_an_input():
     made = model([identity()], tensors=[numpy_helper.from_array(np.zeros(1, np.float32), "x")])
     assert scan(made.SerializeToString(), "x").inputs == ()
 
@@ -137,7 +138,7 @@ HOSTILE_NODES = {
 
 @pytest.mark.parametrize("depth", [0, 1, 5])
 @pytest.mark.parametrize("kind", HOSTILE_NODES)
-def test_hostile_nodes_are_found_however_deep(kind, depth):
+def test_hostile_nodes_are_found_at_any_depth(kind, depth):
     bad, message = HOSTILE_NODES[kind]
     assert message in refused(model([identity(), nested(bad, depth)]).SerializeToString())
     loop = helper.make_node("Loop", ["n", "c"], ["z"], body=graph([nested(bad, depth)]))
@@ -148,24 +149,24 @@ def test_hostile_nodes_are_found_however_deep(kind, depth):
     assert message in refused(model([several]).SerializeToString())
 
 
-def test_weights_in_other_files_are_found_wherever_they_are():
-    away = "keeps the weights of b'w' in another file"
-    assert away in refused(model([identity()], tensors=[external()]).SerializeToString())
-    assert away in refused(model([nested(identity())], tensors=[external()]).SerializeToString())
+def test_external_weights_are_found_everywhere():
+    message = "keeps the weights of b'w' in another file"
+    assert message in refused(model([identity()], tensors=[external()]).SerializeToString())
+    assert message in refused(model([nested(identity())], tensors=[external()]).SerializeToString())
     inner = helper.make_node("If", ["c"], ["y"], then_branch=graph([identity()], tensors=[external()]))
-    assert away in refused(model([inner]).SerializeToString())
+    assert message in refused(model([inner]).SerializeToString())
     sparse = onnx.SparseTensorProto(indices=external(), dims=[1])
     for made in (model([identity()]), model([helper.make_node("Constant", [], ["y"], sparse_value=sparse)])):
         made.graph.sparse_initializer.append(sparse)
-        assert away in refused(made.SerializeToString())
+        assert message in refused(made.SerializeToString())
     several = onnx.NodeProto(op_type="Constant")
     several.attribute.add(name="v").tensors.extend([external()])
-    assert away in refused(model([several]).SerializeToString())
+    assert message in refused(model([several]).SerializeToString())
 
 
 @pytest.mark.parametrize("location", [1, 2, 2**32 + 1, 2**64 - 1])
-def test_any_location_but_the_default_is_refused(location):
-    """2^32 + 1 is cut to 1 by protobuf: EXTERNAL."""
+def test_nondefault_data_location_is_refused(location):
+    """Include 2^32 + 1, which protobuf truncates to 1 (EXTERNAL)."""
     tensor = hand.tensor("axes", 7, [2], struct.pack("<2q", 1, 2), field(14, location))
     assert "in another file" in refused(hand.onnx(tensors=[tensor]))
     if location == 2**32 + 1:
@@ -175,7 +176,7 @@ def test_any_location_but_the_default_is_refused(location):
     assert scan(hand.onnx(tensors=[harmless]), "x").nodes == 3
 
 
-def test_functions_and_training_are_refused():
+def test_functions_and_training_info_are_refused():
     function = helper.make_function("ai.onnx", "F", ["x"], ["y"], [identity()], [helper.make_opsetid("", 18)])
     made = model([identity()])
     made.functions.append(function)
@@ -196,11 +197,11 @@ def test_opsets():
         assert f"names opset {version}" in refused(hand.onnx(opsets=(("", version),)))
 
 
-def test_what_readers_would_merge_or_drop_is_refused():
-    """Protobuf merges two graphs into one and takes the last of two strings; others take the first, or the last."""
+def test_duplicate_fields_are_refused():
+    """Refuse duplicates: protobuf merges two graphs and keeps the last string, other parsers keep the first."""
     bad = field(7, field(1, node("Gemm", [], [], field(7, "com.microsoft"))))
     merged = hand.onnx(model=bad)
-    assert [one.domain for one in onnx.load_model_from_string(merged).graph.node] == ["", "", "", "com.microsoft"]
+    assert [each.domain for each in onnx.load_model_from_string(merged).graph.node] == ["", "", "", "com.microsoft"]
     assert "has field 7 of a model twice, which readers merge or drop" in refused(merged)
     domains = node("Gemm", [], [], field(7, "com.microsoft"), field(7, ""))
     assert "has field 7 of a node twice" in refused(hand.onnx(nodes=[domains]))
@@ -214,8 +215,8 @@ def test_what_readers_would_merge_or_drop_is_refused():
     assert "has a type with two values" in refused(hand.onnx(graph=field(13, value)))
 
 
-def test_a_model_that_is_also_in_the_format_of_onnx_runtime_is_refused():
-    """ONNX Runtime looks for its own mark first; the rest may be a faultless ONNX model."""
+def test_polyglot_of_onnx_and_ort_format_is_refused():
+    """Refuse an ONNX model that ONNX Runtime would load as its own format because of its magic bytes."""
     data = hand.onnx()
     polyglot = data[:2] + field(2, "ORTM") + data[2:]
     assert polyglot[4:8] == b"ORTM"
@@ -245,8 +246,8 @@ def test_a_model_that_is_also_in_the_format_of_onnx_runtime_is_refused():
         (hand.onnx(model=b"\x12\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"), "ends within field 2 of its model"),
         (hand.onnx(model=b"\x12\xff\xff\xff\xff\xff\xff\xff\xff\xff\x02"), "has a broken number at byte"),
         (hand.onnx(model=b"\x12" + b"\xff" * 11), "has a broken number at byte"),
-        (hand.onnx(model=b"\x12\x80\x00"), "has a broken number at byte"),  # zero, padded
-        (hand.onnx(model=b"\xba\x00\x00"), "has a broken number at byte"),  # field 7, padded
+        (hand.onnx(model=b"\x12\x80\x00"), "has a broken number at byte"),  # overlong encoding of 0
+        (hand.onnx(model=b"\xba\x00\x00"), "has a broken number at byte"),  # overlong encoding of field 7
         (hand.onnx(graph=b"\x0a\x7f"), "ends within field 1 of its graph"),
         (hand.onnx(graph=field(12, field(1, b"\xff"))), "has a name that is not UTF-8"),
         (hand.onnx(graph=field(12, field(1, "y"))), "has an input or output 'y' that is not a tensor"),
@@ -254,14 +255,14 @@ def test_a_model_that_is_also_in_the_format_of_onnx_runtime_is_refused():
         (hand.onnx(nodes=[]), "has no nodes"),
     ],
 )
-def test_what_is_not_plain_onnx_is_refused(data, message):
+def test_malformed_models_are_refused(data, message):
     assert message in refused(data)
 
 
 def test_limits():
-    one = field(1, node("Abs", ["x"], ["y"]))
-    assert scan(hand.onnx(graph=one * (onnx_scan.MAX_NODES - 3)), "x").nodes == onnx_scan.MAX_NODES
-    assert f"has more than {onnx_scan.MAX_NODES} nodes" in refused(hand.onnx(graph=one * (onnx_scan.MAX_NODES - 2)))
+    single = field(1, node("Abs", ["x"], ["y"]))
+    assert scan(hand.onnx(graph=single * (onnx_scan.MAX_NODES - 3)), "x").nodes == onnx_scan.MAX_NODES
+    assert f"has more than {onnx_scan.MAX_NODES} nodes" in refused(hand.onnx(graph=single * (onnx_scan.MAX_NODES - 2)))
     many = node("Concat", [""] * onnx_scan.MAX_FIELDS, ["y"])
     assert f"has more than {onnx_scan.MAX_FIELDS} fields" in refused(hand.onnx(nodes=[many]))
     deep = b""
@@ -274,24 +275,24 @@ def test_limits():
     assert "is nested deeper" in refused(hand.onnx(graph=field(13, field(2, kind))))
 
 
-def test_weights_cost_nothing():
+def test_scanning_weights_takes_no_memory_or_time():
     weights = hand.tensor("quarter", 1, [3], bytes(40_000_000))
     data = hand.onnx(tensors=[weights])
     tracemalloc.start()
     try:
-        began = time.perf_counter()
+        start = time.perf_counter()
         scan(data, "x")
-        took, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+        seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 100_000
-    assert took < 0.5  # 0.5 ms where it was written
+    assert seconds < 0.5  # about 0.5 ms on a desktop CPU
 
 
-def test_mutants_that_are_taken_hide_nothing():
-    """Whatever the scanner takes, `onnx` parses, to the same operators, and nothing that the rules forbid."""
-    whole = model([nested(identity(), 2)], tensors=[numpy_helper.from_array(np.ones(2, np.float32), "w")])
-    seeds, rng, taken = (whole.SerializeToString(), hand.onnx()), random.Random(0), 0
+def test_accepted_mutants_are_valid_onnx():
+    """Every mutant that the scanner accepts is parsed by `onnx` to the same operators and breaks no rule."""
+    valid = model([nested(identity(), 2)], tensors=[numpy_helper.from_array(np.ones(2, np.float32), "w")])
+    seeds, rng, accepted = (valid.SerializeToString(), hand.onnx()), random.Random(0), 0
     for _ in range(3000):
         data = bytearray(rng.choice(seeds))
         for _ in range(rng.randint(1, 3)):
@@ -305,11 +306,11 @@ def test_mutants_that_are_taken_hide_nothing():
             facts = scan(bytes(data), "x.onnx")
         except BundleRefusedError:
             continue
-        taken += 1
+        accepted += 1
         parsed = onnx.load_model_from_string(bytes(data))
         nodes = list(every_node(parsed.graph.node))
-        assert (facts.nodes, set(facts.op_types)) == (len(nodes), {one.op_type for one in nodes})
-        assert {one.domain for one in nodes} <= {"", "ai.onnx"}
+        assert (facts.nodes, set(facts.op_types)) == (len(nodes), {each.op_type for each in nodes})
+        assert {each.domain for each in nodes} <= {"", "ai.onnx"}
         assert not parsed.functions
         assert all(not tensor.external_data and not tensor.data_location for tensor in parsed.graph.initializer)
-    assert taken > 100
+    assert accepted > 100

@@ -1,4 +1,4 @@
-"""Keys and signatures: fixed bytes, what OpenSSL says of them, and everything that must be refused."""
+"""Tests of keys and signatures: golden bytes, verification with OpenSSL, and refused keys and signatures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest.importorskip("cryptography")
 
 @pytest.fixture
 def key(tmp_path):
-    """The file of the private key whose seed is fixed."""
+    """Return the path of a private key with a fixed seed."""
     return hand.write_key(tmp_path)
 
 
@@ -42,7 +42,7 @@ def test_golden_signature(key, tmp_path):
         b'{\n  "algorithm": "ed25519",\n  "key": "56475aa75463474c",\n  "signature": "aEhVtaM9Y27WY4ci+8RyKaf8NUV/'
         b'anO7uUkU7BDcZqZUdLvZFqtyok0z2rGAtvKrVtdX0FBw0jpl4hGy7BWkDA=="\n}\n'
     )
-    # A change of this literal is a change of the format: old bundles would be refused.
+    # Changing this digest means changing the format: existing bundles would be refused.
     assert files.sha256(data) == "f9b661527f29c7eca17a34f615e5f73903b4722a395e145dac88f0112bcd611c"
     raw = signing.load_private(key).public_key().public_bytes_raw()
     assert read_back.signature.key == files.sha256(raw)[:16]
@@ -52,7 +52,7 @@ def test_golden_signature(key, tmp_path):
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="the command of docs/bundle.md needs openssl")
 def test_openssl_agrees(tmp_path):
-    """The lines of docs/bundle.md, as they stand there."""
+    """Run the commands of docs/bundle.md as they are printed there."""
     text = (Path(__file__).parents[3] / "docs" / "bundle.md").read_text(encoding="utf-8")
     lines = text.split("```sh\n", 1)[1].split("```", 1)[0]
     assert "openssl pkeyutl -verify" in lines
@@ -97,13 +97,13 @@ def test_new_keys(tmp_path):
             signing.new_key(tmp_path, name)
 
 
-def test_a_private_key_is_never_readable_by_others_not_even_for_a_moment(tmp_path, monkeypatch):
-    """At its first write the file has its mode already, whatever the umask."""
-    seen = []
+def test_private_key_is_created_with_mode_0600(tmp_path, monkeypatch):
+    """Check the mode when the file is opened, with a umask of 0."""
+    modes = []
     real = signing.os.fdopen
 
     def watch(handle, mode):
-        seen.append(stat.S_IMODE(signing.os.fstat(handle).st_mode))
+        modes.append(stat.S_IMODE(signing.os.fstat(handle).st_mode))
         return real(handle, mode)
 
     monkeypatch.setattr(signing.os, "fdopen", watch)
@@ -112,10 +112,10 @@ def test_a_private_key_is_never_readable_by_others_not_even_for_a_moment(tmp_pat
         signing.new_key(tmp_path, "lab")
     finally:
         signing.os.umask(before)
-    assert seen == [0o600, 0o644]
+    assert modes == [0o600, 0o644]
 
 
-def test_half_a_pair_is_not_left_behind(tmp_path, monkeypatch):
+def test_failed_write_leaves_no_half_key_pair(tmp_path, monkeypatch):
     real = signing._create
 
     def fail(path, data, mode):
@@ -130,7 +130,7 @@ def test_half_a_pair_is_not_left_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660])
-def test_a_private_key_that_others_may_read_is_not_used(key, mode):
+def test_private_key_readable_by_others_is_refused(key, mode):
     key.chmod(mode)
     with pytest.raises(InputError, match=rf"is readable by others \(mode {mode:04o}.*run: chmod 600 .*fixed\.key"):
         signing.signer(key)
@@ -142,20 +142,20 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-def test_files_that_hold_no_key(tmp_path, key):
+def test_invalid_key_files_are_refused(tmp_path, key):
     from cryptography.hazmat.primitives import serialization as pem
     from cryptography.hazmat.primitives.asymmetric import ec
 
     other = ec.generate_private_key(ec.SECP256R1())
     plain = (pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
-    locked = (pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.BestAvailableEncryption(b"x"))
+    encrypted = (pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.BestAvailableEncryption(b"x"))
     shown = (pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
     for data, message in (
         (b"", "does not contain a private key in PEM format"),
         (b"\xff" * 99, "does not contain a private key in PEM format"),
         (key.read_bytes()[:60], "does not contain a private key in PEM format"),
         (other.private_bytes(*plain), "contains a key that is not Ed25519"),
-        (signing.load_private(key).private_bytes(*locked), "has a password"),
+        (signing.load_private(key).private_bytes(*encrypted), "has a password"),
     ):
         with pytest.raises(InputError, match=message):
             signing.load_private(write(tmp_path / "a.key", data))
@@ -173,20 +173,20 @@ def test_files_that_hold_no_key(tmp_path, key):
         signing.load_public(tmp_path / "none.pub")
 
 
-def test_trusted_keys_are_all_or_nothing(tmp_path):
+def test_one_invalid_trusted_key_is_an_error(tmp_path):
     assert signing.trusted(tmp_path / "none") == {}
     folder = tmp_path / "trusted"
     for name in ("a", "b"):
         signing.new_key(folder, name)
-    found = signing.trusted(folder)
-    assert len(found) == 2
-    assert all(signing.key_id(key) == identity for identity, key in found.items())
+    keys = signing.trusted(folder)
+    assert len(keys) == 2
+    assert all(signing.key_id(key) == identity for identity, key in keys.items())
     (folder / "c.pub").write_text("not a key")
     with pytest.raises(InputError, match=r"c\.pub does not contain a public key"):
         signing.trusted(folder)
 
 
-def test_what_is_not_signed_by_a_trusted_key_is_refused(tmp_path, key):
+def test_bundle_without_trusted_signature_is_refused(tmp_path, key):
     own = public(key)
     (identity,) = own
     other = public(signing.new_key(tmp_path, "other")[0])
@@ -204,13 +204,13 @@ def test_what_is_not_signed_by_a_trusted_key_is_refused(tmp_path, key):
     assert signing.check(made, {**own, **other}) == identity
 
 
-def test_a_signature_is_of_one_manifest(tmp_path, key):
-    """The signature of one bundle on another, whose every digest agrees; and under another key's name."""
+def test_signature_of_another_manifest_is_refused(tmp_path, key):
+    """Use a signature on another manifest with valid digests, and under the id of another key."""
     made = hand.contents(bundle.pack(*hand.parts(), signing.signer(key)))
     own = public(key)
-    lied = {**made, "manifest.json": made["manifest.json"].replace(b'"release": 7', b'"release": 8')}
+    edited = {**made, "manifest.json": made["manifest.json"].replace(b'"release": 7', b'"release": 8')}
     swapped = hand.relisted({**made, "learner.safetensors": hand.vector(9.0, 9.0)})
-    for changed in (lied, swapped):
+    for changed in (edited, swapped):
         opened = read(tmp_path, hand.sealed(changed))
         with pytest.raises(
             BundleRefusedError, match=r"signature of the bundle 'robot' by \w+ does not match its manifest"
@@ -224,7 +224,7 @@ def test_a_signature_is_of_one_manifest(tmp_path, key):
         signing.check(opened, {**own, **other})
 
 
-def test_without_the_library_nothing_is_let_through(tmp_path, key):
+def test_missing_cryptography_is_an_error(tmp_path, key):
     signing.new_key(tmp_path / "trusted", "lab")
     data = tmp_path / "signed.ssdedge"
     data.write_bytes(bundle.pack(*hand.parts(), signing.signer(key)))
@@ -251,7 +251,7 @@ for call in (
     except EnvironmentUnfitError as error:
         assert "'cryptography' is needed" in str(error), error
     else:
-        sys.exit("let through")
+        sys.exit("no error was raised")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
