@@ -1,4 +1,4 @@
-"""A random ResNet-9 package, a tiny ONNX backbone, and finished runs of both, made by hand."""
+"""Fixtures for the exporters: random backbone packages, a tiny ONNX backbone, and a finished run of each."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ FINISHED = "2026-11-21T04:33:00Z"
 
 
 def patches(count: int) -> np.ndarray:
-    """Seeded images of 4 × 4 coloured patches, uint8 ``(count, 32, 32, 3)``."""
+    """Return seeded images of 4 × 4 coloured patches, uint8 ``(count, 32, 32, 3)``."""
     coarse = np.random.default_rng(count).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     return coarse.repeat(8, axis=1).repeat(8, axis=2)
 
 
 def random_package(arch: str, folder: Path) -> BackbonePackage:
-    """Random weights with the statistics that they have on coarse patches.
+    """Save and return a package with random weights and the feature statistics of these weights on coarse patches.
 
-    On fine noise the features of a random network are all but constant; standardised, they would be rounding.
+    On pixel noise the features of a random network are almost constant, and standardising would amplify rounding.
     """
     torch.manual_seed(0)
     body = ARCHITECTURES[arch]().eval()
@@ -59,7 +59,7 @@ def random_package(arch: str, folder: Path) -> BackbonePackage:
 
 
 def tiny_onnx() -> bytes:
-    """Convolution, ReLU, pooling: 8 × 8 pixels to 6 features."""
+    """Return an ONNX model with a convolution, ReLU and pooling: 8 × 8 pixels to 6 features."""
     weight = np.random.default_rng(5).standard_normal((6, 3, 3, 3)).astype(np.float32)
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["conv"]),
@@ -80,9 +80,9 @@ def tiny_onnx() -> bytes:
 
 
 def write_run(folder: Path, config: TrainConfig, embedder: Embedder) -> Path:
-    """What `training.Run` leaves behind, from two tasks: the first class, then the others."""
+    """Write the folder of a finished run that learned two tasks: the first class, then the others."""
     dataset = data.load(config.data, config.run.seed)
-    names = dataset.classes[::-1]  # rows are not labels
+    names = dataset.classes[::-1]  # so that rows differ from labels
     rows = torch.from_numpy(len(names) - 1 - dataset.train_labels)
     embeddings = embedder.embed(dataset.train.load(range(len(dataset.train)), embedder.size))
     folder.mkdir(parents=True)
@@ -92,8 +92,8 @@ def write_run(folder: Path, config: TrainConfig, embedder: Embedder) -> Path:
         files.write_tensors(folder / "standardisation.safetensors", {"mu": mu, "sigma": sigma})
     vectors = torch.from_numpy(embeddings)
     learner = learners.build(config.learner, embedder.dim, embedder.priors, config.run.seed)
-    for chosen in (rows == 0, rows > 0):
-        learner.learn(learners.Task(vectors[chosen], rows[chosen]))
+    for mask in (rows == 0, rows > 0):
+        learner.learn(learners.Task(vectors[mask], rows[mask]))
     storage.write_config(folder, config)
     files.write_tensors(folder / "learner.safetensors", *learners.pack(learner))
     statistics = ClassStatistics(embedder.dim)
@@ -157,7 +157,7 @@ def convmixer(tmp_path_factory: pytest.TempPathFactory) -> BackbonePackage:
 
 @pytest.fixture(scope="session")
 def package_run(package_folder: Path, package: BackbonePackage, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `landmark` on three digits, with the ResNet-9 package."""
+    """Return a run of `landmark` on three digits, with the ResNet-9 package."""
     tree = {
         "data": {"path": "digits", "classes": ["1", "3", "4"], "max_per_class": 40},
         "backbone": {"path": str(package_folder)},
@@ -169,7 +169,7 @@ def package_run(package_folder: Path, package: BackbonePackage, tmp_path_factory
 
 @pytest.fixture(scope="session")
 def onnx_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `ncm` on three digits, with a user's ONNX backbone."""
+    """Return a run of `ncm` on three digits, with an ONNX backbone of the user."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "tiny.onnx").write_bytes(tiny_onnx())
     tree = {

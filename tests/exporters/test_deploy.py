@@ -1,4 +1,4 @@
-"""`deploy`: what is in the bundle of a run, that it computes what the run computed, and what is refused."""
+"""Tests of `deploy`: contents of the bundle, agreement with the run, and refused inputs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ssd_edge.run import storage
 
 @pytest.fixture(scope="module")
 def deployed(package_run, tmp_path_factory) -> tuple[Path, DeployResult, list[str]]:
-    """A bundle, what `deploy` returned, and what it said."""
-    path, said = tmp_path_factory.mktemp("bundle") / "robot.ssdedge", []
-    return path, deploy(package_run, Options("jetson"), path, said.append), said
+    """Return the path of a bundle, the result of `deploy` and its log lines."""
+    path, lines = tmp_path_factory.mktemp("bundle") / "robot.ssdedge", []
+    return path, deploy(package_run, Options("jetson"), path, lines.append), lines
 
 
 @pytest.fixture
 def own_run(onnx_run, tmp_path) -> Path:
-    """A copy of the run with a user's ONNX backbone, to be damaged."""
+    """Return a copy of the run with an ONNX backbone, for tests that modify it."""
     return shutil.copytree(onnx_run, tmp_path / "run")
 
 
@@ -38,7 +38,7 @@ def edit(path: Path, **changes) -> None:
     files.write_json(path, {**json.loads(path.read_bytes()), **changes})
 
 
-def quietly(run_folder: Path, output: Path, target: str = "cpu", **options) -> DeployResult:
+def deploy_silently(run_folder: Path, output: Path, target: str = "cpu", **options) -> DeployResult:
     return deploy(run_folder, Options(target, **options), output, lambda line: None)
 
 
@@ -47,23 +47,23 @@ def digits(run_folder: Path, size: int) -> np.ndarray:
     return data.load(config.data, config.run.seed).test.load(range(20), size)
 
 
-# What is in it
+# Contents
 
 
-def test_what_is_returned_is_what_was_written(deployed):
-    path, returned, _ = deployed
+def test_result_matches_the_bundle(deployed):
+    path, result, _ = deployed
     read = bundle.read(path)
-    assert returned.bundle == str(path)
-    assert (returned.bytes, returned.sha256) == (path.stat().st_size, read.sha256)
-    assert (returned.target, returned.classes) == ("jetson", ["4", "3", "1"])
-    assert returned.parity == read.manifest["parity"]
-    assert list(returned.to_dict()) == [
+    assert result.bundle == str(path)
+    assert (result.bytes, result.sha256) == (path.stat().st_size, read.sha256)
+    assert (result.target, result.classes) == ("jetson", ["4", "3", "1"])
+    assert result.parity == read.manifest["parity"]
+    assert list(result.to_dict()) == [
         *("bundle", "bytes", "sha256", "precision", "parity", "target", "classes", "release", "signed_by", "tensorrt"),
         "seconds",
     ]
 
 
-def test_the_manifest_says_what_it_is_and_how_it_came_about(deployed, package):
+def test_manifest_describes_the_run(deployed, package):
     manifest = bundle.read(deployed[0]).manifest
     assert (manifest["name"], manifest["created"]) == ("robot", "2026-11-21T04:33:00Z")
     assert (manifest["target"], manifest["classes"]) == ("jetson", ["4", "3", "1"])
@@ -76,105 +76,106 @@ def test_the_manifest_says_what_it_is_and_how_it_came_about(deployed, package):
     assert manifest["release"] == 1795235580  # when the run finished: 2026-11-21T04:33:00Z
 
 
-def test_bundle_and_run_predict_the_same(deployed, package_run, package):
+def test_bundle_and_run_give_the_same_predictions(deployed, package_run, package):
     read = bundle.read(deployed[0])
     images = digits(package_run, 32)
     embeddings = run(open_session(read.read("backbone")), images)
-    wanted = TorchEmbedder(package, torch.device("cpu")).embed(images)
-    np.testing.assert_allclose(embeddings, wanted, atol=0.05)  # standard deviations; it is fp16
-    there = learners.restore(*read.tensors("learner"))
-    here = learners.restore(*files.read_tensors(package_run / "learner.safetensors"))
-    predicted = there.predict(torch.from_numpy(embeddings))
-    assert predicted.tolist() == here.predict(torch.from_numpy(wanted)).tolist()
+    expected = TorchEmbedder(package, torch.device("cpu")).embed(images)
+    np.testing.assert_allclose(embeddings, expected, atol=0.05)  # standard deviations; the bundle is fp16
+    exported = learners.restore(*read.tensors("learner"))
+    original = learners.restore(*files.read_tensors(package_run / "learner.safetensors"))
+    predicted = exported.predict(torch.from_numpy(embeddings))
+    assert predicted.tolist() == original.predict(torch.from_numpy(expected)).tolist()
     assert {read.registry.names[row] for row in predicted.tolist()} == {"1", "3", "4"}
 
 
-def test_states_are_those_of_the_run_byte_for_byte(deployed, package_run):
+def test_learner_and_statistics_are_copied_unchanged(deployed, package_run):
     read = bundle.read(deployed[0])
     assert set(read.roles) == set(bundle.ROLES) - {"head"}
     for role in ("learner", "statistics"):
         assert read.read(role) == (package_run / bundle.ROLES[role]).read_bytes()
 
 
-def test_parity_is_measured_on_synthetic_and_on_test_images(deployed):
+def test_parity_is_measured_on_synthetic_and_test_images(deployed):
     parity = deployed[1].parity
     assert parity["precision"] == "fp16"
     assert parity["synthetic"]["images"] == 32
     assert parity["test"]["agreement"] >= 0.99
-    assert parity["test"]["accuracy"]["reference"] > 0.8  # rows, not labels
+    assert parity["test"]["accuracy"]["reference"] > 0.8  # at chance if rows were taken for labels
     assert abs(parity["test"]["accuracy"]["exported"] - parity["test"]["accuracy"]["reference"]) <= 0.01
 
 
-def test_a_run_gives_the_same_bytes_again(deployed, package_run, tmp_path):
+def test_deploy_is_reproducible(deployed, package_run, tmp_path):
     path = tmp_path / "robot.ssdedge"
-    quietly(package_run, path, "jetson")
+    deploy_silently(package_run, path, "jetson")
     assert path.read_bytes() == deployed[0].read_bytes()
 
 
-def test_the_bundle_does_not_tell_where_the_run_and_its_backbone_lay(deployed, package_run, package_folder):
+def test_bundle_contains_no_local_paths(deployed, package_run, package_folder):
     content = deployed[0].read_bytes()
     for folder in (package_run, package_folder, Path.cwd()):
         assert str(folder).encode() not in content
 
 
-# A user's own backbone
+# ONNX backbones
 
 
-def test_a_users_backbone_is_standardised_in_the_graph(onnx_run, tmp_path):
+def test_onnx_backbone_is_standardised_in_the_graph(onnx_run, tmp_path):
     path = tmp_path / "own.ssdedge"
-    returned = quietly(onnx_run, path)
+    result = deploy_silently(onnx_run, path)
     read = bundle.read(path)
     images = digits(onnx_run, 8)
     arrays, _ = files.read_tensors(onnx_run / "standardisation.safetensors")
-    wanted = (OnnxEmbedder(storage.open_folder(onnx_run).backbone).embed(images) - arrays["mu"]) / arrays["sigma"]
-    np.testing.assert_allclose(run(open_session(read.read("backbone")), images), wanted, atol=1e-5)
+    expected = (OnnxEmbedder(storage.open_folder(onnx_run).backbone).embed(images) - arrays["mu"]) / arrays["sigma"]
+    np.testing.assert_allclose(run(open_session(read.read("backbone")), images), expected, atol=1e-5)
     assert read.manifest["backbone"]["provenance"]["file"] == "tiny.onnx"
-    assert returned.parity["test"]["accuracy"]["exported"] > 0.6
+    assert result.parity["test"]["accuracy"]["exported"] > 0.6
 
 
-def test_an_older_bundle_is_replaced(onnx_run, tmp_path):
+def test_existing_bundle_is_replaced(onnx_run, tmp_path):
     path = tmp_path / "own.ssdedge"
     path.write_bytes(b"old")
-    quietly(onnx_run, path)
+    deploy_silently(onnx_run, path)
     assert bundle.read(path).manifest["name"] == "own"
 
 
-# Data that is gone
+# Missing data
 
 
 @pytest.mark.parametrize("reason", ["does not exist any more", "has changed"])
-def test_without_the_runs_data_synthetic_images_must_do_and_that_is_said(own_run, tmp_path, reason):
+def test_without_data_parity_is_measured_on_synthetic_images(own_run, tmp_path, reason):
     if reason == "has changed":
         edit(own_run / "run.json", identity={"data": "another"})
     else:
         config = (own_run / "config.yaml").read_text()
         (own_run / "config.yaml").write_text(config.replace("path: digits", "path: gone"))
-    said = []
-    measured = deploy(own_run, Options("cpu"), tmp_path / "own.ssdedge", said.append).parity
+    lines = []
+    measured = deploy(own_run, Options("cpu"), tmp_path / "own.ssdedge", lines.append).parity
     assert set(measured) == {"precision", "synthetic"}
-    told = "digits has changed since the run" if reason == "has changed" else "there is no data set at"
-    assert any(line.startswith("parity on synthetic images only") and told in line for line in said)
+    expected = "digits has changed since the run" if reason == "has changed" else "there is no data set at"
+    assert any(line.startswith("parity on synthetic images only") and expected in line for line in lines)
 
 
-# What is refused
+# Refused runs
 
 
 def refused(run_folder: Path, output: Path, sentence: str, error: type = InputError, target: str = "cpu") -> None:
+    """Check that `deploy` raises an error and writes nothing."""
     with pytest.raises(error, match=sentence):
-        quietly(run_folder, output, target)
+        deploy_silently(run_folder, output, target)
     assert not output.exists() or output.is_dir()
 
 
-def test_an_unknown_target_is_refused_with_the_nearest(own_run, tmp_path):
+def test_unknown_target_suggests_the_nearest(own_run, tmp_path):
     refused(own_run, tmp_path / "b", "unknown target 'jetson-orin'.* Did you mean 'jetson-", target="jetson-orin")
 
 
-def test_a_folder_that_is_missing_or_no_run_is_refused(tmp_path):
+def test_missing_folder_or_not_a_run_is_refused(tmp_path):
     refused(tmp_path / "none", tmp_path / "b", "none does not exist; runs are")
     refused(tmp_path, tmp_path / "b", "is not a run: config.yaml and run.json missing")
 
 
-def test_an_unfinished_run_is_refused_with_the_command_that_finishes_it(own_run, tmp_path):
+def test_unfinished_run_names_the_resume_command(own_run, tmp_path):
     edit(own_run / "run.json", status="running")
     refused(own_run, tmp_path / "b", f"is not finished.*ssd-edge train --resume {own_run}")
 
@@ -182,28 +183,28 @@ def test_an_unfinished_run_is_refused_with_the_command_that_finishes_it(own_run,
 @pytest.mark.parametrize(
     "name", ["metrics.json", "backbone.json", "classes.json", "learner.safetensors", "statistics.safetensors"]
 )
-def test_a_run_without_one_of_its_files_is_refused_by_name(own_run, tmp_path, name):
+def test_missing_file_of_a_run_is_named(own_run, tmp_path, name):
     (own_run / name).unlink()
     refused(own_run, tmp_path / "b", f"is not a complete run: {name} missing")
 
 
-def test_without_its_standardisation_it_is_refused(own_run, tmp_path):
+def test_missing_standardisation_is_refused(own_run, tmp_path):
     (own_run / "standardisation.safetensors").unlink()
     refused(own_run, tmp_path / "b", r"standardisation\.safetensors does not exist")
 
 
-def test_an_output_that_cannot_be_is_refused_before_anything_is_done(own_run, tmp_path):
+def test_invalid_output_path_is_refused(own_run, tmp_path):
     refused(own_run, tmp_path / "none" / "b", r"the folder of .*none/b does not exist; create it first")
     refused(own_run, tmp_path, "is a folder, but a file is needed")
 
 
-def test_a_backbone_that_has_changed_is_refused_with_both_identities(own_run, onnx_run, tmp_path):
+def test_changed_onnx_backbone_is_refused(own_run, onnx_run, tmp_path):
     identity = json.loads((onnx_run / "backbone.json").read_bytes())["identity"]
     edit(own_run / "backbone.json", identity="another")
     refused(own_run, tmp_path / "b", f"tiny.onnx is {identity}, but .* was made with another; restore")
 
 
-def test_so_is_a_package_that_has_changed(package_run, package, tmp_path):
+def test_changed_package_is_refused(package_run, package, tmp_path):
     other = tmp_path / "other"
     packages.save(
         packages.BackbonePackage(package.weights, package.mu + 1, package.sigma, package.priors, package.card), other
@@ -215,7 +216,7 @@ def test_so_is_a_package_that_has_changed(package_run, package, tmp_path):
     refused(copy, tmp_path / "b", f"but .* was made with {package.identity}")
 
 
-def test_a_backbone_that_is_gone_is_refused(package_run, tmp_path):
+def test_missing_backbone_is_refused(package_run, tmp_path):
     copy = shutil.copytree(package_run, tmp_path / "run")
     old = storage.open_folder(package_run).backbone.path
     text = (copy / "config.yaml").read_text()
@@ -232,56 +233,56 @@ def test_damaged_files_are_refused(own_run, tmp_path):
     refused(own_run, tmp_path / "b", "metrics.json is not valid JSON", BundleRefusedError)
 
 
-def test_files_of_two_runs_are_refused(own_run, package_run, tmp_path):
+def test_mixed_files_of_two_runs_are_refused(own_run, package_run, tmp_path):
     shutil.copy(package_run / "statistics.safetensors", own_run)
     refused(own_run, tmp_path / "b", r"'sums' .* must have the shape \(3, 6\), but has", BundleRefusedError)
     shutil.copy(package_run / "learner.safetensors", own_run)
     refused(own_run, tmp_path / "b", "3 classes and embeddings of 256, but .* say 3 and 6", BundleRefusedError)
 
 
-def test_a_learner_that_cannot_be_restored_is_refused(own_run, tmp_path):
+def test_invalid_learner_state_is_refused(own_run, tmp_path):
     files.write_tensors(own_run / "learner.safetensors", {"sums": np.zeros(3)}, {"learner": "ncm"})
     refused(own_run, tmp_path / "b", "metadata of the learner's state is invalid", BundleRefusedError)
 
 
-def test_an_export_that_computes_something_else_is_refused_and_the_old_bundle_stays(own_run, tmp_path, monkeypatch):
+def test_failed_parity_keeps_the_existing_bundle(own_run, tmp_path, monkeypatch):
     path = tmp_path / "own.ssdedge"
     path.write_bytes(b"old")
 
-    def wrong(*arguments) -> bytes:
-        *others, mu, sigma = arguments
+    def wrong(*args) -> bytes:
+        *others, mu, sigma = args
         return original(*others, mu + sigma, sigma)
 
     original = packing.compose
     monkeypatch.setattr(packing, "compose", wrong)
     with pytest.raises(GateRefusedError, match=r"differs by .* standard deviations.*nothing was written"):
-        quietly(own_run, path)
+        deploy_silently(own_run, path)
     assert path.read_bytes() == b"old"
 
 
-# What is asked for besides
+# Options
 
 
-def test_the_head_answers_what_the_learner_answers(onnx_run, tmp_path):
+def test_head_predicts_like_the_learner(onnx_run, tmp_path):
     path = tmp_path / "own.ssdedge"
-    quietly(onnx_run, path, head=True)
+    deploy_silently(onnx_run, path, head=True)
     read = bundle.read(path)
     arrays, _ = read.tensors("probe")
     (scores,) = open_session(read.read("head")).run(None, {"embeddings": arrays["embeddings"]})
     assert scores.argmax(1).tolist() == arrays["rows"].tolist()
 
 
-def test_a_key_signs_and_the_release_is_the_users(onnx_run, tmp_path):
+def test_sign_and_release_options(onnx_run, tmp_path):
     private, public = signing.new_key(tmp_path, "ours")
     path = tmp_path / "own.ssdedge"
-    returned = quietly(onnx_run, path, sign=private, release=12)
+    result = deploy_silently(onnx_run, path, sign=private, release=12)
     read = bundle.read(path)
     keys = {signing.key_id(signing.load_public(public)): signing.load_public(public)}
-    assert signing.check(read, keys) == returned.signed_by
-    assert read.manifest["release"] == returned.release == 12
+    assert signing.check(read, keys) == result.signed_by
+    assert read.manifest["release"] == result.release == 12
 
 
-def test_the_probe_holds_what_the_graph_gives_and_what_it_may_differ_by(deployed):
+def test_probe_contains_embeddings_and_limits(deployed):
     read = bundle.read(deployed[0])
     arrays, limits = read.tensors("probe")
     assert arrays["images"].shape == (8, 32, 32, 3)
@@ -301,52 +302,52 @@ def test_the_probe_holds_what_the_graph_gives_and_what_it_may_differ_by(deployed
         ({"sign": Path("none.key")}, "none.key does not exist"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_the_export(onnx_run, tmp_path, monkeypatch, options, sentence):
+def test_invalid_options_are_refused_before_the_export(onnx_run, tmp_path, monkeypatch, options, sentence):
     monkeypatch.setattr(packing, "_export", None)
     with pytest.raises(InputError, match=sentence):
-        quietly(onnx_run, tmp_path / "b", **options)
+        deploy_silently(onnx_run, tmp_path / "b", **options)
 
 
-def test_what_is_too_large_for_the_board_is_refused_and_what_is_large_is_said(onnx_run, tmp_path, monkeypatch):
-    path, said = tmp_path / "own.ssdedge", []
+def test_memory_estimate_above_the_target_is_refused_or_warned_about(onnx_run, tmp_path, monkeypatch):
+    path, lines = tmp_path / "own.ssdedge", []
     monkeypatch.setattr(packing.profile, "estimate", lambda opened: {"total": 2049.0})
     with pytest.raises(InputError, match="roughly 2,049 MiB, but the smallest cpu has 2,048; choose a smaller"):
-        quietly(onnx_run, path)
+        deploy_silently(onnx_run, path)
     assert not path.exists()
     monkeypatch.setattr(packing.profile, "estimate", lambda opened: {"total": 1025.0})
-    deploy(onnx_run, Options("cpu"), path, said.append)
-    assert said[-1].startswith("warning: learning on the device takes roughly 1,025 MiB, over half of the 2,048")
+    deploy(onnx_run, Options("cpu"), path, lines.append)
+    assert lines[-1].startswith("warning: learning on the device takes roughly 1,025 MiB, over half of the 2,048")
 
 
-def test_a_graph_that_tensorrt_does_not_take_is_refused(onnx_run, tmp_path, monkeypatch):
+def test_graph_rejected_by_tensorrt_is_refused(onnx_run, tmp_path, monkeypatch):
     def refuse(onnx):
         raise GateRefusedError("TensorRT-RTX cannot parse the graph")
 
     pytest.importorskip("tensorrt_rtx", reason="NOT TESTED: pip install tensorrt-rtx")
     monkeypatch.setattr("device_runtime.backbone.tensorrt.engines.check_graph", refuse)
     with pytest.raises(GateRefusedError, match="cannot parse"):
-        quietly(onnx_run, tmp_path / "b", "jetson", precision="fp32")
+        deploy_silently(onnx_run, tmp_path / "b", "jetson", precision="fp32")
     assert not (tmp_path / "b").exists()
-    quietly(onnx_run, tmp_path / "b")  # the CPU does not ask TensorRT
+    deploy_silently(onnx_run, tmp_path / "b")  # not checked with TensorRT for a CPU
 
 
-def test_without_tensorrt_rtx_it_says_that_the_graph_was_not_checked(onnx_run, tmp_path, monkeypatch):
+def test_missing_tensorrt_rtx_is_reported(onnx_run, tmp_path, monkeypatch):
     monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name: None)
-    said = []
-    returned = deploy(onnx_run, Options("jetson", precision="fp32"), tmp_path / "b", said.append)
-    assert returned.tensorrt is None
-    assert any(line.startswith("not checked with TensorRT's parser") for line in said)
+    lines = []
+    result = deploy(onnx_run, Options("jetson", precision="fp32"), tmp_path / "b", lines.append)
+    assert result.tensorrt is None
+    assert any(line.startswith("not checked with TensorRT's parser") for line in lines)
 
 
-def test_without_classes_nothing_that_was_learned_is_in_it(package_run, deployed, tmp_path):
+def test_empty_bundle_contains_nothing_learned(package_run, deployed, tmp_path):
     path = tmp_path / "blank.ssdedge"
-    returned = quietly(package_run, path, empty=True)
+    result = deploy_silently(package_run, path, empty=True)
     read = bundle.read(path)
-    assert read.manifest["classes"] == returned.classes == read.registry.names == []
+    assert read.manifest["classes"] == result.classes == read.registry.names == []
     assert read.manifest["metrics"] == {}
     arrays, metadata = read.tensors("learner")
-    whole, _ = bundle.read(deployed[0]).tensors("learner")
-    assert arrays.keys() == whole.keys()
+    full, _ = bundle.read(deployed[0]).tensors("learner")
+    assert arrays.keys() == full.keys()
     assert metadata["settings"] == bundle.read(deployed[0]).manifest["learner"]["settings"]
     assert arrays["values"].shape[1] == 0
     assert not read.tensors("statistics")[0]["second"].any()
@@ -355,4 +356,4 @@ def test_without_classes_nothing_that_was_learned_is_in_it(package_run, deployed
     assert "None: all classes are taught on the device" in card
     assert "## Accuracy" not in card
     with pytest.raises(InputError, match="--head is a learner that only predicts"):
-        quietly(package_run, path, empty=True, head=True)
+        deploy_silently(package_run, path, empty=True, head=True)

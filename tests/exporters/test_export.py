@@ -1,4 +1,4 @@
-"""The exported graph: what it promises, what it must not hold, and that it is the network."""
+"""Tests of the exported graph: its interface, its metadata, and agreement with the PyTorch network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def exported(package) -> bytes:
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[BackbonePackage, bytes]:
-    """Trained weights: those of random networks differ from one another by little more than int8 rounds."""
+    """Return the shipped package and its export, because features of random weights vary too little for int8."""
     package = packages.load(None)
     return package, onnx_export.export_package(package)
 
@@ -39,8 +39,8 @@ def model(exported) -> onnx.ModelProto:
     return onnx.load_from_string(exported)
 
 
-def test_it_computes_what_the_network_computes(package, exported):
-    """Against float64: how far two float32 results differ depends on the processor's instructions."""
+def test_graph_agrees_with_the_network(package, exported):
+    """Compare with float64, because the difference of two float32 results depends on the CPU."""
     network = TorchEmbedder(package, torch.device("cpu")).network.double()
 
     @torch.inference_mode()
@@ -54,13 +54,13 @@ def test_it_computes_what_the_network_computes(package, exported):
     assert measured["min_cosine"] == 1.0
 
 
-def test_so_does_a_convmixer(convmixer):
+def test_convmixer_agrees_with_the_network(convmixer):
     exported = onnx_export.export_package(convmixer)
     measured = measure(exported, TorchEmbedder(convmixer, torch.device("cpu")).embed, IMAGES[:9])
     assert measured["max_difference"] < 1e-4
 
 
-def test_pixels_go_in_and_embeddings_come_out(model):
+def test_graph_input_and_output(model):
     (image,), (output,) = model.graph.input, model.graph.output
     shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (image, output)]
     assert shapes == [["batch", 32, 32, 3], ["batch", 256]]
@@ -69,46 +69,46 @@ def test_pixels_go_in_and_embeddings_come_out(model):
     assert kinds == [onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT]
 
 
-def test_it_is_of_opset_18_and_readable_by_old_runtimes(model):
+def test_opset_and_ir_version(model):
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
     assert model.ir_version == 8
 
 
-def test_it_says_what_it_is(model, package):
+def test_metadata(model, package):
     properties = {entry.key: entry.value for entry in model.metadata_props}
     assert properties["identity"] == package.identity
     assert (properties["size"], properties["dim"], properties["colour_order"]) == ("32", "256", "RGB")
     assert (properties["layout"], properties["output"], properties["precision"]) == ("NHWC", "embeddings", "fp32")
 
 
-def test_its_parts_are_known_by_their_names(model):
+def test_node_names_identify_the_parts(model):
     parts = [node.name.split("/")[0] for node in model.graph.node]
     assert parts == sorted(parts, key=("before", "backbone", "after").index)
     assert (parts.count("before"), parts.count("after")) == (5, 2)
     assert "backbone" in parts
 
 
-def test_all_weights_are_inside(model):
+def test_weights_are_stored_in_the_model(model):
     assert model.graph.initializer
     assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in model.graph.initializer)
 
 
-def test_it_does_not_tell_of_the_machine_that_made_it(exported):
-    places = [Path(onnx_export.__file__).parents[1], Path(torch.__file__).parents[1], Path.cwd()]
-    for place in places:
-        assert str(place).encode() not in exported
+def test_graph_contains_no_local_paths(exported):
+    folders = [Path(onnx_export.__file__).parents[1], Path(torch.__file__).parents[1], Path.cwd()]
+    for folder in folders:
+        assert str(folder).encode() not in exported
     assert b"site-packages" not in exported
     assert b".py" not in exported
 
 
-def test_a_package_gives_the_same_bytes_again_and_nothing_is_printed(package, exported, capfd, tmp_path, monkeypatch):
+def test_export_is_reproducible_and_silent(package, exported, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert onnx_export.export_package(package) == exported
     assert capfd.readouterr() == ("", "")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_exporter_that_falls_back_to_another_opset_is_refused(package, monkeypatch):
+def test_fallback_to_another_opset_is_refused(package, monkeypatch):
     monkeypatch.setattr(onnx_export, "OPSET", 17)  # torch 2.13 exports 18 instead, without an error
     with pytest.raises(EnvironmentUnfitError, match=r"opsets \{'': 18\}, but opset 17 was requested"):
         onnx_export.export_package(package)
@@ -123,7 +123,7 @@ def test_weights_that_overflow_are_refused(package):
 
 
 def changed(exported: bytes, mistake: str) -> bytes:
-    """The graph with one mistake in it."""
+    """Return the graph with one error introduced."""
     model = onnx.load_from_string(exported)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     if mistake == "swapped channels":
@@ -144,26 +144,27 @@ def changed(exported: bytes, mistake: str) -> bytes:
 
 
 @pytest.mark.parametrize("narrow", ["fp32", "fp16", "int8"])
-def test_mistakes_are_found_in_every_precision(shipped, narrow):
+def test_errors_are_detected_in_every_precision(shipped, narrow):
     package, exported = shipped
     images, calibration = IMAGES[:16], patches(32)
-    wanted = TorchEmbedder(package, torch.device("cpu")).embed(images)
+    expected = TorchEmbedder(package, torch.device("cpu")).embed(images)
 
-    def failing(graph: bytes, reference: np.ndarray = wanted) -> list[str]:
+    def failing(graph: bytes, reference: np.ndarray = expected) -> list[str]:
         return failures(measure(graph, lambda _: reference, images), narrow)
 
-    right = precision.convert(exported, narrow, calibration)
-    assert failing(right) == []
+    correct = precision.convert(exported, narrow, calibration)
+    assert failing(correct) == []
     for mistake in ("swapped channels", "wrong mean", "a weight rounded wrongly"):
         assert failing(precision.convert(changed(exported, mistake), narrow, calibration)), mistake
     training = network(package)
     training.body.train()
     with torch.no_grad():
-        assert failing(right, training(torch.from_numpy(images)).numpy())
+        assert failing(correct, training(torch.from_numpy(images)).numpy())
     if narrow == "int8":
         assert failing(precision.convert(exported, narrow, np.zeros_like(calibration)))
 
 
 def patches(count: int) -> np.ndarray:
+    """Return seeded images of 4 × 4 coloured patches."""
     coarse = np.random.default_rng(4).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     return coarse.repeat(8, axis=1).repeat(8, axis=2)

@@ -1,4 +1,4 @@
-"""head.onnx says what the learner says, in ONNX Runtime, and holds nothing to learn with."""
+"""Tests of head.onnx: it gives the scores of the learner and contains only what prediction needs."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from ssd_edge.learners.priors import Priors
 MODULE = "tensorrt_rtx"
 DIM, ROWS, TAUGHT = 12, 7, (0, 1, 2, 3, 6)
 NAMES = ["one", "two", "three", "four", "not taught", "nor this", "seven"]
-# What float32 gives when the same sums are added up in another order: some ulp of the largest terms, hence relative
-# to the largest score. An error in the graph is orders of magnitude above it.
+# Tolerance for float32 sums in another order: a few ulp of the largest terms, hence relative to the largest score.
+# An error in the graph exceeds it by orders of magnitude.
 ROUNDING = 2e-5
 
 PERCEPTRON = {"neurons": 20, "epochs": 3, "batch": 16}
@@ -64,7 +64,7 @@ CASES |= {name: {} for name in LEARNERS if name not in CASES}  # a new learner: 
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread_here() -> Iterator[None]:
+def single_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -72,15 +72,15 @@ def one_thread_here() -> Iterator[None]:
 
 
 def samples(count: int, rows: tuple[int, ...], seed: int = 0) -> Task:
-    """Gaussian classes that overlap a little; a row always has the same mean."""
+    """Return samples of slightly overlapping Gaussian classes; the mean of a row does not depend on the seed."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor(rows).repeat(-(-count // len(rows)))[:count]
     means = 1.5 * torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(99))
     return Task(means[labels] + torch.randn(count, DIM, generator=generator), labels)
 
 
-def taught(name: str, options: dict[str, Any], expected: int = 0) -> Learner:
-    """Of two tasks, with a gap in the rows; `expected` classes announced."""
+def trained(name: str, options: dict[str, Any], expected: int = 0) -> Learner:
+    """Return a learner after two tasks that leave rows 4 and 5 unused, with `expected` classes announced."""
     rng = np.random.default_rng(0)
     keys = np.abs(rng.normal(size=(48, DIM)))
     mixing = rng.normal(size=(DIM, DIM))
@@ -102,8 +102,9 @@ def taught(name: str, options: dict[str, Any], expected: int = 0) -> Learner:
 
 @pytest.fixture(scope="module")
 def heads() -> dict[str, tuple[Learner, bytes]]:
-    made = {case: taught(case.split(",")[0].split(" ")[0], options) for case, options in CASES.items()}
-    return {case: (learner, export_head(learner, NAMES)) for case, learner in made.items()}
+    """Return a learner and its head for each case."""
+    built = {case: trained(case.split(",")[0].split(" ")[0], options) for case, options in CASES.items()}
+    return {case: (learner, export_head(learner, NAMES)) for case, learner in built.items()}
 
 
 def run(head: bytes, embeddings: Tensor) -> np.ndarray:
@@ -111,60 +112,60 @@ def run(head: bytes, embeddings: Tensor) -> np.ndarray:
 
 
 def compare(learner: Learner, scores: np.ndarray, embeddings: Tensor) -> None:
-    """Equal scores within rounding where taught, never elsewhere; equal answers but for ties within rounding."""
+    """Check that scores and predictions agree within rounding, and that unseen rows never win."""
     known, rows = learner.seen.numpy() == 1, np.arange(len(embeddings))
-    wanted = learner.scores(embeddings)[:, : len(known)].numpy()
+    expected = learner.scores(embeddings)[:, : len(known)].numpy()
     assert scores.dtype == np.float32
     assert scores.shape == (len(embeddings), len(known))
-    largest = np.abs(wanted[:, known]).max()
-    np.testing.assert_allclose(scores[:, known], wanted[:, known], rtol=0, atol=ROUNDING * largest)
+    largest = np.abs(expected[:, known]).max()
+    np.testing.assert_allclose(scores[:, known], expected[:, known], rtol=0, atol=ROUNDING * largest)
     assert (scores[:, ~known] == np.float32(NEVER)).all()
-    answers = learner.predict(embeddings).numpy()
-    lost = wanted[rows, answers] - wanted[rows, scores.argmax(1)]
-    assert (lost <= 2 * ROUNDING * largest).all()
+    predicted = learner.predict(embeddings).numpy()
+    margin = expected[rows, predicted] - expected[rows, scores.argmax(1)]
+    assert (margin <= 2 * ROUNDING * largest).all()
 
 
 def constants(head: bytes) -> dict[str, np.ndarray]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load_from_string(head).graph.initializer}
 
 
-# ── the scores ───────────────────────────────────────────────────────────────────────────────────────
-def test_the_cases_are_of_all_learners(heads):
+# ── scores ───────────────────────────────────────────────────────────────────────────────────────────
+def test_cases_cover_all_learners(heads):
     assert {learner.name for learner, _ in heads.values()} == set(LEARNERS)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_scores_are_those_of_the_learner(heads, case):
+def test_scores_agree_with_the_learner(heads, case):
     learner, head = heads[case]
     session = open_session(head)
     for count in (1, 7, 300):
         embeddings = samples(count, TAUGHT, seed=count).embeddings
         (scores,) = session.run(None, {"embeddings": embeddings.numpy()})
         compare(learner, scores, embeddings)
-    answers = set(scores.argmax(1).tolist())
-    assert answers <= set(TAUGHT)
-    assert len(answers) > 1  # else hardly anything was compared
+    predicted = set(scores.argmax(1).tolist())
+    assert predicted <= set(TAUGHT)
+    assert len(predicted) > 1  # otherwise the comparison would be trivial
     assert np.isfinite(scores).all()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_rows_of_zeros_and_of_extremes(heads, case):
-    """Zeros stay zeros and are not NaN; very short and very long embeddings have a direction too."""
+def test_zero_and_extreme_embeddings(heads, case):
+    """Zero embeddings give no NaN, and embeddings of very small or large norm are normalised correctly."""
     learner, head = heads[case]
     embeddings = samples(5, TAUGHT, seed=3).embeddings
     embeddings[1] = 0.0
-    embeddings[2] = -1.0  # nothing is left of it behind a rectifier, and all its values are equal
+    embeddings[2] = -1.0  # zero after ReLU, and all values tie
     embeddings[3] *= 1e-9
     embeddings[4] *= 1e6
     scores = run(head, embeddings)
-    for row in range(len(embeddings)):  # one at a time: the tolerance is relative to the largest score
+    for row in range(len(embeddings)):  # one by one, because the tolerance is relative to the largest score
         compare(learner, scores[[row]], embeddings[[row]])
 
 
 @pytest.mark.parametrize("name", ["sdmlp", "flymodel"])
-def test_values_that_tie_in_the_top_k(name):
-    """Every key twice: the k-th and the (k+1)-th value are equal in each sample."""
-    learner = taught(name, CASES["flymodel"] if name == "flymodel" else {**SMALL, "k": 5})
+def test_ties_in_the_top_k(name):
+    """Duplicate each key, so that the k-th and (k+1)-th values of each sample are equal."""
+    learner = trained(name, CASES["flymodel"] if name == "flymodel" else {**SMALL, "k": 5})
     embeddings = samples(50, TAUGHT, seed=4).embeddings
     if isinstance(learner, SDMLPLearner):
         keys = learner.net.layers[0].keys
@@ -172,11 +173,11 @@ def test_values_that_tie_in_the_top_k(name):
         assert (inhibit(learner.prepared(embeddings) @ keys.T, 5).counts().sum()) <= 4 * 50
     else:
         learner.projection[:, 1::2] = learner.projection[:, ::2].clone()
-        assert ((learner.code(embeddings) > 0).sum(1) > learner.kept).any()  # ties with the last stay
+        assert ((learner.code(embeddings) > 0).sum(1) > learner.kept).any()  # ties with the last one are kept
     compare(learner, run(export_head(learner, NAMES), embeddings), embeddings)
 
 
-def test_a_half_open_switch_is_in_the_graph(heads):
+def test_half_open_gaba_switch_is_in_the_graph(heads):
     learner, head = heads["ssd, half-open switch"]
     gamma = constants(head)["gamma"]
     assert ((gamma > -1) & (gamma < 1)).any()
@@ -184,26 +185,26 @@ def test_a_half_open_switch_is_in_the_graph(heads):
     assert "gamma" not in constants(heads["ssd"][1])
 
 
-def test_a_mask_lets_no_negative_score_pass():
-    """SDMLP's own keys give none, but a state may hold others."""
-    learner = taught("sdmlp", {**SMALL, "inhibition": "mask"})
-    learner.net.layers[0].keys[:46] *= -1  # fewer than k = 4 scores are left above zero
+def test_masked_negative_scores():
+    """Use negative keys, which SDMLP does not learn but a loaded state may contain."""
+    learner = trained("sdmlp", {**SMALL, "inhibition": "mask"})
+    learner.net.layers[0].keys[:46] *= -1  # leaves fewer than k = 4 positive scores
     embeddings = samples(20, TAUGHT, seed=8).embeddings
     compare(learner, run(export_head(learner, NAMES), embeddings), embeddings)
 
 
 @pytest.mark.parametrize("name", ["finetune", "sdmlp", "icarl"])
-def test_outputs_that_were_only_announced_are_left_out(name):
-    learner = taught(name, SMALL if name == "sdmlp" else PERCEPTRON, expected=ROWS + 3)
+def test_announced_classes_are_not_exported(name):
+    learner = trained(name, SMALL if name == "sdmlp" else PERCEPTRON, expected=ROWS + 3)
     embeddings = samples(40, TAUGHT, seed=5).embeddings
     assert learner.scores(embeddings).shape == (40, ROWS + 3)
     compare(learner, run(export_head(learner, NAMES), embeddings), embeddings)
 
 
 @pytest.mark.parametrize("name", ["ncm", "fecam", "flymodel", "landmark"])
-def test_a_class_that_was_taken_out_never_wins(name):
+def test_removed_class_is_never_predicted(name):
     options = {"flymodel": CASES["flymodel"], "landmark": {"per_class": True}}.get(name, {})
-    learner = taught(name, options)
+    learner = trained(name, options)
     embeddings = samples(60, (0, 2), seed=6).embeddings
     assert 2 in run(export_head(learner, NAMES), embeddings).argmax(1)
     learner.remove(2)
@@ -212,18 +213,18 @@ def test_a_class_that_was_taken_out_never_wins(name):
     assert 2 not in scores.argmax(1)
 
 
-# ── the file ─────────────────────────────────────────────────────────────────────────────────────────
+# ── file ─────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("case", CASES)
-def test_the_file(heads, case):
+def test_model_is_valid_and_annotated(heads, case):
     learner, head = heads[case]
     model = onnx.load_from_string(head)
     onnx.checker.check_model(model, full_check=True)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
     assert {node.domain for node in model.graph.node} == {""}
-    facts = onnx_scan.scan(head, "head.onnx")  # what a device asks of every graph in a bundle
-    (given,), (taken,) = facts.inputs, facts.outputs
-    assert (given.name, given.dtype, given.shape) == ("embeddings", "float32", ("batch", DIM))
-    assert (taken.name, taken.dtype, taken.shape) == ("scores", "float32", ("batch", ROWS))
+    facts = onnx_scan.scan(head, "head.onnx")  # the check that a device makes
+    (source,), (target,) = facts.inputs, facts.outputs
+    assert (source.name, source.dtype, source.shape) == ("embeddings", "float32", ("batch", DIM))
+    assert (target.name, target.dtype, target.shape) == ("scores", "float32", ("batch", ROWS))
     assert all(not node.doc_string for node in model.graph.node)
     assert not any((model.doc_string, model.graph.doc_string, model.producer_name, model.graph.value_info))
     kinds = {name: array.dtype.name for name, array in constants(head).items()}
@@ -238,7 +239,7 @@ def test_the_file(heads, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_state_gives_the_same_bytes(heads, case):
+def test_export_is_reproducible(heads, case):
     learner, head = heads[case]
     before = {name: tensor.numpy().tobytes() for name, tensor in learner.state_dict().items()}
     assert export_head(restore(*pack(learner)), NAMES) == head
@@ -246,8 +247,8 @@ def test_the_same_state_gives_the_same_bytes(heads, case):
     assert {name: tensor.numpy().tobytes() for name, tensor in learner.state_dict().items()} == before
 
 
-def test_no_more_than_predicting_needs(heads):
-    """Of `landmark` keys, directions and values: no statistics; of `icarl` no exemplars and no output layer."""
+def test_head_contains_only_what_prediction_needs(heads):
+    """Check that `landmark` stores no statistics and `icarl` neither exemplars nor an output layer."""
     matrices = constants(heads["landmark"][1]).items()
     assert {name for name, array in matrices if array.ndim == 2 and array.size > ROWS} == {
         *("keys", "projection", "output_weight")
@@ -262,26 +263,26 @@ def test_no_more_than_predicting_needs(heads):
     assert all(len(head) < 30_000 for _, head in heads.values())
 
 
-def test_names_survive_as_they_are():
+def test_class_names_are_stored_unchanged():
     names = ['"quoted"', "<b>&amp;</b>", "日本語 🤖", "back\\slash", "it's", "{}", "Ä"]
-    metadata = open_session(export_head(taught("ncm", {}), names)).get_modelmeta().custom_metadata_map
+    metadata = open_session(export_head(trained("ncm", {}), names)).get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == names
 
 
-# ── refusals ─────────────────────────────────────────────────────────────────────────────────────────
-def test_another_number_of_names_is_refused():
+# ── errors ───────────────────────────────────────────────────────────────────────────────────────────
+def test_wrong_number_of_names_is_refused():
     with pytest.raises(InputError, match="has 7 class rows, but 6 names"):
-        export_head(taught("ncm", {}), NAMES[:-1])
+        export_head(trained("ncm", {}), NAMES[:-1])
 
 
-def test_a_learner_that_knows_nothing_is_refused():
+def test_learner_without_classes_is_refused():
     with pytest.raises(InputError, match="no class has been learned yet"):
         export_head(build({"name": "landmark", "directions": 40}, DIM, Priors()), [])
 
 
 @pytest.mark.parametrize("name", ["ncm", "finetune", "landmark", "fecam"])
-def test_weights_that_are_not_finite_are_refused(name):
-    learner = taught(name, {"finetune": PERCEPTRON}.get(name, {}))
+def test_nonfinite_weights_are_refused(name):
+    learner = trained(name, {"finetune": PERCEPTRON}.get(name, {}))
     if name == "finetune":
         learner.parameters["output_weight"][0, 0] = torch.nan
     elif name == "landmark":
@@ -295,8 +296,8 @@ def test_weights_that_are_not_finite_are_refused(name):
         export_head(learner, NAMES)
 
 
-def test_a_learner_without_a_graph_is_refused(monkeypatch):
-    learner = taught("ncm", {})
+def test_learner_without_a_graph_is_refused(monkeypatch):
+    learner = trained("ncm", {})
     monkeypatch.setattr(type(learner), "write_head", lambda self, graph, x: None)
     with pytest.raises(
         InputError, match=r"^the scores of 'ncm' cannot be written as an ONNX graph; leave the head out$"
@@ -304,8 +305,8 @@ def test_a_learner_without_a_graph_is_refused(monkeypatch):
         export_head(learner, NAMES)
 
 
-def test_more_than_one_file_can_hold_is_refused(monkeypatch):
-    learner = taught("fecam", {})
+def test_head_above_the_size_limit_is_refused(monkeypatch):
+    learner = trained("fecam", {})
     monkeypatch.setattr("exporters.head.onnx_file.MAX_BYTES", 4000)
     with pytest.raises(InputError, match="exceeds 4,000 bytes"):
         export_head(learner, NAMES)
@@ -315,7 +316,7 @@ LARGE = {"neurons": 4000, "epochs": 1, "batch": 60, "pretrained": False}
 
 
 @pytest.mark.parametrize(
-    ("name", "fits", "too_large", "words"),
+    ("name", "fits", "too_large", "message"),
     [
         ("sdmlp", {**LARGE, "k": 3839}, {**LARGE, "k": 3840}, "3,841 largest of 4,000 .* 3,840; lower learner.k"),
         (
@@ -332,12 +333,12 @@ LARGE = {"neurons": 4000, "epochs": 1, "batch": 60, "pretrained": False}
         ),
     ],
 )
-def test_more_winners_than_tensorrt_takes_are_refused(name, fits, too_large, words):
+def test_k_above_the_limit_of_tensorrt_is_refused(name, fits, too_large, message):
     assert MAX_TOP_K == 3840
-    learner, embeddings = taught(name, fits), samples(5, TAUGHT).embeddings
+    learner, embeddings = trained(name, fits), samples(5, TAUGHT).embeddings
     compare(learner, run(export_head(learner, NAMES), embeddings), embeddings)
-    with pytest.raises(InputError, match=words):
-        export_head(taught(name, too_large), NAMES)
+    with pytest.raises(InputError, match=message):
+        export_head(trained(name, too_large), NAMES)
 
 
 # ── TensorRT ─────────────────────────────────────────────────────────────────────────────────────────
@@ -353,7 +354,7 @@ def test_more_winners_than_tensorrt_takes_are_refused(name, fits, too_large, wor
         for case in CASES
     ],
 )  # fmt: skip
-def test_tensorrt_parses_and_builds_every_head(heads, case):
+def test_tensorrt_builds_every_head(heads, case):
     from device_runtime.backbone.tensorrt.engines import check_graph
 
     checked = check_graph(heads[case][1], module=MODULE)
