@@ -1,6 +1,6 @@
-"""Which precision is taken: the wanted one, the target's, or the fastest that passes; and what is said when none does.
+"""Tests of the choice of precision: requested, default of the target, or the fastest that passes the parity gate.
 
-The conversions and the measurement themselves have their own tests; here they are stand-ins with known verdicts.
+Conversion and measurement are replaced by stubs with known results; they have their own tests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ JETSON, CPU = targets.get("jetson"), targets.get("cpu")
 
 @pytest.fixture
 def verdicts(monkeypatch):
-    """verdicts(int8=["too far"]) lets int8 fail; what is measured is only counted."""
+    """Stub conversion and measurement, and return a function to set the failures of each precision.
+
+    ``verdicts(int8=["too far"])`` makes int8 fail; it returns the list of recorded measurements.
+    """
     failing: dict[str, list[str]] = {}
     measured: list[tuple[bytes, int]] = []
 
@@ -38,45 +41,45 @@ def verdicts(monkeypatch):
     monkeypatch.setattr(ladder.onnx_file, "precision", lambda onnx: native[0])
     native = ["fp32"]
 
-    def set_up(brought: str = "fp32", **given: list[str]):
-        native[0] = brought
-        failing.update(given)
+    def set_up(original: str = "fp32", **failures: list[str]):
+        native[0] = original
+        failing.update(failures)
         return measured
 
     return set_up
 
 
-def chosen(wanted: str = "", target=JETSON, judged=BOTH, calibration=PIXELS, said=None):
+def chosen(wanted: str = "", target=JETSON, judged=BOTH, calibration=PIXELS, lines=None):
     images = Samples(judged, calibration, "training images of the run")
-    tell = (said if said is not None else []).append
-    return choose(b"graph", lambda pixels: np.zeros((len(pixels), 2)), None, images, target, wanted, tell)
+    log = (lines if lines is not None else []).append
+    return choose(b"graph", lambda pixels: np.zeros((len(pixels), 2)), None, images, target, wanted, log)
 
 
-def test_without_a_wish_the_targets_default_is_taken(verdicts):
+def test_default_precision_of_the_target(verdicts):
     verdicts()
     assert (chosen().precision, chosen(target=CPU).precision) == ("fp16", "fp32")
     assert chosen().onnx == b"fp16 of graph"
 
 
-def test_every_kind_of_image_is_reported_and_said(verdicts):
-    said, measured = [], verdicts()
-    report = chosen("int8", said=said).report
+def test_each_kind_of_image_is_reported_and_logged(verdicts):
+    lines, measured = [], verdicts()
+    report = chosen("int8", lines=lines).report
     assert set(report) == {"precision", "calibration", "synthetic", "test"}
     assert report["calibration"]["images"] == 4
     assert report["calibration"]["source"] == "training images of the run"
     kinds = [f"{name} on 4 {kind} images" for name in ("fp32", "int8") for kind in ("synthetic", "test")]
-    assert [line.split(":")[0] for line in said] == kinds
+    assert [line.split(":")[0] for line in lines] == kinds
     assert measured == [(b"fp32 of graph", 4)] * 2 + [(b"int8 of graph", 4)] * 2
 
 
-def test_a_mistake_of_the_export_is_not_hidden_by_a_coarser_precision(verdicts):
+def test_error_in_fp32_is_refused_for_every_precision(verdicts):
     verdicts(fp32=["red and blue swapped"])
     for wanted in ("", "int8", "auto"):
         with pytest.raises(GateRefusedError, match="in fp32 does not compute what the run computed: red and blue"):
             chosen(wanted)
 
 
-def test_auto_takes_the_fastest_that_passes_and_keeps_why_the_others_did_not(verdicts):
+def test_auto_chooses_the_fastest_that_passes_and_reports_the_refused(verdicts):
     verdicts(int8=["a cosine of 0.9"])
     choice = chosen("auto")
     assert choice.precision == "fp16"
@@ -87,14 +90,14 @@ def test_auto_takes_the_fastest_that_passes_and_keeps_why_the_others_did_not(ver
     assert chosen("auto", target=CPU).precision == "fp32"
 
 
-def test_auto_goes_on_without_images_to_calibrate_with(verdicts):
+def test_auto_skips_int8_without_calibration_images(verdicts):
     verdicts()
     choice = chosen("auto", calibration="the run's data cannot be used (gone)")
     assert choice.precision == "fp16"
     assert "--calibration FOLDER" in choice.report["refused"]["int8"]
 
 
-def test_a_refused_precision_names_one_that_passes(verdicts):
+def test_refused_precision_suggests_one_that_passes(verdicts):
     verdicts(int8=["too far"])
     with pytest.raises(GateRefusedError, match=r"in int8 does not.* too far.*; --precision fp16 would pass; nothing"):
         chosen("int8")
@@ -105,44 +108,44 @@ def test_a_refused_precision_names_one_that_passes(verdicts):
         chosen("auto")
 
 
-def test_noise_judges_only_where_nothing_else_does(verdicts, monkeypatch):
+def test_synthetic_images_decide_only_without_test_images_or_in_fp32(verdicts, monkeypatch):
     verdicts()
-    noise, both = {"synthetic": (np.ones((5, 8, 8, 3), np.uint8), None)}, ["fp16"]
+    noise, imprecise = {"synthetic": (np.ones((5, 8, 8, 3), np.uint8), None)}, ["fp16"]
 
     def failures(report, name):
-        return ["too far"] if report["images"] == 5 and name in both else []
+        return ["too far"] if report["images"] == 5 and name in imprecise else []
 
     monkeypatch.setattr(ladder.parity, "failures", failures)
     assert chosen("fp16", judged={**noise, "test": (PIXELS, None)}).precision == "fp16"
     with pytest.raises(GateRefusedError, match="too far on synthetic images"):
         chosen("fp16", judged=noise)
-    both.append("fp32")
-    with pytest.raises(GateRefusedError, match="too far on synthetic images"):  # here it is not rounding
+    imprecise.append("fp32")
+    with pytest.raises(GateRefusedError, match="too far on synthetic images"):  # not explained by rounding
         chosen("fp32", judged={**noise, "test": (PIXELS, None)})
 
 
-def test_int8_without_images_is_refused_with_the_option(verdicts):
+def test_int8_without_images_names_the_calibration_option(verdicts):
     verdicts()
     with pytest.raises(InputError, match=r"int8 needs images to calibrate with, but there is no data.*--calibration"):
         chosen("int8", calibration="there is no data")
 
 
-def test_a_network_that_was_brought_narrow_stays_as_it_is(verdicts):
-    verdicts(brought="fp16")
+def test_fp16_and_int8_backbones_are_not_converted(verdicts):
+    verdicts(original="fp16")
     assert chosen().precision == chosen("auto").precision == chosen("fp16", target=CPU).precision == "fp16"
     with pytest.raises(InputError, match="the backbone is fp16 itself and cannot be made int8"):
         chosen("int8")
-    verdicts(brought="int8")
+    verdicts(original="int8")
     assert "calibration" not in chosen(calibration="gone").report
 
 
-def test_what_a_target_does_not_run_is_refused(verdicts):
+def test_precision_not_supported_by_the_target_is_refused(verdicts):
     verdicts()
     with pytest.raises(InputError, match="the target cpu does not support fp16"):
         chosen("fp16", target=CPU)
 
 
-# The images
+# Images
 
 
 @pytest.fixture
@@ -155,32 +158,32 @@ def photos(tmp_path):
     return folder
 
 
-def test_test_images_judge_and_training_images_calibrate(onnx_run):
-    found = samples(finished.read(onnx_run), None, lambda text: None)
-    assert set(found.judged) == {"synthetic", "test"}
-    pixels, rows = found.judged["test"]
+def test_test_images_are_measured_and_training_images_calibrate(onnx_run):
+    result = samples(finished.read(onnx_run), None, lambda text: None)
+    assert set(result.judged) == {"synthetic", "test"}
+    pixels, rows = result.judged["test"]
     assert pixels.shape[1:] == (8, 8, 3)
     assert len(rows) == len(pixels)
-    assert found.source == "training images of the run"
+    assert result.source == "training images of the run"
     judged = {image.tobytes() for image in pixels}
-    assert not judged & {image.tobytes() for image in found.calibration}
+    assert not judged & {image.tobytes() for image in result.calibration}
 
 
-def test_the_users_images_calibrate_instead(onnx_run, photos):
-    found = samples(finished.read(onnx_run), photos, lambda text: None)
-    assert (len(found.calibration), found.source) == (24, "a folder of the user")
-    assert set(found.judged) == {"synthetic", "test"}
+def test_images_of_the_user_replace_training_images_for_calibration(onnx_run, photos):
+    result = samples(finished.read(onnx_run), photos, lambda text: None)
+    assert (len(result.calibration), result.source) == (24, "a folder of the user")
+    assert set(result.judged) == {"synthetic", "test"}
 
 
-def test_without_the_runs_data_a_quarter_of_the_users_images_judges(onnx_run, photos, tmp_path):
+def test_without_data_a_quarter_of_the_images_of_the_user_is_measured(onnx_run, photos, tmp_path):
     run = shutil.copytree(onnx_run, tmp_path / "run")
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("path: digits", "path: gone"))
-    said = []
-    found = samples(finished.read(run), photos, said.append)
-    assert set(found.judged) == {"synthetic", "brought"}
-    assert (len(found.judged["brought"][0]), len(found.calibration)) == (6, 18)
-    assert "there is no data set at" in said[0]
-    bare = samples(finished.read(run), None, said.append)
-    assert set(bare.judged) == {"synthetic"}
-    assert "there is no data set at" in bare.calibration
+    lines = []
+    result = samples(finished.read(run), photos, lines.append)
+    assert set(result.judged) == {"synthetic", "brought"}
+    assert (len(result.judged["brought"][0]), len(result.calibration)) == (6, 18)
+    assert "there is no data set at" in lines[0]
+    without_photos = samples(finished.read(run), None, lines.append)
+    assert set(without_photos.judged) == {"synthetic"}
+    assert "there is no data set at" in without_photos.calibration

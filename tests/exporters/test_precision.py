@@ -1,4 +1,4 @@
-"""The precision ladder: what is narrowed and what stays in fp32, on small networks made by hand."""
+"""Tests of the conversion to fp16 and int8 on small handmade networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Node = tuple[str, list[str], dict]
 
 
 def images(count: int, size: int = 16, seed: int = 0) -> np.ndarray:
-    """Seeded images of 2 × 2 coloured patches: finer ones look alike after pooling."""
+    """Return seeded images of 2 × 2 coloured patches; finer patterns look alike after pooling."""
     coarse = np.random.default_rng(seed).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
     return coarse.repeat(size // 2, axis=1).repeat(size // 2, axis=2)
 
@@ -32,14 +32,14 @@ def images(count: int, size: int = 16, seed: int = 0) -> np.ndarray:
 def chain(
     nodes: Sequence[Node], constants: dict[str, np.ndarray], size: int = 16, batch: int | str = "n", dim: int = 8
 ) -> bytes:
-    """A composed backbone: each node's first input is the output of the one before, written `_`."""
-    made, last = [], "x"
+    """Return a composed backbone from a chain of nodes; the input `_` is the output of the previous node."""
+    chained, last = [], "x"
     for index, (operator, inputs, attributes) in enumerate(nodes):
         out = f"{operator}{index}"
-        made.append(helper.make_node(operator, [last if i == "_" else i for i in inputs], [out], **attributes))
+        chained.append(helper.make_node(operator, [last if i == "_" else i for i in inputs], [out], **attributes))
         last = out
     graph = helper.make_graph(
-        made,
+        chained,
         "own",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, size, size])],
         [helper.make_tensor_value_info(last, TensorProto.FLOAT, [batch, dim])],
@@ -52,13 +52,13 @@ def chain(
 
 
 def weight(*shape: int, scale: float = 1.0) -> np.ndarray:
-    """Seeded by its shape, scaled by its inputs."""
+    """Return random weights, seeded by the shape and scaled by the fan-in."""
     values = np.random.default_rng(shape).standard_normal(shape)
     return (values * scale * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32)
 
 
 def convolutions(size: int = 16, batch: int | str = "n") -> bytes:
-    """Three convolutions, one followed by ReLU, one by a clip; pooling."""
+    """Return a network of three convolutions, one with ReLU and one with Clip, and pooling."""
     stride = {"strides": [2, 2], "pads": [1, 1, 1, 1]}
     nodes: list[Node] = [
         ("Conv", ["_", "w1", "b1"], stride),
@@ -86,8 +86,8 @@ def quantised(plain) -> bytes:
 
 
 def measured(graph: bytes, original: bytes, size: int = 16) -> dict:
-    judged = images(40, size, seed=2)
-    return parity.measure(graph, lambda pixels: run(open_session(original), pixels), judged)
+    test_images = images(40, size, seed=2)
+    return parity.measure(graph, lambda pixels: run(open_session(original), pixels), test_images)
 
 
 def metadata(data: bytes) -> dict[str, str]:
@@ -107,19 +107,19 @@ def onnx_dims(value: onnx.ValueInfoProto) -> list:
 
 
 def operators(data: bytes, kind: int) -> dict[str, set[str]]:
-    """Operators by whether their outputs are of an element type: ``{"in": …, "not in": …}``."""
+    """Group operators by whether their outputs have an element type: ``{"in": …, "not in": …}``."""
     inferred = onnx.shape_inference.infer_shapes(onnx.load_from_string(data))
     types = {v.name: v.type.tensor_type.elem_type for v in [*inferred.graph.value_info, *inferred.graph.output]}
-    found: dict[str, set[str]] = {"in": set(), "not in": set()}
+    groups: dict[str, set[str]] = {"in": set(), "not in": set()}
     for node in inferred.graph.node:
         if node.op_type != "Cast":
-            found["in" if types[node.output[0]] == kind else "not in"].add(node.op_type)
-    return found
+            groups["in" if types[node.output[0]] == kind else "not in"].add(node.op_type)
+    return groups
 
 
 @pytest.mark.parametrize("batch", ["n", 1])
 @pytest.mark.parametrize("wanted", ["fp16", "int8"])
-def test_a_narrower_graph_keeps_its_interface_its_labels_and_what_it_computes(wanted, batch):
+def test_converted_graph_keeps_interface_metadata_and_embeddings(wanted, batch):
     original = convolutions(224, batch) if batch == 1 else convolutions()
     size = 224 if batch == 1 else 16
     graph = precision.convert(original, wanted, images(16, size))
@@ -135,18 +135,18 @@ def test_a_narrower_graph_keeps_its_interface_its_labels_and_what_it_computes(wa
     assert parity.failures(measured(graph, original, size), wanted) == []
 
 
-def test_a_graph_of_the_wanted_precision_stays_as_it_is(plain, quantised):
+def test_graph_in_the_requested_precision_is_unchanged(plain, quantised):
     assert precision.convert(plain, "fp32") is plain
     assert precision.convert(quantised, "int8") is quantised
 
 
-def test_what_is_narrow_already_cannot_be_converted(plain, quantised):
+def test_fp16_and_int8_graphs_cannot_be_converted(plain, quantised):
     for graph, found, wanted in [(quantised, "int8", "fp16"), (precision.to_fp16(plain), "fp16", "fp32")]:
         with pytest.raises(InputError, match=f"is {found} itself and cannot be made {wanted}"):
             precision.convert(graph, wanted)
 
 
-def test_int8_needs_images_and_a_precision_needs_a_name(plain):
+def test_int8_without_images_and_unknown_precision_are_refused(plain):
     with pytest.raises(InputError, match="int8 needs images to calibrate with"):
         precision.convert(plain, "int8")
     with pytest.raises(InputError, match="unknown precision 'fp8'; known: fp32, fp16, int8"):
@@ -154,7 +154,7 @@ def test_int8_needs_images_and_a_precision_needs_a_name(plain):
 
 
 @pytest.mark.parametrize("target", targets.targets().values(), ids=targets.targets())
-def test_every_precision_of_a_target_is_declared(target: targets.Target) -> None:
+def test_precisions_of_targets_exist(target: targets.Target) -> None:
     assert set(target.precisions) <= set(precision.names())
 
 
@@ -163,20 +163,20 @@ def test_preprocessing_and_standardisation_stay_in_fp32(plain, quantised):
         model = onnx.shape_inference.infer_shapes(onnx.load_from_string(graph))
         types = {v.name: v.type.tensor_type.elem_type for v in [*model.graph.value_info, *model.graph.output]}
         types.update((tensor.name, tensor.data_type) for tensor in model.graph.initializer)
-        ours = [node for node in model.graph.node if node.name.startswith(("before/", "after/"))]
-        assert sum(node.op_type in ("Sub", "Div") for node in ours) == 5
-        for node in ours:
+        added = [node for node in model.graph.node if node.name.startswith(("before/", "after/"))]
+        assert sum(node.op_type in ("Sub", "Div") for node in added) == 5
+        for node in added:
             if node.op_type in ("Sub", "Div"):
                 assert {types[value] for value in (*node.input, *node.output)} == {TensorProto.FLOAT}
 
 
-def test_float16_is_where_the_time_goes(plain):
-    found = operators(precision.to_fp16(plain), TensorProto.FLOAT16)
-    assert {"Conv", "Relu", "MaxPool", "Clip"} <= found["in"]
-    assert found["not in"] == {"Div", "Sub", "Transpose", "GlobalAveragePool", "Flatten"}
+def test_expensive_operators_are_fp16(plain):
+    groups = operators(precision.to_fp16(plain), TensorProto.FLOAT16)
+    assert {"Conv", "Relu", "MaxPool", "Clip"} <= groups["in"]
+    assert groups["not in"] == {"Div", "Sub", "Transpose", "GlobalAveragePool", "Flatten"}
 
 
-def test_a_constant_that_float16_cannot_hold_keeps_its_operator_in_fp32():
+def test_operators_with_constants_out_of_range_stay_in_fp32():
     nodes: list[Node] = [
         ("Conv", ["_", "w"], {"strides": [4, 4]}),
         ("Clip", ["_", "low", "high"], {}),
@@ -195,7 +195,7 @@ def test_a_constant_that_float16_cannot_hold_keeps_its_operator_in_fp32():
 
 
 def layer_norm(square: str) -> bytes:
-    """Features of some thousand, and a LayerNorm over them: whole, or taken apart as exporters do."""
+    """Return a LayerNorm over features in the thousands, as one operator or decomposed as by exporters."""
     head: list[Node] = [
         ("Conv", ["_", "w"], {"strides": [4, 4]}),
         ("Flatten", ["_"], {}),
@@ -227,12 +227,12 @@ def layer_norm(square: str) -> bytes:
 
 
 @pytest.mark.parametrize("square", ["Pow", "Mul", "LayerNormalization"])
-def test_a_layer_norm_whose_squares_overflow_float16_stays_in_fp32(square):
+def test_layer_norm_stays_in_fp32(square):
     original = layer_norm(square)
     assert parity.failures(measured(precision.to_fp16(original), original), "fp16") == []
 
 
-def test_with_its_squares_in_float16_it_would_not_pass(monkeypatch):
+def test_layer_norm_in_fp16_fails_parity(monkeypatch):
     original = layer_norm("Pow")
     monkeypatch.setattr(precision, "_LIGHT", precision._LIGHT | {"ReduceMean", "Pow", "Sqrt"})
     graph = precision.to_fp16(original)
@@ -240,7 +240,7 @@ def test_with_its_squares_in_float16_it_would_not_pass(monkeypatch):
     assert parity.failures(measured(graph, original), "fp16")
 
 
-def test_features_that_overflow_float16_are_refused_though_onnx_runtime_does_not_show_it():
+def test_fp16_overflow_hidden_by_onnx_runtime_is_refused():
     nodes: list[Node] = [
         ("Conv", ["_", "large"], {"strides": [4, 4]}),
         ("Conv", ["_", "small"], {}),
@@ -259,7 +259,7 @@ def test_features_that_overflow_float16_are_refused_though_onnx_runtime_does_not
     assert parity.failures(measured(original, original), "fp32") == []
 
 
-def test_rounding_between_operators_is_measured_as_a_gpu_does_it(plain):
+def test_parity_rounds_between_fp16_operators_like_a_gpu(plain):
     graph = precision.to_fp16(plain)
     stored = parity.as_stored(graph)
     assert onnx_file.precision(parity.as_stored(plain)) == "fp32"
@@ -268,7 +268,7 @@ def test_rounding_between_operators_is_measured_as_a_gpu_does_it(plain):
     assert 1e-5 < np.abs(exact - rounded).max() < 0.05
 
 
-def test_weights_are_int8_with_a_scale_a_channel_and_biases_are_not_quantised(quantised):
+def test_int8_weights_have_scales_per_channel_and_float_biases(quantised):
     graph = onnx.load_from_string(quantised).graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     sources = {node.output[0]: node for node in graph.node}
@@ -285,7 +285,7 @@ def test_weights_are_int8_with_a_scale_a_channel_and_biases_are_not_quantised(qu
     assert all(point.dtype == np.int8 and not point.any() for point in zero_points)
 
 
-def test_products_of_activations_and_softmax_are_not_made_int8_and_softmax_not_fp16():
+def test_attention_products_and_softmax_are_not_quantised():
     nodes: list[Node] = [
         ("Conv", ["_", "w"], {"strides": [4, 4]}),
         ("Reshape", ["_", "rows"], {}),
@@ -306,7 +306,7 @@ def test_products_of_activations_and_softmax_are_not_made_int8_and_softmax_not_f
     assert parity.failures(measured(fp16, original), "fp16") == []
 
 
-def test_the_last_product_of_one_vector_an_image_is_not_quantised():
+def test_last_matrix_product_is_not_quantised():
     nodes: list[Node] = [
         ("Conv", ["_", "w"], {"strides": [4, 4]}),
         ("GlobalAveragePool", ["_"], {}),
@@ -323,7 +323,7 @@ def test_the_last_product_of_one_vector_an_image_is_not_quantised():
     assert stored["backbone/w2"] == TensorProto.FLOAT
 
 
-def test_int8_is_the_same_bytes_again_leaves_no_file_and_says_nothing(plain, quantised, capfd, tmp_path, monkeypatch):
+def test_int8_conversion_is_reproducible_and_silent(plain, quantised, capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert precision.to_int8(plain, images(32)) == quantised
@@ -333,7 +333,7 @@ def test_int8_is_the_same_bytes_again_leaves_no_file_and_says_nothing(plain, qua
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs sched_setaffinity")
-def test_int8_is_the_same_bytes_with_one_thread(plain, quantised, tmp_path):
+def test_int8_conversion_does_not_depend_on_threads(plain, quantised, tmp_path):
     (tmp_path / "plain.onnx").write_bytes(plain)
     np.save(tmp_path / "images.npy", images(32))
     code = (
@@ -355,17 +355,17 @@ def test_int8_is_the_same_bytes_with_one_thread(plain, quantised, tmp_path):
     ],
     ids=["too few", "wrong size", "wrong type"],
 )
-def test_calibration_images_that_do_not_fit_are_refused(plain, calibration, sentence):
+def test_invalid_calibration_images_are_refused(plain, calibration, sentence):
     with pytest.raises(InputError, match=sentence):
         precision.to_int8(plain, calibration)
 
 
-def test_int8_that_was_calibrated_with_grey_images_does_not_pass(plain):
+def test_int8_calibrated_with_grey_images_fails_parity(plain):
     graph = precision.to_int8(plain, np.full((32, 16, 16, 3), 127, np.uint8))
     assert parity.failures(measured(graph, plain), "int8")
 
 
-def test_a_network_without_weights_cannot_be_narrowed():
+def test_network_without_weights_cannot_be_converted():
     nodes: list[Node] = [("Slice", ["_", "zero", "eight", "axis"], {}), ("ReduceMean", ["_", "axes"], {"keepdims": 0})]
     constants = {"zero": np.array([0]), "eight": np.array([8]), "axis": np.array([2]), "axes": np.array([1, 3])}
     graph = chain(nodes, constants)
@@ -375,7 +375,7 @@ def test_a_network_without_weights_cannot_be_narrowed():
         precision.to_fp16(graph)
 
 
-def test_control_flow_is_not_narrowed(plain):
+def test_control_flow_cannot_be_converted(plain):
     model = onnx.load_from_string(plain)
     empty = helper.make_graph([], "branch", [], [])
     model.graph.node.append(helper.make_node("If", ["yes"], ["z"], then_branch=empty, else_branch=empty))
@@ -390,17 +390,17 @@ def write_images(folder: Path, count: int) -> None:
         Image.fromarray(np.full((12, 20, 3), 10 * index, np.uint8)).save(folder / f"{index:02d}.png")
 
 
-def test_calibration_images_come_from_a_folder_and_its_subfolders_evenly_spread(tmp_path):
+def test_calibration_images_are_spread_evenly_over_subfolders(tmp_path):
     write_images(tmp_path / "a", 10)
     write_images(tmp_path / "b", 10)
-    found = precision.calibration_images(tmp_path, 8, 100)
-    assert (found.shape, found.dtype) == ((20, 8, 8, 3), np.uint8)
-    some = precision.calibration_images(tmp_path, 8, 16)
-    assert len(some) == 16
-    assert np.array_equal(some[[0, -1]], found[[0, -1]])
+    every = precision.calibration_images(tmp_path, 8, 100)
+    assert (every.shape, every.dtype) == ((20, 8, 8, 3), np.uint8)
+    subset = precision.calibration_images(tmp_path, 8, 16)
+    assert len(subset) == 16
+    assert np.array_equal(subset[[0, -1]], every[[0, -1]])
 
 
-def test_images_that_cannot_be_decoded_are_replaced_by_others(tmp_path):
+def test_unreadable_calibration_images_are_replaced(tmp_path):
     write_images(tmp_path, 18)
     (tmp_path / "00.png").write_bytes(b"no image")
     assert len(precision.calibration_images(tmp_path, 8, 17)) == 17

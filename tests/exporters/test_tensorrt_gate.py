@@ -1,6 +1,6 @@
-"""NVIDIA's own ONNX parser and builder take every graph that is exported, without a GPU; and the graphs are right.
+"""Tests that TensorRT can parse and build every exported graph, without a GPU, and that the graphs are correct.
 
-TensorRT-RTX stands in for the TensorRT of a board: same parser, strongly typed, but not the same kernels.
+TensorRT-RTX is used in place of the TensorRT of a board: the same parser, strongly typed, but other kernels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 MODULE = "tensorrt_rtx"
 needs_parser = pytest.mark.skipif(
     importlib.util.find_spec(MODULE) is None,
-    reason=f"{MODULE} is not installed (x86-64 Linux only): the gate for what is exported did NOT run",
+    reason=f"{MODULE} is not installed (x86-64 Linux only): the gate for exported graphs did NOT run",
 )
 
 
@@ -37,12 +37,13 @@ def check(graph: bytes) -> dict:
 
 
 def pictures(count: int, size: int, seed: int) -> np.ndarray:
+    """Return seeded images of 4 × 4 coloured patches."""
     coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     return coarse.repeat(size // 4, axis=1).repeat(size // 4, axis=2)
 
 
 class Squeezed(nn.Module):
-    """A depthwise convolution, LayerNorm over channels, an inverted bottleneck with squeeze and excitation."""
+    """Block of depthwise convolution, LayerNorm over channels, and inverted bottleneck with squeeze-and-excitation."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -59,6 +60,8 @@ class Squeezed(nn.Module):
 
 
 class SqueezedNet(nn.Module):
+    """Network of two `Squeezed` blocks and a linear output."""
+
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, width, 4, stride=4), Squeezed(width), Squeezed(width))
@@ -69,7 +72,7 @@ class SqueezedNet(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Patches, one block of attention and one of a perceptron with GELU, each after LayerNorm."""
+    """Vision transformer with one pre-norm block of attention and an MLP with GELU."""
 
     def __init__(self, width: int = 48, heads: int = 4) -> None:
         super().__init__()
@@ -89,7 +92,7 @@ class Transformer(nn.Module):
 
 
 class Mobile(nn.Module):
-    """224 × 224: strided convolutions with ReLU6, adaptive pooling; its output is (N, 64, 1, 1)."""
+    """Strided convolutions with ReLU6 and adaptive pooling; the output has shape (N, 64, 1, 1)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,8 +107,8 @@ class Mobile(nn.Module):
         return self.body(x)
 
 
-def brought(network: nn.Module, size: int, batch: int | None = None) -> bytes:
-    """What a user would bring, composed; with a batch it is fixed."""
+def composed(network: nn.Module, size: int, batch: int | None = None) -> bytes:
+    """Export a network and compose the backbone as for a user; with `batch`, the batch size is fixed."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -129,7 +132,7 @@ def brought(network: nn.Module, size: int, batch: int | None = None) -> bytes:
 
 @pytest.fixture(scope="module")
 def graphs(request: pytest.FixtureRequest) -> dict[str, bytes]:
-    """One network in all precisions, the fp32 one first."""
+    """Return one network in all precisions, fp32 first."""
     name = request.param
     sizes = {"mobile": 224, "mobile of one image": 224}
     if name == "shipped":
@@ -140,9 +143,9 @@ def graphs(request: pytest.FixtureRequest) -> dict[str, bytes]:
         batch = 1 if name == "mobile of one image" else None
         torch.manual_seed(0)
         network = {"squeezed": SqueezedNet, "transformer": Transformer}.get(name, Mobile)()
-        original = brought(network, sizes.get(name, 32), batch)
+        original = composed(network, sizes.get(name, 32), batch)
     calibration = pictures(24, sizes.get(name, 32), 0)
-    return {wanted: precision.convert(original, wanted, calibration) for wanted in PRECISIONS}
+    return {name: precision.convert(original, name, calibration) for name in PRECISIONS}
 
 
 networks = pytest.mark.parametrize(
@@ -161,7 +164,7 @@ networks = pytest.mark.parametrize(
 
 @networks
 @needs_parser
-def test_every_precision_of_every_network_is_parsed_and_built(graphs):
+def test_tensorrt_builds_every_precision(graphs):
     for graph in graphs.values():
         model = onnx.load_from_string(graph)
         assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
@@ -169,7 +172,7 @@ def test_every_precision_of_every_network_is_parsed_and_built(graphs):
 
 
 @networks
-def test_every_precision_of_every_network_computes_the_same(graphs):
+def test_every_precision_passes_parity(graphs):
     original = open_session(graphs["fp32"])
     size = original.get_inputs()[0].shape[1]
     for name, graph in graphs.items():
@@ -178,7 +181,7 @@ def test_every_precision_of_every_network_computes_the_same(graphs):
 
 
 def broken(kind: str) -> bytes:
-    """Graphs that ONNX allows and TensorRT does not."""
+    """Return a graph that is valid ONNX but not supported by TensorRT."""
     vector = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     image = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 64, 64, 3])
     nodes = [
@@ -202,32 +205,32 @@ def broken(kind: str) -> bytes:
             helper.make_node("Gemm", ["flat", "w", "b"], ["y"], transB=1),
         ]
     else:
-        nodes.append(helper.make_node("Unheard", ["flat"], ["y"], domain="of.nobody"))
+        nodes.append(helper.make_node("NoSuchOperator", ["flat"], ["y"], domain="example.unknown"))
     graph = helper.make_graph(
         nodes, kind, [image], [vector], [numpy_helper.from_array(array, name) for name, array in constants.items()]
     )
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("of.nobody", 1)]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("example.unknown", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("TopK", "3840"), ("int32 bias", "type Int32"), ("unknown operator", "Unheard")]
+    ("kind", "message"), [("TopK", "3840"), ("int32 bias", "type Int32"), ("unknown operator", "NoSuchOperator")]
 )
 @needs_parser
-def test_what_tensorrt_does_not_take_is_refused_in_its_words(kind, words):
-    with pytest.raises(GateRefusedError, match=words) as raised:
+def test_error_of_tensorrt_is_reported(kind, message):
+    with pytest.raises(GateRefusedError, match=message) as raised:
         check(broken(kind))
     assert raised.value.exit_code == 4
 
 
 @pytest.mark.slow
 @needs_parser
-def test_what_onnx_runtime_quantises_by_default_is_refused(tmp_path):
-    """Its int32 biases: the reason for the options that `precision.to_int8` sets."""
+def test_default_quantisation_of_onnx_runtime_is_refused(tmp_path):
+    """Show why `precision.to_int8` changes the defaults: they give int32 biases."""
     from onnxruntime import quantization
 
     torch.manual_seed(0)
-    original = brought(nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(512, 16)), 32)
+    original = composed(nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(512, 16)), 32)
     images = iter([{"images": pictures(16, 32, 0)}])
 
     class Reader(quantization.CalibrationDataReader):

@@ -1,4 +1,4 @@
-"""The targets: complete, consistent, and named helpfully."""
+"""Tests of the targets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ssd_edge import targets
 from ssd_edge.errors import InputError
 
 
-def test_the_boards_of_the_support_matrix_are_there_plainest_first():
+def test_supported_boards():
     names = list(targets.targets())
     assert names[0] == "jetson"
     assert set(names) == {
@@ -17,24 +17,24 @@ def test_the_boards_of_the_support_matrix_are_there_plainest_first():
 
 
 @pytest.mark.parametrize("alias", ["orin-nano", "orin-nx", "agx-orin", "thor"])
-def test_boards_are_also_known_without_the_first_word(alias):
+def test_aliases_without_the_jetson_prefix(alias):
     assert targets.get(alias) is targets.get(f"jetson-{alias}")
 
 
-def test_an_unknown_target_names_the_nearest():
+def test_unknown_target_suggests_the_nearest():
     with pytest.raises(InputError, match=r"unknown target 'jetson-orin-nxt'. Did you mean 'jetson-orin-nx'\?"):
         targets.get("jetson-orin-nxt")
 
 
 @pytest.mark.parametrize("name", list(targets.targets()))
-def test_every_target_runs_fp32_and_its_default(name):
+def test_targets_support_fp32_and_their_default_precision(name):
     target = targets.get(name)
     for precision in ("fp32", target.default_precision):
         targets.check_precision(target, precision)
     assert 0 < target.budget_mb < target.memory_mb
 
 
-def test_a_precision_or_opset_that_a_target_lacks_is_refused_with_the_reason():
+def test_unsupported_precision_and_opset_are_refused():
     with pytest.raises(InputError, match=r"cpu does not support fp16, because ONNX Runtime has no kernels.*int8, fp32"):
         targets.check_precision(targets.get("cpu"), "fp16")
     with pytest.raises(InputError, match=r"opset 23, but the target jetson-thor supports up to 20"):
@@ -54,11 +54,11 @@ def test_a_precision_or_opset_that_a_target_lacks_is_refused_with_the_reason():
         ("unknown", ("10.3", None), False),
     ],
 )
-def test_versions_are_compared_by_number(version, bounds, inside):
+def test_versions_are_compared_numerically(version, bounds, inside):
     assert targets.within(version, bounds) is inside
 
 
-def test_a_file_that_contradicts_itself_is_found():
+def test_inconsistent_target_file_is_refused():
     with pytest.raises(ValueError, match="the target x contradicts itself"):
         targets._target("x", {**raw(), "default_precision": "fp16"})
 

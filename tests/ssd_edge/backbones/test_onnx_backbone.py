@@ -1,4 +1,4 @@
-"""A user's own ONNX backbone: what is composed around it, and what is refused."""
+"""Tests of ONNX backbones of users: the composed graph and refused models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def network(
     side: int | str = SIZE,
     weight: np.ndarray = WEIGHT,
 ) -> onnx.ModelProto:
-    """Convolution, ReLU, pooling; `tail` is how the vector comes about."""
+    """Return a network of convolution, ReLU and pooling; `tail` selects the shape of its output."""
     kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     image, output = names
     source = image
@@ -53,7 +53,7 @@ def network(
         nodes.append(helper.make_node("GlobalAveragePool", ["relu"], ["pool"]))
     if tail == "flatten":
         nodes.append(helper.make_node("Flatten", [source], [output], axis=1))
-    elif tail == "one":  # a shape that was frozen at a batch of 1
+    elif tail == "one":  # a shape frozen at batch size 1
         weights.append(numpy_helper.from_array(np.array([1, -1], np.int64), "frozen"))
         nodes.append(helper.make_node("Reshape", [source, "frozen"], [output]))
     elif tail == "last":
@@ -79,19 +79,19 @@ def features(model: onnx.ModelProto, images: np.ndarray = IMAGES) -> np.ndarray:
 
 
 def expected(images: np.ndarray = IMAGES) -> np.ndarray:
-    """The same by PyTorch, in double precision."""
+    """Return the features of `network` computed by PyTorch in float64."""
     pixels = (torch.from_numpy(images).double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()
     conv = torch.conv2d(pixels.permute(0, 3, 1, 2), torch.from_numpy(WEIGHT).double(), padding=1)
     return conv.relu().mean((2, 3)).numpy()
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_the_composed_graph_computes_what_its_parts_do(layout):
+def test_composed_graph_agrees_with_pytorch(layout):
     model = composed(network(layout=layout), layout, mu=MU, sigma=SIGMA)
     np.testing.assert_allclose(features(model), (expected() - MU) / SIGMA, atol=2e-6)
 
 
-def test_the_composed_graph_has_one_typed_input_and_output_and_says_what_it_is():
+def test_composed_graph_input_output_and_metadata():
     model = composed(network(), mu=MU, sigma=SIGMA)
     (image,), (output,) = model.graph.input, model.graph.output
     assert onnx.helper.printable_value_info(image) == "%images[UINT8, batchx8x8x3]"
@@ -110,30 +110,30 @@ def test_the_composed_graph_has_one_typed_input_and_output_and_says_what_it_is()
 
 
 @pytest.mark.parametrize("tail", ["flatten", "pooled", "last"])
-def test_a_vector_an_image_may_keep_its_two_axes_of_length_one(tail):
+def test_output_may_have_trailing_axes_of_length_one(tail):
     model = composed(network(tail=tail))
     np.testing.assert_allclose(features(model), expected(), atol=2e-6)
 
 
-def test_a_float16_network_is_preprocessed_and_standardised_in_float32():
+def test_float16_network_is_standardised_in_float32():
     model = composed(network(half=True), mu=MU, sigma=SIGMA)
     assert features(model).dtype == np.float32
     np.testing.assert_allclose(features(model), (expected() - MU) / SIGMA, atol=5e-3)
 
 
-def test_a_declared_batch_of_one_becomes_dynamic_where_the_network_allows_it():
+def test_declared_batch_of_one_becomes_dynamic():
     model = composed(network(batch=1))
     assert batch_size(open_session(model.SerializeToString())) == 32
     np.testing.assert_allclose(features(model), expected(), atol=2e-6)
 
 
-def test_a_network_frozen_at_one_image_is_run_image_by_image():
+def test_network_frozen_at_batch_one_runs_one_by_one():
     model = composed(network(batch=1, tail="one"))
     assert batch_size(open_session(model.SerializeToString())) == 1
     np.testing.assert_allclose(features(model), expected(), atol=2e-6)
 
 
-def test_a_network_that_mixes_the_images_of_a_batch_is_run_image_by_image():
+def test_network_with_batch_dependence_runs_one_by_one():
     model = network()
     model.graph.node.insert(0, helper.make_node("ReduceMean", ["x"], ["mean"], keepdims=1))
     model.graph.node.insert(1, helper.make_node("Sub", ["x", "mean"], ["centred"]))
@@ -141,17 +141,17 @@ def test_a_network_that_mixes_the_images_of_a_batch_is_run_image_by_image():
     assert batch_size(open_session(composed(model).SerializeToString())) == 1
 
 
-def test_large_images_are_run_few_at_a_time():
+def test_large_images_use_a_small_batch():
     data = compose(network(side="s").SerializeToString(), 512, MEAN, STD, "nchw")
     assert batch_size(open_session(data)) == 8
 
 
-def test_names_of_the_file_may_be_ours():
+def test_names_may_collide_with_those_of_the_composed_graph():
     model = composed(network(names=("images", "embeddings")), mu=MU, sigma=SIGMA)
     np.testing.assert_allclose(features(model), (expected() - MU) / SIGMA, atol=2e-6)
 
 
-def test_subgraphs_still_find_the_weights_outside():
+def test_subgraphs_can_use_outer_weights():
     model = network(names=("x", "raw"))
     branch = helper.make_graph(
         [helper.make_node("Mul", ["raw", "two"], ["twice"])],
@@ -166,7 +166,7 @@ def test_subgraphs_still_find_the_weights_outside():
     np.testing.assert_allclose(features(composed(model)), 2 * expected(), atol=4e-6)
 
 
-def test_functions_of_the_file_are_inlined():
+def test_local_functions_are_inlined():
     model = network(names=("x", "raw"))
     opsets = [helper.make_opsetid("", 18)]
     double = helper.make_function("own", "Double", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], opsets)
@@ -179,7 +179,7 @@ def test_functions_of_the_file_are_inlined():
     np.testing.assert_allclose(features(result), 2 * expected(), atol=4e-6)
 
 
-def test_weights_may_be_listed_as_inputs_as_old_files_do():
+def test_weights_may_be_listed_as_inputs():
     model = network()
     model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, WEIGHT.shape))
     np.testing.assert_allclose(features(composed(model)), expected(), atol=2e-6)
@@ -192,7 +192,7 @@ def test_an_opset_outside_13_to_20_is_converted_to_18(opset, kept):
     np.testing.assert_allclose(features(model), expected(), atol=2e-6)
 
 
-def test_documentation_and_metadata_of_the_file_do_not_travel():
+def test_doc_strings_and_metadata_are_removed():
     model = network(tail="pooled")
     model.doc_string = model.graph.doc_string = model.graph.node[0].doc_string = "/home/someone/secret"
     helper.set_model_props(model, {"source": "/home/someone/secret"})
@@ -202,12 +202,12 @@ def test_documentation_and_metadata_of_the_file_do_not_travel():
     assert not onnx.load_from_string(data).graph.value_info
 
 
-def test_the_same_file_gives_the_same_bytes():
+def test_compose_is_deterministic():
     data = network().SerializeToString()
     assert compose(data, SIZE, MEAN, STD, "nchw") == compose(data, SIZE, MEAN, STD, "nchw")
 
 
-# What is refused: (what the sentence says, model, changed arguments)
+# Refused models: (message, model, changed arguments)
 
 
 def external() -> onnx.ModelProto:
@@ -273,7 +273,7 @@ def dropout() -> onnx.ModelProto:
 
 def inconvertible() -> onnx.ModelProto:
     model = network(opset=24)
-    model.graph.node[1].op_type = "Swish"  # there is none before
+    model.graph.node[1].op_type = "Swish"  # new in opset 24
     return model
 
 
@@ -323,26 +323,26 @@ def test_refused(sentence, model, changes):
     assert "\n" not in str(raised.value)
 
 
-# The embedder
+# Embedder
 
 
 def configured(path, **changes) -> BackboneConfig:
     return BackboneConfig(onnx=str(path), **{"size": SIZE, "mean": MEAN, "std": STD, **changes})
 
 
-def test_the_embedder_gives_raw_features_and_says_where_they_come_from(tmp_path):
+def test_embedder_gives_raw_features_and_provenance(tmp_path):
     path = tmp_path / "own.onnx"
     path.write_bytes(network().SerializeToString())
     embedder = OnnxEmbedder(configured(path))
     assert (embedder.size, embedder.dim, embedder.standardised) == (SIZE, DIM, False)
     assert embedder.priors.within_covariance is None
-    assert embedder.provenance["file"] == "own.onnx"  # and not the folder
+    assert embedder.provenance["file"] == "own.onnx"  # without the folder
     many = np.concatenate([IMAGES] * 10)
     np.testing.assert_allclose(embedder.embed(many), expected(many), atol=2e-6)
     assert embedder.embed(IMAGES[:0]).shape == (0, DIM)
 
 
-def test_the_identity_is_that_of_model_and_preprocessing():
+def test_identity_depends_on_model_and_preprocessing():
     data, arguments = network().SerializeToString(), (SIZE, MEAN, STD, "nchw")
     others = [
         (network(half=True).SerializeToString(), *arguments),
@@ -355,7 +355,7 @@ def test_the_identity_is_that_of_model_and_preprocessing():
     assert len({identity(data, *arguments), *(identity(*other) for other in others)}) == 6
 
 
-def test_errors_of_the_embedder_name_the_file(tmp_path):
+def test_embedder_errors_name_the_file(tmp_path):
     path = tmp_path / "own.onnx"
     path.write_bytes(b"text")
     with pytest.raises(InputError, match=r"backbone.onnx=.*own.onnx: it is not an ONNX file"):
@@ -367,13 +367,13 @@ def test_errors_of_the_embedder_name_the_file(tmp_path):
 def test_a_file_over_2_gib_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "own.onnx"
     with open(path, "wb") as stream:
-        stream.truncate(2**31 + 1)  # sparse: takes no space
+        stream.truncate(2**31 + 1)  # sparse file
     with pytest.raises(InputError, match=r"2,147,483,649 bytes.*2 GiB"):
         OnnxEmbedder(configured(path))
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
-def test_without_the_extra_the_command_that_installs_it_is_named(missing, monkeypatch):
+def test_missing_extra_names_the_install_command(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(EnvironmentUnfitError, match=r"pip install 'ssd-edge\[export\]'"):
         compose(b"", SIZE, MEAN, STD, "nchw")

@@ -1,4 +1,4 @@
-"""Pretraining end to end on small data, and the backbone package that it writes."""
+"""End-to-end tests of pretraining on small data and of the backbone package that it writes."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ TINY = ("train.epochs=2", "train.batch=32", "train.lr=0.05", "student.neurons=64
 
 
 @pytest.fixture(scope="module")
-def made(shapes: Path, cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pretrained(shapes: Path, cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("package") / "mine"
-    told = cli("pretrain", folder, f"data.path={shapes}", *TINY, "train.terms=drawn by the tests")
-    assert "epoch 2/2" in told.stderr
+    result = cli("pretrain", folder, f"data.path={shapes}", *TINY, "train.terms=drawn by the tests")
+    assert "epoch 2/2" in result.stderr
     return folder
 
 
-def test_the_package_says_where_it_comes_from(made: Path) -> None:
-    card = json.loads((made / "card.json").read_text())
+def test_package_contents_and_card(pretrained: Path) -> None:
+    card = json.loads((pretrained / "card.json").read_text())
     assert card["arch"] == "resnet9"
     assert card["terms"] == "drawn by the tests"
     assert card["command"].startswith("ssd-edge pretrain")
     assert card["config"]["epochs"] == 2
     assert 0 <= card["accuracy"]["top1"] <= 1
-    package = packages.load(made)
+    package = packages.load(pretrained)
     assert package.priors.keys.shape == (64, 256)
     landmarks = package.priors.landmarks
-    assert landmarks.keys.shape == (200, 256)  # no more than there are images
+    assert landmarks.keys.shape == (200, 256)  # limited by the number of images
     assert len(landmarks.mean) == 200
     assert landmarks.projection.shape == (200, len(landmarks.signal))
     assert np.allclose(np.linalg.norm(landmarks.keys, axis=1), 1, atol=1e-3)
@@ -48,49 +48,49 @@ def test_the_package_says_where_it_comes_from(made: Path) -> None:
     assert package.priors.count == 200
 
 
-def test_embeddings_of_the_pretraining_data_are_standardised(made: Path, shapes: Path) -> None:
+def test_embeddings_of_the_pretraining_data_are_standardised(pretrained: Path, shapes: Path) -> None:
     from ssd_edge.config import DataConfig
     from ssd_edge.data import load
 
-    package = packages.load(made)
+    package = packages.load(pretrained)
     embedder = TorchEmbedder(package, torch.device("cpu"))
     images = load(DataConfig(path=str(shapes)), 0).train
     z = embedder.embed(images.load(np.arange(len(images)), embedder.size))
     assert z.dtype == np.float32
-    alive = package.sigma > 1.01e-3 * package.sigma.max()  # features that vary less are divided by that floor
-    assert alive.sum() > 100
+    varying = package.sigma > 1.01e-3 * package.sigma.max()  # the deviation of the others is clipped to a floor
+    assert varying.sum() > 100
     assert np.abs(z.mean(0)).max() < 0.02
-    assert np.abs(z.std(0)[alive] - 1).max() < 0.02
+    assert np.abs(z.std(0)[varying] - 1).max() < 0.02
 
 
-def test_student_keeps_the_backbone_and_changes_the_keys(made: Path, shapes: Path, cli, tmp_path: Path) -> None:
+def test_student_option_retrains_only_the_keys(pretrained: Path, shapes: Path, cli, tmp_path: Path) -> None:
     import shutil
 
-    folder = Path(shutil.copytree(made, tmp_path / "copy"))
+    folder = Path(shutil.copytree(pretrained, tmp_path / "copy"))
     cli("pretrain", folder, "--student", f"data.path={shapes}", "student.neurons=32", "student.epochs=1")
-    old, new = packages.load(made), packages.load(folder)
+    old, new = packages.load(pretrained), packages.load(folder)
     assert new.identity == old.identity
     assert new.priors.keys.shape == (32, 256)
     assert new.priors.student["neurons"] == 32
 
 
-def test_a_run_uses_the_package(made: Path, shapes: Path, cli, tmp_path: Path) -> None:
+def test_a_run_uses_the_package(pretrained: Path, shapes: Path, cli, tmp_path: Path) -> None:
     cli(
-        "train", f"data.path={shapes}", f"backbone.path={made}", "learner.directions=20",
+        "train", f"data.path={shapes}", f"backbone.path={pretrained}", "learner.directions=20",
         "run.panel=false", "run.baselines=false", f"run.out={tmp_path}",
     )  # fmt: skip
     backbone = json.loads((tmp_path / "1" / "backbone.json").read_text())
-    assert backbone["identity"] == packages.load(made).identity
+    assert backbone["identity"] == packages.load(pretrained).identity
 
 
-def test_a_damaged_package_is_refused(made: Path, tmp_path: Path) -> None:
+def test_a_damaged_package_is_refused(pretrained: Path, tmp_path: Path) -> None:
     import shutil
 
-    folder = Path(shutil.copytree(made, tmp_path / "copy"))
+    folder = Path(shutil.copytree(pretrained, tmp_path / "copy"))
     (folder / "card.json").unlink()
     with pytest.raises(InputError, match=r"card\.json missing"):
         packages.load(folder)
-    package = packages.load(made)
+    package = packages.load(pretrained)
     package.weights.pop("last.0.weight")
     with pytest.raises(BundleRefusedError, match=r"missing \['last.0.weight'\]"):
         network(package)
@@ -99,41 +99,42 @@ def test_a_damaged_package_is_refused(made: Path, tmp_path: Path) -> None:
 def test_pretrain_needs_data(cli, tmp_path: Path) -> None:
     assert "data.path=FOLDER" in cli("pretrain", tmp_path / "x", code=2).stderr
     assert (
-        "--student needs a backbone" in cli("pretrain", tmp_path / "x", "--student", "data.path=digits", code=2).stderr
+        "--student needs an existing backbone package"
+        in cli("pretrain", tmp_path / "x", "--student", "data.path=digits", code=2).stderr
     )
     assert not (tmp_path / "x").exists()
 
 
-def test_pretrain_on_some_classes(made: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
+def test_pretrain_on_some_classes(pretrained: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
 
     def stand_in(package: object, config: object, dataset: Dataset, *_: object) -> None:
-        taken.append(dataset.classes)
-        raise InputError("that is enough")
+        used.append(dataset.classes)
+        raise InputError("stopped by the test")
 
     monkeypatch.setattr("ssd_edge.backbones.pretrain.retrain_student", stand_in)
     monkeypatch.setattr("ssd_edge.run.train.set_threads", lambda count: None)
-    words = [str(made), "--student", f"data.path={shapes}"]
+    args = [str(pretrained), "--student", f"data.path={shapes}"]
     for more, message in (
-        (["--classes", "0:2"], "that is enough"),
-        (["--classes", "cross,3:"], "that is enough"),
+        (["--classes", "0:2"], "stopped by the test"),
+        (["--classes", "cross,3:"], "stopped by the test"),
         (["--classes", "0:9"], "the positions '0:9' reach beyond the 5 classes of"),
         (["--classes", "0:2", "data.classes=1:3"], "--classes is 0:2, but data.classes is 1:3; leave one"),
     ):
-        done = CliRunner().invoke(pretrain, [*words, *more])
+        done = CliRunner().invoke(pretrain, [*args, *more])
         assert isinstance(done.exception, InputError)
         assert message in str(done.exception)
-    assert taken == [("circle", "cross"), ("cross", "stripes", "triangle")]
+    assert used == [("circle", "cross"), ("cross", "stripes", "triangle")]
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_architectures_give_256_features_in_both_modes(name: str) -> None:
+def test_architectures_give_256_features(name: str) -> None:
     body = ARCHITECTURES[name]()
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     assert body(normalise(images)).shape == (4, 256)
     body.eval()
-    together, alone = body(normalise(images)), body(normalise(images[:1]))
-    assert torch.allclose(together[:1], alone, atol=1e-4)
+    batched, single = body(normalise(images)), body(normalise(images[:1]))
+    assert torch.allclose(batched[:1], single, atol=1e-4)
 
 
 def test_augmentation_moves_flips_and_keeps_pixels() -> None:
@@ -142,9 +143,9 @@ def test_augmentation_moves_flips_and_keeps_pixels() -> None:
     assert moved.shape == ramp.shape
     assert set(moved.unique().tolist()) <= set(range(64))
     rising = moved[:, 0, 4, 4] < moved[:, 0, 4, 5]
-    assert 40 < int(rising.sum()) < 160  # about half are mirrored
+    assert 40 < int(rising.sum()) < 160  # about half are flipped
     same = augment(ramp, crop=0, cutout=0, generator=torch.Generator().manual_seed(1))
-    assert all(torch.equal(one, ramp[0]) or torch.equal(one, ramp[0].flip(-1)) for one in same)
+    assert all(torch.equal(each, ramp[0]) or torch.equal(each, ramp[0].flip(-1)) for each in same)
     holes = augment(ramp + 1, crop=0, cutout=4, generator=torch.Generator().manual_seed(2))
     assert (holes == 0).any()
 
