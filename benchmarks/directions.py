@@ -75,7 +75,7 @@ def main() -> None:
     """Print the table; write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     set_threads(0)
     embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
 
@@ -118,9 +118,9 @@ def main() -> None:
     judge("no weight on pretraining's spread", embedder.priors, prior_weight=1.0)
     for directions in (150, 300, 600, 1250, 1900):
         judge(f"{directions:,} directions of 2,500 neurons", priors_of(directions, neurons=2500))
-    if words.json:
+    if args.json:
         command = "python benchmarks/directions.py"
-        words.json.write_text(json.dumps({"command": command, **environment(), "rows": rows}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"command": command, **environment(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def view_of(count: int, dim: int, priors: Priors, seed: int) -> Tensor:
     return vectors[:, :count].float()
 
 
-class Taught:
+class TrainedLearner:
     """A learner that has learned a stream.
 
     Attributes:
@@ -200,16 +200,16 @@ def measured(options: Mapping[str, Any], stream: str, tasks: Sequence[Tensor], o
     """Learn task by task; judge by all test images."""
     prepared = ordered(stream, order)
     given = [learners.Task(prepared.train[task], prepared.train_rows[task]) for task in tasks]
-    taught = Taught(options, given, priors, order)
-    state, constants = bill(taught.learner)
+    trained = TrainedLearner(options, given, priors, order)
+    state, constants = bill(trained.learner)
     return {
-        "accuracy": taught.right(prepared.test, prepared.test_rows) / len(prepared.test),
+        "accuracy": trained.right(prepared.test, prepared.test_rows) / len(prepared.test),
         "state_bytes": state,
         "constant_bytes": constants,
         "learned": sum(map(len, tasks)),
-        "seconds": round(sum(taught.seconds), 4),
-        "slowest_task_seconds": round(max(taught.seconds), 4),
-        "note": taught.learner.note,
+        "seconds": round(sum(trained.seconds), 4),
+        "slowest_task_seconds": round(max(trained.seconds), 4),
+        "note": trained.learner.note,
     }
 
 
@@ -239,8 +239,10 @@ def chosen(head: str, size: Mapping[str, Any], stream: str, shots: int, priors: 
     for candidate in CANDIDATES[head]:
         right = judged = 0
         for learned, held in splits(rows, shots):
-            taught = Taught({**given, **candidate}, [learners.Task(vectors[learned], rows[learned])], priors, 0)
-            right, judged = right + taught.right(vectors[held], rows[held]), judged + len(held)
+            trained = TrainedLearner(
+                {**given, **candidate}, [learners.Task(vectors[learned], rows[learned])], priors, 0
+            )
+            right, judged = right + trained.right(vectors[held], rows[held]), judged + len(held)
         scores.append(right / judged)
     return {
         "stream": stream,
@@ -346,7 +348,7 @@ def frontier(stream: str, head: str, budget_mb: float, priors: Priors | None) ->
 
             def fits(directions: int) -> bool:
                 try:
-                    learner = Taught({"name": "landmark", "directions": directions}, probe, priors, 0).learner
+                    learner = TrainedLearner({"name": "landmark", "directions": directions}, probe, priors, 0).learner
                     return bill(learner)[0] <= budget
                 except InputError as error:
                     refusals.append((directions, str(error)))
@@ -418,7 +420,7 @@ def show(rows: Sequence[Record]) -> None:
             print(f"mean gain, {name}: {100 * statistics.fmean(gains):+.2f} points over {len(gains)} rows")
 
 
-class Book:
+class Records:
     """The records, saved after every change.
 
     Args:
@@ -457,8 +459,8 @@ class Book:
 
     def save(self, **more: Any) -> None:
         """Write everything."""
-        words = [word if "/" not in word else "PATH" for word in sys.argv[1:]]
-        command = shlex.join(["python", "benchmarks/panel.py", *words])
+        args = [word if "/" not in word else "PATH" for word in sys.argv[1:]]
+        command = shlex.join(["python", "benchmarks/panel.py", *args])
         cells, choices = list(self.cells.values()), list(self.choices.values())
         made = {"command": command, **self.environment, "cells": cells, "choices": choices, "summary": summary(cells)}
         self.record |= {**made, **more}
@@ -466,10 +468,10 @@ class Book:
         files.write_text(self.path, json.dumps(self.record, indent=1) + "\n")
 
 
-def fill(book: Book, pool: ProcessPoolExecutor, words: argparse.Namespace, names: Sequence[str]) -> None:
+def fill(records: Records, pool: ProcessPoolExecutor, args: argparse.Namespace, names: Sequence[str]) -> None:
     """Run the panel: each cell as soon as those are there that it may take something from."""
-    heads = [head for head in words.heads if head != "landmark"]
-    waiting = [(name, shots, order) for order in range(words.orders) for name in names for shots in words.shots]
+    heads = [head for head in args.heads if head != "landmark"]
+    waiting = [(name, shots, order) for order in range(args.orders) for name in names for shots in args.shots]
     left, running = set(waiting), {}
 
     def ready(name: str, shots: int, order: int) -> bool:
@@ -480,11 +482,11 @@ def fill(book: Book, pool: ProcessPoolExecutor, words: argparse.Namespace, names
     while left:
         for one in [one for one in waiting if ready(*one)]:
             waiting.remove(one)
-            running[pool.submit(panel, *one, heads, book.known(*one))] = one
+            running[pool.submit(panel, *one, heads, records.known(*one))] = one
         done: set[Future] = wait(running, return_when=FIRST_COMPLETED).done
         for future in done:
             one = running.pop(future)
-            book.add(*future.result())
+            records.add(*future.result())
             left.discard(one)
             done_now = f"{time.monotonic() - began:6.0f} s  {total - len(left)}/{total}"
             print(f"{done_now}  {one[0]}, {one[1] or 'all'} images, order {one[2]}", flush=True)
@@ -521,36 +523,36 @@ def main() -> None:
     parser.add_argument("--check-streams", action="store_true", help="landmark on the repeated, blurry, online streams")
     parser.add_argument("--frontier", action="store_true", help="accuracy against state on CIFAR-10 too")
     parser.add_argument("--landmark-priors", type=Path, help="backbone package with the priors of the frontier")
-    words = parser.parse_args()
-    if any(shots == 1 or shots < 0 for shots in words.shots):
+    args = parser.parse_args()
+    if any(shots == 1 or shots < 0 for shots in args.shots):
         parser.error("--shots must be 0 (all) or at least 2: one image is learned and one judged to choose settings")
-    extra = [*(PROTOCOLS if words.check_streams else ()), *(("cifar10",) if words.frontier else ())]
+    extra = [*(PROTOCOLS if args.check_streams else ()), *(("cifar10",) if args.frontier else ())]
     with tempfile.TemporaryDirectory() as scratch:
-        opened = open_streams(list(dict.fromkeys([*words.streams, *extra])), words.tiny, Path(scratch))
+        opened = open_streams(list(dict.fromkeys([*args.streams, *extra])), args.tiny, Path(scratch))
         torch.set_num_threads(1)
-        book = Book(words.json, words.again)
+        records = Records(args.json, args.again)
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(words.jobs, context, start_worker, (opened,)) as pool:
-            fill(book, pool, words, [name for name in words.streams if name in opened])
-            if words.check_streams:
+        with ProcessPoolExecutor(args.jobs, context, start_worker, (opened,)) as pool:
+            fill(records, pool, args, [name for name in args.streams if name in opened])
+            if args.check_streams:
                 jobs = [pool.submit(protocol, name, n) for name in PROTOCOLS if name in opened for n in (0, 1)]
                 found = []
                 for job in jobs:
                     found.append(one := job.result())
-                    book.save(streams=found)
+                    records.save(streams=found)
                     print(f"{one['stream']}, order {one['order']}: {100 * one['accuracy']:.2f}", flush=True)
-            if words.frontier and "cifar10" in opened:
-                priors = package.load(words.landmark_priors).priors if words.landmark_priors else None
+            if args.frontier and "cifar10" in opened:
+                priors = package.load(args.landmark_priors).priors if args.landmark_priors else None
                 asked = [(head, 0.0) for head in CANDIDATES if head not in MOST]
                 asked += [(head, budget) for head in ("landmark", *MOST) for budget in BUDGETS_MB]
                 jobs = [pool.submit(frontier, "cifar10", *one, priors) for one in asked]
                 points = []
                 for job in jobs:
                     points.append(one := job.result())
-                    book.save(frontier=points)
+                    records.save(frontier=points)
                     result = one.get("skipped") or f"{100 * one['accuracy']:.2f} in {one['state_bytes'] / 1e6:.3f} MB"
                     print(f"{one['head']:9} {one['budget_mb'] or '':>5}: {result}", flush=True)
-    show(summary(list(book.cells.values())))
+    show(summary(list(records.cells.values())))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures that several packages' tests share. One run and one exported bundle serve the whole session."""
+"""Fixtures shared by the tests of all packages; the session shares one run and one exported bundle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from helpers.shared import shared_folder
 from PIL import Image, ImageDraw
 
-# Two workers on two cores, each with all threads, wait for each other more than they work (OpenMP spins).
+# OpenMP threads spin while waiting, so two workers with all threads each slow each other down.
 if _worker := os.environ.get("PYTEST_XDIST_WORKER"):
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
@@ -24,7 +24,7 @@ SHAPES = ("circle", "cross", "square", "stripes", "triangle")
 
 @pytest.fixture(scope="session", autouse=True)
 def _isolated(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test reads or writes the user's caches, data or device state."""
+    """Keep tests away from the user's caches, data and device state."""
     scratch = tmp_path_factory.mktemp("isolated")
     os.environ["SSD_EDGE_CACHE"] = str(scratch / "cache")
     os.environ["SSD_EDGE_ROOT"] = str(scratch / "device")
@@ -33,7 +33,7 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def draw(shape: str, rng: np.random.Generator, size: int = 40) -> Image.Image:
-    """One noisy picture of a shape; colour, place and size vary, so that only the shape tells."""
+    """Return a noisy picture of a shape of random colour, position and size."""
     low, high = rng.integers(0, 90, 3), rng.integers(150, 256, 3)
     image = Image.new("RGB", (size, size), tuple(int(v) for v in low))
     pen, ink = ImageDraw.Draw(image), tuple(int(v) for v in high)
@@ -57,7 +57,7 @@ def draw(shape: str, rng: np.random.Generator, size: int = 40) -> Image.Image:
 
 
 def write_shapes(folder: Path, shapes: tuple[str, ...], count: int, seed: int) -> Path:
-    """`count` PNG files a shape under ``folder/<shape>/``."""
+    """Write `count` PNG files per shape to ``folder/<shape>/``."""
     rng = np.random.default_rng(seed)
     for shape in shapes:
         (folder / shape).mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def write_shapes(folder: Path, shapes: tuple[str, ...], count: int, seed: int) -
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder: train/ with 40 and test/ with 15 pictures of each of five shapes."""
+    """Image folder of five shapes with 40 training and 15 test pictures each, in train/ and test/."""
 
     def draw_all(folder: Path) -> None:
         write_shapes(folder / "train", SHAPES, 40, seed=1)
@@ -82,14 +82,14 @@ Cli = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture(scope="session")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
-    """Run the real command line in a process of its own: ``cli("train", …, code=0)``."""
+    """Function that runs the command line in a separate process: ``cli("train", …, code=0)``."""
     home = tmp_path_factory.mktemp("cwd")
 
     def run(
-        *words: str | Path, code: int = 0, cwd: Path | None = None, timeout: float = 300, **env: str
+        *args: str | Path, code: int = 0, cwd: Path | None = None, timeout: float = 300, **env: str
     ) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            [sys.executable, "-m", "ssd_edge", *map(str, words)],
+            [sys.executable, "-m", "ssd_edge", *map(str, args)],
             capture_output=True,
             text=True,
             cwd=cwd or home,
@@ -97,10 +97,10 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
             timeout=timeout,
             check=False,
         )
-        told = f"exit code {done.returncode}\n--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}"
-        assert done.returncode == code, told
+        report = f"exit code {done.returncode}\n--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}"
+        assert done.returncode == code, report
         if code not in (0, 1):
-            assert "Traceback" not in done.stderr, told
+            assert "Traceback" not in done.stderr, report
         return done
 
     return run
@@ -108,16 +108,15 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    """What the command line says of a mistake: ``refused("train", …, code=2)``.
+    """Function that runs a failing command and returns its error output: ``refused("train", …, code=2)``.
 
-    The same `main` as in a process of its own, in this one: importing PyTorch anew for each of many mistakes takes a
-    minute.
+    It calls `main` in this process: importing PyTorch again for every error case would take a minute.
     """
     from ssd_edge.cli import main
 
-    def run(*words: str | Path, code: int) -> str:
+    def run(*args: str | Path, code: int) -> str:
         before = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(sys, "argv", ["ssd-edge", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["ssd-edge", *map(str, args)])
         monkeypatch.chdir(tmp_path)
         capfd.readouterr()
         try:
@@ -125,17 +124,17 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
                 main()
         finally:
             signal.signal(signal.SIGTERM, before)
-        told = capfd.readouterr()
-        assert ended.value.code == code, told
-        assert "Traceback" not in told.err
-        return told.err
+        report = capfd.readouterr()
+        assert ended.value.code == code, report
+        assert "Traceback" not in report.err
+        return report.err
 
     return run
 
 
 @pytest.fixture(scope="session")
 def trained(shapes: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the default learner on four of the five shapes, with all baselines and the panel."""
+    """Finished run of the default learner on four of the five shapes, with all baselines and the panel."""
 
     def train(out: Path) -> None:
         cli("train", f"data.path={shapes}", "data.exclude=triangle", f"run.out={out}")
@@ -145,7 +144,7 @@ def trained(shapes: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def bundle(trained: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle deployed from `trained`."""
+    """Bundle deployed from `trained`."""
 
     def deploy(folder: Path) -> None:
         cli("deploy", "--target", "jetson", trained, "-o", folder / "robot.ssdedge")
@@ -155,7 +154,7 @@ def bundle(trained: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def installed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with the session's bundle; copy it before changing it."""
+    """Device root with the bundle of the session installed; copy it before changing it."""
     from device_runtime.install.bundle import install
 
     return shared_folder(tmp_path_factory, "installed", lambda folder: install(folder / "root", bundle)) / "root"

@@ -1,4 +1,4 @@
-"""The whole path on CIFAR-10, as examples/cifar10.yaml and examples/cifar10.sh describe it. Slow; real data."""
+"""Train, deploy and learn on CIFAR-10 as in examples/cifar10.yaml and examples/cifar10.sh. Slow; needs the data."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_the_default_is_within_three_points_of_the_best_head(run: Path) -> None:
     assert metrics["average_accuracy"] >= best - 0.03, metrics["panel"]
 
 
-def test_the_papers_ordering(run: Path) -> None:
+def test_the_learners_rank_as_in_the_paper(run: Path) -> None:
     baselines = json.loads((run / "metrics.json").read_text())["baselines"]
     accuracy = {name: values["average_accuracy"] for name, values in baselines.items()}
     assert accuracy["ssd"] > accuracy["sdmlp"] > accuracy["finetune"], accuracy
 
 
 @pytest.mark.parametrize("shots", [20, 100])
-def test_the_tenth_class_on_the_device(shots: int, run: Path, data: Path, cli, tmp_path: Path) -> None:
+def test_learning_the_tenth_class_on_the_device(shots: int, run: Path, data: Path, cli, tmp_path: Path) -> None:
     new, unseen = tmp_path / "new", tmp_path / "unseen"
     new.mkdir()
     unseen.mkdir()
@@ -72,17 +72,17 @@ def test_the_tenth_class_on_the_device(shots: int, run: Path, data: Path, cli, t
     before = predict()
     learned = json.loads(cli("device", "learn", "--label", "truck", new, "--root", root, "--json").stdout)
     after = predict()
-    told = {
+    measured = {
         "trucks": accuracy(after, True),
         "old before": accuracy(before, False),
         "old after": accuracy(after, False),
         "seconds": learned["seconds"],
         "estimate": learned["old_classes"],
     }
-    print(json.dumps(told))
+    print(json.dumps(measured))
     assert accuracy(before, True) == 0.0
-    assert told["trucks"] > 0.4, told
-    assert told["old after"] > told["old before"] - 0.08, told
-    assert learned["seconds"] < 10, told
+    assert measured["trucks"] > 0.4, measured
+    assert measured["old after"] > measured["old before"] - 0.08, measured
+    assert learned["seconds"] < 10, measured
     cli("device", "rollback", "--root", root)
     assert predict() == before

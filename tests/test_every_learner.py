@@ -1,4 +1,4 @@
-"""Every learner trains, deploys, and learns a class on the device that its bundle has never seen."""
+"""Every learner trains, deploys, and learns a new class on the device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUICK = {
 
 @functools.cache
 def exported(identity: str) -> bytes:
-    """One export serves all learners: the backbone is the same."""
+    """Export the backbone once; all learners share it."""
     from ssd_edge.backbones import package
 
     return export_package(package.load())
@@ -60,7 +60,7 @@ def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch
         assert device.classes[-1] == "triangle"
         assert set(learned) >= {"generation", "classes", "held_out", "old_classes", "seconds"}
         answers = [p.label for p in device.predict(sorted((shapes / "test" / "triangle").iterdir()))]
-        # ridge weighs classes by their size, and here all have forty images
+        # ridge weighs classes by size; here each has 40 images
         assert answers.count("triangle") > len(answers) / 2, answers
         device.rollback()
         assert device.learner.scores(device.embed(old)).equal(before)
@@ -74,7 +74,7 @@ def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch
         assert "circle" not in device.classes
         assert device.learner.scores(device.embed(old)).equal(scores)
 
-    # And from nothing: a bundle with a backbone and no class.
+    # A bundle with a backbone and no class.
     deploy.deploy(run.folder, deploy.Options("cpu", empty=True), tmp_path / "empty.ssdedge", lambda text: None)
     install(tmp_path / "blank", tmp_path / "empty.ssdedge")
     with Device.open(tmp_path / "blank") as device:
@@ -88,7 +88,7 @@ def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch
         device.learn_all({"triangle": new}, limits)
         assert device.classes == ["circle", "triangle"]
         both = device.predict([*old, *sorted((shapes / "test" / "triangle").iterdir())])
-        # what is trained by gradients on one class after the other forgets the first: it is here for completeness
+        # a gradient-trained learner forgets the first class when it learns the second; run for completeness
         if name in FORGETTING:
             assert sum(p.nearest == Path(p.image).parent.name for p in both) >= len(both) / 2, both
         else:

@@ -1,4 +1,4 @@
-"""The wheel: exactly the three packages with their data, and it works outside the source tree."""
+"""The wheel: it contains exactly the three packages with their data and works outside the source tree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # a copy: building leaves files beside the sources
+    source = folder / "source"  # a copy: building leaves files next to the sources
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if tracked.returncode:
         pytest.skip("not a git checkout: cannot tell the project's files from others")
@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_it_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_contains_only_the_three_packages(wheel: Path) -> None:
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert {name.split("/")[0] for name in names} == {"ssd_edge", "exporters", "device_runtime"}
     shipped = "ssd_edge/backbones/shipped/"
@@ -46,16 +46,16 @@ def test_it_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 12_000_000
 
 
-def test_it_trains_deploys_and_predicts_outside_the_source_tree(wheel: Path, shapes: Path, tmp_path: Path) -> None:
+def test_train_deploy_and_predict_outside_the_source_tree(wheel: Path, shapes: Path, tmp_path: Path) -> None:
     site, work = tmp_path / "site", tmp_path / "work"
     work.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
 
-    def run(*words: object) -> str:
+    def run(*args: object) -> str:
         env = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
         done = subprocess.run(
-            [sys.executable, "-m", "ssd_edge", *map(str, words)], cwd=work, env=env, capture_output=True, text=True
+            [sys.executable, "-m", "ssd_edge", *map(str, args)], cwd=work, env=env, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

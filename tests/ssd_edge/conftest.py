@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the method and the bundle format."""
+"""Fixtures for the tests of learners and the bundle format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ssd_edge.errors import BundleRefusedError
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Tensors of a few kilobytes on busy cores: a second thread is mostly waited for."""
+    """Limit PyTorch to one thread: for small tensors on busy cores, a second thread only adds waiting."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -22,11 +22,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def refusal(tmp_path):
-    """refusal(data) → the message with which these bytes are refused."""
+    """Function ``refusal(data)`` that returns the message with which these bytes are refused."""
     path = tmp_path / "robot.ssdedge"
 
     def read(data: bytes) -> str:
-        path.unlink(missing_ok=True)  # replacing the content of a file would wait for the disk each time
+        path.unlink(missing_ok=True)  # replacing the content of an existing file would wait for the disk
         path.write_bytes(data)
         with pytest.raises(BundleRefusedError) as caught:
             bundle.read(path)

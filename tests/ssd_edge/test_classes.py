@@ -26,7 +26,10 @@ def test_names_are_normalised() -> None:
         ("x" * 65, "has 65 characters, but at most 64 are allowed"),
         ("a\nb", r"'a\\nb' contains the control character U\+000A; remove it"),
         ("a\x1b[31m", r"contains the control character U\+001B"),
-        ("a\u202eb", r"contains the control character U\+202E"),  # turns the text around it
+        (
+            "a\u202eb",
+            r"contains the control character U\+202E",
+        ),  # a control character that reverses the surrounding text
         ("a\u2028b", r"contains the control character U\+2028"),
         ("a\udc80", r"contains the control character U\+DC80"),  # a file name that is not UTF-8
     ],
@@ -34,7 +37,7 @@ def test_names_are_normalised() -> None:
 def test_refused_names(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         normalise_name(name)
-    str(caught.value).encode()  # can be printed
+    str(caught.value).encode()  # the message is printable
 
 
 def test_add_and_row() -> None:
@@ -50,7 +53,7 @@ def test_add_and_row() -> None:
         registry.add("unknown")
 
 
-def test_ids_are_never_given_twice() -> None:
+def test_ids_are_never_reused() -> None:
     registry = ClassRegistry().add("cat").add("dog")
     without_dog = ClassRegistry(registry.entries[:1], registry.next_id)
     assert ClassRegistry.from_json(without_dog.to_json()).add("cow").entries[1].id == 2
@@ -106,14 +109,14 @@ def test_a_renamed_class_keeps_its_id_and_row():
         registry.rename("nutt", "bolt")
 
 
-def test_images_of_a_known_class_add_up():
+def test_image_counts_of_a_known_class_are_added():
     registry = ClassRegistry().add("cup", images=3).taught("cup", 4)
     assert registry.entries[0].images == 7
     with pytest.raises(InputError, match="no class 'nut' is known"):
         registry.taught("nut", 1)
 
 
-def test_a_class_that_goes_makes_room_but_not_its_id():
+def test_removing_a_class_frees_its_row_but_not_its_id():
     registry = ClassRegistry().add("cup", images=3).add("nut").add("gear").without(" nut ")
     assert registry.names == ["cup", "gear"]
     assert registry.entries[1] == ClassEntry(2, "gear")
@@ -123,7 +126,7 @@ def test_a_class_that_goes_makes_room_but_not_its_id():
         registry.without("nut")
 
 
-def test_joined_classes_are_one_with_the_images_of_both():
+def test_joining_classes_adds_their_images():
     registry = ClassRegistry().add("mug", images=3).add("nut", images=9).add("cup", "device", images=4)
     assert registry.joined("mug", " cup ").entries == (
         ClassEntry(1, "nut", "base", 9),

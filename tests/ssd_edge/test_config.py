@@ -1,4 +1,4 @@
-"""Strict configuration: what is accepted, and the text of what is refused."""
+"""Strict configuration: accepted values, and messages for refused ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ssd_edge.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One field of every kind."""
+    """Settings with one field of every type."""
 
     count: int = setting(3, "why", minimum=1, maximum=9)
     rate: float = setting(0.5, "why", above=0.0, maximum=1.0)
@@ -59,7 +59,7 @@ def test_every_default_has_a_reason_and_is_in_range(config: Any) -> None:
         assert parse_section(type(value), dataclasses.asdict(value), section.name) == value
 
 
-def test_values_are_read_as_the_type_that_is_wanted() -> None:
+def test_values_are_converted_to_the_type_of_the_field() -> None:
     assert sample(count="7", rate="1e-3", on="off", name=5, sizes="1, 2,3", level="2", top_n="12") == Sample(
         7, 0.001, False, "5", "auto", 2, (1, 2, 3), 12
     )
@@ -105,9 +105,9 @@ def test_refused_values(key: Any, value: object, message: str) -> None:
 def test_sections() -> None:
     config = parse(TrainConfig, {"data": {"path": "a", "classes": ["x", 1]}, "learner": {"k": 5}})
     assert config.data == DataConfig(path="a", classes=("x", "1"))
-    assert config.learner == {"name": "landmark", "k": 5}  # checked by the learner
+    assert config.learner == {"name": "landmark", "k": 5}  # the learner checks it
     assert config.stream == StreamConfig()
-    assert parse(TrainConfig, {"data": None, "learner": None}) == TrainConfig()  # every key commented out
+    assert parse(TrainConfig, {"data": None, "learner": None}) == TrainConfig()  # all keys are commented out
     with pytest.raises(InputError, match=r"^unknown section 'dta'\. Did you mean 'data'\? Known: data, "):
         parse(TrainConfig, {"dta": {}})
     with pytest.raises(InputError, match=r"^unknown section '5'\. Known: data"):
@@ -120,16 +120,16 @@ def test_sections() -> None:
 @pytest.mark.parametrize(
     "text", ["007", "1.10", "no", "null", "1:30", "my folder #2", "a: b", "2024-13-40", "'x'", "[x", "- a"]
 )
-def test_words_reach_a_text_as_they_are(text: str) -> None:
-    """YAML would make a number, a truth value, a comment, a mapping, a date or an error of them."""
+def test_arguments_for_text_fields_are_kept_verbatim(text: str) -> None:
+    """YAML would read them as a number, boolean, comment, mapping or date, or fail."""
     assert parse(TrainConfig, merge({}, [f"data.path={text}"])).data.path == text
 
 
-def test_words_win_and_are_read_by_type() -> None:
+def test_arguments_override_the_file_and_are_parsed_by_type() -> None:
     tree = {"data": {"path": "a", "test_fraction": 0.5}, "stream": None}
-    words = ["data.path=b=c", "data.classes=[cat, 'big dog', no]", "data.exclude=x,y"]
-    words += ["run.panel=false", "stream.tasks=4"]
-    config = parse(TrainConfig, merge(tree, words))
+    args = ["data.path=b=c", "data.classes=[cat, 'big dog', no]", "data.exclude=x,y"]
+    args += ["run.panel=false", "stream.tasks=4"]
+    config = parse(TrainConfig, merge(tree, args))
     assert config.data == DataConfig("b=c", 0.5, ("cat", "big dog", "no"), ("x", "y"))
     assert config.run.panel is False
     assert config.stream.tasks == 4
@@ -137,13 +137,13 @@ def test_words_win_and_are_read_by_type() -> None:
     assert parse(TrainConfig, merge({}, ["data.classes="])).data.classes == ()
 
 
-@pytest.mark.parametrize("word", ["data.path", "path=x", "=x", "data.=x", ".path=x", ""])
-def test_words_of_another_form(word: str) -> None:
-    with pytest.raises(InputError, match=rf"^'{word}' is not of the form section\.key=value, e\.g\. data"):
-        merge({}, [word])
+@pytest.mark.parametrize("arg", ["data.path", "path=x", "=x", "data.=x", ".path=x", ""])
+def test_malformed_arguments_are_refused(arg: str) -> None:
+    with pytest.raises(InputError, match=rf"^'{arg}' is not of the form section\.key=value, e\.g\. data"):
+        merge({}, [arg])
 
 
-def test_word_for_a_section_that_is_none() -> None:
+def test_an_argument_for_a_section_that_is_not_a_mapping() -> None:
     with pytest.raises(InputError, match="the section 'data' must be a mapping of keys to values, but is 5"):
         merge({"data": 5}, ["data.path=x"])
 
@@ -159,7 +159,7 @@ def test_word_for_a_section_that_is_none() -> None:
         (b"[" * 5000, "is not valid YAML: "),
     ],
 )
-def test_refused_files(content: bytes, message: str, tmp_path: Path) -> None:
+def test_invalid_files_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(content)
     with pytest.raises(InputError, match=rf"c\.yaml {message}"):
         read_yaml(tmp_path / "c.yaml")

@@ -1,4 +1,4 @@
-"""Nothing is lost: the old content or the new one, whatever fails and whenever."""
+"""Atomic writes under faults at every step, JSON, hashes and tensor files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRITE_STEPS = ["create", "write", "fsync", "rename", "fsync_directory"]
 
 
 class Cut(BaseException):
-    """The power goes: no handler for errors runs."""
+    """Simulated power loss: no error handler runs."""
 
 
 Watch = Callable[[Callable[[str, Path], None]], None]
@@ -49,7 +49,7 @@ def test_steps_of_a_write(tmp_path: Path, watch: Watch) -> None:
 @pytest.mark.parametrize("step", WRITE_STEPS)
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad sector"), Cut()])
 @pytest.mark.parametrize("old", [None, b"old"])
-def test_old_or_new_after_a_fault(
+def test_a_fault_leaves_the_old_or_the_new_content(
     step: str, error: BaseException, old: bytes | None, tmp_path: Path, watch: Watch
 ) -> None:
     path = tmp_path / "state"
@@ -58,14 +58,14 @@ def test_old_or_new_after_a_fault(
     watch(fail_at(step, error))
     with pytest.raises((OSError, EnvironmentUnfitError, Cut)):
         files.write_bytes(path, b"new and longer")
-    expected = b"new and longer" if step == "fsync_directory" else old  # after the rename it is in place
+    expected = b"new and longer" if step == "fsync_directory" else old  # after the rename the new content is in place
     assert (path.read_bytes() if path.exists() else None) == expected
     assert [entry.name for entry in tmp_path.iterdir()] == (["state"] if expected else [])
 
 
 @pytest.mark.parametrize("step", WRITE_STEPS)
-def test_old_or_new_after_a_kill(step: str, tmp_path: Path, watch: Watch) -> None:
-    """As above, for a process that ends on the spot: only a temporary file may be left."""
+def test_a_kill_leaves_the_old_or_the_new_content(step: str, tmp_path: Path, watch: Watch) -> None:
+    """As above for a process that is killed: at most a temporary file is left."""
     path = tmp_path / "state"
     path.write_bytes(b"old")
 
@@ -97,7 +97,7 @@ def test_old_or_new_after_a_kill(step: str, tmp_path: Path, watch: Watch) -> Non
         (errno.EMFILE, r"too many open files: raise the limit \(ulimit -n\)"),
     ],
 )
-def test_the_system_says_no(code: int, reason: str, tmp_path: Path, watch: Watch) -> None:
+def test_system_errors_are_reported(code: int, reason: str, tmp_path: Path, watch: Watch) -> None:
     path = tmp_path / "state"
     calls: list[tuple[str, Callable[[], None]]] = [
         ("write", lambda: files.write_bytes(path, b"x")),
@@ -128,7 +128,7 @@ def test_make_directory(tmp_path: Path, watch: Watch) -> None:
     synced: list[Path] = []
     watch(lambda step, path: synced.append(path) if step == "fsync_directory" else None)
     files.make_directory(tmp_path / "a" / "b")
-    assert synced == [tmp_path, tmp_path / "a"]  # each new name is made durable in its parent
+    assert synced == [tmp_path, tmp_path / "a"]  # each new entry is synced in its parent folder
     files.make_directory(tmp_path / "a" / "b")
     assert len(synced) == 2
 
@@ -189,7 +189,7 @@ def test_json(tmp_path: Path) -> None:
         files.read_json(tmp_path / "a")
 
 
-def test_reading_what_is_not_there(tmp_path: Path) -> None:
+def test_reading_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="x does not exist; check the path"):
         files.read_bytes(tmp_path / "x")
     with pytest.raises(InputError, match="is a folder, but a file is needed"):
@@ -221,28 +221,28 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_no_state_with_nan(bad: float) -> None:
+def test_tensors_with_nan_or_infinity_are_refused(bad: float) -> None:
     data = files.tensor_bytes({"w": np.zeros(2, np.float32)})
     with pytest.raises(BundleRefusedError, match="state: the tensor 'w' contains NaN or infinity; restore"):
         files.parse_tensors(data[:-4] + np.float32(bad).tobytes(), "state")
 
 
 def test_damaged_tensors() -> None:
-    whole = files.tensor_bytes({"a": np.arange(20.0), "b": np.zeros((2, 2))}, {"x": 1})
-    for cut in range(0, len(whole), 7):
+    complete = files.tensor_bytes({"a": np.arange(20.0), "b": np.zeros((2, 2))}, {"x": 1})
+    for cut in range(0, len(complete), 7):
         with pytest.raises(BundleRefusedError, match=r"state is not a valid safetensors file \(.+\)"):
-            files.parse_tensors(whole[:cut], "state")
+            files.parse_tensors(complete[:cut], "state")
     with pytest.raises(BundleRefusedError):
-        files.parse_tensors(whole + b"x", "state")
-    length = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + length])
+        files.parse_tensors(complete + b"x", "state")
+    length = int.from_bytes(complete[:8], "little")
+    header = json.loads(complete[8 : 8 + length])
     header["__metadata__"]["json"] = "{"
     text = json.dumps(header).encode()
     with pytest.raises(BundleRefusedError):
-        files.parse_tensors(len(text).to_bytes(8, "little") + text + whole[8 + length :], "state")
+        files.parse_tensors(len(text).to_bytes(8, "little") + text + complete[8 + length :], "state")
     rng = np.random.default_rng(0)
     for _ in range(300):
-        data = bytearray(whole)
+        data = bytearray(complete)
         data[rng.integers(8 + length)] ^= 1 + rng.integers(255)
         try:
             files.parse_tensors(bytes(data), "state")
@@ -251,7 +251,7 @@ def test_damaged_tensors() -> None:
 
 
 def by_hand(header: object, data: bytes = b"") -> bytes:
-    """A safetensors file with any header: a JSON value, or bytes."""
+    """Return a safetensors file with an arbitrary header, given as a JSON value or bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
@@ -301,14 +301,14 @@ def tensor(dtype: str = "F32", shape: object = (2,), begin: object = 0, end: obj
         (by_hand({"__metadata__": {"json": "[" * 100_000}}), "recursion"),
     ],
 )
-def test_headers_that_lie(data: bytes, message: str) -> None:
+def test_false_headers_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(BundleRefusedError, match=r"^state is not a valid safetensors file \(") as caught:
         files.parse_tensors(data, "state")
     assert message in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
-def test_headers_that_are_unusual_but_true() -> None:
+def test_unusual_but_valid_headers_are_accepted() -> None:
     header = {"b": tensor(shape=(), end=4), "a": tensor(begin=4, end=12), "z": tensor(shape=(0, 3), begin=12, end=12)}
     arrays, metadata = files.parse_tensors(by_hand(header, np.arange(3, dtype=np.float32).tobytes()), "state")
     assert {name: array.tolist() for name, array in arrays.items()} == {"b": 0.0, "a": [1.0, 2.0], "z": []}
@@ -318,7 +318,7 @@ def test_headers_that_are_unusual_but_true() -> None:
     assert files.parse_tensors(files.tensor_bytes(every), "state")[0].keys() == every.keys()
 
 
-def test_a_huge_claim_costs_no_memory() -> None:
+def test_a_huge_declared_size_allocates_no_memory() -> None:
     tracemalloc.start()
     try:
         for header in ({"a": tensor(shape=(2**31, 2**9), end=2**42)}, {"a": tensor("U8", (2**40,), 0, 2**40)}):

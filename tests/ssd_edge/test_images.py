@@ -1,4 +1,4 @@
-"""Decoding: orientation, modes, limits, damage."""
+"""Image decoding: orientation, modes, size limits and damaged files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90)
 
 
 def quadrants(height: int, width: int) -> np.ndarray:
-    """Red, green / blue, grey: every flip and rotation of it looks different."""
+    """Return red, green / blue, grey quadrants, which differ under every flip and rotation."""
     picture = np.empty((height, width, 3), dtype=np.uint8)
     top, left = height // 2, width // 2
     picture[:top, :left], picture[:top, left:] = RED, GREEN
@@ -42,7 +42,7 @@ def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: objec
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A valid header that claims a size, and next to no pixels."""
+    """Return a PNG with a valid header of the given size and almost no pixel data."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -56,16 +56,16 @@ def test_formats_and_shape(kind: str) -> None:
     pixels = decode(encoded(quadrants(48, 32), kind), "a", 16)
     assert pixels.shape == (16, 16, 3)
     assert pixels.dtype == np.uint8
-    assert pixels.flags.writeable  # torch.from_numpy warns otherwise
+    assert pixels.flags.writeable  # otherwise torch.from_numpy warns
     assert np.abs(pixels[4, 4].astype(int) - RED).max() < 12
     assert np.abs(pixels[12, 12].astype(int) - GREY).max() < 12
 
 
-@pytest.mark.parametrize("side", [40, 640])  # 640: the JPEG is decoded at reduced scale
+@pytest.mark.parametrize("side", [40, 640])  # at 640 the JPEG is decoded at reduced scale
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation: int, side: int) -> None:
     upright = quadrants(side, side)
-    stored = {  # what a camera stores so that this orientation makes it upright
+    stored = {  # the stored image that this orientation turns upright
         1: upright,
         2: upright[:, ::-1],
         3: upright[::-1, ::-1],
@@ -83,12 +83,12 @@ def test_exif_orientation(orientation: int, side: int) -> None:
         assert np.abs(pixels[y, x] - colour).max() < 12, (y, x)
 
 
-def test_a_photo_with_a_wrong_exif_entry_is_still_upright() -> None:
+def test_orientation_is_applied_despite_an_invalid_exif_entry() -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
     data = encoded(np.ascontiguousarray(np.rot90(quadrants(32, 32), 1)), "JPEG", exif=exif)
     assert data.count(b"\x01\x0e\x00\x02") == 1
-    wrong = data.replace(b"\x01\x0e\x00\x02", b"\x01\x16\x00\x02")  # a text where a number belongs
+    wrong = data.replace(b"\x01\x0e\x00\x02", b"\x01\x16\x00\x02")  # text in place of a number
     assert np.abs(decode(wrong, "a", 32)[8, 8].astype(int) - RED).max() < 12
 
 
@@ -98,10 +98,10 @@ def test_sixteen_bit_grey_keeps_its_scale() -> None:
     assert pixels[::2, :, 0].tolist() == [[0, 0, 1, 1], [128, 255, 254, 1]]
     assert (pixels == pixels[..., :1]).all()
     dark = decode(encoded(np.full((4, 4), 200, dtype=np.uint16)), "a", 4)
-    assert dark.max() == 1  # nearly black, and not taken for 8 bits because it is dark
+    assert dark.max() == 1  # nearly black: dark 16-bit images are not mistaken for 8-bit ones
 
 
-def test_transparency_is_put_on_white() -> None:
+def test_transparency_is_blended_onto_white() -> None:
     clear_red = np.zeros((4, 4, 4), dtype=np.uint8)
     clear_red[..., 0] = 255
     half_black = np.zeros((4, 4, 4), dtype=np.uint8)
@@ -133,17 +133,17 @@ def test_odd_sizes(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(9000, 9000), (12000, 9000), (40000, 40000)])
-def test_bomb_is_refused_without_a_warning(width: int, height: int) -> None:
+def test_a_decompression_bomb_is_refused_without_a_warning(width: int, height: int) -> None:
     assert width * height > MAX_PIXELS
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with pytest.raises(InputError, match=r"bomb\.png has .* pixels.*make it smaller"):
             decode(png_of_size(width, height), "bomb.png", 32)
-    if width == 9000:  # between our limit and Pillow's
+    if width == 9000:  # between our limit and that of Pillow
         assert not caught
 
 
-def test_threads_leave_the_warning_filters_alone() -> None:
+def test_decoding_in_threads_keeps_the_warning_filters() -> None:
     before = list(warnings.filters)
 
     def attempt(number: int) -> bool:
@@ -172,7 +172,7 @@ def test_errors_name_the_file() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*(EXIF|Truncated|Tag data|MPO)")
 def test_mutated_files_are_decoded_or_refused() -> None:
-    """Damage must never end in another error."""
+    """Damaged files raise no other error."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)
     exif = Image.Exif()
@@ -190,7 +190,7 @@ def test_mutated_files_are_decoded_or_refused() -> None:
         elif number % 4 == 1:
             del data[start:end]
         else:
-            reach = len(data) if number % 4 == 2 else min(80, len(data))  # mostly headers
+            reach = len(data) if number % 4 == 2 else min(80, len(data))  # mostly in the headers
             for position in rng.integers(0, reach, 4):
                 data[position] = rng.integers(256)
         mutant = bytes(data)
@@ -234,7 +234,7 @@ def test_image_files(tmp_path: Path) -> None:
     found = [str(path.relative_to(tmp_path)) for path in image_files([tmp_path])]
     assert found == ["a/deep/ü.bmp", "b/1.png", "b/2.jpg", "z.jpg"]
     assert image_files([tmp_path / "odd", tmp_path / "b"]) == [
-        tmp_path / "odd",  # a file that is named is taken whatever its ending
+        tmp_path / "odd",  # an explicitly given file is accepted with any extension
         tmp_path / "b/1.png",
         tmp_path / "b/2.jpg",
     ]
@@ -257,8 +257,8 @@ def test_links_to_folders(tmp_path: Path) -> None:
         image_files([tmp_path / "all"])
 
 
-def test_only_files_are_read(tmp_path: Path) -> None:
-    """A pipe would be waited for, a device read for ever."""
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    """Reading a pipe would block, and a device never ends."""
     folder = tmp_path / "photos"
     (folder / "folder.jpg").mkdir(parents=True)
     os.mkfifo(folder / "pipe.jpg")
@@ -272,13 +272,13 @@ def test_only_files_are_read(tmp_path: Path) -> None:
         stream.truncate(2**31)
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as listening:
         listening.bind(os.path.relpath(folder / "socket.jpg"))
-        told = {}
+        messages = {}
         for path in [*images.walk_images(folder), folder / "folder.jpg"]:
             with pytest.raises(InputError) as refused:
                 images.read(path)
-            told[path.name] = str(refused.value).removeprefix(f"{path} ")
+            messages[path.name] = str(refused.value).removeprefix(f"{path} ")
     circle = "cannot be read (Too many levels of symbolic links); remove it or check the path"
-    assert told == {
+    assert messages == {
         "back.jpg": circle,
         "broken.jpg": "does not exist; check the path",
         "folder.jpg": "is a folder, but a file is needed",
@@ -292,13 +292,13 @@ def test_only_files_are_read(tmp_path: Path) -> None:
     }
 
 
-def test_a_path_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_path_is_refused(tmp_path: Path) -> None:
     for path in ("a\0b.jpg", "x" * 300 + ".jpg", "/".join(["x" * 200] * 30) + ".jpg"):
         with pytest.raises(InputError, match="cannot be read"):
             images.read(path)
 
 
-def test_a_file_that_becomes_a_pipe_when_it_was_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_replaced_by_a_pipe_after_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, look = tmp_path / "x.jpg", os.stat
     path.write_bytes(b"a file")
 
@@ -313,7 +313,7 @@ def test_a_file_that_becomes_a_pipe_when_it_was_looked_at(tmp_path: Path, monkey
         images.read(path)
 
 
-def test_what_may_not_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_reported(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("a user who is not root cannot become another one")
     folder = tmp_path / "photos"
@@ -329,8 +329,8 @@ def test_what_may_not_be_read(tmp_path: Path) -> None:
         os.seteuid(0)
 
 
-def test_folders_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thirty folders with two links each to the next are 2 ** 30; folders within one another are more than a stack."""
+def test_recursive_links_and_deep_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty folders with two links each to the next give 2 ** 30 paths; deep nesting exceeds the recursion limit."""
     monkeypatch.setattr(images, "MAX_LINKED", 300)
     for number in range(30):
         (tmp_path / "twice" / str(number)).mkdir(parents=True)
@@ -345,19 +345,19 @@ def test_folders_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         deep.mkdir()
     (stack[-1] / "x.jpg").touch()
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(300)  # the usual 1000, and as many folders, would take seconds
+    sys.setrecursionlimit(300)  # the default of 1000, with as many folders, takes seconds
     try:
         assert images.image_files([stack[0]]) == [stack[-1] / "x.jpg"]
     finally:
         sys.setrecursionlimit(limit)
     (stack[-1] / "x.jpg").unlink()
-    for deep in reversed(stack):  # pytest would remove them by recursion
+    for deep in reversed(stack):  # pytest would remove them recursively
         deep.rmdir()
 
 
 @pytest.mark.parametrize("band", [100, 3000])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_large_images_are_converted_in_bands_to_the_same_pixels(
+def test_converting_in_bands_gives_the_same_pixels(
     monkeypatch: pytest.MonkeyPatch, band: int, orientation: int
 ) -> None:
     rng = np.random.default_rng(orientation)
@@ -370,13 +370,13 @@ def test_large_images_are_converted_in_bands_to_the_same_pixels(
         else:
             image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8)).convert(mode)
         data = encoded(image, exif=exif)
-        whole = decode(data, "a", 8)
+        expected = decode(data, "a", 8)
         with monkeypatch.context() as patched:
             patched.setattr(images, "_BAND", band)
-            assert (decode(data, "a", 8) == whole).all()
+            assert (decode(data, "a", 8) == expected).all()
 
 
-def test_reducing_gives_the_pixels_of_pillows_own_resize() -> None:
+def test_reducing_gives_the_pixels_of_pillow_resize() -> None:
     rng = np.random.default_rng(0)
     for height, width in [(200, 300), (47, 251), (24, 1000), (71, 72)]:
         colour = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -384,7 +384,7 @@ def test_reducing_gives_the_pixels_of_pillows_own_resize() -> None:
         assert (from_array(colour, 8) == np.asarray(wanted)).all()
 
 
-def test_a_decoders_own_words_are_shortened_to_one_printable_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_of_a_decoder_are_shortened_to_one_printable_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise AttributeError("two\nlines \x1b[31m" + "x" * 500)
 

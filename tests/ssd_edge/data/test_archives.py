@@ -1,4 +1,4 @@
-"""Archives of folders: the same data set as the folder, and nothing from outside it."""
+"""Archives of image folders: the same data set as the folder, and no paths outside it."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ def read(path: Path) -> Dataset:
 
 @pytest.mark.parametrize("prefix", ["", "./", "birds-1.0/"])
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_same_as_the_folder(ending: str, prefix: str, tmp_path: Path) -> None:
+def test_an_archive_equals_its_folder(ending: str, prefix: str, tmp_path: Path) -> None:
     members = content()
     for name, data in members.items():
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / name).write_bytes(data)
     extra = {"README.md": b"x", "__MACOSX/train/hen/._0.png": b"x", f"{prefix}train/.DS_Store": b"x"}
-    # in another order: an archive has any
+    # in another order: members of an archive are unordered
     shuffled = {f"{prefix}{name}": members[name] for name in reversed(members)}
-    found = read(pack(tmp_path / f"birds{ending}", {**shuffled, **extra}))
+    dataset = read(pack(tmp_path / f"birds{ending}", {**shuffled, **extra}))
     folder = read(tmp_path / "folder")
-    assert found.name == f"birds{ending}"
-    assert found.classes == folder.classes == ("hen", "Öl")
-    assert found.fingerprint == folder.fingerprint
-    assert found.split == folder.split
-    assert (found.train.load(range(6), 9) == folder.train.load(range(6), 9)).all()
-    assert found.train.names[0] == f"birds{ending}: {prefix.replace('./', '')}train/hen/0.png"
+    assert dataset.name == f"birds{ending}"
+    assert dataset.classes == folder.classes == ("hen", "Öl")
+    assert dataset.fingerprint == folder.fingerprint
+    assert dataset.split == folder.split
+    assert (dataset.train.load(range(6), 9) == folder.train.load(range(6), 9)).all()
+    assert dataset.train.names[0] == f"birds{ending}: {prefix.replace('./', '')}train/hen/0.png"
 
 
 def test_unsplit_archive_and_its_prefix(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_zip_from_windows(tmp_path: Path) -> None:
     assert read(pack(tmp_path / "a.zip", members)).classes == ("hen", "Öl")
 
 
-def test_a_member_that_is_there_twice_counts_once(tmp_path: Path) -> None:
+def test_a_duplicate_member_counts_once(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.tar", content())
     with tarfile.open(path, "a") as archive:
         newer = png(200)
@@ -93,23 +93,23 @@ def test_a_member_that_is_there_twice_counts_once(tmp_path: Path) -> None:
         archive.addfile(member, io.BytesIO(newer))
     data = read(path)
     assert len(data.train) == 6
-    assert data.train.load([0], 9)[0, 0, 0, 0] == 200  # as unpacking would leave it
+    assert data.train.load([0], 9)[0, 0, 0, 0] == 200  # the last one wins, as when unpacking
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "train/../../evil.png", "/tmp/evil.png"])
 @pytest.mark.parametrize("ending", [".tar", ".zip"])
-def test_paths_that_lead_outside(ending: str, name: str, tmp_path: Path) -> None:
+def test_paths_outside_the_archive_are_refused(ending: str, name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is refused: its member '.*evil\.png' has a path that leads"):
         read(pack(tmp_path / f"a{ending}", {**content(), name: png(0)}))
 
 
-def test_windows_path_that_leads_outside(tmp_path: Path) -> None:
+def test_a_windows_path_outside_the_archive_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="leads outside"):
         read(pack(tmp_path / "a.zip", {**content(), "..\\evil.png": png(0)}))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_only_plain_files(kind: bytes, tmp_path: Path) -> None:
+def test_only_regular_files_are_accepted(kind: bytes, tmp_path: Path) -> None:
     path = pack(tmp_path / "a.tar", content())
     with tarfile.open(path, "a") as archive:
         member = tarfile.TarInfo("train/hen/link.png")
@@ -120,27 +120,27 @@ def test_only_plain_files(kind: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_cut_anywhere(ending: str, tmp_path: Path) -> None:
-    """Above all between two members, where tarfile alone would be content with what it has."""
+def test_truncated_archives_are_refused(ending: str, tmp_path: Path) -> None:
+    """Truncation between two members matters most: tarfile alone does not detect it."""
     noise = np.random.default_rng(0)
     members = {name: data + noise.bytes(700) for name, data in content().items()}
     path = pack(tmp_path / f"a{ending}", members)
-    whole = path.read_bytes()
-    padding = tarfile.RECORDSIZE if ending == ".tar" else 0  # zeros after the end of a tar mean nothing
-    for cut in [0, 100, *range(512, len(whole) - padding, 512), len(whole) - padding - 1]:
-        path.write_bytes(whole[:cut])
+    complete = path.read_bytes()
+    padding = tarfile.RECORDSIZE if ending == ".tar" else 0  # zero padding after the end of a tar carries no data
+    for cut in [0, 100, *range(512, len(complete) - padding, 512), len(complete) - padding - 1]:
+        path.write_bytes(complete[:cut])
         with pytest.raises(InputError, match=r"cannot be read \(.+\); it is damaged or cut short: copy it"):
             read(path)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_damage_within(ending: str, tmp_path: Path) -> None:
+def test_damaged_archives_are_refused(ending: str, tmp_path: Path) -> None:
     path = pack(tmp_path / f"a{ending}", content())
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     rng = np.random.default_rng(0)
     outcomes = set()
     for _ in range(40):
-        data = bytearray(whole)
+        data = bytearray(complete)
         for position in rng.integers(0, len(data), 3):
             data[position] ^= 1 + rng.integers(255)
         path.write_bytes(bytes(data))
@@ -164,19 +164,21 @@ def test_damaged_tar_header_in_the_middle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".tar.xz", ".zip"])
-def test_too_large(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bomb = {**content(), "train/hen/zeros.png": bytes(3 << 20)}  # packs into almost nothing
+def test_archives_that_unpack_too_large_are_refused(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bomb = {**content(), "train/hen/zeros.png": bytes(3 << 20)}  # compresses to almost nothing
     path = pack(tmp_path / f"a{ending}", bomb)
     monkeypatch.setattr(folders, "MAX_BYTES", 2 << 20)
     with pytest.raises(InputError, match=r"holds more than 2,097,152 bytes; unpack it and name the folder"):
         read(path)
 
 
-def test_encrypted_and_unknown(tmp_path: Path) -> None:
+def test_encrypted_and_unknown_formats_are_refused(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.zip", content())
     data = bytearray(path.read_bytes())
     for start in (data.index(b"PK\x03\x04") + 6, data.index(b"PK\x01\x02") + 8):
-        data[start] |= 1  # the flag of an encrypted member
+        data[start] |= 1  # the flag that marks an encrypted member
     path.write_bytes(bytes(data))
     with pytest.raises(InputError, match=r"a\.zip cannot be read .*encrypted"):
         read(path)
@@ -186,7 +188,7 @@ def test_encrypted_and_unknown(tmp_path: Path) -> None:
         read(other)
 
 
-def test_a_bad_image_is_named_with_its_archive(tmp_path: Path) -> None:
+def test_errors_name_the_image_and_its_archive(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.tar.gz", {**content(), "train/hen/9.jpg": b"text", "train/hen/8.jpg": b""})
     data = read(path)
     with pytest.raises(InputError, match=r"^a\.tar\.gz: train/hen/8\.jpg is empty"):

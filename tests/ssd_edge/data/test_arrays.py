@@ -1,4 +1,4 @@
-"""Images in arrays: digits, .npz files, and how images are loaded."""
+"""Images in arrays: digits, .npz files and image loading."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_mnist_is_padded(tmp_path: Path) -> None:
     assert data.train.load([3], 16).shape == (1, 16, 16, 3)
 
 
-def test_colour_and_any_labels(tmp_path: Path) -> None:
+def test_colour_images_and_arbitrary_labels(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 12, 10, 3), dtype=np.uint8)
     labels = np.array([30, 4, 100] * 2)
     np.savez(tmp_path / "a.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
@@ -75,7 +75,7 @@ def test_colour_and_any_labels(tmp_path: Path) -> None:
         ({"y_test": np.zeros(10, np.uint8)}, r"has no test images of '1', '2', '3', '4', '5' and 4 more"),
     ],
 )
-def test_wrong_arrays(change: dict[str, np.ndarray | None], message: str, tmp_path: Path) -> None:
+def test_invalid_arrays_are_refused(change: dict[str, np.ndarray | None], message: str, tmp_path: Path) -> None:
     content = {key: value for key, value in {**mnist(), **change}.items() if value is not None}
     np.savez(tmp_path / "a.npz", **content)
     with pytest.raises(InputError, match=message):
@@ -85,36 +85,36 @@ def test_wrong_arrays(change: dict[str, np.ndarray | None], message: str, tmp_pa
 def test_damaged_npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.npz"
     np.savez_compressed(path, **mnist())
-    whole = path.read_bytes()
-    for data in (b"", b"text", whole[: len(whole) // 2], b"\x93NUMPY"):
+    original = path.read_bytes()
+    for data in (b"", b"text", original[: len(original) // 2], b"\x93NUMPY"):
         path.write_bytes(data)
         with pytest.raises(InputError, match=r"a\.npz cannot be read as an \.npz file \(.+\); is it one\?"):
             read(path)
     rng = np.random.default_rng(0)
     for _ in range(100):
-        changed = bytearray(whole)
-        changed[rng.integers(len(whole))] ^= 1 + rng.integers(255)
+        changed = bytearray(original)
+        changed[rng.integers(len(original))] ^= 1 + rng.integers(255)
         path.write_bytes(bytes(changed))
-        with contextlib.suppress(InputError):  # what ends in another error fails the test
+        with contextlib.suppress(InputError):  # any other error fails the test
             read(path)
-    encrypted = bytearray(whole)
-    encrypted[whole.index(b"PK\x03\x04") + 6] |= 1
-    encrypted[whole.index(b"PK\x01\x02") + 8] |= 1
+    encrypted = bytearray(original)
+    encrypted[original.index(b"PK\x03\x04") + 6] |= 1
+    encrypted[original.index(b"PK\x01\x02") + 8] |= 1
     path.write_bytes(bytes(encrypted))
     with pytest.raises(InputError, match="encrypted"):
         read(path)
-    path.write_bytes(whole)
+    path.write_bytes(original)
     monkeypatch.setattr(arrays, "MAX_BYTES", 1000)
     with pytest.raises(InputError, match=r"holds [\d,]+ bytes, but at most 1,000 are read"):
         read(path)
 
 
-def test_npz_that_claims_more_than_it_holds(tmp_path: Path) -> None:
+def test_npz_with_a_shape_larger_than_its_data(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, **mnist())
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    # the header of a .npy is padded with blanks, so that a longer shape fits into its place
+    # a .npy header is padded with spaces, so a longer shape fits
     longer = members["x_train.npy"].replace(b"(20, 28, 28), }" + b" " * 12, b"(20000000000000, 28, 28), }")
     assert longer != members["x_train.npy"]
     members["x_train.npy"] = longer
@@ -130,7 +130,7 @@ def test_load_and_batches() -> None:
     images = Images(pixels, [str(number) for number in range(300)])
     assert (images.load([7, 3, 7], 6) == pixels[[7, 3, 7]]).all()
     assert images.load([], 6).shape == (0, 6, 6, 3)
-    for size in (6, 5):  # as they are; and resized, in threads
+    for size in (6, 5):  # unchanged, and resized in threads
         batches = list(images.batches(size, batch=128))
         assert [len(batch) for batch in batches] == [128, 128, 44]
         assert (np.concatenate(batches) == images.load(np.arange(300), size)).all()
@@ -140,5 +140,5 @@ def test_load_and_batches() -> None:
     assert images.take(np.arange(300)) is images
     assert images.digest() != part.digest()
     batch = next(images.batches(6))
-    batch[:] = 0  # the caller's own: the images stay as they are
+    batch[:] = 0  # a copy: changing it leaves the images unchanged
     assert (images.load([0], 6) == pixels[0]).all()

@@ -1,4 +1,4 @@
-"""The embedding cache: it saves time, and can do no harm."""
+"""The embedding cache: hits, eviction, damaged entries and I/O errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Counted:
-    """Computes, and counts how often."""
+    """Compute function that counts its calls."""
 
     def __init__(self, megabytes: int = 0) -> None:
         self.calls = 0
@@ -34,10 +34,10 @@ class Counted:
         return {"train": np.arange(self.size, dtype=np.float32), "labels": np.array([[1], [2]])}
 
 
-def test_computed_once_for_each_key(home: Path) -> None:
+def test_computed_once_per_key(home: Path) -> None:
     compute = Counted()
     first = cache.embeddings({"data": "a", "size": 32}, compute)
-    again = cache.embeddings({"size": 32, "data": "a"}, compute)  # the order of a key's parts means nothing
+    again = cache.embeddings({"size": 32, "data": "a"}, compute)  # the order of the parts of a key does not matter
     assert compute.calls == 1
     assert first.keys() == again.keys()
     for name, array in first.items():
@@ -64,19 +64,19 @@ def test_damage_is_repaired(damage: bytes | None, home: Path, caplog: pytest.Log
     compute = Counted()
     cache.embeddings({"a": 1}, compute)
     [path] = home.iterdir()
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] if damage is None else damage)
+    original = path.read_bytes()
+    path.write_bytes(original[:-1] if damage is None else damage)
     assert (cache.embeddings({"a": 1}, compute)["train"] == np.arange(6)).all()
     assert compute.calls == 2
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "a damaged cache file is removed, its embeddings are recomputed" in caplog.text
     assert str(path) in caplog.text
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == original
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
 @pytest.mark.parametrize("step", ["mkdir", "create", "write", "rename"])
-def test_not_writable_is_a_warning(
+def test_an_unwritable_cache_is_a_warning(
     step: str, code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fault(name: str, path: Path) -> None:
@@ -89,7 +89,7 @@ def test_not_writable_is_a_warning(
     assert "the embeddings are not cached for the next run: " in caplog.text
 
 
-def test_a_file_in_the_place_of_the_folder(
+def test_a_file_in_place_of_the_cache_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -99,7 +99,7 @@ def test_a_file_in_the_place_of_the_folder(
     assert cache.clear() == 0
 
 
-def test_an_error_while_computing_leaves_nothing(home: Path) -> None:
+def test_an_error_while_computing_stores_nothing(home: Path) -> None:
     def compute() -> dict[str, np.ndarray]:
         raise InputError("a.jpg is corrupt")
 
@@ -108,7 +108,7 @@ def test_an_error_while_computing_leaves_nothing(home: Path) -> None:
     assert not home.exists()
 
 
-def test_the_least_recently_used_go(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_entries_are_evicted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSD_EDGE_CACHE_MB", "3")
     computes = {key: Counted(megabytes=1) for key in "abc"}
     paths = {}
@@ -119,7 +119,7 @@ def test_the_least_recently_used_go(home: Path, monkeypatch: pytest.MonkeyPatch)
     leftover = home / f"{files.TEMPORARY_PREFIX}killed"
     leftover.write_bytes(bytes(1 << 20))
     os.utime(leftover, (10, 10))
-    cache.embeddings({"key": "a"}, computes["a"])  # now b is the one not used for longest
+    cache.embeddings({"key": "a"}, computes["a"])  # now b is the least recently used
     cache.embeddings({"key": "c"}, computes["c"])
     assert not leftover.exists()
     assert not paths["b"].exists()
@@ -130,13 +130,13 @@ def test_the_least_recently_used_go(home: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("text", ["much", "-1", "1.5"])
-def test_wrong_cap(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_size_limits_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSD_EDGE_CACHE_MB", text)
     with pytest.raises(InputError, match=rf"SSD_EDGE_CACHE_MB must be a whole number .*, but is '{text}'"):
         cache.embeddings({"a": 1}, Counted())
 
 
-def test_clear_deletes_nothing_else(home: Path) -> None:
+def test_clear_deletes_only_cache_entries(home: Path) -> None:
     assert cache.clear() == 0
     for key in range(3):
         cache.embeddings({"key": key}, Counted())
@@ -148,7 +148,7 @@ def test_clear_deletes_nothing_else(home: Path) -> None:
     assert other.exists()
 
 
-def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_location_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SSD_EDGE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache.folder() == tmp_path / "xdg/ssd-edge/embeddings"

@@ -1,4 +1,4 @@
-"""CIFAR's official pickles, and pickles that want more."""
+"""The official CIFAR pickles, and malicious pickles."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", 
 
 
 class _Python2Pickler(pickle._Pickler):
-    """Writes bytes and text as Python 2 wrote its strings, as in the official files."""
+    """Pickler that writes bytes and text like Python 2 strings, as in the official files."""
 
     dispatch = pickle._Pickler.dispatch.copy()
 
@@ -43,13 +43,13 @@ def python2(value: object) -> bytes:
 
 WRITERS: dict[str, Callable[[object], bytes]] = {
     "python2": python2,
-    "protocol2": lambda value: pickle.dumps(value, protocol=2),  # bytes through _codecs.encode
+    "protocol2": lambda value: pickle.dumps(value, protocol=2),  # bytes are pickled through _codecs.encode
     "protocol4": lambda value: pickle.dumps(value, protocol=4),
 }
 
 
 def cifar10(write: Callable[[object], bytes] = python2) -> dict[str, bytes]:
-    """A CIFAR-10 with ten images a file, one of each class; red counts up through a file's pixels."""
+    """Return CIFAR-10 files of ten images, one per class; red counts up over the pixels of a file."""
     files = {"batches.meta": write({b"label_names": [name.encode() for name in TEN], b"num_vis": 3072})}
     for number, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
         data = np.zeros((10, 3, 32, 32), dtype=np.uint8)
@@ -70,7 +70,7 @@ def save(files: dict[str, bytes], folder: Path) -> Path:
 @pytest.mark.parametrize("kind", WRITERS)
 def test_cifar10(kind: str, tmp_path: Path) -> None:
     home = save(cifar10(WRITERS[kind]), tmp_path / "cifar-10-batches-py")
-    for path in (home, tmp_path):  # the folder itself, or its parent
+    for path in (home, tmp_path):  # the folder itself and its parent
         data = load(DataConfig(path=str(path)), 0)
         assert data.classes == tuple(TEN)
         assert (len(data.train), len(data.test)) == (50, 10)
@@ -94,7 +94,7 @@ def test_official_archive(tmp_path: Path) -> None:
     assert (data.name, len(data.train), len(data.test)) == ("cifar-10-python.tar.gz", 30, 10)
 
 
-def test_cifar100_takes_the_fine_labels(tmp_path: Path) -> None:
+def test_cifar100_uses_the_fine_labels(tmp_path: Path) -> None:
     names = [f"class_{number}" for number in range(100)]
     meta = {b"fine_label_names": [name.encode() for name in names], b"coarse_label_names": [b"all"]}
     table = {
@@ -112,16 +112,16 @@ def test_cifar100_takes_the_fine_labels(tmp_path: Path) -> None:
         load(DataConfig(path=str(tmp_path)), 0)
 
 
-def test_arrays_stored_by_column(tmp_path: Path) -> None:
+def test_arrays_in_fortran_order(tmp_path: Path) -> None:
     files = cifar10()
     data = np.random.default_rng(0).integers(0, 256, (10, 3072), dtype=np.uint8)
     files["test_batch"] = python2({b"data": np.asfortranarray(data), b"labels": list(range(10))})
-    found = load(DataConfig(path=str(save(files, tmp_path / "c"))), 0)
-    assert (found.test.load(range(10), 32) == data.reshape(10, 3, 32, 32).transpose(0, 2, 3, 1)).all()
+    dataset = load(DataConfig(path=str(save(files, tmp_path / "c"))), 0)
+    assert (dataset.test.load(range(10), 32) == data.reshape(10, 3, 32, 32).transpose(0, 2, 3, 1)).all()
 
 
 class _Touch:
-    """A pickle that creates a file when it is loaded."""
+    """Object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -131,7 +131,7 @@ class _Touch:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_malicious_pickle_is_refused_and_does_not_run(protocol: int, tmp_path: Path) -> None:
+def test_a_malicious_pickle_is_refused_and_not_run(protocol: int, tmp_path: Path) -> None:
     mark = tmp_path / "was here"
     evil = pickle.dumps({b"data": _Touch(mark), b"labels": [0]}, protocol=protocol)
     files = {**cifar10(), "data_batch_3": evil}
@@ -139,7 +139,7 @@ def test_malicious_pickle_is_refused_and_does_not_run(protocol: int, tmp_path: P
     with pytest.raises(InputError, match=r"data_batch_3 is refused: it asks for \w+\.open, which"):
         load(DataConfig(path=str(home)), 0)
     assert not mark.exists()
-    pickle.loads(evil)[b"data"].close()  # the mark would have been made
+    pickle.loads(evil)[b"data"].close()  # the pickle works: plain loading creates the file
     assert mark.exists()
 
 
@@ -155,7 +155,7 @@ def test_malicious_pickle_is_refused_and_does_not_run(protocol: int, tmp_path: P
         ("ssd_edge.data.cifar", "np"),
     ],
 )
-def test_nothing_else_can_be_named(module: str, name: str, tmp_path: Path) -> None:
+def test_no_other_global_can_be_loaded(module: str, name: str, tmp_path: Path) -> None:
     files = {**cifar10(), "batches.meta": f"\x80\x02c{module}\n{name}\n.".encode("latin1")}
     with pytest.raises(InputError, match=rf"batches\.meta is refused: it asks for {module}\.{name}"):
         load(DataConfig(path=str(save(files, tmp_path / "c"))), 0)
@@ -176,13 +176,13 @@ def test_nothing_else_can_be_named(module: str, name: str, tmp_path: Path) -> No
         ([1, 2], "does not contain a table of arrays"),
     ],
 )
-def test_wrong_content(table: object, message: str, tmp_path: Path) -> None:
+def test_invalid_content_is_refused(table: object, message: str, tmp_path: Path) -> None:
     home = save({**cifar10(), "test_batch": python2(table)}, tmp_path / "c")
     with pytest.raises(InputError, match=f"test_batch.*{message}"):
         load(DataConfig(path=str(home)), 0)
 
 
-def test_missing_and_damaged_files(tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     files = cifar10()
     home = save({name: data for name, data in files.items() if name != "data_batch_4"}, tmp_path / "a")
     with pytest.raises(InputError, match="lacks the file data_batch_4 of CIFAR"):
@@ -200,5 +200,5 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
             for position in rng.integers(0, 300, 3):
                 data[position] = rng.integers(256)
         (home / "data_batch_1").write_bytes(bytes(data))
-        with contextlib.suppress(InputError):  # a pixel may have changed: then it loads
+        with contextlib.suppress(InputError):  # if only a pixel changed, the file loads
             load(DataConfig(path=str(home)), 0)

@@ -1,4 +1,4 @@
-"""`data.load`: finding, selecting, splitting, fingerprint."""
+"""`data.load`: search paths, class selection, splits and fingerprint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = {"ant": 4, "bee": 10, "cow": 25, "dog": 2}
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four classes of different size; every image is of another colour."""
+    """Make four classes of different sizes whose images all have different colours."""
     root = tmp_path_factory.mktemp("sets") / "animals"
     for kind, (name, count) in enumerate(SIZES.items()):
         (root / name).mkdir(parents=True)
@@ -41,12 +41,12 @@ def files(images: object) -> list[str]:
     return ["/".join(Path(name).parts[-2:]) for name in images.names]
 
 
-def test_no_torch_and_quick_to_import() -> None:
+def test_import_is_fast_and_without_torch() -> None:
     code = "import sys, ssd_edge.data, ssd_edge.data.cache; print({'torch', 'sklearn'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
-def test_where_it_looks(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_search_paths(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SSD_EDGE_DATA", raising=False)
     with pytest.raises(InputError, match=rf"no data set at {tmp_path}/animals; check data\.path, or set"):
@@ -66,8 +66,8 @@ def test_where_it_looks(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_split_is_stratified_seeded_and_complete(home: Path) -> None:
     data = read(home)
-    assert counts(data.test_labels) == [1, 2, 5, 1]  # at least one to test with
-    assert counts(data.train_labels) == [3, 8, 20, 1]  # and one to train with
+    assert counts(data.test_labels) == [1, 2, 5, 1]  # at least one test image
+    assert counts(data.train_labels) == [3, 8, 20, 1]  # and one training image
     assert counts(read(home, test_fraction=0.9).train_labels) == [1, 1, 3, 1]
     train, test = set(files(data.train)), set(files(data.test))
     assert not train & test
@@ -79,7 +79,7 @@ def test_split_is_stratified_seeded_and_complete(home: Path) -> None:
     assert other.fingerprint != data.fingerprint
 
 
-def test_labels_fit_the_images(home: Path) -> None:
+def test_labels_match_the_images(home: Path) -> None:
     data = read(home, classes=("dog", "bee"))
     assert data.classes == ("bee", "dog")
     for images, labels in ((data.train, data.train_labels), (data.test, data.test_labels)):
@@ -87,7 +87,7 @@ def test_labels_fit_the_images(home: Path) -> None:
         assert (images.load(range(len(images)), 4)[:, 0, 0, 0] == np.array([1, 3])[labels]).all()
 
 
-def test_selection_does_not_move_the_split(home: Path) -> None:
+def test_class_selection_does_not_change_the_split(home: Path) -> None:
     everything = read(home)
     some = read(home, classes=("cow", "ant"))
     rest = read(home, exclude=("bee", "dog"))
@@ -96,15 +96,15 @@ def test_selection_does_not_move_the_split(home: Path) -> None:
     assert some.fingerprint == rest.fingerprint != everything.fingerprint
 
 
-def test_max_per_class_touches_training_only(home: Path) -> None:
-    whole, five, ten = (read(home, max_per_class=count) for count in (0, 5, 10))
+def test_max_per_class_applies_to_training_only(home: Path) -> None:
+    full, five, ten = (read(home, max_per_class=count) for count in (0, 5, 10))
     assert counts(five.train_labels) == [3, 5, 5, 1]
-    assert files(five.test) == files(whole.test)
-    assert set(files(five.train)) < set(files(ten.train)) < set(files(whole.train))
+    assert files(five.test) == files(full.test)
+    assert set(files(five.train)) < set(files(ten.train)) < set(files(full.train))
     assert set(files(five.train)) != set(files(read(home, seed=1, max_per_class=5).train))
 
 
-def test_wrong_selections(home: Path) -> None:
+def test_invalid_selections_are_refused(home: Path) -> None:
     with pytest.raises(InputError, match=r"^animals has no class 'beee'\. Did you mean 'bee'\? It has"):
         read(home, classes=("ant", "beee"))
     with pytest.raises(InputError, match=r"^animals has no class 'x'\. It has"):
@@ -116,7 +116,7 @@ def test_wrong_selections(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "chosen"),
+    ("positions", "chosen"),
     [
         (("0:2",), "ant bee"),
         ((":3",), "ant bee cow"),
@@ -129,16 +129,16 @@ def test_wrong_selections(home: Path) -> None:
         (("0:4",), "ant bee cow dog"),
     ],
 )
-def test_positions_among_the_sorted_names(words: tuple[str, ...], chosen: str, home: Path) -> None:
-    data = read(home, classes=words)
+def test_selection_by_position(positions: tuple[str, ...], chosen: str, home: Path) -> None:
+    data = read(home, classes=positions)
     assert data.classes == tuple(chosen.split())
     rest = [name for name in SIZES if name not in data.classes]
     if len(rest) > 1:
-        assert read(home, exclude=words).classes == tuple(rest)
+        assert read(home, exclude=positions).classes == tuple(rest)
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("position", "message"),
     [
         ("0:5", r"^the positions '0:5' reach beyond the 4 classes of animals; they count from 0, as in 0:4 for all$"),
         ("-5:2", r"^the positions '-5:2' reach beyond the 4 classes"),
@@ -150,13 +150,13 @@ def test_positions_among_the_sorted_names(words: tuple[str, ...], chosen: str, h
         ("0", r"^animals has no class '0'\."),
     ],
 )
-def test_positions_that_hold_nothing(word: str, message: str, home: Path) -> None:
+def test_empty_positions_are_refused(position: str, message: str, home: Path) -> None:
     for key in ("classes", "exclude"):
         with pytest.raises(InputError, match=message):
-            read(home, **{key: (word,)})
+            read(home, **{key: (position,)})
 
 
-def test_positions_follow_the_order_of_the_labels_and_a_name_wins(tmp_path: Path) -> None:
+def test_positions_follow_the_label_order_and_names_take_precedence(tmp_path: Path) -> None:
     for name in ("10", "9", "0:2", "b"):
         (tmp_path / name).mkdir()
         for number in range(2):
@@ -164,10 +164,13 @@ def test_positions_follow_the_order_of_the_labels_and_a_name_wins(tmp_path: Path
     everything = read(tmp_path).classes
     assert everything == ("0:2", "9", "10", "b")
     assert read(tmp_path, classes=("1:3",)).classes == ("9", "10")
-    assert read(tmp_path, classes=("0:2", "b")).classes == ("0:2", "b")  # the class of this name, not two classes
+    assert read(tmp_path, classes=("0:2", "b")).classes == (
+        "0:2",
+        "b",
+    )  # the class with this name, not a range of two classes
 
 
-def test_fingerprint_follows_the_content(home: Path, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_content(home: Path, tmp_path: Path) -> None:
     def copy(name: str, old: str = "", new: str = "") -> str:
         for split in ("train", "test"):
             for path in home.rglob("*.png"):

@@ -1,4 +1,4 @@
-"""Folders on disk: layouts, splits, what is skipped, what is refused."""
+"""Image folders: layouts, splits, skipped files and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssd_edge.errors import InputError
 
 
 def fill(root: Path, *names: str) -> Path:
-    """One-coloured images, each of another colour."""
+    """Write single-colour images, each of a different colour."""
     for number, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,12 +44,12 @@ def test_split_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("test", ["val", "valid", "Validation", "TEST"])
-def test_other_names_of_the_test_split(test: str, tmp_path: Path) -> None:
+def test_other_names_for_the_test_split(test: str, tmp_path: Path) -> None:
     fill(tmp_path, "Train/a/1.png", "Train/b/1.png", f"{test}/a/1.png", f"{test}/b/1.png")
     assert read(tmp_path).split == f"the data's own Train/ and {test}/"
 
 
-def test_a_second_test_split_is_left_out_and_named(tmp_path: Path) -> None:
+def test_a_second_test_split_is_ignored_and_reported(tmp_path: Path) -> None:
     fill(tmp_path, *(f"{split}/{name}/1.png" for split in ("train", "val", "test", "docs") for name in "ab"))
     assert read(tmp_path).split == "the data's own train/ and test/, not its docs/, val/"
 
@@ -70,7 +70,7 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert read(tmp_path).classes == ("bus", "test", "train")
 
 
-def test_what_is_skipped(tmp_path: Path) -> None:
+def test_skipped_files(tmp_path: Path) -> None:
     fill(tmp_path, *(f"{name}/{number}.png" for name in "ab" for number in range(2)))
     fill(tmp_path, "preview.png", ".cache/1.png", "a/.thumb.png")
     (tmp_path / "labels.txt").write_text("a\nb\n")
@@ -81,7 +81,7 @@ def test_what_is_skipped(tmp_path: Path) -> None:
 
 
 def test_unicode_and_natural_order(tmp_path: Path) -> None:
-    names = ["10", "9", "Äpfel", "犬", "a2b"]  # macOS writes them decomposed
+    names = ["10", "9", "Äpfel", "犬", "a2b"]  # macOS stores names in decomposed form
     fill(tmp_path, *(f"train/{name}/1.png" for name in names))
     fill(tmp_path, *(f"test/{unicodedata.normalize('NFD', name)}/1.png" for name in names))
     data = read(tmp_path)
@@ -102,7 +102,7 @@ def test_unicode_and_natural_order(tmp_path: Path) -> None:
         (["a/1.png", "a/2.png", "unknown/1.png", "unknown/2.png"], r"class name 'unknown' is reserved"),
     ],
 )
-def test_refused_layouts(layout: list[str], message: str, tmp_path: Path) -> None:
+def test_invalid_layouts_are_refused(layout: list[str], message: str, tmp_path: Path) -> None:
     fill(tmp_path, *layout)
     with pytest.raises(InputError, match=message):
         read(tmp_path)
@@ -117,7 +117,7 @@ def test_a_class_without_test_images_can_be_excluded(tmp_path: Path) -> None:
     ("content", "message"),
     [(b"", r"is empty \(0 bytes\)"), (b"text", "is not a JPEG, PNG, WebP or BMP"), (None, "does not exist")],
 )
-def test_a_bad_image_is_named_when_it_is_decoded(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_errors_name_the_image_that_cannot_be_decoded(content: bytes | None, message: str, tmp_path: Path) -> None:
     tops = ["train/a", "train/b", "test/a", "test/b"]
     fill(tmp_path, *(f"{top}/{number}.png" for top in tops for number in range(80)))
     data = read(tmp_path)
@@ -126,13 +126,13 @@ def test_a_bad_image_is_named_when_it_is_decoded(content: bytes | None, message:
         bad.unlink()
         if content is not None:
             bad.write_bytes(content)
-    # the first of them, whatever the threads do
+    # the first one in order, regardless of thread timing
     with pytest.raises(InputError, match=rf"train/b/7\.png {message}"):
         list(data.train.batches(4, 200))
     assert sum(len(batch) for batch in data.test.batches(4)) == 160
 
 
-def test_a_broken_link_is_no_silent_loss(tmp_path: Path) -> None:
+def test_a_broken_link_is_reported(tmp_path: Path) -> None:
     fill(tmp_path, *(f"{name}/{number}.png" for name in "ab" for number in range(2)))
     (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(InputError, match=r"a/gone\.png does not exist"):

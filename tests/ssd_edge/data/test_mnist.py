@@ -1,4 +1,4 @@
-"""MNIST's idx files: what is read, and what is refused before memory is spent on it."""
+"""MNIST idx files: valid files, and errors raised before memory is allocated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABELS = (np.arange(30) % 10).astype(np.uint8)
 
 
 def idx(array: np.ndarray) -> bytes:
-    """The file of an array, by the format's definition."""
+    """Return the idx file of an array."""
     return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
 
 
@@ -77,18 +77,18 @@ def test_the_four_files(style: str, form: str, tmp_path: Path) -> None:
     assert data.train_labels.tolist() == LABELS.tolist()
     assert data.test_labels.tolist() == list(range(10))
     expected = np.zeros((30, 32, 32, 3), dtype=np.uint8)
-    expected[:, 2:30, 2:30] = PIXELS[..., None]  # a black frame, the same in each channel
+    expected[:, 2:30, 2:30] = PIXELS[..., None]  # a black border, and equal channels
     assert (data.train.load(range(30), 32) == expected).all()
     assert (data.test.load(range(10), 32) == expected[:10]).all()
     assert data.train.names[7] == "train image 7"
 
 
-def test_the_same_data_as_an_npz(tmp_path: Path) -> None:
+def test_same_data_as_the_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x_train=PIXELS, y_train=LABELS, x_test=PIXELS[:10], y_test=LABELS[:10])
     assert read(save(files(), tmp_path / "a")).fingerprint == read(tmp_path / "a.npz").fingerprint
 
 
-def test_unpacked_files_win_and_other_sizes_stay(tmp_path: Path) -> None:
+def test_unpacked_files_take_precedence_and_other_sizes_are_kept(tmp_path: Path) -> None:
     home = save({**files(), "train-images-idx3-ubyte.gz": b"damaged"}, tmp_path)
     assert len(read(home).train) == 30
     small = idx(RNG.integers(0, 256, (30, 20, 16)))
@@ -116,7 +116,7 @@ BIG = struct.pack(">HBB3I", 0, 8, 3, 2**31, 28, 28)
         (idx(PIXELS[:29]), r"train-images-idx3-ubyte(\.gz)? holds 29 images, but train-labels-idx1-ubyte 30 labels"),
     ],
 )
-def test_refused(data: bytes | None, message: str, packed: bool, tmp_path: Path) -> None:
+def test_invalid_files_are_refused(data: bytes | None, message: str, packed: bool, tmp_path: Path) -> None:
     content = files(train_images_idx3_ubyte=None)
     if data is not None:
         content["train-images-idx3-ubyte" + (".gz" if packed else "")] = gzip.compress(data) if packed else data
@@ -143,12 +143,12 @@ def test_damaged_gzip(tmp_path: Path) -> None:
         changed = bytearray(packed)
         changed[RNG.integers(len(packed))] ^= 1 + RNG.integers(255)
         save({"train-images-idx3-ubyte.gz": bytes(changed)}, tmp_path)
-        with contextlib.suppress(InputError):  # what ends in another error fails the test
+        with contextlib.suppress(InputError):  # any other error fails the test
             read(tmp_path)
 
 
-def test_a_header_that_lies_costs_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a promise of 2 GB with nothing behind it, nor 64 MB of zeros behind a promise of 23 kB."""
+def test_a_false_header_allocates_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a declared size of 2 GB without data nor 64 MB of zeros after a declared 23 kB is read."""
     promise = struct.pack(">HBB3I", 0, 8, 3, 2_000_000, 32, 32)
     bomb = gzip.compress(idx(PIXELS) + bytes(64 << 20))
     for data, message in ((gzip.compress(promise), r"but holds 0; download"), (bomb, r"but holds more; download")):

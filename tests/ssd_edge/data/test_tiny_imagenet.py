@@ -1,4 +1,4 @@
-"""Tiny-ImageNet as it is published: the table says of which class a test image is."""
+"""The published layout of Tiny-ImageNet, where a table gives the class of each test image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssd_edge.config import DataConfig
 from ssd_edge.data import Dataset, load
 from ssd_edge.errors import InputError
 
-WNIDS = ("n02124075", "n01443537", "n04067472")  # as in wnids.txt: in no order
+WNIDS = ("n02124075", "n01443537", "n04067472")  # unsorted, as in wnids.txt
 TABLE = "".join(f"val_{number}.JPEG\t{WNIDS[number % 3]}\t0\t32\t44\t62\n" for number in range(6))
 
 
@@ -25,7 +25,7 @@ def jpeg(value: int) -> bytes:
 
 
 def content(table: str | None = TABLE) -> dict[str, bytes]:
-    """Three classes: four training images a class, six images to test with, two without labels."""
+    """Return three classes with four training images each, six test images and two without labels."""
     made = {"wnids.txt": "\n".join(WNIDS).encode(), "words.txt": b"n02124075\tEgyptian cat\n"}
     for kind, wnid in enumerate(WNIDS):
         made[f"train/{wnid}/{wnid}_boxes.txt"] = b"n_0.JPEG\t0\t10\t63\t58\n"
@@ -76,7 +76,7 @@ def test_the_official_layout(form: str, prefix: str, tmp_path: Path) -> None:
     assert data.fingerprint == read(save(content(), tmp_path / "b")).fingerprint
 
 
-def test_half_of_it(tmp_path: Path) -> None:
+def test_half_of_the_classes(tmp_path: Path) -> None:
     home = save(content(), tmp_path)
     one, two = read(home, classes=("0:2",)), read(home, classes=("2:", "0:1"))
     assert one.classes == ("n01443537", "n02124075")
@@ -84,7 +84,7 @@ def test_half_of_it(tmp_path: Path) -> None:
     assert (len(one.test), len(two.test)) == (4, 4)
 
 
-def test_where_the_test_images_have_been_sorted_the_table_is_of_no_use(tmp_path: Path) -> None:
+def test_the_table_is_ignored_where_test_images_are_sorted_into_folders(tmp_path: Path) -> None:
     members = {name: data for name, data in content().items() if not name.startswith(("val/images", "test"))}
     members |= {f"val/{wnid}/images/val_0.JPEG": jpeg(kind) for kind, wnid in enumerate(WNIDS)}
     for form in ("folder", "a.zip"):
@@ -103,7 +103,7 @@ def test_where_the_test_images_have_been_sorted_the_table_is_of_no_use(tmp_path:
         ("", r"does not say of which class val/images/val_0\.JPEG is"),
     ],
 )
-def test_wrong_tables(table: str, message: str, form: str, tmp_path: Path) -> None:
+def test_invalid_tables_are_refused(table: str, message: str, form: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"val/val_annotations\.txt,? {message}"):
         read(save(content(table), tmp_path / form))
 

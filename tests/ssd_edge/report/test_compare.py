@@ -1,4 +1,4 @@
-"""The comparison of a run with other methods."""
+"""Comparison of a run with other methods."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_learner_is_not_compared_with_itself() -> None:
     assert [method.display for method in compared(run(0.7, learner="ncm", ncm=0.7, slda=0.7))] == ["NCM", "SLDA"]
 
 
-def test_an_unknown_name_is_shown_as_it_is() -> None:
+def test_an_unknown_name_is_shown_unchanged() -> None:
     assert compared(run(0.7, learner="mine"))[0].display == "mine"
 
 
@@ -43,7 +43,7 @@ def test_an_unknown_name_is_shown_as_it_is() -> None:
     ("others", "note"),
     [
         ({}, ""),
-        ({"ncm": 0.6, "joint": 0.9}, ""),  # joint training is no rival
+        ({"ncm": 0.6, "joint": 0.9}, ""),  # joint training is an upper bound, not a rival
         ({"ncm": 0.7004}, ""),  # would read "0.0 points ahead"
         ({"slda": 0.731}, "SLDA is 3.1 points ahead of landmark on this stream."),
         (

@@ -31,7 +31,7 @@ def figure() -> str:
         return drawn.svg("what it shows <&>", stretched=True)
 
 
-def test_text_is_text_and_every_mark_has_its_title() -> None:
+def test_text_stays_text_and_every_mark_has_a_title() -> None:
     root = ElementTree.fromstring(document(figure()))
     texts = [text for element in root.iter() if element.tag.endswith("}text") for text in [element.text]]
     for name in [*NAMES, "a <title>"]:
@@ -42,7 +42,7 @@ def test_text_is_text_and_every_mark_has_its_title() -> None:
         assert titles.count(title) == 1
 
 
-def test_element_is_accessible_plain_and_scales() -> None:
+def test_svg_element_is_accessible_and_scalable() -> None:
     source = figure()
     root = ElementTree.fromstring(document(source))
     assert (root.get("role"), root.get("aria-label")) == ("img", "what it shows <&>")
@@ -71,13 +71,13 @@ def test_same_input_gives_same_bytes_with_any_matplotlibrc(tmp_path: Path) -> No
 def test_settings_are_restored() -> None:
     import matplotlib
 
-    keys = set(matplotlib.rcParams) - {"backend"}  # reading it would choose one
+    keys = set(matplotlib.rcParams) - {"backend"}  # reading it would select a backend
     before = {key: matplotlib.rcParams[key] for key in keys}
     figure()
     assert {key: matplotlib.rcParams[key] for key in keys} == before
 
 
-def test_missing_matplotlib_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
     with pytest.raises(EnvironmentUnfitError, match=r"is needed to draw figures .*pip install 'ssd-edge\[train\]'"):
         figure()
@@ -108,14 +108,14 @@ def test_long_names_are_cut_to_their_width() -> None:
         assert 150 < text_width(cut) <= 200
 
 
-def test_labels_that_collide_are_centred_and_others_stay() -> None:
+def test_colliding_labels_are_spread_around_their_centre_and_others_stay() -> None:
     assert _spread([50, 50, 200], 10, 0, 300) == [45, 55, 200]
     assert _spread([0, 1], 10, 0, 300) == [0, 10]
     assert _spread([299, 300], 10, 0, 300) == [290, 300]
 
 
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=12))
-def test_labels_never_overlap_nor_leave_the_figure(wanted: list[float]) -> None:
+def test_labels_never_overlap_or_leave_the_figure(wanted: list[float]) -> None:
     placed = _spread(sorted(wanted), 17, 0, 300)
     assert all(later - earlier >= 17 - 1e-9 for earlier, later in itertools.pairwise(placed))
     assert placed[0] >= 0

@@ -27,7 +27,7 @@ RUN: dict[str, Any] = {
 
 
 def scores(tasks: int, first: float, keep: float) -> dict[str, Any]:
-    """Metrics of a matrix whose diagonal is `first`, and of which each further task keeps a share."""
+    """Return metrics of a matrix with diagonal `first` whose accuracies are scaled by `keep` after each task."""
     matrix = [[first * keep ** (t - i) if i <= t else 0.0 for i in range(tasks)] for t in range(tasks)]
     values = summary(matrix).to_dict()
     values["accuracy_matrix"] = [
@@ -59,7 +59,7 @@ def made(tasks: int, others: bool = True, names: list[str] | None = None) -> dic
 
 
 class Page(HTMLParser):
-    """Collects a page's elements and text, and insists that each element is closed in order."""
+    """Parser that collects the elements and text of a page and checks that elements are closed in order."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag != "meta":  # the only one used that has no end
+        if tag != "meta":  # the only void element used
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -82,7 +82,7 @@ class Page(HTMLParser):
         self.text.append(data)
 
     def count(self, tag: str, wanted: str) -> int:
-        """Elements of this name with this class."""
+        """Return the number of elements with this name and class."""
         return sum(name == tag and wanted in (values.get("class") or "").split() for name, values in self.elements)
 
 
@@ -101,7 +101,7 @@ def test_well_formed_and_self_contained(tasks: int, others: bool) -> None:
     assert not {key for _, values in page.elements for key in values} & {"href", "src", "style", "onclick"}
     assert "url(" not in source
     assert not re.search(r"\b(nan|None|inf)\b", source)
-    drawings = 2 if tasks > 1 else 0  # a wide and a narrow one
+    drawings = 2 if tasks > 1 else 0  # a wide and a narrow version
     assert page.count("g", "series") == drawings * (4 if others else 1)
     for method, accuracy in (("SSD", made(tasks)["average_accuracy"]), ("SLDA", None), ("fine-tuning", None)):
         wanted = rf"{method}, {tasks} of {tasks} tasks learned: ([\d.]+) %"
@@ -110,7 +110,7 @@ def test_well_formed_and_self_contained(tasks: int, others: bool) -> None:
         assert accuracy is None or set(found) <= {f"{100 * accuracy:.1f}"}
 
 
-def test_the_numbers_are_there() -> None:
+def test_the_numbers_are_shown() -> None:
     metrics = made(5)
     source = render(metrics, RUN)
     for text in ("80.1 %", "82.5 %", "−6.2", "1 min 24 s", "4.1 MB", "93.1 %", "SLDA is 8.2 points ahead of SSD"):
@@ -130,7 +130,7 @@ def test_heat_map_has_one_cell_for_each_learned_task(tasks: int, numbered: bool)
     assert sum(bool(re.match(r"after task \d+, on task", text)) for text in page.text) == cells
 
 
-def test_what_lies_above_the_diagonal_is_not_drawn() -> None:
+def test_values_above_the_diagonal_are_not_drawn() -> None:
     metrics = made(5)
     for t, row in enumerate(metrics["accuracy_matrix"]):
         row[t + 1 :] = [0.123] * (4 - t)
@@ -146,12 +146,12 @@ def test_markup_in_names_stays_text() -> None:
     page = Page(render(metrics, run))
     assert not {tag for tag, _ in page.elements} & {"script", "b", "i", "u", "s", "em", "br", "hr", "q", "code", "kbd"}
     assert not {key for _, values in page.elements for key in values} & {"onload", "quoted"}
-    said = " ".join(page.text)
+    shown = " ".join(page.text)
     for name in [*evil, "<i>data</i>", "<u>me</u>", "<em>", "<br>", "<hr>", "<q>", "<code>", "<kbd>"]:
-        assert name in said
+        assert name in shown
 
 
-def test_worst_classes_first_and_a_cap() -> None:
+def test_classes_are_sorted_worst_first_and_capped() -> None:
     source = render(made(50), RUN)
     listed = re.findall(r'<span class="label " title="([^"]*)">', source)
     assert listed == [f"class {row}" for row in range(40)]
@@ -159,20 +159,20 @@ def test_worst_classes_first_and_a_cap() -> None:
     assert "more, from" not in render(made(20), RUN)
 
 
-def test_a_run_without_comparison_says_so() -> None:
+def test_a_run_without_comparison_states_it() -> None:
     source = render(made(5, others=False), RUN)
     assert "Neither baselines nor the panel were run" in source
     assert "joint training" not in source
     assert 'class="note"' not in source
 
 
-def test_the_learner_alone_is_highlighted() -> None:
+def test_only_the_learner_is_highlighted() -> None:
     page = Page(render(made(5), RUN))
     assert (page.count("tr", "learner"), page.count("span", "learner")) == (1, 3)
     assert page.count("tr", "joint") == 1
 
 
-def test_all_wrong_can_be_drawn() -> None:
+def test_zero_accuracy_can_be_drawn() -> None:
     metrics = made(3, others=False) | scores(3, 0.0, 1.0)
     assert "−10 %" not in render(metrics, RUN)
     assert "-10 %" not in render(metrics, RUN)

@@ -21,7 +21,7 @@ ESCAPE = "\x1b"
 
 
 class Terminal(io.StringIO):
-    """A stream that claims to be a terminal."""
+    """Text stream that reports itself as a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -75,7 +75,7 @@ def test_tables_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tasks", [1, 5, 10, 11, 50])
-def test_tables_fit_and_are_abbreviated(tasks: int) -> None:
+def test_wide_tables_are_abbreviated_to_fit(tasks: int) -> None:
     lines = printed(sample_metrics(tasks, name="犬の名前 a rather long name"))
     assert max(cell_len(line) for line in lines) <= WIDTH
     header = next(line for line in lines if line.startswith("after task"))

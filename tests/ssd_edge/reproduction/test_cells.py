@@ -1,4 +1,4 @@
-"""Cells: their names, what counts as the same one, and the store."""
+"""Cells of a reproduction: file names, identity, and the store."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def result(cell: dict, **more: object) -> dict:
     return {"spec": cell, "stand_in": False, "accuracy": 0.5, **more}
 
 
-def test_a_name_is_readable_and_does_not_depend_on_the_order_of_keys() -> None:
+def test_file_names_are_readable_and_independent_of_the_key_order() -> None:
     cell = cells.spec(sdmlp(k=1, lr=0.05, epochs=2000), ANSWERER)
     name = cells.file_name(cell)
     assert name.startswith("cifar10/sdmlp-k1-epochs2000-lr0.05-")
@@ -42,12 +42,12 @@ def test_a_name_is_readable_and_does_not_depend_on_the_order_of_keys() -> None:
     assert cells.file_name(turned) == name
 
 
-def test_a_name_stays_what_it_is() -> None:
-    # stored results would be lost if this changed
+def test_file_names_are_stable() -> None:
+    # a change would orphan the stored results
     assert cells.file_name(cells.spec(ncm(), Provenance("data", "backbone"))) == "cifar10/ncm-bb0f1843-3.json"
 
 
-def test_orders_share_a_hash_and_nothing_else_does() -> None:
+def test_only_cells_that_differ_in_the_order_share_a_hash() -> None:
     def digest(setup: Setup, provenance: Provenance = ANSWERER) -> str:
         return cells.file_name(cells.spec(setup, provenance)).rsplit("-", 2)[1]
 
@@ -65,7 +65,7 @@ def test_orders_share_a_hash_and_nothing_else_does() -> None:
     assert len({digest(base), *others}) == 8
 
 
-def test_what_is_stored_is_found_by_its_question_alone(tmp_path: Path) -> None:
+def test_results_are_found_by_setup_alone(tmp_path: Path) -> None:
     setup = sdmlp(k=3)
     cell = cells.spec(setup, ANSWERER)
     assert not cells.is_stored(tmp_path, cell)
@@ -78,15 +78,15 @@ def test_what_is_stored_is_found_by_its_question_alone(tmp_path: Path) -> None:
     assert len(list(store)) == 1
 
 
-def test_a_setting_that_comes_later_changes_nothing_and_a_default_that_changes_does(tmp_path: Path) -> None:
+def test_a_new_setting_keeps_stored_results_and_a_changed_default_does_not(tmp_path: Path) -> None:
     setup = sdmlp(k=3)
     cell = cells.spec(setup, ANSWERER)
     before = json.loads(json.dumps(cell))
-    del before["settings"]["batch"]  # as if the setting had not existed when the cell ran
+    del before["settings"]["batch"]  # as if the setting did not exist when the cell ran
     assert cells.file_name(before) == cells.file_name(cell)
     cells.write(tmp_path / cells.file_name(cell), result(before))
     assert cells.is_stored(tmp_path, cell)
-    before["settings"]["batch"] = 999  # another default then
+    before["settings"]["batch"] = 999  # the default was different then
     cells.write(tmp_path / cells.file_name(cell), result(before))
     assert not cells.is_stored(tmp_path, cell)
     assert Store(tmp_path).find(setup) is None
@@ -100,7 +100,7 @@ def test_real_data_is_preferred_to_a_stand_in(tmp_path: Path) -> None:
     assert Store(tmp_path).find(setup)["accuracy"] == 0.2
 
 
-def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_result_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "x.json").write_text("{}")
     with pytest.raises(BundleRefusedError, match=r"x\.json is not a stored result"):
@@ -117,7 +117,7 @@ def test_files_are_canonical_json_with_six_decimals(tmp_path: Path) -> None:
 def test_the_upper_bound_has_as_many_neurons() -> None:
     bound = cells.upper_bound(sdmlp(neurons=64))
     assert (bound.learner["name"], bound.learner["neurons"], bound.order) == ("joint", 64, 3)
-    assert bound.learner["optimiser"] == "adamw"  # its own schedule
+    assert bound.learner["optimiser"] == "adamw"  # joint training has its own schedule
     assert cells.upper_bound(ncm()).learner["neurons"] == 1000
 
 
@@ -131,7 +131,7 @@ def test_experiments_share_cells() -> None:
         }
 
     assert keys("T3", "reduced") < keys("T1", "reduced")
-    assert len(keys("T1", "reduced") & keys("T2", "reduced")) == 4  # all but SSD + EWC, whose k differs
+    assert len(keys("T1", "reduced") & keys("T2", "reduced")) == 4  # all except SSD + EWC, whose k differs
     assert not keys("T1", "full") & keys("T2", "full")
 
 

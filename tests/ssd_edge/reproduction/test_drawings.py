@@ -1,4 +1,4 @@
-"""Figures of the results page: where their marks lie, read back from the SVG."""
+"""Figures of the results page: positions of their marks, read back from the SVG."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def groups(svg: str, kind: str) -> list[ElementTree.Element]:
 
 
 def paths(svg: str, kind: str = "series") -> list[list[tuple[float, float]]]:
-    """The points of each line."""
+    """Return the points of each line."""
     drawn = [path.get("d") for group in groups(svg, kind) for path in group.findall(f"{SVG}path")]
     return [[(float(x), float(y)) for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", way)] for way in drawn]
 
 
 def cells(svg: str) -> list[ElementTree.Element]:
-    """Every cell of a grid, drawn as a path of its own or as the use of a common one."""
+    """Return every cell of a grid, drawn either as its own path or as a reference to a shared one."""
     (group,) = groups(svg, "cells")
     return list(group.iter(f"{SVG}use")) or group.findall(f"{SVG}path")
 
 
-def words(svg: str) -> list[str | None]:
+def texts(svg: str) -> list[str | None]:
     return [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
@@ -50,7 +50,7 @@ def test_lines_span_the_plot() -> None:
     first, second = paths(svg)
     assert first == [(LEFT, BOTTOM), (RIGHT, TOP)]
     assert second == [((LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2)]
-    assert {"title & more", "a <b>", "c", "epoch", "10", "3.0"} <= set(words(svg))
+    assert {"title & more", "a <b>", "c", "epoch", "10", "3.0"} <= set(texts(svg))
     ((edge, _),) = paths(svg, "edge")
     assert edge[0] == (LEFT + RIGHT) / 2
 
@@ -69,18 +69,20 @@ def test_lines_of_one_value_do_not_divide_by_zero() -> None:
 )
 def test_ticks_are_round_and_inside(low: float, high: float, wanted: list[str]) -> None:
     svg = ElementTree.fromstring(lines("t", [Series("a", [(0, low), (1, high)])], "x"))
-    found = [text for text in svg.iter(f"{SVG}text") if text.get("text-anchor") == "end"]
-    assert [text.text for text in found] == wanted
+    labels = [text for text in svg.iter(f"{SVG}text") if text.get("text-anchor") == "end"]
+    assert [text.text for text in labels] == wanted
 
 
-def test_each_task_has_a_line_from_where_it_is_taught() -> None:
+def test_each_task_has_a_line_from_where_it_is_learned() -> None:
     trace = [point(task, epoch, [1, 2]) for task in (0, 1) for epoch in (1, 2)]
     drawn = paths(drawings.tasks([row("SSD", 0.6, trace)])[""])
     assert [len(way) for way in drawn] == [4, 4, 2]  # all tasks, task 0, task 1
-    assert drawn[0][0][1] == pytest.approx(BOTTOM - 0.6 * (BOTTOM - TOP), abs=0.1)  # mean of .8 and .4 on 0..1
+    assert drawn[0][0][1] == pytest.approx(
+        BOTTOM - 0.6 * (BOTTOM - TOP), abs=0.1
+    )  # the mean of 0.8 and 0.4 on an axis from 0 to 1
 
 
-def test_runs_of_different_length_share_an_axis_of_tasks() -> None:
+def test_runs_of_different_length_share_the_task_axis() -> None:
     long = [point(task, epoch, [1]) for task in (0, 1) for epoch in (1, 2, 3, 4)]
     short = [point(task, epoch, [1]) for task in (0, 1) for epoch in (1, 2)]
     first, second = paths(drawings.training([row("long", 0.6, long), row("short", 0.6, short)])[""])
@@ -93,11 +95,11 @@ def test_a_neuron_keeps_its_colour() -> None:
     colours: dict[str, set[str | None]] = {}
     for cell in drawn:
         colours.setdefault(str(cell[0].text).split()[-1], set()).add(cell.get("fill"))
-    assert {name: len(found) for name, found in colours.items()} == {"7": 1, "8": 1}
+    assert {name: len(labels) for name, labels in colours.items()} == {"7": 1, "8": 1}
     assert colours["7"] != colours["8"]
 
 
-def test_values_are_placed_by_the_number_in_the_name() -> None:
+def test_values_are_placed_at_the_number_in_the_name() -> None:
     svg = drawings.values([row("n = 10", 0.5), row("n = 30", 0.7, reported=0.8)])[""]
     own, paper = paths(svg)
     assert own[0][0] == LEFT
@@ -106,10 +108,10 @@ def test_values_are_placed_by_the_number_in_the_name() -> None:
     assert drawings.values([Row(System("n = 1", {"name": "landmark"}), "cifar10", "full", {}, {})]) == {}
 
 
-def test_a_surface_has_a_shade_for_each_pair() -> None:
+def test_a_surface_has_one_shade_per_pair() -> None:
     rows = [row(f"α = {a}, T = {t}", a * t / 10) for a in (0.3, 0.5) for t in (1, 10)]
     svg = drawings.surface(rows)[""]
-    assert {"α = 0.3", "α = 0.5", "T = 1", "T = 10", "3.0", "50.0"} <= set(words(svg))
+    assert {"α = 0.3", "α = 0.5", "T = 1", "T = 10", "3.0", "50.0"} <= set(texts(svg))
     shades = [float(cell.get("fill-opacity", "nan")) for cell in cells(svg)]
     assert len(shades) == 4
     assert max(shades) == pytest.approx(0.68)

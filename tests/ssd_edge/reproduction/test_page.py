@@ -1,4 +1,4 @@
-"""The page: what it says of results made by hand, and that it says the same twice."""
+"""The results page: content for hand-made results, and reproducible output."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def result(setup: cells.Setup, accuracy: float, **more: object) -> dict:
     }
 
 
-def keep(folder: Path, made: dict) -> None:
-    cells.write(folder / cells.file_name(made["spec"]), made)
+def write_result(folder: Path, record: dict) -> None:
+    cells.write(folder / cells.file_name(record["spec"]), record)
 
 
 def stored(folder: Path) -> cells.Store:
-    """Three orders of two systems, one of the third, with their upper bounds."""
+    """Store three class orders of two systems and one of a third, with their upper bounds."""
     for system in TABLE.systems:
         asked = cells.setups(TABLE, system, "cifar10", "reduced")
         for setup, accuracy in zip(asked, ACCURACIES[system.name], strict=False):
-            keep(folder, result(setup, accuracy))
-            keep(folder, result(cells.upper_bound(setup), 0.93, metrics={}, notes=[]))
+            write_result(folder, result(setup, accuracy))
+            write_result(folder, result(cells.upper_bound(setup), 0.93, metrics={}, notes=[]))
     return cells.Store(folder)
 
 
@@ -74,7 +74,7 @@ def one_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_table")
-def test_a_table_made_by_hand(tmp_path: Path) -> None:
+def test_the_table_of_hand_made_results(tmp_path: Path) -> None:
     text, drawn = page.render(stored(tmp_path))
     # 62.0 ± 2.0: (60, 62, 64). 67.0 ± 2.6: √((4 + 1 + 9)/2) = 2.65. 0.62/0.93 = 0.667. BWT −15.5 = −62/4.
     wanted = """## X: a table (Table 9)
@@ -97,19 +97,19 @@ Paired t-test of accuracy over class orders:
     assert wanted in text
     assert drawn == {}
     assert "SLDA 75.0, best SSD (SSD in X) 67.0; the closed-form head leads by 8.0 points" in text
-    assert "| X | 1 of 15 | `ssd-edge reproduce X --budget full` |" in text  # SLDA is the same with any schedule
+    assert "| X | 1 of 15 | `ssd-edge reproduce X --budget full` |" in text  # SLDA does not depend on the schedule
     assert "| python 3.11, torch 2 | a machine | cpu | 1 | abc | 10 |" in text
     assert "12.3" not in text  # seconds differ from run to run
 
 
 @pytest.mark.usefixtures("one_table")
-def test_each_budget_has_its_row(tmp_path: Path) -> None:
+def test_each_budget_has_its_own_row(tmp_path: Path) -> None:
     stored(tmp_path)
-    keep(tmp_path, result(cells.setups(TABLE, TABLE.systems[0], "cifar10", "full")[3], 0.7))
+    write_result(tmp_path, result(cells.setups(TABLE, TABLE.systems[0], "cifar10", "full")[3], 0.7))
     lines = page.render(cells.Store(tmp_path))[0].splitlines()
     start = lines.index("## X: a table (Table 9)")
     cut = [line.strip("| ").split(" | ") for line in lines[start + 4 : start + 8]]
-    shown = [(words[0], words[-1]) for words in cut]
+    shown = [(parts[0], parts[-1]) for parts in cut]
     assert shown == [("SDMLP", "full"), ("SDMLP", "reduced"), ("SSD [1, 2]", "reduced"), ("SLDA", "any")]
 
 
@@ -124,17 +124,17 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_table")
-def test_a_lead_of_ssd_is_told_as_such(tmp_path: Path) -> None:
+def test_a_lead_of_ssd_is_reported(tmp_path: Path) -> None:
     stored(tmp_path)
     ssd = cells.setups(TABLE, TABLE.systems[1], "cifar10", "reduced")
     for setup in ssd:
-        keep(tmp_path, result(setup, 0.8))
+        write_result(tmp_path, result(setup, 0.8))
     text, _ = page.render(cells.Store(tmp_path))
     assert "the closed-form head trails by 5.0 points" in text
 
 
 @pytest.mark.usefixtures("one_table")
-def test_what_is_not_run_is_a_dash(tmp_path: Path) -> None:
+def test_a_missing_cell_is_a_dash(tmp_path: Path) -> None:
     text, _ = page.render(cells.Store(tmp_path))
     assert "| SDMLP | 71.0 | – | – | – | – | – | – | – |" in text
     assert "| X | 0 of 15 |" in text
@@ -143,10 +143,10 @@ def test_what_is_not_run_is_a_dash(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_table")
-def test_smoke_results_are_shown_only_alone(tmp_path: Path) -> None:
+def test_smoke_results_are_shown_only_without_other_budgets(tmp_path: Path) -> None:
     smoke = cells.setups(TABLE, TABLE.systems[0], "cifar10", "smoke")[0]
-    made = result(smoke, 0.123, stand_in=True, notes=["digits in place of CIFAR-10"])
-    keep(tmp_path, made)
+    record = result(smoke, 0.123, stand_in=True, notes=["digits in place of CIFAR-10"])
+    write_result(tmp_path, record)
     text, _ = page.render(cells.Store(tmp_path))
     assert "| SDMLP [1] | 71.0 | 12.3 (1) | – | – | −3.1 | 90.0 | 30.0 | smoke |" in text
     assert "- [1] digits in place of CIFAR-10" in text
@@ -154,17 +154,17 @@ def test_smoke_results_are_shown_only_alone(tmp_path: Path) -> None:
     assert "12.3" not in page.render(cells.Store(tmp_path))[0]
 
 
-def test_the_paired_t_test_is_students(tmp_path: Path) -> None:
+def test_the_paired_t_test_matches_the_closed_form(tmp_path: Path) -> None:
     table = {row.system.name: row for row in rows(TABLE, "cifar10", "reduced", stored(tmp_path))}
-    found = compare(table["SSD"], table["SDMLP"])
-    assert found.differences == pytest.approx([0.05, 0.04, 0.06])
+    comparison = compare(table["SSD"], table["SDMLP"])
+    assert comparison.differences == pytest.approx([0.05, 0.04, 0.06])
     t = 0.05 / (0.01 / math.sqrt(3))
-    assert found.t == pytest.approx(t)
-    assert found.p == pytest.approx(1 - t / math.sqrt(2 + t * t))  # two degrees of freedom have a closed form
-    assert compare(table["SLDA"], table["SDMLP"]).t is None  # one order in common
+    assert comparison.t == pytest.approx(t)
+    assert comparison.p == pytest.approx(1 - t / math.sqrt(2 + t * t))  # closed form for two degrees of freedom
+    assert compare(table["SLDA"], table["SDMLP"]).t is None  # only one order in common
     assert compare(table["SSD"], table["SSD"]).p is None  # no spread
     backwards = compare(table["SDMLP"], table["SSD"])
-    assert (backwards.t, backwards.p) == (pytest.approx(-t), pytest.approx(found.p))
+    assert (backwards.t, backwards.p) == (pytest.approx(-t), pytest.approx(comparison.p))
 
 
 def test_backward_transfer_is_compared_as_the_paper_does(tmp_path: Path, monkeypatch) -> None:
@@ -173,7 +173,7 @@ def test_backward_transfer_is_compared_as_the_paper_does(tmp_path: Path, monkeyp
     for system, transfer in zip(experiment.systems, (-0.1828, -0.1234), strict=True):
         setup = cells.setups(experiment, system, "cifar10", "reduced")[0]
         metrics = {"backward_transfer": transfer, "learning_accuracy": 0.9}
-        keep(tmp_path, result(setup, 0.7, metrics=metrics))
+        write_result(tmp_path, result(setup, 0.7, metrics=metrics))
     text, _ = page.render(cells.Store(tmp_path))
     assert "| SDMLP, k = 10 | −18.3 | −18.3 (1) | 90.0 | 70.0 (1) | reduced |" in text
     assert "SSD, k = 10 forgets 32.5 % less than SDMLP, k = 10 (reduced budget)" in text
@@ -184,13 +184,13 @@ def test_entropies_are_means_over_tasks(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(page, "experiments", lambda: {"Ent": experiment})
     setup = cells.setups(experiment, experiment.systems[0], "cifar10", "reduced")[0]
     neurons = {"activation_entropy": [0.01, 0.03], "activation_entropy_bound": [0.056, 0.056], "class_entropy": [0, 0]}
-    keep(tmp_path, result(setup, 0.7, neurons=neurons, neurons_overall={"class_entropy": 1.5}))
+    write_result(tmp_path, result(setup, 0.7, neurons=neurons, neurons_overall={"class_entropy": 1.5}))
     text, _ = page.render(cells.Store(tmp_path))
     assert "| SDMLP, k = 10 | 0.99 | 0.0200 | – | 0.0560 | 1.5000 | – | reduced |" in text
     assert "| SSD, k = 10 | 0.003 | – | – | – | – | – | – |" in text
 
 
-def test_traces_become_figures(tmp_path: Path, monkeypatch) -> None:
+def test_traces_are_drawn_as_figures(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(page, "experiments", lambda: {"Y": TRACE})
     asked = cells.setups(TRACE, TRACE.systems[0], "cifar10", "reduced")[0]
     points = [
@@ -201,7 +201,7 @@ def test_traces_become_figures(tmp_path: Path, monkeypatch) -> None:
         }
         for task in (0, 1) for epoch in (1, 2)
     ]  # fmt: skip
-    keep(tmp_path / page.RESULTS, result(asked, 0.7, trace=points))
+    write_result(tmp_path / page.RESULTS, result(asked, 0.7, trace=points))
     page.write(tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| SSD [1] | – | 70.0 (1) | 0.700 | 0.500 | 0.200 | 70.0 | reduced |" in text
@@ -219,7 +219,7 @@ def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
         page.write(tmp_path)
 
 
-def test_the_stored_page_is_that_of_the_stored_results() -> None:
+def test_the_stored_page_is_up_to_date() -> None:
     if not (DOCS / page.RESULTS).is_dir():
         pytest.skip(f"NOT RUN: there is no {DOCS / page.RESULTS}; make it with `ssd-edge reproduce`")
     text, drawn = page.render(cells.Store(DOCS / page.RESULTS))

@@ -1,4 +1,4 @@
-"""Many cells: which, in what order, and what becomes of an error."""
+"""The runner: selection and order of cells, and error handling."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def request_for(*ids: str, budget: str = "smoke", orders: int | None = None, out
     return Request(chosen(ids), budget, orders, 1, out)
 
 
-def test_every_question_is_asked_once_and_the_first_order_first() -> None:
-    found = wanted(request_for("T1", "T2", "T3", budget="reduced"))
-    keys = [setup.key() for setup in found]
+def test_each_cell_runs_once_and_the_first_order_runs_first() -> None:
+    setups = wanted(request_for("T1", "T2", "T3", budget="reduced"))
+    keys = [setup.key() for setup in setups]
     assert len(set(keys)) == len(keys)
-    assert [setup.order for setup in found] == sorted(setup.order for setup in found)
-    names = [setup.learner["name"] for setup in found if setup.stream == "cifar10" and setup.order == 0]
-    # T1's five systems, of which four are T2's too, T2's three others, and one upper bound for all
+    assert [setup.order for setup in setups] == sorted(setup.order for setup in setups)
+    names = [setup.learner["name"] for setup in setups if setup.stream == "cifar10" and setup.order == 0]
+    # the five systems of T1 (four are also in T2), three more of T2, and one shared upper bound
     assert sorted(names) == ["finetune"] * 2 + ["joint"] + ["sdmlp"] * 2 + ["ssd"] * 4
 
 
-def test_each_size_has_its_upper_bound() -> None:
-    found = wanted(request_for("T1", "T2", budget="full", orders=1))
-    bounds = [setup.learner["neurons"] for setup in found if setup.learner["name"] == "joint"]
+def test_each_size_has_its_own_upper_bound() -> None:
+    setups = wanted(request_for("T1", "T2", budget="full", orders=1))
+    bounds = [setup.learner["neurons"] for setup in setups if setup.learner["name"] == "joint"]
     assert sorted(bounds) == [1000] * 3 + [10000] * 3  # on three streams
 
 
@@ -47,28 +47,28 @@ def run(request: Request) -> tuple[object, str]:
 def test_a_failed_cell_does_not_stop_the_others(codes: tuple, worst: int, tmp_path: Path, monkeypatch) -> None:
     left = iter(codes)
     monkeypatch.setattr(runner, "attempt", lambda job: runner.Outcome(next(left), "a message", 1.0))
-    error, told = run(request_for("T3", out=tmp_path))
+    error, output = run(request_for("T3", out=tmp_path))
     assert error.exit_code == worst
     failed = sum(code > 0 for code in codes)
     assert str(error) == f"{failed} of 3 cells failed, see above; all others are stored"
-    assert told.count("FAILED, a message") == failed
-    assert "[3/3]" in told
+    assert output.count("FAILED, a message") == failed
+    assert "[3/3]" in output
 
 
-def test_what_needs_another_backbone_is_skipped_and_said(tmp_path: Path, monkeypatch) -> None:
+def test_cells_without_their_backbone_are_skipped_with_a_message(tmp_path: Path, monkeypatch) -> None:
     stream = streams()["tiny-imagenet"]
     (tmp_path / stream.data).write_bytes(b"never read")
     monkeypatch.setenv("SSD_EDGE_DATA", str(tmp_path))
-    error, told = run(request_for("A1", out=tmp_path))
+    error, output = run(request_for("A1", out=tmp_path))
     assert error is None
-    assert "tiny-imagenet: skipped, because it needs a backbone that has not seen its classes" in told
-    assert "0 cells" in told
+    assert "tiny-imagenet: skipped, because it needs a backbone that has not seen its classes" in output
+    assert "0 cells" in output
     (tmp_path / "backbones" / "tiny-100").mkdir(parents=True)
-    found = Sources(torch.device("cpu"), Console(io.StringIO()))
-    assert found.tiny_backbone == tmp_path / "backbones" / "tiny-100"
+    sources = Sources(torch.device("cpu"), Console(io.StringIO()))
+    assert sources.tiny_backbone == tmp_path / "backbones" / "tiny-100"
 
 
-def test_counts_are_of_what_is_stored(tmp_path: Path) -> None:
+def test_counts_are_of_stored_cells(tmp_path: Path) -> None:
     (experiment,) = chosen(("T3",))
     setup = cells.setups(experiment, experiment.systems[0], "cifar10", "reduced")[1]
     made = cells.spec(setup, cells.Provenance("data", "backbone"))

@@ -1,4 +1,4 @@
-"""Data sets cut down, read as pixels, or replaced; and keys that are pretrained because the shipped ones do not fit."""
+"""Data sets that are subsampled, read as pixels or replaced, and keys pretrained where the shipped ones do not fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def data(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of data sets that holds five shapes in the place of the pretraining data."""
+    """Make a data folder with five shapes in place of the pretraining data."""
     folder = tmp_path / "data"
     folder.mkdir()
     with tarfile.open(folder / PRETRAINING, "w:xz", preset=0) as archive:
@@ -44,19 +44,19 @@ def sdmlp(**settings: object) -> dict[str, object]:
     return dataclasses.asdict(learners.settings_class("sdmlp")(**settings))
 
 
-def test_a_subset_takes_so_many_of_each_class() -> None:
-    whole = load(DataConfig(path="digits"), 0)
-    part, again = subset(whole, 7, 3), subset(whole, 7, 3)
+def test_a_subset_has_the_given_number_of_images_per_class() -> None:
+    full = load(DataConfig(path="digits"), 0)
+    part, again = subset(full, 7, 3), subset(full, 7, 3)
     assert np.bincount(part.train_labels).tolist() == [7] * 10
     assert np.bincount(part.test_labels).tolist() == [3] * 10
     assert len(part.train) == 70
     np.testing.assert_array_equal(part.train.load([5], 8), again.train.load([5], 8))
-    images = {image.tobytes() for image in whole.train.load(range(len(whole.train)), 8)[whole.train_labels == 4]}
+    images = {image.tobytes() for image in full.train.load(range(len(full.train)), 8)[full.train_labels == 4]}
     assert all(image.tobytes() in images for image in part.train.load(range(70), 8)[part.train_labels == 4])
-    assert len({whole.fingerprint, part.fingerprint, subset(whole, 7, 2).fingerprint}) == 3
+    assert len({full.fingerprint, part.fingerprint, subset(full, 7, 2).fingerprint}) == 3
 
 
-def test_pixels_are_those_of_the_image_without_its_frame(tmp_path: Path) -> None:
+def test_pixels_are_those_of_the_image_without_its_border(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (6, 28, 28), dtype=np.uint8), np.array([0, 1, 2] * 2)
     np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x[::-1], y_test=y[::-1])
@@ -66,30 +66,30 @@ def test_pixels_are_those_of_the_image_without_its_frame(tmp_path: Path) -> None
     assert made["train"].dtype == np.float32
 
 
-def test_digits_stand_in_for_data_that_is_not_here() -> None:
-    found = opened().inputs(streams()["mnist-pixels"], (5, 2), True)
-    assert found.stand_in
-    assert found.notes == ("digits in place of mnist.npz: data not found",)
-    assert found.embedded["train"].shape == (50, 784)
+def test_digits_stand_in_for_missing_data() -> None:
+    inputs = opened().inputs(streams()["mnist-pixels"], (5, 2), True)
+    assert inputs.stand_in
+    assert inputs.notes == ("digits in place of mnist.npz: data not found",)
+    assert inputs.embedded["train"].shape == (50, 784)
     with pytest.raises(InputError, match=r"no data set at .*mnist\.npz"):
         opened().inputs(streams()["mnist-pixels"], (5, 2), False)
 
 
-def test_keys_that_ship_are_taken_where_they_fit(data: Path) -> None:
+def test_shipped_keys_are_used_where_they_fit(data: Path) -> None:
     sources, stream = opened(), streams()["cifar10"]
-    found = module.Inputs(None, {}, "identity", sources.embedder("shipped").priors)
-    priors, made, notes = sources.keys(found, sdmlp(), stream, True)
-    assert priors is found.priors
+    inputs = module.Inputs(None, {}, "identity", sources.embedder("shipped").priors)
+    priors, made, notes = sources.keys(inputs, sdmlp(), stream, True)
+    assert priors is inputs.priors
     assert (made["source"], made["k"], made["neurons"], notes) == ("backbone", 10, 1000, ())
-    priors, made, notes = sources.keys(found, {"neurons": 1000}, stream, True)  # a learner that takes no keys
-    assert (priors is found.priors, made, notes) == (True, None, ())
+    priors, made, notes = sources.keys(inputs, {"neurons": 1000}, stream, True)  # a learner without keys
+    assert (priors is inputs.priors, made, notes) == (True, None, ())
 
 
 def test_keys_are_pretrained_once_where_the_shipped_ones_do_not_fit(data: Path, monkeypatch) -> None:
     sources, stream = opened(), streams()["cifar10"]
     embedder = sources.embedder("shipped")
-    found = module.Inputs(None, {}, embedder.identity, embedder.priors)
-    priors, made, notes = sources.keys(found, sdmlp(neurons=16, k=3, shift=0.5), stream, True)
+    inputs = module.Inputs(None, {}, embedder.identity, embedder.priors)
+    priors, made, notes = sources.keys(inputs, sdmlp(neurons=16, k=3, shift=0.5), stream, True)
     dataset = load(DataConfig(path=PRETRAINING), 0)
     vectors = torch.from_numpy(np.concatenate([embedder.embed(part) for part in dataset.train.batches(32)]))
     config = module.StudentConfig(neurons=16, k=3, shift=0.5)
@@ -102,23 +102,23 @@ def test_keys_are_pretrained_once_where_the_shipped_ones_do_not_fit(data: Path, 
     assert notes == ("keys pretrained here for r = 16, k = 3, s = 0.5",)
     assert (made["source"], made["neurons"], made["k"]) == ("pretrained here", 16, 3)
     learner = learners.build({"name": "sdmlp", **sdmlp(neurons=16, k=3, shift=0.5)}, 256, priors)
-    assert learner.note == ""  # it takes them
+    assert learner.note == ""  # the learner accepts them
     monkeypatch.setattr(module, "pretrain_student", None)
-    again, _, _ = opened().keys(found, sdmlp(neurons=16, k=3, shift=0.5), stream, True)
+    again, _, _ = opened().keys(inputs, sdmlp(neurons=16, k=3, shift=0.5), stream, True)
     np.testing.assert_array_equal(again.keys, priors.keys)
 
 
 @pytest.mark.parametrize(
-    ("settings", "may", "kept", "note"),
+    ("settings", "may", "source", "note"),
     [
         ({"neurons": 16, "k": 3}, True, "random", "random keys: pretraining data not found"),
         ({"neurons": 16, "k": 3}, False, "random", "random keys: none are pretrained for this budget"),
         ({"k": 1}, True, "backbone", "keys pretrained for k = 10, not 1: pretraining data not found"),
     ],
 )
-def test_it_is_said_where_keys_cannot_be_had(settings: dict, may: bool, kept: str, note: str) -> None:
+def test_a_note_explains_why_keys_are_not_available(settings: dict, may: bool, source: str, note: str) -> None:
     sources = opened()
-    found = module.Inputs(None, {}, "identity", sources.embedder("shipped").priors)
-    priors, made, notes = sources.keys(found, sdmlp(**settings), streams()["cifar10"], may)
-    assert priors is found.priors
-    assert (made, notes) == ({"source": kept}, (note,))
+    inputs = module.Inputs(None, {}, "identity", sources.embedder("shipped").priors)
+    priors, made, notes = sources.keys(inputs, sdmlp(**settings), streams()["cifar10"], may)
+    assert priors is inputs.priors
+    assert (made, notes) == ({"source": source}, (note,))

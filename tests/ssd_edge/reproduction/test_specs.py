@@ -1,4 +1,4 @@
-"""What is to be run: the YAML against the paper's numbers and against what the learners know."""
+"""The experiment files against the numbers in the paper and the settings of the learners."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ssd_edge.reproduction.specs import (
 from ssd_edge.run.streams import class_order
 
 MNIST, CIFAR10, CIFAR100 = "mnist-pixels", "cifar10", "cifar100-50x2"
-# What the paper prints, by experiment and system: CIFAR-10, CIFAR-100, MNIST. None where it prints a dash.
+# The paper's numbers by experiment and system: CIFAR-10, CIFAR-100, MNIST; None where the paper has a dash.
 THREE = {
     "T1": {
         "SDMLP, k = 10": (0.71, 0.32, 0.53),
@@ -62,46 +62,46 @@ ONE = {
 
 
 @pytest.mark.parametrize("id", list(THREE))
-def test_the_tables_hold_what_the_paper_prints(id: str) -> None:
-    found = {
+def test_the_tables_have_the_numbers_of_the_paper(id: str) -> None:
+    settings = {
         system.name: tuple(system.reported[stream] for stream in (CIFAR10, CIFAR100, MNIST))
         for system in experiments()[id].systems
     }
-    assert found == THREE[id]
+    assert settings == THREE[id]
 
 
 @pytest.mark.parametrize("id", list(ONE))
-def test_the_other_experiments_hold_what_the_paper_prints(id: str) -> None:
+def test_the_other_experiments_have_the_numbers_of_the_paper(id: str) -> None:
     experiment = experiments()[id]
     (stream,) = experiment.streams
     assert {system.name: system.reported[stream] for system in experiment.systems} == ONE[id]
 
 
-def test_nothing_else_claims_to_be_the_papers() -> None:
+def test_only_these_experiments_quote_the_paper() -> None:
     for experiment in experiments().values():
         if experiment.id not in (*THREE, *ONE):
             assert not experiment.place
             assert not any(system.reported for system in experiment.systems)
 
 
-def test_every_experiment_that_was_promised_is_there() -> None:
+def test_all_planned_experiments_exist() -> None:
     sweeps = ["shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers", "streams"]
     assert set(experiments()) == {*THREE, *ONE, "controls", "panel", *sweeps}
 
 
 @pytest.mark.parametrize("id", list(experiments()))
-def test_every_learner_takes_its_settings_with_every_budget(id: str) -> None:
+def test_every_learner_accepts_its_settings_at_every_budget(id: str) -> None:
     experiment = experiments()[id]
     for system, stream, budget in itertools.product(experiment.systems, experiment.streams, BUDGETS):
-        found = options(experiment, system, stream, budget)
-        if found["name"] != "joint":
-            known = {field.name for field in dataclasses.fields(learners.settings_class(found["name"]))}
-            assert set(found) == {"name", *known}
+        settings = options(experiment, system, stream, budget)
+        if settings["name"] != "joint":
+            known = {field.name for field in dataclasses.fields(learners.settings_class(settings["name"]))}
+            assert set(settings) == {"name", *known}
         here = system.by_stream.get(stream, {})
         particular = {**system.budgets.get(budget, {}), **here.get("any", {}), **here.get(budget, {})}
         for key, value in {**system.learner, **particular}.items():
             if budget != "smoke":
-                assert found[key] == value, key  # what a row is about is never overridden
+                assert settings[key] == value, key  # a budget never overrides the settings of a row
 
 
 def by_name(id: str, name: str) -> tuple[Experiment, System]:
@@ -117,14 +117,14 @@ def test_the_published_schedule() -> None:
     }  # fmt: skip
     sdmlp = by_name("T2", "SDMLP, k = 10")
     epochs = [options(*sdmlp, stream, "full")["epochs"] for stream in (CIFAR10, CIFAR100, MNIST)]
-    assert epochs == [2000, 500, 500]  # SDMLP's own
+    assert epochs == [2000, 500, 500]  # the setting of SDMLP
     assert options(*by_name("T2", "SSD, k = 10"), MNIST, "full")["epochs"] == 2000
 
 
 def test_the_reduced_schedule() -> None:
-    found = options(*by_name("T1", "SSD, k = 10"), CIFAR10, "reduced")
-    assert (found["neurons"], found["lr"], found["epochs"], found["top_n"]) == (1000, 0.5, 40, "100")
-    assert found == options(*by_name("T2", "SSD, k = 10"), CIFAR10, "reduced")  # so they are one cell
+    settings = options(*by_name("T1", "SSD, k = 10"), CIFAR10, "reduced")
+    assert (settings["neurons"], settings["lr"], settings["epochs"], settings["top_n"]) == (1000, 0.5, 40, "100")
+    assert settings == options(*by_name("T2", "SSD, k = 10"), CIFAR10, "reduced")  # so both are the same cell
     assert options(*by_name("F3", "n = 2000"), CIFAR10, "reduced")["top_n"] == "200"
     pixels = options(*by_name("T2", "SSD, k = 1"), MNIST, "reduced")
     assert pixels["pretrained"] is False
@@ -135,9 +135,9 @@ def test_the_reduced_schedule() -> None:
 def test_the_smoke_budget_is_small() -> None:
     for experiment in experiments().values():
         for system in experiment.systems:
-            found = options(experiment, system, experiment.streams[0], "smoke")
-            assert found.get("neurons", 0) <= 64
-            assert found.get("epochs", 0) <= 2
+            settings = options(experiment, system, experiment.streams[0], "smoke")
+            assert settings.get("neurons", 0) <= 64
+            assert settings.get("epochs", 0) <= 2
 
 
 def test_orders_are_those_of_the_streams() -> None:
@@ -147,7 +147,7 @@ def test_orders_are_those_of_the_streams() -> None:
     assert class_order(tuple("abc"), f"sdmlp-{ORDERS[0]}", 0) == [0, 1, 2]
 
 
-def test_experiments_are_chosen_by_name() -> None:
+def test_experiments_are_selected_by_name() -> None:
     assert [one.id for one in chosen(("t2", "ENT", "T2"))] == ["T2", "Ent"]
     assert [one.id for one in chosen(("all",))] == list(experiments())
     with pytest.raises(InputError, match=r"no experiment 'pannel'\. Did you mean 'panel'\?"):
@@ -168,7 +168,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("text", "message"), BROKEN, ids=range(len(BROKEN)))
-def test_a_broken_file_says_what_is_wrong(text: str, message: str, tmp_path: Path, monkeypatch) -> None:
+def test_errors_in_an_experiment_file(text: str, message: str, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "01-x.yaml").write_text(text)
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     with pytest.raises(InputError) as raised:
@@ -176,13 +176,13 @@ def test_a_broken_file_says_what_is_wrong(text: str, message: str, tmp_path: Pat
     assert message in str(raised.value)
 
 
-def test_streams_are_the_papers_and_ours() -> None:
+def test_streams_of_the_paper_and_our_own() -> None:
     tasks = {name: source.stream["tasks"] for name, source in streams().items()}
     assert {tasks[name] for name in (CIFAR10, MNIST, "mnist", "cifar10-blurry")} == {5}
     assert (tasks[CIFAR100], tasks["cifar100-10x10"], tasks["tiny-imagenet"]) == (50, 10, 10)
 
 
-def test_some_streams_of_some_experiments() -> None:
+def test_selecting_streams_of_experiments() -> None:
     picked = chosen(["T2", "T4", "panel"])
     cut = on_streams(picked, ["mnist", "mnist-pixels"])
     assert {one.id: one.streams for one in cut} == {"T2": ("mnist-pixels",), "panel": ("mnist", "mnist-pixels")}

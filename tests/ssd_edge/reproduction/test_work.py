@@ -1,4 +1,4 @@
-"""One cell, from its job to its file, against the loop written out by hand; and what is left of a killed one."""
+"""One cell from its job to its file against an explicit loop, and resuming a killed cell."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS = {"neurons": 40, "k": 4, "epochs": 4, "lr": 0.5, "pretrained": False}
 
 
 def blobs(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ten noisy points in space; test sets differ in size, so that means over tasks and samples differ."""
+    """Return ten Gaussian classes; test sets differ in size, so that means over tasks and over samples differ."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(0).normal(size=(CLASSES, DIM))
     labels = np.concatenate([np.full(count + (seed == 2) * label, label) for label in range(CLASSES)])
@@ -61,9 +61,9 @@ def job(folder: Path, name: str, order: int = 3, trace: int = 0, **settings: obj
 
 
 @pytest.mark.parametrize("name", ["ncm", "sdmlp"])
-def test_a_cell_is_the_plain_loop(name: str, tmp_path: Path) -> None:
+def test_a_cell_equals_the_explicit_loop(name: str, tmp_path: Path) -> None:
     settings = SETTINGS if name == "sdmlp" else {}
-    found = work.run(job(tmp_path, name, **settings))
+    result = work.run(job(tmp_path, name, **settings))
     order = np.random.RandomState(3).choice(10, 10, replace=False)  # sdmlp-3
     assert order.tolist() == [5, 4, 1, 2, 9, 6, 7, 0, 3, 8]
     row_of = np.argsort(order)
@@ -79,27 +79,27 @@ def test_a_cell_is_the_plain_loop(name: str, tmp_path: Path) -> None:
         answers = learner.predict(test).numpy()
         accuracy = [(answers[truth // 2 == t] == truth[truth // 2 == t]).mean() for t in range(task + 1)]
         matrix.append([*accuracy, *[None] * (4 - task)])
-    assert found["learned"] == [0, 1, 2, 3, 4]
-    for ours, wanted in zip(found["matrix"], matrix, strict=True):
+    assert result["learned"] == [0, 1, 2, 3, 4]
+    for ours, wanted in zip(result["matrix"], matrix, strict=True):
         assert ours == pytest.approx(wanted)
-    assert found["accuracy"] == pytest.approx((answers == truth).mean())
-    assert found["accuracy"] != pytest.approx(np.mean(matrix[-1]), abs=1e-6)
-    assert found["last_task_share"] == pytest.approx(np.isin(answers, [8, 9]).mean())
-    assert found["samples"] == [(truth // 2 == t).sum() for t in range(5)]
+    assert result["accuracy"] == pytest.approx((answers == truth).mean())
+    assert result["accuracy"] != pytest.approx(np.mean(matrix[-1]), abs=1e-6)
+    assert result["last_task_share"] == pytest.approx(np.isin(answers, [8, 9]).mean())
+    assert result["samples"] == [(truth // 2 == t).sum() for t in range(5)]
     wanted = np.mean([matrix[4][t] - matrix[t][t] for t in range(4)])
-    assert found["metrics"]["backward_transfer"] == pytest.approx(wanted)
-    assert found["notes"] == ["a note"]
-    assert found["environment"]["threads"] == 1
-    stored = json.loads((tmp_path / "out" / cells.file_name(found["spec"])).read_text())
-    assert stored == json.loads(json.dumps(cells.rounded(found)))
+    assert result["metrics"]["backward_transfer"] == pytest.approx(wanted)
+    assert result["notes"] == ["a note"]
+    assert result["environment"]["threads"] == 1
+    stored = json.loads((tmp_path / "out" / cells.file_name(result["spec"])).read_text())
+    assert stored == json.loads(json.dumps(cells.rounded(result)))
 
 
 def test_joint_training_sees_all_classes_at_once(tmp_path: Path) -> None:
-    found = work.run(job(tmp_path, "joint"))
-    assert found["learned"] is None
-    assert len(found["matrix"]) == 1
-    assert found["accuracy"] > 0.5
-    assert "metrics" not in found
+    result = work.run(job(tmp_path, "joint"))
+    assert result["learned"] is None
+    assert len(result["matrix"]) == 1
+    assert result["accuracy"] > 0.5
+    assert "metrics" not in result
 
 
 class Killed(BaseException):
@@ -107,9 +107,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(("name", "trace"), [("sdmlp", 2), ("ssd", 0)])
-def test_a_killed_cell_goes_on_from_its_checkpoint(name: str, trace: int, tmp_path: Path, monkeypatch) -> None:
+def test_a_killed_cell_resumes_from_its_checkpoint(name: str, trace: int, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(work, "CHECKPOINT_SECONDS", 0.0)
-    whole = work.run(job(tmp_path / "whole", name, trace=trace, **SETTINGS))
+    uninterrupted = work.run(job(tmp_path / "whole", name, trace=trace, **SETTINGS))
     learned, learn = [], SDMLPLearner.learn
 
     def counted(self, task, progress=None):
@@ -125,14 +125,14 @@ def test_a_killed_cell_goes_on_from_its_checkpoint(name: str, trace: int, tmp_pa
     assert cut.checkpoint.exists()
     assert not cut.result.exists()
     resumed = work.run(cut)
-    assert learned == [0, 2, 4, 6, 6, 8]  # the fourth task again, not the first
+    assert learned == [0, 2, 4, 6, 6, 8]  # resumes at the fourth task, not the first
     assert not cut.checkpoint.exists()
-    for one in (whole, resumed):
+    for one in (uninterrupted, resumed):
         del one["seconds"], one["environment"]
-    assert resumed == whole
+    assert resumed == uninterrupted
 
 
-def test_a_checkpoint_that_cannot_be_read_costs_time_only(tmp_path: Path) -> None:
+def test_an_unreadable_checkpoint_is_ignored(tmp_path: Path) -> None:
     one = job(tmp_path, "sdmlp", **SETTINGS)
     one.checkpoint.parent.mkdir()
     one.checkpoint.write_bytes(b"of another version")
@@ -140,35 +140,35 @@ def test_a_checkpoint_that_cannot_be_read_costs_time_only(tmp_path: Path) -> Non
     assert not one.checkpoint.exists()
 
 
-def test_neurons_are_described_after_each_task(tmp_path: Path) -> None:
+def test_neuron_statistics_are_recorded_after_each_task(tmp_path: Path) -> None:
     result = work.run(job(tmp_path, "ssd", **SETTINGS))
-    found, overall = result["neurons"], result["neurons_overall"]
-    assert max(found["class_entropy"]) < np.log(2) + 1e-9  # a task has two classes
-    assert overall["class_entropy"] > np.log(2)  # all tasks have ten
-    assert all(len(values) == 5 for values in found.values())
+    neurons, overall = result["neurons"], result["neurons_overall"]
+    assert max(neurons["class_entropy"]) < np.log(2) + 1e-9  # each task has two classes
+    assert overall["class_entropy"] > np.log(2)  # all tasks together have ten
+    assert all(len(values) == 5 for values in neurons.values())
     bound = -(0.1 * np.log(0.1) + 0.9 * np.log(0.9))  # k/r = 4/40
-    assert found["activation_entropy_bound"] == pytest.approx([bound] * 5)
+    assert neurons["activation_entropy_bound"] == pytest.approx([bound] * 5)
     for name in ("subnetwork_cosine", "teacher_divergence", "top_n_jaccard"):
-        assert found[name][0] is None  # there is no teacher yet
-        assert all(0 <= value <= 1 for value in found[name][1:])
-    assert min(found["subnetwork_cosine"][1:]) > 0.5
+        assert neurons[name][0] is None  # there is no teacher yet
+        assert all(0 <= value <= 1 for value in neurons[name][1:])
+    assert min(neurons["subnetwork_cosine"][1:]) > 0.5
 
 
-def test_a_trace_looks_into_training(tmp_path: Path) -> None:
-    found = work.run(job(tmp_path, "sdmlp", trace=2, **SETTINGS))
-    assert [(point["task"], point["epoch"]) for point in found["trace"]] == [(t, e) for t in range(5) for e in (2, 4)]
-    last = found["trace"][-1]
-    assert last["test_accuracy"] == pytest.approx(found["matrix"][-1])  # all classes are taught: same argmax
-    first, second = found["trace"][:2]
+def test_a_trace_records_training(tmp_path: Path) -> None:
+    result = work.run(job(tmp_path, "sdmlp", trace=2, **SETTINGS))
+    assert [(point["task"], point["epoch"]) for point in result["trace"]] == [(t, e) for t in range(5) for e in (2, 4)]
+    last = result["trace"][-1]
+    assert last["test_accuracy"] == pytest.approx(result["matrix"][-1])  # all classes are learned: same argmax
+    first, second = result["trace"][:2]
     assert len(set(first["top"])) == 4
     shared, every = set(first["top"]) & set(second["top"]), set(first["top"]) | set(second["top"])
     assert second["jaccard"] == pytest.approx(len(shared) / len(every))
-    assert found["trace"][0]["jaccard"] is None
+    assert result["trace"][0]["jaccard"] is None
     untraced = work.run(job(tmp_path / "other", "sdmlp", **SETTINGS))
-    assert untraced["matrix"] == found["matrix"]  # looking changes nothing
+    assert untraced["matrix"] == result["matrix"]  # tracing does not change the result
 
 
-def test_an_error_is_told_and_not_raised(tmp_path: Path, monkeypatch) -> None:
+def test_an_error_is_reported_and_not_raised(tmp_path: Path, monkeypatch) -> None:
     def diverge(self, task, progress=None):
         raise InputError("it diverged; lower learner.lr")
 
@@ -183,7 +183,7 @@ def test_an_error_is_told_and_not_raised(tmp_path: Path, monkeypatch) -> None:
     assert not bad.result.exists()
 
 
-def test_what_workers_read_is_what_was_written(tmp_path: Path) -> None:
+def test_workers_read_what_was_written(tmp_path: Path) -> None:
     made = inputs()
     read = read_inputs(write_inputs(tmp_path, made))
     for part in ("train", "test"):
