@@ -171,7 +171,11 @@ def test_unknown_target_suggests_the_nearest(own_run, tmp_path):
 
 
 def test_missing_folder_or_not_a_run_is_refused(tmp_path):
-    refused(tmp_path / "none", tmp_path / "b", "none does not exist; runs are")
+    refused(
+        tmp_path / "none",
+        tmp_path / "b",
+        "none does not exist; give one of the numbered folders that `ssd-edge train` creates",
+    )
     refused(tmp_path, tmp_path / "b", "is not a run: config.yaml and run.json missing")
 
 

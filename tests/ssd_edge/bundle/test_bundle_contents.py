@@ -49,9 +49,9 @@ BACKBONE = parts()[0]["backbone"]
     ],
 )
 def test_manifest_is_checked(refusal, changed, message):
-    got = refusal(hand.with_manifest(**changed))
-    assert message in got
-    assert got.endswith(" (build a new one with: ssd-edge deploy)")
+    refused = refusal(hand.with_manifest(**changed))
+    assert message in refused
+    assert refused.endswith(" (build a new one with: ssd-edge deploy)")
 
 
 def test_files_must_match_the_manifest(refusal):
@@ -136,8 +136,8 @@ def test_signature_is_parsed_without_verification(tmp_path):
     path.write_bytes(sealed(signed()))
     signature = bundle.read(path).signature
     assert signature == bundle.Signature("0123456789abcdef", bytes(64))
-    made = bundle.pack(*parts(), lambda manifest: bundle.Signature("0123456789abcdef", manifest[:64]).to_bytes())
-    path.write_bytes(made)
+    data = bundle.pack(*parts(), lambda manifest: bundle.Signature("0123456789abcdef", manifest[:64]).to_bytes())
+    path.write_bytes(data)
     read = bundle.read(path)
     assert read.signature.value == read.entries["manifest.json"][:64]
     with pytest.raises(BundleRefusedError, match=r"manifest\.sig does not have the form"):
