@@ -1,4 +1,4 @@
-"""Tiny bundles made by hand: 8 × 8 pixels, six features, three classes, nearest class mean."""
+"""Handmade tiny bundles: 8 × 8 pixels, six features, three classes; nearest class mean by default."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE, DIM, CLASSES = 8, 6, ("cup", "nut", "screw")
 
 
 def tiny_backbone() -> bytes:
-    """The mean colour of each quarter of rows, mixed: images → embeddings."""
+    """Return an ONNX backbone that projects the mean colour of an image to an embedding."""
     weight = np.random.default_rng(3).standard_normal((3, DIM)).astype(np.float32) / 64
     nodes = [
         helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
@@ -45,7 +45,7 @@ def tiny_backbone() -> bytes:
 
 
 def tiny_embed(images: np.ndarray) -> np.ndarray:
-    """What `tiny_backbone` computes."""
+    """Compute the embeddings of `tiny_backbone` with NumPy."""
     weight = np.random.default_rng(3).standard_normal((3, DIM)).astype(np.float32) / 64
     return (images.astype(np.float32).mean((1, 2)) - np.float32(127.5)) @ weight
 
@@ -55,24 +55,25 @@ TinyBundle = Callable[..., bytes]
 
 @pytest.fixture(scope="session")
 def tiny_bundle() -> TinyBundle:
-    """``tiny_bundle(release=1, sign=None, shift=0.0, roll=0, target="cpu", learner="ncm")`` → bytes of a bundle.
+    """Return a function that makes the bytes of a bundle.
 
-    `shift` spoils the probe's embeddings, `roll` its decisions.
+    Its defaults are ``tiny_bundle(release=1, sign=None, shift=0.0, roll=0, target="cpu", learner="ncm")``.
+    `shift` corrupts the embeddings of the probe, `roll` its predictions.
     """
     rng = np.random.default_rng(0)
     colours = np.array([(220, 30, 30), (30, 220, 30), (30, 30, 220)])
     pixels = np.clip(colours[np.arange(60) % 3][:, None, None] + rng.normal(0, 20, (60, SIZE, SIZE, 3)), 0, 255)
     labels = torch.arange(60) % 3
     vectors = torch.from_numpy(tiny_embed(pixels.astype(np.uint8)))
-    taught: dict[str, tuple[learners.Learner, np.ndarray]] = {}
+    trained: dict[str, tuple[learners.Learner, np.ndarray]] = {}
 
-    def teach(name: str) -> tuple[learners.Learner, np.ndarray]:
-        """A learner, and its rows for the probe."""
-        if name not in taught:
+    def train(name: str) -> tuple[learners.Learner, np.ndarray]:
+        """Return a trained learner and the rows it predicts for the probe."""
+        if name not in trained:
             learner = learners.build({"name": name}, DIM, Priors())
             learner.learn(learners.Task(vectors, labels))
-            taught[name] = learner, learner.predict(torch.from_numpy(wanted)).numpy()
-        return taught[name]
+            trained[name] = learner, learner.predict(torch.from_numpy(probe_embeddings)).numpy()
+        return trained[name]
 
     statistics = ClassStatistics(DIM)
     statistics.add(vectors, labels)
@@ -81,7 +82,7 @@ def tiny_bundle() -> TinyBundle:
         registry = registry.add(name, images=20)
     backbone = tiny_backbone()
     probe = pixels[:4].astype(np.uint8)
-    wanted = tiny_embed(probe)
+    probe_embeddings = tiny_embed(probe)
 
     def make(
         release: int = 1,
@@ -92,8 +93,8 @@ def tiny_bundle() -> TinyBundle:
         learner: str = "ncm",
         **changes: Any,
     ) -> bytes:
-        learned, rows = teach(learner)
-        arrays = {"images": probe, "embeddings": wanted + np.float32(shift), "rows": np.roll(rows, roll)}
+        learned, rows = train(learner)
+        arrays = {"images": probe, "embeddings": probe_embeddings + np.float32(shift), "rows": np.roll(rows, roll)}
         entries = {
             "backbone": backbone,
             "learner": files.tensor_bytes(*learners.pack(learned)),
@@ -118,5 +119,5 @@ def tiny_bundle() -> TinyBundle:
         }
         return bundle.pack(manifest, {bundle.ROLES[role]: (role, data) for role, data in entries.items()}, sign)
 
-    teach("ncm")  # now: a test may put something else in PyTorch's place
+    train("ncm")  # train it now, because a test may replace PyTorch
     return make

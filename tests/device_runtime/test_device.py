@@ -1,4 +1,4 @@
-"""The device in process: predict, learn, undo, and what a cut or bad input leaves."""
+"""`Device` in process: predict, learn and roll back; crashes and invalid input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def root(installed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(installed, tmp_path / "root"))
 
 
-def pictures(shapes: Path, shape: str, split: str = "test") -> list[Path]:
+def image_paths(shapes: Path, shape: str, split: str = "test") -> list[Path]:
     return sorted((shapes / split / shape).iterdir())
 
 
@@ -33,37 +33,37 @@ def scores(device: Device, paths: list[Path]) -> bytes:
     return device.learner.scores(device.embed(paths)).numpy().tobytes()
 
 
-def test_learns_a_class_that_the_bundle_never_saw_and_undoes_it(root: Path, shapes: Path) -> None:
-    old = [path for shape in ("circle", "square") for path in pictures(shapes, shape)]
+def test_learn_a_new_class_and_roll_back(root: Path, shapes: Path) -> None:
+    old = [path for shape in ("circle", "square") for path in image_paths(shapes, shape)]
     with Device.open(root) as device:
         assert "triangle" not in device.classes
         before = scores(device, old)
-        result = device.learn("triangle", pictures(shapes, "triangle", "train"))
+        result = device.learn("triangle", image_paths(shapes, "triangle", "train"))
         assert result.generation == 2
         assert result.classes == device.classes
         assert device.classes[-1] == "triangle"
         assert result.held_out.images == 8
-        answers = [p.label for p in device.predict(pictures(shapes, "triangle"))]
+        answers = [p.label for p in device.predict(image_paths(shapes, "triangle"))]
         assert answers.count("triangle") >= 10, answers
         assert result.old_classes.kind.startswith("estimate")
         device.rollback()
         assert "triangle" not in device.classes
         assert scores(device, old) == before
-    with Device.open(root) as device:  # and so it is after a restart
+    with Device.open(root) as device:  # after a restart
         assert device.generation.number == 1
         assert scores(device, old) == before
         assert device.rollback(2).classes[-1] == "triangle"
 
 
-def test_the_state_after_a_restart_is_the_state_before_it(root: Path, shapes: Path) -> None:
-    paths = pictures(shapes, "triangle") + pictures(shapes, "cross")
+def test_restart_keeps_the_state(root: Path, shapes: Path) -> None:
+    paths = image_paths(shapes, "triangle") + image_paths(shapes, "cross")
     device = Device.open(root)
-    device.learn("triangle", pictures(shapes, "triangle", "train"))
+    device.learn("triangle", image_paths(shapes, "triangle", "train"))
     assert scores(Device.open(root), paths) == scores(device, paths)
 
 
 def test_images_may_be_paths_arrays_or_pil(root: Path, shapes: Path) -> None:
-    path = pictures(shapes, "circle")[0]
+    path = image_paths(shapes, "circle")[0]
     image = Image.open(path)
     device = Device.open(root)
     answers = device.predict([path, str(path), image, np.asarray(image)])
@@ -80,34 +80,34 @@ def test_images_may_be_paths_arrays_or_pil(root: Path, shapes: Path) -> None:
         ("", 5, "a class name is empty"),
     ],
 )
-def test_a_refused_learn_changes_nothing(root: Path, shapes: Path, label: str, count: int, message: str) -> None:
+def test_refused_learn_changes_nothing(root: Path, shapes: Path, label: str, count: int, message: str) -> None:
     device = Device.open(root)
     with pytest.raises(InputError, match=message):
-        device.learn(label, pictures(shapes, "triangle")[:count])
+        device.learn(label, image_paths(shapes, "triangle")[:count])
     assert Device.open(root).generation.number == 1
     assert sorted(p.name for p in (root / "generations").iterdir()) == ["000001"]
 
 
-def test_a_corrupt_image_is_named_and_changes_nothing(root: Path, shapes: Path, tmp_path: Path) -> None:
+def test_corrupt_image_is_named_and_changes_nothing(root: Path, shapes: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("this is no image")
     device = Device.open(root)
     with pytest.raises(InputError, match=r"bad\.jpg is not a JPEG"):
-        device.learn("new", [*pictures(shapes, "triangle"), bad])
+        device.learn("new", [*image_paths(shapes, "triangle"), bad])
     assert Device.open(root).generation.number == 1
 
 
-@pytest.mark.slow  # by default test_killed.py, on smaller states
-def test_a_cut_at_any_step_of_a_learn_leaves_a_committed_generation(root: Path, shapes: Path) -> None:
-    paths, seen = pictures(shapes, "triangle", "train")[:10], []
-    probe = pictures(shapes, "triangle") + pictures(shapes, "circle")
+@pytest.mark.slow  # test_killed.py tests the same on smaller states by default
+def test_crash_at_any_step_of_a_learn_leaves_a_committed_generation(root: Path, shapes: Path) -> None:
+    paths, seen = image_paths(shapes, "triangle", "train")[:10], []
+    probe = image_paths(shapes, "triangle") + image_paths(shapes, "circle")
     before = scores(Device.open(root), probe)
     device = Device.open(root)
-    # learning itself is tested elsewhere: here only its writes, so embed once
+    # only the writes are tested here, so embed once
     embeddings = device.embed(paths)
     device.embed = lambda sources: embeddings  # type: ignore[method-assign]
 
-    class Cut(Exception):
+    class Crash(Exception):
         pass
 
     step = 1
@@ -117,14 +117,14 @@ def test_a_cut_at_any_step_of_a_learn_leaves_a_committed_generation(root: Path, 
         def hook(name: str, path: Path) -> None:
             nonlocal count
             count += 1
-            if count == step:  # noqa: B023  (called within this round)
-                raise Cut
+            if count == step:  # noqa: B023  (called within this iteration)
+                raise Crash
 
         files.fault_hook = hook
         try:
             device.learn("triangle", paths)
             break
-        except Cut:
+        except Crash:
             pass
         finally:
             files.fault_hook = None
@@ -135,7 +135,7 @@ def test_a_cut_at_any_step_of_a_learn_leaves_a_committed_generation(root: Path, 
         else:
             assert after.classes[-1] == "triangle"
             after.rollback(1)
-        step += 4  # a quarter of the steps; the store's own test cuts at every one
+        step += 4  # every fourth step; the tests of the store cover every step
     assert step > 20
     assert 1 in seen
 
@@ -151,9 +151,9 @@ def test_rollback_without_a_parent_names_the_choices(root: Path, bundle: Path) -
         Device.open(root).rollback(7)
 
 
-def test_status_and_history_speak_json(root: Path, shapes: Path) -> None:
+def test_status_and_history_are_json(root: Path, shapes: Path) -> None:
     device = Device.open(root)
-    device.learn("triangle", pictures(shapes, "triangle")[:6])
+    device.learn("triangle", image_paths(shapes, "triangle")[:6])
     status = json.loads(json.dumps(device.status().to_dict()))
     assert status["generation"] == 2
     assert status["learned_here"] == ["triangle"]
@@ -165,8 +165,8 @@ def test_status_and_history_speak_json(root: Path, shapes: Path) -> None:
     assert [entry["number"] for entry in history["generations"]] == [1, 2]
 
 
-def test_a_damaged_generation_falls_back_and_says_so(root: Path, shapes: Path) -> None:
-    Device.open(root).learn("triangle", pictures(shapes, "triangle")[:6])
+def test_damaged_generation_falls_back_with_a_warning(root: Path, shapes: Path) -> None:
+    Device.open(root).learn("triangle", image_paths(shapes, "triangle")[:6])
     path = root / "generations" / "000002" / "learner.safetensors"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -176,7 +176,7 @@ def test_a_damaged_generation_falls_back_and_says_so(root: Path, shapes: Path) -
     assert "generation 1 is used instead" in device.status().warning
 
 
-def test_a_bundle_whose_parts_disagree_is_refused(bundle: Path, tmp_path: Path) -> None:
+def test_inconsistent_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
     from ssd_edge import bundle as bundles
     from ssd_edge.classes import ClassRegistry
 
@@ -193,29 +193,29 @@ def test_a_bundle_whose_parts_disagree_is_refused(bundle: Path, tmp_path: Path) 
     assert not (tmp_path / "root" / "CURRENT").exists()
 
 
-def test_the_retention_estimate_tells_a_spoiled_learner_from_a_good_one() -> None:
+def test_retention_estimate_detects_a_corrupted_learner() -> None:
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(4, 16, generator=generator) * 3
     labels = torch.arange(400) % 4
     vectors = means[labels] + torch.randn(400, 16, generator=generator)
     statistics = ClassStatistics(16)
     statistics.add(vectors, labels)
-    stand_ins, rows = pseudo_embeddings(statistics)
-    assert stand_ins.shape == (4 * SAMPLES, 16)
-    assert torch.allclose(stand_ins[rows == 2].mean(0), means[2], atol=0.5)
+    pseudo, rows = pseudo_embeddings(statistics)
+    assert pseudo.shape == (4 * SAMPLES, 16)
+    assert torch.allclose(pseudo[rows == 2].mean(0), means[2], atol=0.5)
     good = learners.build({"name": "slda"}, 16, Priors())
     good.learn(learners.Task(vectors, labels))
-    spoiled = learners.build({"name": "slda"}, 16, Priors())
-    spoiled.learn(learners.Task(vectors, labels.roll(1)))
+    corrupted = learners.build({"name": "slda"}, 16, Priors())
+    corrupted.learn(learners.Task(vectors, labels.roll(1)))
     assert estimate(good, good, statistics).drop == 0.0
-    assert estimate(good, spoiled, statistics).drop > 0.7
+    assert estimate(good, corrupted, statistics).drop > 0.7
 
 
-def test_the_example_runs(bundle: Path, capsys: pytest.CaptureFixture) -> None:
+def test_example_runs(bundle: Path, capsys: pytest.CaptureFixture) -> None:
     import runpy
 
     example = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "device.py"))
     example["main"](bundle)
-    told = capsys.readouterr().out
-    assert "a red thing: a red thing" in told
-    assert "as it was installed: " in told
+    output = capsys.readouterr().out
+    assert "a red thing: a red thing" in output
+    assert "as it was installed: " in output

@@ -1,7 +1,7 @@
-"""Any order of what a device does: it answers as a list of its classes and a dictionary of its generations would.
+"""Random sequences of device operations, compared with a simple model.
 
-The model knows each class by its id, name and images, and for every generation the bytes that were committed and the
-scores that it gave. Memory, disk and open files stay where they are, however much was learned.
+The model holds the id, name and number of images of each class, and for every generation the committed bytes and the
+scores it gave. Memory, disk use and open files must not grow with the number of operations.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from ssd_edge.system import resident
 STORE = vars(store_standins)
 COLOURS, contents, leftovers, photos = (STORE[key] for key in ("COLOURS", "contents", "leftovers", "photos"))
 ANY = Limits(max_forgetting=1.0)
-EVENTS = 30  # of the journal: a device in the tests is young
+EVENTS = 30  # in the journal, small enough to be reached in a test
 GROWTH_MB = 50
 NAMES = st.sampled_from([*COLOURS, "mug", "fastener"])
-PICTURES = st.sampled_from(list(COLOURS))  # a class may be taught with pictures of anything
+PICTURES = st.sampled_from(list(COLOURS))  # a class may be taught with images of any colour
 SEEDS = st.integers(0, 99)
 PICKS = st.integers(0, 20)
 
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """One class, as the model sees it."""
+    """One class of the model."""
 
     id: int
     name: str
@@ -55,7 +55,7 @@ class Known:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One generation: its classes by row, the next id, release and parent; the bytes and scores once committed."""
+    """One generation: classes by row, next id, release and parent; files and scores once it is committed."""
 
     classes: tuple[Known, ...]
     next_id: int
@@ -86,12 +86,12 @@ class Model:
 
 
 class Devices(RuleBasedStateMachine):
-    """A device, a second `Device` on its root that only reads, and others that it merges with."""
+    """A device, a second `Device` on the same root that only reads, and other devices to merge with."""
 
-    make_bundle: ClassVar[Callable[..., bytes]]  # the fixture
+    make_bundle: ClassVar[Callable[..., bytes]]  # the `tiny_bundle` fixture
     folder: ClassVar[Path]
-    did: ClassVar[Counter]  # operations by name, over all runs
-    seen: ClassVar[list[tuple[int, int, int]]]  # once a run: operations until then, MiB, handles
+    did: ClassVar[Counter]  # number of operations by name, over all runs
+    seen: ClassVar[list[tuple[int, int, int]]]  # per run: operations so far, memory in MiB, open files
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,17 +100,17 @@ class Devices(RuleBasedStateMachine):
         self.store = Generations(self.root)
         self.vectors = torch.empty(0)
         self.models: dict[int, Model] = {}
-        self.number = 0  # that is current
-        self.read = 0  # that the reader last took over
-        self.largest = 0  # generation, bytes
+        self.number = 0  # current generation
+        self.read = 0  # generation that the reader last loaded
+        self.largest = 0  # size of the largest generation in bytes
 
-    # ── the model's side ─────────────────────────────────────────────────────────────────────────
+    # ── the model ────────────────────────────────────────────────────────────────────────────────
     @property
     def now(self) -> Model:
         return self.models[self.number]
 
     def committed(self, what: str, after: Model) -> None:
-        """A commit must have led to `after`, under a new number."""
+        """Check that a commit led to `after` under a new number, and add it to the model."""
         generation = self.device.generation
         assert generation.number > max(self.models, default=0)
         assert generation.parent == after.parent
@@ -129,7 +129,7 @@ class Devices(RuleBasedStateMachine):
         type(self).did[what] += 1
 
     def refused(self, call, *kinds: type[Exception]) -> None:
-        """It must be refused, and not a byte may change."""
+        """Check that the call is refused and changes no byte on disk."""
         before = self.bytes_on_disk()
         with pytest.raises(kinds or (InputError,)):
             call()
@@ -138,7 +138,7 @@ class Devices(RuleBasedStateMachine):
     def bytes_on_disk(self) -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in self.root.rglob("*") if path.is_file() and path.name != ".lock"}
 
-    # ── what a device does ───────────────────────────────────────────────────────────────────────
+    # ── operations ───────────────────────────────────────────────────────────────────────────────
     @initialize()
     def first(self) -> None:
         self.put(1)
@@ -169,14 +169,14 @@ class Devices(RuleBasedStateMachine):
         if newest > 1:
             self.refused(lambda: self.put(newest), BundleRefusedError)
 
-    @rule(lessons=st.dictionaries(NAMES, st.tuples(PICTURES, st.integers(3, 6), SEEDS), min_size=1, max_size=3))
-    def learn(self, lessons: dict[str, tuple[str, int, int]]) -> None:
-        known = [self.now.row(name) is not None for name in lessons]
-        self.device.learn_all({name: photos(*lesson) for name, lesson in lessons.items()}, ANY)
+    @rule(batches=st.dictionaries(NAMES, st.tuples(PICTURES, st.integers(3, 6), SEEDS), min_size=1, max_size=3))
+    def learn(self, batches: dict[str, tuple[str, int, int]]) -> None:
+        known = [self.now.row(name) is not None for name in batches]
+        self.device.learn_all({name: photos(*batch) for name, batch in batches.items()}, ANY)
         after = self.child()
-        for name, (_, count, _) in lessons.items():
+        for name, (_, count, _) in batches.items():
             after = after.taught(name, count)
-        kind = "several" if len(lessons) > 1 else "known" if known[0] else "new"
+        kind = "several" if len(batches) > 1 else "known" if known[0] else "new"
         self.committed(f"learn {kind}", after)
 
     @rule(name=NAMES, picture=PICTURES, count=st.integers(3, 30), seed=SEEDS)
@@ -191,7 +191,7 @@ class Devices(RuleBasedStateMachine):
             self.committed("guard passed", self.child().taught(name, count))
 
     def one_of(self, pick: int) -> str:
-        """A class that the device knows, or now and then one that it does not."""
+        """Return a class that the device knows, or sometimes one that it does not."""
         names = [one.name for one in self.now.classes]
         return names[pick % len(names)] if names and pick else "never taught"
 
@@ -259,26 +259,28 @@ class Devices(RuleBasedStateMachine):
         self.number = number
         self.count("rollback to a number")
 
-    @rule(lesson=st.tuples(PICTURES, st.integers(3, 6), SEEDS), name=NAMES)
-    def merge(self, lesson: tuple[str, int, int], name: str) -> None:
-        """With a device that started from the same bundle and has learned one class."""
+    @rule(batch=st.tuples(PICTURES, st.integers(3, 6), SEEDS), name=NAMES)
+    def merge(self, batch: tuple[str, int, int], name: str) -> None:
+        """Merge a device that started from the same bundle and has learned one class."""
         there = self.home / f"there-{len(self.models)}"
         bundle.install(there, self.bundle(self.now.release))
         with Device.open(there) as other:
-            other.learn(name, photos(*lesson), limits=ANY)
+            other.learn(name, photos(*batch), limits=ANY)
             other.export(self.home / "there.ssdedge")
         shutil.rmtree(there)
         installed = next(n for n, one in self.models.items() if (one.parent, one.release) == (None, self.now.release))
-        whole = {0, 1, 2} <= {one.id for one in self.now.classes}  # all of the bundle's classes
-        if not whole or installed not in self.store.numbers():  # what was learned since cannot be told apart
+        complete = {0, 1, 2} <= {one.id for one in self.now.classes}  # all classes of the bundle
+        if not complete or installed not in self.store.numbers():  # the base of the merge is missing
             self.refused(lambda: self.device.merge(self.home / "there.ssdedge", ANY))
             self.count("refused")
             return
         base = self.installed(self.now.release).row(name)
         here = name if base is None else next(one.name for one in self.now.classes if one.id == base)
         self.device.merge(self.home / "there.ssdedge", ANY)
-        self.committed("merge", self.child().taught(here, lesson[1]))
-        self.refused(lambda: self.device.merge(self.home / "there.ssdedge", ANY))  # nothing counts twice
+        self.committed("merge", self.child().taught(here, batch[1]))
+        self.refused(
+            lambda: self.device.merge(self.home / "there.ssdedge", ANY)
+        )  # the same images must not count twice
 
     @rule()
     def export(self) -> None:
@@ -311,7 +313,7 @@ class Devices(RuleBasedStateMachine):
         self.refused(lambda: self.device.learn("never taught", photos("gear", count)))
         self.count("too few")
 
-    # ── what always holds ────────────────────────────────────────────────────────────────────────
+    # ── invariants ───────────────────────────────────────────────────────────────────────────────
     @invariant()
     def it_is_as_the_model_says(self) -> None:
         if not self.models:
@@ -320,11 +322,14 @@ class Devices(RuleBasedStateMachine):
         assert (now.number, now.fallback, self.device.generation.number) == (self.number, "", self.number)
         assert [Known(one.id, one.name, one.images) for one in entries] == list(self.now.classes)
         assert self.device.statistics.counts.tolist() == [one.images for one in self.now.classes]
-        for device, number in ((self.device, self.number), (self.reader, self.read)):  # the reader's may be pruned
-            wanted = self.models[number]
+        for device, number in (
+            (self.device, self.number),
+            (self.reader, self.read),
+        ):  # the generation of the reader may be pruned
+            expected = self.models[number]
             assert device.generation.number == number
-            assert device.state.contents() == wanted.files
-            assert torch.equal(device.learner.scores(self.vectors), wanted.scores)
+            assert device.state.contents() == expected.files
+            assert torch.equal(device.learner.scores(self.vectors), expected.scores)
 
     @invariant()
     def the_disk_holds_what_was_committed_and_no_more(self) -> None:
@@ -332,14 +337,14 @@ class Devices(RuleBasedStateMachine):
             return
         numbers = self.store.numbers()
         assert {self.number, max(self.models)} <= set(numbers)
-        assert len(numbers) <= generations.KEEP + 3  # the current one, its stand-in, the last installed one
+        assert len(numbers) <= generations.KEEP + 3  # the current one, its fallback and the last installed one
         for number in numbers:
             digests = {name: one["sha256"] for name, one in self.store.get(number).files.items()}
             assert digests == {name: files.sha256(data) for name, data in self.models[number].files.items()}
         assert leftovers(self.root) == []
         needed = {self.store.get(number).backbone for number in numbers}
         assert needed <= {path.stem for path in self.store.backbones()}
-        assert len(self.store.backbones()) <= 3  # of which the bundles have one each
+        assert len(self.store.backbones()) <= 3  # the bundles use three different backbones
         events = self.store.journal()
         assert [one["seq"] for one in events] == sorted({one["seq"] for one in events})
         journal = (self.root / "journal.jsonl").stat().st_size
@@ -356,7 +361,7 @@ class Devices(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(("runs", "steps", "least"), [(4, 30, 60), pytest.param(14, 120, 1000, marks=pytest.mark.slow)])
-def test_any_order(tiny_bundle, monkeypatch, runs, steps, least):
+def test_random_operations(tiny_bundle, monkeypatch, runs, steps, least):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(generations, "EVENTS", EVENTS)
     options = settings(
@@ -365,7 +370,7 @@ def test_any_order(tiny_bundle, monkeypatch, runs, steps, least):
         deadline=None,
         derandomize=True,
         database=None,
-        phases=[Phase.generate],  # a failure is shown as it was found: to shorten it takes minutes
+        phases=[Phase.generate],  # do not shrink failures, which takes minutes
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     with STORE["scratch"]() as folder:
@@ -382,10 +387,10 @@ def test_any_order(tiny_bundle, monkeypatch, runs, steps, least):
     assert max(memory for _, memory, _ in Run.seen[half:]) - Run.seen[half][1] < GROWTH_MB
     assert Run.seen[-1][2] <= Run.seen[half][2]
     if least >= 1000:
-        assert set(Run.did) >= EVERYTHING
+        assert set(Run.did) >= ALL_OPERATIONS
 
 
-EVERYTHING = {
+ALL_OPERATIONS = {
     *("install", "learn new", "learn known", "learn several", "guard refused", "guard passed", "forget", "rename"),
     *(
         "merge labels",

@@ -1,4 +1,4 @@
-"""Tiny generations, committed as the device commits them; and what the tests of the store do to them."""
+"""Helpers for the store tests: commit, damage and read tiny generations, and make tiny images and bundles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BACKBONE = b"an ONNX file"
 
 
 def state(value: float) -> dict[str, bytes]:
-    """The files of a tiny generation."""
+    """Return the files of a tiny generation."""
     return {
         "learner.safetensors": files.tensor_bytes({"w": np.float32([value])}, {"name": "landmark"}),
         "classes.json": files.json_bytes(CLASSES.to_json()),
@@ -34,19 +34,19 @@ def install(store: Generations, value: float = 0.0, backbone: bytes = BACKBONE) 
 
 
 def learn(store: Generations, value: float) -> Generation:
-    """Commit a generation as `ssd-edge device learn` does: `value` is what it learned."""
+    """Commit a generation as `ssd-edge device learn` does, with `value` as its only weight."""
     with store.writer():
         return store.commit(state(value), {"value": value}, store.current().number)
 
 
 def roll_back(store: Generations, number: int) -> Generation:
-    """Return to a generation as `ssd-edge device rollback` does."""
+    """Make a generation current as `ssd-edge device rollback` does."""
     with store.writer():
         return store.set_current(number)
 
 
 def three(root: Path) -> Generations:
-    """1.0 installed, 2.0 and 3.0 learned one from the other."""
+    """Return a store with three generations: 1.0 installed, then 2.0 and 3.0 learned in sequence."""
     store = Generations(root)
     install(store, 1.0)
     learn(store, 2.0)
@@ -55,7 +55,7 @@ def three(root: Path) -> Generations:
 
 
 def value(generation: Generation) -> float:
-    """What `state` was given."""
+    """Return the value that the generation was committed with."""
     return float(generation.tensors("learner.safetensors")[0]["w"][0])
 
 
@@ -63,7 +63,7 @@ def flip(path: Path, bit: int = 50) -> None:
     """Flip one bit of a file."""
     data = bytearray(path.read_bytes())
     data[bit // 8] ^= 1 << bit % 8
-    path.unlink()  # replacing the content of a file would wait for the disk
+    path.unlink()  # overwriting a file in place would wait for the disk
     path.write_bytes(bytes(data))
 
 
@@ -74,11 +74,11 @@ def prune(store: Generations, keep: int = 2, budget: int | None = None) -> Prune
 
 
 def contents(generation: Generation) -> dict[str, bytes]:
-    """Every file of a generation, verified."""
+    """Return all files of a generation, verified."""
     return {name: generation.read(name) for name in generation.files}
 
 
-# ── for a Device: tiny pictures, and bundles that differ in their backbone ───────────────────────────
+# ── for Device tests: tiny images, and bundles with different backbones ──────────────────────────────
 COLOURS = {
     "cup": (220, 30, 30),
     "nut": (30, 220, 30),
@@ -90,14 +90,17 @@ COLOURS = {
 
 
 def photos(name: str, count: int, seed: int = 0) -> list[np.ndarray]:
-    """Noisy pictures in the colour of a class, uint8 ``(8, 8, 3)``; the first three are those of the tiny bundles."""
+    """Return noisy images in the colour of a class, uint8 ``(8, 8, 3)``.
+
+    The tiny bundles know the first three colours.
+    """
     rng = np.random.default_rng([seed, list(COLOURS).index(name)])
     noisy = np.array(COLOURS[name]) + rng.normal(0, 20, (count, 8, 8, 3))
     return list(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
 def with_backbone(bundle: bytes, version: int) -> bytes:
-    """A bundle with another file as its backbone, which computes the same."""
+    """Return the bundle with a backbone file that has other bytes but computes the same embeddings."""
     import onnx
 
     from ssd_edge import bundle as bundles
@@ -115,7 +118,10 @@ def with_backbone(bundle: bytes, version: int) -> bytes:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder in memory where there is one, and one thread: many small files, many small products."""
+    """Create a temporary folder, in memory if possible, and limit PyTorch to one thread.
+
+    The tests write many small files and multiply many small matrices.
+    """
     import torch
 
     memory = Path("/dev/shm")
@@ -130,10 +136,10 @@ def scratch() -> Iterator[Path]:
 
 
 def leftovers(root: Path) -> list[Path]:
-    """What a cut leaves, and the next writer removes."""
+    """Return the temporary files that an interrupted write left behind."""
     return sorted(root.rglob(f"{files.TEMPORARY_PREFIX}*"))
 
 
 def disk_bytes(root: Path) -> int:
-    """Of all files below a folder."""
+    """Return the total size in bytes of all files below a folder."""
     return sum(path.lstat().st_size for path in root.rglob("*") if path.is_file())

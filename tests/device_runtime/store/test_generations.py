@@ -1,4 +1,4 @@
-"""The store of a device: whatever is cut, flipped or missing, it opens with a state that was committed."""
+"""Generations: after interrupted writes, flipped bits or missing files, the store opens with a committed state."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ roll_back, value, flip = STORE["roll_back"], STORE["value"], STORE["flip"]
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """No waiting for the disk: what is written outlives a killed process; only a power cut needs fsync."""
+def _skip_fsync(monkeypatch):
+    """Skip fsync: writes survive a killed process, and only a power cut needs it."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture
 def root(tmp_path):
-    """A root with three generations, 0.0 → 1.0 → 2.0."""
+    """Return a root with three generations, 0.0 → 1.0 → 2.0."""
     store = Generations(tmp_path / "root")
     install(store)
     learn(store, 1.0)
@@ -42,7 +42,7 @@ def root(tmp_path):
     return store.root
 
 
-def test_an_empty_root_says_what_to_do(tmp_path):
+def test_empty_root_error_names_the_install_command(tmp_path):
     store = Generations(tmp_path / "root")
     for call in (store.current, store.list, lambda: store.get(1)):
         with pytest.raises(InputError) as caught:
@@ -62,7 +62,7 @@ def test_layout(root):
     assert (root / "CURRENT").read_bytes() == b"000003 86e0fa410d1c284b\n"
 
 
-def test_a_generation_is_what_was_committed(root):
+def test_commit_round_trip(root):
     store = Generations(root)
     now = store.current()
     assert (now.number, now.parent, now.origin, now.info, now.fallback) == (3, 2, "learn", {"value": 2.0}, "")
@@ -89,7 +89,7 @@ def test_list_and_journal(root):
     assert set(store.journal()[2]) == {"seq", "untrusted_time", "event", "generation", "parent", "info"}
 
 
-def test_rollback_and_numbers_that_are_not_used_again(root):
+def test_rollback_and_numbers_are_never_reused(root):
     store = Generations(root)
     assert roll_back(store, 1).number == 1
     assert value(store.current()) == 0.0
@@ -98,10 +98,10 @@ def test_rollback_and_numbers_that_are_not_used_again(root):
     assert (learned.number, learned.parent) == (4, 1)
     shutil.rmtree(root / "generations/000004")
     roll_back(store, 1)
-    assert learn(store, 9.0).number == 5  # the folder is gone, but the journal remembers
+    assert learn(store, 9.0).number == 5  # the folder is gone, but the journal still has the number
 
 
-def test_rollback_to_what_is_not_there_lists_what_is(root):
+def test_rollback_error_lists_available_generations(root):
     store = Generations(root)
     flip(root / "generations/000002/classes.json")
     for number, problem in ((2, "classes.json is damaged: "), (7, "generation.json cannot be read: No such")):
@@ -110,7 +110,7 @@ def test_rollback_to_what_is_not_there_lists_what_is(root):
     assert store.current().number == 3
 
 
-def test_any_flipped_bit_is_found(root):
+def test_any_flipped_bit_is_detected(root):
     store, rng = Generations(root), random.Random(0)
     for path in (root / "generations/000003").iterdir():
         data = path.read_bytes()
@@ -126,7 +126,7 @@ def test_any_flipped_bit_is_found(root):
 
 @pytest.mark.parametrize("name", ["learner.safetensors", "generation.json"])
 @pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 10)], ids=["missing", "cut"])
-def test_a_missing_or_cut_file_is_found(root, caplog, name, damage):
+def test_missing_or_truncated_file_is_detected(root, caplog, name, damage):
     damage(root / "generations/000003" / name)
     got = Generations(root).current()
     assert (got.number, value(got)) == (2, 1.0)
@@ -135,17 +135,17 @@ def test_a_missing_or_cut_file_is_found(root, caplog, name, damage):
     assert caplog.messages == [got.fallback]
 
 
-def test_the_stand_in_is_an_ancestor(root):
+def test_fallback_is_an_ancestor(root):
     store = Generations(root)
     roll_back(store, 1)
-    learn(store, 9.0)  # 4, learned from 1; 2 and 3 were left on purpose
+    learn(store, 9.0)  # generation 4, learned from 1; the user rolled back from 2 and 3
     shutil.rmtree(root / "generations/000004")
     assert store.current().number == 1
     flip(root / "generations/000001/classes.json")
-    assert store.current().number == 3  # no ancestor is intact: the newest older one
+    assert store.current().number == 3  # no ancestor is intact, so the newest older generation is used
 
 
-def test_a_newer_generation_never_stands_in(root):
+def test_fallback_is_never_a_newer_generation(root):
     store = Generations(root)
     roll_back(store, 1)
     flip(root / "generations/000001/learner.safetensors")
@@ -162,14 +162,14 @@ def pointer(number):
 
 
 POINTER_3, POINTER_9 = pointer(3), pointer(9)
-POINTER_2_FLIPPED = POINTER_3.replace(b"000003", b"000002")  # one bit away from another intact generation
+POINTER_2_FLIPPED = POINTER_3.replace(b"000003", b"000002")  # one flipped bit names another intact generation
 
 
 @pytest.mark.parametrize(
     "content",
     [None, b"", b"000003", b"3\n", b"000003\n", POINTER_3 * 2, POINTER_2_FLIPPED, POINTER_9, b"\xff" * 7],
 )
-def test_a_damaged_pointer(root, content):
+def test_damaged_pointer(root, content):
     (root / "CURRENT").unlink()
     if content is not None:
         (root / "CURRENT").write_bytes(content)
@@ -182,7 +182,7 @@ def test_a_damaged_pointer(root, content):
     assert store.current().fallback == ""
 
 
-def test_a_copied_or_newer_record_is_refused(root):
+def test_copied_or_newer_record_is_refused(root):
     store = Generations(root)
     shutil.rmtree(root / "generations/000003")
     shutil.copytree(root / "generations/000002", root / "generations/000003")
@@ -211,15 +211,15 @@ def test_backbones_are_shared_verified_and_repaired(root):
             store.backbone_path(absent)
 
 
-def test_only_one_writes(root):
+def test_only_one_writer(root):
     store = Generations(root)
-    (ready, tell), child = os.pipe(), os.fork()
+    (receiver, sender), child = os.pipe(), os.fork()
     if child == 0:
         with store.writer():
-            os.write(tell, b"!")
-            signal.alarm(10)  # ends the child should this test fail
+            os.write(sender, b"!")
+            signal.alarm(10)  # ends the child if this test fails
             signal.pause()
-    assert os.read(ready, 1) == b"!"
+    assert os.read(receiver, 1) == b"!"
     with pytest.raises(EnvironmentUnfitError) as caught:
         learn(store, 3.0)
     assert str(caught.value) == f"another process is writing {root}, pid {child}; try again when it is done"
@@ -229,7 +229,7 @@ def test_only_one_writes(root):
     assert learn(store, 3.0).number == 4
 
 
-def test_commit_refuses_what_it_could_not_read_again(root):
+def test_commit_refuses_invalid_arguments(root):
     store = Generations(root)
     with pytest.raises(RuntimeError, match=r"call this inside 'with generations\.writer\(\):'"):
         store.commit({}, {}, 3)
@@ -250,12 +250,12 @@ def test_commit_refuses_what_it_could_not_read_again(root):
     assert len(os.listdir(root / "generations")) == 3
 
 
-def test_a_cut_journal_is_repaired(root):
+def test_truncated_journal_is_repaired(root):
     path = root / "journal.jsonl"
-    whole = path.read_bytes()
-    for length in range(whole.index(b'{"seq": 3'), len(whole)):
+    complete = path.read_bytes()
+    for length in range(complete.index(b'{"seq": 3'), len(complete)):
         path.unlink()
-        path.write_bytes(whole[:length])
+        path.write_bytes(complete[:length])
         store = Generations(root)
         assert store.current().number == 3
         roll_back(store, 3)
@@ -266,7 +266,7 @@ def test_a_cut_journal_is_repaired(root):
 
 
 def no_room_for(name: str) -> Callable[[str, Path], None]:
-    """A hook for a disk that is full whenever a file of that name is written."""
+    """Return a hook that raises ENOSPC whenever a file of this name is written."""
 
     def hook(step, path):
         if path.name == name:
@@ -275,7 +275,7 @@ def no_room_for(name: str) -> Callable[[str, Path], None]:
     return hook
 
 
-def test_a_full_disk_after_the_commit_does_not_deny_it(root, caplog, monkeypatch):
+def test_full_disk_after_the_commit_keeps_it(root, caplog, monkeypatch):
     store = Generations(root)
     monkeypatch.setattr(files, "fault_hook", no_room_for("journal.jsonl"))
     assert learn(store, 3.0).number == 4
@@ -286,7 +286,7 @@ def test_a_full_disk_after_the_commit_does_not_deny_it(root, caplog, monkeypatch
     assert got[3:] == [("recovered", 4), ("learn", 5)]
 
 
-def test_a_full_disk_before_the_commit_leaves_nothing(root, monkeypatch):
+def test_full_disk_before_the_commit_leaves_nothing(root, monkeypatch):
     monkeypatch.setattr(files, "fault_hook", no_room_for("generation.json"))
     with pytest.raises(EnvironmentUnfitError, match="the disk is full: free some space"):
         learn(Generations(root), 3.0)
@@ -294,12 +294,12 @@ def test_a_full_disk_before_the_commit_leaves_nothing(root, monkeypatch):
     assert Generations(root).current().number == 3
 
 
-def control_c() -> None:
+def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def raised(action: Callable[[], object], number: int, end: Callable[[], None] = control_c) -> bool:
-    """End `action` before its step `number`; False when it has no such step."""
+def interrupted(action: Callable[[], object], number: int, end: Callable[[], None] = interrupt) -> bool:
+    """Interrupt `action` before its step `number`; return False if it has no such step."""
     steps = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "fault_hook", lambda step, path: end() if next(steps) == number else None)
@@ -311,18 +311,20 @@ def raised(action: Callable[[], object], number: int, end: Callable[[], None] = 
 
 
 def killed(action: Callable[[], object], number: int) -> bool:
-    """The same by a real kill -9, in a child."""
+    """Like `interrupted`, but with a real SIGKILL in a child process."""
     child = os.fork()
     if child == 0:
         try:
-            raised(action, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            interrupted(action, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
         finally:
-            os._exit(0)  # never back into pytest
+            os._exit(0)  # do not return to pytest
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def cuts(action: Callable[[Generations], object], template: Path, how=raised) -> Iterator[Generations]:
-    """For each step of `action`, a copy of the root `template` on which it was cut before that step."""
+def interrupted_copies(
+    action: Callable[[Generations], object], template: Path, how=interrupted
+) -> Iterator[Generations]:
+    """Yield, for each step of `action`, a copy of the root `template` on which it was interrupted before that step."""
     for number in itertools.count():
         root = template.with_name(f"{template.name}-{number}")
         if template.exists():
@@ -332,15 +334,15 @@ def cuts(action: Callable[[Generations], object], template: Path, how=raised) ->
             assert number > 5
             return
         yield store
-        assert not list(root.rglob(f"{files.TEMPORARY_PREFIX}*"))  # the test has written since
+        assert not list(root.rglob(f"{files.TEMPORARY_PREFIX}*"))  # the test has written to the store again
 
 
-@pytest.mark.parametrize("how", [raised, killed])
-def test_a_commit_cut_at_any_step(tmp_path, how):
-    """Old or new, bit for bit, nothing else; and the next commit works."""
+@pytest.mark.parametrize("how", [interrupted, killed])
+def test_commit_interrupted_at_any_step(tmp_path, how):
+    """The store holds exactly the old or the new state, and the next commit works."""
     install(Generations(tmp_path / "root"))
     outcomes = []
-    for store in cuts(lambda store: learn(store, 1.0), tmp_path / "root", how):
+    for store in interrupted_copies(lambda store: learn(store, 1.0), tmp_path / "root", how):
         got = store.current()
         assert got.fallback == ""
         assert {name: got.read(name) for name in got.files} == state(got.number - 1.0)
@@ -351,13 +353,13 @@ def test_a_commit_cut_at_any_step(tmp_path, how):
         assert value(following) == 2.0
         assert [event["seq"] for event in store.journal()] == list(range(1, len(store.journal()) + 1))
         assert {event["generation"] for event in store.journal()} >= {1, got.number, following.number}
-    assert outcomes == sorted(outcomes)  # once it is the new one, it stays
+    assert outcomes == sorted(outcomes)  # after the switch to the new generation there is no way back
     assert set(outcomes) == {1, 2}
 
 
-def test_a_first_install_cut_at_any_step(tmp_path):
+def test_first_install_interrupted_at_any_step(tmp_path):
     outcomes = []
-    for store in cuts(install, tmp_path / "root"):
+    for store in interrupted_copies(install, tmp_path / "root"):
         installed = (store.root / "CURRENT").exists()
         outcomes.append(installed)
         with contextlib.nullcontext() if installed else pytest.raises(InputError, match="no bundle is inst"):
@@ -368,7 +370,7 @@ def test_a_first_install_cut_at_any_step(tmp_path):
     assert set(outcomes) == {False, True}
 
 
-def test_a_rollback_cut_at_any_step(root):
-    for store in cuts(lambda store: roll_back(store, 1), root):
+def test_rollback_interrupted_at_any_step(root):
+    for store in interrupted_copies(lambda store: roll_back(store, 1), root):
         assert store.current().number in (1, 3)
         assert roll_back(store, 1) == store.current()

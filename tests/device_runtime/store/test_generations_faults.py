@@ -1,4 +1,4 @@
-"""Flipped bits, and a disk that refuses: found, said, and never a state that was not committed."""
+"""Flipped bits and disk errors are detected and reported, and only committed states are ever served."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ REASONS = {
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch, request):
+def _skip_fsync(monkeypatch, request):
     if "small_disk" not in request.fixturenames:
         monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture
 def store(tmp_path):
-    """1 → 2 → 3."""
+    """Return a store with generations 1 → 2 → 3."""
     return STORE["three"](tmp_path / "root")
 
 
 @pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
-def test_a_flipped_bit_is_found(store, count):
+def test_flipped_bit_is_detected(store, count):
     committed = {n: contents(store.get(n)) for n in store.numbers()}
     backbone = store.backbones()[0]
     places = [*sorted(store.folder(3).iterdir()), store.root / "CURRENT", backbone]
@@ -62,7 +62,7 @@ def test_a_flipped_bit_is_found(store, count):
             with pytest.raises(BundleRefusedError, match=fix):
                 store.backbone_path(got.backbone)
         else:
-            # Without CURRENT, the journal says that 3 is the one.
+            # Without CURRENT, the journal names generation 3.
             assert got.number == (3 if path.name == "CURRENT" else 2)
             assert str(path) in got.fallback
             assert got.fallback.endswith(f"; generation {got.number} is used instead")
@@ -88,15 +88,15 @@ QUICK = [*EVERY[: len(ACTIONS)], ("rollback", errno.EROFS), ("prune", errno.EMFI
 @pytest.mark.parametrize(
     ("name", "number"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in EVERY]
 )
-def test_an_error_of_the_disk_at_any_step(store, tmp_path, name, number, caplog):
-    """It fails with a sentence and the old generation is served; or it was done, and the log says what is missing."""
+def test_disk_error_at_any_step(store, tmp_path, name, number, caplog):
+    """The action fails with an error and the old generation is served, or it succeeds and logs what is missing."""
     action, after = ACTIONS[name]
     if name == "prune":
         learn(store, 4.0)
         learn(store, 5.0)
         after = 5
     committed = {n: contents(store.get(n)) for n in store.numbers()}
-    now, told, done = store.current().number, [], 0
+    now, errors, done = store.current().number, [], 0
     os.truncate(store.root / "journal.jsonl", (store.root / "journal.jsonl").stat().st_size - 3)
     for at in itertools.count():
         root, steps = tmp_path / f"copy-{at}", itertools.count()
@@ -114,7 +114,7 @@ def test_an_error_of_the_disk_at_any_step(store, tmp_path, name, number, caplog)
                 expected = after
                 done += 1
             except EnvironmentUnfitError as error:
-                told.append(str(error))
+                errors.append(str(error))
                 expected = now
         if next(steps) <= at:
             break
@@ -128,13 +128,13 @@ def test_an_error_of_the_disk_at_any_step(store, tmp_path, name, number, caplog)
         assert not [one for one in fsck.check(Generations(root)) if one.severity != "note"]
     assert at >= 4
     assert done >= 1
-    assert told
-    assert all(re.search(f"^cannot write .*{re.escape(REASONS[number])}", error) for error in told)
+    assert errors
+    assert all(re.search(f"^cannot write .*{re.escape(REASONS[number])}", error) for error in errors)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A tmpfs of 256 KiB."""
+    """Mount a tmpfs of 256 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
@@ -150,16 +150,16 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_is_really_full(small_disk):
+def test_full_tmpfs(small_disk):
     store = Generations(small_disk / "root")
     install(store, 1.0)
 
-    def learn_for_ever() -> None:
+    def learn_forever() -> None:
         while True:
             learn(store, store.current().number + 1.0)
 
     with pytest.raises(EnvironmentUnfitError, match=r"needs \d+ bytes of free disk, twice its size, but .* has \d+;"):
-        learn_for_ever()
+        learn_forever()
     now = store.current().number
     assert 3 < now < 30
     assert (store.current().number, store.current().fallback) == (now, "")

@@ -1,4 +1,4 @@
-"""fsck: every kind of trouble is named once, and repaired where that loses nothing."""
+"""fsck reports each problem once and repairs it where nothing is lost."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ value, flip = STORE["value"], STORE["flip"]
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _skip_fsync(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture
 def store(tmp_path):
-    """1.0 → 2.0 → 3.0; nothing is wrong with it."""
+    """Return an intact store with generations 1.0 → 2.0 → 3.0."""
     store = STORE["three"](tmp_path / "root")
     assert fsck.check(store) == []
     return store
 
 
 def only(store: Generations, repair: bool = False) -> tuple[str, str, str, bool]:
-    """The one finding."""
+    """Return the only finding."""
     (found,) = (fsck.repair if repair else fsck.check)(store)
     return found.path, found.severity, found.problem, found.repaired
 
@@ -42,7 +42,7 @@ def snapshot(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-def test_an_empty_root(tmp_path):
+def test_empty_root(tmp_path):
     for repair in (False, True):
         with pytest.raises(InputError, match="no bundle is installed in"):
             (fsck.repair if repair else fsck.check)(Generations(tmp_path / "root"))
@@ -50,18 +50,18 @@ def test_an_empty_root(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [os.unlink, flip, lambda path: os.truncate(path, 3)], ids=["gone", "flip", "cut"])
-def test_a_damaged_pointer_is_written_anew(store, damage):
+def test_damaged_pointer_is_rewritten(store, damage):
     damage(store.root / "CURRENT")
     before = snapshot(store.root)
-    told = ("CURRENT", "damage", "it is missing or damaged, so another generation may be used; repair it")
-    assert only(store) == (*told, False)
+    expected = ("CURRENT", "damage", "it is missing or damaged, so another generation may be used; repair it")
+    assert only(store) == (*expected, False)
     assert snapshot(store.root) == before
-    assert only(store, repair=True) == (*told, True)
+    assert only(store, repair=True) == (*expected, True)
     assert (store.current().number, store.current().fallback, fsck.check(store)) == (3, "", [])
     assert store.journal()[-1]["event"] == "repaired"
 
 
-def test_the_best_generation_becomes_current(store):
+def test_repair_makes_the_fallback_current(store):
     flip(store.folder(3) / "learner.safetensors")
     found = {(one.path, one.severity, one.repaired) for one in fsck.repair(store)}
     assert found == {("CURRENT", "damage", True), ("generations/000003", "damage", False)}
@@ -69,18 +69,18 @@ def test_the_best_generation_becomes_current(store):
     path, severity, problem, repaired = only(store)
     assert (path, severity, repaired) == ("generations/000003", "damage", False)
     assert problem.endswith("; it cannot be restored and stays until it is pruned")
-    assert store.folder(3).exists()  # nobody can say what is left in it
+    assert store.folder(3).exists()  # repair does not delete a damaged generation
 
 
-def test_a_newer_one_becomes_current_only_by_a_repair(store):
+def test_only_repair_makes_a_newer_generation_current(store):
     roll_back(store, 1)
     shutil.rmtree(store.folder(1))
-    told = "it names generation 1, which is missing; repair it"
-    assert only(store, repair=True) == ("CURRENT", "damage", told, True)
+    expected = "it names generation 1, which is missing; repair it"
+    assert only(store, repair=True) == ("CURRENT", "damage", expected, True)
     assert (value(store.current()), store.current().fallback) == (2.0, "")
 
 
-def test_pointer_and_journal_lost(store):
+def test_lost_pointer_and_journal(store):
     (store.root / "CURRENT").unlink()
     (store.root / "journal.jsonl").unlink()
     with pytest.raises(InputError, match="no bundle is installed"):
@@ -91,7 +91,7 @@ def test_pointer_and_journal_lost(store):
     assert value(store.current()) == 3.0
 
 
-def test_nothing_intact_is_left_alone(store):
+def test_repair_changes_nothing_if_no_generation_is_intact(store):
     for number in store.numbers():
         flip(store.folder(number) / "generation.json")
     before = snapshot(store.root)
@@ -99,21 +99,21 @@ def test_nothing_intact_is_left_alone(store):
     assert snapshot(store.root) == before
 
 
-def test_leftovers_go_and_strange_files_stay(store):
+def test_leftovers_are_removed_and_unknown_files_kept(store):
     leftovers = [".tmp-a", "generations/.tmp-000004/x", "backbones/.tmp-b"]
-    strange = ["generations/000003/notes.txt", "generations/4", "backbones/README"]
+    unknown = ["generations/000003/notes.txt", "generations/4", "backbones/README"]
     unused = f"backbones/{files.sha256(b'cut')}.onnx"
-    for name in (*leftovers, *strange):
+    for name in (*leftovers, *unknown):
         (store.root / name).parent.mkdir(exist_ok=True)
         (store.root / name).write_bytes(b"x")
     (store.root / unused).write_bytes(b"cut")
     names = {name.removesuffix("/x") for name in leftovers}
-    wanted = {(name, "leftover", True) for name in (*names, unused)} | {(name, "note", False) for name in strange}
+    wanted = {(name, "leftover", True) for name in (*names, unused)} | {(name, "note", False) for name in unknown}
     assert {(one.path, one.severity, one.repaired) for one in fsck.repair(store)} == wanted
-    assert {one.path for one in fsck.check(store)} == set(strange)
+    assert {one.path for one in fsck.check(store)} == set(unknown)
 
 
-def test_an_unused_backbone_stays_while_a_generation_is_unreadable(store):
+def test_unused_backbone_is_kept_while_a_generation_is_unreadable(store):
     install(store, 4.0, b"another")
     flip(store.folder(1) / "generation.json")
     flip(store.folder(2) / "generation.json")
@@ -123,7 +123,7 @@ def test_an_unused_backbone_stays_while_a_generation_is_unreadable(store):
 
 
 @pytest.mark.parametrize("damage", [os.unlink, flip], ids=["gone", "flip"])
-def test_a_damaged_backbone_is_refused_with_the_fix(store, damage):
+def test_damaged_backbone_error_names_the_fix(store, damage):
     damage(store.backbones()[0])
     path, severity, problem, repaired = only(store, repair=True)
     assert (path.split("/")[0], severity, repaired) == ("backbones", "damage", False)
@@ -132,18 +132,18 @@ def test_a_damaged_backbone_is_refused_with_the_fix(store, damage):
     assert fsck.check(store) == []
 
 
-def test_a_cut_journal(store):
+def test_truncated_journal(store):
     path = store.root / "journal.jsonl"
     os.truncate(path, path.stat().st_size - 5)
     found = [(one.severity, one.problem, one.repaired) for one in fsck.repair(store)]
     assert found[0] == ("leftover", "line 3 is incomplete after a crash", True)
-    # a generation that is current, and for all the journal says has never been made
+    # generation 3 is current, but the journal has no event for it
     assert found[1] == ("leftover", "it lacks that generation 3 is current", True)
     assert [(event["seq"], event["event"]) for event in store.journal()][2:] == [(3, "recovered")]
     assert fsck.check(store) == []
 
 
-def test_a_damaged_journal(store):
+def test_damaged_journal(store):
     path = store.root / "journal.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"{" + lines[1] + lines[2])
@@ -159,12 +159,12 @@ def test_a_damaged_journal(store):
     assert "event 2 comes after event 3: the file was edited" in problems
 
 
-def test_a_generation_that_a_cut_kept_from_becoming_current(store, monkeypatch):
+def test_crash_before_a_generation_became_current(store, monkeypatch):
     died = []
 
     def hook(step, path):
         if died or (step == "create" and path.name == "CURRENT"):
-            died.append(step)  # and tidies up nothing any more
+            died.append(step)  # also fails the cleanup
             raise KeyboardInterrupt
 
     monkeypatch.setattr(files, "fault_hook", hook)
@@ -177,20 +177,20 @@ def test_a_generation_that_a_cut_kept_from_becoming_current(store, monkeypatch):
     assert (store.current().number, value(store.get(4))) == (3, 4.0)
 
 
-def test_the_folder_of_engines(store):
+def test_engines_folder(store):
     folder = store.root / "engines"
     folder.mkdir(mode=0o700)
     assert fsck.check(store) == []
     for mode, severity in ((0o750, "note"), (0o770, "damage")):
         folder.chmod(mode)
-        told = f"its mode is {mode:o}, not 700; delete it: engines are built again"
-        assert only(store, repair=True) == ("engines", severity, told, False)
+        expected = f"its mode is {mode:o}, not 700; delete it: engines are built again"
+        assert only(store, repair=True) == ("engines", severity, expected, False)
     folder.rmdir()
     folder.write_bytes(b"")
     assert only(store)[2] == "it is not a folder; delete it: engines are built again"
 
 
-def test_repair_waits_for_nobody(store):
+def test_repair_fails_while_another_process_writes(store):
     other = Generations(store.root)
     with store.writer():
         with pytest.raises(EnvironmentUnfitError, match="another process is writing"):

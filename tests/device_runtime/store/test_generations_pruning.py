@@ -1,4 +1,4 @@
-"""Pruning: what the device needs stays, what goes is gone for good, and a cut in between does no harm."""
+"""Pruning keeps what the device needs, deletes the rest, and may be interrupted at any step."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ state, value, flip, contents = STORE["state"], STORE["value"], STORE["flip"], ST
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _skip_fsync(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture
 def store(tmp_path):
-    """1 installed with a backbone of its own; 2 installed, 3 … 8 learned one from the other."""
+    """Return a store: 1 installed with its own backbone, 2 installed with another, 3 … 8 learned in sequence."""
     store = Generations(tmp_path / "root")
     install(store, 1.0, b"an old backbone")
     install(store, 2.0)
@@ -39,37 +39,37 @@ def store(tmp_path):
     return store
 
 
-def test_the_newest_and_the_installed_one_stay(store):
-    gone = prune(store, keep=3)
-    assert (gone.generations, gone.backbones) == ((1, 3, 4, 5), (files.sha256(b"an old backbone"),))
+def test_newest_and_installed_generations_are_kept(store):
+    pruned = prune(store, keep=3)
+    assert (pruned.generations, pruned.backbones) == ((1, 3, 4, 5), (files.sha256(b"an old backbone"),))
     assert store.numbers() == [2, 6, 7, 8]
     assert [path.stem for path in store.backbones()] == [store.current().backbone]
     assert {n: value(store.get(n)) for n in store.numbers()} == {n: float(n) for n in store.numbers()}
     left = sum(p.stat().st_size for folder in ("generations", "backbones") for p in store.root.rglob(f"{folder}/**/*")
                if p.is_file())  # fmt: skip
-    assert gone.left_bytes == left
-    assert gone.freed_bytes > 4 * sum(map(len, state(0.0).values()))
+    assert pruned.left_bytes == left
+    assert pruned.freed_bytes > 4 * sum(map(len, state(0.0).values()))
     event = store.journal()[-1]
     assert (event["event"], event["generation"], event["generations"]) == ("pruned", 8, [1, 3, 4, 5])
-    assert event["backbones"] == list(gone.backbones)
+    assert event["backbones"] == list(pruned.backbones)
     again = prune(store, keep=3)
     assert (again.generations, again.freed_bytes, store.journal()[-1]) == ((), 0, event)
 
 
-def test_the_current_one_and_its_stand_in_stay(store):
+def test_current_generation_and_its_fallback_are_kept(store):
     roll_back(store, 4)
     assert prune(store, keep=1).generations == (1, 5, 6, 7)
     assert store.numbers() == [2, 3, 4, 8]
     flip(store.folder(4) / "learner.safetensors")
     assert value(store.current()) == 3.0
-    # Now 3 is used, and 2 would be next; 4 is damaged, but what CURRENT names stays.
+    # Generation 3 is the fallback and 2 the next one; 4 is damaged but kept because CURRENT names it.
     assert prune(store, keep=1).generations == ()
     learned = learn(store, 9.0)
     assert (learned.number, learned.parent) == (9, 3)
     assert prune(store, keep=1).generations == (4, 8)
 
 
-def test_a_generation_whose_parents_are_pruned_is_as_good_as_any(store):
+def test_generation_with_pruned_parents_stays_usable(store):
     prune(store, keep=2)
     assert store.numbers() == [2, 7, 8]
     assert roll_back(store, 7).parent == 6
@@ -77,17 +77,17 @@ def test_a_generation_whose_parents_are_pruned_is_as_good_as_any(store):
     assert (learned.number, learned.parent) == (9, 7)
     shutil.rmtree(store.folder(9))
     shutil.rmtree(store.folder(7))
-    assert store.current().number == 2  # along 9 → 7 → 6 → … → 2 in the journal, not the newer 8
+    assert store.current().number == 2  # the ancestor by the journal (9 → 7 → 6 → … → 2), not the newer 8
     with pytest.raises(InputError, match=r"^generation 6 was pruned; available generations: 2, 8$"):
         roll_back(store, 6)
     assert learn(store, 9.0).number == 10
 
 
-def test_a_budget_goes_before_keep_but_not_before_safety(store, caplog):
+def test_budget_overrides_keep_but_not_safety(store, caplog):
     size = 10 + prune(store, keep=5).left_bytes // 6  # 2, 4 … 8
     assert prune(store, keep=5, budget=4 * size).generations == (4, 5)
     assert prune(store, keep=5, budget=0).generations == (6,)
-    assert store.numbers() == [2, 7, 8]  # installed, stand-in, current
+    assert store.numbers() == [2, 7, 8]  # installed, fallback, current
     assert caplog.messages[-1].endswith("bytes, more than the budget of 0")
     with pytest.raises(InputError, match="keep must be at least 1 and the budget at least 0, not 0 and None"):
         prune(store, keep=0)
@@ -95,11 +95,11 @@ def test_a_budget_goes_before_keep_but_not_before_safety(store, caplog):
         store.prune()
 
 
-def test_damaged_ones_do_not_count_and_keep_their_backbone(store):
+def test_damaged_generations_do_not_count_and_keep_their_backbone(store):
     flip(store.folder(8) / "generation.json")
     flip(store.folder(5) / "generation.json")
-    gone = prune(store, keep=3)  # 4, 6 and 7 are the newest that are intact
-    assert (gone.generations, gone.backbones) == ((1, 3), ())  # 5 and 8 could need any backbone
+    pruned = prune(store, keep=3)  # the newest intact ones are 4, 6 and 7
+    assert (pruned.generations, pruned.backbones) == ((1, 3), ())  # 5 and 8 are unreadable and may need any backbone
     assert prune(store, keep=1).generations == (4, 5)
     for number in (2, 6, 7):
         flip(store.folder(number) / "generation.json")
@@ -108,7 +108,7 @@ def test_damaged_ones_do_not_count_and_keep_their_backbone(store):
     assert store.numbers() == [2, 6, 7, 8]
 
 
-def test_a_prune_cut_at_any_step(store, tmp_path):
+def test_prune_interrupted_at_any_step(store, tmp_path):
     before = {n: contents(store.get(n)) for n in store.numbers()}
     for number in itertools.count():
         shutil.copytree(store.root, tmp_path / "cut")
@@ -135,22 +135,22 @@ def test_a_prune_cut_at_any_step(store, tmp_path):
     assert number == 5 * 3 + 1 + 2  # five folders, a backbone, the journal
 
 
-def test_a_full_disk_does_not_hinder_pruning(store, monkeypatch, caplog):
+def test_pruning_works_on_a_full_disk(store, monkeypatch, caplog):
     def hook(step, path):
         if step in ("create", "write", "append", "mkdir"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     path = store.root / "journal.jsonl"
-    path.write_bytes(path.read_bytes()[:-10])  # also when the journal needs repair
+    path.write_bytes(path.read_bytes()[:-10])  # the journal needs repair as well
     monkeypatch.setattr(files, "fault_hook", hook)
     assert prune(store).generations == (1, 3, 4, 5, 6)
     assert "generations 1, 3, 4, 5, 6 are pruned, but the journal lacks it for now: cannot write" in caplog.text
     assert value(store.current()) == 8.0
 
 
-def test_a_commit_needs_twice_its_size(store, monkeypatch):
+def test_commit_needs_twice_its_size_of_free_disk(store, monkeypatch):
     real = shutil.disk_usage(store.root)
-    needed = 2 * (3 + 3) * 4096  # two files, their record; the folder, CURRENT, the journal: each a block
+    needed = 2 * (3 + 3) * 4096  # two files and the record; the folder, CURRENT and the journal: one block each
     before = sorted(store.root.rglob("*"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=needed - 1))
     with pytest.raises(EnvironmentUnfitError) as caught:
@@ -161,8 +161,8 @@ def test_a_commit_needs_twice_its_size(store, monkeypatch):
     assert learn(store, 9.0).number == 9
 
 
-def test_the_clock_means_nothing(tmp_path, monkeypatch):
-    """It starts in 1970 after every power cut, is set by the network, and set back by a person."""
+def test_order_does_not_depend_on_the_clock(tmp_path, monkeypatch):
+    """The clock may start in 1970 after a power cut, be set by NTP, or be set back by a user."""
     clock, gmtime = itertools.cycle([2e9, 0.0, 86400.0, 1.8e9, 1.0]), time.gmtime
     monkeypatch.setattr(time, "gmtime", lambda *seconds: gmtime(next(clock)))
     monkeypatch.setattr(time, "time", lambda: next(clock))
@@ -185,7 +185,7 @@ def test_the_clock_means_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES])
 @pytest.mark.parametrize("name", ["CURRENT", "learner.safetensors"])
-def test_what_cannot_be_read_now_is_not_damaged(store, monkeypatch, name, number):
+def test_read_errors_are_not_reported_as_damage(store, monkeypatch, name, number):
     read = Path.read_bytes
 
     def refuse(path):

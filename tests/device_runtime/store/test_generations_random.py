@@ -1,4 +1,4 @@
-"""Any order of commits, rollbacks, prunes, repairs, cuts and damage: the store does what a dictionary would."""
+"""Random sequences of commits, rollbacks, prunes, repairs, crashes and damage, compared with a dictionary."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ KEEP = 3
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _skip_fsync(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 class Store(RuleBasedStateMachine):
-    """The model: every state ever committed, and which is current."""
+    """Store under test, with a model of all committed states and the current generation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,17 +45,17 @@ class Store(RuleBasedStateMachine):
 
     @rule(backbone=st.sampled_from([b"first", b"second", b"third"]))
     def install(self, backbone: bytes) -> None:
-        self._took(STORE["install"](self.store, float(len(self.committed)), backbone).number)
+        self._record_commit(STORE["install"](self.store, float(len(self.committed)), backbone).number)
 
     @rule()
     def learn(self) -> None:
         parent = self.current
         learned = STORE["learn"](self.store, float(len(self.committed)))
         assert learned.parent == parent
-        self._took(learned.number)
+        self._record_commit(learned.number)
 
-    def _took(self, number: int) -> None:
-        assert number > max(self.committed, default=0)  # no number twice
+    def _record_commit(self, number: int) -> None:
+        assert number > max(self.committed, default=0)  # numbers are never reused
         self.committed[number] = state(float(len(self.committed)))
         self.current = number
 
@@ -77,15 +77,15 @@ class Store(RuleBasedStateMachine):
         assert not {self.current, before[-1]} & set(gone.generations)
         self.gone |= set(gone.generations)
         assert len(before) - len(gone.generations) <= keep + 3
-        assert len(list(self.store.root.rglob("*"))) <= 6 + 4 * (keep + 3) + 3  # flat, however much was learned
+        assert len(list(self.store.root.rglob("*"))) <= 6 + 4 * (keep + 3) + 3  # bounded, however much was learned
 
     @rule(step=st.integers(0, 30))
     def cut(self, step: int) -> None:
-        """A learn that is cut before a step: not done, or done."""
+        """Interrupt a learn before a step; it must be committed or not."""
         steps = iter(range(1000))
 
         def hook(name: str, path: Path) -> None:
-            if next(steps) >= step:  # and tidies up nothing any more
+            if next(steps) >= step:  # also fails the cleanup
                 raise KeyboardInterrupt
 
         files.fault_hook = hook
@@ -106,7 +106,7 @@ class Store(RuleBasedStateMachine):
         assert contents(self.store.current())
         found = fsck.repair(self.store)
         assert ("CURRENT", True) in [(one.path, one.repaired) for one in found]
-        # After a cut between CURRENT and the journal, the journal cannot know better; the next writer completes it.
+        # After a crash between CURRENT and the journal, the journal lacks the event until the next write.
         self.current = self.store.current().number
 
     @rule()
@@ -135,14 +135,14 @@ class Store(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(("runs", "steps"), [(5, 20), pytest.param(20, 50, marks=pytest.mark.slow)])
-def test_any_order(runs, steps):
-    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
+def test_random_operations(runs, steps):
+    suppressed = [HealthCheck.too_slow, HealthCheck.data_too_large]
     options = settings(
         max_examples=runs,
         stateful_step_count=steps,
         deadline=None,
         derandomize=True,
         database=None,
-        suppress_health_check=quiet,
+        suppress_health_check=suppressed,
     )
     run_state_machine_as_test(Store, settings=options)

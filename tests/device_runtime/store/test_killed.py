@@ -1,9 +1,10 @@
-"""kill -9 at any moment of what a `Device` does: the root equals a committed generation, bit for bit.
+"""Kill every `Device` action with SIGKILL at any moment; the root must equal a committed generation, bit for bit.
 
-A child must not be forked from a process that has run threads: a lock that one of them held would never be released.
-So the children come from a parent of their own (this file, run as a program), which has the code loaded and has opened
-a device, but has neither a session nor a pool of threads; a child that needs ONNX Runtime loads it itself. A child
-tells when it has come to its step, and waits there, or goes on for the blink of an eye: so it also dies between steps.
+Forking a process that has run threads is unsafe, because a lock held by one of them would never be released. The
+children are therefore forked by a separate parent process (this file, run as a program), which has loaded the code and
+opened a device but has no ONNX Runtime session and no thread pool; a child that needs ONNX Runtime loads it itself. A
+child reports when it reaches the requested step. It then either waits there or continues for up to 2 ms, so that it is
+also killed between steps.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from ssd_edge.errors import InputError
 STORE = vars(store_standins)
 contents, leftovers, photos = STORE["contents"], STORE["leftovers"], STORE["photos"]
 ANY = Limits(max_forgetting=1.0)
-INSIDE_OF_270 = 100  # kills between the first write of a generation and its rename, at least
+INSIDE_OF_270 = 100  # minimum number of kills between the first write of a generation and its rename
 
-ACTIONS: dict[str, Callable[[Path, Path], object]] = {  # of a root, and the folder with the bundles
+ACTIONS: dict[str, Callable[[Path, Path], object]] = {  # arguments: the root and the folder with the bundles
     "learn": lambda root, folder: Device.open(root).learn_all(
         {"bolt": photos("bolt", 5), "cup": photos("cup", 2, seed=1)}, ANY
     ),
@@ -56,67 +57,77 @@ ACTIONS: dict[str, Callable[[Path, Path], object]] = {  # of a root, and the fol
 
 # ── the parent of the children ───────────────────────────────────────────────────────────────────────
 def serve(folder: Path) -> None:
-    """Fork a child for each request, a JSON object a line: action, root, at (a step, or null) and delay (s, or null).
+    """Fork a child for each request read from standard input, and print the result.
 
-    With neither a step nor a delay the child runs to its end, and the answer lists its steps.
+    A request is one JSON object per line: action, root, at (a step or null) and delay (seconds or null). With neither a
+    step nor a delay the child runs to completion, and the result lists its steps.
     """
-    os.fsync = lambda handle: None  # what is written outlives a killed process; only a power cut needs it
-    bundle.secrets.token_hex = lambda count: "5a" * count  # the id of an installation: else no two were equal
+    os.fsync = lambda handle: None  # writes survive a killed process; only a power cut needs fsync
+    bundle.secrets.token_hex = lambda count: (
+        "5a" * count
+    )  # a fixed installation id, so that installations compare equal
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     Device.open(folder / "template")
     for line in sys.stdin:
-        assert len(os.listdir("/proc/self/task")) == 1, "a pool of threads would be forked in an unknown state"
+        assert len(os.listdir("/proc/self/task")) == 1, "cannot fork safely: this process has several threads"
         assert "onnxruntime" not in sys.modules
         print(json.dumps(fork_and_kill(folder, **json.loads(line))), file=answers, flush=True)
 
 
 def fork_and_kill(folder: Path, action: str, root: str, at: int | None, delay: float | None) -> dict[str, Any]:
-    """The signal that ended the child, whether it had come to its step, its own seconds, and its steps."""
-    (hear, tell), steps = os.pipe(), []
+    """Return the signal that ended the child, whether it reached its step, how long it ran, and its steps."""
+    (receiver, sender), steps = os.pipe(), []
     child = os.fork()
     if child == 0:
-        signal.alarm(60)  # nobody may be there any more to kill it
+        signal.alarm(60)  # end the child even if the parent has died
 
         def hook(name: str, path: Path) -> None:
             steps.append((name, str(path)))
             if at == len(steps) - 1:
-                os.write(tell, b"!")
+                os.write(sender, b"!")
                 if delay is None:
                     signal.pause()
 
         try:
             files.fault_hook = hook
-            os.write(tell, b"!" if at is None else b"")
+            os.write(sender, b"!" if at is None else b"")
             ACTIONS[action](Path(root), folder)
             if at is None and delay is None:
-                os.write(tell, json.dumps(steps).encode())
+                os.write(sender, json.dumps(steps).encode())
                 os._exit(0)
-            signal.pause()  # it was faster than the delay
+            signal.pause()  # the action finished before the delay
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(1)
-    os.close(tell)
-    started, told = time.monotonic(), os.read(hear, 1)
-    if told and not (at is None and delay is None):
+    os.close(sender)
+    started, reached = time.monotonic(), os.read(receiver, 1)
+    if reached and not (at is None and delay is None):
         time.sleep(delay or 0.0)
         os.kill(child, signal.SIGKILL)
-    with os.fdopen(hear, "rb") as stream:
+    with os.fdopen(receiver, "rb") as stream:
         rest = stream.read()
     status = os.waitpid(child, 0)[1]
     return {
         "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
-        "reached": bool(told),
+        "reached": bool(reached),
         "seconds": time.monotonic() - started,
         "steps": json.loads(rest) if rest else None,
     }
 
 
-# ── a root, and what it is before and after each action ──────────────────────────────────────────────
+# ── the root before and after each action ────────────────────────────────────────────────────────────
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What an undisturbed action leads to: the current generation, the contents of all, the steps, its seconds."""
+    """Result of an uninterrupted action.
+
+    Attributes:
+        number: current generation afterwards.
+        contents: files of every generation.
+        steps: name and path of each step.
+        seconds: duration.
+    """
 
     number: int
     contents: dict[int, dict[str, bytes]]
@@ -124,17 +135,17 @@ class Outcome:
     seconds: float
 
     def inside(self) -> list[int]:
-        """The steps between the first write of a generation and its rename."""
+        """Return the steps between the first write of a generation and its rename."""
         within = [
             number
             for number, (step, path) in enumerate(self.steps)
             if ".tmp-000011" in path.parts or (step, path.name) == ("rename", "000011")
         ]
-        return [number for number in within if number > within[0] + 1]  # the folder is made first
+        return [number for number in within if number > within[0] + 1]  # the first step creates the folder
 
 
 class Parent:
-    """Children are asked for here."""
+    """Client of the process that forks and kills the children."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -153,25 +164,28 @@ class Parent:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())
 
-    def see_what_they_do(self) -> None:
+    def record_outcomes(self) -> None:
         for action in ACTIONS:
             root = self.folder / f"after-{action}"
             shutil.copytree(self.folder / "template", root)
             done = self.ask(action, root, None, None)
-            assert done["steps"], f"{action} fails also when nobody kills it"
+            assert done["steps"], f"{action} fails without being killed"
             store = Generations(root)
             found = {number: contents(store.get(number)) for number in store.numbers()}
             steps = [(step, Path(path)) for step, path in done["steps"]]
             self.outcomes[action] = Outcome(store.current().number, found, steps, done["seconds"])
 
     def close(self) -> None:
-        self._process.kill()  # no child is left: each has been waited for
+        self._process.kill()  # every child has been waited for, so none is left
         self._process.communicate()
 
 
 @pytest.fixture(scope="module")
 def parent(tiny_bundle):
-    """With a root of ten generations, of two installations: the next commit deletes the first, and its backbone."""
+    """Start the parent process with a root of ten generations from two installations.
+
+    The next commit prunes the first generation and its backbone.
+    """
     with STORE["scratch"]() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         for number, name in enumerate(("first", "second", "third"), 1):
@@ -188,20 +202,24 @@ def parent(tiny_bundle):
         assert here.store.numbers() == list(range(1, 11))
         parent = Parent(folder)
         try:
-            parent.see_what_they_do()
+            parent.record_outcomes()
             yield parent
         finally:
             parent.close()
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _skip_fsync(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 # ── kills ────────────────────────────────────────────────────────────────────────────────────────────
 def examine(root: Path, before: dict[int, dict[str, bytes]], action: str, after: Outcome) -> tuple[bool, int]:
-    """Whether a generation was being written when a child died, and which is current; all else is asserted."""
+    """Check a root after its writer was killed.
+
+    Returns:
+        Whether a generation was being written, and the number of the current generation.
+    """
     inside = any(any(folder.iterdir()) for folder in root.glob("generations/.tmp-0*"))
     committed = {**after.contents, **before}
     store, device = Generations(root), Device.open(root)
@@ -209,7 +227,7 @@ def examine(root: Path, before: dict[int, dict[str, bytes]], action: str, after:
     assert now.fallback == ""
     assert now.number in (10, after.number), action
     assert not (inside and now.number != 10), action
-    assert device.state.contents() == committed[now.number]  # as read, and as it would be written again
+    assert device.state.contents() == committed[now.number]  # as loaded and serialized again
     for number in store.numbers():
         generation = store.get(number)
         assert contents(generation) == committed[number], (action, number)
@@ -219,7 +237,7 @@ def examine(root: Path, before: dict[int, dict[str, bytes]], action: str, after:
     journal = Journal(root / "journal.jsonl")
     events = [event for _, event in journal.lines()]
     assert None not in (events if journal.is_complete() else events[:-1])
-    result = device.learn("wedge", photos("wedge", 4, seed=50), limits=ANY)  # and the lock is free
+    result = device.learn("wedge", photos("wedge", 4, seed=50), limits=ANY)  # the lock is free
     assert result.generation > max(now.number, 10)
     assert (device.generation.parent, Device.open(root).generation) == (now.number, device.generation)
     assert leftovers(root) == []
@@ -230,7 +248,11 @@ def examine(root: Path, before: dict[int, dict[str, bytes]], action: str, after:
 
 
 def plan(outcomes: dict[str, Outcome], count: int) -> Iterator[tuple[str, int | None, float | None]]:
-    """`count` kills, the actions in turn. Of ten, six within a commit, one at CURRENT, one else, two between."""
+    """Yield `count` kills as (action, step, delay), cycling through the actions.
+
+    Of ten kills, six are inside a commit, one is at the write of CURRENT, one outside a commit, one shortly after a
+    step and one at a random time.
+    """
     rng, kinds = random.Random(0), itertools.cycle("iicbiioiir")
     pointer = itertools.cycle(("write", "rename", "fsync", "create", "fsync_directory"))
     for action in itertools.islice(itertools.cycle(outcomes), count):
@@ -249,7 +271,11 @@ def plan(outcomes: dict[str, Outcome], count: int) -> Iterator[tuple[str, int | 
 
 
 def kill_all(parent: Parent, kills: Iterator[tuple[str, int | None, float | None]]) -> Counter:
-    """Kill and examine; how often each (action, generation that is current) came out, and "inside" in all."""
+    """Run all kills and check the root after each.
+
+    Returns:
+        Number of kills per (action, current generation), and under "inside" those that interrupted a commit.
+    """
     template, root, seen = Generations(parent.folder / "template"), parent.folder / "root", Counter()
     before = {number: contents(template.get(number)) for number in template.numbers()}
     for action, step, delay in kills:
@@ -272,8 +298,8 @@ def test_killed_at_any_moment(parent, count):
     assert inside >= INSIDE_OF_270 * count / 270
     assert sum(seen.values()) == count
     if count > 100:
-        assert {action for action, number in seen if number == 10} == set(ACTIONS)  # denied …
-        assert {action for action, number in seen if number != 10} == set(ACTIONS)  # … and done
+        assert {action for action, number in seen if number == 10} == set(ACTIONS)  # before the action …
+        assert {action for action, number in seen if number != 10} == set(ACTIONS)  # … and after it
 
 
 @pytest.mark.slow
@@ -283,8 +309,8 @@ def test_killed_at_each_step(parent):
     assert sum(seen.values()) == len(every) + seen["inside"]
 
 
-def test_the_actions_commit_prune_and_drop_a_backbone(parent):
-    """What the kills are for: were one of these to write nothing, killing it would show nothing."""
+def test_actions_commit_prune_and_remove_a_backbone(parent):
+    """Killing an action is only a test if the action writes something."""
     for action, outcome in parent.outcomes.items():
         names = {path.name for _, path in outcome.steps}
         assert {"CURRENT", "journal.jsonl"} <= names
@@ -297,7 +323,7 @@ def test_the_actions_commit_prune_and_drop_a_backbone(parent):
         assert outcome.contents[11] != outcome.contents[10]
 
 
-def test_a_first_install_killed(parent):
+def test_first_install_killed(parent):
     steps = parent.outcomes["install"].steps
     for step in range(0, len(steps) - 8, 16):
         root = parent.folder / f"root-{step}"

@@ -1,7 +1,7 @@
-"""The real command line, killed: the root opens with the generation before or the one after, and nothing is lost.
+"""Kill the real command line; the root must open with the previous or the new generation, and nothing is lost.
 
-Each verb runs in a process of its own, on a real disk. Loading PyTorch takes most of its time, so two kills of three
-wait for the first change under the root; the third comes at any time.
+Each verb runs in its own process, on a real disk. Loading PyTorch takes most of its time, so two of three kills wait
+for the first change below the root; the third comes at any time.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from ssd_edge import files
 
 STORE = vars(store_standins)
 contents, leftovers, photos = STORE["contents"], STORE["leftovers"], STORE["photos"]
-FOREVER = 120.0  # s; a process that neither writes nor ends by then hangs
+TIMEOUT = 120.0  # s; a process that has neither written nor ended by then hangs
 
 
 class Box:
-    """A root of ten generations, what the verbs are given, and the roots as they leave them."""
+    """Root of ten generations, with the arguments of each verb and the state it leaves when not killed."""
 
     def __init__(self, folder: Path, tiny_bundle) -> None:
         self.folder, self.template = folder, folder / "template"
@@ -44,7 +44,7 @@ class Box:
         (folder / "bolts").mkdir()
         for number, picture in enumerate(photos("bolt", 5)):
             Image.fromarray(picture).save(folder / "bolts" / f"{number}.png")
-        for name in ("first", "second"):  # the next commit deletes the first one, and its backbone
+        for name in ("first", "second"):  # the next commit prunes the first generation and its backbone
             bundle.install(self.template, folder / f"{name}.ssdedge")
         device = Device.open(self.template)
         for seed in range(8):
@@ -56,20 +56,20 @@ class Box:
             "forget": ("nut",),
             "rollback": (),
         }
-        self.after = {verb: self._undisturbed(verb) for verb in self.verbs}
+        self.after = {verb: self._uninterrupted(verb) for verb in self.verbs}
 
     def _contents(self, root: Path) -> dict[int, dict[str, bytes]]:
         store = Generations(root)
         return {number: contents(store.get(number)) for number in store.numbers()}
 
-    def _undisturbed(self, verb: str) -> tuple[int, dict[int, dict[str, bytes]]]:
+    def _uninterrupted(self, verb: str) -> tuple[int, dict[int, dict[str, bytes]]]:
         root = self.folder / f"after-{verb}"
         shutil.copytree(self.template, root)
         self.act(verb, root)
         return Generations(root).current().number, self._contents(root)
 
     def act(self, verb: str, root: Path) -> None:
-        """What the verb does, in this process."""
+        """Run the action of a verb in this process."""
         if verb == "install":
             bundle.install(root, self.folder / "third.ssdedge")
             return
@@ -82,19 +82,19 @@ class Box:
                 device.rollback()
 
     def start(self, verb: str, root: Path) -> subprocess.Popen:
-        """The verb, in a session of its own."""
-        words = [sys.executable, "-m", "ssd_edge", "device", verb, *map(str, self.verbs[verb]), "--root", str(root)]
+        """Start the command of a verb in a new session."""
+        command = [sys.executable, "-m", "ssd_edge", "device", verb, *map(str, self.verbs[verb]), "--root", str(root)]
         streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        return subprocess.Popen(words, **streams, cwd=self.folder, start_new_session=True, text=True)
+        return subprocess.Popen(command, **streams, cwd=self.folder, start_new_session=True, text=True)
 
     def examine(self, verb: str, root: Path) -> int:
-        """The generation that is current after a death; all else is asserted."""
+        """Check a root after its writer was killed, and return the current generation."""
         number, committed = self.after[verb]
         store, now = Generations(root), Device.open(root).generation
         assert (now.fallback, now.number in (10, number)) == ("", True), verb
         for one in store.numbers():
             found, wanted = contents(store.get(one)), {**committed, **self.before}[one]
-            if verb == "install" and one == number:  # each installation has an id of its own
+            if verb == "install" and one == number:  # each installation has its own id
                 found, wanted = ({**state, "device.json": b""} for state in (found, wanted))
             assert found == wanted, (verb, one)
             store.backbone_path(store.get(one).backbone)
@@ -102,8 +102,8 @@ class Box:
             assert files.sha256_file(path) == path.stem
         return now.number
 
-    def go_on(self, root: Path, number: int) -> None:
-        """A following learn works, and leaves nothing of the death behind."""
+    def check_next_learn(self, root: Path, number: int) -> None:
+        """Check that a learn works afterwards and removes what the killed process left behind."""
         device = Device.open(root)
         device.learn("wedge", photos("wedge", 4, seed=50))
         assert device.generation.parent == number
@@ -122,31 +122,35 @@ def box(tiny_bundle):
         yield Box(folder, tiny_bundle)
 
 
-def look(root: Path) -> tuple:
-    """Anything that a writer changes; its lock is no change."""
+def snapshot(root: Path) -> tuple:
+    """Return a snapshot of everything that a writer changes, except its lock."""
     names = [name for folder in ("generations", "backbones") for name in sorted(os.listdir(root / folder))]
     hidden = sorted(name for name in os.listdir(root) if name.startswith(files.TEMPORARY_PREFIX))
     return names, hidden, (root / "CURRENT").stat().st_ino, (root / "journal.jsonl").stat().st_size
 
 
 def end(process: subprocess.Popen, root: Path, number: int, wait: float | None, more: float) -> bool:
-    """Send a signal: so many seconds after the start, or (None) after the first write, and `more`; whether it wrote."""
-    before, until = look(root), time.monotonic() + FOREVER
+    """Send a signal `wait` seconds after the start, or after the first write if None, plus `more` seconds.
+
+    Returns:
+        Whether the process wrote anything.
+    """
+    before, until = snapshot(root), time.monotonic() + TIMEOUT
     if wait is None:
-        while look(root) == before and process.poll() is None and time.monotonic() < until:
+        while snapshot(root) == before and process.poll() is None and time.monotonic() < until:
             time.sleep(0.0002)
     time.sleep((wait or 0.0) + more)
     if process.poll() is None:
         os.killpg(process.pid, number)
-    process.wait(FOREVER)
-    return look(root) != before
+    process.wait(TIMEOUT)
+    return snapshot(root) != before
 
 
 def end_all(box: Box, folder: Path, number: int, plan: list[tuple[str, float | None, float]]) -> list[tuple]:
-    """Start and end a process for each (verb, and what `end` takes).
+    """Start a process for each (verb, wait, more) of the plan and end it with a signal.
 
     Returns:
-        verb, root, whether it wrote, exit code, seconds, and what it said on standard error, of each.
+        For each process: verb, root, whether it wrote, exit code, seconds and its standard error.
     """
 
     def one(place: int) -> tuple:
@@ -177,48 +181,50 @@ def test_killed(box, tmp_path, count):
         number = box.examine(verb, root)
         outcomes.append((verb, number, wrote, code))
         assert code != 0 or number == box.after[verb][0]
-        box.go_on(root, number)
+        box.check_next_learn(root, number)
     print(f"(verb, generation, whether it wrote, exit code): {outcomes}")
     assert len(outcomes) == count
     assert 2 * sum(wrote for _, _, wrote, _ in outcomes) >= count
-    # one that was done before it could be killed is no failure; most are not
+    # a process may finish before it is killed, but most must not
     assert count < 30 or sum(code == -signal.SIGKILL for *_, code in outcomes) >= count // 2
 
 
 @pytest.mark.slow
-def test_asked_to_end(box, tmp_path):
-    """SIGTERM, as systemd sends it: the verb says that it was interrupted, or it was done; nothing is left."""
+def test_sigterm(box, tmp_path):
+    """After SIGTERM, as systemd sends it, the verb is interrupted or has finished, and leaves no temporary files."""
     rng, verbs, count = random.Random(1), itertools.cycle(box.verbs), 18
     plan = [(next(verbs), None, 0.1 * rng.random() ** 3) for _ in range(2 * count // 3)]
-    starting = count - len(plan)  # these come while PyTorch is loaded, or before Python has begun
+    starting = count - len(plan)  # these arrive while PyTorch is loading or before Python has started
     plan += [(next(verbs), rng.uniform(0.0, 2.0), 0.0) for _ in range(starting)]
     outcomes = []
-    for verb, root, wrote, code, _, told in end_all(box, tmp_path, signal.SIGTERM, plan):
+    for verb, root, wrote, code, _, stderr in end_all(box, tmp_path, signal.SIGTERM, plan):
         number = box.examine(verb, root)
         outcomes.append((verb, number, code))
-        if not wrote:  # Python was starting, or loading PyTorch, whose native part an interrupt may end in any way
-            assert (number, code != 0) == (10, True), (verb, code, told)
-        elif code == -signal.SIGTERM:  # it has ended, and Python only frees its memory
+        if not wrote:  # Python was starting or loading PyTorch, whose native code may exit in any way
+            assert (number, code != 0) == (10, True), (verb, code, stderr)
+        elif code == -signal.SIGTERM:  # the verb has finished, and Python is shutting down
             assert number == box.after[verb][0], verb
         else:
-            # An interrupt within exec(), which dataclasses use, Python ends as SIGINT does: a shell shows 130, too.
-            assert code in (0, 130, -signal.SIGINT), (verb, code, told)
-            assert "Traceback" not in told or "atexit" in told, told  # PyTorch's own tidying up can be interrupted
+            # If exec() (used by dataclasses) is interrupted, Python exits by SIGINT; a shell also reports 130.
+            assert code in (0, 130, -signal.SIGINT), (verb, code, stderr)
+            assert "Traceback" not in stderr or "atexit" in stderr, (
+                stderr
+            )  # the atexit handlers of PyTorch can be interrupted
         assert code != 0 or number == box.after[verb][0]
         assert leftovers(root) == []
         assert not any("a crash came before" in one.problem for one in fsck.check(Generations(root)))
-        box.go_on(root, number)
+        box.check_next_learn(root, number)
     print(f"(verb, generation, exit code): {outcomes}")
 
 
 @pytest.mark.parametrize(
     "verb", ["forget", "rollback", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("learn", "install"))]
 )
-def test_asked_to_end_at_any_step(box, tmp_path, monkeypatch, verb):
-    """The same at each step of what is written, in this process: SIGTERM raises KeyboardInterrupt wherever it comes."""
+def test_sigterm_at_any_step(box, tmp_path, monkeypatch, verb):
+    """SIGTERM raises KeyboardInterrupt, so raise it at each write step, in this process."""
     outcomes = set()
-    whole = verb == "rollback"  # of the others, the first 48 steps write one file of the generation after the other
-    for at in itertools.count() if whole else itertools.chain(range(0, 48, 8), itertools.count(48)):
+    every_step = verb == "rollback"  # the first 48 steps of the other verbs write the files of the generation
+    for at in itertools.count() if every_step else itertools.chain(range(0, 48, 8), itertools.count(48)):
         root, steps = tmp_path / f"root-{at}", itertools.count()
         shutil.copytree(box.template, root)
 

@@ -1,4 +1,4 @@
-"""A reader takes no lock: what another process prunes while it is opened or read is not taken for damaged."""
+"""Readers take no lock; a generation pruned while it is opened or read is not reported as damaged."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ contents = STORE["contents"]
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """1 installed, 2 and 3 learned."""
+    """Return a store with generation 1 installed and generations 2 and 3 learned."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     return STORE["three"](tmp_path / "root")
 
 
 def overtake(monkeypatch, reader: Generations, times: int) -> None:
-    """So many times, when the reader opens the current generation, another process has just pruned it."""
+    """Let another process prune the current generation just before the reader opens it, `times` times."""
     real, left = Generations.open, iter(range(times))
 
     def overtaken(self: Generations, number: int) -> object:
@@ -41,7 +41,7 @@ def overtake(monkeypatch, reader: Generations, times: int) -> None:
     monkeypatch.setattr(Generations, "open", overtaken)
 
 
-def test_what_is_pruned_while_it_is_opened_is_not_damaged(store, monkeypatch, caplog):
+def test_a_generation_pruned_while_opened_is_not_damaged(store, monkeypatch, caplog):
     overtake(monkeypatch, store, times=3)
     got = store.current()
     assert (got.number, got.fallback, caplog.text) == (9, "", "")
@@ -51,13 +51,13 @@ def test_what_is_pruned_while_it_is_opened_is_not_damaged(store, monkeypatch, ca
     assert store.numbers() == [1, 10, 11]
 
 
-def test_a_reader_gives_up_some_time(store, monkeypatch):
+def test_a_reader_gives_up_after_five_attempts(store, monkeypatch):
     overtake(monkeypatch, store, times=99)
     with pytest.raises(EnvironmentUnfitError, match=r"was replaced 5 times while it was read; .* try again"):
         store.current()
 
 
-def test_what_is_pruned_while_it_is_read_is_read_anew(store):
+def test_a_generation_pruned_while_read_is_read_again(store):
     read = []
 
     def state(generation: Generation) -> dict[str, bytes]:
@@ -72,7 +72,7 @@ def test_what_is_pruned_while_it_is_read_is_read_anew(store):
     assert read == [3, 5]
 
 
-def test_what_is_damaged_while_it_is_read_is_damaged(store):
+def test_damage_during_a_read_is_reported(store):
     def state(generation: Generation) -> bytes:
         STORE["flip"](generation.path / "learner.safetensors")
         return generation.read("learner.safetensors")
@@ -82,8 +82,8 @@ def test_what_is_damaged_while_it_is_read_is_damaged(store):
 
 
 @pytest.mark.parametrize("refresh", [False, True])
-def test_a_device_that_is_overtaken_while_it_reads(tiny_bundle, tmp_path, monkeypatch, caplog, refresh):
-    """Another process commits, and prunes what is being read: no warning, and no stand-in."""
+def test_device_reads_while_another_process_prunes(tiny_bundle, tmp_path, monkeypatch, caplog, refresh):
+    """Another process commits and prunes the generation being read; no warning is logged and no fallback is used."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(generations, "KEEP", 1)
     (tmp_path / "tiny.ssdedge").write_bytes(tiny_bundle())

@@ -1,9 +1,9 @@
-"""A power cut at any moment, on a file system that keeps only what it was told to.
+"""Power cuts at any moment, on a file system that keeps only what was synced.
 
-The recorder follows the real files: what an fsync of a file covers is its content, what one of a folder covers is its
-entries. From that it makes every state that a cut may leave: all that is newer is lost; every change of names has
-arrived, but no content; of one folder they have arrived, of the others not; and of all but one. Inodes are pinned by
-open handles, so that a number is not given to another file.
+The recorder follows the real files: fsync of a file makes its content durable, fsync of a folder its entries. From this
+it derives the states that a power cut may leave: all unsynced changes are lost; all renames are durable but no unsynced
+content is; the entries of only one folder are durable; or those of all folders but one. Open file descriptors pin the
+inodes, so that an inode number is not reused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ACTIONS: list[tuple[str, Callable[[Generations], object]]] = [
 
 
 class Recorder:
-    """What is on the medium, below a folder."""
+    """Model of the durable files below a folder."""
 
     def __init__(self, top: Path) -> None:
         self.top = top
@@ -51,7 +51,7 @@ class Recorder:
         self._sync_folder(top)
 
     def synced(self, handle: int) -> None:
-        """After an fsync."""
+        """Record an fsync of an open file or folder."""
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
         if path.is_dir():
             self._sync_folder(path)
@@ -59,7 +59,7 @@ class Recorder:
             self.contents[self._pin(path)] = path.read_bytes()
 
     def states(self) -> Iterator[Tree]:
-        """The trees that a cut now may leave; the first: all is lost that was not synced."""
+        """Yield the trees that a power cut may leave now; in the first, all unsynced changes are lost."""
         live = {self._pin(path): path for path in (self.top, *self.top.rglob("*")) if path.is_dir()}
         now = {number: {p.name: self._pin(p) for p in path.iterdir()} for number, path in live.items()}
         yield self._tree(self.entries)
@@ -98,14 +98,14 @@ class Recorder:
 
 @pytest.fixture
 def recorder(tmp_path, monkeypatch):
-    """Records what is synced below ``tmp_path/disk``; `notice` is called around every change."""
+    """Record what is synced below ``tmp_path/disk``; `notice` is called around every change."""
     (tmp_path / "disk").mkdir()
     recorder = Recorder(tmp_path / "disk")
     recorder.notice = lambda: None
     real = {name: getattr(os, name) for name in ("fsync", "replace", "rename", "unlink", "rmdir")}
 
     def fsync(handle):
-        recorder.notice()  # the disk is not waited for: it is the model that loses
+        recorder.notice()  # no real fsync is needed, because the model decides what is lost
         recorder.synced(handle)
         recorder.notice()
 
@@ -135,7 +135,7 @@ def write(tree: Tree, folder: Path) -> Path:
     return folder
 
 
-def test_whatever_the_medium_kept_is_a_committed_generation(recorder, tmp_path):
+def test_any_state_after_a_power_cut_is_a_committed_generation(recorder, tmp_path):
     store = Generations(recorder.top / "root")
     seen: dict[tuple, Tree] = {}
 
@@ -162,7 +162,7 @@ def test_whatever_the_medium_kept_is_a_committed_generation(recorder, tmp_path):
                 try:
                     got = survivor.current()
                 except InputError:
-                    assert former is None, name  # nothing was installed yet
+                    assert former is None, name  # no bundle was installed yet
                     opened_as.append(None)
                     install(survivor, 1.0, b"an old backbone")
                     continue
@@ -179,14 +179,14 @@ def test_whatever_the_medium_kept_is_a_committed_generation(recorder, tmp_path):
                 assert not [one for one in damage if "no generation refers" not in one.problem], name
         finally:
             files.fault_hook, os.fsync = hook, fsync
-        assert opened_as[-1] == now.number, name  # what has returned is never taken back
+        assert opened_as[-1] == now.number, name  # a commit that has returned is durable
         assert set(opened_as) == {former, now.number}, name
         former = now.number
     assert total >= 150
 
 
-def test_the_model_finds_a_missing_sync(recorder):
-    """What the recorder is for: each of the three steps that people leave out shows."""
+def test_the_recorder_detects_a_missing_sync(recorder):
+    """The recorder detects each of the three steps that are commonly left out."""
     folder = recorder.top / "folder"
     files.make_directory(folder)
     files.write_bytes(folder / "good", b"old")
