@@ -176,7 +176,7 @@ def test_any_state_after_a_power_cut_is_a_committed_generation(recorder, tmp_pat
                 following = learn(survivor, 9.0)
                 assert following.number > max(got.number, max(survivor.numbers()[:-1]))
                 damage = [one for one in fsck.check(survivor) if one.severity != "note"]
-                assert not [one for one in damage if "no generation refers" not in one.problem], name
+                assert not [one for one in damage if "no generation uses" not in one.problem], name
         finally:
             files.fault_hook, os.fsync = hook, fsync
         assert opened_as[-1] == now.number, name  # a commit that has returned is durable
