@@ -1,4 +1,4 @@
-"""Forget, merge labels, export and merge on a device; on tiny bundles."""
+"""Forget, merge labels, export and merge on devices with tiny bundles."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def scores(device: Device) -> torch.Tensor:
 
 
 # ── forget ───────────────────────────────────────────────────────────────────────────────────────────
-def test_a_forgotten_class_is_never_answered_and_a_rollback_brings_it_back(device):
+def test_forgotten_class_is_never_predicted_and_rollback_restores_it(device):
     before = scores(device)
     result = device.forget("nut")
     assert (result.generation, result.classes) == (2, ["cup", "screw"])
@@ -59,23 +59,23 @@ def test_a_forgotten_class_is_never_answered_and_a_rollback_brings_it_back(devic
     assert labels(device, "screw") == {"screw"}
     assert labels(device, "nut") == {"unknown"}
     assert "nut" not in labels(device, "nut", reject=False)
-    again = Device.open(device.store.root)
-    assert again.classes == ["cup", "screw"]
-    assert torch.equal(scores(again), scores(device))
+    reopened = Device.open(device.store.root)
+    assert reopened.classes == ["cup", "screw"]
+    assert torch.equal(scores(reopened), scores(device))
     device.rollback()
     assert torch.equal(scores(device), before)
     assert labels(device, "nut") == {"nut"}
 
 
-def test_learned_and_forgotten_is_as_never_learned(device):
+def test_forget_undoes_learn(device):
     before = scores(device)
     device.learn("wedge", photos("wedge", 10))
     device.forget("wedge")
-    assert torch.equal(scores(device), before)  # nearest class mean: exact
+    assert torch.equal(scores(device), before)  # exact for nearest class mean
     assert device.classes == ["cup", "nut", "screw"]
 
 
-def test_what_cannot_be_forgotten_exactly_says_so_or_is_refused(tiny_bundle, tmp_path):
+def test_inexact_forget_is_reported_or_refused(tiny_bundle, tmp_path):
     (tmp_path / "slda.ssdedge").write_bytes(tiny_bundle(learner="slda"))
     install(tmp_path / "root", tmp_path / "slda.ssdedge")
     device = Device.open(tmp_path / "root")
@@ -100,23 +100,23 @@ def test_all_classes_can_be_forgotten_and_others_learned(device):
     assert labels(device, "cup") == {"cup"}
 
 
-def test_a_forgotten_name_can_be_taught_again(device):
+def test_forgotten_name_can_be_learned_again(device):
     device.forget("nut")
     device.learn("nut", photos("nut", 10))
     assert device.classes == ["cup", "screw", "nut"]
     assert labels(device, "nut") == {"nut"}
     ids = [entry.id for entry in device.registry.entries]
-    assert ids == [0, 2, 3]  # an id is never given twice
+    assert ids == [0, 2, 3]  # ids are never reused
 
 
-def test_an_unknown_label_changes_nothing(device):
+def test_forget_unknown_label_changes_nothing(device):
     with pytest.raises(InputError, match=r"no class 'nutt' is known. Did you mean 'nut'"):
         device.forget("nutt")
     assert device.generation.number == 1
 
 
 # ── merge labels ─────────────────────────────────────────────────────────────────────────────────────
-def test_two_classes_become_one(device):
+def test_merge_two_classes_into_a_new_one(device):
     device.learn("wedge", photos("wedge", 10))
     result = device.merge_labels(["nut", "screw"], "fastener")
     assert result.classes == ["cup", "fastener", "wedge"]
@@ -130,7 +130,7 @@ def test_two_classes_become_one(device):
     assert Device.open(device.store.root).classes == device.classes
 
 
-def test_a_class_can_be_merged_into_a_known_one(device):
+def test_merge_a_class_into_a_known_one(device):
     result = device.merge_labels(["cup"], "screw")
     assert result.classes == ["nut", "screw"]
     assert labels(device, "nut") == {"nut"}
@@ -148,13 +148,13 @@ def test_a_class_can_be_merged_into_a_known_one(device):
         ([], "new", "at least one besides it"),
     ],
 )
-def test_what_cannot_be_merged_changes_nothing(device, names, into, reason):
+def test_refused_merge_of_labels_changes_nothing(device, names, into, reason):
     with pytest.raises(InputError, match=reason):
         device.merge_labels(names, into)
     assert device.generation.number == 1
 
 
-def test_an_edit_that_costs_the_others_too_much_is_refused(device, monkeypatch):
+def test_edit_that_harms_other_classes_is_refused(device, monkeypatch):
     def harm(self, row: int, into: int) -> None:
         self.sums[into] += self.sums[row]
         self.sums[1] = self.sums[0]
@@ -166,7 +166,7 @@ def test_an_edit_that_costs_the_others_too_much_is_refused(device, monkeypatch):
 
 
 # ── export ───────────────────────────────────────────────────────────────────────────────────────────
-def test_an_export_is_a_bundle_that_answers_the_same(device, tmp_path):
+def test_export_predicts_the_same_after_install(device, tmp_path):
     device.learn("wedge", photos("wedge", 10))
     device.rename("cup", "mug")
     result = device.export(tmp_path / "robot.ssdedge")
@@ -184,18 +184,18 @@ def test_an_export_is_a_bundle_that_answers_the_same(device, tmp_path):
     assert torch.equal(scores(other), scores(device))
     assert other.bundle.installation != device.bundle.installation
     other.forget("wedge")
-    other.export(tmp_path / "third.ssdedge")  # the section about the device is replaced, not added again
+    other.export(tmp_path / "third.ssdedge")  # the section about the device is replaced, not duplicated
     card = bundles.read(tmp_path / "third.ssdedge").read("card").decode()
     assert card.count("## Since it was deployed") == 1
     assert "forget 'wedge'" in card
 
 
-def test_an_export_of_what_was_installed_keeps_its_card(device, tmp_path):
+def test_export_without_changes_keeps_the_card(device, tmp_path):
     device.export(tmp_path / "same.ssdedge")
     assert bundles.read(tmp_path / "same.ssdedge").read("card") == b"# tiny\n"
 
 
-def test_an_export_can_be_signed(device, tmp_path):
+def test_signed_export(device, tmp_path):
     pytest.importorskip("cryptography")
     from ssd_edge.bundle import signing
 
@@ -206,7 +206,7 @@ def test_an_export_can_be_signed(device, tmp_path):
     assert result.signed_by == install(tmp_path / "other", tmp_path / "signed.ssdedge").info["signed_by"]
 
 
-def test_a_name_in_a_card_is_no_markup(device, tmp_path):
+def test_markup_in_class_names_is_escaped_in_the_card(device, tmp_path):
     device.learn("<b>[x](http://y)", photos("wedge", 10))
     device.export(tmp_path / "robot.ssdedge")
     card = bundles.read(tmp_path / "robot.ssdedge").read("card").decode()
@@ -216,7 +216,7 @@ def test_a_name_in_a_card_is_no_markup(device, tmp_path):
 
 # ── merge ────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("learner", ["ncm", "slda", "ridge", "fecam"])
-def test_two_devices_merged_are_one_that_was_taught_both(tiny_bundle, tmp_path, learner):
+def test_merge_equals_learning_both(tiny_bundle, tmp_path, learner):
     (tmp_path / "tiny.ssdedge").write_bytes(tiny_bundle(learner=learner))
     devices = {}
     for name in ("here", "there", "both"):
@@ -235,32 +235,32 @@ def test_two_devices_merged_are_one_that_was_taught_both(tiny_bundle, tmp_path, 
         {"label": "wedge", "images": 6, "new": False},
     ]
     assert here.status().images == both.status().images
-    wanted = scores(both)
-    assert torch.allclose(scores(here), wanted, atol=1e-4 * float(wanted.abs().max()))
-    assert torch.equal(scores(here).argmax(1), wanted.argmax(1))
+    expected = scores(both)
+    assert torch.allclose(scores(here), expected, atol=1e-4 * float(expected.abs().max()))
+    assert torch.equal(scores(here).argmax(1), expected.argmax(1))
     for name in COLOURS:
         assert name in labels(here, name)
     for name, tensor in both.statistics.state().items():
         assert torch.allclose(here.statistics.state()[name], tensor, rtol=1e-9, atol=1e-6), name
 
 
-def test_nothing_counts_twice(new_device, tmp_path):
+def test_merge_refuses_images_that_would_count_twice(new_device, tmp_path):
     here, there, third = new_device("here"), new_device("there"), new_device("third")
     there.learn("bolt", photos("bolt", 10))
     there.export(tmp_path / "there.ssdedge")
     here.merge(tmp_path / "there.ssdedge")
     with pytest.raises(InputError, match="would count twice"):
         here.merge(tmp_path / "there.ssdedge")
-    third.merge(tmp_path / "there.ssdedge")  # a third that knows it already
+    third.merge(tmp_path / "there.ssdedge")  # a third device that has merged it already
     third.export(tmp_path / "third.ssdedge")
     with pytest.raises(InputError, match="would count twice"):
         here.merge(tmp_path / "third.ssdedge")
-    with pytest.raises(InputError, match="would count twice"):  # its own, come back
+    with pytest.raises(InputError, match="would count twice"):  # its own classes, returned
         there.merge(tmp_path / "third.ssdedge")
     assert here.generation.number == 2
 
 
-def test_only_what_left_one_bundle_can_be_merged(new_device, tiny_bundle, tmp_path):
+def test_merge_requires_the_same_bundle(new_device, tiny_bundle, tmp_path):
     here, there = new_device("here"), new_device("there")
     with pytest.raises(InputError, match="not exported by a device"):
         here.merge(tmp_path / "tiny.ssdedge")
@@ -278,7 +278,7 @@ def test_only_what_left_one_bundle_can_be_merged(new_device, tiny_bundle, tmp_pa
 
 
 @pytest.mark.parametrize("where", ["here", "there"])
-def test_a_class_of_the_bundle_that_one_has_forgotten_stands_in_the_way(new_device, tmp_path, where):
+def test_merge_refuses_a_forgotten_class_of_the_bundle(new_device, tmp_path, where):
     devices = {name: new_device(name) for name in ("here", "there")}
     devices["there"].learn("bolt", photos("bolt", 10))
     devices[where].forget("nut")
@@ -287,7 +287,7 @@ def test_a_class_of_the_bundle_that_one_has_forgotten_stands_in_the_way(new_devi
         devices["here"].merge(tmp_path / "there.ssdedge")
 
 
-def test_a_rename_is_known_by_its_class(new_device, tmp_path):
+def test_merge_follows_renamed_classes(new_device, tmp_path):
     here, there = new_device("here"), new_device("there")
     here.rename("cup", "mug")
     there.learn_all({"cup": photos("cup", 5, seed=2), "bolt": photos("bolt", 10)})
@@ -297,7 +297,7 @@ def test_a_rename_is_known_by_its_class(new_device, tmp_path):
     assert here.status().images["mug"] == 25
 
 
-def test_what_cannot_be_merged_says_why(tiny_bundle, tmp_path):
+def test_merge_refuses_learners_without_sums(tiny_bundle, tmp_path):
     (tmp_path / "tuned.ssdedge").write_bytes(tiny_bundle(learner="finetune"))
     for name in ("here", "there"):
         install(tmp_path / name, tmp_path / "tuned.ssdedge")
@@ -309,7 +309,7 @@ def test_what_cannot_be_merged_says_why(tiny_bundle, tmp_path):
     assert here.generation.number == 1
 
 
-def test_a_trusted_key_is_asked_for(new_device, tmp_path):
+def test_merge_requires_a_trusted_signature(new_device, tmp_path):
     pytest.importorskip("cryptography")
     from ssd_edge.bundle import signing
 
@@ -324,7 +324,7 @@ def test_a_trusted_key_is_asked_for(new_device, tmp_path):
     assert here.merge(tmp_path / "signed.ssdedge").classes[-1] == "bolt"
 
 
-def test_the_base_must_still_be_there(new_device, tmp_path):
+def test_merge_requires_an_intact_base(new_device, tmp_path):
     here, there = new_device("here"), new_device("there")
     there.learn("bolt", photos("bolt", 10))
     there.export(tmp_path / "there.ssdedge")
@@ -334,14 +334,14 @@ def test_the_base_must_still_be_there(new_device, tmp_path):
         here.merge(tmp_path / "there.ssdedge")
 
 
-def test_a_lineage_that_is_none_is_refused(new_device, tiny_bundle, tmp_path):
+def test_invalid_lineage_is_refused(new_device, tiny_bundle, tmp_path):
     here = new_device("here")
     (tmp_path / "odd.ssdedge").write_bytes(tiny_bundle(device={"installation": "x"}))
     with pytest.raises(BundleRefusedError, match="does not say where it comes from"):
         here.merge(tmp_path / "odd.ssdedge")
 
 
-def test_history_says_what_was_done(device):
+def test_history_describes_each_change(device):
     device.learn("wedge", photos("wedge", 10))
     device.merge_labels(["nut", "screw"], "fastener")
     device.forget("cup")
@@ -353,7 +353,7 @@ def test_history_says_what_was_done(device):
     ]
 
 
-def test_the_journal_does_not_grow_for_ever(device, monkeypatch):
+def test_journal_size_is_bounded(device, monkeypatch):
     monkeypatch.setattr("device_runtime.store.generations.EVENTS", 10)
     for number in range(30):
         device.rename("cup" if number % 2 == 0 else "mug", "mug" if number % 2 == 0 else "cup")
@@ -365,15 +365,15 @@ def test_the_journal_does_not_grow_for_ever(device, monkeypatch):
     assert device.generation.number == 31
 
 
-def renamed(device: Device, times: int) -> list[int]:
+def rename_repeatedly(device: Device, times: int) -> list[int]:
     for number in range(times):
         device.rename(("cup", "mug")[number % 2], ("mug", "cup")[number % 2])
     return list(device.store.numbers())
 
 
-def test_how_many_generations_stay_can_be_chosen(device, monkeypatch):
+def test_number_of_kept_generations_can_be_set(device, monkeypatch):
     monkeypatch.setenv("SSD_EDGE_KEEP", "3")
-    assert renamed(device, 8) == [1, 7, 8, 9]  # the installed one too
+    assert rename_repeatedly(device, 8) == [1, 7, 8, 9]  # the installed one is kept as well
 
 
 def test_generations_keep_within_a_disk_budget(device, monkeypatch):
@@ -381,15 +381,15 @@ def test_generations_keep_within_a_disk_budget(device, monkeypatch):
     monkeypatch.setattr("device_runtime.store.generations.MIB", 6 * size)
     backbone = sum(path.stat().st_size for path in device.store.backbones())
     monkeypatch.setenv("SSD_EDGE_DISK_MB", "1")
-    numbers = renamed(device, 10)
+    numbers = rename_repeatedly(device, 10)
     kept = sum(path.stat().st_size for number in numbers for path in device.store.folder(number).iterdir())
     assert kept + backbone <= 6 * size
-    assert 3 <= len(numbers) < 8  # of eleven
+    assert 3 <= len(numbers) < 8  # of eleven generations
     assert numbers[0] == 1
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
-def test_a_limit_that_is_none_is_said(device, monkeypatch, caplog, value):
+def test_invalid_limit_logs_a_warning(device, monkeypatch, caplog, value):
     monkeypatch.setenv("SSD_EDGE_KEEP", value)
-    assert renamed(device, 1) == [1, 2]
+    assert rename_repeatedly(device, 1) == [1, 2]
     assert "must be a whole number above 0" in caplog.text

@@ -1,4 +1,4 @@
-"""The guard on Gaussian embeddings, where the truth is known."""
+"""The guard on Gaussian embeddings, whose true accuracies are known."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEARNERS = ({"name": "ncm"}, {"name": "slda"}, {"name": "landmark", **SMALL}, {"
 
 
 class World:
-    """Unit Gaussians whose means are drawn with deviation `scale`; the last class is not taught at first."""
+    """Unit Gaussians whose means have standard deviation `scale`; the last class is not learned at first."""
 
     def __init__(self, seed: int = 0, scale: float = 0.7) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -65,33 +65,35 @@ def world() -> World:
 
 @pytest.mark.parametrize("options", LEARNERS, ids=lambda options: options["name"])
 @pytest.mark.parametrize("shots", [10, 60])
-def test_the_estimated_drop_is_near_the_true_one(options: dict[str, Any], shots: int) -> None:
+def test_estimated_drop_is_close_to_the_true_drop(options: dict[str, Any], shots: int) -> None:
     world = World(seed=1, scale=0.45)
     before = world.learner(**options)
     after = learners.restore(*learners.pack(before))
     after.learn(learners.Task(world.of(OLD, shots), torch.full((shots,), OLD)))
     truth = torch.arange(2000) % OLD
-    unseen = world.draw(truth)
-    old, new = (float((learner.predict(unseen) == truth).double().mean()) for learner in (before, after))
+    held_out = world.draw(truth)
+    old, new = (float((learner.predict(held_out) == truth).double().mean()) for learner in (before, after))
     found = estimate(before, after, world.statistics)
     assert found.drop == pytest.approx(old - new, abs=0.06 + 0.2 * (old - new))
     assert 0.0 <= found.drop_error < 0.03
-    plain = predict_pseudo(before, after, world.statistics, spread=1.0).summary()  # on Gaussians the Gaussian is right
+    plain = predict_pseudo(
+        before, after, world.statistics, spread=1.0
+    ).summary()  # a spread of 1 is exact for Gaussians
     assert plain.accuracy_before == pytest.approx(old, abs=0.06)
 
 
-def test_catastrophic_forgetting_is_refused_and_says_why(world: World) -> None:
+def test_catastrophic_forgetting_is_refused_with_the_reason(world: World) -> None:
     found = world.teach(world.of(OLD, 60), name="finetune", epochs=100, neurons=100, lr=0.5)
     assert found.retention.drop > 0.3
     with pytest.raises(GateRefusedError) as caught:
         found.check()
-    sentence = str(caught.value)
-    assert f"{found.retention.drop:.3f} less where max_forgetting allows 0.1" in sentence
-    assert f"'{found.retention.worst.label}' loses most" in sentence
+    message = str(caught.value)
+    assert f"{found.retention.drop:.3f} less where max_forgetting allows 0.1" in message
+    assert f"'{found.retention.worst.label}' loses most" in message
     assert caught.value.exit_code == 4
 
 
-def test_the_limit_decides() -> None:
+def test_max_forgetting_decides() -> None:
     world = World(seed=1, scale=0.3)
     images = world.of(OLD, 20)
     lenient, strict = (world.teach(images, limits=Limits(limit), name="ncm") for limit in (1.0, 0.0))
@@ -102,13 +104,13 @@ def test_the_limit_decides() -> None:
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
-def test_a_limit_that_is_no_share_is_refused(value: float) -> None:
+def test_max_forgetting_outside_0_to_1_is_refused(value: float) -> None:
     with pytest.raises(InputError, match="max_forgetting must be a share from 0 to 1"):
         Limits(max_forgetting=value)
 
 
 @pytest.mark.parametrize("options", LEARNERS[:3], ids=lambda options: options["name"])
-def test_a_clean_new_class_passes_without_a_word(world: World, options: dict[str, Any]) -> None:
+def test_clean_new_class_passes_without_warnings(world: World, options: dict[str, Any]) -> None:
     found = world.teach(world.of(OLD), **options)
     found.check()
     assert (found.warnings, found.refusals, found.suspects) == ([], [], [])
@@ -123,21 +125,21 @@ def test_false_alarms_are_rare() -> None:
     assert sum(bool(found.warnings or found.refusals) for found in alarms) <= 2  # of 50
 
 
-def test_a_known_class_under_a_new_name_is_pointed_out(world: World) -> None:
+def test_known_class_under_a_new_name_is_warned_about(world: World) -> None:
     found = world.teach(world.of(0))
     assert found.warnings[0].startswith("'gear' looks like 'cup': ")
     assert "of 20 images are recognised as it; more images of a known class are taught" in found.warnings[0]
     assert not any("looks like" in warning for warning in world.teach(world.of(0), row=0).warnings)
 
 
-def test_images_of_another_known_class_are_pointed_out(world: World) -> None:
+def test_images_of_another_known_class_are_warned_about(world: World) -> None:
     found = world.teach(world.of(1), row=0)
     assert found.warnings[0].startswith("'cup' looks like 'nut'")
     assert "check the label: they are taught as 'cup'" in found.warnings[0]
 
 
 @pytest.mark.parametrize("row", [OLD, 0], ids=("new", "known"))
-def test_a_mixed_up_folder_is_pointed_out(row: int) -> None:
+def test_mixed_folder_is_warned_about(row: int) -> None:
     exact = 0
     for seed in range(10):
         world = World(seed, scale=1.2)
@@ -149,7 +151,7 @@ def test_a_mixed_up_folder_is_pointed_out(row: int) -> None:
     assert "'image 8'" in found.warnings[0]
 
 
-def test_an_image_unlike_the_others_is_pointed_out_by_its_name(world: World) -> None:
+def test_outlier_image_is_named(world: World) -> None:
     images = world.of(OLD, 12)
     images[4] += 6 * torch.randn(DIM, generator=world.generator)
     before = world.learner()
@@ -162,7 +164,7 @@ def test_an_image_unlike_the_others_is_pointed_out_by_its_name(world: World) -> 
     assert "1 of 12 images taught as 'gear' are unlike the others ('4.jpg')" in found.warnings[0]
 
 
-def test_several_classes_at_once_are_judged_one_by_one(world: World) -> None:
+def test_several_classes_are_judged_separately(world: World) -> None:
     images = torch.cat([world.of(OLD), world.of(3)])
     rows = torch.tensor([OLD] * 20 + [OLD + 1] * 20)
     before = world.learner()
@@ -175,7 +177,7 @@ def test_several_classes_at_once_are_judged_one_by_one(world: World) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_none_are_refused(world: World, value: float) -> None:
+def test_nan_and_infinity_are_refused(world: World, value: float) -> None:
     images, before = world.of(OLD), world.learner()
     rows = torch.full((20,), OLD)
     after = learners.restore(*learners.pack(before))
@@ -187,35 +189,37 @@ def test_numbers_that_are_none_are_refused(world: World, value: float) -> None:
     assert found.retention is None
 
 
-def test_scores_that_overflow_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overflowing_scores_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     images, before = world.of(OLD), world.learner()
     rows = torch.full((20,), OLD)
     after = learners.restore(*learners.pack(before))
     after.learn(learners.Task(images, rows))
-    honest = after.scores
-    monkeypatch.setattr(after, "scores", lambda vectors: honest(vectors).masked_fill(vectors[:, :1] > 50, math.nan))
+    original_scores = after.scores
+    monkeypatch.setattr(
+        after, "scores", lambda vectors: original_scores(vectors).masked_fill(vectors[:, :1] > 50, math.nan)
+    )
     images[:2, 0] = 60.0
     found = judge(before, after, world.statistics, images, rows, world.registry)
     assert "gives NaN or infinity for 2 of the 20 new images" in found.refusals[0]
-    monkeypatch.setattr(after, "scores", lambda vectors: honest(vectors) / (len(vectors) == 20))
+    monkeypatch.setattr(after, "scores", lambda vectors: original_scores(vectors) / (len(vectors) == 20))
     found = judge(before, after, world.statistics, images, rows, world.registry)
     assert "gives NaN or infinity for old classes" in found.refusals[0]
 
 
-def test_a_class_that_vanishes_is_refused_unless_anything_may_be_forgotten(world: World) -> None:
+def test_class_never_predicted_again_is_refused_unless_max_forgetting_is_1(world: World) -> None:
     images, before = world.of(OLD), world.learner()
     rows = torch.full((20,), OLD)
     after = learners.restore(*learners.pack(before))
     after.learn(learners.Task(images, rows))
     after.bias[2] = -1e6
     found = judge(before, after, world.statistics, images, rows, world.registry, Limits(max_forgetting=0.99))
-    (sentence,) = found.refusals
-    assert sentence.startswith("'screw' would never be predicted again")
+    (message,) = found.refusals
+    assert message.startswith("'screw' would never be predicted again")
     assert found.retention.worst.label == "screw"
     assert judge(before, after, world.statistics, images, rows, world.registry, Limits(1.0)).refusals == []
 
 
-def test_a_class_that_loses_much_is_named(world: World) -> None:
+def test_class_with_a_large_loss_is_named(world: World) -> None:
     images, before = world.of(OLD), world.learner()
     rows = torch.full((20,), OLD)
     after = learners.restore(*learners.pack(before))
@@ -227,7 +231,7 @@ def test_a_class_that_loses_much_is_named(world: World) -> None:
     assert warning.startswith("'screw' may be recognised less often now")
 
 
-def test_outputs_for_classes_yet_to_come_are_not_looked_at() -> None:
+def test_outputs_of_future_classes_are_ignored() -> None:
     world = World()
     before = learners.build({"name": "finetune", **NETWORK}, DIM, Priors())
     before.expect(OLD + 4)
@@ -236,7 +240,7 @@ def test_outputs_for_classes_yet_to_come_are_not_looked_at() -> None:
     assert (found.refusals, found.agreement, found.retention.drop) == ([], 1.0, 0.0)
 
 
-def test_a_learner_without_old_classes_is_judged_by_its_numbers_alone() -> None:
+def test_learner_without_old_classes_is_only_checked_for_finite_values() -> None:
     world = World()
     before = learners.build({"name": "ncm"}, DIM, Priors())
     after = learners.build({"name": "ncm"}, DIM, Priors())

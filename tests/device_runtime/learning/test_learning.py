@@ -1,4 +1,4 @@
-"""What a device learns at once: several classes, more of a known one, and another name; on a tiny bundle."""
+"""Learn several classes at once, add images to a known class, and rename; on a tiny bundle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def labels(device: Device, name: str) -> set[str]:
     return {prediction.label for prediction in device.predict(photos(name, 10, seed=9))}
 
 
-def test_several_classes_are_one_generation(root):
+def test_several_classes_make_one_generation(root):
     device = Device.open(root)
     result = device.learn_all({"wedge": photos("wedge", 10), "bolt": photos("bolt", 5)})
     assert result.generation == 2
@@ -50,10 +50,10 @@ def test_several_classes_are_one_generation(root):
     assert Device.open(root).status().images == {"cup": 20, "nut": 20, "screw": 20, "wedge": 10, "bolt": 5}
 
 
-def test_more_images_of_a_known_class_move_it(root):
+def test_more_images_of_a_known_class_update_it(root):
     device = Device.open(root)
     before = device.learner.state_dict()["sums"][0]
-    result = device.learn("cup", photos("cup", 1))  # one is enough: the class has others
+    result = device.learn("cup", photos("cup", 1))  # one image is enough for a known class
     assert result.classes == ["cup", "nut", "screw"]
     assert result.taught[0].to_dict() == {
         "label": "cup",
@@ -69,7 +69,7 @@ def test_more_images_of_a_known_class_move_it(root):
     assert device.learner.state_dict()["sums"][0].equal(before)
 
 
-def test_new_and_known_may_be_learned_together(root):
+def test_new_and_known_classes_can_be_learned_together(root):
     device = Device.open(root)
     result = device.learn_all({"cup": photos("cup", 4), "wedge": photos("wedge", 4)})
     assert [one.new for one in result.taught] == [False, True]
@@ -77,7 +77,7 @@ def test_new_and_known_may_be_learned_together(root):
 
 
 @pytest.mark.parametrize(
-    ("images", "sentence"),
+    ("images", "message"),
     [
         ({}, "there is nothing to learn"),
         ({"wedge": 2}, "a new class needs at least 3 images, but 'wedge' has 2"),
@@ -87,14 +87,14 @@ def test_new_and_known_may_be_learned_together(root):
         ({"unknown": 3}, "reserved"),
     ],
 )
-def test_what_cannot_be_learned_changes_nothing(root, images, sentence):
+def test_refused_learn_changes_nothing(root, images, message):
     device = Device.open(root)
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises(InputError, match=message):
         device.learn_all({name: photos("cup", count) for name, count in images.items()})
     assert Device.open(root).generation.number == 1
 
 
-def test_what_would_make_it_forget_is_refused_and_changes_nothing(root):
+def test_learn_that_causes_forgetting_is_refused_and_changes_nothing(root):
     device = Device.open(root)
     before = device.predict(photos("cup", 5))
     with pytest.raises(GateRefusedError, match=r"nothing was changed: .*'cup' loses most") as raised:
@@ -108,7 +108,7 @@ def test_what_would_make_it_forget_is_refused_and_changes_nothing(root):
     assert device.history().generations[-1].info["warnings"] == result.warnings
 
 
-def test_a_class_is_renamed_and_nothing_else(root):
+def test_rename_changes_only_the_name(root):
     device = Device.open(root)
     before = device.learner.scores(device.embed(photos("cup", 5)))
     result = device.rename("cup", "mug")
@@ -122,8 +122,8 @@ def test_a_class_is_renamed_and_nothing_else(root):
     assert "cup" in device.classes
 
 
-def test_strict_refuses_what_is_slower_than_the_target_is_prepared_for(root, tiny_bundle, tmp_path, caplog):
-    assert Device.open(root, strict=True).predict(photos("cup", 1))  # of a bundle for the CPU
+def test_strict_refuses_a_slower_provider_than_the_target_expects(root, tiny_bundle, tmp_path, caplog):
+    assert Device.open(root, strict=True).predict(photos("cup", 1))  # the bundle targets the CPU
     path = tmp_path / "jetson.ssdedge"
     path.write_bytes(tiny_bundle(target="jetson"))
     with pytest.raises(SlowerProviderError, match="CPUExecutionProvider runs the backbone, slower") as raised:
@@ -137,41 +137,41 @@ def test_strict_refuses_what_is_slower_than_the_target_is_prepared_for(root, tin
         Device.open(root, strict=True).predict(photos("cup", 1))
 
 
-def test_readers_never_see_half_a_state_while_another_thread_learns(root):
+def test_readers_get_consistent_states_while_another_thread_learns(root):
     device = Device.open(root)
     probes = photos("cup", 3, seed=5) + photos("wedge", 3, seed=5)
     answers: dict[int, set[tuple]] = {}
-    problems: list[BaseException] = []
+    errors: list[BaseException] = []
     done = threading.Event()
 
     def read() -> None:
         try:
             while not done.is_set():
-                found = device.predict(probes)
-                (number,) = {one.generation for one in found}
-                answers.setdefault(number, set()).add(tuple((one.label, one.score) for one in found))
+                predictions = device.predict(probes)
+                (number,) = {one.generation for one in predictions}
+                answers.setdefault(number, set()).add(tuple((one.label, one.score) for one in predictions))
         except BaseException as error:
-            problems.append(error)
+            errors.append(error)
 
     readers = [threading.Thread(target=read) for _ in range(8)]
     for reader in readers:
         reader.start()
-    for turn in range(6):
-        device.learn("wedge" if turn == 0 else f"class {turn}", photos("wedge" if turn == 0 else "bolt", 4, seed=turn))
+    for step in range(6):
+        device.learn("wedge" if step == 0 else f"class {step}", photos("wedge" if step == 0 else "bolt", 4, seed=step))
     device.rollback(1)
     done.set()
     for reader in readers:
         reader.join(30)
-    assert not problems
+    assert not errors
     assert len(answers) > 2
-    assert all(len(seen) == 1 for seen in answers.values())  # one answer a generation, to the last bit
+    assert all(len(seen) == 1 for seen in answers.values())  # one answer per generation, bit for bit
     for number, seen in answers.items():
-        expected = Device(OneGeneration(device.store.root, number)).predict(probes)
+        expected = Device(FixedGeneration(device.store.root, number)).predict(probes)
         assert seen == {tuple((one.label, one.score) for one in expected)}
 
 
-class OneGeneration(Generations):
-    """A root of which one generation is taken for the current one."""
+class FixedGeneration(Generations):
+    """Store whose current generation is fixed."""
 
     def __init__(self, root: Path, number: int) -> None:
         super().__init__(root)
@@ -181,7 +181,7 @@ class OneGeneration(Generations):
         return self.number
 
 
-def test_what_another_process_commits_is_taken_over_when_asked(root):
+def test_refresh_loads_the_commit_of_another_process(root):
     here, there = Device.open(root), Device.open(root)
     assert here.refresh() is False
     there.learn("wedge", photos("wedge", 4))
@@ -191,7 +191,7 @@ def test_what_another_process_commits_is_taken_over_when_asked(root):
     assert here.refresh() is False
 
 
-def test_who_learns_second_is_refused_and_the_first_goes_on(root):
+def test_second_writer_is_refused(root):
     first, second = Device.open(root), Device.open(root)
     with first.store.writer(), pytest.raises(EnvironmentUnfitError, match="another process is writing"):
         second.learn("wedge", photos("wedge", 4))

@@ -1,3 +1,5 @@
+"""Rejection of unknown images, on Gaussian embeddings."""
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,7 @@ class World:
         return found
 
     def accepted(self, rejector: Rejector, row: int, of: int | None = None) -> float:
-        """The share of 2,000 fresh samples of class `of` (that in `row`) that pass as the class in `row`."""
+        """Return the share of 2,000 new samples of class `of` (default: `row`) that are accepted as class `row`."""
         fresh = self.draw(row if of is None else of, 2000)
         return float(rejector.accepts(fresh, torch.full((2000,), row))[0].double().mean())
 
@@ -44,37 +46,37 @@ def rows(embeddings: torch.Tensor, row: int = 0) -> torch.Tensor:
     return torch.full((len(embeddings),), row)
 
 
-def test_with_the_moments_of_each_class_the_rate_is_met(monkeypatch):
+def test_rate_is_met_with_covariances_per_class(monkeypatch):
     world = World()
     for rate in (0.9, 0.95):
         rejector = Rejector.fit(world.statistics([2000] * 4, per_class=True), rate)
         assert [world.accepted(rejector, row) for row in range(4)] == pytest.approx([rate] * 4, abs=0.025)
-    # the pooled covariance of such classes is exact: without the allowance for real ones it meets the rate too
+    # the pooled covariance is exact for these classes, so without OWN_SPREAD it meets the rate as well
     monkeypatch.setattr(unknown, "OWN_SPREAD", 0.0)
     rejector = Rejector.fit(world.statistics([2000] * 4))
     assert [world.accepted(rejector, row) for row in range(4)] == pytest.approx([0.95] * 4, abs=0.025)
 
 
-def test_from_the_pooled_covariance_alone_at_least_the_rate_passes():
+def test_rate_is_exceeded_with_the_pooled_covariance_alone():
     world = World()
     rejector = Rejector.fit(world.statistics([2000] * 4))
     assert min(world.accepted(rejector, row) for row in range(4)) >= 0.94
 
 
-def test_far_clusters_are_told_apart_and_rejected():
+def test_distant_clusters_are_rejected():
     world = World(classes=5)
     rejector = Rejector.fit(world.statistics([500] * 4))
-    own, strange = world.draw(0, 500), world.draw(4, 500)
-    best = torch.stack([rejector.score(strange, rows(strange, row)) for row in range(4)]).amax(0)
+    own, unseen = world.draw(0, 500), world.draw(4, 500)
+    best = torch.stack([rejector.score(unseen, rows(unseen, row)) for row in range(4)]).amax(0)
     auroc = (rejector.score(own, rows(own))[:, None] > best[None]).double().mean()
     assert auroc > 0.95
-    passed, margin = rejector.accepts(strange, rows(strange))
+    passed, margin = rejector.accepts(unseen, rows(unseen))
     assert passed.double().mean() < 0.05
     assert torch.equal(passed, margin >= 0)
 
 
 @pytest.mark.parametrize("count", [3, 5, 20, 200])
-def test_fresh_samples_of_a_new_class_pass_and_others_do_not(count):
+def test_new_class_accepts_its_own_samples_only(count):
     world = World(classes=5)
     statistics = world.statistics([500] * 4)
     rejector, taught = Rejector.fit(statistics), world.draw(4, count)
@@ -84,8 +86,8 @@ def test_fresh_samples_of_a_new_class_pass_and_others_do_not(count):
     assert world.accepted(with_new, 4, of=0) < 0.3
 
 
-def test_statistics_alone_allow_for_a_mean_of_few_images():
-    # five images in 128 dimensions: most of the length of their mean is noise, which fresh images do not share
+def test_statistics_allow_for_the_uncertain_mean_of_few_images():
+    # with five images in 128 dimensions, most of the norm of their mean is noise that new images do not share
     accepted = []
     for seed in range(6):
         world = World(dim=128, length=4.0, seed=seed)
@@ -93,8 +95,8 @@ def test_statistics_alone_allow_for_a_mean_of_few_images():
     assert np.mean(accepted) >= 0.9
 
 
-def test_an_embedding_is_not_scored_against_a_mean_that_it_is_part_of(monkeypatch):
-    monkeypatch.setattr(unknown, "PRIOR", 0.0)  # what the embeddings say, and nothing else
+def test_embeddings_are_scored_against_a_mean_without_them(monkeypatch):
+    monkeypatch.setattr(unknown, "PRIOR", 0.0)  # calibrate from the embeddings alone
     accepted = []
     for seed in range(3):
         world = World(dim=128, length=4.0, seed=seed)
@@ -105,7 +107,7 @@ def test_an_embedding_is_not_scored_against_a_mean_that_it_is_part_of(monkeypatc
     assert 0.85 <= np.mean(accepted) <= 0.99
 
 
-def test_a_new_class_changes_no_bit_of_the_others():
+def test_new_class_leaves_the_others_bit_identical():
     world = World(classes=5)
     statistics = world.statistics([200] * 4)
     rejector, taught = Rejector.fit(statistics), world.draw(4, 10)
@@ -118,7 +120,7 @@ def test_a_new_class_changes_no_bit_of_the_others():
     assert after["whitening"].tobytes() == before["whitening"].tobytes()
 
 
-def test_what_is_taught_again_counts_by_its_number():
+def test_more_images_count_in_proportion_to_their_number():
     world = World()
     statistics = world.statistics([5000, 50, 50, 50])
     rejector = Rejector.fit(statistics)
@@ -127,13 +129,13 @@ def test_what_is_taught_again_counts_by_its_number():
     for row in (0, 1):
         after = ClassStatistics.from_state(statistics.state())
         after.add(odd, rows(odd, row))
-        again = rejector.with_class(row, after, odd)
-        moved.append(abs(float(again.thresholds[row] - rejector.thresholds[row])))
-        assert torch.equal(again.thresholds[2:], rejector.thresholds[2:])
+        updated = rejector.with_class(row, after, odd)
+        moved.append(abs(float(updated.thresholds[row] - rejector.thresholds[row])))
+        assert torch.equal(updated.thresholds[2:], rejector.thresholds[2:])
     assert 0 < moved[0] < 0.02 < moved[1]
 
 
-def test_two_classes_taught_together_are_calibrated_one_after_the_other_in_any_order():
+def test_calibration_does_not_depend_on_the_order_of_classes():
     world = World(classes=6)
     statistics = world.statistics([300] * 4)
     rejector, taught = Rejector.fit(statistics), {row: world.draw(row, 15) for row in (4, 5)}
@@ -150,7 +152,7 @@ def test_two_classes_taught_together_are_calibrated_one_after_the_other_in_any_o
     assert min(world.accepted(ends[0], row) for row in range(6)) >= 0.8
 
 
-def test_a_device_that_began_with_no_class():
+def test_start_without_classes():
     world = World()
     statistics = ClassStatistics(DIM)
     rejector = Rejector.fit(statistics)
@@ -175,7 +177,7 @@ def test_fewer_samples_than_dimensions_or_a_single_class(counts):
             assert world.accepted(rejector, row) >= 0.75
 
 
-def test_equal_images_and_features_that_never_vary():
+def test_identical_images_and_constant_features():
     statistics, same = ClassStatistics(DIM), torch.ones(5, DIM)
     statistics.add(same, rows(same))
     rejector = Rejector.fit(statistics).with_class(0, statistics, same)
@@ -186,7 +188,7 @@ def test_equal_images_and_features_that_never_vary():
     assert not Rejector.fit(zero).accepts(same, rows(same))[0].any()
 
 
-def test_a_row_without_samples_is_never_known_until_it_is_taught():
+def test_row_without_samples_accepts_nothing_until_it_is_learned():
     world = World()
     statistics = world.statistics([200, 0, 200])
     rejector = Rejector.fit(statistics)
@@ -214,14 +216,14 @@ def test_state_round_trip_bit_for_bit_without_a_sample_dimension(classes, dim, c
         "directions": (classes, dim),
         "thresholds": (classes,),
     }
-    again = Rejector.from_state(arrays)
+    restored = Rejector.from_state(arrays)
     fresh, taken = torch.randn(9, dim, generator=generator), torch.arange(9) % classes
-    assert torch.equal(again.accepts(fresh, taken)[1], rejector.accepts(fresh, taken)[1])
-    assert all(again.state()[name].tobytes() == array.tobytes() for name, array in arrays.items())
+    assert torch.equal(restored.accepts(fresh, taken)[1], rejector.accepts(fresh, taken)[1])
+    assert all(restored.state()[name].tobytes() == array.tobytes() for name, array in arrays.items())
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "corrupt",
     [
         lambda s: s.pop("thresholds"),
         lambda s: s.update(thresholds=s["thresholds"][:-1]),
@@ -231,23 +233,23 @@ def test_state_round_trip_bit_for_bit_without_a_sample_dimension(classes, dim, c
         lambda s: s["directions"].__setitem__((0, 0), np.nan),
     ],
 )
-def test_a_damaged_state_is_refused(spoil):
+def test_damaged_state_is_refused(corrupt):
     state = Rejector.fit(World().statistics([20] * 4)).state()
-    spoil(state)
+    corrupt(state)
     with pytest.raises(BundleRefusedError, match="damaged"):
         Rejector.from_state(state)
 
 
-def test_what_is_no_embedding_is_refused():
+def test_invalid_embeddings_are_refused():
     world = World()
     statistics = world.statistics([50] * 4)
     rejector, good = Rejector.fit(statistics), world.draw(0, 4)
-    for bad, word in ((torch.nan, "NaN"), (torch.inf, "NaN"), (-torch.inf, "infinity")):
+    for bad, message in ((torch.nan, "NaN"), (torch.inf, "NaN"), (-torch.inf, "infinity")):
         broken = good.clone()
         broken[2, 7] = bad
-        with pytest.raises(InputError, match=word):
+        with pytest.raises(InputError, match=message):
             rejector.accepts(broken, rows(broken))
-        with pytest.raises(InputError, match=word):
+        with pytest.raises(InputError, match=message):
             rejector.with_class(0, statistics, broken)
     with pytest.raises(InputError, match=r"\(N, 32\).*\(4, 31\)"):
         rejector.accepts(good[:, 1:], rows(good))
@@ -259,7 +261,7 @@ def test_what_is_no_embedding_is_refused():
         rejector.accepts(good, rows(good)[1:])
 
 
-def test_what_cannot_be_calibrated_is_refused():
+def test_invalid_calibration_is_refused():
     world = World()
     statistics = world.statistics([50] * 4)
     rejector = Rejector.fit(statistics)
@@ -274,7 +276,7 @@ def test_what_cannot_be_calibrated_is_refused():
         Rejector.fit(statistics)
 
 
-def test_rows_that_are_left_out_change_no_bit_of_the_others():
+def test_removing_rows_leaves_the_others_bit_identical():
     world = World()
     rejector = Rejector.fit(world.statistics([200] * 4))
     fewer = rejector.without_rows([1, 2])
@@ -289,7 +291,7 @@ def test_rows_that_are_left_out_change_no_bit_of_the_others():
 
 
 @pytest.mark.parametrize("per_class", [False, True])
-def test_a_joined_class_is_refitted_and_nothing_else(per_class):
+def test_only_the_joined_class_is_refitted(per_class):
     world = World()
     statistics = world.statistics([200, 40, 200, 30], per_class)
     rejector = Rejector.fit(statistics)
@@ -310,7 +312,7 @@ def test_a_joined_class_is_refitted_and_nothing_else(per_class):
             rejector.refitted(row, statistics)
 
 
-def test_a_class_that_statistics_bring_along_is_fitted_like_the_others():
+def test_class_known_from_statistics_is_fitted_like_the_others():
     world = World(classes=6)
     statistics = world.statistics([200] * 4)
     rejector = Rejector.fit(statistics)
