@@ -1,10 +1,10 @@
-"""Teach a device the tenth class of CIFAR-10 from few images: what it then knows, what it forgot, how long it took.
+"""Teach a device the tenth class of CIFAR-10 from few images, and measure accuracy, forgetting and time.
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/device.py RUN [--images 5 20 100 500] [--json FILE]
 
-RUN is a finished run on the other nine classes (examples/cifar10.yaml). Each row starts from the bundle as
-installed. Accuracy is measured on all test images, of which the device sees none while it learns; seconds are those of
-`learn` in a process that is already running: embedding, both teachings, estimate, commit.
+RUN is a finished run on the other nine classes (examples/cifar10.yaml). Each row starts from the installed bundle.
+Accuracy is measured on all test images, none of which are used for learning. The seconds are those of `learn` in a
+running process: embedding, training with and without the held-out images, the retention estimate and the commit.
 """
 
 from __future__ import annotations
@@ -28,45 +28,45 @@ NEW = "truck"
 
 
 def main() -> None:
-    """Print the table; write JSON if asked to."""
+    """Print the table, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--images", type=int, nargs="+", default=[5, 20, 100, 500])
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     set_threads(0)
     dataset = load(DataConfig(path="cifar10-jpg.tar.xz"), 0)
     new = dataset.classes.index(NEW)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / "robot.ssdedge"
-        deploy(words.run, Options("jetson"), bundle, lambda text: None)
+        deploy(args.run, Options("jetson"), bundle, lambda text: None)
         install(Path(scratch) / "root", bundle)
         device = Device.open(Path(scratch) / "root")
         size = device.bundle.size
         test = device.embed(list(dataset.test.load(np.arange(len(dataset.test)), size)))
-        truth = np.array([dataset.classes[label] for label in dataset.test_labels])
+        labels = np.array([dataset.classes[label] for label in dataset.test_labels])
         old = dataset.test_labels != new
 
         def accuracy(which: np.ndarray) -> float:
             answers = np.array(device.classes)[device.learner.predict(test[which]).numpy()]
-            return float((answers == truth[which]).mean())
+            return float((answers == labels[which]).mean())
 
         before = accuracy(old)
-        taught = np.flatnonzero(dataset.train_labels == new)
-        device.learn("warm-up", list(dataset.train.load(taught[:3], size)))  # the first call starts thread pools
+        new_images = np.flatnonzero(dataset.train_labels == new)
+        device.learn("warm-up", list(dataset.train.load(new_images[:3], size)))  # the first call starts thread pools
         device.rollback(1)
         print(f"{'images':>7} {'new class':>10} {'old before':>11} {'old after':>10} {'estimated':>18} {'seconds':>8}")
-        for count in words.images:
-            chosen = np.random.default_rng(0).permutation(taught)[:count]
-            learned = device.learn(NEW, list(dataset.train.load(chosen, size)))
+        for count in args.images:
+            chosen = np.random.default_rng(0).permutation(new_images)[:count]
+            result = device.learn(NEW, list(dataset.train.load(chosen, size)))
             row = {
                 "images": count,
                 "new_accuracy": accuracy(~old),
                 "old_accuracy": {"before": before, "after": accuracy(old)},
-                "estimate": learned.old_classes.to_dict(),
-                "held_out": learned.held_out.to_dict(),
-                "seconds": learned.seconds,
+                "estimate": result.old_classes.to_dict(),
+                "held_out": result.held_out.to_dict(),
+                "seconds": result.seconds,
             }
             rows.append(row)
             estimate = f"{row['estimate']['accuracy_before']:.3f} -> {row['estimate']['accuracy_after']:.3f}"
@@ -76,9 +76,9 @@ def main() -> None:
                 flush=True,
             )
             device.rollback(1)
-    if words.json:
+    if args.json:
         command = "python benchmarks/device.py RUN (RUN: ssd-edge train --config examples/cifar10.yaml)"
-        words.json.write_text(json.dumps({"command": command, **storage.environment(), "rows": rows}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"command": command, **storage.environment(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Teach a device five new classes one after another: time, memory, what it then knows, and what it forgot.
+"""Teach a device five new classes in sequence, and measure time, memory, accuracy and forgetting.
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/field.py BUNDLE [--repeats N] [--json FILE]
 
-BUNDLE knows nine classes of CIFAR-10 (ssd-edge deploy --target cpu RUN, RUN from examples/cifar10.yaml). The five were
-chosen by their names, as like none of the nine and none of each other, before anything was measured. Each is taught
-with 20 training images, PNG files of 32 × 32 pixels, in a fresh process that does nothing else: seconds are from files
-to the commit. The same learns are then made by a `ssd-edge device learn` each: seconds of the whole command, its files
-in the page cache. Each waits up to 20 s for the machine to be quiet, and all is repeated; how many cores others kept
-busy meanwhile is noted. Memory is the most that a process held, by the kernel's count. Accuracy is measured afterwards,
-on all test images, by going back to each generation.
+BUNDLE knows nine classes of CIFAR-10 (ssd-edge deploy --target cpu RUN, RUN from examples/cifar10.yaml). The five new
+classes were chosen by name before anything was measured, to resemble neither the nine nor each other. Each is taught
+with 20 training images, PNG files of 32 × 32 pixels, in one new process; seconds are counted from the files to the
+commit. The same classes are then taught by one `ssd-edge device learn` each; these seconds are those of the whole
+command, with its files in the page cache. Each process and command waits up to 20 s for the machine to be idle, and
+everything is repeated; the number of cores used by other processes meanwhile is recorded. Memory is the peak resident
+size reported by the kernel. Accuracy is measured afterwards, on all test images, by rolling back to each generation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ from ssd_edge.data import Dataset, load
 from ssd_edge.run.storage import environment
 from ssd_edge.system import usable_cores
 
-NEW = {"truck": 10, "wardrobe": 100, "orange": 100, "mountain": 100, "keyboard": 100}  # and the CIFAR that it is from
+NEW = {
+    "truck": 10,
+    "wardrobe": 100,
+    "orange": 100,
+    "mountain": 100,
+    "keyboard": 100,
+}  # class → number of classes of its CIFAR data set
 IMAGES = 20
 SIDE = 32
 COMMAND = Path(sys.executable).with_name("ssd-edge")
@@ -52,7 +58,7 @@ for folder in map(Path, sys.argv[2:]):
     report = device.learn(folder.name, sorted(folder.iterdir()))
     print(json.dumps({**report.to_dict(), "wall": time.monotonic() - began}))
 """
-# A child's count of peak memory begins with its parent's: this parent is small.
+# The peak memory of a child starts at that of its parent, so the parent is kept small.
 LAUNCH = """
 import json, os, sys, time
 began = time.monotonic()
@@ -65,14 +71,14 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def busy_seconds() -> float:
-    """CPU time that all processes of this machine have taken since it started."""
+    """Return the CPU seconds used by all processes since the machine started."""
     ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
-    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # without idle and waiting for a disk
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # without idle and iowait
 
 
-def wait_for_quiet(patience: float = 20.0) -> None:
-    """Until others leave this machine alone for two seconds; no longer than `patience` seconds."""
-    until = time.monotonic() + patience
+def wait_for_quiet(timeout: float = 20.0) -> None:
+    """Wait until other processes are idle for two seconds, for at most `timeout` seconds."""
+    until = time.monotonic() + timeout
     while time.monotonic() < until:
         before = busy_seconds()
         time.sleep(2.0)
@@ -81,12 +87,14 @@ def wait_for_quiet(patience: float = 20.0) -> None:
 
 
 def measured(command: Sequence[str | Path]) -> tuple[dict[str, float], list[str]]:
-    """Run a command in a process of its own: its wall time, peak memory and company, and the lines that it printed.
+    """Run a command in a new process and measure it.
 
-    The company is how many cores other processes kept busy meanwhile; a figure means little where that is much.
+    Returns:
+        Its seconds, peak memory (`peak_mb`) and `company`, and its lines of standard output. `company` is the number of
+        cores that other processes used meanwhile; if it is large, the times are unreliable.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: The command failed.
     """
     launcher = [sys.executable, "-S", "-c", LAUNCH, *map(str, command)]
     before = busy_seconds()
@@ -100,14 +108,14 @@ def measured(command: Sequence[str | Path]) -> tuple[dict[str, float], list[str]
 
 
 def new_images(label: str, count: int) -> np.ndarray:
-    """Training images of a new class, uint8 ``(count, 32, 32, 3)``."""
+    """Return training images of a new class, uint8 ``(count, 32, 32, 3)``."""
     dataset = datasets()[NEW[label]]
     own = np.flatnonzero(dataset.train_labels == dataset.classes.index(label))
     return dataset.train.load(np.random.default_rng(0).permutation(own)[:count], SIDE)
 
 
 def write_images(folder: Path, images: np.ndarray) -> Path:
-    """As PNG files in a new folder."""
+    """Write images as PNG files to a new folder, and return the folder."""
     folder.mkdir(parents=True)
     for number, pixels in enumerate(images):
         Image.fromarray(pixels).save(folder / f"{number:03d}.png")
@@ -116,12 +124,17 @@ def write_images(folder: Path, images: np.ndarray) -> Path:
 
 @functools.cache
 def datasets() -> dict[int, Dataset]:
-    """CIFAR-10 and CIFAR-100."""
+    """Load CIFAR-10 and CIFAR-100, by their number of classes."""
     return {size: load(DataConfig(path=f"cifar{size}-jpg.tar.xz"), 0) for size in (10, 100)}
 
 
 def accuracies(root: Path, generations: int) -> list[dict[str, dict[str, float]]]:
-    """Generation → class → its test images: share that is recognised, of any class and with `unknown`, and rejected."""
+    """Measure every generation on the test images of its classes.
+
+    Returns:
+        For each generation and class, the share of test images that are predicted correctly (`right`), predicted
+        correctly and accepted (`right_and_near`), and rejected (`unknown`).
+    """
     with Device.open(root) as device:
         device.rollback(generations)
         names, vectors = device.classes, {}
@@ -144,22 +157,28 @@ def accuracies(root: Path, generations: int) -> list[dict[str, dict[str, float]]
 
 
 def mean(row: dict[str, dict[str, float]], names: Sequence[str], key: str) -> float:
-    """Over classes."""
+    """Return the mean of a figure over classes."""
     return statistics.fmean(row[name][key] for name in names)
 
 
 def rows_of(
-    lessons: Sequence[Sequence[dict[str, Any]]],
+    learns: Sequence[Sequence[dict[str, Any]]],
     commands: Sequence[Sequence[dict[str, float]]],
     found: Sequence[dict[str, dict[str, float]]],
 ) -> list[dict[str, Any]]:
-    """One a class; arguments: repeat → class → what was measured, and generation → class → accuracies."""
+    """Return one row per new class.
+
+    Args:
+        learns: result of each learn in process, by repeat and class.
+        commands: measurements of each command, by repeat and class.
+        found: accuracies by generation and class.
+    """
     nine = list(found[0])
     rows = []
     for number, label in enumerate(NEW):
         before, after = found[number], found[number + 1]
         known = list(before)
-        taught = [repeat[number] for repeat in lessons]
+        taught = [repeat[number] for repeat in learns]
         by_command = [repeat[number] for repeat in commands]
         rows.append(
             {
@@ -183,32 +202,32 @@ def rows_of(
 
 
 def main() -> None:
-    """Print the table; write JSON if asked to."""
+    """Print the table, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     load_before = os.getloadavg()[0]
-    lessons, commands, processes = [], [], []
+    learns, commands, processes = [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         photos = [write_images(Path(scratch) / "photos" / label, new_images(label, IMAGES)) for label in NEW]
-        for repeat in range(words.repeats):
+        for repeat in range(args.repeats):
             root = Path(scratch) / f"root-{repeat}"
-            install(root, words.bundle)
+            install(root, args.bundle)
             wait_for_quiet()
             used, lines = measured([sys.executable, "-c", TEACH, root, *photos])
-            lessons.append([json.loads(line) for line in lines])
+            learns.append([json.loads(line) for line in lines])
             processes.append(used)
-            install(other := Path(scratch) / f"other-{repeat}", words.bundle)
+            install(other := Path(scratch) / f"other-{repeat}", args.bundle)
             learn = [COMMAND, "device", "learn", "--root", other, "--json", "--label"]
             commands.append([])
             for folder in photos:
                 wait_for_quiet()
                 commands[-1].append(measured([*learn, folder.name, folder])[0])
-        # what a command does before it does anything, and how much of that is PyTorch
+        # time for all imports of a command, and for PyTorch alone
         imports = {
-            name: statistics.median(measured([sys.executable, "-c", code])[0]["seconds"] for _ in range(words.repeats))
+            name: statistics.median(measured([sys.executable, "-c", code])[0]["seconds"] for _ in range(args.repeats))
             for name, code in {
                 "everything": "import ssd_edge.cli, device_runtime.device, onnxruntime",
                 "torch": "import torch",
@@ -216,7 +235,7 @@ def main() -> None:
         }
         load_after = os.getloadavg()[0]
         found = accuracies(Path(scratch) / "root-0", len(NEW) + 1)
-    rows = rows_of(lessons, commands, found)
+    rows = rows_of(learns, commands, found)
     print(
         f"{'class':>9} {'s':>6} {'s (cli)':>8} {'MiB (cli)':>9} {'own':>6} {'unknown':>8} {'nine':>16} {'estimate':>9}"
     )
@@ -229,20 +248,22 @@ def main() -> None:
         )
     first, last = (mean(row, list(found[0]), "right") for row in (found[0], found[-1]))
     memory = max(used["peak_mb"] for used in processes)
-    print(f"memory of the process that taught all five: {memory} MiB; the nine in all: {first:.4f} -> {last:.4f}")
-    print(f"imports: {imports}; cores that others kept busy: {[used['company'] for used in processes]}")
-    if words.json:
+    print(
+        f"peak memory of the process that learned all five: {memory} MiB; the nine, in total: {first:.4f} -> {last:.4f}"
+    )
+    print(f"imports: {imports}; cores used by other processes: {[used['company'] for used in processes]}")
+    if args.json:
         written = {
             "command": "python benchmarks/field.py robot.ssdedge (ssd-edge deploy --target cpu RUN -o robot.ssdedge)",
             **environment(),
             "load_average": {"before": round(load_before, 2), "after": round(load_after, 2)},
-            "repeats": words.repeats,
+            "repeats": args.repeats,
             "processes": processes,
             "import_seconds": {name: round(seconds, 3) for name, seconds in imports.items()},
             "nine_in_all": [first, last],
             "rows": rows,
         }
-        words.json.write_text(json.dumps(written, indent=2) + "\n")
+        args.json.write_text(json.dumps(written, indent=2) + "\n")
 
 
 if __name__ == "__main__":

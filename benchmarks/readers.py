@@ -1,14 +1,14 @@
-"""Eight readers, a camera each, while twenty learns go on: every answer is checked, and how late the latest come.
+"""Measure the latency of eight readers while twenty learns run, and check every prediction.
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/readers.py BUNDLE [--rounds N] [--json FILE]
 
-BUNDLE as for benchmarks/field.py. A reader is a thread that predicts one image (an array of 32 × 32 pixels) ten times a
-second and sleeps in between; all share one `Device`. First without a learn, then while five new classes are taught four
-times each, 20 other images every time, back to back: on a thread of the same process (nice 10, one thread of PyTorch),
-or by `nice -n 10 ssd-edge device learn`, a process each, where every reader calls `refresh` every five seconds.
-Milliseconds are those of `predict` alone, while a learn was going on. Afterwards every generation is copied back,
-opened, and asked every image again by a single thread: label, score, margin and nearest class must be the same, bit for
-bit.
+BUNDLE as for benchmarks/field.py. A reader is a thread that predicts one image (an array of 32 × 32 pixels) ten times
+per second and sleeps in between; all share one `Device`. They run first without a learn, then while five new classes
+are taught four times each, back to back and with 20 new images each time: either on a thread of the same process
+(nice 10, one PyTorch thread), or by one process of `nice -n 10 ssd-edge device learn` each, while every reader calls
+`refresh` every five seconds. The milliseconds are those of `predict` alone, while learns were running. Afterwards every
+generation is restored and opened, and a single thread predicts every image again: label, score, margin and nearest
+class must be identical, bit for bit.
 """
 
 from __future__ import annotations
@@ -34,25 +34,26 @@ from device_runtime.install.bundle import install
 from ssd_edge.run.storage import environment
 
 READERS, PERIOD, REFRESH = 8, 0.1, 5.0  # seconds
-ROUNDS = 4  # of learns: each class once in each
-WITHOUT = 20.0  # seconds without a learn
+ROUNDS = 4  # each teaches every class once
+BASELINE = 20.0  # seconds without a learn
 NICE = 10
-POOL = 100  # images that are asked
+POOL = 100  # number of different images to predict
 
 
 class Reader(threading.Thread):
-    """Predicts in a closed loop until it is told to stop.
+    """Thread that predicts in a loop until `over` is set.
 
     Args:
-        device: that all readers share.
+        device: device shared by all readers.
         images: uint8 ``(N, H, W, 3)``.
-        number: of this reader; it begins at another image and another moment than the others.
-        refreshes: whether it looks for what another process has committed.
+        number: index of this reader, which determines its first image and its start time.
+        refreshes: whether to load commits of other processes.
 
     Attributes:
-        answers: when it was asked, how long it took, which image, and the answer.
+        answers: start time, duration, image index and prediction of each call.
         refreshing: seconds of each call of `refresh`.
-        failure: what was raised, if anything.
+        failure: exception that ended the thread, if any.
+        over: event that ends the thread.
     """
 
     def __init__(self, device: Device, images: np.ndarray, number: int, refreshes: bool) -> None:
@@ -64,32 +65,32 @@ class Reader(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        """Predict, note, sleep."""
-        which = self.number * len(self.images) // READERS
+        """Predict, record and sleep until `over` is set."""
+        index = self.number * len(self.images) // READERS
         due = time.monotonic() + self.number * PERIOD / READERS
         refresh = due + self.number * REFRESH / READERS
         try:
             while not self.over.wait(max(0.0, due - time.monotonic())):
                 began = time.monotonic()
-                (answer,) = self.device.predict([self.images[which]])
+                (answer,) = self.device.predict([self.images[index]])
                 now = time.monotonic()
-                self.answers.append((began, now - began, which, answer))
+                self.answers.append((began, now - began, index, answer))
                 if self.refreshes and now >= refresh:
                     self.device.refresh()
                     self.refreshing.append(time.monotonic() - now)
                     refresh = now + REFRESH
-                which = (which + 1) % len(self.images)
-                due = max(due + PERIOD, time.monotonic())  # a frame that was missed is not made up for
-        except BaseException as error:  # told by whoever joins
+                index = (index + 1) % len(self.images)
+                due = max(due + PERIOD, time.monotonic())  # missed frames are skipped
+        except BaseException as error:  # reported by `read_while`
             self.failure = error
 
 
 def read_while(device: Device, images: np.ndarray, refreshes: bool, work: Callable[[], None]) -> dict[str, Any]:
-    """What the readers found while `work` was done."""
+    """Run the readers during `work`, and return their latencies, failures and predictions."""
     readers = [Reader(device, images, number, refreshes) for number in range(READERS)]
     for reader in readers:
         reader.start()
-    time.sleep(1.0)  # thread pools have started, and all readers are at it
+    time.sleep(1.0)  # let thread pools and all readers start
     began, busy, own = time.monotonic(), busy_seconds(), own_seconds()
     work()
     ended = time.monotonic()
@@ -116,36 +117,38 @@ def read_while(device: Device, images: np.ndarray, refreshes: bool, work: Callab
 
 
 def own_seconds() -> float:
-    """CPU time of this process and of those that it has started and that have ended."""
+    """Return the CPU seconds of this process and its finished children."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 
 
 def keep(root: Path, number: int, kept: Path) -> None:
-    """Link the files of a generation elsewhere: the device keeps the newest ten only."""
+    """Save the files of a generation as hard links, because the device keeps only the newest ten."""
     folder = Path("generations") / f"{number:06d}"
     shutil.copytree(root / folder, kept / folder, copy_function=os.link)
 
 
-def wrong(root: Path, kept: Path, images: np.ndarray, answers: Sequence[tuple[float, float, int, Prediction]]) -> int:
-    """How many of the answers are not those that their generations give to a single thread."""
+def count_wrong(
+    root: Path, kept: Path, images: np.ndarray, answers: Sequence[tuple[float, float, int, Prediction]]
+) -> int:
+    """Count the predictions that differ from those of the same generation in a single thread."""
     for folder in (kept / "generations").iterdir():
         if not (root / "generations" / folder.name).exists():
             shutil.copytree(folder, root / "generations" / folder.name, copy_function=os.link)
-    right: dict[tuple[int, int], Prediction] = {}
+    expected: dict[tuple[int, int], Prediction] = {}
     with Device.open(root) as device:
         for number in sorted({answer.generation for *_, answer in answers}):
             device.rollback(number)
-            right.update({(number, n): device.predict([pixels])[0] for n, pixels in enumerate(images)})
-    return sum(answer != right[answer.generation, which] for *_, which, answer in answers)
+            expected.update({(number, n): device.predict([pixels])[0] for n, pixels in enumerate(images)})
+    return sum(answer != expected[answer.generation, index] for *_, index, answer in answers)
 
 
 def in_a_thread(device: Device, taught: Sequence[tuple[str, np.ndarray]], kept: Path) -> None:
-    """All learns, one after the other, on a thread of this process; returns when it is done."""
+    """Run all learns in sequence on a thread of this process, and wait for it."""
 
     def work() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # on Linux of this thread alone
-        torch.set_num_threads(1)  # of this thread, and of those that have not called PyTorch yet
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # on Linux, for this thread only
+        torch.set_num_threads(1)  # for this thread and those that have not used PyTorch yet
         for label, images in taught:
             keep(device.store.root, device.learn(label, list(images)).generation, kept)
 
@@ -155,7 +158,7 @@ def in_a_thread(device: Device, taught: Sequence[tuple[str, np.ndarray]], kept: 
 
 
 def by_command(root: Path, taught: Sequence[tuple[str, Path]], kept: Path) -> None:
-    """All learns by processes of their own."""
+    """Run each learn in its own process."""
     for label, folder in taught:
         learn = [COMMAND, "device", "learn", "--root", root, "--json", "--label", label, folder]
         _, lines = measured([shutil.which("nice") or "nice", "-n", str(NICE), *learn])
@@ -163,43 +166,43 @@ def by_command(root: Path, taught: Sequence[tuple[str, Path]], kept: Path) -> No
 
 
 def one_round(bundle: Path, scratch: Path, images: np.ndarray, kind: str) -> dict[str, Any]:
-    """Without a learn, then with learns of a kind: ``thread`` or ``process``."""
+    """Measure without a learn, then with learns by ``thread`` or ``process``."""
     root, kept = scratch / "root", scratch / "kept"
     install(root, bundle)
     keep(root, 1, kept)
     parts = {label: np.split(new_images(label, IMAGES * ROUNDS), ROUNDS) for label in NEW}
-    lessons = [(label, parts[label][number]) for number in range(ROUNDS) for label in NEW]
+    batches = [(label, parts[label][number]) for number in range(ROUNDS) for label in NEW]
     by_files = kind == "process"
-    written = [(label, write_images(scratch / str(n), some)) for n, (label, some) in enumerate(lessons) if by_files]
+    written = [(label, write_images(scratch / str(n), some)) for n, (label, some) in enumerate(batches) if by_files]
     with Device.open(root) as device:
         device.predict([images[0]])
         wait_for_quiet(120)
         load_before = os.getloadavg()[0]
-        found = {"without": read_while(device, images, by_files, lambda: time.sleep(WITHOUT))}
-        learn = (lambda: by_command(root, written, kept)) if by_files else (lambda: in_a_thread(device, lessons, kept))
+        found = {"without": read_while(device, images, by_files, lambda: time.sleep(BASELINE))}
+        learn = (lambda: by_command(root, written, kept)) if by_files else (lambda: in_a_thread(device, batches, kept))
         found["learning"] = read_while(device, images, by_files, learn)
     result: dict[str, Any] = {"load_average": round(load_before, 2)}
     for name, one in found.items():
         answers = one.pop("checked")
-        result[name] = {**one, "wrong": wrong(root, kept, images, answers), "compared": len(answers)}
+        result[name] = {**one, "wrong": count_wrong(root, kept, images, answers), "compared": len(answers)}
     return {**result, "ratio": result["learning"]["p99"] / result["without"]["p99"]}
 
 
 def main() -> None:
-    """Print the table; write JSON if asked to."""
+    """Print the table, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     test = datasets()[10].test
     images = test.load(np.random.default_rng(0).permutation(len(test))[:POOL], SIDE)
     rows = []
     for kind in ("thread", "process"):
         rounds = []
-        for _ in range(words.rounds):
+        for _ in range(args.rounds):
             with tempfile.TemporaryDirectory() as scratch:
-                rounds.append(one_round(words.bundle, Path(scratch), images, kind))
+                rounds.append(one_round(args.bundle, Path(scratch), images, kind))
             for name in ("without", "learning"):
                 one = rounds[-1][name]
                 print(
@@ -209,9 +212,9 @@ def main() -> None:
                     flush=True,
                 )
         ratio = statistics.median(one["ratio"] for one in rounds)
-        print(f"{kind:>8}: p99 {ratio:.2f} times that without a learn (median of {words.rounds})", flush=True)
+        print(f"{kind:>8}: p99 {ratio:.2f} times that without a learn (median of {args.rounds})", flush=True)
         rows.append({"learner": kind, "ratio": ratio, "rounds": rounds})
-    if words.json:
+    if args.json:
         written = {
             "command": "python benchmarks/readers.py robot.ssdedge (ssd-edge deploy --target cpu RUN -o robot.ssdedge)",
             **environment(),
@@ -222,7 +225,7 @@ def main() -> None:
             "nice": NICE,
             "rows": rows,
         }
-        words.json.write_text(json.dumps(written, indent=2) + "\n")
+        args.json.write_text(json.dumps(written, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How near the device's estimate of forgetting comes to the truth, and how often its guard is wrong about images.
+"""Compare the estimate of forgetting with the true drop, and measure how often the guard warns about images.
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/retention.py [--per-class N] [--spread S ...] [--images] [--json FILE]
 
-CIFAR-10, by turns without one of four classes: a learner is taught the other nine with N training images each, then
-the tenth with few. True accuracies are those on all test images of the nine, the estimate has only their statistics.
---images asks the guard about new classes, known classes under a new name, and folders of which a quarter shows a
-known class, all from test images. Embeddings come from the cache after the first time. One thread.
+For each of four classes of CIFAR-10, a learner is trained on the other nine classes with N training images per class,
+then on the left-out class with few images. The true accuracies are measured on all test images of the nine classes; the
+estimate has only their statistics. --images runs the guard on new classes, known classes under a new name, and folders
+in which a quarter of the images show a known class, all from test images. Embeddings are cached. Uses one thread.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ NEW = 9
 
 
 class Nine:
-    """Nine classes that are known, and one that is not.
+    """Data of nine known classes and one new class.
 
     Args:
-        data: embeddings and labels, training and test.
+        data: training and test embeddings and labels.
         without: label of the new class.
-        per_class: training images of each known class.
+        per_class: training images per known class.
     """
 
     def __init__(self, data: dict[str, torch.Tensor], without: int, per_class: int) -> None:
@@ -62,20 +62,20 @@ class Nine:
         self.statistics.add(self.task.embeddings, self.task.labels)
 
     def some(self, rows: torch.Tensor, row: int, count: int) -> torch.Tensor:
-        """Indices of random samples of a class."""
+        """Return indices of random samples of a class."""
         own = (rows == row).nonzero().flatten()
         return own[torch.randperm(len(own), generator=self.generator)[:count]]
 
 
 def taught(learner: learners.Learner, vectors: torch.Tensor) -> learners.Learner:
-    """A copy that learned these as the new class."""
+    """Return a copy of the learner that has learned the embeddings as the new class."""
     copy = learners.restore(*learners.pack(learner))
     copy.learn(learners.Task(vectors, torch.full((len(vectors),), NEW)))
     return copy
 
 
 def drops(nine: Nine, priors: Any, spreads: list[float]) -> list[dict[str, Any]]:
-    """True and estimated accuracies of every learner and number of images."""
+    """Return true and estimated accuracies for every learner and number of images."""
     rows = []
     old = nine.test_rows != NEW
     vectors, truth = nine.test[old], nine.test_rows[old]
@@ -92,7 +92,7 @@ def drops(nine: Nine, priors: Any, spreads: list[float]) -> list[dict[str, Any]]
 
 
 def folders(nine: Nine, priors: Any) -> dict[int, Counter]:
-    """What the guard says of folders, by their size."""
+    """Return the numbers of warnings and refusals of the guard, by folder size."""
     before = learners.build({"name": "slda"}, nine.test.shape[1], priors, 0)
     before.learn(nine.task)
     registry = ClassRegistry()
@@ -117,7 +117,7 @@ def folders(nine: Nine, priors: Any) -> dict[int, Counter]:
 
 
 def fit(rows: list[dict[str, Any]], spread: float) -> dict[str, float]:
-    """How the estimated drops of all rows agree with the true ones."""
+    """Compare the estimated drops of all rows with the true ones."""
     true = np.array([row["true"][0] - row["true"][1] for row in rows])
     estimated = np.array([row["estimated"][spread]["drop"] for row in rows])
     levels = [row["estimated"][spread]["accuracy_before"] - row["true"][0] for row in rows]
@@ -134,24 +134,24 @@ def fit(rows: list[dict[str, Any]], spread: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the tables; write JSON if asked to."""
+    """Print the tables, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--per-class", type=int, default=1000)
     parser.add_argument("--spread", type=float, nargs="+", default=[1.0, 1.15, SPREAD, 1.5])
     parser.add_argument("--images", action="store_true")
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
     dataset = load(DataConfig(path="cifar10-jpg.tar.xz"), 0)
     data = {name: torch.from_numpy(array) for name, array in embed(dataset, embedder, Console(), True).items()}
     for part, labels in (("train_labels", dataset.train_labels), ("test_labels", dataset.test_labels)):
         data[part] = torch.from_numpy(labels)
-    written: dict[str, Any] = {"per_class": words.per_class, "shipped_spread": SPREAD}
-    if words.images:
+    written: dict[str, Any] = {"per_class": args.per_class, "shipped_spread": SPREAD}
+    if args.images:
         total = {size: Counter() for size in SIZES}
         for without in range(10):
-            for size, count in folders(Nine(data, without, words.per_class), embedder.priors).items():
+            for size, count in folders(Nine(data, without, args.per_class), embedder.priors).items():
                 total[size].update(count)
         for size, count in total.items():
             print(f"folders of {size} images: " + ", ".join(f"{what} {n}" for what, n in sorted(count.items())))
@@ -160,19 +160,19 @@ def main() -> None:
         rows = []
         print(f"{'new':>9} {'learner':>9} {'images':>6} {'true':>16} {'drop':>7}   estimated drop with each spread")
         for name in WITHOUT:
-            found = drops(Nine(data, dataset.classes.index(name), words.per_class), embedder.priors, words.spread)
+            found = drops(Nine(data, dataset.classes.index(name), args.per_class), embedder.priors, args.spread)
             rows += [{"new": name, **row} for row in found]
             for row in found:
                 old, new = row["true"]
-                estimates = "  ".join(f"{s:g}: {row['estimated'][s]['drop']:+.3f}" for s in words.spread)
+                estimates = "  ".join(f"{s:g}: {row['estimated'][s]['drop']:+.3f}" for s in args.spread)
                 line = f"{name:>9} {row['learner']:>9} {row['images']:6} {old:.3f} -> {new:.3f} {old - new:+9.3f}"
                 print(f"{line}   {estimates}", flush=True)
-        written |= {"rows": rows, "fit": {spread: fit(rows, spread) for spread in words.spread}}
+        written |= {"rows": rows, "fit": {spread: fit(rows, spread) for spread in args.spread}}
         for spread, values in written["fit"].items():
             print(f"spread {spread:g}: " + ", ".join(f"{what} {value:.3f}" for what, value in values.items()))
-    if words.json:
-        command = f"python benchmarks/retention.py --per-class {words.per_class}" + " --images" * words.images
-        words.json.write_text(json.dumps({"command": command, **environment(), **written}, indent=2) + "\n")
+    if args.json:
+        command = f"python benchmarks/retention.py --per-class {args.per_class}" + " --images" * args.images
+        args.json.write_text(json.dumps({"command": command, **environment(), **written}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

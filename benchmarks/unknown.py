@@ -1,12 +1,12 @@
-"""What tells an unknown image from a known one: AUROC and FPR at 95 % TPR of several scores, and the thresholds' rates.
+"""Compare scores for detecting unknown images by AUROC and FPR at 95 % TPR, and measure the rates of the thresholds.
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/unknown.py RUN [--json FILE]
 
-RUN is a finished run on nine classes of CIFAR-10 (examples/cifar10.yaml); unknown are all test images of the tenth
-(near) and of CIFAR-100 (far; some of its classes, like pickup_truck and bus, are near too). The score was chosen by the
-column "chosen": for four pairs of the nine classes, learner and statistics were made anew without the pair from four
-fifths of the training images, and told the rest of them apart. No test image had a part in that.
-TPR: the share of known images that pass, rightly recognised or not.
+RUN is a finished run on nine classes of CIFAR-10 (examples/cifar10.yaml). The unknown images are all test images of the
+tenth class (near) and of CIFAR-100 (far, although some of its classes, like pickup_truck and bus, are near as well).
+The score was selected by the column "chosen": for four pairs of the nine classes, learner and statistics were fitted
+without the pair on four fifths of the training images, and evaluated on the rest. No test images were used for that.
+TPR is the share of known images that are accepted, whether or not they are predicted correctly.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SEEDS = 5
 
 
 def scores_of(learner: learners.Learner, statistics: ClassStatistics, vectors: Tensor) -> dict[str, Tensor]:
-    """Every score of embeddings ``(N, D)`` for the class that the learner predicts; higher is more known."""
+    """Return all scores of embeddings ``(N, D)`` for the predicted class; higher means more likely known."""
     classes = len(statistics.counts)
     logits = torch.cat([learner.scores(part) for part in vectors.split(4096)])[:, :classes].double()
     rows, wide = logits.argmax(1), vectors.double()
@@ -63,14 +63,16 @@ def scores_of(learner: learners.Learner, statistics: ClassStatistics, vectors: T
 
 
 def compared(known: Tensor, unknown: Tensor) -> dict[str, float]:
-    """AUROC, and the share of the unknown above the fifth percentile of the known."""
-    below = torch.searchsorted(known.sort().values, unknown.contiguous())  # how many known ones each is above
+    """Return the AUROC and the share of unknown scores above the fifth percentile of the known ones."""
+    below = torch.searchsorted(
+        known.sort().values, unknown.contiguous()
+    )  # number of known scores below each unknown one
     auroc = 1 - below.double().mean() / len(known)
     return {"auroc": float(auroc), "fpr95": float((unknown >= np.quantile(known.numpy(), 0.05)).double().mean())}
 
 
 def chosen_on(vectors: Tensor, labels: Tensor, names: list[str], embedder) -> dict[str, dict[str, float]]:
-    """The column "chosen": means over `PAIRS`."""
+    """Return the column "chosen": the means over `PAIRS`."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))
     held, kept = shuffled[: len(labels) // 5], shuffled[len(labels) // 5 :]
     found: dict[str, list[dict[str, float]]] = {}
@@ -90,7 +92,7 @@ def chosen_on(vectors: Tensor, labels: Tensor, names: list[str], embedder) -> di
 
 
 def blank_frames(size: int) -> dict[str, np.ndarray]:
-    """What a broken or covered camera gives, uint8 ``(N, size, size, 3)``."""
+    """Return frames of a broken or covered camera, uint8 ``(N, size, size, 3)``."""
     rng = np.random.default_rng(0)
     one_colour = rng.integers(0, 256, (200, 1, 1, 3))
     return {
@@ -104,7 +106,7 @@ def blank_frames(size: int) -> dict[str, np.ndarray]:
 def after_teaching(
     rejector: Rejector, statistics: ClassStatistics, taught: Tensor, test: Tensor, others: Tensor
 ) -> list[dict[str, float]]:
-    """A new class from few images: the share of its test images, and of all others, that would pass as it."""
+    """Measure the shares of its own and of all other test images that a new class accepts after few images."""
     rows, new = [], len(statistics.counts)
     for count in IMAGES:
         passed = []
@@ -119,29 +121,29 @@ def after_teaching(
                     for part in (test, others)
                 ]
             )
-        own, foreign = np.mean(passed, axis=0)
+        own, others_rate = np.mean(passed, axis=0)
         worst = min(one[0] for one in passed)
-        rows.append({"images": count, "accepted": own, "accepted_worst": worst, "others_accepted": foreign})
-        print(f"taught with {count:3}: {own:.3f} of its test images pass (worst of {SEEDS}: {worst:.3f}), "
-              f"others taken for it: {foreign:.3f}")  # fmt: skip
+        rows.append({"images": count, "accepted": own, "accepted_worst": worst, "others_accepted": others_rate})
+        print(f"taught with {count:3}: {own:.3f} of its test images accepted (worst of {SEEDS}: {worst:.3f}), "
+              f"of others: {others_rate:.3f}")  # fmt: skip
     return rows
 
 
 def main() -> None:
-    """Print the tables; write JSON if asked to."""
+    """Print the tables, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--json", type=Path)
-    words = parser.parse_args()
+    args = parser.parse_args()
     set_threads(0)
     embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
     ten, hundred = (load(DataConfig(path=f"cifar{n}-jpg.tar.xz"), 0) for n in (10, 100))
     vectors = {part: torch.from_numpy(array) for part, array in embed(ten, embedder, Console(), True).items()}
     far = torch.from_numpy(embed(hundred, embedder, Console(), True)["test"])
-    learner = learners.restore(*files.read_tensors(words.run / "learner.safetensors"))
-    arrays, _ = files.read_tensors(words.run / "statistics.safetensors")
+    learner = learners.restore(*files.read_tensors(args.run / "learner.safetensors"))
+    arrays, _ = files.read_tensors(args.run / "statistics.safetensors")
     statistics = ClassStatistics.from_state({name: torch.from_numpy(array) for name, array in arrays.items()})
-    names = ClassRegistry.from_json(files.read_json(words.run / "classes.json")).names
+    names = ClassRegistry.from_json(files.read_json(args.run / "classes.json")).names
     (new,) = [name for name in ten.classes if name not in names]
     row = torch.tensor([names.index(name) if name in names else -1 for name in ten.classes])
     train, test = row[torch.from_numpy(ten.train_labels)], row[torch.from_numpy(ten.test_labels)]
@@ -163,14 +165,14 @@ def main() -> None:
     passes = rejector.accepts(old, test[test >= 0])[0].double()
     by_class = {name: float(passes[test[test >= 0] == n].mean()) for n, name in enumerate(names)}
     rates = {part: float(rejector.accepts(v, learner.predict(v))[0].double().mean()) for part, v in parts.items()}
-    print(f"pass, of thresholds for {rejector.rate:.2f}: own class {float(passes.mean()):.3f} (classes "
+    print(f"accepted at thresholds for {rejector.rate:.2f}: own class {float(passes.mean()):.3f} (classes "
           f"{min(by_class.values()):.3f}..{max(by_class.values()):.3f}); as predicted: "
           + ", ".join(f"{part} {rate:.3f}" for part, rate in rates.items()))  # fmt: skip
     blank = {kind: torch.from_numpy(embedder.embed(pixels)) for kind, pixels in blank_frames(embedder.size).items()}
     blank_rates = {kind: float(rejector.accepts(v, learner.predict(v))[0].double().mean()) for kind, v in blank.items()}
-    print("pass, of frames without anything: " + ", ".join(f"{kind} {rate:.3f}" for kind, rate in blank_rates.items()))
+    print("accepted, of blank frames: " + ", ".join(f"{kind} {rate:.3f}" for kind, rate in blank_rates.items()))
     taught = after_teaching(rejector, statistics, vectors["train"][train < 0], near, old)
-    if words.json:
+    if args.json:
         record = {
             "command": "python benchmarks/unknown.py RUN (RUN: ssd-edge train --config examples/cifar10.yaml)",
             **environment(),
@@ -181,7 +183,7 @@ def main() -> None:
             "blank_frames": blank_rates,
             "new_class": taught,
         }
-        words.json.write_text(json.dumps(record, indent=2) + "\n")
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

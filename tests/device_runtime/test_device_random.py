@@ -322,10 +322,8 @@ class Devices(RuleBasedStateMachine):
         assert (now.number, now.fallback, self.device.generation.number) == (self.number, "", self.number)
         assert [Known(one.id, one.name, one.images) for one in entries] == list(self.now.classes)
         assert self.device.statistics.counts.tolist() == [one.images for one in self.now.classes]
-        for device, number in (
-            (self.device, self.number),
-            (self.reader, self.read),
-        ):  # the generation of the reader may be pruned
+        # the generation of the reader may be pruned already
+        for device, number in ((self.device, self.number), (self.reader, self.read)):
             expected = self.models[number]
             assert device.generation.number == number
             assert device.state.contents() == expected.files
