@@ -1,10 +1,10 @@
-"""What each part of `landmark` is worth: the neurons' response, where the keys come from, how many directions.
+"""Measure the effect of each part of `landmark`: response of the neurons, source of the keys, number of directions.
 
 Usage: python benchmarks/directions.py [--json FILE]
 
-Needs cifar10-jpg.tar.xz and tiny-imagenet32-jpg.tar.xz under $SSD_EDGE_DATA. Everything is judged on 10,000 held-out
-training images of CIFAR-10, learned from the other 40,000 (all, or 5, 20 and 100 a class: the mean of five draws); the
-test images are not looked at. These are the images that the constants of `landmark` were chosen on.
+Needs cifar10-jpg.tar.xz and tiny-imagenet32-jpg.tar.xz under $SSD_EDGE_DATA. Accuracy is measured on 10,000 held-out
+training images of CIFAR-10 after learning the other 40,000 (all, or 5, 20 and 100 per class: mean of five draws). Test
+images are not used. The constants of `landmark` were chosen on the same images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Response = Callable[[Tensor, float], Tensor]
 
 
 def top_k(share: float) -> Response:
-    """Top-K inhibition by subtraction, as in SDMLP: of each sample's cosines the largest `share` stay."""
+    """Return Top-K inhibition by subtraction, as in SDMLP, which keeps the largest `share` of each sample's cosines."""
 
     def respond(cosines: Tensor, gain: float) -> Tensor:
         left = cosines.shape[1] - max(1, round(share * cosines.shape[1]))
@@ -48,13 +48,13 @@ def top_k(share: float) -> Response:
 
 
 def relu(cosines: Tensor, gain: float) -> Tensor:
-    """What random-projection ridge takes."""
+    """Apply ReLU, the response of random-projection ridge."""
     return cosines.clamp_min(0)
 
 
 @contextlib.contextmanager
 def answering(respond: Response | None) -> Iterator[None]:
-    """With another response of the neurons, where landmarks are made and where they are used."""
+    """Replace the response of the neurons, both where landmarks are made and where they are used."""
     with contextlib.ExitStack() as stack:
         if respond is not None:
             for module in (made_from, default):
@@ -63,7 +63,7 @@ def answering(respond: Response | None) -> Iterator[None]:
 
 
 def shots_of(labels: Tensor, count: int, draw: int) -> Tensor:
-    """Indices of `count` samples of each class; 0: all."""
+    """Return indices of `count` samples per class, 0 for all."""
     if not count:
         return torch.arange(len(labels))
     generator = torch.Generator().manual_seed(draw)
@@ -72,7 +72,7 @@ def shots_of(labels: Tensor, count: int, draw: int) -> Tensor:
 
 
 def main() -> None:
-    """Print the table; write JSON if asked to."""
+    """Print the table, and write it as JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -1,20 +1,21 @@
-"""`landmark` against the closed-form panel on many streams, with few and many images, in five class orders.
+"""Compare `landmark` with the closed-form panel on many streams, with few and many images, in five class orders.
 
-No rival gets more state.
+No rival has more state than `landmark`.
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/panel.py --json FILE [--tiny FOLDER] [--streams …] [--shots 5 20 100 0]
        [--orders 5] [--heads …] [--jobs 2] [--again HEAD …] [--check-streams] [--frontier [--landmark-priors FOLDER]]
 
-Every head sees the same embeddings, images and order of classes. Order i is one of SDMLP's five; it also draws the
-images anew where a class has few (0: all of them) and seeds the learner. `landmark` has its default settings
-everywhere. A rival's settings are chosen for each stream and number of images among `CANDIDATES`, by training images
-of order 0 alone, and those whose size can be set (`MOST`) are as large as `landmark`'s state allows: FeCAM sees fewer
-directions of the embedding, the leading ones of the pretraining covariance. State is billed at 4 bytes a float; what
-comes with the backbone is counted apart. Where nothing depends on the seed and two orders agree, the others are not
-run ("repeated" in the record), nor are rivals on CIFAR-100 in 50 tasks: their statistics are those of the same images
-in 10 tasks.
+All heads see the same embeddings, images and class order. Order i is one of the five of SDMLP; it also seeds the
+learner and the draw of images where --shots limits them (0: all images). `landmark` always has its default settings.
+The settings of a rival are chosen from `CANDIDATES` for each stream and number of images, on held-out training images
+of order 0. Rivals with an adjustable size (`MOST`) are as large as the state of `landmark` allows; FeCAM sees fewer
+directions of the embedding, the leading ones of the pretraining covariance. State is counted at 4 bytes per float;
+constants that come with the backbone are counted separately. Where nothing depends on the seed and two orders agree,
+the others are not run ("repeated" in the record). Rivals on CIFAR-100 in 50 tasks are not run either: their statistics
+equal those of the same images in 10 tasks.
 
-A run that was cut goes on where it was; a record is kept while its settings stay the same (--again drops a head's).
+An interrupted run resumes where it stopped. A record is reused while its settings are unchanged; --again discards the
+records of a head.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ from ssd_edge.run.streams import make_stream
 from ssd_edge.run.tasks import StreamData, prepare
 
 STREAMS = ("cifar10", "cifar100-10x10", "cifar100-50x2", "mnist-pixels", "mnist", "tiny-imagenet")
-TWINS = {"cifar100-50x2": "cifar100-10x10"}  # the same images and classes in other tasks
+TWINS = {"cifar100-50x2": "cifar100-10x10"}  # the same images and classes, split into tasks differently
 PROTOCOLS = ("cifar10", "cifar10-repetition", "cifar10-blurry", "cifar10-online")
 BUDGETS_MB = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
-# Of what sets a rival's size; FeCAM's: D. FlyModel's 10,000 are the published ones; 40,000 gained it 0.2 points.
+# Upper limit of the setting that determines a rival's size. FeCAM: D. FlyModel: published; 40,000 gain 0.2 points.
 MOST = {"ranpac": 20_000, "fecam": 1_000_000, "flymodel": 10_000}
-TUNING_NEURONS = 4_000  # FlyModel's settings for all images are chosen at this size; for fewer images lr would differ
+TUNING_NEURONS = (
+    4_000  # size at which FlyModel's settings for all images are chosen; lr depends on the size for few images
+)
 SHRINKAGES = ((1.0, 1.0), (0.1, 0.1), (10.0, 0.0))
 GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
     "slda": tuple({"prior_weight": weight} for weight in (-1.0, 0.0, 1000.0)),
@@ -70,39 +73,39 @@ GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
     "flymodel": tuple({"lr": lr, "active": active} for lr in (0.005, 0.2) for active in (0.01, 0.05)),
 }
 CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {head: GRIDS.get(head, ({},)) for head in CLOSED_FORM}
-AGREE = 0.0005  # of accuracy: two orders that should differ by rounding alone
-LEAST_LOSS = 0.003  # of accuracy: `landmark` is called worse only beyond this, and beyond two standard errors
+AGREE = 0.0005  # difference in accuracy below which two orders are considered equal up to rounding
+LEAST_LOSS = 0.003  # `landmark` counts as worse if it loses more accuracy than this and than two standard errors
 
 Record = dict[str, Any]
-_opened: dict[str, tuple[Path, Priors]] = {}  # in a worker: stream → its arrays and priors
+_opened: dict[str, tuple[Path, Priors]] = {}  # in a worker process: stream → arrays and priors
 
 
 def start_worker(opened: dict[str, tuple[Path, Priors]]) -> None:
-    """Make the streams known to a process of the pool."""
+    """Initialise a worker process with the streams."""
     torch.set_num_threads(1)
     _opened.update(opened)
 
 
 @functools.lru_cache(maxsize=1)
-def read(path: Path) -> Inputs:
-    """The arrays of one data set."""
+def read_stream(path: Path) -> Inputs:
+    """Return the arrays of one data set."""
     return read_inputs(path)
 
 
 @functools.lru_cache(maxsize=2)
-def ordered(stream: str, order: int) -> StreamData:
-    """A stream with its classes in the order of that number."""
-    inputs = read(_opened[stream][0])
+def ordered_stream(stream: str, order: int) -> StreamData:
+    """Return a stream with its classes in the given order."""
+    inputs = read_stream(_opened[stream][0])
     config = StreamConfig(**streams()[stream].stream, order=f"sdmlp-{ORDERS[order]}")
     return prepare(inputs.dataset, make_stream(inputs.dataset.classes, config, order), True, inputs.embedded)
 
 
 def tasks_of(stream: str, shots: int, order: int) -> list[Tensor]:
-    """For each task the indices of the training images that arrive; `shots` of a class, 0: all."""
-    tasks = list(ordered(stream, order).train_tasks)
+    """Return the indices of the training images of each task; `shots` images per class, 0 for all."""
+    tasks = list(ordered_stream(stream, order).train_tasks)
     if not shots:
         return tasks
-    labels = torch.from_numpy(read(_opened[stream][0]).dataset.train_labels)
+    labels = torch.from_numpy(read_stream(_opened[stream][0]).dataset.train_labels)
     generator, taken = torch.Generator().manual_seed(1_000_003 * order + shots), torch.zeros(len(labels)).bool()
     for label in labels.unique():
         own = (labels == label).nonzero().flatten()
@@ -110,8 +113,8 @@ def tasks_of(stream: str, shots: int, order: int) -> list[Tensor]:
     return [task[taken[task]] for task in tasks]
 
 
-def bill(learner: learners.Learner) -> tuple[int, int]:
-    """Bytes of a learner's state with floats of 4 bytes, and of what is in it but comes with the backbone."""
+def state_size(learner: learners.Learner) -> tuple[int, int]:
+    """Return the bytes of a learner's state at 4 bytes per float, and those of its constants from the backbone."""
     state, constants = learner.state_dict(), learner.constants()
 
     def size(tensors: Mapping[str, Tensor]) -> int:
@@ -121,7 +124,7 @@ def bill(learner: learners.Learner) -> tuple[int, int]:
 
 
 def bytes_of(head: str, size: int, classes: int) -> int:
-    """What `bill` says of a rival of that size: features, directions or neurons."""
+    """Return the state bytes of a rival with `size` features, directions or neurons."""
     triangle, small = size * (size + 1) // 2, classes + 8
     if head == "ranpac":
         return 4 * (triangle + 2 * classes * size + 2 * classes) + small
@@ -131,7 +134,7 @@ def bytes_of(head: str, size: int, classes: int) -> int:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, if all smaller ones do; 0: none."""
+    """Return the largest number up to `most` that fits, assuming that all smaller ones do; 0 if none fits."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -139,11 +142,11 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def sized(head: str, budget: int, classes: int, dim: int) -> dict[str, Any]:
-    """The settings by which a rival is as large as a budget of so many bytes allows; {}: its size cannot be set.
+def size_settings(head: str, budget: int, classes: int, dim: int) -> dict[str, Any]:
+    """Return the size settings of a rival that fills a budget in bytes; {} if its size cannot be set.
 
     Raises:
-        InputError: not even the smallest fits.
+        InputError: If even the smallest size does not fit.
     """
     if head not in MOST:
         return {}
@@ -159,7 +162,7 @@ def sized(head: str, budget: int, classes: int, dim: int) -> dict[str, Any]:
 
 
 def view_of(count: int, dim: int, priors: Priors, seed: int) -> Tensor:
-    """Orthonormal ``(dim, count)``: the leading directions of the pretraining covariance; without one, random ones."""
+    """Return ``(dim, count)`` orthonormal leading directions of the pretraining covariance, or random ones."""
     if priors.within_covariance is not None:
         vectors = torch.linalg.eigh(torch.from_numpy(priors.within_covariance).double()).eigenvectors.flip(1)
     else:
@@ -171,7 +174,7 @@ class TrainedLearner:
     """A learner that has learned a stream.
 
     Attributes:
-        seconds: of each task.
+        seconds: Training time of each task.
     """
 
     def __init__(self, options: Mapping[str, Any], tasks: Sequence[learners.Task], priors: Priors, seed: int) -> None:
@@ -183,27 +186,27 @@ class TrainedLearner:
         self.seconds = []
         for task in tasks:
             began = time.perf_counter()
-            self.learner.learn(learners.Task(self.seen(task.embeddings), task.labels))
+            self.learner.learn(learners.Task(self.project(task.embeddings), task.labels))
             self.seconds.append(time.perf_counter() - began)
 
-    def seen(self, vectors: Tensor) -> Tensor:
-        """Embeddings as the learner is given them."""
+    def project(self, vectors: Tensor) -> Tensor:
+        """Return embeddings as the learner sees them."""
         return vectors if self.view is None else vectors @ self.view
 
-    def right(self, vectors: Tensor, rows: Tensor) -> int:
-        """How many of ``(N, D)`` are recognised."""
+    def correct(self, vectors: Tensor, rows: Tensor) -> int:
+        """Return the number of correct predictions for ``(N, D)`` embeddings."""
         parts = zip(vectors.split(4096), rows.split(4096), strict=True)
-        return sum(int((self.learner.predict(self.seen(part)) == truth).sum()) for part, truth in parts)
+        return sum(int((self.learner.predict(self.project(part)) == truth).sum()) for part, truth in parts)
 
 
 def measured(options: Mapping[str, Any], stream: str, tasks: Sequence[Tensor], order: int, priors: Priors) -> Record:
-    """Learn task by task; judge by all test images."""
-    prepared = ordered(stream, order)
+    """Learn the tasks in sequence and evaluate on all test images."""
+    prepared = ordered_stream(stream, order)
     given = [learners.Task(prepared.train[task], prepared.train_rows[task]) for task in tasks]
     trained = TrainedLearner(options, given, priors, order)
-    state, constants = bill(trained.learner)
+    state, constants = state_size(trained.learner)
     return {
-        "accuracy": trained.right(prepared.test, prepared.test_rows) / len(prepared.test),
+        "accuracy": trained.correct(prepared.test, prepared.test_rows) / len(prepared.test),
         "state_bytes": state,
         "constant_bytes": constants,
         "learned": sum(map(len, tasks)),
@@ -214,12 +217,13 @@ def measured(options: Mapping[str, Any], stream: str, tasks: Sequence[Tensor], o
 
 
 def splits(rows: Tensor, shots: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Which samples are learned and which are judged: a fifth of each class, of few images each fifth in turn.
+    """Yield indices of learned and held-out samples.
 
-    Of all images a tenth. At least one of a class is learned.
+    A fifth of each class is held out, or a tenth with all images; up to 20 images per class give five folds. At least
+    one image of each class is learned.
     """
     parts = 5 if shots else 10
-    place = torch.zeros(len(rows), dtype=torch.int64)  # of a sample within its class
+    place = torch.zeros(len(rows), dtype=torch.int64)  # position of a sample within its class
     for row in rows.unique():
         own = (rows == row).nonzero().flatten()
         place[own] = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))
@@ -229,9 +233,9 @@ def splits(rows: Tensor, shots: int) -> Iterator[tuple[Tensor, Tensor]]:
             yield (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
-def chosen(head: str, size: Mapping[str, Any], stream: str, shots: int, priors: Priors) -> Record:
-    """The candidate that recognises most held-out training images of order 0; the first of equals."""
-    prepared, index = ordered(stream, 0), torch.cat(tasks_of(stream, shots, 0))
+def choose_settings(head: str, size: Mapping[str, Any], stream: str, shots: int, priors: Priors) -> Record:
+    """Return the candidate with the best accuracy on held-out training images of order 0; the first of equals."""
+    prepared, index = ordered_stream(stream, 0), torch.cat(tasks_of(stream, shots, 0))
     vectors, rows = prepared.train[index], prepared.train_rows[index]
     given, scores = {"name": head, **size}, []
     if head == "flymodel" and not shots:
@@ -242,7 +246,7 @@ def chosen(head: str, size: Mapping[str, Any], stream: str, shots: int, priors: 
             trained = TrainedLearner(
                 {**given, **candidate}, [learners.Task(vectors[learned], rows[learned])], priors, 0
             )
-            right, judged = right + trained.right(vectors[held], rows[held]), judged + len(held)
+            right, judged = right + trained.correct(vectors[held], rows[held]), judged + len(held)
         scores.append(right / judged)
     return {
         "stream": stream,
@@ -256,35 +260,35 @@ def chosen(head: str, size: Mapping[str, Any], stream: str, shots: int, priors: 
     }
 
 
-def by_seed(head: str, size: Mapping[str, Any], priors: Priors) -> bool:
-    """Whether a rival draws anything."""
+def depends_on_seed(head: str, size: Mapping[str, Any], priors: Priors) -> bool:
+    """Return True if a rival depends on the seed."""
     drawn_view = bool(size) and priors.within_covariance is None
     return head in ("ranpac", "flymodel") or (head == "fecam" and drawn_view)
 
 
-def same(first: Record, second: Record) -> bool:
-    """Whether two orders differ by rounding alone."""
+def agree(first: Record, second: Record) -> bool:
+    """Return True if two orders agree up to rounding."""
     return first["settings"] == second["settings"] and abs(first["accuracy"] - second["accuracy"]) <= AGREE
 
 
 def panel(
     stream: str, shots: int, order: int, heads: Sequence[str], known: Mapping[str, Mapping[str, Record]]
 ) -> tuple[list[Record], list[Record]]:
-    """All heads on one stream, number of images and order.
+    """Run all heads on one stream, number of images and order.
 
     Args:
-        stream: its name.
-        shots: images a class, 0: all.
-        order: its number.
-        heads: which rivals.
-        known: head → record: ``kept`` of this very cell, ``choices``, ``first`` and ``second`` of orders 0 and 1 where
-            they may stand for this one, ``twin`` of the stream that differs in its tasks alone.
+        stream: Name of the stream.
+        shots: Images per class, 0 for all.
+        order: Number of the class order.
+        heads: Names of the rivals.
+        known: Records by head: ``kept`` of this cell, ``choices`` of settings, ``first`` and ``second`` of orders 0
+            and 1 where they may replace this one, ``twin`` of the stream that differs only in its tasks.
 
     Returns:
-        Records of the cells and of what was chosen.
+        Records of the cells, and of the settings chosen.
     """
     priors, place = _opened[stream][1], {"stream": stream, "shots": shots, "order": order}
-    dim, classes = ordered(stream, order).train.shape[1], len(ordered(stream, order).names)
+    dim, classes = ordered_stream(stream, order).train.shape[1], len(ordered_stream(stream, order).names)
     cells, choices = [], []
 
     def cell(head: str, size: Mapping[str, Any], tuned: Mapping[str, Any]) -> Record:
@@ -300,12 +304,18 @@ def panel(
 
     cells.append(cell("landmark", {}, dataclasses.asdict(learners.settings_of({"name": "landmark"}))))
     for head in heads:
-        size = sized(head, cells[0]["state_bytes"], classes, dim)
+        size = size_settings(head, cells[0]["state_bytes"], classes, dim)
         twin, first, second = (known[name].get(head) for name in ("twin", "first", "second"))
         if twin and twin["sized"] == size:
             cells.append({**twin, **place, "repeated": True})
             continue
-        if first and second and not by_seed(head, size, priors) and same(first, second) and first["sized"] == size:
+        if (
+            first
+            and second
+            and not depends_on_seed(head, size, priors)
+            and agree(first, second)
+            and first["sized"] == size
+        ):
             cells.append({**second, **place, "repeated": True})
             continue
         candidates = CANDIDATES[head] if head != "slda" or priors.within_covariance is not None else ({},)
@@ -315,30 +325,32 @@ def panel(
         choice = known["choices"].get(head)
         stale = choice is None or choice["candidates"] != list(candidates) or (order == 0 and choice["sized"] != size)
         if stale:
-            choice = chosen(head, size, stream, shots, priors)
+            choice = choose_settings(head, size, stream, shots, priors)
             choices.append(choice)
         cells.append(cell(head, size, choice["chosen"]))
     return cells, choices
 
 
 def protocol(stream: str, order: int) -> Record:
-    """`landmark` on a stream of another kind, all images."""
+    """Run `landmark` on a stream of another protocol with all images."""
     priors = _opened[stream][1]
     made = measured({"name": "landmark"}, stream, tasks_of(stream, 0, order), order, priors)
     return {"stream": stream, "order": order, **made}
 
 
 def frontier(stream: str, head: str, budget_mb: float, priors: Priors | None) -> Record:
-    """One point of accuracy against state, all images in order 0; rivals see them at once, which changes nothing.
+    """Return one point of accuracy against state, with all images in order 0.
+
+    Rivals learn all images in one task, which does not change their statistics.
 
     Args:
-        stream: its name.
-        head: which.
-        budget_mb: 0: of the size that it has.
-        priors: for `landmark`; None: the stream's.
+        stream: Name of the stream.
+        head: Name of the head.
+        budget_mb: Limit of the state in MB; 0 for the default size.
+        priors: Priors of `landmark`; None for those of the stream.
     """
     point: Record = {"stream": stream, "head": head, "budget_mb": budget_mb}
-    own, prepared, budget = _opened[stream][1], ordered(stream, 0), int(budget_mb * 1e6)
+    own, prepared, budget = _opened[stream][1], ordered_stream(stream, 0), int(budget_mb * 1e6)
     dim, classes, tasks = prepared.train.shape[1], len(prepared.names), tasks_of(stream, 0, 0)
     if head == "landmark":
         priors, options = priors or own, {"name": "landmark"}
@@ -349,7 +361,7 @@ def frontier(stream: str, head: str, budget_mb: float, priors: Priors | None) ->
             def fits(directions: int) -> bool:
                 try:
                     learner = TrainedLearner({"name": "landmark", "directions": directions}, probe, priors, 0).learner
-                    return bill(learner)[0] <= budget
+                    return state_size(learner)[0] <= budget
                 except InputError as error:
                     refusals.append((directions, str(error)))
                     return False
@@ -361,23 +373,23 @@ def frontier(stream: str, head: str, budget_mb: float, priors: Priors | None) ->
             options["directions"] = count
         return {**point, "settings": options, **measured(options, stream, tasks, 0, priors)}
     try:
-        size = sized(head, budget, classes, dim) if budget else {}
+        size = size_settings(head, budget, classes, dim) if budget else {}
     except InputError as error:
         return {**point, "skipped": str(error)}
     if budget and bytes_of(head, next(iter(size.values()), dim), classes) <= budget / 2:
         return {**point, "skipped": "the largest one that is measured fits in half of this budget"}
-    tuned = chosen(head, size, stream, 0, own)["chosen"] if len(CANDIDATES[head]) > 1 else {}
+    tuned = choose_settings(head, size, stream, 0, own)["chosen"] if len(CANDIDATES[head]) > 1 else {}
     options = {"name": head, **size, **tuned}
     return {**point, "settings": options, **measured(options, stream, [torch.cat(tasks)], 0, own)}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and its standard error; 0 of a single value."""
+    """Return the mean and its standard error, which is 0 for a single value."""
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def summary(cells: Sequence[Record]) -> list[Record]:
-    """For each stream and number of images every head over its orders, and `landmark` against the best no larger."""
+    """Summarise heads per stream and number of images; compare `landmark` with the best head of at most its size."""
     found: dict[tuple[str, int], dict[str, dict[int, Record]]] = collections.defaultdict(dict)
     for cell in cells:
         found[cell["stream"], cell["shots"]].setdefault(cell["head"], {})[cell["order"]] = cell
@@ -421,11 +433,11 @@ def show(rows: Sequence[Record]) -> None:
 
 
 class Records:
-    """The records, saved after every change.
+    """Records of a run, saved after every change.
 
     Args:
-        path: JSON; what it holds already is taken over.
-        again: heads whose records are dropped.
+        path: JSON file; existing records are reused.
+        again: Heads whose records are discarded.
     """
 
     def __init__(self, path: Path, again: Sequence[str]) -> None:
@@ -437,28 +449,28 @@ class Records:
         self.choices = {(one["stream"], one["shots"], one["head"]): one for one in choices}
 
     def at(self, stream: str | None, shots: int, order: int) -> dict[str, Record]:
-        """Head → record of a cell."""
+        """Return the records of a cell by head."""
         return {key[3]: cell for key, cell in self.cells.items() if key[:3] == (stream, shots, order)}
 
     def known(self, stream: str, shots: int, order: int) -> dict[str, dict[str, Record]]:
-        """What `panel` may take over; only with all images are two orders the same images."""
-        same = shots == 0 and order > 1
+        """Return the records that `panel` may reuse; two orders have the same images only with all images."""
+        all_images = shots == 0 and order > 1
         return {
             "kept": self.at(stream, shots, order),
             "choices": {key[2]: one for key, one in self.choices.items() if key[:2] == (stream, shots)},
-            "first": self.at(stream, shots, 0) if same else {},
-            "second": self.at(stream, shots, 1) if same else {},
+            "first": self.at(stream, shots, 0) if all_images else {},
+            "second": self.at(stream, shots, 1) if all_images else {},
             "twin": self.at(TWINS.get(stream), shots, order),
         }
 
     def add(self, cells: Sequence[Record], choices: Sequence[Record]) -> None:
-        """Take in what a job gave."""
+        """Add the results of a job."""
         self.cells |= {(one["stream"], one["shots"], one["order"], one["head"]): one for one in cells}
         self.choices |= {(one["stream"], one["shots"], one["head"]): one for one in choices}
         self.save()
 
     def save(self, **more: Any) -> None:
-        """Write everything."""
+        """Write all records."""
         args = [word if "/" not in word else "PATH" for word in sys.argv[1:]]
         command = shlex.join(["python", "benchmarks/panel.py", *args])
         cells, choices = list(self.cells.values()), list(self.choices.values())
@@ -469,7 +481,7 @@ class Records:
 
 
 def fill(records: Records, pool: ProcessPoolExecutor, args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Run the panel: each cell as soon as those are there that it may take something from."""
+    """Run the panel; a cell starts once the cells whose results it may reuse are complete."""
     heads = [head for head in args.heads if head != "landmark"]
     waiting = [(name, shots, order) for order in range(args.orders) for name in names for shots in args.shots]
     left, running = set(waiting), {}
@@ -493,7 +505,7 @@ def fill(records: Records, pool: ProcessPoolExecutor, args: argparse.Namespace, 
 
 
 def open_streams(names: Sequence[str], tiny: Path | None, folder: Path) -> dict[str, tuple[Path, Priors]]:
-    """Arrays and priors of each stream whose data and backbone are here; the others are named."""
+    """Return arrays and priors of each stream with data and backbone available; print the names of the others."""
     sources, opened = Sources(torch.device("cpu"), Console(), tiny), {}
     for name in names:
         source = streams()[name]
@@ -510,7 +522,7 @@ def open_streams(names: Sequence[str], tiny: Path | None, folder: Path) -> dict[
 
 
 def main() -> None:
-    """Run what is asked for; print the table."""
+    """Run the selected benchmarks and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", nargs="*", choices=STREAMS, default=list(STREAMS))
     parser.add_argument("--shots", type=int, nargs="+", default=[5, 20, 100, 0])

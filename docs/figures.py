@@ -1,8 +1,9 @@
-"""Regenerate the figures of README.md and docs/ from docs/results/: a terminal picture and tables.
+"""Regenerate the tables and figures of README.md and docs/ from docs/results/.
 
 Usage: python docs/figures.py [--check]
 
-Each result file says which command wrote it. With --check nothing is written; exit code 1 where one is stale.
+Each result file records the command that wrote it. With --check nothing is written, and the exit code is 1 if a file
+is out of date.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ ROWS = (
     *("device", "readers", "precision", "values", "shift", "budget", "epoch", "few", "readout", "mlp-ewc"),
     "directions",
 )
-# docs/what-matters.md: experiments of `ssd-edge reproduce`, at its reduced budget on Split CIFAR-10
+# docs/what-matters.md: experiments of `ssd-edge reproduce` at the reduced budget on Split CIFAR-10
 MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
     *("controls", "panel"),
 )
-QUIET = 0.1  # cores that others kept busy: more is a machine with other work
+QUIET = 0.1  # number of cores used by other processes below which the machine counts as idle
 TERMS = {
     "cross_entropy": "cross-entropy",
     "logit_distillation": "logits",
@@ -46,7 +47,7 @@ TERMS = {
 
 
 def comparison_table(results: dict[str, dict]) -> str:
-    """Average accuracy after the last task of every method on each stream, and its state."""
+    """Return average accuracy after the last task of each method on each stream, and the size of its state."""
     lines = [
         "| average accuracy after the last task | " + " | ".join(results) + " | state |",
         "|---|" + "---|" * (len(results) + 1),
@@ -54,15 +55,15 @@ def comparison_table(results: dict[str, dict]) -> str:
     names = [method.display for method in ranked(next(iter(results.values())))]
     by_name = {data: {m.display: m for m in ranked(metrics)} for data, metrics in results.items()}
     for name in names:
-        found = [by_name[data][name].values for data in results]
-        cells = [f"{100 * values['average_accuracy']:.1f} %" for values in found]
+        per_stream = [by_name[data][name].values for data in results]
+        cells = [f"{100 * values['average_accuracy']:.1f} %" for values in per_stream]
         shown = f"**{name}**" if name == "landmark" else name
-        lines.append(f"| {shown} | {' | '.join(cells)} | {size(found[0]['state_bytes'])} |")
+        lines.append(f"| {shown} | {' | '.join(cells)} | {size(per_stream[0]['state_bytes'])} |")
     return "\n".join(lines)
 
 
 def device_table(rows: list[dict]) -> str:
-    """What a learn on the device gave."""
+    """Return the results of learning a class on the device."""
     lines = [
         "| images of the new class | new class | old classes | the device's own estimate for them | seconds |",
         "|---|---|---|---|---|",
@@ -78,7 +79,7 @@ def device_table(rows: list[dict]) -> str:
 
 
 def precision_table(rows: list[dict]) -> str:
-    """What each precision of a backbone changes."""
+    """Return the effect of each backbone precision."""
     lines = [
         "| | backbone | engine | smallest cosine | p99 of the difference | drift of a mean | same decision | "
         "accuracy | one image |",
@@ -101,40 +102,40 @@ def precision_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def retention_table(found: dict) -> str:
-    """How near the estimated drop of the old classes comes to the true one, by spread of the stand-ins."""
+def retention_table(results: dict) -> str:
+    """Compare the estimated with the true drop of the old classes, by spread of the synthetic samples."""
     lines = [
         "| spread | correlation | largest under-estimate | largest over-estimate | learns decided wrongly at 0.1 |",
         "|---|---|---|---|---|",
     ]
-    for factor, fit in found["fit"].items():
-        shown = f"**{factor}**" if float(factor) == found["shipped_spread"] else factor
+    for factor, fit in results["fit"].items():
+        shown = f"**{factor}**" if float(factor) == results["shipped_spread"] else factor
         under, over = (points(fit[f"largest_{side}_estimate"]) for side in ("under", "over"))
-        wrong = f"{fit['wrong_at_0.1']} of {found['learns']}"
+        wrong = f"{fit['wrong_at_0.1']} of {results['learns']}"
         lines.append(f"| {shown} | {fit['correlation']:.3f} | {under} points | {over} points | {wrong} |")
     return "\n".join(lines)
 
 
 def guard_table(folders: dict) -> str:
-    """How often the guard speaks up about new images, by their number."""
+    """Return how often the guard warns about new images, by their number."""
     lines = ["| images | a new class | a known class under another name | a quarter shows a known class |"]
     lines.append("|---|---|---|---|")
     kinds = ("clean: any warning", "double: found", "mixed: found")
-    for count, found in folders.items():
-        shares = (found[key] / found["folders of a kind"] for key in kinds)
+    for count, row in folders.items():
+        shares = (row[key] / row["folders of a kind"] for key in kinds)
         lines.append(f"| {count} | " + " | ".join(map(percent, shares)) + " |")
     return "\n".join(lines)
 
 
-def field_table(found: dict) -> str:
-    """Five new classes taught one after another: time, memory, and what is then recognised."""
+def field_table(results: dict) -> str:
+    """Return time, memory and accuracy for five new classes learned in sequence."""
     lines = [
         "| class | seconds, in process | as a command | with other work beside it | memory | its test images: right | "
         "called `unknown` | the nine | true drop | estimated |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    in_process = [one["company"] for one in found["processes"]]
-    for row in found["rows"]:
+    in_process = [one["company"] for one in results["processes"]]
+    for row in results["rows"]:
         own, nine, company = row["own"]["then"], row["nine"]["right"], row["command_company"]
         commands = list(zip(row["command_seconds"], company, strict=True))
         alone, beside = ([s for s, cores in commands if (cores < QUIET) == quiet] for quiet in (True, False))
@@ -152,24 +153,24 @@ def field_table(found: dict) -> str:
 
 
 def readers_table(rows: list[dict]) -> str:
-    """How long a prediction takes beside learning, and whether any was wrong; medians over rounds."""
+    """Return prediction latency during learning and the number of wrong predictions; medians over rounds."""
     lines = ["| | predictions | p50 | p99 | slowest | wrong or failed | other work |", "|---" * 7 + "|"]
     where = {"thread": "a thread of the same process", "process": "processes of their own"}
     for row in rows:
         for name, title in (("without", "no learn"), ("learning", "20 learns")):
-            found = [one[name] for one in row["rounds"]]
-            p50, p99, slowest = (statistics.median(one[key] for one in found) for key in ("p50", "p99", "max"))
+            rounds = [one[name] for one in row["rounds"]]
+            p50, p99, slowest = (statistics.median(one[key] for one in rounds) for key in ("p50", "p99", "max"))
             ratio = f" ({row['ratio']:.1f}×)" if name == "learning" else ""
-            bad = sum(one["wrong"] + len(one["failures"]) for one in found)
+            bad = sum(one["wrong"] + len(one["failures"]) for one in rounds)
             title = f"{title}, {where[row['learner']]}" if name == "learning" else title
-            cells = (f"{sum(one['answers'] for one in found):,}", f"{p50:.1f} ms", f"{p99:.1f} ms{ratio}")
-            others = f"{statistics.median(one['company'] for one in found):.1f} cores"
+            cells = (f"{sum(one['answers'] for one in rounds):,}", f"{p50:.1f} ms", f"{p99:.1f} ms{ratio}")
+            others = f"{statistics.median(one['company'] for one in rounds):.1f} cores"
             lines.append(f"| {title} | {' | '.join(cells)} | {slowest:.0f} ms | {bad} | {others} |")
     return "\n".join(lines)
 
 
 def targets_table() -> str:
-    """The targets, from their files."""
+    """Return the table of targets from their files."""
     lines = ["| target | | TensorRT | precisions, fastest first | default | memory |", "|---|---|---|---|---|---|"]
     for target in targets.targets().values():
         names = ", ".join(f"`{name}`" for name in (target.name, *target.aliases))
@@ -182,7 +183,7 @@ def targets_table() -> str:
 
 
 def settings_table(rows: list[dict]) -> str:
-    """What settings of the gradient-trained learners are worth, two learners side by side where both were run."""
+    """Return the accuracy of gradient-trained learners by setting."""
     lines = [
         "| setting | accuracy | backward transfer | just learned |",
         "|---|---|---|---|",
@@ -198,17 +199,17 @@ def settings_table(rows: list[dict]) -> str:
 
 
 def values_table(rows: list[dict]) -> str:
-    """Closed-form values: accuracy over all classes / share of the new class recognised."""
+    """Return accuracy over all classes / recall of the new class for closed-form heads."""
     lines = ["| images of the new class | ridge | discriminant | `landmark` |", "|---|---|---|---|"]
     for row in rows:
-        found = (row[name] for name in ("ridge", "discriminant", "landmark"))
-        cells = [f"{one['accuracy']:.3f} / {one['recall']:.3f}" for one in found]
+        heads = (row[name] for name in ("ridge", "discriminant", "landmark"))
+        cells = [f"{one['accuracy']:.3f} / {one['recall']:.3f}" for one in heads]
         lines.append(f"| {row['shots']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def epoch_table(rows: list[dict]) -> str:
-    """One epoch, and a whole task, of one network in three ways."""
+    """Return the time of one epoch in three implementations, and the speed-up over a whole task."""
     lines = [
         "| neurons | threads | dense autograd | touched rows | compiled | compiled, second half | whole task |",
         "|---|---|---|---|---|---|---|",
@@ -223,7 +224,7 @@ def epoch_table(rows: list[dict]) -> str:
 
 
 def growth_table(curve: list[dict]) -> str:
-    """The compiled epoch as the network grows."""
+    """Return the time of a compiled epoch by network size."""
     lines = [
         "| neurons | first epoch | second half | scores alone | ratio | neurons evaluated for every sample |",
         "|---|---|---|---|---|---|",
@@ -240,7 +241,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def stored(experiment: str) -> list[Row]:
-    """The rows of an experiment on Split CIFAR-10 of which results are stored, over the class orders that all have."""
+    """Return the stored rows of an experiment on Split CIFAR-10, restricted to the class orders they have in common."""
     (one,) = chosen([experiment])
     found = [row for row in rows(one, "cifar10", "reduced", Store(DOCS / "results" / "reproduce")) if row.results]
     common = set.intersection(*(set(row.results) for row in found)) if found else set()
@@ -248,7 +249,7 @@ def stored(experiment: str) -> list[Row]:
 
 
 def matters_table(experiment: str) -> str:
-    """What a setting does to accuracy, forgetting, plasticity and the preference for the last task."""
+    """Return the effect of a setting on accuracy, forgetting, plasticity and bias towards the last task."""
     lines = ["| | accuracy | BWT | just learned | answers with a class of the last task |", "|---|---|---|---|---|"]
     for row in stored(experiment):
         accuracies, deviation = row.values("accuracy"), spread(row.values("accuracy"))
@@ -260,38 +261,38 @@ def matters_table(experiment: str) -> str:
     return "\n".join(lines)
 
 
-def readout_table(found: list[dict]) -> str:
-    """What a closed-form head reads out of the keys, beside what the trained head finds."""
+def readout_table(results: list[dict]) -> str:
+    """Compare closed-form heads on the keys with the trained head."""
     lines = ["| | trained head | closed-form head, same keys | closed-form head, first keys |", "|---|---|---|---|"]
-    for row in found:
+    for row in results:
         cells = " | ".join(percent(row[name]) for name in ("own_head", "closed_form_head", "keys_before"))
         lines.append(f"| {row['system']} | {cells} |")
     return "\n".join(lines)
 
 
 def pulls_table() -> str:
-    """Norms of the gradient of each weighted term of SSD's loss, in the first and the last epoch of a task."""
+    """Return the gradient norm of each weighted term of the SSD loss in the first and last epoch of a task."""
     head = [f"{title}, {when} epoch" for title in TERMS.values() for when in ("first", "last")]
     lines = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for row in stored("lambda"):
-        found = []
+        cells = []
         for key in (f"{name}_gradient_{when}" for name in TERMS for when in ("first", "last")):
             # the first task has no teacher
-            taught = [value for one in row.results.values() for value in one["measured"].get(key, [])[1:]]
-            values = [value for value in taught if value is not None]
-            found.append(f"{mean(values):.2g}" if values else "–")
-        lines.append(f"| {row.system.name} | " + " | ".join(found) + " |")
+            recorded = [value for one in row.results.values() for value in one["measured"].get(key, [])[1:]]
+            values = [value for value in recorded if value is not None]
+            cells.append(f"{mean(values):.2g}" if values else "–")
+        lines.append(f"| {row.system.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def filled(text: str, name: str, content: str) -> str:
-    """`text` with what stands between the markers of `name` replaced."""
+    """Return `text` with the content between the markers of `name` replaced."""
     pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- /figures:{name} -->)"
     return re.sub(pattern, lambda match: match[1] + content + "\n" + match[2], text, flags=re.DOTALL)
 
 
 def few_table(rows: list[dict]) -> str:
-    """What more epochs over few images give, and take."""
+    """Return accuracy and time by number of epochs over few images."""
     lines = ["| epochs | seconds | accuracy |", "|---|---|---|"]
     for row in rows:
         accuracies = " / ".join(percent(one) for one in row["accuracy"])
@@ -299,23 +300,23 @@ def few_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def unknown_table(found: dict) -> str:
-    """How well each score tells what was never taught from what was."""
+def unknown_table(results: dict) -> str:
+    """Return how well each score separates unknown from known classes."""
     lines = ["| score | another vehicle (truck): AUROC, FPR95 | CIFAR-100: AUROC, FPR95 |", "|---|---|---|"]
-    for name, row in found["scores"].items():
+    for name, row in results["scores"].items():
         mark = "**" if name == "whitened cosine" else ""
         cells = " | ".join(f"{row[kind]['auroc']:.3f}, {row[kind]['fpr95']:.3f}" for kind in ("near", "far"))
         lines.append(f"| {mark}{name}{mark} | {cells} |")
     return "\n".join(lines)
 
 
-def drift_table(found: dict) -> str:
-    """What the drift monitor says of changed images, by their number."""
-    counts = next(iter(found["shifts"].values()))["images"]
+def drift_table(results: dict) -> str:
+    """Return the output of the drift monitor for changed images, by their number."""
+    counts = next(iter(results["shifts"].values()))["images"]
     heads = [f"after {int(count):,}" for count in counts]
     lines = [f"| change | {' | '.join(heads)} | directions alone, from the start | `unknown` |"]
     lines.append("|---" * (len(heads) + 3) + "|")
-    for name, row in found["shifts"].items():
+    for name, row in results["shifts"].items():
         cells = []
         for one in row["images"].values():
             level, share = max(one["levels"].items(), key=lambda item: item[1])
@@ -325,20 +326,22 @@ def drift_table(found: dict) -> str:
     return "\n".join(lines)
 
 
-def alarms_table(found: dict) -> str:
-    """How often images that have not changed are called moderate or drifted."""
+def alarms_table(results: dict) -> str:
+    """Return how often unchanged images are classified as moderate or drifted."""
     lines = ["| unchanged images | compared with | moderate | drifted | mean, largest index |", "|---|---|---|---|---|"]
     kinds = {"from_start": "the bundle", "after_first_window": "the bundle and the first 1,000"}
-    for count, by_kind in found["false_alarms"].items():
-        for kind, words in kinds.items():
+    for count, by_kind in results["false_alarms"].items():
+        for kind, reference in kinds.items():
             one = by_kind[kind]
             alarms = " | ".join(f"{100 * one[level]:.2f} %" for level in ("moderate", "drifted"))
-            lines.append(f"| {int(count):,} | {words} | {alarms} | {one['mean_psi']:.3f}, {one['largest_psi']:.3f} |")
+            lines.append(
+                f"| {int(count):,} | {reference} | {alarms} | {one['mean_psi']:.3f}, {one['largest_psi']:.3f} |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Write the picture and the tables, or check that they are up to date."""
+    """Write the figures and tables, or check that they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check

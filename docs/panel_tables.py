@@ -1,4 +1,4 @@
-"""Tables and the picture of docs/landmark.md, from what benchmarks/panel.py and benchmarks/directions.py wrote."""
+"""Tables and the figure of docs/landmark.md, from the results of benchmarks/panel.py and benchmarks/directions.py."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ PROTOCOLS = {
     "cifar10-blurry": "blurry",
     "cifar10-online": "online, one pass",
 }
-# In the order of the tables: heads whose size can be set come before those of one size.
+# In the order of the tables: heads of adjustable size come before those of fixed size.
 HEADS = {name: LEARNERS[name].display for name in ("landmark", "ranpac", "fecam", "flymodel", "slda", "ridge", "ncm")}
 SHOTS = (5, 20, 100, 0)
 
 
 def _rows(summary: Sequence[dict]) -> list[tuple[str, dict[int, dict]]]:
-    found = {name: {row["shots"]: row for row in summary if row["stream"] == name} for name in STREAMS}
-    return [(STREAMS[name], row) for name, row in found.items() if row]
+    by_stream = {name: {row["shots"]: row for row in summary if row["stream"] == name} for name in STREAMS}
+    return [(STREAMS[name], row) for name, row in by_stream.items() if row]
 
 
 def best_table(summary: Sequence[dict]) -> str:
-    """`landmark` in each regime, and how far it is ahead of the best head that is no larger."""
+    """Return accuracy of `landmark` in each regime and its lead over the best head of at most its size."""
     lines_ = ["| images a class | 5 | 20 | 100 | all |", "|---|---|---|---|---|"]
     for title, row in _rows(summary):
         cells = []
@@ -62,43 +62,43 @@ def best_table(summary: Sequence[dict]) -> str:
 
 
 def mean_table(summary: Sequence[dict]) -> str:
-    """Accuracy of every head, the mean over the streams that have a backbone."""
+    """Return the accuracy of each head, averaged over the streams with a backbone."""
     lines_ = ["| mean of the five with a backbone | 5 | 20 | 100 | all |", "|---|---|---|---|---|"]
     for head, title in HEADS.items():
         cells = []
         for shots in SHOTS:
-            found = [
+            accuracies = [
                 row["heads"][head]["accuracy"]
                 for row in summary
                 if row["shots"] == shots and row["stream"] != "mnist-pixels"
             ]
-            cells.append(percent(statistics.fmean(found)))
+            cells.append(percent(statistics.fmean(accuracies)))
         lines_.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines_)
 
 
-def frontier_table(found: Sequence[dict]) -> str:
-    """Accuracy of each head at each size."""
-    budgets = sorted({one["budget_mb"] for one in found if one["budget_mb"]})
+def frontier_table(results: Sequence[dict]) -> str:
+    """Return the accuracy of each head at each size."""
+    budgets = sorted({one["budget_mb"] for one in results if one["budget_mb"]})
     shown = " | ".join(f"{budget:g} MB" for budget in budgets)
     lines_ = [f"| | own size | {shown} |", "|---|---|" + "---|" * len(budgets)]
     for head, title in HEADS.items():
         cells = []
         for budget in (0, *budgets):
-            one = next((p for p in found if p["head"] == head and p["budget_mb"] == budget and "accuracy" in p), None)
+            one = next((p for p in results if p["head"] == head and p["budget_mb"] == budget and "accuracy" in p), None)
             beside = "" if budget or one is None else f" ({size(one['state_bytes'])})"
             cells.append(f"{percent(one['accuracy'])}{beside}" if one else "–")
         lines_.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines_)
 
 
-def frontier_figure(found: Sequence[dict]) -> str:
-    """The same as lines over the binary logarithm of the size."""
+def frontier_figure(results: Sequence[dict]) -> str:
+    """Draw the same values as lines over the binary logarithm of the size."""
     series = []
     for head, title in HEADS.items():
         points_ = sorted(
             (math.log2(one["state_bytes"] / 1e6), 100 * one["accuracy"])
-            for one in found
+            for one in results
             if one["head"] == head and "accuracy" in one
         )
         if points_:
@@ -107,18 +107,18 @@ def frontier_figure(found: Sequence[dict]) -> str:
     return lines("CIFAR-10, all images: accuracy in percent", series, across)
 
 
-def streams_table(found: Sequence[dict]) -> str:
-    """`landmark` on streams of other kinds."""
+def streams_table(results: Sequence[dict]) -> str:
+    """Return the accuracy of `landmark` on streams of other protocols."""
     lines_ = ["| CIFAR-10, all images, two class orders | accuracy |", "|---|---|"]
     for name, title in PROTOCOLS.items():
-        accuracies = [one["accuracy"] for one in found if one["stream"] == name]
+        accuracies = [one["accuracy"] for one in results if one["stream"] == name]
         if accuracies:
             lines_.append(f"| {title} | {' · '.join(percent(value) for value in accuracies)} |")
     return "\n".join(lines_)
 
 
 def directions_table(rows: Sequence[dict]) -> str:
-    """What each part of `landmark` is worth."""
+    """Return the accuracy of `landmark` with parts changed or removed."""
     lines_ = ["| images a class | 5 | 20 | 100 | all | state |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = " | ".join(percent(row[str(shots)]) for shots in SHOTS)
