@@ -241,7 +241,7 @@ def test_mixed_files_of_two_runs_are_refused(own_run, package_run, tmp_path):
     shutil.copy(package_run / "statistics.safetensors", own_run)
     refused(own_run, tmp_path / "b", r"'sums' .* must have the shape \(3, 6\), but has", BundleRefusedError)
     shutil.copy(package_run / "learner.safetensors", own_run)
-    refused(own_run, tmp_path / "b", "3 classes and embeddings of 256, but .* say 3 and 6", BundleRefusedError)
+    refused(own_run, tmp_path / "b", "3 classes and embeddings of 256, but .* have 3 and 6", BundleRefusedError)
 
 
 def test_invalid_learner_state_is_refused(own_run, tmp_path):
