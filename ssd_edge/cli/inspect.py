@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from ssd_edge.bundle.format import Bundle
     from ssd_edge.bundle.onnx_scan import Facts, Value
 
-WIDTH, MARGIN = 100, 12
+WIDTH, MARGIN = 100, 12  # of the output, in characters
 MAX_CLASSES = 20
-MAX_TEXT = 300
+MAX_TEXT = 300  # characters per value
 
 
 @click.command()
@@ -64,7 +64,7 @@ def shown(value: Any) -> str:
 
 
 def signed_with(opened: Bundle) -> str | None:
-    """Return the id of the key that a bundle names, which is not verified."""
+    """Return the id of the key named in the signature of a bundle, without verifying the signature."""
     return opened.signature.key if opened.signature else None
 
 

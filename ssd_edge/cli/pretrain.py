@@ -42,9 +42,11 @@ def pretrain(
 
     tree = read_tree(config_file, overrides)
     if classes is not None:
-        given = parse(PretrainConfig, tree).data.classes
-        if given:
-            raise InputError(f"--classes is {classes}, but data.classes is {','.join(given)}; leave one of them out")
+        configured = parse(PretrainConfig, tree).data.classes
+        if configured:
+            raise InputError(
+                f"--classes is {classes}, but data.classes is {','.join(configured)}; leave one of them out"
+            )
         tree = merge(tree, [f"data.classes={classes}"])
     config = parse(PretrainConfig, tree)
     if not config.data.path:
@@ -58,15 +60,15 @@ def pretrain(
     from ssd_edge.run.train import pick_device, set_threads
 
     set_threads(config.train.threads)
-    where = pick_device(config.train.device)
+    device = pick_device(config.train.device)
     dataset = load(config.data, config.train.seed)
     command = shlex.join(["ssd-edge", *sys.argv[1:]])
     if student:
-        made = retrain_student(packages.load(package), config, dataset, where, log)
-        made = packages.with_card(made, student_command=command)
+        trained = retrain_student(packages.load(package), config, dataset, device, log)
+        trained = packages.with_card(trained, student_command=command)
     else:
-        make_directory(package)  # before the training, so that an error comes early
-        made = pretrain_backbone(config, dataset, where, command, log)
-    size = packages.save(made, package)
-    click.echo(f"{package}: {size / 1e6:.1f} MB, identity {made.identity}")
+        make_directory(package)  # before the training, so that an unusable folder is reported at once
+        trained = pretrain_backbone(config, dataset, device, command, log)
+    size = packages.save(trained, package)
+    click.echo(f"{package}: {size / 1e6:.1f} MB, identity {trained.identity}")
     click.echo(f"next: ssd-edge train backbone.path={package} data.path=…")

@@ -35,7 +35,7 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
     opened = bundles.read(bundle)
     signer = _signed_by(opened, keys)
     probe, reason = _probe(opened)
-    manifest, stated = opened.manifest, signed_with(opened)
+    manifest, named_key = opened.manifest, signed_with(opened)
     if as_json:
         print_untrusted_json(
             {
@@ -43,7 +43,7 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
                 "sha256": opened.sha256,
                 "name": manifest["name"],
                 "release": manifest["release"],
-                "signature": stated,
+                "signature": named_key,
                 "signed_by": signer,
                 "probe": probe,
                 "probe_not_run": reason,
@@ -53,8 +53,8 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
     click.echo(f"whole      {shown(manifest['name'])}, release {manifest['release']}, sha256 {opened.sha256}")
     if signer:
         click.echo(f"signature  signed by {signer}")
-    elif stated:
-        click.echo(f"signature  names the key {stated}, not checked; pass that key with --key FILE.pub")
+    elif named_key:
+        click.echo(f"signature  names the key {named_key}, not checked; pass that key with --key FILE.pub")
     else:
         click.echo("signature  unsigned")
     if probe:
@@ -97,7 +97,7 @@ def _probe(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:
     described = opened.manifest["backbone"]
     embedder = OnnxRuntimeEmbedder(opened.read("backbone"), described["size"], described["dim"])
     try:
-        found = selftest.run(embedder.embed, *opened.tensors("probe"))
-    except GateRefusedError as error:  # nothing is being installed: the bundle itself is wrong
+        result = selftest.run(embedder.embed, *opened.tensors("probe"))
+    except GateRefusedError as error:  # no installation here, so report the bundle as refused
         raise BundleRefusedError(str(error)) from error
-    return {**found.to_dict(), "provider": embedder.provider}, None
+    return {**result.to_dict(), "provider": embedder.provider}, None
