@@ -50,7 +50,7 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
             }
         )
         return
-    click.echo(f"whole      {shown(manifest['name'])}, release {manifest['release']}, sha256 {opened.sha256}")
+    click.echo(f"intact     {shown(manifest['name'])}, release {manifest['release']}, sha256 {opened.sha256}")
     if signer:
         click.echo(f"signature  signed by {signer}")
     elif named_key:

@@ -189,7 +189,7 @@ def test_class_names_with_control_codes_are_refused(put):
 
 def test_verify(put, key):
     shown = run(verify, put()).splitlines()
-    assert shown[0].startswith("whole      robot, release 7, sha256 ")
+    assert shown[0].startswith("intact     robot, release 7, sha256 ")
     assert shown[1] == "signature  unsigned"
     assert shown[2].startswith("probe      2 images with CPUExecutionProvider: cosine 1.000000, largest diff")
     signed = put(bundle.pack(*hand.parts(), signing.signer(key)))
