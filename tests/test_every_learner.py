@@ -58,14 +58,14 @@ def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch
         before = device.learner.scores(device.embed(old))
         learned = device.learn_all({"triangle": new}, limits)
         assert device.classes[-1] == "triangle"
-        assert set(learned) >= {"generation", "classes", "held_out", "old_classes", "seconds"}
+        assert set(learned.to_dict()) >= {"generation", "classes", "held_out", "old_classes", "seconds"}
         answers = [p.label for p in device.predict(sorted((shapes / "test" / "triangle").iterdir()))]
         # ridge weighs classes by size; here each has 40 images
         assert answers.count("triangle") > len(answers) / 2, answers
         device.rollback()
         assert device.learner.scores(device.embed(old)).equal(before)
         gone = device.forget("circle", limits=limits)
-        assert gone["exact"] or gone["left"]
+        assert gone.exact or gone.left
         assert "circle" not in {p.label for p in device.predict(old, reject=False)}
         device.export(tmp_path / "back.ssdedge")
         scores = device.learner.scores(device.embed(old))
@@ -83,7 +83,7 @@ def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch
             device.predict(old)
         circles = sorted((shapes / "train" / "circle").iterdir())
         learned = device.learn("circle", circles)
-        assert learned["old_classes"]["accuracy_before"] is None
+        assert learned.old_classes.accuracy_before is None
         assert {p.label for p in device.predict(old)} == {"circle"}
         device.learn_all({"triangle": new}, limits)
         assert device.classes == ["circle", "triangle"]
