@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -314,11 +315,11 @@ def test_invalid_options_are_refused_before_the_export(onnx_run, tmp_path, monke
 
 def test_memory_estimate_above_the_target_is_refused_or_warned_about(onnx_run, tmp_path, monkeypatch):
     path, lines = tmp_path / "own.ssdedge", []
-    monkeypatch.setattr(packing.profile, "estimate", lambda opened: {"total": 2049.0})
+    monkeypatch.setattr(packing.profile, "estimate", lambda opened: SimpleNamespace(total=2049.0))
     with pytest.raises(InputError, match="roughly 2,049 MiB, but the smallest cpu has 2,048; choose a smaller"):
         deploy_silently(onnx_run, path)
     assert not path.exists()
-    monkeypatch.setattr(packing.profile, "estimate", lambda opened: {"total": 1025.0})
+    monkeypatch.setattr(packing.profile, "estimate", lambda opened: SimpleNamespace(total=1025.0))
     deploy(onnx_run, Options("cpu"), path, lines.append)
     assert lines[-1].startswith("warning: learning on the device takes roughly 1,025 MiB, over half of the 2,048")
 

@@ -163,7 +163,7 @@ def test_file_that_is_too_large_is_given_up(camera: Camera, monkeypatch, caplog)
         assert camera.look() == []
         camera.now += 3.0
     assert len(caplog.records) == 1
-    assert "at most 50 are read" in caplog.text
+    assert "but an image may have at most 50" in caplog.text
 
 
 def test_number_of_unfinished_files_is_limited(camera: Camera, monkeypatch, caplog):

@@ -188,7 +188,10 @@ def test_bad_data(defect: str, message: str, shapes: Path, refused, tmp_path: Pa
         (["learner.name=ssdd"], "Did you mean 'ssd'?"),
         (["learner.name=sdmlp", "learner.k=2000"], "learner.k must be at most learner.neurons, but is 2000 of 1000"),
         (["learner.name=ssd", "learner.top_n=5"], "must give at least learner.k = 10"),
-        (["learner.name=ridge", "learner.penalty=ewc"], "learners that descend a gradient, and 'ridge' does not"),
+        (
+            ["learner.name=ridge", "learner.penalty=ewc"],
+            "requires a learner that is trained by gradient descent, but 'ridge' is not",
+        ),
         (["stream.tasks=9"], "stream.tasks is 9, but there are only 5 classes"),
         (["run.seed=-1"], "run.seed must be at least 0"),
         (["data.classes=circle,squore"], "squore"),
