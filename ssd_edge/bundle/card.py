@@ -161,7 +161,7 @@ def _reproduction(manifest: Mapping[str, Any]) -> str:
     run, producer = manifest["run"], manifest["producer"]
     versions = {**run["versions"], **producer["packages"]}
     return (
-        f"## How it was made\n\n{_code(shlex.join(map(str, run['argv'])))}\n\n"
+        f"## Reproduction\n\n{_code(shlex.join(map(str, run['argv'])))}\n\n"
         f"Release {manifest['release']}, finished {manifest['created']}, seed {run['seed']}, {run['threads']} threads "
         f"on {escape(run['machine'])}. "
         f"SSD-Edge {escape(producer['ssd_edge'])}, commit {escape(producer['git'])}; "
