@@ -37,13 +37,8 @@ from ssd_edge.data import Dataset, load
 from ssd_edge.run.storage import environment
 from ssd_edge.system import usable_cores
 
-NEW = {
-    "truck": 10,
-    "wardrobe": 100,
-    "orange": 100,
-    "mountain": 100,
-    "keyboard": 100,
-}  # class → number of classes of its CIFAR data set
+# class → number of classes of its CIFAR data set
+NEW = {"truck": 10, "wardrobe": 100, "orange": 100, "mountain": 100, "keyboard": 100}
 IMAGES = 20
 SIDE = 32
 COMMAND = Path(sys.executable).with_name("ssd-edge")

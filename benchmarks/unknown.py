@@ -64,9 +64,8 @@ def scores_of(learner: learners.Learner, statistics: ClassStatistics, vectors: T
 
 def compared(known: Tensor, unknown: Tensor) -> dict[str, float]:
     """Return the AUROC and the share of unknown scores above the fifth percentile of the known ones."""
-    below = torch.searchsorted(
-        known.sort().values, unknown.contiguous()
-    )  # number of known scores below each unknown one
+    # number of known scores below each unknown one
+    below = torch.searchsorted(known.sort().values, unknown.contiguous())
     auroc = 1 - below.double().mean() / len(known)
     return {"auroc": float(auroc), "fpr95": float((unknown >= np.quantile(known.numpy(), 0.05)).double().mean())}
 

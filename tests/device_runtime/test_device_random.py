@@ -67,7 +67,7 @@ class Model:
     def row(self, name: str) -> int | None:
         return next((row for row, one in enumerate(self.classes) if one.name == name), None)
 
-    def taught(self, name: str, images: int) -> Model:
+    def with_images(self, name: str, images: int) -> Model:
         row, after = self.row(name), list(self.classes)
         if row is None:
             return dataclasses.replace(
@@ -175,7 +175,7 @@ class Devices(RuleBasedStateMachine):
         self.device.learn_all({name: photos(*batch) for name, batch in batches.items()}, ANY)
         after = self.child()
         for name, (_, count, _) in batches.items():
-            after = after.taught(name, count)
+            after = after.with_images(name, count)
         kind = "several" if len(batches) > 1 else "known" if known[0] else "new"
         self.committed(f"learn {kind}", after)
 
@@ -188,7 +188,7 @@ class Devices(RuleBasedStateMachine):
             assert self.bytes_on_disk() == before
             self.count("guard refused")
         else:
-            self.committed("guard passed", self.child().taught(name, count))
+            self.committed("guard passed", self.child().with_images(name, count))
 
     def one_of(self, pick: int) -> str:
         """Return a class that the device knows, or sometimes one that it does not."""
@@ -221,7 +221,7 @@ class Devices(RuleBasedStateMachine):
             target = self.now.row(names[0])
             after = after.named(target, into)
         for row in sorted(rows - {target}, reverse=True):
-            after = after.taught(into, self.now.classes[row].images).without(row)
+            after = after.with_images(into, self.now.classes[row].images).without(row)
         self.committed("merge labels", after)
 
     @rule(pick=PICKS, new=NAMES)
@@ -277,10 +277,9 @@ class Devices(RuleBasedStateMachine):
         base = self.installed(self.now.release).row(name)
         here = name if base is None else next(one.name for one in self.now.classes if one.id == base)
         self.device.merge(self.home / "there.ssdedge", ANY)
-        self.committed("merge", self.child().taught(here, batch[1]))
-        self.refused(
-            lambda: self.device.merge(self.home / "there.ssdedge", ANY)
-        )  # the same images must not count twice
+        self.committed("merge", self.child().with_images(here, batch[1]))
+        # the same images must not count twice
+        self.refused(lambda: self.device.merge(self.home / "there.ssdedge", ANY))
 
     @rule()
     def export(self) -> None:

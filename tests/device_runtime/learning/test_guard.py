@@ -76,9 +76,8 @@ def test_estimated_drop_is_close_to_the_true_drop(options: dict[str, Any], shots
     found = estimate(before, after, world.statistics)
     assert found.drop == pytest.approx(old - new, abs=0.06 + 0.2 * (old - new))
     assert 0.0 <= found.drop_error < 0.03
-    plain = predict_pseudo(
-        before, after, world.statistics, spread=1.0
-    ).summary()  # a spread of 1 is exact for Gaussians
+    # a spread of 1 is exact for Gaussians
+    plain = predict_pseudo(before, after, world.statistics, spread=1.0).summary()
     assert plain.accuracy_before == pytest.approx(old, abs=0.06)
 
 

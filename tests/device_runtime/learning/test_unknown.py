@@ -79,9 +79,9 @@ def test_distant_clusters_are_rejected():
 def test_new_class_accepts_its_own_samples_only(count):
     world = World(classes=5)
     statistics = world.statistics([500] * 4)
-    rejector, taught = Rejector.fit(statistics), world.draw(4, count)
-    statistics.add(taught, rows(taught, 4))
-    with_new = rejector.with_class(4, statistics, taught)
+    rejector, samples = Rejector.fit(statistics), world.draw(4, count)
+    statistics.add(samples, rows(samples, 4))
+    with_new = rejector.with_class(4, statistics, samples)
     assert world.accepted(with_new, 4) >= 0.8
     assert world.accepted(with_new, 4, of=0) < 0.3
 
@@ -101,19 +101,19 @@ def test_embeddings_are_scored_against_a_mean_without_them(monkeypatch):
     for seed in range(3):
         world = World(dim=128, length=4.0, seed=seed)
         statistics = world.statistics([1000] * 3)
-        rejector, taught = Rejector.fit(statistics), world.draw(3, 20)
-        statistics.add(taught, rows(taught, 3))
-        accepted.append(world.accepted(rejector.with_class(3, statistics, taught), 3))
+        rejector, samples = Rejector.fit(statistics), world.draw(3, 20)
+        statistics.add(samples, rows(samples, 3))
+        accepted.append(world.accepted(rejector.with_class(3, statistics, samples), 3))
     assert 0.85 <= np.mean(accepted) <= 0.99
 
 
 def test_new_class_leaves_the_others_bit_identical():
     world = World(classes=5)
     statistics = world.statistics([200] * 4)
-    rejector, taught = Rejector.fit(statistics), world.draw(4, 10)
+    rejector, samples = Rejector.fit(statistics), world.draw(4, 10)
     before = {name: array.copy() for name, array in rejector.state().items()}
-    statistics.add(taught, rows(taught, 4))
-    after = rejector.with_class(4, statistics, taught).state()
+    statistics.add(samples, rows(samples, 4))
+    after = rejector.with_class(4, statistics, samples).state()
     for name in ("thresholds", "directions"):
         assert after[name][:4].tobytes() == before[name].tobytes()
         assert rejector.state()[name].tobytes() == before[name].tobytes()
@@ -138,14 +138,14 @@ def test_more_images_count_in_proportion_to_their_number():
 def test_calibration_does_not_depend_on_the_order_of_classes():
     world = World(classes=6)
     statistics = world.statistics([300] * 4)
-    rejector, taught = Rejector.fit(statistics), {row: world.draw(row, 15) for row in (4, 5)}
-    for row, embeddings in taught.items():
+    rejector, samples = Rejector.fit(statistics), {row: world.draw(row, 15) for row in (4, 5)}
+    for row, embeddings in samples.items():
         statistics.add(embeddings, rows(embeddings, row))
     ends = []
     for order in ((4, 5), (5, 4)):
         now = rejector
         for row in order:
-            now = now.with_class(row, statistics, taught[row])
+            now = now.with_class(row, statistics, samples[row])
         ends.append(now)
     assert torch.equal(ends[0].thresholds, ends[1].thresholds)
     assert torch.equal(ends[0].directions, ends[1].directions)
@@ -158,9 +158,9 @@ def test_start_without_classes():
     rejector = Rejector.fit(statistics)
     assert rejector.accepts(torch.zeros(0, DIM), torch.zeros(0, dtype=torch.int64))[0].shape == (0,)
     for row in range(3):
-        taught = world.draw(row, 10)
-        statistics.add(taught, rows(taught, row))
-        rejector = rejector.with_class(row, statistics, taught)
+        samples = world.draw(row, 10)
+        statistics.add(samples, rows(samples, row))
+        rejector = rejector.with_class(row, statistics, samples)
         assert world.accepted(rejector, row) >= 0.8
     assert rejector.outgrown(statistics)
     assert not Rejector.fit(statistics).outgrown(statistics)
@@ -194,9 +194,9 @@ def test_row_without_samples_accepts_nothing_until_it_is_learned():
     rejector = Rejector.fit(statistics)
     assert float(rejector.thresholds[1]) == NEVER
     assert world.accepted(rejector, 1) == 0.0
-    taught = world.draw(1, 10)
-    statistics.add(taught, rows(taught, 1))
-    assert world.accepted(rejector.with_class(1, statistics, taught), 1) >= 0.8
+    samples = world.draw(1, 10)
+    statistics.add(samples, rows(samples, 1))
+    assert world.accepted(rejector.with_class(1, statistics, samples), 1) >= 0.8
 
 
 @given(st.integers(1, 4), st.integers(1, 12), st.integers(0, 40), st.integers(0, 2**31))

@@ -108,8 +108,8 @@ def test_leftovers_are_removed_and_unknown_files_kept(store):
         (store.root / name).write_bytes(b"x")
     (store.root / unused).write_bytes(b"cut")
     names = {name.removesuffix("/x") for name in leftovers}
-    wanted = {(name, "leftover", True) for name in (*names, unused)} | {(name, "note", False) for name in unknown}
-    assert {(one.path, one.severity, one.repaired) for one in fsck.repair(store)} == wanted
+    expected = {(name, "leftover", True) for name in (*names, unused)} | {(name, "note", False) for name in unknown}
+    assert {(one.path, one.severity, one.repaired) for one in fsck.repair(store)} == expected
     assert {one.path for one in fsck.check(store)} == set(unknown)
 
 

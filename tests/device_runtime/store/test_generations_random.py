@@ -36,7 +36,7 @@ class Store(RuleBasedStateMachine):
         self.folder = tempfile.mkdtemp()
         self.store = Generations(Path(self.folder) / "root")
         self.committed: dict[int, dict[str, bytes]] = {}
-        self.gone: set[int] = set()
+        self.pruned: set[int] = set()
         self.current = 0
 
     @initialize()
@@ -62,7 +62,7 @@ class Store(RuleBasedStateMachine):
     @rule(data=st.data())
     def roll_back(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.committed)))
-        if number in self.gone:
+        if number in self.pruned:
             with pytest.raises(InputError, match=f"generation {number} was pruned"):
                 STORE["roll_back"](self.store, number)
             return
@@ -72,11 +72,11 @@ class Store(RuleBasedStateMachine):
     @rule(keep=st.integers(1, KEEP), budget=st.one_of(st.none(), st.integers(0, 20_000)))
     def prune(self, keep: int, budget: int | None) -> None:
         before = self.store.numbers()
-        gone = STORE["prune"](self.store, keep, budget)
-        assert self.store.numbers() == sorted(set(before) - set(gone.generations))
-        assert not {self.current, before[-1]} & set(gone.generations)
-        self.gone |= set(gone.generations)
-        assert len(before) - len(gone.generations) <= keep + 3
+        pruned = STORE["prune"](self.store, keep, budget)
+        assert self.store.numbers() == sorted(set(before) - set(pruned.generations))
+        assert not {self.current, before[-1]} & set(pruned.generations)
+        self.pruned |= set(pruned.generations)
+        assert len(before) - len(pruned.generations) <= keep + 3
         assert len(list(self.store.root.rglob("*"))) <= 6 + 4 * (keep + 3) + 3  # bounded, however much was learned
 
     @rule(step=st.integers(0, 30))
@@ -126,7 +126,7 @@ class Store(RuleBasedStateMachine):
             generation = self.store.get(number)
             assert contents(generation) == self.committed[number]
             self.store.backbone_path(generation.backbone)
-        assert set(self.committed) == self.gone | set(self.store.numbers())
+        assert set(self.committed) == self.pruned | set(self.store.numbers())
         seqs = [event["seq"] for event in self.store.journal()]
         assert seqs == sorted(set(seqs))
 

@@ -63,9 +63,8 @@ def serve(folder: Path) -> None:
     step nor a delay the child runs to completion, and the result lists its steps.
     """
     os.fsync = lambda handle: None  # writes survive a killed process; only a power cut needs fsync
-    bundle.secrets.token_hex = lambda count: (
-        "5a" * count
-    )  # a fixed installation id, so that installations compare equal
+    # a fixed installation id, so that installations compare equal
+    bundle.secrets.token_hex = lambda count: "5a" * count
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     Device.open(folder / "template")
@@ -263,8 +262,8 @@ def plan(outcomes: dict[str, Outcome], count: int) -> Iterator[tuple[str, int | 
             yield action, None, rng.uniform(0.0, 1.1 * outcome.seconds)
         elif kind == "c":
             first = next(number for number, (_, path) in enumerate(outcome.steps) if path.name == "CURRENT")
-            wanted = next(pointer)
-            yield action, next(n for n in range(first, first + 5) if outcome.steps[n][0] == wanted), None
+            expected_step = next(pointer)
+            yield action, next(n for n in range(first, first + 5) if outcome.steps[n][0] == expected_step), None
         else:
             step = rng.choice(inside if kind == "i" and inside else outside)
             yield action, step, rng.uniform(0.0, 0.002) if kind == "b" else None

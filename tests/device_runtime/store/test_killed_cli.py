@@ -93,10 +93,10 @@ class Box:
         store, now = Generations(root), Device.open(root).generation
         assert (now.fallback, now.number in (10, number)) == ("", True), verb
         for one in store.numbers():
-            found, wanted = contents(store.get(one)), {**committed, **self.before}[one]
+            found, expected = contents(store.get(one)), {**committed, **self.before}[one]
             if verb == "install" and one == number:  # each installation has its own id
-                found, wanted = ({**state, "device.json": b""} for state in (found, wanted))
-            assert found == wanted, (verb, one)
+                found, expected = ({**state, "device.json": b""} for state in (found, expected))
+            assert found == expected, (verb, one)
             store.backbone_path(store.get(one).backbone)
         for path in store.backbones():
             assert files.sha256_file(path) == path.stem
@@ -207,9 +207,8 @@ def test_sigterm(box, tmp_path):
         else:
             # If exec() (used by dataclasses) is interrupted, Python exits by SIGINT; a shell also reports 130.
             assert code in (0, 130, -signal.SIGINT), (verb, code, stderr)
-            assert "Traceback" not in stderr or "atexit" in stderr, (
-                stderr
-            )  # the atexit handlers of PyTorch can be interrupted
+            # the atexit handlers of PyTorch can be interrupted
+            assert "Traceback" not in stderr or "atexit" in stderr, stderr
         assert code != 0 or number == box.after[verb][0]
         assert leftovers(root) == []
         assert not any("a crash came before" in one.problem for one in fsck.check(Generations(root)))
