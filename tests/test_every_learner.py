@@ -29,7 +29,7 @@ QUICK = {
 
 
 @functools.cache
-def exported(identity: str) -> bytes:
+def export_once(identity: str) -> bytes:
     """Export the backbone once; all learners share it."""
     from ssd_edge.backbones import package
 
@@ -39,7 +39,7 @@ def exported(identity: str) -> bytes:
 @pytest.mark.parametrize("name", LEARNERS)
 def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def export(package: BackbonePackage) -> bytes:
-        return exported(package.identity)
+        return export_once(package.identity)
 
     monkeypatch.setattr(deploy, "export_package", export)
     tree = {
@@ -64,8 +64,8 @@ def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch
         assert answers.count("triangle") > len(answers) / 2, answers
         device.rollback()
         assert device.learner.scores(device.embed(old)).equal(before)
-        gone = device.forget("circle", limits=limits)
-        assert gone.exact or gone.left
+        forgotten = device.forget("circle", limits=limits)
+        assert forgotten.exact or forgotten.left
         assert "circle" not in {p.label for p in device.predict(old, reject=False)}
         device.export(tmp_path / "back.ssdedge")
         scores = device.learner.scores(device.embed(old))
@@ -87,9 +87,9 @@ def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch
         assert {p.label for p in device.predict(old)} == {"circle"}
         device.learn_all({"triangle": new}, limits)
         assert device.classes == ["circle", "triangle"]
-        both = device.predict([*old, *sorted((shapes / "test" / "triangle").iterdir())])
+        predictions = device.predict([*old, *sorted((shapes / "test" / "triangle").iterdir())])
         # a gradient-trained learner forgets the first class when it learns the second; run for completeness
         if name in FORGETTING:
-            assert sum(p.nearest == Path(p.image).parent.name for p in both) >= len(both) / 2, both
+            assert sum(p.nearest == Path(p.image).parent.name for p in predictions) >= len(predictions) / 2, predictions
         else:
-            assert sum(p.label == Path(p.image).parent.name for p in both) >= 0.7 * len(both), both
+            assert sum(p.label == Path(p.image).parent.name for p in predictions) >= 0.7 * len(predictions), predictions

@@ -15,7 +15,7 @@ from ssd_edge.errors import InputError
 
 
 @pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
+def _restore_handlers() -> Iterator[None]:
     """Restore log handlers and signal handlers, which belong to the process."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level

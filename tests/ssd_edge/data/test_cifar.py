@@ -132,15 +132,15 @@ class _Touch:
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_a_malicious_pickle_is_refused_and_not_run(protocol: int, tmp_path: Path) -> None:
-    mark = tmp_path / "was here"
-    evil = pickle.dumps({b"data": _Touch(mark), b"labels": [0]}, protocol=protocol)
+    marker = tmp_path / "was here"
+    evil = pickle.dumps({b"data": _Touch(marker), b"labels": [0]}, protocol=protocol)
     files = {**cifar10(), "data_batch_3": evil}
     home = save(files, tmp_path / "c")
     with pytest.raises(InputError, match=r"data_batch_3 is refused: it asks for \w+\.open, which"):
         load(DataConfig(path=str(home)), 0)
-    assert not mark.exists()
+    assert not marker.exists()
     pickle.loads(evil)[b"data"].close()  # the pickle works: plain loading creates the file
-    assert mark.exists()
+    assert marker.exists()
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def read(path: Path, **settings: object) -> Dataset:
     return load(DataConfig(path=str(path), **settings), 0)
 
 
-def spelled(style: str) -> dict[str, bytes]:
+def file_names(style: str) -> dict[str, bytes]:
     content = {name.replace("-idx", ".idx") if "dots" in style else name: data for name, data in files().items()}
     return {f"{name}.gz": gzip.compress(data) for name, data in content.items()} if "gz" in style else content
 
@@ -58,7 +58,7 @@ def spelled(style: str) -> dict[str, bytes]:
 @pytest.mark.parametrize("style", ["plain", "dots", "gz", "dots gz"])
 @pytest.mark.parametrize("form", ["folder", "a.tar", "a.zip"])
 def test_the_four_files(style: str, form: str, tmp_path: Path) -> None:
-    content, path = {**spelled(style), "readme.md": b"x"}, tmp_path / form
+    content, path = {**file_names(style), "readme.md": b"x"}, tmp_path / form
     if form == "folder":
         save(content, path)
     elif form == "a.zip":

@@ -26,13 +26,13 @@ def jpeg(value: int) -> bytes:
 
 def content(table: str | None = TABLE) -> dict[str, bytes]:
     """Return three classes with four training images each, six test images and two without labels."""
-    made = {"wnids.txt": "\n".join(WNIDS).encode(), "words.txt": b"n02124075\tEgyptian cat\n"}
+    entries = {"wnids.txt": "\n".join(WNIDS).encode(), "words.txt": b"n02124075\tEgyptian cat\n"}
     for kind, wnid in enumerate(WNIDS):
-        made[f"train/{wnid}/{wnid}_boxes.txt"] = b"n_0.JPEG\t0\t10\t63\t58\n"
-        made |= {f"train/{wnid}/images/{wnid}_{number}.JPEG": jpeg(kind) for number in range(4)}
-    made |= {f"val/images/val_{number}.JPEG": jpeg(number) for number in range(6)}
-    made |= {f"test/images/test_{number}.JPEG": jpeg(9) for number in range(2)}
-    return made if table is None else {**made, "val/val_annotations.txt": table.encode()}
+        entries[f"train/{wnid}/{wnid}_boxes.txt"] = b"n_0.JPEG\t0\t10\t63\t58\n"
+        entries |= {f"train/{wnid}/images/{wnid}_{number}.JPEG": jpeg(kind) for number in range(4)}
+    entries |= {f"val/images/val_{number}.JPEG": jpeg(number) for number in range(6)}
+    entries |= {f"test/images/test_{number}.JPEG": jpeg(9) for number in range(2)}
+    return entries if table is None else {**entries, "val/val_annotations.txt": table.encode()}
 
 
 def save(members: dict[str, bytes], path: Path, prefix: str = "") -> Path:

@@ -198,17 +198,17 @@ def test_blanking_a_trained_class_leaves_the_others_unchanged(case: str) -> None
 def test_a_blanked_class_is_not_restored_by_learning_others(case: str) -> None:
     """No penalty, teacher or stored sample restores it while others are learned, but it can be learned again."""
     learner = build({**CASES[case], "epochs": 25}, DIM, Priors())
-    own = task((4,), 60, seed=3).embeddings
+    samples = task((4,), 60, seed=3).embeddings
     learner.learn(task((0, 1, 4), 90))
     # a redrawn or distilled output rises a little above zero; a learned class has a share of about 0.9
     learner.remove(4, approximately=True)
     learner.learn(task((0, 2), 60))
-    assert 4 not in learner.predict(own)
-    outputs = learner.scores(own)
+    assert 4 not in learner.predict(samples)
+    outputs = learner.scores(samples)
     if CASES[case]["name"] != "icarl":
         assert float(outputs.softmax(1)[:, 4].mean()) < 0.5
     learner.learn(task((1, 4), 60))
-    assert float((learner.predict(own) == 4).double().mean()) > 0.6
+    assert float((learner.predict(samples) == 4).double().mean()) > 0.6
 
 
 def test_removing_a_class_removes_its_exemplars() -> None:

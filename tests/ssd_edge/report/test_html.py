@@ -36,7 +36,7 @@ def scores(tasks: int, first: float, keep: float) -> dict[str, Any]:
     return values
 
 
-def made(tasks: int, others: bool = True, names: list[str] | None = None) -> dict[str, Any]:
+def example_metrics(tasks: int, others: bool = True, names: list[str] | None = None) -> dict[str, Any]:
     names = names or [f"class {row}" for row in range(2 * tasks)]
     panel = {"slda": {**scores(tasks, 0.9, 0.99), **CHEAP}, "joint": {"accuracy_matrix": None, "seconds": None}}
     return {
@@ -94,7 +94,7 @@ def test_tag_escapes_attributes_and_leaves_out_none() -> None:
 @pytest.mark.parametrize("tasks", [1, 2, 5, 10, 50])
 @pytest.mark.parametrize("others", [True, False])
 def test_well_formed_and_self_contained(tasks: int, others: bool) -> None:
-    source = render(made(tasks, others), RUN)
+    source = render(example_metrics(tasks, others), RUN)
     page = Page(source)
     assert "//" not in source
     assert not {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe", "object"}
@@ -103,7 +103,11 @@ def test_well_formed_and_self_contained(tasks: int, others: bool) -> None:
     assert not re.search(r"\b(nan|None|inf)\b", source)
     drawings = 2 if tasks > 1 else 0  # a wide and a narrow version
     assert page.count("g", "series") == drawings * (4 if others else 1)
-    for method, accuracy in (("SSD", made(tasks)["average_accuracy"]), ("SLDA", None), ("fine-tuning", None)):
+    for method, accuracy in (
+        ("SSD", example_metrics(tasks)["average_accuracy"]),
+        ("SLDA", None),
+        ("fine-tuning", None),
+    ):
         wanted = rf"{method}, {tasks} of {tasks} tasks learned: ([\d.]+) %"
         found = [match[1] for text in page.text if (match := re.fullmatch(wanted, text))]
         assert len(found) == (drawings if others or method == "SSD" else 0)
@@ -111,7 +115,7 @@ def test_well_formed_and_self_contained(tasks: int, others: bool) -> None:
 
 
 def test_the_numbers_are_shown() -> None:
-    metrics = made(5)
+    metrics = example_metrics(5)
     source = render(metrics, RUN)
     for text in ("80.1 %", "82.5 %", "−6.2", "1 min 24 s", "4.1 MB", "93.1 %", "SLDA is 8.2 points ahead of SSD"):
         assert text in source
@@ -124,14 +128,14 @@ def test_the_numbers_are_shown() -> None:
 
 @pytest.mark.parametrize(("tasks", "numbered"), [(5, True), (10, True), (20, True), (21, False), (50, False)])
 def test_heat_map_has_one_cell_for_each_learned_task(tasks: int, numbered: bool) -> None:
-    page = Page(render(made(tasks), RUN))
+    page = Page(render(example_metrics(tasks), RUN))
     cells = tasks * (tasks + 1) // 2
     assert page.count("g", "number") == (cells if numbered else 0)
     assert sum(bool(re.match(r"after task \d+, on task", text)) for text in page.text) == cells
 
 
 def test_values_above_the_diagonal_are_not_drawn() -> None:
-    metrics = made(5)
+    metrics = example_metrics(5)
     for t, row in enumerate(metrics["accuracy_matrix"]):
         row[t + 1 :] = [0.123] * (4 - t)
     assert "12.3" not in render(metrics, RUN)
@@ -139,7 +143,7 @@ def test_values_above_the_diagonal_are_not_drawn() -> None:
 
 def test_markup_in_names_stays_text() -> None:
     evil = ["<script>alert(1)</script>", "</title><b>", '"quoted" onload="x', "a & b", "&lt;", "]]>", "犬 🐕", "x" * 64]
-    metrics = made(4, names=evil)
+    metrics = example_metrics(4, names=evil)
     metrics |= {"data": "<i>data</i>", "display": "<u>me</u>", "split": "<s>"}
     metrics["baselines"] = {"<em>": metrics["baselines"]["finetune"] | {"display": "<em>"}}
     run = RUN | {"argv": ["<br>"], "config": {"<hr>": {"<p>": ["<q>"]}}, "machine": "<code>", "versions": {"<kbd>": 1}}
@@ -152,32 +156,32 @@ def test_markup_in_names_stays_text() -> None:
 
 
 def test_classes_are_sorted_worst_first_and_capped() -> None:
-    source = render(made(50), RUN)
+    source = render(example_metrics(50), RUN)
     listed = re.findall(r'<span class="label " title="([^"]*)">', source)
     assert listed == [f"class {row}" for row in range(40)]
     assert "and 60 more, from 41.0 % to 100.0 %" in source
-    assert "more, from" not in render(made(20), RUN)
+    assert "more, from" not in render(example_metrics(20), RUN)
 
 
 def test_a_run_without_comparison_states_it() -> None:
-    source = render(made(5, others=False), RUN)
+    source = render(example_metrics(5, others=False), RUN)
     assert "Neither baselines nor the panel were run" in source
     assert "joint training" not in source
     assert 'class="note"' not in source
 
 
 def test_only_the_learner_is_highlighted() -> None:
-    page = Page(render(made(5), RUN))
+    page = Page(render(example_metrics(5), RUN))
     assert (page.count("tr", "learner"), page.count("span", "learner")) == (1, 3)
     assert page.count("tr", "joint") == 1
 
 
 def test_zero_accuracy_can_be_drawn() -> None:
-    metrics = made(3, others=False) | scores(3, 0.0, 1.0)
+    metrics = example_metrics(3, others=False) | scores(3, 0.0, 1.0)
     assert "−10 %" not in render(metrics, RUN)
     assert "-10 %" not in render(metrics, RUN)
 
 
 def test_a_page_is_small() -> None:
-    assert len(render(made(5), RUN).encode()) < 40_000
-    assert len(render(made(50), RUN).encode()) < 250_000
+    assert len(render(example_metrics(5), RUN).encode()) < 40_000
+    assert len(render(example_metrics(50), RUN).encode()) < 250_000

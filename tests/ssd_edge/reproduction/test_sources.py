@@ -36,7 +36,7 @@ def data(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def opened() -> Sources:
+def make_sources() -> Sources:
     return Sources(torch.device("cpu"), Console(io.StringIO()))
 
 
@@ -67,16 +67,16 @@ def test_pixels_are_those_of_the_image_without_its_border(tmp_path: Path) -> Non
 
 
 def test_digits_stand_in_for_missing_data() -> None:
-    inputs = opened().inputs(streams()["mnist-pixels"], (5, 2), True)
+    inputs = make_sources().inputs(streams()["mnist-pixels"], (5, 2), True)
     assert inputs.stand_in
     assert inputs.notes == ("digits in place of mnist.npz: data not found",)
     assert inputs.embedded["train"].shape == (50, 784)
     with pytest.raises(InputError, match=r"no data set at .*mnist\.npz"):
-        opened().inputs(streams()["mnist-pixels"], (5, 2), False)
+        make_sources().inputs(streams()["mnist-pixels"], (5, 2), False)
 
 
 def test_shipped_keys_are_used_where_they_fit(data: Path) -> None:
-    sources, stream = opened(), streams()["cifar10"]
+    sources, stream = make_sources(), streams()["cifar10"]
     inputs = module.Inputs(None, {}, "identity", sources.embedder("shipped").priors)
     priors, made, notes = sources.keys(inputs, sdmlp(), stream, True)
     assert priors is inputs.priors
@@ -86,7 +86,7 @@ def test_shipped_keys_are_used_where_they_fit(data: Path) -> None:
 
 
 def test_keys_are_pretrained_once_where_the_shipped_ones_do_not_fit(data: Path, monkeypatch) -> None:
-    sources, stream = opened(), streams()["cifar10"]
+    sources, stream = make_sources(), streams()["cifar10"]
     embedder = sources.embedder("shipped")
     inputs = module.Inputs(None, {}, embedder.identity, embedder.priors)
     priors, made, notes = sources.keys(inputs, sdmlp(neurons=16, k=3, shift=0.5), stream, True)
@@ -104,7 +104,7 @@ def test_keys_are_pretrained_once_where_the_shipped_ones_do_not_fit(data: Path, 
     learner = learners.build({"name": "sdmlp", **sdmlp(neurons=16, k=3, shift=0.5)}, 256, priors)
     assert learner.note == ""  # the learner accepts them
     monkeypatch.setattr(module, "pretrain_student", None)
-    again, _, _ = opened().keys(inputs, sdmlp(neurons=16, k=3, shift=0.5), stream, True)
+    again, _, _ = make_sources().keys(inputs, sdmlp(neurons=16, k=3, shift=0.5), stream, True)
     np.testing.assert_array_equal(again.keys, priors.keys)
 
 
@@ -117,7 +117,7 @@ def test_keys_are_pretrained_once_where_the_shipped_ones_do_not_fit(data: Path, 
     ],
 )
 def test_a_note_explains_why_keys_are_not_available(settings: dict, may: bool, source: str, note: str) -> None:
-    sources = opened()
+    sources = make_sources()
     inputs = module.Inputs(None, {}, "identity", sources.embedder("shipped").priors)
     priors, made, notes = sources.keys(inputs, sdmlp(**settings), streams()["cifar10"], may)
     assert priors is inputs.priors

@@ -52,14 +52,14 @@ def covariance_prior(scale: float = 1.0) -> Priors:
 
 @pytest.mark.parametrize("options", CLOSED_FORM, ids=names)
 def test_the_order_of_tasks_and_samples_does_not_matter(options: dict[str, Any]) -> None:
-    whole = gaussians({0: 90, 1: 70, 2: 110, 3: 60})
+    combined = gaussians({0: 90, 1: 70, 2: 110, 3: 60})
     test = gaussians(dict.fromkeys(range(4), 30), seed=5).embeddings
     learners = []
     for seed in range(3):
         learner = build(options, DIM, covariance_prior())
         order = torch.randperm(330, generator=torch.Generator().manual_seed(seed))
         for index in order.split([100, 130, 100][seed]):  # including a class that is spread over tasks
-            learner.learn(Task(whole.embeddings[index], whole.labels[index]))
+            learner.learn(Task(combined.embeddings[index], combined.labels[index]))
         learners.append(learner)
     for learner in learners[1:]:
         scores = learners[0].scores(test)

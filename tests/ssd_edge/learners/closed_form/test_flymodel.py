@@ -95,10 +95,10 @@ def after(tasks: list[Task], lr: float) -> torch.Tensor:
 def test_the_order_of_tasks_does_not_matter_even_where_weights_are_clipped(lr: float, clipped: bool) -> None:
     """Updates are never negative, so min(1, min(1, a) + b) = min(1, a + b)."""
     tasks = [draw({0: 30, 1: 30}), draw({0: 5, 2: 60}, seed=1), draw({1: 50, 2: 7}, seed=2)]
-    whole = after([Task(torch.cat([t.embeddings for t in tasks]), torch.cat([t.labels for t in tasks]))], lr)
-    assert (float(whole.max()) == 1.0) == clipped
+    combined = after([Task(torch.cat([t.embeddings for t in tasks]), torch.cat([t.labels for t in tasks]))], lr)
+    assert (float(combined.max()) == 1.0) == clipped
     for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
-        torch.testing.assert_close(after([tasks[number] for number in order], lr), whole, rtol=0, atol=1e-6)
+        torch.testing.assert_close(after([tasks[number] for number in order], lr), combined, rtol=0, atol=1e-6)
 
 
 def test_more_samples_than_one_batch() -> None:

@@ -40,7 +40,7 @@ def data(count: int = 400, dim: int = 33, classes: int = 4, seed: int = 0) -> tu
     return means[labels] + torch.randn(count, dim, generator=generator) @ mixing / 4 + 2, labels
 
 
-def gathered(vectors: Tensor, labels: Tensor, per_class: bool = False) -> ClassStatistics:
+def collect(vectors: Tensor, labels: Tensor, per_class: bool = False) -> ClassStatistics:
     statistics = ClassStatistics(vectors.shape[1], per_class)
     statistics.add(vectors, labels)
     return statistics
@@ -54,7 +54,7 @@ def within(vectors: Tensor, labels: Tensor) -> NDArray:
 
 def test_statistics_match_the_data() -> None:
     vectors, labels = data(count=9000)  # more than one inner batch
-    statistics = gathered(vectors, labels)
+    statistics = collect(vectors, labels)
     x, y = vectors.double().numpy(), labels.numpy()
     assert statistics.counts.tolist() == np.bincount(y).tolist()
     assert statistics.total == 9000
@@ -67,7 +67,7 @@ def test_statistics_match_the_data() -> None:
 def test_a_class_without_samples_has_no_mean_and_no_scatter() -> None:
     vectors, labels = data()
     gap = torch.where(labels == 3, 5, labels)
-    full, sparse = gathered(vectors, labels), gathered(vectors, gap)
+    full, sparse = collect(vectors, labels), collect(vectors, gap)
     assert sparse.counts[3:5].tolist() == [0.0, 0.0]
     assert float(sparse.means[3:5].abs().max()) == 0.0
     torch.testing.assert_close(sparse.scatter_within(), full.scatter_within())
@@ -77,29 +77,29 @@ def test_a_class_without_samples_has_no_mean_and_no_scatter() -> None:
 @given(st.integers(0, 2**31), st.integers(1, 6))
 def test_the_order_and_the_split_into_tasks_do_not_matter(seed: int, tasks: int) -> None:
     vectors, labels = data()
-    whole = gathered(vectors, labels)
+    combined = collect(vectors, labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     parts = ClassStatistics(vectors.shape[1])
     for index in order.chunk(tasks):
         parts.add(vectors[index], labels[index])
-    torch.testing.assert_close(parts.counts, whole.counts, rtol=0, atol=0)
-    torch.testing.assert_close(parts.sums, whole.sums, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(parts.second, whole.second, rtol=1e-12, atol=1e-12)
-    for mine, theirs in zip(ridge(parts)[:2], ridge(whole)[:2], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(parts.counts, combined.counts, rtol=0, atol=0)
+    torch.testing.assert_close(parts.sums, combined.sums, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.second, combined.second, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip(ridge(parts)[:2], ridge(combined)[:2], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("per_class", [False, True])
 def test_second_moments_are_exactly_symmetric(per_class: bool) -> None:
     """Only the upper triangle is saved, so any asymmetry would change later results after a restart."""
-    statistics = gathered(*data(count=100), per_class)
+    statistics = collect(*data(count=100), per_class)
     statistics.add(*data(count=77, seed=1))
     assert torch.equal(statistics.moments, statistics.moments.mT)
 
 
 @pytest.mark.parametrize(("per_class", "shape"), [(False, (33 * 34 // 2,)), (True, (4, 33 * 34 // 2))])
 def test_state_round_trip_is_exact(per_class: bool, shape: tuple[int, ...]) -> None:
-    statistics = gathered(*data(), per_class)
+    statistics = collect(*data(), per_class)
     again = ClassStatistics.from_state(statistics.state())
     assert again.per_class == per_class
     for name in ("counts", "sums", "moments"):
@@ -110,13 +110,13 @@ def test_state_round_trip_is_exact(per_class: bool, shape: tuple[int, ...]) -> N
 def test_moments_of_each_class_match_its_data() -> None:
     vectors, labels = data(count=9000)
     labels = torch.where(labels == 3, 5, labels)
-    statistics = gathered(vectors, labels, per_class=True)
+    statistics = collect(vectors, labels, per_class=True)
     x, y = vectors.double().numpy(), labels.numpy()
     assert statistics.moments.shape == (6, 33, 33)
     for row in (0, 1, 2, 5):
         np.testing.assert_allclose(statistics.covariance(row), np.cov(x[y == row].T), rtol=1e-9, atol=1e-12)
     assert float(statistics.covariance(4).abs().max()) == 0.0
-    pooled = gathered(vectors, labels)
+    pooled = collect(vectors, labels)
     torch.testing.assert_close(statistics.second, pooled.second, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(statistics.scatter_within(), pooled.scatter_within(), rtol=1e-8, atol=1e-8)
 
@@ -125,19 +125,19 @@ def test_moments_of_each_class_match_its_data() -> None:
 def test_equal_samples_have_no_covariance(count: int) -> None:
     """Rounding in the difference of two large numbers must not appear as variance."""
     vectors, labels = data(count=4)
-    statistics = gathered(vectors[:1].expand(count, -1) * 1000, labels[:1].expand(count), per_class=True)
+    statistics = collect(vectors[:1].expand(count, -1) * 1000, labels[:1].expand(count), per_class=True)
     assert float(statistics.covariance(0).abs().max()) == 0.0
 
 
 def test_removing_a_class_leaves_the_others_bit_identical() -> None:
     vectors, labels = data()
-    statistics = gathered(vectors, labels, per_class=True)
+    statistics = collect(vectors, labels, per_class=True)
     statistics.remove(2)
-    never = gathered(vectors[labels != 2], labels[labels != 2], per_class=True)
+    never = collect(vectors[labels != 2], labels[labels != 2], per_class=True)
     for name in ("counts", "sums", "moments"):
         torch.testing.assert_close(getattr(statistics, name), getattr(never, name), rtol=1e-14, atol=0)
     with pytest.raises(InputError, match="a class cannot be removed exactly"):
-        gathered(vectors, labels).remove(2)
+        collect(vectors, labels).remove(2)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -174,7 +174,7 @@ def test_an_approximate_removal_keeps_the_pooled_covariance(counts: list[int], r
 
 def test_removing_a_class_without_samples_changes_nothing() -> None:
     vectors, labels = data()
-    statistics = gathered(vectors, torch.where(labels == 2, 5, labels))
+    statistics = collect(vectors, torch.where(labels == 2, 5, labels))
     before = statistics.moments.clone()
     assert statistics.remove(2, approximately=True)
     assert torch.equal(statistics.moments, before)
@@ -185,7 +185,7 @@ def test_removing_a_class_without_samples_changes_nothing() -> None:
 def test_joined_classes_equal_one_class_from_the_start(per_class: bool, joins: list[tuple[int, int]]) -> None:
     """Covers repeated joins and rows that became empty."""
     vectors, labels = data(classes=5)
-    statistics, now = gathered(vectors, labels, per_class), torch.arange(5)
+    statistics, now = collect(vectors, labels, per_class), torch.arange(5)
     for row, into in joins:
         if row == into:
             with pytest.raises(InputError, match=f"row {row} cannot be joined with itself"):
@@ -193,7 +193,7 @@ def test_joined_classes_equal_one_class_from_the_start(per_class: bool, joins: l
         else:
             statistics.join(row, into)
             now[now == row] = into
-    direct = gathered(vectors, now[labels], per_class)
+    direct = collect(vectors, now[labels], per_class)
     direct.grow(5)
     for name in ("counts", "sums", "moments"):
         torch.testing.assert_close(getattr(statistics, name), getattr(direct, name), rtol=1e-12, atol=1e-11)
@@ -203,11 +203,11 @@ def test_joined_classes_equal_one_class_from_the_start(per_class: bool, joins: l
 def test_subtracting_leaves_the_samples_that_the_other_has_not_seen(per_class: bool) -> None:
     """Rows 0, 1, 2, 3 of the other map to 5, 0, 1 and 1; its row 4 is empty, so its target is irrelevant."""
     one, two, rows = data(), data(count=300, seed=1), torch.tensor([5, 0, 1, 1, 70])
-    statistics, other = gathered(*one, per_class), gathered(*two, per_class)
+    statistics, other = collect(*one, per_class), collect(*two, per_class)
     statistics.merge(other, rows[:4])
     other.grow(5)
     statistics.subtract(other, rows)
-    never = gathered(*one, per_class)
+    never = collect(*one, per_class)
     never.grow(6)
     assert torch.equal(statistics.counts, never.counts)
     assert not statistics.sums[5].any()
@@ -227,10 +227,10 @@ def test_subtracting_leaves_the_samples_that_the_other_has_not_seen(per_class: b
 @pytest.mark.parametrize("per_class", [False, True])
 def test_only_empty_rows_can_be_deleted(per_class: bool) -> None:
     vectors, labels = data()
-    statistics = gathered(vectors, torch.tensor([0, 2, 3, 5])[labels], per_class)
+    statistics = collect(vectors, torch.tensor([0, 2, 3, 5])[labels], per_class)
     with pytest.raises(InputError, match=r"only empty rows of the 6 can be deleted, but rows \[2, 6\] are not"):
         statistics.without_rows([1, 2, 6])
-    fewer, direct = statistics.without_rows([4, 1]), gathered(vectors, labels, per_class)
+    fewer, direct = statistics.without_rows([4, 1]), collect(vectors, labels, per_class)
     for name in ("counts", "sums", "moments"):
         assert torch.equal(getattr(fewer, name), getattr(direct, name))
     fewer.add(vectors, labels)
@@ -241,17 +241,17 @@ def test_only_empty_rows_can_be_deleted(per_class: bool) -> None:
 def test_merging_adds_statistics_and_can_map_rows(per_class: bool) -> None:
     """Rows 0, 1, 2, 3 of the other map to 5, 0, 1 and 1."""
     one, two, rows = data(), data(count=300, seed=1), torch.tensor([5, 0, 1, 1])
-    merged, other = gathered(*one, per_class), gathered(*two, per_class)
+    merged, other = collect(*one, per_class), collect(*two, per_class)
     before = {name: tensor.clone() for name, tensor in other.state().items()}
     merged.merge(other, rows)
-    whole = gathered(torch.cat([one[0], two[0]]), torch.cat([one[1], rows[two[1]]]), per_class)
+    combined = collect(torch.cat([one[0], two[0]]), torch.cat([one[1], rows[two[1]]]), per_class)
     for name in ("counts", "sums", "moments"):
-        torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(getattr(merged, name), getattr(combined, name), rtol=1e-12, atol=1e-12)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state().items())
 
 
 def test_restored_statistics_share_no_memory() -> None:
-    state = gathered(*data()).state()
+    state = collect(*data()).state()
     before = {name: tensor.clone() for name, tensor in state.items()}
     ClassStatistics.from_state(state).add(*data())
     assert all(torch.equal(state[name], before[name]) for name in state)
@@ -311,7 +311,7 @@ class Fixed:
 
 def test_discriminant_matches_scikit_learn() -> None:
     vectors, labels = data()
-    statistics = gathered(vectors, labels)
+    statistics = collect(vectors, labels)
     covariance = statistics.scatter_within() / (statistics.total - 4)
     values, bias = discriminant(statistics.means, statistics.counts, covariance, statistics.total)
     reference = LinearDiscriminantAnalysis(
@@ -343,7 +343,7 @@ def generalised_cross_validation(vectors: Tensor, labels: Tensor, penalty: float
 @pytest.mark.parametrize(("count", "seed"), [(40, 0), (40, 10), (60, 1), (400, 0), (400, 2)])
 def test_ridge_equals_the_direct_solution_at_the_best_penalty_of_the_grid(count: int, seed: int) -> None:
     vectors, labels = data(count, seed=seed)
-    values, bias, penalty = ridge(gathered(vectors, labels))
+    values, bias, penalty = ridge(collect(vectors, labels))
     centred = vectors.double() - vectors.double().mean(0)
     grid = [relative * float(centred.square().sum()) / vectors.shape[1] for relative in RIDGE_GRID]
     best = min(grid, key=lambda candidate: generalised_cross_validation(vectors, labels, candidate))
@@ -357,7 +357,7 @@ def test_ridge_equals_the_direct_solution_at_the_best_penalty_of_the_grid(count:
 def test_ridge_of_fewer_samples_than_features(count: int) -> None:
     """The criterion is nearly 0/0: any choice must score as well as the best and fit the training data."""
     vectors, labels = data(count, dim=80)
-    values, bias, penalty = ridge(gathered(vectors, labels))
+    values, bias, penalty = ridge(collect(vectors, labels))
     scores = [generalised_cross_validation(vectors, labels, penalty * factor) for factor in (1.0, 1e-2, 1e2)]
     assert scores[0] <= 1.01 * min(scores)
     assert torch.isfinite(values).all()
@@ -365,7 +365,7 @@ def test_ridge_of_fewer_samples_than_features(count: int) -> None:
 
 
 def test_ridge_of_one_sample() -> None:
-    values, bias, _ = ridge(gathered(torch.ones(1, 3), torch.tensor([0])))
+    values, bias, _ = ridge(collect(torch.ones(1, 3), torch.tensor([0])))
     assert float(values.abs().max()) == 0.0
     assert float(bias[0]) == 1.0
 
@@ -384,7 +384,7 @@ def test_ridge_of_no_sample(strength: float) -> None:
 def test_ridge_at_a_given_strength_matches_scikit_learn(strength: float) -> None:
     """alpha equals λ: both weigh |W|² against the sum, not the mean, of squared errors."""
     vectors, labels = data()
-    values, bias, chosen = ridge(gathered(vectors, labels), strength)
+    values, bias, chosen = ridge(collect(vectors, labels), strength)
     assert chosen == strength
     reference = Ridge(alpha=strength).fit(vectors.double().numpy(), np.eye(4)[labels.numpy()])
     np.testing.assert_allclose(values, reference.coef_.T, rtol=1e-6, atol=1e-9)
@@ -409,7 +409,7 @@ def recursive_least_squares(x: NDArray, targets: NDArray, strength: float) -> tu
 def test_ridge_equals_recursive_least_squares(count: int, strength: float) -> None:
     """The order of the samples does not matter, and there may be fewer samples than features."""
     vectors, labels = data(count)
-    values, bias, _ = ridge(gathered(vectors, labels), strength)
+    values, bias, _ = ridge(collect(vectors, labels), strength)
     order = np.random.default_rng(1).permutation(count)
     for index in (np.arange(count), order):
         wanted = recursive_least_squares(vectors.double().numpy()[index], np.eye(4)[labels.numpy()[index]], strength)
@@ -486,5 +486,5 @@ def test_float32_statistics_survive_a_restart_exactly() -> None:
 
 
 def test_single_precision_gives_the_strength_that_ridge_chooses() -> None:
-    statistics = gathered(*data())
+    statistics = collect(*data())
     assert ridge_strength(statistics) == pytest.approx(ridge(statistics)[2], rel=1e-5)
