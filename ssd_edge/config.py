@@ -134,7 +134,7 @@ class PretrainingConfig:
     seed: int = setting(0, "seed of initialisation, sample order and augmentation", minimum=0, maximum=2**31)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA if a CUDA kernel runs, else the CPU")
     threads: int = setting(0, "number of PyTorch threads; 0: one per core", minimum=0, maximum=1024)
-    amp: bool = setting(True, "bfloat16 autocast")
+    amp: bool = setting(True, "bfloat16 autocast, where the processor has it")
     terms: str = setting("not stated", "terms of use of the images, for the card")
 
 
