@@ -419,7 +419,7 @@ def summary(cells: Sequence[Record]) -> list[Record]:
 def show(rows: Sequence[Record]) -> None:
     """Print the summary, in percent."""
     for row in rows:
-        print(f"\n{row['stream']}, {row['shots'] or 'all'} images a class")
+        print(f"\n{row['stream']}, {row['shots'] or 'all'} images per class")
         for head, one in row["heads"].items():
             accuracy = f"{100 * one['accuracy']:6.2f} ± {100 * one['error']:.2f}"
             print(f"  {head:9} {accuracy} {one['state_bytes'] / 1e6:8.3f} MB")

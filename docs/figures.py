@@ -81,7 +81,7 @@ def device_table(rows: list[dict]) -> str:
 def precision_table(rows: list[dict]) -> str:
     """Return the effect of each backbone precision."""
     lines = [
-        "| | backbone | engine | smallest cosine | p99 of the difference | drift of a mean | same decision | "
+        "| | backbone | engine | smallest cosine | p99 of the difference | shift of a mean | same prediction | "
         "accuracy | one image |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

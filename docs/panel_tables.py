@@ -38,7 +38,7 @@ def _rows(summary: Sequence[dict]) -> list[tuple[str, dict[int, dict]]]:
 
 def best_table(summary: Sequence[dict]) -> str:
     """Return accuracy of `landmark` in each regime and its lead over the best head of at most its size."""
-    lines_ = ["| images a class | 5 | 20 | 100 | all |", "|---|---|---|---|---|"]
+    lines_ = ["| images per class | 5 | 20 | 100 | all |", "|---|---|---|---|---|"]
     for title, row in _rows(summary):
         cells = []
         for shots in SHOTS:
@@ -119,7 +119,7 @@ def streams_table(results: Sequence[dict]) -> str:
 
 def directions_table(rows: Sequence[dict]) -> str:
     """Return the accuracy of `landmark` with parts changed or removed."""
-    lines_ = ["| images a class | 5 | 20 | 100 | all | state |", "|---|---|---|---|---|---|"]
+    lines_ = ["| images per class | 5 | 20 | 100 | all | state |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = " | ".join(percent(row[str(shots)]) for shots in SHOTS)
         lines_.append(f"| {row['variant']} | {cells} | {size(row['state_bytes'])} |")

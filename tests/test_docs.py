@@ -1,4 +1,4 @@
-"""What the documents say of themselves: figures match the result files, links lead somewhere, commands exist."""
+"""The documentation: figures match the result files, links resolve, commands exist."""
 
 from __future__ import annotations
 

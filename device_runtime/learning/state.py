@@ -19,7 +19,7 @@ from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 @dataclasses.dataclass(frozen=True)
 class InstalledBundle:
-    """What a device keeps about the bundle it was installed from; the content of ``device.json``.
+    """Facts about the bundle that was installed, the content of ``device.json``.
 
     Attributes:
         name: Name of the bundle.

@@ -1,1 +1,1 @@
-"""How a run is shown: on the terminal and as an HTML report."""
+"""Terminal output and HTML report of a run."""
