@@ -36,7 +36,14 @@ def export_once(identity: str) -> bytes:
     return export_package(package.load())
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+# One learner of each kind by default: the default, one trained by gradient descent, and the smallest. The others take a
+# minute more; the contract tests run for all of them.
+BY_DEFAULT = ("landmark", "ssd", "ncm")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in BY_DEFAULT else [pytest.mark.slow]) for name in LEARNERS]
+)
 def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def export(package: BackbonePackage) -> bytes:
         return export_once(package.identity)
