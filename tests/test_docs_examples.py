@@ -88,16 +88,11 @@ def python_blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def run(blocks: list[str], namespace: dict[str, Any], **replaced: object) -> dict[str, Any]:
-    """Execute examples one after another, with real paths in place of those in the text."""
+def run(blocks: list[str], namespace: dict[str, Any], root: Path | str = "/data/ssd-edge") -> dict[str, Any]:
+    """Execute examples one after another, with `root` in place of the device's root in the text."""
     for block in blocks:
-        for old, new in replaced.items():
-            block = block.replace(OLD[old], str(new))
-        exec(compile(block, "<example>", "exec"), namespace)
+        exec(compile(block.replace("/data/ssd-edge", str(root)), "<example>", "exec"), namespace)
     return namespace
-
-
-OLD = {"root": "/data/ssd-edge", "folder": '"FOLDER"', "bundle": "robot.ssdedge"}
 
 
 @pytest.fixture

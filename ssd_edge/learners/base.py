@@ -75,8 +75,8 @@ class Task:
         return rows
 
 
-# Symbols for axes that are indexed by class row: C all rows, S rows up to the last one learned, P rows of a teacher.
-CLASS_AXES = frozenset("CSP")
+# Symbols for axes that are indexed by class row: C all rows, S rows up to the last one learned.
+CLASS_AXES = frozenset("CS")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,9 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 def blank(learner: Learner, row: int) -> None:
-    """Zero the output of a class in a trained network, its teacher and its penalty.
+    """Zero the output of a class in a trained network and in its penalty, which would otherwise pull it back.
 
-    Otherwise a penalty would pull the output back and a teacher would distil it. The result is like the output of a
-    class that has not been learned.
+    The result is like the output of a class that has not been learned.
     """
     state, rows = learner.state_dict(), torch.tensor([row])
     _release_penalty(learner, state, rows)
