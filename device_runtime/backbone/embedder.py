@@ -25,6 +25,7 @@ from ssd_edge.errors import (
     EnvironmentUnfitError,
     GateRefusedError,
     SlowerProviderError,
+    first_line,
     require,
 )
 from ssd_edge.system import EXACT_INT8, usable_cores
@@ -72,7 +73,7 @@ class OnnxRuntimeEmbedder:
         except Exception as error:  # ONNX Runtime raises its own types, which share no public base
             name = "the backbone" if isinstance(model, bytes) else model
             raise EnvironmentUnfitError(
-                f"ONNX Runtime cannot run {name} on this machine ({_line(error)}); deploy it again"
+                f"ONNX Runtime cannot run {name} on this machine ({first_line(error)}); deploy it again"
             ) from error
         self.provider: str = self._session.get_providers()[0]
         if self.provider != provider:
@@ -98,7 +99,7 @@ class OnnxRuntimeEmbedder:
             ]
         except Exception as error:
             raise EnvironmentUnfitError(
-                f"{self.provider} of ONNX Runtime cannot run the backbone ({_line(error)}); see ssd-edge doctor"
+                f"{self.provider} of ONNX Runtime cannot run the backbone ({first_line(error)}); see ssd-edge doctor"
             ) from error
         return check_embeddings(
             np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32), len(images), self.dim
@@ -180,11 +181,6 @@ def _ladder(
     if CUDA in require("onnxruntime", "device", "run the backbone").get_available_providers():
         yield CUDA, lambda: open_tested(CUDA)
     yield CPU, lambda: OnnxRuntimeEmbedder(path, spec.size, spec.dim)
-
-
-def _line(error: Exception) -> str:
-    """Return the first line of a message; those of drivers can be long."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _tensorrt(folder: Path, path: Path, spec: BackboneSpec, probe: Probe, say: Say) -> DeviceEmbedder:

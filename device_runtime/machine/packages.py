@@ -14,6 +14,7 @@ from device_runtime.backbone.embedder import LADDER
 from device_runtime.install import trust
 from device_runtime.machine.checks import Check, Examined, Situation
 from ssd_edge import targets
+from ssd_edge.errors import first_line
 
 OLDEST_TORCH, OLDEST_ONNXRUNTIME = "2.3", "1.17"  # as in pyproject.toml
 # ONNX graph y = Conv(x, w), both inputs float32 (1, 1, 3, 3); a convolution, because it requires cuDNN.
@@ -49,7 +50,7 @@ def check_torch(at: Situation) -> Examined:
         torch.from_numpy(np.ones(2, np.float32)).numpy()
     except Exception as error:  # a PyTorch built for NumPy 1 fails here with NumPy 2
         fix = "pip install 'numpy<2', if the message names NumPy; else " + at.fix("torch")
-        yield Check("torch", "unfit", f"PyTorch {version} cannot compute on the CPU ({_line(error)})", fix)
+        yield Check("torch", "unfit", f"PyTorch {version} cannot compute on the CPU ({first_line(error)})", fix)
         return
     at.torch = torch
     old = not targets.within(version, (OLDEST_TORCH, None))
@@ -71,7 +72,7 @@ def check_gpu(at: Situation) -> Examined:
     try:
         _compute(torch, "cuda")
     except Exception as error:  # e.g. a wheel without kernels for this GPU, an old driver, no memory
-        finding = f"{found}, but a kernel does not run ({_line(error)}); the learner runs on the CPU"
+        finding = f"{found}, but a kernel does not run ({first_line(error)}); the learner runs on the CPU"
         yield Check("gpu", "warning", finding, at.fix("torch") if at.board.jetson else "update the driver, or PyTorch")
         return
     at.capability = capability
@@ -120,7 +121,9 @@ def check_tensorrt(at: Situation) -> Examined:
         builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
     except Exception as error:  # without a GPU: TypeError, because a factory returned nullptr
         yield Check(
-            "tensorrt", at.loss, f"{version}, but it cannot create a builder, e.g. for lack of a GPU ({_line(error)})"
+            "tensorrt",
+            at.loss,
+            f"{version}, but it cannot create a builder, e.g. for lack of a GPU ({first_line(error)})",
         )
         return
     del builder
@@ -170,12 +173,7 @@ def _import(module: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(module), ""
     except Exception as error:
-        return None, _line(error)
-
-
-def _line(error: Exception) -> str:
-    """Return the first line of a message; those of drivers can be long."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return None, first_line(error)
 
 
 def _compute(torch: Any, device: str) -> None:
@@ -202,7 +200,7 @@ def _convolve(runtime: Any, provider: str) -> str:
             session = runtime.InferenceSession(CONVOLUTION, options, providers=[provider])
             result = session.run(None, {"x": ones * np.arange(9, dtype=np.float32).reshape(1, 1, 3, 3), "w": ones})
     except Exception as error:  # ONNX Runtime raises its own types, which share no public base
-        return _line(error)
+        return first_line(error)
     if session.get_providers()[0] != provider:
         return f"it fell back to {session.get_providers()[0]}"
     return "" if float(result[0].item()) == 36.0 else f"it computes 0 + 1 + … + 8 = {float(result[0].item())}"

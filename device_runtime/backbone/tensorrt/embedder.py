@@ -13,7 +13,7 @@ import numpy as np
 from device_runtime.backbone.interface import EngineRecord, check_embeddings
 from device_runtime.backbone.tensorrt.api import Engine, TensorRT
 from ssd_edge import files
-from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, require
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, first_line, require
 
 
 class Cuda:
@@ -41,10 +41,9 @@ class Cuda:
         try:
             yield
         except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise EnvironmentUnfitError(
-                f"PyTorch {self.torch.__version__} cannot use the GPU ({reason}); {advice}, or run the backbone "
-                "with ONNX Runtime"
+                f"PyTorch {self.torch.__version__} cannot use the GPU ({first_line(error)}); {advice}, or run the "
+                "backbone with ONNX Runtime"
             ) from error
 
     def use(self) -> contextlib.AbstractContextManager[Any]:
