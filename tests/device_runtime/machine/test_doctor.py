@@ -227,7 +227,7 @@ def test_gpu_without_kernels_in_the_wheel(packages: Any, tmp_path: Path) -> None
 
 def test_gpu_with_wrong_results(packages: Any, tmp_path: Path) -> None:
     stand_in = StandInTorch()
-    stand_in.zeros = lambda count, device: torch.full((count,), float(device == "cuda"))
+    stand_in.zeros = lambda count, device: torch.zeros(count) + float(device == "cuda")
     packages(torch=stand_in)
     assert "cuda computes 8 + 7 = 30.0" in found(examine(root=tmp_path, board=NANO), "gpu", "warning").found
 
