@@ -20,6 +20,8 @@ from ssd_edge.errors import InputError, did_you_mean
 
 T = TypeVar("T")
 
+MAX_YAML_BYTES = 100_000  # the largest experiment of the papers has 3,000
+
 
 def setting(
     default: Any,
@@ -263,14 +265,35 @@ def parse_section(cls: type[T], values: Mapping[str, Any], section: str) -> T:
     return cls(**converted)
 
 
+class _Loader(yaml.SafeLoader):
+    """Loader that refuses aliases: ten lines of aliases to aliases make a value of a billion parts."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "an alias (*) is not supported: repeat it", mark)
+        return super().compose_node(parent, index)
+
+
+class _TextLoader(_Loader):
+    """Loader that constructs only texts, lists and mappings, as `yaml.BaseLoader` does."""
+
+    yaml_implicit_resolvers = yaml.BaseLoader.yaml_implicit_resolvers
+    yaml_constructors = yaml.BaseLoader.yaml_constructors
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a configuration file.
 
     Raises:
-        InputError: The file does not exist, is not valid YAML, or is not a mapping.
+        InputError: The file does not exist, is too large, is not valid YAML, contains an alias, or is not a mapping.
     """
     try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as stream:
+            data = stream.read(MAX_YAML_BYTES + 1)
+        if len(data) > MAX_YAML_BYTES:
+            raise InputError(f"the configuration {path} has more than {MAX_YAML_BYTES:,} bytes; is it the right file?")
+        value = yaml.load(data.decode("utf-8"), Loader=_Loader)
     except OSError as error:
         raise InputError(f"the configuration {path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date such as 2024-13-40
@@ -311,7 +334,7 @@ def _list_or_text(text: str) -> list[Any] | str:
     """Parse ``[a, b]`` as a list of texts; return any other text, such as one with an unclosed bracket, unchanged."""
     if text.startswith("["):
         with contextlib.suppress(yaml.YAMLError, RecursionError):
-            value = yaml.load(text, Loader=yaml.BaseLoader)  # constructs only texts, lists and mappings
+            value = yaml.load(text, Loader=_TextLoader)
             if isinstance(value, list):
                 return value
     return text

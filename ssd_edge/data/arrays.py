@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from ssd_edge.images import decode, from_array
 from ssd_edge.system import usable_cores
 
 MAX_BYTES = 2 << 30  # limit of what is read into memory at once: an archive or an .npz
-# Exceptions from reading a damaged .npz; MemoryError if its header claims more than the memory.
-_DAMAGE = (OSError, ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _CHUNK = 16  # images per unit of work: few, so that one batch uses many cores
 
 
@@ -224,6 +221,8 @@ def read_npz(path: Path) -> Source:
             raise InputError(f"{path} holds {total:,} bytes, but at most {MAX_BYTES:,} are read; split it")
         with np.load(path, allow_pickle=False) as arrays:
             train, test = (_read_part(arrays, part, path) for part in ("train", "test"))
-    except _DAMAGE as error:
+    except InputError:
+        raise
+    except Exception as error:  # damaged data can raise anything; MemoryError if a header claims more than the memory
         raise InputError(f"{path} cannot be read as an .npz file ({error}); is it one?") from error
     return numbered(train, test)

@@ -13,7 +13,6 @@ import io
 import lzma
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
@@ -29,6 +28,7 @@ from ssd_edge.images import is_image_name, walk_images
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first one present is the test split
+MAX_MEMBERS = 1_000_000  # of a tar: a member takes 512 bytes, of which a megabyte of an .xz makes millions
 LAYOUT = "expected train/<class>/… and test/<class>/…, or <class>/… alone"
 
 # Parts of the path of an image → its file or bytes, and its name for error messages.
@@ -48,11 +48,6 @@ _OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {
     ".tar.bz2": bz2.open,
     ".tbz2": bz2.open,
 }
-# Exceptions from reading a damaged archive; gzip and bz2 report damage as an OSError without a number.
-_DAMAGE = (
-    *(OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError),
-    *(tarfile.TarError, zipfile.BadZipFile),
-)
 
 
 def read_folder(folder: Path) -> Source:
@@ -89,7 +84,9 @@ def read_archive(path: Path) -> Source:
         raise InputError(f"{path} is not a data set: neither a folder nor one of {known}")
     try:
         files = _read_zip(path) if ending == ".zip" else _read_tar(_read_all(path, _OPENERS[ending]), path)
-    except _DAMAGE as error:
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # a damaged archive can raise anything; gzip and bz2 an OSError without a number
         advice = "" if getattr(error, "errno", None) else "; it is damaged or cut short: copy it again"
         raise InputError(f"{path} cannot be read ({error}){advice}") from error
     tree: Tree = {
@@ -181,7 +178,16 @@ def _read_tar(data: bytes, path: Path) -> dict[tuple[str, ...], memoryview]:
     """Return the files in an uncompressed tar as views."""
     files = {}
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-        for member in archive:
+        count = 0
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps a kilobyte of each
+            count += 1
+            if count > MAX_MEMBERS:
+                raise InputError(
+                    f"{path} holds more than {MAX_MEMBERS:,} members; unpack it and name the folder instead"
+                )
+            if member.size < 0:  # possible in base 256; tarfile would go back, and read the same members for ever
+                raise tarfile.ReadError(f"a member of {member.size:,} bytes at byte {member.offset:,}")
             parts = _parts(member.name, path)
             if not parts or member.isdir():
                 continue

@@ -173,3 +173,22 @@ def test_read_yaml(tmp_path: Path) -> None:
     assert read_yaml(path) == {}
     path.write_text("data:\n  path: ü\n  # classes: [a]\nrun:\n", encoding="utf-8")
     assert read_yaml(path) == {"data": {"path": "ü"}, "run": None}
+
+
+@pytest.mark.parametrize("form", ["data: {{path: {}}}", "{}", "data: {}"])
+def test_aliases_are_refused(form: str, tmp_path: Path) -> None:
+    """Thirty short lists of aliases make a value of a billion parts, which no message could show."""
+    lists = ["&a0 [x, x]", *(f"&a{number} [*a{number - 1}, *a{number - 1}]" for number in range(1, 30))]
+    path = tmp_path / "c.yaml"
+    path.write_text(form.format("[" + ", ".join(lists) + "]"))
+    with pytest.raises(InputError, match=r"c\.yaml is not valid YAML: an alias \(\*\) is not supported: repeat it"):
+        read_yaml(path)
+    merged = merge({}, ["data.path=[" + ", ".join(lists) + "]"])
+    assert isinstance(merged["data"]["path"], str)
+
+
+def test_large_configurations_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("a: " + "1:" * 60_000 + "1")  # a number to the base 60 with 60,000 digits
+    with pytest.raises(InputError, match=r"c\.yaml has more than 100,000 bytes; is it the right file\?"):
+        read_yaml(path)

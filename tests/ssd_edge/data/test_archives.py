@@ -119,6 +119,31 @@ def test_only_regular_files_are_accepted(kind: bytes, tmp_path: Path) -> None:
         read(path)
 
 
+def tar_header(name: str, size: bytes) -> bytes:
+    """Return the header of a regular file with the given bytes as its size."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024, 2**63, 2**88 - 1])
+def test_impossible_sizes_in_base_256_are_refused(size: int, tmp_path: Path) -> None:
+    """A member of -512 bytes is followed by itself."""
+    path = tmp_path / "a.tar"
+    field = b"\x80" + size.to_bytes(11, "big") if size > 0 else size.to_bytes(12, "big", signed=True)
+    path.write_bytes(tar_header("a/1.png", b"%011o\0" % 0) + tar_header("a/2.png", field) + bytes(1024))
+    with pytest.raises(InputError, match=r"a\.tar cannot be read .*damaged"):
+        read(path)
+
+
+def test_tars_of_too_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "MAX_MEMBERS", 3)
+    with pytest.raises(InputError, match=r"a\.tar holds more than 3 members; unpack it"):
+        read(pack(tmp_path / "a.tar", content()))
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_truncated_archives_are_refused(ending: str, tmp_path: Path) -> None:
     """Truncation between two members matters most: tarfile alone does not detect it."""

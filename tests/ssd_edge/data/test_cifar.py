@@ -7,6 +7,8 @@ import io
 import pickle
 import struct
 import tarfile
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,8 +169,8 @@ def test_no_other_global_can_be_loaded(module: str, name: str, tmp_path: Path) -
         ({b"data": np.zeros((2, 3072)), b"labels": [0, 1]}, "an array of type .*f8.* instead of uint8"),
         ({b"data": np.array([None] * 2), b"labels": [0, 1]}, "an array of type .*O8.* instead of uint8"),
         ({b"data": np.zeros((2, 3000), np.uint8), b"labels": [0, 1]}, "is not a batch of CIFAR"),
-        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, "2 images, but labels of shape"),
-        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, "a"]}, "2 images, but labels of shape"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, "2 images, but 1 labels"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, "a"]}, "has labels that are not whole numbers"),
         ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 10]}, "has labels 0..10, but there are 10"),
         ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [-1, 0]}, "has labels -1..0, but there are 10"),
         ({b"data": b"bytes", b"labels": [0]}, "is not a batch of CIFAR"),
@@ -180,6 +182,58 @@ def test_invalid_content_is_refused(table: object, message: str, tmp_path: Path)
     home = save({**cifar10(), "test_batch": python2(table)}, tmp_path / "c")
     with pytest.raises(InputError, match=f"test_batch.*{message}"):
         load(DataConfig(path=str(home)), 0)
+
+
+_LATER = b"\x80\x04"
+_ENCODE, _LATIN1 = b"c_codecs\nencode\n", b"X\x06\x00\x00\x00latin1"
+_DTYPE = b"cnumpy\ndtype\n"
+_UINT8 = _DTYPE + b"C\x02u1\x85R"
+_LONG_TEXT = b"X\x00\x00\x10\x00" + b"a" * (1 << 20)
+_ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00C\x01btR"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"\x80\x02)r\xff\xff\xff\x0f.", id="a far place in memory"),
+        pytest.param(_LATER + b"\x8e" + (1 << 33).to_bytes(8, "little") + b"x", id="a long text"),
+        pytest.param(_LATER + b"\x96" + (1 << 31).to_bytes(8, "little"), id="a long buffer"),
+        pytest.param(_LATER + b"\x95" + (1 << 31).to_bytes(8, "little") + b"N.", id="a long frame"),
+        pytest.param(b"\x80\x02})" + b"2\x86" * 100 + b"Ns.", id="a key whose hash never ends"),
+        pytest.param(b"\x80\x02}q\x00)q\x01" + b"h\x01h\x01\x86q\x01" * 64 + b"Ns.", id="the same through the memory"),
+        pytest.param(_DTYPE + b")q\x01" + b"h\x01h\x01\x86q\x01" * 64 + b"\x85R.", id="a type whose text never ends"),
+        pytest.param(
+            _ENCODE + b"q\x00" + _LONG_TEXT + _LATIN1 + b"\x86q\x01](" + b"h\x00h\x01R" * 100_000 + b"e.",
+            id="one text encoded again and again",
+        ),
+        pytest.param(
+            _ARRAY + b"(K\x01(" + b"K\x01" * 99_999 + b"t" + _UINT8 + b"\x89C\x00tq\x03" + 99_999 * b"h\x03b",
+            id="a long shape set again and again",
+        ),
+        pytest.param(b"\x80\x02" + b"]q\x00" + b"h\x00a" * 1000 + b".", id="a list in itself"),
+        pytest.param(b"I" + b"9" * 100_000 + b"\n.", id="a long number"),
+    ],
+)  # fmt: skip
+def test_a_few_bytes_ask_for_neither_memory_nor_time(data: bytes, tmp_path: Path) -> None:
+    home = save({**cifar10(), "test_batch": data}, tmp_path / "c")
+    tracemalloc.start()
+    try:
+        begun = time.monotonic()
+        with pytest.raises(InputError, match="test_batch") as caught:
+            load(DataConfig(path=str(home)), 0)
+        assert time.monotonic() - begun < 5
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 500
+
+
+def test_labels_in_a_list_of_itself_are_refused(tmp_path: Path) -> None:
+    labels: list[object] = []
+    labels += [labels, labels]  # NumPy would look for an array in it, two ways at each of 64 levels
+    files = {**cifar10(), "test_batch": python2({b"data": np.zeros((2, 3072), np.uint8), b"labels": labels})}
+    with pytest.raises(InputError, match="test_batch has labels that are not whole numbers"):
+        load(DataConfig(path=str(save(files, tmp_path / "c"))), 0)
 
 
 def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
