@@ -6,6 +6,7 @@ never reused, even after its class has been removed. The *name* is shown to peop
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,27 +17,62 @@ from ssd_edge.errors import BundleRefusedError, InputError, did_you_mean
 MAX_NAME_LENGTH = 64
 RESERVED_NAMES = frozenset({"unknown"})
 
+# Letters that look like one of "unknown", after compatibility decomposition and case folding; the common ones of
+# Unicode's confusables.txt.
+_LOOKALIKES = str.maketrans(
+    {
+        letter: latin
+        for latin, letters in {
+            "u": "υսᴜʋꞟꓴ",
+            "n": "ոռηνпɴƞꓠ",
+            "k": "кκқᴋĸƙⲕꓗᏦ",
+            "o": "оοօσøөᴏᴑⲟꓳ0٥०০੦๐໐၀〇",
+            "w": "ѡԝաωшɯᴡⲱꓪᏔᎳ",
+        }.items()
+        for letter in letters
+    }
+)
+# Characters without a glyph in other categories than Cf: joiners, fillers, the blank pattern of Braille, tags.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+)
+_VARIATION = re.compile("[\ufe00-\ufe0f]")  # added to emoji by some keyboards only
+
 
 def normalise_name(name: str) -> str:
-    """Return a class name in Unicode normal form NFC, without surrounding white space.
+    """Return a class name in Unicode normal form NFC, without surrounding white space and variation selectors.
 
     Raises:
-        InputError: The name is empty, reserved, longer than 64 characters, or contains control characters.
+        InputError: The name is empty or blank, reserved or looks like a reserved one, longer than 64 characters, or
+            contains control characters or invisible ones.
     """
-    clean = unicodedata.normalize("NFC", name).strip()
-    if not clean:
-        raise InputError("a class name is empty; use at least one visible character")
-    if clean.casefold() in RESERVED_NAMES:
-        raise InputError(f"the class name '{clean}' is reserved for images of no known class; choose another")
+    clean = _VARIATION.sub("", unicodedata.normalize("NFC", name)).strip()
     if len(clean) > MAX_NAME_LENGTH:
         raise InputError(
             f"the class name '{clean[:20]}…' has {len(clean)} characters, but at most {MAX_NAME_LENGTH} are allowed"
         )
-    # Cc control, Cf format (bidirectional overrides), Cs lone surrogate, Zl/Zp line separators
-    bad = next((c for c in clean if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"}), None)
+    kinds = {letter: unicodedata.category(letter) for letter in clean}
+    if "Cs" in kinds.values():  # from a file name
+        raise InputError(f"the class name {clean!r} is not valid UTF-8; rename the folder")
+    # Cc control, Cf format (bidirectional overrides), Zl/Zp line separators
+    bad = next((c for c in clean if kinds[c] in {"Cc", "Cf", "Zl", "Zp"}), None)
     if bad is not None:
         raise InputError(f"the class name {clean!r} contains the control character U+{ord(bad):04X}; remove it")
+    if found := _INVISIBLE.search(clean):
+        raise InputError(f"the class name {clean!r} contains the invisible character U+{ord(found[0]):04X}; remove it")
+    if not any(kind[0] in "LNPS" for kind in kinds.values()):  # nothing but spaces and accents
+        raise InputError("a class name is empty; use at least one visible character")
+    if _skeleton(clean) in RESERVED_NAMES:
+        like = "is" if clean.casefold() in RESERVED_NAMES else "looks like 'unknown', which is"
+        raise InputError(f"the class name '{clean}' {like} reserved for images of no known class; choose another")
     return clean
+
+
+def _skeleton(name: str) -> str:
+    """Return a name without accents and spaces, with look-alikes of the letters of "unknown" replaced by them."""
+    letters = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", name).casefold())
+    plain = "".join(letter for letter in letters if unicodedata.category(letter)[0] not in "MZ")
+    return plain.translate(_LOOKALIKES)
 
 
 @dataclass(frozen=True)
@@ -172,7 +208,7 @@ class ClassRegistry:
                 for item in value["classes"]
             ]
             registry = cls(entries, int(value["next_id"]))
-        except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InputError) as error:
             raise BundleRefusedError(f"the class registry is damaged ({error}); restore the file") from error
         if any(entry.id >= registry.next_id or entry.id < 0 for entry in entries):
             raise BundleRefusedError(

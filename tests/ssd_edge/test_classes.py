@@ -31,13 +31,53 @@ def test_names_are_normalised() -> None:
             r"contains the control character U\+202E",
         ),  # a control character that reverses the surrounding text
         ("a\u2028b", r"contains the control character U\+2028"),
-        ("a\udc80", r"contains the control character U\+DC80"),  # a file name that is not UTF-8
+        ("a\udc80", r"the class name 'a\\udc80' is not valid UTF-8; rename the folder"),  # from a file name
+        ("\u3164", r"contains the invisible character U\+3164; remove it"),  # Hangul filler
+        ("\u2800", r"contains the invisible character U\+2800; remove it"),  # the Braille pattern without dots
+        ("gear\uffa0", r"contains the invisible character U\+FFA0"),
+        ("gear\U000e0041", r"contains the invisible character U\+E0041|control character U\+E0041"),
+        ("gear\u034f", r"contains the invisible character U\+034F"),
+        ("\u200b", r"contains the control character U\+200B"),
+        ("\u00a0\u3000", "a class name is empty"),
+        ("\u0301\ufe0f", "a class name is empty"),
     ],
 )
 def test_refused_names(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         normalise_name(name)
     str(caught.value).encode()  # the message is printable
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ｕｎｋｎｏｗｎ",
+        "unkn\u043ewn",  # a Cyrillic o
+        "un\u043an\u043ewn",
+        "\u03c5\u03b7\u03ba\u03b7\u03bf\u03c9\u03b7",  # Greek
+        "U\u039d\u039aN\u041eWN",  # Greek and Cyrillic capitals
+        "𝐮𝐧𝐤𝐧𝐨𝐰𝐧",
+        "ⓤⓝⓚⓝⓞⓦⓝ",
+        "unkn0wn",
+        "ünknöwn",
+        "un known",
+        "u\u0332nknown",
+    ],
+)
+def test_names_that_look_like_the_reserved_one_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="looks like 'unknown', which is reserved"):
+        normalise_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["unknown part", "unknowns", "known", "неизвестно", "неизвестный", "άγνωστο", "不明", "w"]
+)
+def test_names_that_only_remind_of_it_are_kept(name: str) -> None:
+    assert normalise_name(name) == name
+
+
+def test_variation_selectors_are_dropped() -> None:
+    assert normalise_name("☕\ufe0f") == normalise_name("☕") == "☕"
 
 
 def test_add_and_row() -> None:
