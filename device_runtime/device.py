@@ -55,6 +55,7 @@ from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import InputError
+from ssd_edge.images import check_embedded
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 C = TypeVar("C", bound=Change)
@@ -214,40 +215,44 @@ class Device:
         """Return standardised embeddings of images, float32 ``(N, D)``.
 
         Raises:
-            InputError: An image cannot be read; the message names it.
+            InputError: An image cannot be read, or the backbone gives NaN for it; the message names it.
         """
         return self._embed(self.snapshot, sources)
 
-    def observe(self, sources: Sequence[ImageSource], reject: bool = True) -> Observation:
+    def observe(
+        self, sources: Sequence[ImageSource], reject: bool = True, names: Sequence[str] | None = None
+    ) -> Observation:
         """Predict the class of each image and return the embeddings as well, all by one generation.
 
         Args:
             sources: The images.
             reject: Predict `UNKNOWN` for images that are too far from every class.
+            names: Names of the images for results and messages; None for their paths, or ``image 0``, … for arrays.
 
         Raises:
-            InputError: An image cannot be read, or the device knows no class yet.
+            InputError: An image cannot be read, the backbone gives NaN for it, or the device knows no class yet.
         """
         snapshot = self.snapshot  # read once: another thread may replace it
         state = snapshot.state
         classes = state.registry.names
         if not classes:
             raise InputError("this device knows no class yet; teach it one: ssd-edge device learn --label NAME FOLDER")
-        embeddings = self._embed(snapshot, sources)
+        names = _names(sources) if names is None else names
+        embeddings = self._embed(snapshot, sources, names=names)
         scores = state.learner.scores(embeddings)[:, : len(classes)]
         best, rows = scores.softmax(1).max(1) if len(scores) else (torch.zeros(0), torch.zeros(0, dtype=torch.int64))
         accepted, margins = state.rejector.accepts(embeddings, rows)
-        columns = zip(sources, rows.tolist(), best.tolist(), accepted.tolist(), margins.tolist(), strict=True)
+        columns = zip(names, rows.tolist(), best.tolist(), accepted.tolist(), margins.tolist(), strict=True)
         predictions = [
             Prediction(
-                teach.image_name(source, number),
+                name,
                 classes[row] if accept or not reject else UNKNOWN,
                 score,
                 snapshot.generation.number,
                 classes[row],
                 margin,
             )
-            for number, (source, row, score, accept, margin) in enumerate(columns)
+            for name, row, score, accept, margin in columns
         ]
         return Observation(predictions, embeddings, snapshot)
 
@@ -431,15 +436,19 @@ class Device:
         snapshot: Snapshot,
         sources: Sequence[ImageSource],
         progress: Callable[[float], object] = lambda share: None,
+        names: Sequence[str] | None = None,
     ) -> torch.Tensor:
         bundle, embedder = snapshot.state.bundle, self._embedder_of(snapshot)
+        names = _names(sources) if names is None else names
         parts = []
         for start in range(0, len(sources), DECODE_BATCH):
-            batch = enumerate(sources[start : start + DECODE_BATCH], start)
-            pixels = [teach.decode(source, teach.image_name(source, number), bundle.size) for number, source in batch]
-            parts.append(torch.from_numpy(embedder.embed(np.stack(pixels))))
+            batch = zip(sources[start : start + DECODE_BATCH], names[start : start + DECODE_BATCH], strict=True)
+            pixels = [teach.decode(source, name, bundle.size) for source, name in batch]
+            parts.append(embedder.embed(np.stack(pixels)))
             progress((start + len(pixels)) / len(sources))
-        return torch.cat(parts) if parts else torch.zeros(0, bundle.dim)
+        embeddings = np.concatenate(parts) if parts else np.zeros((0, bundle.dim), np.float32)
+        check_embedded(embeddings, names)
+        return torch.from_numpy(embeddings)
 
     def _embedder_of(self, snapshot: Snapshot) -> DeviceEmbedder:
         backbone = snapshot.generation.backbone
@@ -474,3 +483,7 @@ class Device:
 
     def _completed(self, change: C) -> C:
         return dataclasses.replace(change, generation=self.generation.number, classes=self.classes)
+
+
+def _names(sources: Sequence[ImageSource]) -> list[str]:
+    return [teach.image_name(source, number) for number, source in enumerate(sources)]

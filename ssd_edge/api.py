@@ -17,6 +17,7 @@ from ssd_edge import files, images, learners
 from ssd_edge.backbones.embedder import Embedder, standardisation
 from ssd_edge.config import TrainConfig, parse, read_yaml, to_tree
 from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.images import check_embedded
 from ssd_edge.learners.priors import Priors
 from ssd_edge.report import events
 from ssd_edge.report.compare import ROLES, lead_note, ranked
@@ -173,17 +174,19 @@ class Run:
             images: As in `predict`.
 
         Raises:
-            InputError: If an image cannot be read, or the backbone is not the one of the run.
+            InputError: If an image cannot be read or embedded, or the backbone is not the one of the run.
 
         Example:
             >>> run.embed(["a.jpg", "b.jpg"]).shape
             (2, 256)
         """
-        parts = [
-            evaluation.standardise(self.folder, self._embedder, self._embedder.embed(pixels))
-            for pixels in _batches(images, self._embedder.size)
-        ]
-        return np.concatenate(parts) if parts else np.zeros((0, self._embedder.dim), np.float32)
+        parts, names = [], []
+        for pixels, named in _batches(images, self._embedder.size):
+            parts.append(evaluation.standardise(self.folder, self._embedder, self._embedder.embed(pixels)))
+            names += named
+        embeddings = np.concatenate(parts) if parts else np.zeros((0, self._embedder.dim), np.float32)
+        check_embedded(embeddings, names)
+        return embeddings
 
     def predict(self, images: ImageLike | Iterable[ImageLike]) -> list[str]:
         """Classify images.
@@ -196,7 +199,7 @@ class Run:
             One class name per image.
 
         Raises:
-            InputError: If an image cannot be read, or the backbone is not the one of the run.
+            InputError: If an image cannot be read or embedded, or the backbone is not the one of the run.
 
         Example:
             >>> run.predict(["a.jpg", "b.jpg"])
@@ -619,8 +622,8 @@ def _words(tree: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _batches(sources: ImageLike | Iterable[ImageLike], side: int) -> Iterator[np.ndarray]:
-    """Yield images as uint8 arrays ``(N, side, side, 3)``."""
+def _batches(sources: ImageLike | Iterable[ImageLike], side: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Yield images as uint8 arrays ``(N, side, side, 3)``, with their names."""
     single = isinstance(sources, str | Path | Image.Image) or (
         isinstance(sources, np.ndarray) and (sources.ndim == 2 or (sources.ndim == 3 and sources.shape[-1] == 3))
     )
@@ -629,16 +632,14 @@ def _batches(sources: ImageLike | Iterable[ImageLike], side: int) -> Iterator[np
     for item in listed:
         items += images.image_files([Path(item)]) if isinstance(item, str | Path) else [item]
     for start in range(0, len(items), EMBED_BATCH):
-        batch = [
-            _decode(item, f"image {start + number}", side)
-            for number, item in enumerate(items[start : start + EMBED_BATCH])
-        ]
-        yield np.stack(batch)
+        batch = items[start : start + EMBED_BATCH]
+        names = [str(item) if isinstance(item, Path) else f"image {start + n}" for n, item in enumerate(batch)]
+        yield np.stack([_decode(item, name, side) for item, name in zip(batch, names, strict=True)]), names
 
 
 def _decode(item: Path | Image.Image | np.ndarray, name: str, side: int) -> np.ndarray:
     if isinstance(item, Path):
-        return images.decode(images.read(item), str(item), side)
+        return images.decode(images.read(item), name, side)
     if isinstance(item, Image.Image):
         return images.to_array(item, name, side)
     return images.from_array(item, side, name)

@@ -29,6 +29,7 @@ MAX_DECODED = 4 * MAX_PIXELS  # bytes; Pillow stores an RGB pixel in four
 MAX_SCANS = 100  # of a progressive JPEG, usually ten. A scan of a few dozen bytes costs a pass over all pixels
 MAX_LINKED = 10_000  # folders behind links: thirty folders with two links each to the next make a billion paths
 PIXELS_VERSION = 1  # increase it when decoding changes: cached embeddings are then recomputed
+MAX_EMBEDDED = 1e12  # largest value of an embedding: its squares, and sums of them, must not overflow float32
 _BAND = 2**21  # pixels converted at a time: copies of the whole image would take five times its memory
 _GAP = 3.0  # a large image is first reduced to about this multiple of its final size
 # EXIF orientation → transposition that makes the image upright. Pillow's `exif_transpose` also rewrites the EXIF data
@@ -326,3 +327,26 @@ def from_array(pixels: np.ndarray, size: int, name: str = "the array") -> np.nda
             "make it smaller"
         )
     return to_array(Image.fromarray(pixels), name, size)
+
+
+def check_embedded(embeddings: np.ndarray, names: Sequence[str]) -> None:
+    """Check the embeddings of images: a backbone may give NaN for a single image, e.g. if it divides by its norm.
+
+    Args:
+        embeddings: Output of the backbone, one row per image.
+        names: Names of the images for the error message.
+
+    Raises:
+        InputError: A value is NaN, infinite or over `MAX_EMBEDDED`; the message names the images.
+    """
+    # NaN is the largest and the smallest value of its row, and every comparison with it is False
+    bad = np.flatnonzero(~((embeddings.max(1) <= MAX_EMBEDDED) & (embeddings.min(1) >= -MAX_EMBEDDED)))
+    if not len(bad):
+        return
+    if len(bad) == len(names) > 1:
+        raise InputError(f"the backbone gives NaN or infinity for all {len(bad):,} images; check its weights")
+    some = ", ".join(names[index] for index in bad[:5]) + (f" and {len(bad) - 5:,} more images" if len(bad) > 5 else "")
+    raise InputError(
+        f"the backbone gives NaN or infinity for {some}; leave {'it' if len(bad) == 1 else 'them'} out, or use a "
+        "backbone that does not divide by zero (for example by the norm of a black image)"
+    )

@@ -89,7 +89,7 @@ class OnnxRuntimeEmbedder:
         """Embed uint8 RGB images ``(N, size, size, 3)`` as float32 ``(N, D)``.
 
         Raises:
-            BundleRefusedError: The output has another shape than the bundle states, or is not finite.
+            BundleRefusedError: The output has another shape than the bundle states.
             EnvironmentUnfitError: The provider fails, e.g. because the GPU has too little memory.
         """
         try:

@@ -77,8 +77,8 @@ def watch(
 ) -> int:
     """Predict the class of each new image, until the stream ends or `stopped` returns True.
 
-    A damaged image, a full disk and a generation that cannot be read are logged and do not stop the loop. A device
-    without classes waits for its first class.
+    A damaged image, one for which the backbone gives NaN, a full disk and a generation that cannot be read are logged
+    and do not stop the loop. A device without classes waits for its first class.
 
     Args:
         device: An open device, used by no other thread meanwhile.
@@ -209,19 +209,19 @@ class _Loop:
     ) -> None:
         self._device, self._feed, self._answer, self._clock = device, feed, answer, clock
         self.heart = systemd.Heartbeat(clock)
-        self.named = 0
-        self._saved = 0  # `named` when the counts were last saved
+        self.named = self._skipped = 0
+        self._saved = 0  # number of images when the counts were last saved
         self._monitor: Monitor | None = None
         self._current: tuple[int, ...] | None = None  # see `_mark`
         self._level = self._last = ""
         self._idle = False
-        self._warning = RateLimitedWarning(clock)
+        self._warning, self._skips = RateLimitedWarning(clock), RateLimitedWarning(clock)
         self._due = dict.fromkeys((REFRESH, STATUS, SAVE), clock())
 
     def start(self) -> None:
         """Run the backbone once, which may build an engine, and continue with the stored drift counts."""
         size = self._device.bundle.size
-        self._device.embed([np.zeros((size, size, 3), np.uint8)])
+        self._device.embedder.embed(np.zeros((1, size, size, 3), np.uint8))  # whatever it gives for a black image
         found = watch_state.load(self._device.store.root)
         self._count_with(found[0] if found else None)
         self._due |= {period: self._clock() + period for period in (STATUS, SAVE)}
@@ -241,12 +241,13 @@ class _Loop:
         return False
 
     def predict(self, name: str | int, pixels: np.ndarray) -> None:
-        """Predict one image, pass on the answer and count the image."""
+        """Predict one image, pass on the answer and count the image; skip one that the backbone cannot embed."""
         at = self._clock()
         try:
-            seen = self._device.observe([pixels])
+            seen = self._device.observe([pixels], names=[name if isinstance(name, str) else f"frame {name}"])
         except InputError as error:
-            log.warning("no prediction for %s: %s", name, error)
+            self._skipped += 1
+            self._skips.warn(f"no prediction: {error}")
             return
         (found,) = seen.predictions
         stable, event = self._feed.settle(found, at)
@@ -276,8 +277,10 @@ class _Loop:
                 work()
 
     def close(self) -> None:
-        """Notify systemd that the service stops, and save the counts."""
+        """Notify systemd that the service stops, report what was skipped, and save the counts."""
         systemd.notify("STOPPING=1", "stopping")
+        if self._skipped:
+            log.warning("%d of %d images had no prediction", self._skipped, self._skipped + self.named)
         self._save()
 
     def _refresh(self) -> None:
@@ -315,10 +318,12 @@ class _Loop:
     def _send_status(self) -> None:
         level = "collecting" if self._monitor is None else self._monitor.report().level
         last = f", last: {self._last}" if self._last else ""
-        systemd.notify("", f"generation {self._device.generation.number}: {self.named} images{last}; drift: {level}")
+        skipped = f", {self._skipped} without a prediction" if self._skipped else ""
+        number = self._device.generation.number
+        systemd.notify("", f"generation {number}: {self.named} images{skipped}{last}; drift: {level}")
 
     def _save(self) -> None:
-        if self._monitor is None or self._saved == self.named:
+        if self._monitor is None or self._saved == self.named + self._skipped:
             return
         report = self._monitor.report()
         if report.level != self._level and report.level in ("moderate", "drifted"):
@@ -326,10 +331,15 @@ class _Loop:
                 "the images have drifted from those that were learned (drift: %s, index %s)", report.level, report.psi
             )
         self._level = report.level
-        fields = {"report": report.to_dict(), "named": self.named, "generation": self._device.generation.number}
+        fields = {
+            "report": report.to_dict(),
+            "named": self.named,
+            "skipped": self._skipped,
+            "generation": self._device.generation.number,
+        }
         try:
             watch_state.save(self._device.store.root, self._monitor.state(), fields, self._clock())
         except (SSDEdgeError, OSError) as error:
             log.warning("the drift counts were not saved: %s", error)
             return
-        self._saved = self.named
+        self._saved = self.named + self._skipped

@@ -31,7 +31,7 @@ def save(root: Path, counts: Mapping[str, np.ndarray], fields: Mapping[str, Any]
     Args:
         root: The device's root.
         counts: Drift counts, see `drift.Monitor.state`.
-        fields: ``report``, ``named`` and ``generation``; JSON values.
+        fields: ``report``, ``named``, ``skipped`` and ``generation``; JSON values.
         monotonic: Seconds on the monotonic clock, for the age of the report.
 
     Raises:
@@ -65,8 +65,9 @@ def last_report(root: Path) -> dict[str, Any] | None:
     """Return the last report of ``watch`` as JSON values, or None if there is none or the file is damaged (logged).
 
     Returns:
-        The fields of `drift.Monitor.report` (level, psi, reject_rate, images, …), ``named`` (images since the last
-        start), ``generation``, ``untrusted_time``, and ``age`` (seconds; None if saved before this boot).
+        The fields of `drift.Monitor.report` (level, psi, reject_rate, images, …), ``named`` and ``skipped`` (images
+        since the last start with and without a prediction), ``generation``, ``untrusted_time``, and ``age`` (seconds;
+        None if saved before this boot).
     """
     loaded = load(root)
     if loaded is None:

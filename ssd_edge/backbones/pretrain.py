@@ -16,6 +16,7 @@ from ssd_edge.backbones.supervised import normalise, top1, train_backbone
 from ssd_edge.config import PretrainConfig, to_tree
 from ssd_edge.data import Dataset
 from ssd_edge.errors import InputError
+from ssd_edge.images import check_embedded
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
 
@@ -106,4 +107,5 @@ def retrain_student(
     embedder = TorchEmbedder(package, device)
     log(f"embedding {len(dataset.train):,} images")
     embeddings = np.concatenate([embedder.embed(part) for part in dataset.train.batches(embedder.size)])
+    check_embedded(embeddings, dataset.train.names)
     return with_student(package, embeddings, dataset.train_labels, config.student, config.train.seed, log)

@@ -7,7 +7,7 @@ import torch
 
 from ssd_edge.backbones.embedder import Embedder
 from ssd_edge.data import Dataset, cache
-from ssd_edge.errors import InputError
+from ssd_edge.images import check_embedded
 from ssd_edge.report import events
 from ssd_edge.report.events import Listener, Message
 
@@ -24,7 +24,7 @@ def embed(dataset: Dataset, embedder: Embedder, listener: Listener, use_cache: b
         use_cache: Read embeddings of the same backbone and data from the cache, and write them to it.
 
     Raises:
-        InputError: If an image cannot be decoded, or if the backbone returns NaN or infinity.
+        InputError: If an image cannot be decoded, or if the backbone gives NaN for one; the message names it.
     """
 
     def compute() -> dict[str, np.ndarray]:
@@ -38,9 +38,7 @@ def embed(dataset: Dataset, embedder: Embedder, listener: Listener, use_cache: b
                     done += len(pixels)
                     update(0, done / total, f"{done:,} images")
                 parts[part] = np.concatenate(arrays)
-        for part, array in parts.items():
-            if not np.isfinite(array).all():
-                raise InputError(f"the backbone returns NaN or infinity for {part} images; check its weights")
+                check_embedded(parts[part], images.names)
         return parts
 
     key = {"backbone": embedder.identity, "data": dataset.fingerprint, "torch": torch.__version__}

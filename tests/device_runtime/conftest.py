@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,35 +20,45 @@ from ssd_edge.learners.priors import Priors
 SIZE, DIM, CLASSES = 8, 6, ("cup", "nut", "screw")
 
 
-def tiny_backbone() -> bytes:
-    """Return an ONNX backbone that projects the mean colour of an image to an embedding."""
+def tiny_backbone(normalised: bool = False) -> bytes:
+    """Return an ONNX backbone that projects the mean colour of an image to an embedding.
+
+    Args:
+        normalised: Divide by the norm, without an epsilon: a black image gives NaN.
+    """
     weight = np.random.default_rng(3).standard_normal((3, DIM)).astype(np.float32) / 64
     nodes = [
         helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["pixels", "axes"], ["colour"], keepdims=0),
         helper.make_node("Sub", ["colour", "grey"], ["centred"]),
-        helper.make_node("MatMul", ["centred", "weight"], ["embeddings"]),
+        helper.make_node("MatMul", ["centred", "weight"], ["projected" if normalised else "embeddings"]),
     ]
+    constants = [
+        numpy_helper.from_array(np.array([1, 2]), "axes"),
+        numpy_helper.from_array(np.float32(0 if normalised else 127.5), "grey"),
+        numpy_helper.from_array(weight, "weight"),
+    ]
+    if normalised:
+        nodes.append(helper.make_node("ReduceL2", ["projected", "last"], ["norm"]))
+        nodes.append(helper.make_node("Div", ["projected", "norm"], ["embeddings"]))
+        constants.append(numpy_helper.from_array(np.array([1]), "last"))
     graph = helper.make_graph(
         nodes,
         "tiny",
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])],
         [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["batch", DIM])],
-        [
-            numpy_helper.from_array(np.array([1, 2]), "axes"),
-            numpy_helper.from_array(np.float32(127.5), "grey"),
-            numpy_helper.from_array(weight, "weight"),
-        ],
+        constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString(deterministic=True)
 
 
-def tiny_embed(images: np.ndarray) -> np.ndarray:
+def tiny_embed(images: np.ndarray, normalised: bool = False) -> np.ndarray:
     """Compute the embeddings of `tiny_backbone` with NumPy."""
     weight = np.random.default_rng(3).standard_normal((3, DIM)).astype(np.float32) / 64
-    return (images.astype(np.float32).mean((1, 2)) - np.float32(127.5)) @ weight
+    projected = (images.astype(np.float32).mean((1, 2)) - np.float32(0 if normalised else 127.5)) @ weight
+    return projected / np.linalg.norm(projected, axis=1, keepdims=True) if normalised else projected
 
 
 TinyBundle = Callable[..., bytes]
@@ -57,32 +68,29 @@ TinyBundle = Callable[..., bytes]
 def tiny_bundle() -> TinyBundle:
     """Return a function that makes the bytes of a bundle.
 
-    Its defaults are ``tiny_bundle(release=1, sign=None, shift=0.0, roll=0, target="cpu", learner="ncm")``.
-    `shift` corrupts the embeddings of the probe, `roll` its predictions.
+    Its defaults are ``tiny_bundle(release=1, sign=None, shift=0.0, roll=0, target="cpu", learner="ncm",
+    normalised=False)``. `shift` corrupts the embeddings of the probe, `roll` its predictions; see `tiny_backbone`.
     """
     rng = np.random.default_rng(0)
     colours = np.array([(220, 30, 30), (30, 220, 30), (30, 30, 220)])
     pixels = np.clip(colours[np.arange(60) % 3][:, None, None] + rng.normal(0, 20, (60, SIZE, SIZE, 3)), 0, 255)
     labels = torch.arange(60) % 3
-    vectors = torch.from_numpy(tiny_embed(pixels.astype(np.uint8)))
-    trained: dict[str, tuple[learners.Learner, np.ndarray]] = {}
+    probe = pixels[:4].astype(np.uint8)
 
-    def train(name: str) -> tuple[learners.Learner, np.ndarray]:
-        """Return a trained learner and the rows it predicts for the probe."""
-        if name not in trained:
-            learner = learners.build({"name": name}, DIM, Priors())
-            learner.learn(learners.Task(vectors, labels))
-            trained[name] = learner, learner.predict(torch.from_numpy(probe_embeddings)).numpy()
-        return trained[name]
+    @functools.cache
+    def train(name: str, normalised: bool = False) -> tuple[learners.Learner, ClassStatistics, np.ndarray, np.ndarray]:
+        """Return a trained learner, its statistics, and the embeddings and predicted rows of the probe."""
+        vectors = torch.from_numpy(tiny_embed(pixels.astype(np.uint8), normalised))
+        learner = learners.build({"name": name}, DIM, Priors())
+        learner.learn(learners.Task(vectors, labels))
+        statistics = ClassStatistics(DIM)
+        statistics.add(vectors, labels)
+        embeddings = tiny_embed(probe, normalised)
+        return learner, statistics, embeddings, learner.predict(torch.from_numpy(embeddings)).numpy()
 
-    statistics = ClassStatistics(DIM)
-    statistics.add(vectors, labels)
     registry = ClassRegistry()
     for name in CLASSES:
         registry = registry.add(name, images=20)
-    backbone = tiny_backbone()
-    probe = pixels[:4].astype(np.uint8)
-    probe_embeddings = tiny_embed(probe)
 
     def make(
         release: int = 1,
@@ -91,9 +99,11 @@ def tiny_bundle() -> TinyBundle:
         roll: int = 0,
         target: str = "cpu",
         learner: str = "ncm",
+        normalised: bool = False,
         **changes: Any,
     ) -> bytes:
-        learned, rows = train(learner)
+        backbone = tiny_backbone(normalised)
+        learned, statistics, probe_embeddings, rows = train(learner, normalised)
         arrays = {"images": probe, "embeddings": probe_embeddings + np.float32(shift), "rows": np.roll(rows, roll)}
         entries = {
             "backbone": backbone,

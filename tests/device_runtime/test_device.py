@@ -219,3 +219,27 @@ def test_example_runs(bundle: Path, capsys: pytest.CaptureFixture) -> None:
     output = capsys.readouterr().out
     assert "a red thing: a red thing" in output
     assert "as it was installed: " in output
+
+
+def test_an_image_without_an_embedding_is_named(tiny_bundle, tmp_path: Path) -> None:
+    """A backbone that divides by its norm gives NaN for a black image."""
+    (tmp_path / "a.ssdedge").write_bytes(tiny_bundle(normalised=True))
+    install(tmp_path / "root", tmp_path / "a.ssdedge")
+    device = Device.open(tmp_path / "root")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(130):  # more than one batch
+        Image.new("RGB", (8, 8), (0, 0, 0) if number % 20 == 19 else (200, 200, number)).save(
+            folder / f"{number:03}.png"
+        )
+    paths = sorted(folder.iterdir())
+    for act in (device.predict, device.embed, lambda images: device.learn("plate", images)):
+        with pytest.raises(
+            InputError, match=r"NaN or infinity for \S+019\.png, .*099\.png and 1 more images; leave them"
+        ):
+            act(paths)
+    assert device.store.current().number == 1
+    with pytest.raises(InputError, match="for image 1; leave it out"):
+        device.predict([np.full((8, 8, 3), 9, np.uint8), np.zeros((8, 8, 3), np.uint8)])
+    with pytest.raises(InputError, match="for all 2 images; check its weights"):
+        device.predict([np.zeros((8, 8, 3), np.uint8)] * 2)

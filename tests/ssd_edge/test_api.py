@@ -302,3 +302,51 @@ def test_every_public_function_has_an_example() -> None:
                 assert "Example:" in member.__doc__, f"{owner.__name__}.{name}"
     for name in set(ssd_edge.__all__) - {"Run"}:
         assert "Example:" in getattr(ssd_edge, name).__doc__, name
+
+
+def test_an_image_without_an_embedding_is_named(tmp_path: Path) -> None:
+    """A backbone of the user that divides by its norm gives NaN for a black image."""
+    onnx = pytest.importorskip("onnx")
+    helper, kind = onnx.helper, onnx.TensorProto
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["image"], ["colour"]),
+        helper.make_node("Flatten", ["colour"], ["flat"]),
+        helper.make_node("ReduceL2", ["flat", "axis"], ["norm"]),
+        helper.make_node("Div", ["flat", "norm"], ["features"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "unit",
+        [helper.make_tensor_value_info("image", kind.FLOAT, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info("features", kind.FLOAT, ["n", 3])],
+        [onnx.numpy_helper.from_array(np.array([1]), "axis")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    (tmp_path / "unit.onnx").write_bytes(model.SerializeToString())
+    for name, channel in (("red", 0), ("green", 1)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(10):
+            colour = [20 + number] * 3
+            colour[channel] = 200
+            Image.new("RGB", (8, 8), tuple(colour)).save(tmp_path / "data" / name / f"{number}.png")
+    black = tmp_path / "data" / "red" / "night.png"
+    Image.new("RGB", (8, 8)).save(black)
+    backbone = {"onnx": str(tmp_path / "unit.onnx"), "size": 8, "std": [1, 1, 1], "mean": [0, 0, 0], "cache": False}
+
+    def train() -> ssd_edge.Run:
+        data = {"path": str(tmp_path / "data")}
+        return ssd_edge.train(learner="ncm", out=tmp_path / "runs", backbone=backbone, data=data, **QUICK)
+
+    with pytest.raises(
+        InputError, match=r"gives NaN or infinity for \S+night\.png; leave it out, or use a backbone that"
+    ):
+        train()
+    black.unlink()
+    run = train()
+    Image.new("RGB", (8, 8)).save(black)
+    with pytest.raises(InputError, match=r"gives NaN or infinity for \S+night\.png; leave it out"):
+        run.predict(sorted(black.parent.iterdir()))
+    with pytest.raises(InputError, match=r"gives NaN or infinity for image 1; leave it out"):
+        run.embed([np.full((8, 8, 3), 9, np.uint8), np.zeros((8, 8, 3), np.uint8)])
+    with pytest.raises(InputError, match=r"gives NaN or infinity for \S+night\.png; leave it out"):
+        run.evaluate()

@@ -99,7 +99,6 @@ class TensorRTEmbedder:
         Raises:
             InputError: The images have another shape or type, or the embedder is closed.
             EnvironmentUnfitError: The GPU fails.
-            BundleRefusedError: An embedding is not finite.
         """
         engine = self._engine
         if engine is None:

@@ -43,4 +43,5 @@ def _watched(seen: dict[str, Any] | None) -> list[str]:
     index = "" if seen["psi"] is None else f" (PSI {seen['psi']:.3f})"
     rejected = "" if seen["reject_rate"] is None else f", {seen['reject_rate']:.1%} of them unknown"
     age = "before this boot" if seen["age"] is None else f"{seen['age']:.0f} s ago"
-    return [f"drift {seen['level']}{index}", f"{seen['images']} recent images{rejected}", f"recorded {age}"]
+    skipped = [f"{seen['skipped']} images without a prediction"] if seen.get("skipped") else []
+    return [f"drift {seen['level']}{index}", f"{seen['images']} recent images{rejected}", *skipped, f"recorded {age}"]

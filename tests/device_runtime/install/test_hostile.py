@@ -29,7 +29,7 @@ from device_runtime import Device
 from device_runtime.install.bundle import install
 from device_runtime.learning import teach
 from ssd_edge import images
-from ssd_edge.errors import BundleRefusedError, InputError, printable
+from ssd_edge.errors import InputError, printable
 
 SIZE = 8  # input size of the tiny backbone
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns about corrections in EXIF data and palettes
@@ -443,6 +443,6 @@ def test_embeddings_that_are_not_finite_are_refused(root):
     device.embedder._session = Broken()
     good = [np.full((8, 8, 3), shade, np.uint8) for shade in range(5)]
     for act in (lambda: device.predict(good), lambda: device.learn("wedge", good)):
-        with pytest.raises(BundleRefusedError, match="gives NaN or infinity for an image"):
+        with pytest.raises(InputError, match="gives NaN or infinity for image 4; leave it out"):
             act()
     assert device.store.current().number == 1

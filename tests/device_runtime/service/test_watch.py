@@ -118,6 +118,36 @@ def nothing() -> None:
     """Do nothing in this step."""
 
 
+def test_images_without_an_embedding_are_skipped_and_counted(tiny_bundle, camera: Path, monkeypatch, caplog):
+    """A backbone that divides by its norm gives NaN for a black image, also for the first one that warms it up."""
+    root = camera.parent / "root"
+    (camera.parent / "a.ssdedge").write_bytes(tiny_bundle(normalised=True))
+    install(root, camera.parent / "a.ssdedge")
+    black = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(black, "PNG")
+    for number in range(4):
+        put(camera, f"{number}.png", picture("nut") if number == 2 else black.getvalue())
+    driven = Driven(monkeypatch, *[nothing] * 20)
+    lines = driven.run(Device.open(root), camera, existing=True)
+    assert [(Path(line["image"]).name, line["label"]) for line in lines] == [("2.png", "nut")]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [
+        f"no prediction: the backbone gives NaN or infinity for {camera / '0.png'}; leave it out, or use a backbone "
+        "that does not divide by zero (for example by the norm of a black image)",
+        "3 of 4 images had no prediction",
+    ]
+    assert last_report(root)["skipped"] == 3
+
+
+def test_frames_without_an_embedding_are_skipped(tiny_bundle, tmp_path: Path, monkeypatch, caplog):
+    (tmp_path / "a.ssdedge").write_bytes(tiny_bundle(normalised=True))
+    install(tmp_path / "root", tmp_path / "a.ssdedge")
+    black = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(black, "JPEG")
+    assert watch(Device.open(tmp_path / "root"), io.BytesIO(black.getvalue()), lambda answer: None) == 0
+    assert "NaN or infinity for frame 1" in caplog.text
+
+
 def test_one_answer_per_new_image(root: Path, camera: Path, monkeypatch):
     put(camera, "old.png", picture("cup"))
 

@@ -106,11 +106,6 @@ def test_images_of_another_shape_or_type_are_refused(opened, images):
         opened()[0].embed(images)
 
 
-def test_nan_is_refused(opened):
-    with pytest.raises(BundleRefusedError, match="NaN or infinity"):
-        opened(nan=True)[0].embed(pixels(1))
-
-
 @pytest.mark.parametrize("case", [{"size": 8}, {"dim": 6}, {"output": "HALF"}])
 def test_engine_of_another_shape_is_refused(opened, case):
     message = r"maps uint8 \(N, 4, 4, 3\) to \w+ \(N, 5\), but the bundle states uint8 .* to float32"
