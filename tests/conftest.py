@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.forked import READ_AT_START, Launcher, run_real
 from helpers.shared import shared_folder
 from PIL import Image, ImageDraw
 
@@ -77,26 +78,30 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared_folder(tmp_path_factory, "shapes", draw_all)
 
 
-Cli = Callable[..., subprocess.CompletedProcess]
+Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
-    """Function that runs the command line in a separate process: ``cli("train", …, code=0)``."""
+def launcher() -> Iterator[Launcher]:
+    """Launcher of this worker; its process starts with the first command."""
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
+def cli(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Cli:
+    """Function that runs the command line in a separate process: ``cli("train", …, code=0)``.
+
+    The process is forked from one that has imported PyTorch, unless ``real=True`` or the environment is read at start.
+    """
     home = tmp_path_factory.mktemp("cwd")
 
     def run(
-        *args: str | Path, code: int = 0, cwd: Path | None = None, timeout: float = 300, **env: str
-    ) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            [sys.executable, "-m", "ssd_edge", *map(str, args)],
-            capture_output=True,
-            text=True,
-            cwd=cwd or home,
-            env={**os.environ, **env},
-            timeout=timeout,
-            check=False,
-        )
+        *args: str | Path, code: int = 0, cwd: Path | None = None, timeout: float = 300, real: bool = False, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        start = run_real if real or any(name.startswith(READ_AT_START) for name in env) else launcher.run
+        done = start([str(arg) for arg in args], cwd or home, {**os.environ, **env}, timeout)
         report = f"exit code {done.returncode}\n--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}"
         assert done.returncode == code, report
         if code not in (0, 1):
