@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ssd_edge.system import disable_telemetry
+
 if TYPE_CHECKING:
     from device_runtime.device import Device, Prediction
 
+disable_telemetry()
 __all__ = ["Device", "Prediction"]
 
 

@@ -22,7 +22,7 @@ from exporters import ladder, precision
 from exporters.export import export_package
 from exporters.head import export_head
 from exporters.parity import Reference
-from ssd_edge import bundle, files, learners, targets
+from ssd_edge import bundle, files, learners, ort, targets
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder
@@ -279,7 +279,8 @@ def _manifest(
     record, metrics, backbone = state.record, state.metrics, state.backbone
     finish = calendar.timegm(time.strptime(record["finished"], finished.TIME))
     _, learner = learners.pack(state.learner)
-    exported_with = ("torch", "onnx", "onnxscript", "onnxruntime")
+    packages = {name: require(name, "export", "export a backbone") for name in ("torch", "onnx", "onnxscript")}
+    packages["onnxruntime"] = ort.load("export", "export a backbone")
     return {
         "name": name,
         "created": record["finished"],
@@ -288,7 +289,7 @@ def _manifest(
         "producer": {
             "ssd_edge": VERSION,
             "git": record.get("git_sha") or "unknown",
-            "packages": {m: require(m, "export", "export a backbone").__version__ for m in exported_with},
+            "packages": {name: package.__version__ for name, package in packages.items()},
         },
         "backbone": {
             "file": bundle.ROLES["backbone"],

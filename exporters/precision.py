@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ssd_edge import files
+from ssd_edge import files, ort
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.onnx import INPUT, batch_size, finish, open_session
 from ssd_edge.errors import InputError, require
@@ -306,8 +306,7 @@ def to_int8(onnx_bytes: bytes, images: np.ndarray | None) -> bytes:
         InputError: There are too few images or they have the wrong shape, or nothing in the graph can be quantised.
         EnvironmentUnfitError: onnx or onnxruntime is missing.
     """
-    require("onnxruntime", "export", _PURPOSE)
-    from onnxruntime import quantization
+    quantization = ort.load("export", _PURPOSE, "onnxruntime.quantization")
 
     model = _parse(onnx_bytes)
     images = np.empty(0, np.uint8) if images is None else images
@@ -395,7 +394,7 @@ def _last_products(model: ModelProto, weights: set[str]) -> set[str]:
 
 def _reader(images: np.ndarray, batch: int) -> CalibrationDataReader:
     """Return calibration data in the form that ONNX Runtime expects."""
-    from onnxruntime import quantization
+    quantization = ort.load("export", _PURPOSE, "onnxruntime.quantization")
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # the package has no types
         def __init__(self) -> None:

@@ -32,6 +32,7 @@ from ssd_edge.errors import (
     SSDEdgeError,
     printable,
 )
+from ssd_edge.system import NO_TELEMETRY
 
 SSH_VARIABLE = "SSD_EDGE_SSH"
 SFTP_VARIABLE = "SSD_EDGE_SFTP"
@@ -66,6 +67,8 @@ INSTALL = (
     'code=$?; case $code in 0|[2-6]) rm -rf "${file%/*}";; esac; exit $code'
 )
 
+# Before either script: an older version there does not set these itself. What is set on the device is kept.
+_NO_TELEMETRY = "".join(f"export {name}=${{{name}-{value}}}; " for name, value in NO_TELEMETRY.items())
 _USER = re.compile(r"[\w.+@][\w.+@-]*")
 _HOST = re.compile(r"[A-Za-z0-9_.:%][A-Za-z0-9_.:%-]*")
 _UPLOADED = re.compile(r"uploaded +(\d+)")
@@ -371,7 +374,7 @@ class _Device:
 
     def _start(self, script: str, *args: str) -> _Session:
         """Start a script on the device."""
-        remote = shlex.join(["sh", "-c", script, "sh", *args, *self._words])
+        remote = shlex.join(["sh", "-c", _NO_TELEMETRY + script, "sh", *args, *self._words])
         return _Session([*self._ssh, "--", self._login, remote], self._login)
 
 

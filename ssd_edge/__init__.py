@@ -6,11 +6,12 @@
 
 from typing import TYPE_CHECKING
 
-from ssd_edge.system import VERSION
+from ssd_edge.system import VERSION, disable_telemetry
 
 if TYPE_CHECKING:
     from ssd_edge.api import Classifier, Run, load_run, resume, train
 
+disable_telemetry()
 __version__ = VERSION
 __all__ = ["Classifier", "Run", "load_run", "resume", "train"]
 

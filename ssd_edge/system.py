@@ -18,6 +18,31 @@ PROCESS = Path("/proc/self")
 # On x86-64 without VNNI, ONNX Runtime multiplies int8 with instructions that add two products in 16 bits and saturate,
 # so an int8 backbone gives other results than on every other machine. This session option selects kernels that do not.
 EXACT_INT8 = ("session.x64quantprecision", "1")
+# Switches of packages that send usage data unless told otherwise: ONNX Runtime, Hugging Face, Ray, Flower, and the
+# convention that others follow.
+NO_TELEMETRY = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def disable_telemetry() -> None:
+    """Set `NO_TELEMETRY` for this process and its children; a variable that is set already keeps its value.
+
+    Importing `ssd_edge`, `exporters` or `device_runtime` does this, because the packages read it as they are loaded.
+    """
+    for name, value in NO_TELEMETRY.items():
+        os.environ.setdefault(name, value)
+
+
+def cache_folder() -> Path:
+    """Return the folder of all caches: ``$SSD_EDGE_CACHE``, ``$XDG_CACHE_HOME/ssd-edge`` or ``~/.cache/ssd-edge``."""
+    if named := os.environ.get("SSD_EDGE_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssd-edge"
 
 
 def usable_cores() -> int:

@@ -29,6 +29,7 @@ DEVICE_MAY_IMPORT = {
     "ssd_edge.learners.base",
     "ssd_edge.learners.closed_form.linear",
     "ssd_edge.learners.closed_form.sums",
+    "ssd_edge.ort",
     "ssd_edge.system",
     "ssd_edge.targets",
 }
@@ -38,6 +39,7 @@ GROUND = {
     "ssd_edge.errors",
     "ssd_edge.files",
     "ssd_edge.images",
+    "ssd_edge.ort",
     "ssd_edge.system",
 }
 # Room -> the rooms it may import besides the ground. `ssd_edge.api` and `ssd_edge.cli` are at the top: nobody is listed
@@ -93,6 +95,7 @@ ROOMS_MAY_IMPORT = {
     "ssd_edge.errors": set(),
     "ssd_edge.files": set(),
     "ssd_edge.images": set(),
+    "ssd_edge.ort": set(),
     "ssd_edge.system": set(),
 }
 

@@ -19,14 +19,13 @@ from device_runtime.backbone.selftest import Probe
 from device_runtime.backbone.tensorrt import api, engines
 from device_runtime.backbone.tensorrt import embedder as tensorrt
 from device_runtime.store.generations import Generations
-from ssd_edge import targets
+from ssd_edge import ort, targets
 from ssd_edge.errors import (
     BundleRefusedError,
     EnvironmentUnfitError,
     GateRefusedError,
     SlowerProviderError,
     first_line,
-    require,
 )
 from ssd_edge.system import EXACT_INT8, usable_cores
 
@@ -57,7 +56,7 @@ class OnnxRuntimeEmbedder:
     engine: EngineRecord | None = None
 
     def __init__(self, model: Path | bytes, size: int, dim: int, provider: str = CPU) -> None:
-        runtime = require("onnxruntime", "device", "run the backbone")
+        runtime = ort.load()
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = usable_cores()
@@ -178,7 +177,7 @@ def _ladder(
 
     if importlib.util.find_spec("tensorrt") is not None:
         yield "TensorRT", lambda: _tensorrt(folder, path, spec, probe, say)
-    if CUDA in require("onnxruntime", "device", "run the backbone").get_available_providers():
+    if CUDA in ort.load().get_available_providers():
         yield CUDA, lambda: open_tested(CUDA)
     yield CPU, lambda: OnnxRuntimeEmbedder(path, spec.size, spec.dim)
 

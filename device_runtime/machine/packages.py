@@ -13,8 +13,8 @@ import numpy as np
 from device_runtime.backbone.embedder import LADDER
 from device_runtime.install import trust
 from device_runtime.machine.checks import Check, Examined, Situation
-from ssd_edge import targets
-from ssd_edge.errors import first_line
+from ssd_edge import ort, targets
+from ssd_edge.errors import EnvironmentUnfitError, first_line
 
 OLDEST_TORCH, OLDEST_ONNXRUNTIME = "2.3", "1.17"  # as in pyproject.toml
 # ONNX graph y = Conv(x, w), both inputs float32 (1, 1, 3, 3); a convolution, because it requires cuDNN.
@@ -171,7 +171,9 @@ def check_cryptography(at: Situation) -> Examined:
 def _import(module: str) -> tuple[ModuleType | None, str]:
     """Import a module; return it, or None and the reason. Vendors' packages may raise any exception."""
     try:
-        return importlib.import_module(module), ""
+        return ort.load() if module == "onnxruntime" else importlib.import_module(module), ""
+    except EnvironmentUnfitError as error:
+        return None, first_line(error.__cause__ or error)
     except Exception as error:
         return None, first_line(error)
 

@@ -30,7 +30,7 @@ import numpy as np
 from device_runtime.backbone.interface import BackboneSpec, DeviceEmbedder, EngineRecord
 from device_runtime.machine.board import Board, default_root, describe
 from ssd_edge import bundle as bundles
-from ssd_edge import files, images, targets
+from ssd_edge import files, images, ort, targets
 from ssd_edge.bundle import Bundle
 from ssd_edge.errors import EnvironmentUnfitError, InputError
 from ssd_edge.system import MIB, resident, usable_cores
@@ -367,8 +367,8 @@ def _versions() -> dict[str, str]:
     found = {}
     for name in VERSIONS:
         try:
-            found[name] = str(importlib.import_module(name).__version__)
-        except (ImportError, OSError, AttributeError):
+            found[name] = str((ort.load() if name == "onnxruntime" else importlib.import_module(name)).__version__)
+        except (ImportError, OSError, AttributeError, EnvironmentUnfitError):
             found[name] = ""
     return found
 
@@ -386,8 +386,8 @@ def footprint(path: str | Path, root: Path) -> Footprint:
     from device_runtime.learning.state import restore_statistics
     from ssd_edge import learners
 
-    with contextlib.suppress(ImportError, OSError):
-        importlib.import_module("onnxruntime")
+    with contextlib.suppress(EnvironmentUnfitError):
+        ort.load()
     found = {"imports": _resident("VmRSS")}
     opened = bundles.read(path)
     embedder, learner = _load(opened, root, lambda text: None)

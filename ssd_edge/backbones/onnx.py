@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssd_edge import files
+from ssd_edge import files, ort
 from ssd_edge.backbones import onnx_file
 from ssd_edge.config import BackboneConfig
 from ssd_edge.errors import InputError, require
@@ -87,7 +87,7 @@ def open_session(model: bytes) -> InferenceSession:
     Raises:
         EnvironmentUnfitError: onnxruntime is not installed.
     """
-    runtime = require("onnxruntime", "export", _PURPOSE)
+    runtime = ort.load("export", _PURPOSE)
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors are raised anyway
     options.add_session_config_entry(*EXACT_INT8)
@@ -146,7 +146,7 @@ def compose(
     onnx = require("onnx", "export", _PURPOSE)
     if (mu is None) != (sigma is None):
         raise ValueError("mu and sigma go together")
-    require("onnxruntime", "export", _PURPOSE)  # here, because `_probe` attributes every later error to the file
+    ort.load("export", _PURPOSE)  # here, because `_probe` attributes every later error to the file
     helper, types = onnx.helper, onnx.TensorProto
     model = onnx_file.parse(model_bytes)
     graph = model.graph

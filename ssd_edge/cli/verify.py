@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ssd_edge import ort
 from ssd_edge.cli.inspect import print_untrusted_json, shown, signed_with
 from ssd_edge.cli.options import JSON
-from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, require
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError
 
 if TYPE_CHECKING:
     from ssd_edge.bundle.format import Bundle
@@ -88,7 +89,7 @@ def _probe(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:
         EnvironmentUnfitError: ONNX Runtime is installed, but cannot run the backbone.
     """
     try:
-        require("onnxruntime", "device", "run the probe")
+        ort.load(purpose="run the probe")
     except EnvironmentUnfitError as error:
         return None, str(error)
     from device_runtime.backbone import selftest

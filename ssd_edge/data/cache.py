@@ -1,7 +1,7 @@
 """Cache of embeddings between runs.
 
-One safetensors file per key, in ``$SSD_EDGE_CACHE``, ``$XDG_CACHE_HOME/ssd-edge`` or ``~/.cache/ssd-edge``. The cache
-can be deleted at any time: if it is missing, damaged or not writable, embeddings are recomputed.
+One safetensors file per key in `system.cache_folder`. The cache can be deleted at any time: if it is missing, damaged
+or not writable, embeddings are recomputed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from ssd_edge.errors import EnvironmentUnfitError, InputError, SSDEdgeError
 from ssd_edge.files import TEMPORARY_PREFIX, json_bytes, make_directory, read_tensors, sha256, write_tensors
+from ssd_edge.system import cache_folder
 
 DEFAULT_CAP_MB = 4096
 _LOG = logging.getLogger(__name__)
@@ -24,10 +25,7 @@ _LOG = logging.getLogger(__name__)
 
 def folder() -> Path:
     """Return the folder of the cache, which contains nothing else, so that pruning cannot delete other files."""
-    if named := os.environ.get("SSD_EDGE_CACHE"):
-        return Path(named).expanduser() / "embeddings"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "ssd-edge" / "embeddings"
+    return cache_folder() / "embeddings"
 
 
 def embeddings(

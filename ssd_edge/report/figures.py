@@ -11,15 +11,19 @@ import contextlib
 import dataclasses
 import io
 import math
+import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from ssd_edge.errors import require
 from ssd_edge.report.compare import DISPLAY, compared
 from ssd_edge.report.wording import percent, points, step_name
+from ssd_edge.system import cache_folder
 
 INK = "#010203"
 HEAT = "#2f7de1"
@@ -224,8 +228,19 @@ def drawing(width: float, height: float, box: Sequence[float], name: str = "mark
     Raises:
         EnvironmentUnfitError: matplotlib is not installed.
     """
+    _keep_caches_together()
     with require("matplotlib.style", "train", "draw figures").context(["default", _SETTINGS]):
         yield Drawing(width, height, box, name)
+
+
+def _keep_caches_together() -> None:
+    """Let matplotlib list the fonts in our cache, unless it is loaded or the user has a folder for it already."""
+    if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:
+        return
+    bases = (("XDG_CONFIG_HOME", "~/.config"), ("XDG_CACHE_HOME", "~/.cache"))
+    folders = [Path(os.environ.get(name) or default).expanduser() / "matplotlib" for name, default in bases]
+    if not any(folder.exists() for folder in folders):
+        os.environ["MPLCONFIGDIR"] = str(cache_folder() / "matplotlib")
 
 
 def document(svg: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from exporters import parity, precision
 from exporters.export import export_package
+from ssd_edge import ort
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.onnx import compose, open_session, run
 from ssd_edge.errors import GateRefusedError
@@ -227,8 +228,7 @@ def test_error_of_tensorrt_is_reported(kind, message):
 @needs_parser
 def test_default_quantisation_of_onnx_runtime_is_refused(tmp_path):
     """Show why `precision.to_int8` changes the defaults: they give int32 biases."""
-    from onnxruntime import quantization
-
+    quantization = ort.load(module="onnxruntime.quantization")
     torch.manual_seed(0)
     original = composed(nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(512, 16)), 32)
     images = iter([{"images": pictures(16, 32, 0)}])

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from ssd_edge.errors import EnvironmentUnfitError, InputError
 from ssd_edge.learners.gradient.distillation import HiddenTargets
 from ssd_edge.learners.gradient.network import SDMLP, Engine, NetworkSettings
 from ssd_edge.learners.gradient.topk import DENSE_ABOVE
+from ssd_edge.system import cache_folder
 
 CANDIDATES = 6  # m is this multiple of k
 MIN_WORK = 2e10  # multiplications of all scores of a task below which loading machine code takes longer than it saves
@@ -128,6 +131,9 @@ def kernels(engine: Engine) -> ModuleType | None:
     Raises:
         EnvironmentUnfitError: Numba is missing and engine is ``compiled``.
     """
+    # Numba keeps machine code beside the source; where that is read-only, it would use a folder of its own in the home
+    if not os.access(Path(__file__).parent, os.W_OK):
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
     try:
         return importlib.import_module("ssd_edge.learners.gradient.kernels")
     except ImportError as error:

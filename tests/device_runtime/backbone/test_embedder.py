@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from device_runtime.backbone import embedder
@@ -22,9 +21,10 @@ from device_runtime.backbone.tensorrt import api as tensorrt_api
 from device_runtime.backbone.tensorrt import embedder as tensorrt_embedder
 from device_runtime.backbone.tensorrt import engines
 from device_runtime.store.generations import Generations
-from ssd_edge import bundle
+from ssd_edge import bundle, ort
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, SlowerProviderError
 
+onnxruntime = ort.load()
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import by_hand as hand
 
+from ssd_edge import ort
 from ssd_edge.bundle import onnx_scan
 from ssd_edge.bundle.onnx_scan import Facts, Value, scan
 from ssd_edge.errors import BundleRefusedError
@@ -222,7 +223,7 @@ def test_polyglot_of_onnx_and_ort_format_is_refused():
     assert polyglot[4:8] == b"ORTM"
     assert onnx.load_model_from_string(polyglot).producer_name == "ORTM"
     assert "has the mark of ONNX Runtime's own format" in refused(polyglot)
-    runtime = pytest.importorskip("onnxruntime")
+    runtime = ort.load()
     assert runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
     with pytest.raises(Exception, match="ORT"):
         runtime.InferenceSession(polyglot, providers=["CPUExecutionProvider"])
