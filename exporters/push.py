@@ -49,10 +49,14 @@ CANNOT_CREATE = 73
 
 # Both scripts receive their values as positional arguments, so that nothing is interpolated into them.
 # They print MARKER first; whatever a login script prints before it is ignored.
-# Arguments: file, size, and the command that starts ssd-edge.
+# An older version on the device does not set the switches of telemetry itself; what is set there is kept.
 MARKER = "ssd-edge-push"
+_BEGIN = f"echo; echo {MARKER}; exec 2>&1; " + "".join(
+    f'export {name}="${{{name}-{value}}}"; ' for name, value in NO_TELEMETRY.items()
+)
+# Arguments: file, size, and the command that starts ssd-edge.
 PREPARE = (
-    f"echo; echo {MARKER}; exec 2>&1; "
+    f"{_BEGIN}"
     'file=$1 size=$2; shift 2; "$@" --version >/dev/null || exit; '
     f'folder=${{file%/*}}; mkdir -p "$folder" && touch "$folder" "$file" || exit {CANNOT_CREATE}; '
     'find "${folder%/*}" -mindepth 1 -maxdepth 1 -mtime +7 -exec rm -rf {} +; '  # leftovers of abandoned uploads
@@ -61,14 +65,12 @@ PREPARE = (
 # Arguments: file, --root=… or an empty string, --allow-downgrade or an empty string, and the command.
 # A crash or a lost connection (exit code 1 or above 128) keeps the upload for the next try.
 INSTALL = (
-    f"echo; echo {MARKER}; exec 2>&1; "
+    f"{_BEGIN}"
     'file=$1 root=$2 downgrade=$3; shift 3; "$@" doctor ${root:+"$root"} --json -- "$file" && '
     '"$@" device install ${root:+"$root"} $downgrade --json -- "$file"; '
     'code=$?; case $code in 0|[2-6]) rm -rf "${file%/*}";; esac; exit $code'
 )
 
-# Before either script: an older version there does not set these itself. What is set on the device is kept.
-_NO_TELEMETRY = "".join(f"export {name}=${{{name}-{value}}}; " for name, value in NO_TELEMETRY.items())
 _USER = re.compile(r"[\w.+@][\w.+@-]*")
 _HOST = re.compile(r"[A-Za-z0-9_.:%][A-Za-z0-9_.:%-]*")
 _UPLOADED = re.compile(r"uploaded +(\d+)")
@@ -374,7 +376,7 @@ class _Device:
 
     def _start(self, script: str, *args: str) -> _Session:
         """Start a script on the device."""
-        remote = shlex.join(["sh", "-c", _NO_TELEMETRY + script, "sh", *args, *self._words])
+        remote = shlex.join(["sh", "-c", script, "sh", *args, *self._words])
         return _Session([*self._ssh, "--", self._login, remote], self._login)
 
 

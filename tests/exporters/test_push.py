@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from exporters import push as pushing
 from exporters.push import Destination, PushResult, parse_destination, push
 from ssd_edge import bundle
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, SSDEdgeError
+from ssd_edge.system import NO_TELEMETRY
 
 # Destinations
 
@@ -123,6 +125,14 @@ def test_arguments_of_ssh(robot: Path, tmp_path: Path, fake: Fake) -> None:
     words = ["sh", "-c", pushing.PREPARE, "sh", file, str(robot.stat().st_size), "/my apps/ssd-edge", "-v"]
     assert shlex.split(arguments[-1]) == words
     assert not any("HostKey" in word or "KnownHosts" in word for word in arguments)
+
+
+def test_commands_on_the_device_send_no_usage_data(tmp_path: Path) -> None:
+    command = ["sh", "-c", pushing.INSTALL, "sh", str(tmp_path / "x" / "y"), "", "", "sh", "-c", "env"]
+    set_there = {"PATH": os.environ["PATH"], "DO_NOT_TRACK": "0 or 1"}
+    printed = subprocess.run(command, env=set_there, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    for name, value in {**NO_TELEMETRY, **set_there}.items():
+        assert printed.count(f"{name}={value}") == 2  # doctor and install
 
 
 def test_command_below_the_home_folder(robot: Path, tmp_path: Path, fake: Fake) -> None:
