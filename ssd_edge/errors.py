@@ -7,6 +7,7 @@ with exit code 1 and a traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
@@ -46,6 +47,41 @@ class SlowerProviderError(SSDEdgeError):
     """Under ``--strict``: the backbone would run on a slower provider than requested."""
 
     exit_code = 6
+
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EFBIG: "the file would be larger than the file system or the limit of this process (ulimit -f) allows",
+    errno.EROFS: "the file system is read-only: remount it or choose another folder",
+    errno.EACCES: "permission denied: choose a folder that you may write to",
+    errno.EPERM: "permission denied: choose a folder that you may write to",
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine: stop other programs",
+    errno.ENOMEM: "too little memory: stop other programs",
+    errno.ENOTDIR: "a part of the path is a file, not a folder (below a device's root, links are not followed either)",
+    errno.ENOENT: "it does not exist: check the path",
+    errno.EISDIR: "a folder has this name: choose another",
+    errno.EEXIST: "something has this name already: remove it or choose another",
+    errno.ENOTEMPTY: "a folder that is not empty has this name already: remove it or choose another",
+    errno.ELOOP: "it is a symbolic link, which is not followed here: replace it by what it points to",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
+    errno.EBUSY: "it is in use: try again",
+    errno.EXDEV: "its folder lies on two file systems: choose another",
+    errno.EIO: "the disk reports an error: it may be failing",
+    errno.ENXIO: "it is not a regular file: remove it or choose another path",
+    errno.ESTALE: "the network share was replaced: mount it again",
+    errno.ETIMEDOUT: "the network share does not respond: check the connection",
+    errno.EINVAL: "the file system does not support this: choose a folder on a local disk",
+    errno.EOPNOTSUPP: "the file system does not support this: choose a folder on a local disk",
+    errno.ENOSYS: "the file system does not support this: choose a folder on a local disk",
+}
+
+
+def system_problem(error: OSError) -> str:
+    """Return what an error of the operating system means and what to do, e.g. ``the disk is full: free some space``."""
+    known = _ADVICE.get(error.errno or 0)
+    return known or f"{error.strerror or first_line(error)}: see the messages of the system (dmesg), then try again"
 
 
 def require(module: str, extra: str, purpose: str, install: str = "") -> ModuleType:

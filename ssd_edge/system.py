@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ssd_edge.errors import EnvironmentUnfitError
+from ssd_edge.errors import EnvironmentUnfitError, system_problem
 
 VERSION = "0.1.0"  # the only place: pyproject.toml and ssd_edge.__version__ read it
 MIB = 2**20
@@ -83,9 +85,16 @@ def reset_peak(process: Path = PROCESS) -> bool:
 
 
 def nearest_folder(path: Path) -> Path:
-    """Return `path` as an absolute path, or its nearest parent that exists."""
+    """Return `path` as an absolute path, or its nearest parent that exists.
+
+    Raises:
+        OSError: It cannot be determined, e.g. for lack of permission.
+    """
     path = Path(path).absolute()
-    while not path.exists() and path != path.parent:
+    while path != path.parent:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+            break
         path = path.parent
     return path
 
@@ -108,10 +117,15 @@ def utc_now() -> str:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[bool]:
+def file_lock(path: Path, folder: int | None = None) -> Iterator[bool]:
     """Hold an exclusive lock on a file between processes, without waiting for it.
 
-    The file is created if it does not exist, contains the process id of the holder, and is never removed.
+    The file is created if it does not exist, contains the process id of the holder, and is never removed. It is not
+    written before the lock is held, nor if it has another name as well.
+
+    Args:
+        path: The file; a symbolic link or another special file is refused.
+        folder: Descriptor of its folder, so that no link on the way to it is followed.
 
     Yields:
         True while the lock is held, False if another process holds it (see `lock_holder`).
@@ -121,11 +135,15 @@ def file_lock(path: Path) -> Iterator[bool]:
     """
     # The file is opened in place: an atomic rename (files.py) would replace it by another file with another lock.
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        name = path if folder is None else path.name
+        handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644, dir_fd=folder)
     except OSError as error:
         raise _cannot_lock(path, error) from error
     try:
         try:
+            about = os.fstat(handle)
+            if not stat.S_ISREG(about.st_mode):
+                raise OSError(errno.ENXIO, "not a regular file")
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
@@ -133,9 +151,10 @@ def file_lock(path: Path) -> Iterator[bool]:
         except OSError as error:
             raise _cannot_lock(path, error) from error
         try:
-            with contextlib.suppress(OSError):  # on a full disk: the process id is only for messages
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            if about.st_nlink == 1:
+                with contextlib.suppress(OSError):  # on a full disk: the process id is only for messages
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
             yield True
         finally:
             # Closing does not release the lock while a child process, forked in the meantime, has the file open.
@@ -147,13 +166,15 @@ def file_lock(path: Path) -> Iterator[bool]:
 def lock_holder(path: Path) -> str:
     """Return the id of the process that last locked `path` with `file_lock`, or ``unknown``."""
     try:
-        return path.read_bytes()[:20].decode("ascii", "replace").strip() or "unknown"
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as stream:
+            text = stream.read(20).decode("ascii", "replace").strip()
     except OSError:
         return "unknown"
+    return text if text.isdecimal() else "unknown"
 
 
 def _cannot_lock(path: Path, error: OSError) -> EnvironmentUnfitError:
-    return EnvironmentUnfitError(f"cannot lock {path}: {error.strerror}; choose another root")
+    return EnvironmentUnfitError(f"cannot lock {path}: {system_problem(error)}")
 
 
 def duration(seconds: float | None) -> str:

@@ -163,20 +163,25 @@ def _oldest(target: targets.Target) -> str | None:
 
 
 def _signature(at: Situation) -> Examined:
+    try:
+        trust.trusted(at.root)
+    except EnvironmentUnfitError as error:
+        yield Check("signature", "unfit", f"cannot be checked: {error}", "run: ssd-edge device fsck")
+        return
     if at.bundle is None:
         return
-
     signature = getattr(at.bundle, "signature", None)
-    if not trust.keys(at.root):
-        state = "signed, but" if signature else "unsigned, and"
-        yield Check("signature", "note", f"{state} no key is trusted in {at.root}: any valid bundle is accepted")
-        return
     try:
         identity = trust.check_signature(at.root, at.bundle)
     except EnvironmentUnfitError as error:
         yield Check("signature", "unfit", f"cannot be checked: {error}", at.fix("cryptography"))
+        return
     except SSDEdgeError as error:
         yield Check("signature", "unfit", str(error), "sign it with a key that this device trusts")
+        return
+    if identity is None:
+        state = "signed, but" if signature else "unsigned, and"
+        yield Check("signature", "note", f"{state} no key is trusted in {at.root}: any valid bundle is accepted")
     else:
         yield Check("signature", "ok", f"by the trusted key {identity}")
 
@@ -194,16 +199,14 @@ def _power(at: Situation) -> Examined:
 
 def _disk(at: Situation) -> Examined:
     size = sum(map(len, at.bundle.entries.values())) / MIB if at.bundle else 0
-    needed, folder = 2 * size + SPARE_MB, nearest_folder(at.root)
+    needed = 2 * size + SPARE_MB
     try:
-        if not folder.is_dir():
-            raise NotADirectoryError(20, f"{folder} is a file")
-        _try_writing(folder)
+        _try_writing(nearest_folder(at.root))
+        free = disk_free(at.root) // MIB
     except OSError as error:
         fix = "choose another --root, or make it writable for this user"
         yield Check("disk", "unfit", f"{at.root} cannot be written ({error.strerror})", fix)
         return
-    free = disk_free(folder) // MIB
     finding = f"{free:,} MiB free in {at.root}"
     if free < needed:
         fix = "free some space, or choose another --root"

@@ -340,7 +340,7 @@ def _store(opened: Bundle, root: Path) -> Iterator[Path]:
     from device_runtime.store.generations import Generations
 
     data = opened.read("backbone")
-    if (root / "backbones" / f"{files.sha256(data)}.onnx").is_file():
+    if files.is_file(root / "backbones" / f"{files.sha256(data)}.onnx"):
         yield root
         return
     with tempfile.TemporaryDirectory(prefix="ssd-edge-profile-") as folder:

@@ -8,12 +8,13 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from device_runtime.store.generations import Generations, remove
+from device_runtime.store.generations import Generations
 from device_runtime.store.journal import Journal
 from device_runtime.store.record import Generation
 from ssd_edge import files
-from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
 
+TRUSTED = "trusted"  # folder of the public keys that bundles must be signed with
 DAMAGE, LEFTOVER, NOTE = "damage", "leftover", "note"
 
 
@@ -42,7 +43,7 @@ def check(store: Generations) -> list[Finding]:
         InputError: No bundle is installed.
         EnvironmentUnfitError: A file cannot be read by this process at the moment.
     """
-    if not store.numbers() and not store.journal() and not (store.root / "CURRENT").exists():
+    if not store.numbers() and not store.journal() and not store.tree.status(store.root / "CURRENT"):
         raise InputError(f"no bundle is installed in {store.root}; run: ssd-edge device install BUNDLE")
     opened: dict[int, Generation] = {}
     problems: dict[int, str] = {}
@@ -55,9 +56,10 @@ def check(store: Generations) -> list[Finding]:
         *_current(store, opened),
         *_generations(store, opened, problems),
         *_backbones(store, opened, problems),
-        *_journal(store, Journal(store.root / "journal.jsonl")),
-        *_leftovers(store.root),
+        *_journal(store, Journal(store.root)),
+        *_leftovers(store),
         *_engines(store.root / "engines"),
+        *_access(store),
     ]
     return [dataclasses.replace(one, path=os.path.relpath(one.path, store.root)) for one in findings]
 
@@ -77,7 +79,7 @@ def repair(store: Generations) -> list[Finding]:
     """
     if store.writing:
         raise RuntimeError("repair outside of 'with generations.writer():', which already repairs some of it")
-    if not store.root.is_dir():
+    if not files.is_folder(store.root):
         store.check_installed()
     with store.writer(recover=False):
         before = check(store)
@@ -88,8 +90,8 @@ def repair(store: Generations) -> list[Finding]:
             best = next((n for n in store.candidates(pointer) if n in opened), min(opened))
             store.switch(best, "repaired", info={"from": pointer})
         for path in _unused_backbones(store, opened):
-            remove(path)
-        Journal(store.root / "journal.jsonl").drop_unreadable()
+            store.remove(path)
+        Journal(store.root).drop_unreadable()
         left = {(one.path, one.problem) for one in check(store)}
     return [dataclasses.replace(one, repaired=(one.path, one.problem) not in left) for one in before]
 
@@ -120,11 +122,11 @@ def _generations(store: Generations, opened: dict[int, Generation], problems: di
         if number not in known:
             message = "it is intact, but not in the journal: that was lost, or a crash came before this became current"
             yield Finding(str(generation.path), message, NOTE)
-        for path in sorted(generation.path.iterdir()):
+        for path in store.tree.entries(generation.path):
             if path.name not in (*generation.files, "generation.json"):
                 message = f"it does not belong to generation {number}; delete it if you do not need it"
                 yield Finding(str(path), message, NOTE)
-    for path in sorted(store.root.glob("generations/*")):
+    for path in store.tree.entries(store.root / "generations"):
         if path not in map(store.folder, store.numbers()) and not path.name.startswith(files.TEMPORARY_PREFIX):
             yield Finding(str(path), "it is not a generation; delete it if you do not need it", NOTE)
 
@@ -144,12 +146,15 @@ def _backbones(store: Generations, opened: dict[int, Generation], problems: dict
         except BundleRefusedError as error:
             numbers = ", ".join(map(str, users.get(digest, sorted(problems))))
             yield Finding(str(path), f"{error}; generations that need it: {numbers}", DAMAGE)
-    for path in sorted(store.root.glob("backbones/*")):
+    for path in store.tree.entries(store.root / "backbones"):
         if path not in store.backbones() and not path.name.startswith(files.TEMPORARY_PREFIX):
             yield Finding(str(path), "it is not a backbone; delete it if you do not need it", NOTE)
 
 
 def _journal(store: Generations, journal: Journal) -> Iterator[Finding]:
+    if problem := journal.problem():
+        yield Finding(str(journal.path), f"{problem}; states are not affected", DAMAGE)
+        return
     path, lines, events = str(journal.path), journal.lines(), journal.events()
     unreadable = [place for place, (_, event) in enumerate(lines, 1) if event is None]
     if not journal.is_complete():
@@ -169,10 +174,32 @@ def _journal(store: Generations, journal: Journal) -> Iterator[Finding]:
         yield Finding(path, f"it lacks that generation {number} is current", LEFTOVER)
 
 
-def _leftovers(root: Path) -> Iterator[Finding]:
-    for folder in (root, root / "generations", root / "backbones"):
-        for path in sorted(folder.glob(f"{files.TEMPORARY_PREFIX}*")):
-            yield Finding(str(path), "it is left over from a crash, or being written now", LEFTOVER)
+def _leftovers(store: Generations) -> Iterator[Finding]:
+    for folder in store.swept:
+        for path in store.tree.entries(folder):
+            if path.name.startswith(files.TEMPORARY_PREFIX):
+                yield Finding(str(path), "it is left over from a crash, or being written now", LEFTOVER)
+
+
+def _access(store: Generations) -> Iterator[Finding]:
+    """Find links, and what other users may change."""
+    tree, root = store.tree, store.root
+    if problem := tree.exposure(root):
+        yield Finding(str(root), problem, DAMAGE if tree.exposure(root, group=False) else NOTE)
+    for path in tree.entries(root):
+        if path.name != "engines" and (problem := tree.exposure(path)):  # see `_engines`
+            yield Finding(str(path), problem, DAMAGE)
+        elif path.name == TRUSTED:
+            yield from _keys(tree, path)
+
+
+def _keys(tree: files.Tree, folder: Path) -> Iterator[Finding]:
+    try:
+        for path in tree.entries(folder):
+            if problem := tree.exposure(path):
+                yield Finding(str(path), problem, DAMAGE)
+    except EnvironmentUnfitError as error:
+        yield Finding(str(folder), str(error), DAMAGE)
 
 
 def _engines(folder: Path) -> Iterator[Finding]:

@@ -23,12 +23,11 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from device_runtime.store.journal import Journal
+from device_runtime.store.journal import MAX_NUMBER, Journal
 from device_runtime.store.record import (
     RECORD,
     VERSION,
@@ -40,14 +39,14 @@ from device_runtime.store.record import (
 )
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
-from ssd_edge.system import MIB, disk_free, file_lock, lock_holder, utc_now
+from ssd_edge.system import MIB, disk_free, lock_holder, utc_now
 
 KEEP = 10  # generations kept by `tidy` unless $SSD_EDGE_KEEP is set; those in use and the last installed one stay
 EVENTS = 1000  # journal events kept by `tidy`: a year of three learns a day; installations always stay
 _BLOCK = 4096  # bytes
 _TRIES = 5  # of a reader; for each retry, another process must commit ten times during one read
-_NUMBER = re.compile(r"[0-9]{6}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NUMBER = re.compile(r"[0-9]{6}|[1-9][0-9]{6,11}")  # more than `journal.MAX_NUMBER` has
+_BACKBONE = re.compile(r"[0-9a-f]{64}\.onnx")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 T = TypeVar("T")
@@ -84,6 +83,10 @@ class _Plan:
 class Generations:
     """The generations below a root folder. Every call reads the disk; only writing needs `writer`.
 
+    Attributes:
+        root: The root folder.
+        tree: Its files.
+
     Example:
         >>> store = Generations("/data/ssd-edge")
         >>> with store.writer():  # from reading to committing, so that no other process commits in between
@@ -93,8 +96,9 @@ class Generations:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
+        self.tree = files.Tree(self.root)
         self._writing = False
-        self._journal = Journal(self.root / "journal.jsonl")
+        self._journal = Journal(self.root)
         self._install = f"ssd-edge device install BUNDLE --root {root}"
 
     def current(self) -> Generation:
@@ -187,7 +191,7 @@ class Generations:
             try:
                 found = self.open(number)
             except BundleRefusedError as error:
-                if self.folder(number).exists():  # otherwise it was pruned meanwhile
+                if self.tree.status(self.folder(number)):  # otherwise it was pruned meanwhile
                     summaries.append(GenerationSummary(number, current, False, str(error)))
                 continue
             origin = (found.parent, found.origin, found.created_utc, found.backbone, found.info)
@@ -207,13 +211,18 @@ class Generations:
         path = self.root / "backbones" / f"{sha256}.onnx"
         found: str | None
         try:
-            found = files.sha256_file(path)
+            found = self.tree.sha256(path)
         except OSError as error:
             check_damage(path, error)
             found = error.strerror
         if found != sha256:
             raise BundleRefusedError(f"{path} is missing or damaged ({found}); run: {self._install}")
         return path
+
+    @property
+    def swept(self) -> Sequence[Path]:
+        """The folders in which a crash may leave temporary files."""
+        return (self.root, self.root / "generations", self.root / "backbones")
 
     @property
     def writing(self) -> bool:
@@ -237,7 +246,7 @@ class Generations:
             try:
                 yield
             except BaseException:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, EnvironmentUnfitError):
                     self._sweep()  # an interrupt may come at any point, even during a cleanup
                 raise
             finally:
@@ -250,7 +259,7 @@ class Generations:
         try:
             self.backbone_path(digest)
         except BundleRefusedError:
-            files.write_bytes(self.root / "backbones" / f"{digest}.onnx", data)
+            self.tree.write(self.root / "backbones" / f"{digest}.onnx", data)
         return digest
 
     def commit(
@@ -277,7 +286,7 @@ class Generations:
             backbone = self.open(parent).backbone
         else:
             raise ValueError("either a parent or a backbone is needed")
-        journalled = [event["generation"] for event in self.journal()]
+        journalled = [event["generation"] for event in self.journal() if event["generation"] <= MAX_NUMBER]
         number = max([self.pointer() or 0, *self.numbers(), *journalled]) + 1
         origin = "install" if parent is None else "learn"
         body = {
@@ -294,17 +303,18 @@ class Generations:
         final = self.folder(number)
         temporary = final.with_name(files.TEMPORARY_PREFIX + final.name)
         try:
-            files.make_directory(temporary)
+            self.tree.make(temporary)
             for name, data in contents.items():
-                files.write_bytes(temporary / name, data)
-            files.write_bytes(temporary / RECORD, sealed(body))
-            files.commit_directory(temporary, final)
+                self.tree.write(temporary / name, data)
+            self.tree.write(temporary / RECORD, sealed(body))
+            self.tree.sync(temporary)
+            self.tree.rename(temporary, final)
             self.switch(number, origin, parent=parent, info=info)
         except BaseException:  # also an interrupt; free the space of a failed commit
             with contextlib.suppress(EnvironmentUnfitError, OSError):
-                shutil.rmtree(temporary, ignore_errors=True)
-                if self.pointer() != number and final.exists():  # it was never current
-                    remove(final)
+                self.tree.remove(temporary)
+                if self.pointer() != number and self.tree.status(final):  # it was never current
+                    self.remove(final)
             raise
         return self.open(number)
 
@@ -342,7 +352,7 @@ class Generations:
         gone: list[Path] = []
         try:
             for path in plan.paths:
-                remove(path)
+                self.remove(path)
                 gone.append(path)
         finally:
             if gone:
@@ -381,7 +391,8 @@ class Generations:
 
     def numbers(self) -> Sequence[int]:
         """Return the numbers of all generations that have a folder, ascending."""
-        return sorted(int(p.name) for p in self.root.glob("generations/*") if _NUMBER.fullmatch(p.name))
+        folder = self.root / "generations"
+        return sorted(int(path.name) for path in self.tree.entries(folder) if _NUMBER.fullmatch(path.name))
 
     def folder(self, number: int) -> Path:
         """Return the folder of a generation."""
@@ -389,17 +400,18 @@ class Generations:
 
     def backbones(self) -> Sequence[Path]:
         """Return the files of all backbones."""
-        return sorted(p for p in self.root.glob("backbones/*.onnx") if _DIGEST.fullmatch(p.stem))
+        return [path for path in self.tree.entries(self.root / "backbones") if _BACKBONE.fullmatch(path.name)]
 
     def pointer(self) -> int | None:
         """Return the number in CURRENT, or None if the file is missing or damaged."""
         path = self.root / "CURRENT"
         try:
-            content = path.read_bytes()
+            content = self.tree.read(path)
         except OSError as error:
             check_damage(path, error)
             return None
-        number = int(content[:6]) if _NUMBER.fullmatch(content[:6].decode("ascii", "replace")) else 0
+        digits = content.partition(b" ")[0].decode("ascii", "replace")
+        number = int(digits) if _NUMBER.fullmatch(digits) else 0
         return number if content == _pointer_bytes(number) else None
 
     def candidates(self, number: int | None) -> Sequence[int]:
@@ -415,12 +427,12 @@ class Generations:
 
     def open(self, number: int) -> Generation:
         """Read and verify a generation; raises as `open_generation`."""
-        return open_generation(self.folder(number), number)
+        return open_generation(self.tree, self.folder(number), number)
 
     def check_installed(self) -> None:
         """Raise an InputError if no bundle is installed."""
         # A first install that crashed may have left a generation, but neither of these files.
-        if not (self.root / "CURRENT").exists() and not self.journal():
+        if not self.tree.status(self.root / "CURRENT") and not self.journal():
             raise InputError(f"no bundle is installed in {self.root}; run: {self._install}")
 
     def recover(self) -> None:
@@ -438,12 +450,28 @@ class Generations:
         self._check_writing()
         json.dumps(fields, allow_nan=False)  # fail before the commit if the fields cannot be journalled
         try:
-            files.write_bytes(self.root / "CURRENT", _pointer_bytes(number))
+            self.tree.write(self.root / "CURRENT", _pointer_bytes(number))
         except (EnvironmentUnfitError, OSError) as error:
             if self.pointer() != number:
                 raise
             log.warning("generation %d is current, but a power cut now may take it back: %s", number, error)
         self._record(f"generation {number} is current", event, number, **fields)
+
+    def remove(self, path: Path) -> None:
+        """Delete the folder of a generation, or a backbone.
+
+        Raises:
+            EnvironmentUnfitError: The disk is read-only or the files may not be deleted.
+        """
+        if path.suffix == ".onnx":
+            self.tree.remove(path)
+            self.tree.sync(path.parent)
+            return
+        gone = path.with_name(f"{files.TEMPORARY_PREFIX}pruned-{path.name}")
+        self.tree.sync(path)
+        self.tree.rename(path, gone)
+        with contextlib.suppress(EnvironmentUnfitError):  # the next writer removes what is left
+            self.tree.remove(gone)
 
     def _plan(self, keep: int, budget_bytes: int | None) -> _Plan:
         """Return what `prune` would delete now; arguments and errors as `prune`."""
@@ -456,7 +484,7 @@ class Generations:
         replacement = next((n for n in self.candidates(in_use)[1:] if n in intact), in_use)
         # The highest number stays so that it is never reused.
         required = {in_use, pointer, replacement, numbers[-1], *installed[-1:]}
-        sizes = {path: _size(path) for path in (*map(self.folder, numbers), *self.backbones())}
+        sizes = {path: self.tree.size(path) for path in (*map(self.folder, numbers), *self.backbones())}
 
         def kept(numbers_kept: Iterable[int]) -> Sequence[Path]:
             stays = set(numbers_kept)
@@ -494,7 +522,11 @@ class Generations:
         """Check that twice the size of a generation is free; `sizes` are those of its files in bytes."""
         # Each file takes whole blocks; so do the folder, CURRENT and the next line of the journal.
         needed = 2 * (sum(-(-size // _BLOCK) for size in sizes) + 3) * _BLOCK
-        if (free := disk_free(self.root)) < needed:
+        try:
+            free = disk_free(self.root)
+        except OSError as error:
+            raise files.unfit(self.root, error) from error
+        if free < needed:
             raise EnvironmentUnfitError(
                 f"a new generation needs {needed} bytes of free disk, twice its size, but {self.root} has {free}; free "
                 "some space; nothing was written"
@@ -503,9 +535,9 @@ class Generations:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         for folder in ("generations", "backbones"):
-            files.make_directory(self.root / folder)
+            self.tree.make(self.root / folder, 0o755)
         path = self.root / ".lock"
-        with file_lock(path) as locked:
+        with self.tree.lock(path) as locked:
             if not locked:
                 raise EnvironmentUnfitError(
                     f"another process is writing {self.root}, pid {lock_holder(path)}; try again when it is done"
@@ -514,13 +546,11 @@ class Generations:
 
     def _sweep(self) -> None:
         """Remove temporary files and folders; while the root is locked no process uses them."""
-        for folder in (self.root, self.root / "generations", self.root / "backbones"):
-            for path in folder.glob(f"{files.TEMPORARY_PREFIX}*"):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+        for folder in self.swept:
+            for path in self.tree.entries(folder):
+                if path.name.startswith(files.TEMPORARY_PREFIX):
+                    with contextlib.suppress(EnvironmentUnfitError):
+                        self.tree.remove(path)
 
     def _record(self, message: str, event: str, number: int, **fields: Any) -> None:
         """Append an event to the journal; if that fails, log `message` and continue."""
@@ -528,24 +558,6 @@ class Generations:
             self._journal.append(event, number, **fields)
         except (EnvironmentUnfitError, OSError) as error:
             log.warning("%s, but the journal lacks it for now: %s", message, error)
-
-
-def remove(path: Path) -> None:
-    """Delete the folder of a generation, or a backbone.
-
-    Raises:
-        EnvironmentUnfitError: The disk is read-only or the files may not be deleted.
-    """
-    try:
-        if path.suffix == ".onnx":
-            path.unlink()
-            files.fsync_directory(path.parent)
-            return
-        gone = path.with_name(f"{files.TEMPORARY_PREFIX}pruned-{path.name}")
-        files.commit_directory(path, gone)  # `files.remove_directory` does not wait until the rename is durable
-        shutil.rmtree(gone, ignore_errors=True)  # the next writer removes what is left
-    except OSError as error:
-        raise EnvironmentUnfitError(f"cannot delete {path}: {error.strerror}; run: ssd-edge doctor") from error
 
 
 def _positive_number(variable: str) -> int | None:
@@ -557,11 +569,6 @@ def _positive_number(variable: str) -> int | None:
         return int(text)
     log.warning("%s is %r, but must be a whole number above 0; it is ignored", variable, text)
     return None
-
-
-def _size(path: Path) -> int:
-    members = [path] if path.is_file() else path.rglob("*")
-    return sum(member.lstat().st_size for member in members if member.is_file())
 
 
 def _pointer_bytes(number: int) -> bytes:

@@ -14,11 +14,13 @@ import numpy as np
 from ssd_edge import files
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
+from ssd_edge.files import Tree
 
 VERSION = 1
 RECORD = "generation.json"
-# These errors are not damage: no other generation may replace the current one and nothing may be repaired.
-_NOT_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
+# Only these errors are damage. After any other, such as missing permission, too many open files or a network share that
+# does not respond, no other generation may replace the current one and nothing may be repaired.
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EIO, errno.EBADMSG, errno.EUCLEAN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Generation:
         info: What the caller of `Generations.commit` recorded.
         files: File name → {"size", "sha256"}.
         path: Its folder.
+        tree: The files of the store.
         fallback: One sentence on why it replaces the current generation, to be shown to the user; usually empty.
     """
 
@@ -45,6 +48,7 @@ class Generation:
     info: dict[str, Any]
     files: dict[str, dict[str, Any]]
     path: Path
+    tree: Tree = dataclasses.field(compare=False, repr=False)
     fallback: str = ""
 
     def read(self, name: str) -> bytes:
@@ -57,7 +61,7 @@ class Generation:
         if name not in self.files:
             raise InputError(f"{self.path} has no file '{name}'; it has: {', '.join(sorted(self.files))}")
         path, stated = self.path / name, self.files[name]["sha256"]
-        data = _read(path)
+        data = _read(self.tree, path)
         if (found := files.sha256(data)) != stated:
             raise BundleRefusedError(f"{path} is damaged: its sha256 is {found[:12]}…, not {stated[:12]}…")
         return data
@@ -99,14 +103,14 @@ class GenerationSummary:
     info: Mapping[str, Any] | None = None
 
 
-def open_generation(path: Path, number: int) -> Generation:
+def open_generation(tree: Tree, path: Path, number: int) -> Generation:
     """Read the generation in a folder and verify every file of it.
 
     Raises:
         BundleRefusedError: It is missing or damaged, has another number, or needs a newer version.
         EnvironmentUnfitError: See `check_damage`.
     """
-    raw = _read(path / RECORD)
+    raw = _read(tree, path / RECORD)
     try:
         record = json.loads(raw)
         body = {key: value for key, value in record.items() if key != "digest"}
@@ -116,7 +120,7 @@ def open_generation(path: Path, number: int) -> Generation:
             raise ValueError(f"it has version {version}, but this SSD-Edge reads {VERSION}; upgrade it")
         if body.get("number") != number:
             raise ValueError(f"it is of generation {body.get('number')}")
-        generation = Generation(**body, path=path)
+        generation = Generation(**body, path=path, tree=tree)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BundleRefusedError(f"{path / RECORD} is refused: {error}") from error
     for name in generation.files:
@@ -135,17 +139,17 @@ def check_damage(path: Path, error: OSError) -> None:
     Raises:
         EnvironmentUnfitError: The file cannot be read by this process at the moment.
     """
-    if error.errno in _NOT_DAMAGE:
+    if error.errno not in _DAMAGE:
         raise EnvironmentUnfitError(
             f"{path} cannot be read: {error.strerror}; that does not mean damage: try again, as the user that "
             "installed it"
         ) from error
 
 
-def _read(path: Path) -> bytes:
+def _read(tree: Tree, path: Path) -> bytes:
     """Return the bytes of a file that must exist."""
     try:
-        return path.read_bytes()
+        return tree.read(path)
     except OSError as error:
         check_damage(path, error)
         raise BundleRefusedError(f"{path} cannot be read: {error.strerror}") from error

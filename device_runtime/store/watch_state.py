@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,22 +38,23 @@ def save(root: Path, counts: Mapping[str, np.ndarray], fields: Mapping[str, Any]
     """
     record = {"version": 1, **fields, "untrusted_time": utc_now(), "monotonic": monotonic, "boot": _boot()}
     record["digest"] = _digest(counts, record)
+    data, tree = files.tensor_bytes(counts, record), files.Tree(root)
     try:
-        files.write_tensors(root / NAME, counts, record)
+        tree.write(root / NAME, data)
     except SSDEdgeError:  # a writer that starts removes all temporary files, this one included
-        files.write_tensors(root / NAME, counts, record)
+        tree.write(root / NAME, data)
 
 
 def load(root: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """Return the drift counts and the fields saved with them; None without a file or for a damaged one (logged)."""
     path = root / NAME
-    if not os.path.exists(path):
-        return None
     try:
-        counts, record = files.read_tensors(path)
+        counts, record = files.parse_tensors(files.Tree(root).read(path), str(path))
         digest = record.pop("digest")
         if digest != _digest(counts, record) or record.pop("version") != 1:
             raise ValueError("it is not what was written, or of another version")
+    except FileNotFoundError:
+        return None
     except (SSDEdgeError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s is damaged and is ignored: %s", path, error)
         return None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssd_edge import files
 from ssd_edge.bundle.format import MANIFEST, Bundle, Signature
-from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, require
+from ssd_edge.errors import BundleRefusedError, InputError, require
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -56,7 +56,7 @@ def new_key(folder: str | Path, name: str) -> tuple[Path, Path]:
     files.make_directory(folder)
     private, public = folder / f"{name}.key", folder / f"{name}.pub"
     for path in (private, public):
-        if path.exists() or path.is_symlink():
+        if os.path.islink(path) or files.exists(path):
             raise InputError(f"{path} exists, and keys are never overwritten; choose another name")
     key = ed25519.Ed25519PrivateKey.generate()
     secret = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
@@ -65,7 +65,7 @@ def new_key(folder: str | Path, name: str) -> tuple[Path, Path]:
     try:
         _create(public, shown, 0o644)
     except BaseException:
-        private.unlink()
+        private.unlink(missing_ok=True)
         raise
     files.fsync_directory(folder)
     return private, public
@@ -82,7 +82,7 @@ def _create(path: Path, data: bytes, mode: int) -> None:
     except FileExistsError as error:
         raise InputError(f"{path} exists, and keys are never overwritten; choose another name") from error
     except OSError as error:
-        raise EnvironmentUnfitError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
+        raise files.unfit(path, error, "write") from error
 
 
 def load_private(path: str | Path) -> Ed25519PrivateKey:
@@ -123,8 +123,12 @@ def load_public(path: str | Path) -> Ed25519PublicKey:
         InputError: The file does not exist, is not an Ed25519 key, or is a private key.
         EnvironmentUnfitError: `cryptography` is missing.
     """
+    return parse_public(files.read_bytes(Path(path)), str(path))
+
+
+def parse_public(data: bytes, path: str) -> Ed25519PublicKey:
+    """Parse the content of a public key's file; `path` is for messages. Raises as `load_public`."""
     ed25519, pem = _library("check a signature")
-    data = files.read_bytes(Path(path))
     if b"PRIVATE KEY-----" in data:
         raise InputError(f"{path} contains a private key, which must stay where it was created; use NAME.pub instead")
     try:
@@ -156,9 +160,9 @@ def trusted(folder: str | Path) -> dict[str, Ed25519PublicKey]:
 
     Raises:
         InputError: A file does not contain a public key. Skipping it would silently drop a trusted key.
-        EnvironmentUnfitError: There are keys, but `cryptography` is missing.
+        EnvironmentUnfitError: The folder cannot be listed, or there are keys, but `cryptography` is missing.
     """
-    keys = [load_public(path) for path in sorted(Path(folder).glob("*.pub"))]
+    keys = [load_public(path) for path in files.list_folder(Path(folder)) if path.suffix == ".pub"]
     return {key_id(key): key for key in keys}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from device_runtime.store.generations import Generations, Pruned
 from device_runtime.store.record import Generation
 from ssd_edge import files
 from ssd_edge.classes import ClassRegistry
+from ssd_edge.errors import SSDEdgeError
 
 CLASSES = ClassRegistry().add("cup")
 BACKBONE = b"an ONNX file"
@@ -71,6 +72,15 @@ def prune(store: Generations, keep: int = 2, budget: int | None = None) -> Prune
     """Delete old generations."""
     with store.writer():
         return store.prune(keep, budget)
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """Return the message with which a call refuses, or an empty string; any other exception is a bug."""
+    try:
+        call()
+    except SSDEdgeError as error:
+        return str(error) or repr(error)
+    return ""
 
 
 def contents(generation: Generation) -> dict[str, bytes]:

@@ -101,9 +101,9 @@ def test_system_errors_are_reported(code: int, reason: str, tmp_path: Path, watc
     path = tmp_path / "state"
     calls: list[tuple[str, Callable[[], None]]] = [
         ("write", lambda: files.write_bytes(path, b"x")),
-        ("append", lambda: files.append_line(path, "x")),
+        ("append", lambda: files.Tree(tmp_path).append(path, "x")),
         ("mkdir", lambda: files.make_directory(path)),
-        ("rename", lambda: files.commit_directory(tmp_path / "new", path)),
+        ("rename", lambda: files.Tree(tmp_path).rename(tmp_path / "new", path)),
     ]
     (tmp_path / "new").mkdir()
     for step, call in calls:
@@ -134,46 +134,33 @@ def test_make_directory(tmp_path: Path, watch: Watch) -> None:
 
 
 @pytest.mark.parametrize("step", ["fsync_directory", "rename"])
-def test_commit_directory(step: str, tmp_path: Path, watch: Watch) -> None:
-    new, final = tmp_path / ".tmp-new", tmp_path / "final"
-    new.mkdir()
-    files.write_bytes(new / "a", b"x")
+def test_rename(step: str, tmp_path: Path, watch: Watch) -> None:
+    tree, new, final = files.Tree(tmp_path), tmp_path / ".tmp-new", tmp_path / "final"
+    tree.make(new)
+    tree.write(new / "a", b"x")
     watch(fail_at(step, Cut()))
     with pytest.raises(Cut):
-        files.commit_directory(new, final)
-    assert new.is_dir()
-    assert not final.exists()
-    watch(None)
-    files.commit_directory(new, final)
+        tree.rename(new, final)
+    assert final.exists() == (step == "fsync_directory")
+    if step == "rename":
+        watch(None)
+        tree.rename(new, final)
     assert (final / "a").read_bytes() == b"x"
     assert not new.exists()
 
 
-def test_commit_directory_does_not_replace(tmp_path: Path) -> None:
+def test_rename_does_not_replace_a_folder(tmp_path: Path) -> None:
     for name in ("new", "final"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    with pytest.raises(OSError, match="not empty"):
-        files.commit_directory(tmp_path / "new", tmp_path / "final")
+    with pytest.raises(EnvironmentUnfitError, match="a folder that is not empty has this name already"):
+        files.Tree(tmp_path).rename(tmp_path / "new", tmp_path / "final")
     assert (tmp_path / "final" / "final").exists()
 
 
-def test_remove_directory(tmp_path: Path, watch: Watch) -> None:
-    folder = tmp_path / "old"
-    folder.mkdir()
-    (folder / "a").touch()
-    watch(fail_at("rename", Cut()))
-    with pytest.raises(Cut):
-        files.remove_directory(folder)
-    assert (folder / "a").exists()
-    watch(None)
-    files.remove_directory(folder)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_append_line(tmp_path: Path) -> None:
+def test_append(tmp_path: Path) -> None:
     for line in ("a", "ü"):
-        files.append_line(tmp_path / "journal", line)
+        files.Tree(tmp_path).append(tmp_path / "journal", line)
     assert (tmp_path / "journal").read_text(encoding="utf-8") == "a\nü\n"
 
 

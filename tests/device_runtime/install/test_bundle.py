@@ -140,6 +140,9 @@ def test_trusted_key_requires_its_signature(put, root, keys):
     assert nothing_is_current(root)
     assert put(sign=signing.signer(private)).info["signed_by"] == identity
     trust.distrust(root, identity)
+    with pytest.raises(BundleRefusedError, match="accepts only signed bundles, but no key is trusted"):
+        put()
+    trust.accept_unsigned(root)
     assert put().info["signed_by"] is None
 
 
@@ -172,4 +175,4 @@ def test_files_that_are_no_public_key_are_refused(root, keys, tmp_path):
         trust.trust(root, tmp_path / "x.pub")
     with pytest.raises(InputError):  # a private key must not be on a device
         trust.trust(root, keys("ours")[0])
-    assert trust.trusted(root) == []
+    assert trust.trusted(root) is None

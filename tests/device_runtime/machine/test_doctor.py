@@ -382,13 +382,13 @@ def test_signatures(packages: Any, tmp_path: Path, made: Any) -> None:
 def test_trusted_key_without_cryptography(
     packages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any
 ) -> None:
-    def missing(folder: Path) -> None:
+    def missing(data: bytes, path: str) -> None:
         raise EnvironmentUnfitError("the package 'cryptography' is needed")
 
     packages(cryptography=None)
-    monkeypatch.setattr(signing, "trusted", missing)
+    monkeypatch.setattr(signing, "parse_public", missing)
     (tmp_path / "trusted").mkdir()
-    (tmp_path / "trusted" / "0123.pub").write_text("a key")
+    (tmp_path / "trusted" / "0123456789abcdef.pub").write_text("a key")
     checks = examine(made(), tmp_path, NANO)
     assert "1 trusted key(s)" in found(checks, "cryptography", "unfit").found
     assert "python3-cryptography" in found(checks, "signature", "unfit").fix

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 from helpers import store_standins
@@ -186,14 +185,14 @@ def test_order_does_not_depend_on_the_clock(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES])
 @pytest.mark.parametrize("name", ["CURRENT", "learner.safetensors"])
 def test_read_errors_are_not_reported_as_damage(store, monkeypatch, name, number):
-    read = Path.read_bytes
+    read = files.Tree.read
 
-    def refuse(path):
+    def refuse(tree, path):
         if path.name == name:
             raise OSError(number, os.strerror(number))
-        return read(path)
+        return read(tree, path)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(files.Tree, "read", refuse)
     for call in (store.current, lambda: prune(store), lambda: fsck.repair(store), lambda: learn(store, 9.0)):
         with pytest.raises(EnvironmentUnfitError, match=f"{name} cannot be read: .*; that does not mean damage"):
             call()

@@ -233,7 +233,7 @@ def examine(root: Path, before: dict[int, dict[str, bytes]], action: str, after:
         store.backbone_path(generation.backbone)
     for path in store.backbones():
         assert files.sha256_file(path) == path.stem
-    journal = Journal(root / "journal.jsonl")
+    journal = Journal(root)
     events = [event for _, event in journal.lines()]
     assert None not in (events if journal.is_complete() else events[:-1])
     result = device.learn("wedge", photos("wedge", 4, seed=50), limits=ANY)  # the lock is free

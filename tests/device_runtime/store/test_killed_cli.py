@@ -109,7 +109,7 @@ class Box:
         assert device.generation.parent == number
         assert Device.open(root).generation == device.generation
         assert leftovers(root) == []
-        journal = Journal(root / "journal.jsonl")
+        journal = Journal(root)
         assert journal.is_complete()
         assert None not in [event for _, event in journal.lines()]
         assert {one.severity for one in fsck.check(device.store)} <= {"note"}
