@@ -378,8 +378,8 @@ def test_age_is_known_within_a_boot_only(root: Path, camera: Path, monkeypatch, 
 
 def test_counts_are_saved_once_per_minute_if_changed(root: Path, camera: Path, monkeypatch):
     written = []
-    write = files.write_tensors
-    monkeypatch.setattr(files, "write_tensors", lambda *a: written.append(driven.now) or write(*a))
+    write = files.Tree.write
+    monkeypatch.setattr(files.Tree, "write", lambda *a: written.append(driven.now) or write(*a))
     arrive = [lambda n=n: put(camera, f"{n}.png", picture("cup", n)) for n in range(200)]
     driven = Driven(monkeypatch, *arrive, *[nothing] * 500, step=1.0)
     assert len(driven.run(Device.open(root), camera)) == 200
