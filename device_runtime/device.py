@@ -378,8 +378,8 @@ class Device:
     def rollback(self, number: int | None = None) -> RollbackResult:
         """Return to an earlier generation: the parent of the current one, or any by its number.
 
-        Predictions are then bit-identical to those of that generation. Later generations stay until they are pruned,
-        and can be returned to as well.
+        Predictions are then bit-identical to those of that generation, on the same machine with the same number of
+        threads (docs/device.md). Later generations stay until they are pruned, and can be returned to as well.
 
         Raises:
             InputError: The current generation has no parent, or the number does not exist.

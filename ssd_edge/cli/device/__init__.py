@@ -12,8 +12,11 @@ import click
 @click.group()
 def device() -> None:
     """Install, predict, learn and undo on a device."""
-    # Read by PyTorch when it is loaded. By default its idle threads spin, which makes a learn several times slower when
-    # other processes are running.
+    # Both are read by PyTorch when it is loaded. By default it uses one thread per core that the process may run on, and
+    # the last bits of a product depend on that number: a service bound to one core would give other scores than a
+    # command that is not.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # By default idle threads spin, which makes a learn several times slower when other processes are running.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -60,6 +62,30 @@ def test_the_readme_example(root: Path, shapes: Path, cli) -> None:
     for verb in ("status", "history"):
         assert cli("device", verb, *at).stdout.strip()
     assert "circle" in cli("device", "predict", shapes / "test" / "circle", *at).stdout
+
+
+def test_one_thread_unless_the_user_says_otherwise(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, used in ((None, "1"), ("3", "3")):
+        monkeypatch.setenv("OMP_NUM_THREADS", given or "")
+        if given is None:
+            monkeypatch.delenv("OMP_NUM_THREADS")
+        assert CliRunner().invoke(device, ["fsck", "--root", str(root)]).exit_code == 0
+        assert os.environ["OMP_NUM_THREADS"] == used
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.parametrize("count", [1, 5, 7, 15])
+def test_predictions_do_not_depend_on_the_number_of_cores(root: Path, shapes: Path, count: int) -> None:
+    pictures = sorted((shapes / "test" / "triangle").iterdir())[:count]
+    command = [sys.executable, "-m", "ssd_edge", "device", "predict", *pictures, "--root", root, "--json"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    answers = []
+    for cores in (os.sched_getaffinity(0), {min(os.sched_getaffinity(0))}):
+        bound = functools.partial(os.sched_setaffinity, 0, cores)
+        done = subprocess.run(command, capture_output=True, check=True, env=environment, preexec_fn=bound)
+        answers.append(json.loads(done.stdout)["predictions"])
+    assert answers[0] == answers[1]
 
 
 def test_fsck_reports_what_is_damaged(root: Path, refused, tmp_path: Path) -> None:
