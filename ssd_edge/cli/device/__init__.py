@@ -12,7 +12,7 @@ import click
 @click.group()
 def device() -> None:
     """Install, predict, learn and undo on a device."""
-    # Both are read by PyTorch when it is loaded. By default it uses one thread per core that the process may run on, and
+    # Both are read by PyTorch when it is loaded. By default it uses one thread per core that the process may use, and
     # the last bits of a product depend on that number: a service bound to one core would give other scores than a
     # command that is not.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
