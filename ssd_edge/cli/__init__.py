@@ -5,6 +5,8 @@ Results go to standard output, everything else to standard error. Exit codes: do
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -20,16 +22,18 @@ from ssd_edge.cli.doctor import doctor
 from ssd_edge.cli.evaluate import evaluate
 from ssd_edge.cli.inspect import inspect
 from ssd_edge.cli.keys import keys
+from ssd_edge.cli.options import log
 from ssd_edge.cli.pretrain import pretrain
 from ssd_edge.cli.profile import profile
 from ssd_edge.cli.push import push
 from ssd_edge.cli.reproduce import reproduce
 from ssd_edge.cli.train import train
 from ssd_edge.cli.verify import verify
-from ssd_edge.errors import EnvironmentUnfitError, SSDEdgeError, printable
+from ssd_edge.errors import EnvironmentUnfitError, SSDEdgeError, printable, system_problem
 from ssd_edge.system import VERSION
 
 INTERRUPTED = 130
+WRITERS = ("click.utils", "rich.console")  # modules that write to standard output
 OPTIONAL = {
     **dict.fromkeys(("torch", "onnxruntime", "cryptography"), "device"),
     "onnx": "export",
@@ -75,6 +79,14 @@ def _comes_from_interrupt(error: BaseException | None) -> bool:
 def main() -> NoReturn:
     """Run the command line and exit; only a bug ends in a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
+    code = _run()
+    if (error := _flush()) and code == 0:
+        code = _refuse(error)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command line and return the exit code, after a sentence on standard error if it is not 0."""
     try:
         try:
             cli.main(standalone_mode=False)
@@ -83,30 +95,63 @@ def main() -> NoReturn:
                 raise KeyboardInterrupt from None
             raise
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        with contextlib.suppress(OSError):
+            error.show()
+        return 2
     except SSDEdgeError as error:
-        # names in it may come from an untrusted file: no escape codes to the terminal
-        click.echo("\n".join(map(printable, f"error: {error}".split("\n"))), err=True)
-        sys.exit(error.exit_code)
+        return _refuse(error)
     except (KeyboardInterrupt, click.Abort) as error:
         hint = str(error.__cause__ or error)  # click replaces KeyboardInterrupt by Abort without its text
-        click.echo(f"interrupted{': ' + hint if hint else ''}", err=True)
-        sys.exit(INTERRUPTED)
+        log(f"interrupted{': ' + hint if hint else ''}")
+        return INTERRUPTED
     except BrokenPipeError:  # `ssd-edge … | head`
-        sys.stderr.close()
-        sys.exit(1)
+        return 1
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
-            raise
-        click.echo(
+            return _report_bug()
+        log(
             f"error: the package '{error.name}' is needed and not installed; on a PC: pip install "
-            f"'ssd-edge[{OPTIONAL[error.name]}]', on a Jetson use the one from JetPack",
-            err=True,
+            f"'ssd-edge[{OPTIONAL[error.name]}]', on a Jetson use the one from JetPack"
         )
-        sys.exit(EnvironmentUnfitError.exit_code)
+        return EnvironmentUnfitError.exit_code
+    except OSError as error:
+        if any(frame.f_globals.get("__name__") in WRITERS for frame, _ in traceback.walk_tb(error.__traceback__)):
+            return _refuse(_cannot_print(error))
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return _refuse(EnvironmentUnfitError(f"{place}{system_problem(error)}"))
     except Exception:
-        traceback.print_exc()
-        click.echo("internal error: this is a bug in ssd-edge; please report it with the lines above", err=True)
-        sys.exit(1)
-    sys.exit(0)
+        return _report_bug()
+    return 0
+
+
+def _refuse(error: SSDEdgeError) -> int:
+    # names in it may come from an untrusted file: no escape codes to the terminal
+    log("\n".join(map(printable, f"error: {error}".split("\n"))))
+    return error.exit_code
+
+
+def _report_bug() -> int:
+    log(f"{traceback.format_exc()}internal error: this is a bug in ssd-edge; please report it with the lines above")
+    return 1
+
+
+def _cannot_print(error: OSError) -> EnvironmentUnfitError:
+    reason = system_problem(error)
+    return EnvironmentUnfitError(
+        f"cannot write the result to standard output: {reason}; what was changed stays changed"
+    )
+
+
+def _flush() -> EnvironmentUnfitError | None:
+    """Flush standard output; if that fails, drop what is left, which Python would write again, and return the error."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, sys.stdout.fileno())
+            os.close(nothing)
+        if not isinstance(error, BrokenPipeError):
+            return _cannot_print(error)
+    return None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ssd_edge.cli.options import JSON, print_json
+from ssd_edge.cli.options import JSON, log, print_json
 
 if TYPE_CHECKING:
     from ssd_edge.run.bench import Report, Spread
@@ -23,7 +23,7 @@ def bench(full: bool, as_json: bool) -> None:
     from ssd_edge.run.bench import FULL, Size
     from ssd_edge.run.bench import bench as measure
 
-    report = measure(FULL if full else Size(), lambda text: click.echo(text, err=True))
+    report = measure(FULL if full else Size(), log)
     if as_json:
         print_json(report.to_dict())
     else:

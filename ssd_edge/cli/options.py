@@ -52,9 +52,10 @@ def read_tree(config_file: Path | None, overrides: tuple[str, ...]) -> dict[str,
     return merge(read_yaml(config_file) if config_file else {}, overrides)
 
 
-def log(text: str) -> None:
-    """Print a message for people on standard error."""
-    click.echo(text, err=True)
+def log(text: str, end: bool = True) -> None:
+    """Print a message for people on standard error; if that cannot be written, the work goes on."""
+    with contextlib.suppress(OSError):
+        click.echo(text, nl=end, err=True)
 
 
 def print_json(value: Any) -> None:
@@ -95,7 +96,7 @@ def raw_stdin() -> io.FileIO:
 def print_warnings(warnings: Iterable[str]) -> None:
     """Print the warnings of a learn or an edit on standard error."""
     for warning in warnings:
-        click.echo(f"warning: {printable(warning)}", err=True)
+        log(f"warning: {printable(warning)}")
 
 
 def print_cost(retention: Retention, others: str) -> None:
@@ -115,9 +116,9 @@ def progress_line() -> Iterator[Callable[[str, float, float | None], None] | Non
 
     def update(stage: str, share: float, left: float | None) -> None:
         remaining = "" if left is None or left < 1 else f", about {left:.0f} s left"
-        click.echo(f"\r\033[K{stage} {share:.0%}{remaining}", nl=False, err=True)
+        log(f"\r\033[K{stage} {share:.0%}{remaining}", end=False)
 
     try:
         yield update
     finally:
-        click.echo("\r\033[K", nl=False, err=True)
+        log("\r\033[K", end=False)
