@@ -37,7 +37,12 @@ class Launcher:
         self._channel, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, __file__, str(theirs.fileno())]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+            environment = {
+                "OMP_WAIT_POLICY": "PASSIVE",
+                **os.environ,
+            }  # as `ssd-edge device` sets it before its imports
+            options = {"stdin": subprocess.DEVNULL, "env": environment, "pass_fds": [theirs.fileno()]}
+            self._process = subprocess.Popen(command, **options)
 
     def run(
         self, args: list[str], cwd: Path, env: Mapping[str, str], timeout: float
