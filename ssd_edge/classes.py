@@ -15,6 +15,8 @@ from typing import Any
 from ssd_edge.errors import BundleRefusedError, InputError, did_you_mean
 
 MAX_NAME_LENGTH = 64
+MAX_COUNT = 2**53  # of images and ids: every JSON reader holds such a number exactly
+ORIGINS = frozenset({"base", "device"})
 RESERVED_NAMES = frozenset({"unknown"})
 
 # Letters that look like one of "unknown", after compatibility decomposition and case folding; the common ones of
@@ -204,15 +206,30 @@ class ClassRegistry:
         """
         try:
             entries = [
-                ClassEntry(int(item["id"]), normalise_name(item["name"]), str(item["origin"]), int(item["images"]))
+                ClassEntry(_count(item["id"]), normalise_name(item["name"]), item["origin"], _count(item["images"]))
                 for item in value["classes"]
             ]
             registry = cls(entries, int(value["next_id"]))
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InputError) as error:
+            if unknown := {entry.origin for entry in entries} - ORIGINS:
+                raise ValueError(f"the origin {min(unknown)!r:.40}")
+            registry = cls(entries, _count(value["next_id"]))
+        except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
             raise BundleRefusedError(f"the class registry is damaged ({error}); restore the file") from error
-        if any(entry.id >= registry.next_id or entry.id < 0 for entry in entries):
+        if any(entry.id >= registry.next_id for entry in entries):
             raise BundleRefusedError(
                 f"the class registry has the ids {[e.id for e in entries][:10]}, but the next id is "
                 f"{registry.next_id}; restore the file"
             )
         return registry
+
+
+def _count(value: Any) -> int:
+    """Return a whole number from 0 to `MAX_COUNT`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"a count is {value!r:.40}")
+    return value

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -21,6 +22,7 @@ from ssd_edge.errors import InputError, did_you_mean
 T = TypeVar("T")
 
 MAX_YAML_BYTES = 100_000  # the largest experiment of the papers has 3,000
+LARGEST_NUMBER = 1e15  # of any setting: a whole number up to here is exact in float64 and fits into an int64
 
 
 def setting(
@@ -256,6 +258,8 @@ def parse_section(cls: type[T], values: Mapping[str, Any], section: str) -> T:
                 continue
             if number != number or number in (float("inf"), float("-inf")):
                 raise InputError(f"{key} must be a finite number, but is {number}")
+            if abs(number) > LARGEST_NUMBER:
+                raise InputError(f"{key} must be between ±{LARGEST_NUMBER:g}, but is {short(number)}")
             if metadata.get("minimum") is not None and number < metadata["minimum"]:
                 raise InputError(f"{key} must be at least {metadata['minimum']}, but is {number}")
             if metadata.get("maximum") is not None and number > metadata["maximum"]:

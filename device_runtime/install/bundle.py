@@ -6,7 +6,6 @@ space, and the self-test on this machine. Until all of them pass, the old genera
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +15,7 @@ import torch
 from device_runtime.backbone import selftest
 from device_runtime.backbone.embedder import open_embedder
 from device_runtime.install.trust import check_signature
-from device_runtime.learning.state import DeviceState, InstalledBundle, restore_statistics
-from device_runtime.learning.unknown import Rejector
+from device_runtime.learning.state import DeviceState
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
 from ssd_edge import bundle as bundles
@@ -59,8 +57,8 @@ def install(
     opened = bundles.read(Path(bundle))
     store = Generations(root)
     signed_by = check_signature(store.root, opened)
-    installed = _installed_bundle(opened, signed_by)
-    state = _initial_state(opened, installed)
+    state = DeviceState.of_bundle(opened, signed_by)
+    installed = state.bundle
     with store.writer():
         if not allow_downgrade:
             _check_release(store, installed.release, bundle)
@@ -69,7 +67,7 @@ def install(
         spec = installed.backbone_spec(backbone)
         embedder = open_embedder(store, spec, (arrays, limits), say, strict)
         tested = selftest.run(embedder.embed, arrays, limits)
-        agreement = _check_learner(state.learner, embedder.embed(arrays["images"]), arrays["rows"])
+        agreement = check_answers(state.learner, embedder.embed(arrays["images"]), arrays["rows"])
         say(
             f"self-test on {tested.images} images with {embedder.provider}: cosine {tested.min_cosine:.6f}, "
             f"largest difference {tested.max_difference:.1e} σ, {agreement:.0%} of the decisions agree"
@@ -87,41 +85,6 @@ def install(
         generation = store.commit(state.contents(), info, parent=None, backbone=backbone)
         store.tidy()
         return generation
-
-
-def _installed_bundle(opened: bundles.Bundle, signed_by: str | None) -> InstalledBundle:
-    """Return what the device keeps about a bundle, with a new installation id."""
-    manifest = opened.manifest
-    backbone = manifest["backbone"]
-    return InstalledBundle(
-        name=manifest["name"],
-        release=manifest["release"],
-        target=manifest["target"],
-        size=backbone["size"],
-        dim=backbone["dim"],
-        precision=backbone["precision"],
-        bundle_sha256=opened.sha256,
-        signed_by=signed_by,
-        installation=secrets.token_hex(8),
-        merged=(),
-        manifest={key: value for key, value in manifest.items() if key not in ("format", "version", "files", "device")},
-    )
-
-
-def _initial_state(opened: bundles.Bundle, installed: InstalledBundle) -> DeviceState:
-    """Return the state in a bundle, with thresholds for images of unknown classes."""
-    statistics = restore_statistics(opened.tensors("statistics")[0])
-    state = DeviceState(
-        opened.registry,
-        learners.restore(*opened.tensors("learner")),
-        statistics,
-        Rejector.fit(statistics),
-        installed,
-        opened.read("probe"),
-        opened.read("card"),
-    )
-    state.check()
-    return state
 
 
 def _check_release(store: Generations, release: int, name: str | Path) -> None:
@@ -146,12 +109,22 @@ def _check_release(store: Generations, release: int, name: str | Path) -> None:
         )
 
 
-def _check_learner(learner: learners.Learner, embeddings: np.ndarray, rows: np.ndarray) -> float:
-    """Return the share of the probe images for which the learner's decision agrees with the bundle."""
+def check_answers(learner: learners.Learner, embeddings: np.ndarray, rows: np.ndarray) -> float:
+    """Return the share of the probe images for which the learner's decision agrees with the bundle.
+
+    Args:
+        learner: The learner of a bundle.
+        embeddings: Embeddings of the probe images, ``(P, D)``.
+        rows: What the bundle says that it decides, ``(P,)``.
+
+    Raises:
+        GateRefusedError: They agree on too few, or a score is not finite.
+    """
     if not len(learner.seen):  # deployed without classes, so there are no decisions
         return 1.0
-    scores = learner.scores(torch.from_numpy(embeddings))
-    agreement = float((scores.argmax(1).numpy() == rows).mean())
+    vectors = torch.from_numpy(embeddings)
+    scores = learner.scores(vectors)
+    agreement = float((learner.predict(vectors).numpy() == rows).mean())
     if not bool(torch.isfinite(scores).all()) or agreement < MIN_AGREEMENT:
         raise GateRefusedError(
             f"the learner's decisions agree with the bundle on {agreement:.0%} of the probe images, but at least "

@@ -16,7 +16,7 @@ import torch
 
 from device_runtime.learning.edit import describe, estimate_cost
 from device_runtime.learning.guard import Limits
-from device_runtime.learning.state import DeviceState, copy_learner, restore_statistics
+from device_runtime.learning.state import DeviceState, copy_learner
 from device_runtime.results import ExportResult, MergeResult, TaughtClass
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
@@ -175,13 +175,14 @@ def merge(
             taught.append((row, TaughtClass(registry.names[row], images, row >= len(state.registry))))
     if not taught:
         raise InputError("that device has learned nothing since the bundle that both started from; nothing was changed")
+    there = DeviceState.of_bundle(other)
     to_here = torch.tensor(rows, dtype=torch.int64)
     base_to_here = torch.tensor([here[entry.id] for entry in base_registry.entries], dtype=torch.int64)
     learner = copy_learner(state.learner)
-    learner.merge(learners.restore(*other.tensors("learner")), to_here)
+    learner.merge(there.learner, to_here)
     learner.subtract(base.learner, base_to_here)
     statistics = state.statistics.copy()
-    statistics.merge(restore_statistics(other.tensors("statistics")[0]), to_here)
+    statistics.merge(there.statistics, to_here)
     statistics.subtract(base.statistics, base_to_here)
     rejector = state.rejector
     for row in sorted({row for row, _ in taught}):

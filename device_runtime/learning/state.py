@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,14 @@ import torch
 
 from device_runtime.backbone.interface import BackboneSpec
 from device_runtime.learning.unknown import Rejector
+from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
 from ssd_edge.classes import ClassRegistry
-from ssd_edge.errors import BundleRefusedError, GateRefusedError
+from ssd_edge.errors import BundleRefusedError, GateRefusedError, printable
+from ssd_edge.learners.closed_form.linear import restore_statistics
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+
+_NOT_KEPT = ("format", "version", "files", "device")  # keys of a bundle's manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,25 @@ class InstalledBundle:
     def backbone_spec(self, sha256: str) -> BackboneSpec:
         """Return the specification of the backbone with this digest."""
         return BackboneSpec(sha256, self.size, self.dim, self.precision, self.target)
+
+    @classmethod
+    def of(cls, opened: bundles.Bundle, signed_by: str | None) -> InstalledBundle:
+        """Return what a device keeps about a bundle, with a new installation id."""
+        manifest = opened.manifest
+        backbone = manifest["backbone"]
+        return cls(
+            name=manifest["name"],
+            release=manifest["release"],
+            target=manifest["target"],
+            size=backbone["size"],
+            dim=backbone["dim"],
+            precision=backbone["precision"],
+            bundle_sha256=opened.sha256,
+            signed_by=signed_by,
+            installation=secrets.token_hex(8),
+            merged=(),
+            manifest={key: value for key, value in manifest.items() if key not in _NOT_KEPT},
+        )
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> InstalledBundle:
@@ -91,10 +115,10 @@ class DeviceState:
     card: bytes
 
     def check(self) -> None:
-        """Check that all parts have the same number of classes.
+        """Check that all parts are about the same classes and features.
 
         Raises:
-            BundleRefusedError: They do not.
+            BundleRefusedError: They are not.
         """
         rows = len(self.registry)
         learned, counted = len(self.learner.seen), len(self.statistics.counts)
@@ -102,6 +126,18 @@ class DeviceState:
             raise BundleRefusedError(
                 f"the registry has {rows} classes, but the learner has {learned}, the statistics {counted} and the "
                 f"thresholds for 'unknown' {len(self.rejector.thresholds)}; deploy the bundle again"
+            )
+        images, counts = [entry.images for entry in self.registry.entries], self.statistics.counts.tolist()
+        if counts != images or 0 in images or not bool(self.learner.seen.all()):
+            raise BundleRefusedError(
+                f"the registry counts {_short(images)} images, the statistics {_short(counts)}, and the learner has "
+                f"learned {int(self.learner.seen.sum())} of {rows} classes; deploy the bundle again"
+            )
+        dims = [self.learner.dim, self.statistics.sums.shape[1], len(self.rejector.whitening)]
+        if dims != [self.bundle.dim] * 3:
+            raise BundleRefusedError(
+                f"the backbone gives {self.bundle.dim} features, but learner, statistics and the thresholds for "
+                f"'unknown' have {dims[0]}, {dims[1]} and {dims[2]}; deploy the bundle again"
             )
 
     def contents(self) -> dict[str, bytes]:
@@ -135,15 +171,48 @@ class DeviceState:
         def tensors(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             return files.parse_tensors(read(name), name)
 
+        bundle = InstalledBundle.from_json(files.parse_json(read("device.json"), "device.json"))
         state = cls(
             ClassRegistry.from_json(files.parse_json(read("classes.json"), "classes.json")),
-            learners.restore(*tensors("learner.safetensors")),
-            restore_statistics(tensors("statistics.safetensors")[0]),
+            learners.restore(*tensors("learner.safetensors"), dim=bundle.dim),
+            restore_statistics(tensors("statistics.safetensors")[0], bundle.dim),
             Rejector.from_state(tensors("unknown.safetensors")[0]),
-            InstalledBundle.from_json(files.parse_json(read("device.json"), "device.json")),
+            bundle,
             read("probe.safetensors"),
             read("MODEL_CARD.md"),
         )
+        state.check()
+        return state
+
+    @classmethod
+    def of_bundle(cls, opened: bundles.Bundle, signed_by: str | None = None) -> DeviceState:
+        """Return the state in a bundle, as installing it makes it.
+
+        A bundle that a device has exported contains its thresholds for ``unknown``; for one from `deploy` they are
+        fitted to the statistics.
+
+        Args:
+            opened: The bundle.
+            signed_by: Id of the key that signed it.
+
+        Raises:
+            BundleRefusedError: Its learner, statistics, thresholds or classes are damaged or do not belong together.
+        """
+        bundle = InstalledBundle.of(opened, signed_by)
+        # First: the number of features, which sizes what a learner draws from its seed, is that of these tensors.
+        statistics = restore_statistics(opened.tensors("statistics")[0], bundle.dim)
+        learner = learners.restore(*opened.tensors("learner"), dim=bundle.dim)
+        if learner.name != opened.manifest["learner"]["name"]:
+            raise BundleRefusedError(
+                f"the bundle contains the learner '{learner.name}', but its manifest says "
+                f"'{printable(opened.manifest['learner']['name'])[:40]}'; deploy it again"
+            )
+        if "unknown" in opened.roles:
+            rejector = Rejector.from_state(opened.tensors("unknown")[0])
+        else:
+            rejector = Rejector.fit(statistics)
+        parts = opened.registry, learner, statistics, rejector, bundle, opened.read("probe"), opened.read("card")
+        state = cls(*parts)
         state.check()
         return state
 
@@ -170,13 +239,5 @@ def copy_learner(learner: learners.Learner) -> learners.Learner:
     return learners.restore(*learners.pack(learner))
 
 
-def restore_statistics(arrays: Mapping[str, np.ndarray]) -> ClassStatistics:
-    """Restore the class statistics of a bundle or generation.
-
-    Raises:
-        BundleRefusedError: They are damaged.
-    """
-    try:
-        return ClassStatistics.from_state({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})
-    except (KeyError, RuntimeError, IndexError) as error:
-        raise BundleRefusedError(f"the class statistics are damaged ({error}); deploy the bundle again") from error
+def _short(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values[:10]) + (", …" if len(values) > 10 else "") or "no"

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners.base import LARGEST_COUNT, TensorSpec, check_state, check_unit
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 UNKNOWN = "unknown"
@@ -33,6 +34,15 @@ OWN_SPREAD = 0.35  # standard deviation along the class mean that the pooled cov
 PRIOR = 20.0  # weight, in images, of the threshold from statistics against the class's own embeddings
 _NORMAL = torch.tensor([NormalDist().inv_cdf((i + 0.5) / 64) for i in range(64)], dtype=torch.float64)
 NEVER = 2.0  # threshold of a row without samples: no cosine reaches it
+DIRECTION_ROUNDING = 1e-4  # of the length of a direction in float32
+SCHEMA = {
+    "fitted": TensorSpec(
+        (2,), "float64", "rate, and degrees of freedom of the covariance", least=0, most=LARGEST_COUNT
+    ),
+    "whitening": TensorSpec(("T",), "float32", "lower triangle of the matrix that whitens that covariance"),
+    "directions": TensorSpec(("C", "D"), "float32", "whitened mean of each class, of unit length", least=-2, most=2),
+    "thresholds": TensorSpec(("C",), "float32", "smallest cosine of each class that is accepted", least=-1, most=NEVER),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,22 +203,26 @@ class Rejector:
         """Restore from the arrays of `state`, bit for bit.
 
         Raises:
-            BundleRefusedError: An array is missing, has a wrong shape, or is not finite.
+            BundleRefusedError: An array is missing, has a wrong shape or values that `fit` does not give.
         """
-        try:
-            tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
-            rate, samples = tensors["fitted"].tolist()
-            directions, thresholds, packed = (tensors[key] for key in ("directions", "thresholds", "whitening"))
-            classes, dim = directions.shape
-            if thresholds.shape != (classes,) or packed.shape != (dim * (dim + 1) // 2,):
-                raise ValueError(f"{classes} classes of {dim} features, {tuple(thresholds.shape)} thresholds")
-            if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-                raise ValueError("NaN or infinity")
-        except (KeyError, ValueError, TypeError) as error:
-            raise BundleRefusedError(f"the thresholds for '{UNKNOWN}' are damaged ({error}); fit them again") from error
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+        sizes = check_state(tensors, SCHEMA, {}, UNKNOWN)
+        dim = sizes["D"]
+        rate, samples = tensors["fitted"].tolist()
+        directions, thresholds, packed = (tensors[key] for key in ("directions", "thresholds", "whitening"))
+        if not (0.5 < rate < 1 and sizes["T"] == dim * (dim + 1) // 2):
+            raise BundleRefusedError(
+                f"the thresholds for '{UNKNOWN}' are damaged: a rate of {rate:g} and {sizes['T']} numbers that whiten "
+                f"{dim} features; install the bundle again"
+            )
         whitening = packed.new_zeros(dim, dim)
         row, column = torch.tril_indices(dim, dim)
         whitening[row, column] = packed
+        if not bool((whitening.diagonal() > 0).all()):
+            raise BundleRefusedError(
+                f"the thresholds for '{UNKNOWN}' do not whiten every feature; install the bundle again"
+            )
+        check_unit(directions, DIRECTION_ROUNDING, f"the directions of '{UNKNOWN}'")
         return cls(rate, samples, whitening, directions, thresholds)
 
     def _check(self, embeddings: Tensor) -> None:

@@ -353,10 +353,10 @@ def _store(opened: Bundle, root: Path) -> Iterator[Path]:
 def _load(opened: Bundle, root: Path, say: Say) -> tuple[DeviceEmbedder, Learner]:
     """Open the embedder and the learner as the device does."""
     from device_runtime.backbone.embedder import open_embedder
+    from device_runtime.learning.state import DeviceState
     from device_runtime.store.generations import Generations
-    from ssd_edge import learners
 
-    learner = learners.restore(*opened.tensors("learner"))
+    learner = DeviceState.of_bundle(opened).learner
     facts = {**opened.manifest["backbone"], "target": opened.manifest["target"]}
     spec = BackboneSpec.from_facts(files.sha256(opened.read("backbone")), facts)
     return open_embedder(Generations(root), spec, opened.tensors("probe"), say), learner
@@ -383,7 +383,7 @@ def footprint(path: str | Path, root: Path) -> Footprint:
     import torch
 
     from device_runtime.learning import retention
-    from device_runtime.learning.state import restore_statistics
+    from device_runtime.learning.state import DeviceState
     from ssd_edge import learners
 
     with contextlib.suppress(EnvironmentUnfitError):
@@ -402,7 +402,7 @@ def footprint(path: str | Path, root: Path) -> Footprint:
     for copy in copies:
         copy.learn(task)
     if len(opened.registry):
-        retention.estimate(learner, copies[0], restore_statistics(opened.tensors("statistics")[0]))
+        retention.estimate(learner, copies[0], DeviceState.of_bundle(opened).statistics)
     found["learned"] = _resident("VmRSS")
     return Footprint(**found, peak=_resident("VmHWM"))
 

@@ -31,11 +31,12 @@ ROLES = {  # role → name of its entry
     "learner": "learner.safetensors",
     "statistics": "statistics.safetensors",
     "probe": "probe.safetensors",
+    "unknown": "unknown.safetensors",
     "head": "head.onnx",
     "classes": "classes.json",
     "card": "MODEL_CARD.md",
 }
-OPTIONAL_ROLES = frozenset({"head"})
+OPTIONAL_ROLES = frozenset({"head", "unknown"})
 
 # docs/bundle.md gives the reason for each limit.
 MAX_JSON_BYTES = 2 * 2**20

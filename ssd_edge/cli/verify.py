@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 )
 @JSON
 def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
-    """Check the format, signature and backbone of BUNDLE.
+    """Check the format, signature, backbone and learner of BUNDLE.
 
-    The backbone is run on the probe images in the bundle.
+    The backbone is run on the probe images in the bundle, and the learner on their embeddings.
     """
     from ssd_edge import bundle as bundles
 
     opened = bundles.read(bundle)
     signer = _signed_by(opened, keys)
+    learner, not_loaded = _learner(opened)
     probe, reason = _probe(opened)
     manifest, named_key = opened.manifest, signed_with(opened)
     if as_json:
@@ -48,6 +49,8 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
                 "signed_by": signer,
                 "probe": probe,
                 "probe_not_run": reason,
+                "learner": learner,
+                "learner_not_loaded": not_loaded,
             }
         )
         return
@@ -58,6 +61,11 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
         click.echo(f"signature  names the key {named_key}, not checked; pass that key with --key FILE.pub")
     else:
         click.echo("signature  unsigned")
+    if learner:
+        answers = f", {learner['agreement']:.0%} of the probe answered as stated" if learner["classes"] else ""
+        click.echo(f"learner    {learner['name']} with {learner['classes']} classes{answers}")
+    else:
+        click.echo(f"learner    not loaded: {not_loaded}")
     if probe:
         click.echo(
             f"probe      {probe['images']} images with {probe['provider']}: cosine {probe['min_cosine']:.6f}, largest "
@@ -79,6 +87,27 @@ def _signed_by(opened: Bundle, paths: tuple[Path, ...]) -> str | None:
 
     keys = [signing.load_public(path) for path in paths]
     return signing.check(opened, {signing.key_id(key): key for key in keys})
+
+
+def _learner(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:
+    """Load everything that installing a bundle loads; return facts about its learner, or why it was not loaded.
+
+    Raises:
+        BundleRefusedError: The state in the bundle is damaged, or the learner answers otherwise than the bundle says.
+    """
+    try:
+        require("torch", "device", "load the learner")
+    except EnvironmentUnfitError as error:
+        return None, str(error)
+    from device_runtime.install.bundle import check_answers
+    from device_runtime.learning.state import DeviceState
+
+    learner, (probe, _) = DeviceState.of_bundle(opened).learner, opened.tensors("probe")
+    try:
+        agreement = check_answers(learner, probe["embeddings"], probe["rows"])
+    except GateRefusedError as error:
+        raise BundleRefusedError(str(error)) from error
+    return {"name": learner.name, "classes": len(opened.registry), "agreement": agreement}, None
 
 
 def _probe(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:

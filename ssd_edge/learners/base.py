@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -30,6 +30,11 @@ DTYPES = {
     "uint8": torch.uint8,
     "uint32": torch.uint32,
 }
+# Limit of any number in a state: such a number is finite in float32, and its square is in float64.
+LARGEST = 1e30
+LARGEST_COUNT = 2.0**53  # whole numbers up to here are exact in float64
+# Limit of random numbers that follow from a setting and the seed and are not part of the state: 256 MiB.
+MOST_DRAWN = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +94,25 @@ class TensorSpec:
         reason: why the tensor is stored.
         shipped: True for a constant that came with the backbone. It is stored so that a state is self-contained, but
             does not count as learned (`Learner.memory_bytes`).
+        least: smallest value allowed.
+        most: largest value allowed.
+        whole: True if only whole numbers are allowed.
     """
 
     shape: tuple[str | int, ...]
     dtype: str
     reason: str
     shipped: bool = False
+    least: float = -LARGEST
+    most: float = LARGEST
+    whole: bool = False
 
 
 BASE_SCHEMA = {
-    "seen": TensorSpec(("S",), "uint8", "1 for each learned class"),
-    "tasks_learned": TensorSpec((1,), "int64", "number of tasks learned; selects the random numbers"),
+    "seen": TensorSpec(("S",), "uint8", "1 for each learned class", most=1),
+    "tasks_learned": TensorSpec(
+        (1,), "int64", "number of tasks learned; selects the random numbers", least=0, most=LARGEST_COUNT
+    ),
 }
 
 
@@ -173,7 +186,8 @@ class Learner(abc.ABC):
     Args:
         dim: dimension D of the embeddings.
         settings: instance of `Settings`.
-        priors: statistics from pretraining; may be empty.
+        priors: statistics from pretraining; may be empty. None: no initial state, so that nothing is allocated before
+            `load_state_dict` has checked what it restores; it must be called next.
         seed: random seed. Task t draws from (seed, t) alone, so a resumed run is bit-identical.
         device: where large tensors are stored.
     """
@@ -189,7 +203,7 @@ class Learner(abc.ABC):
     Settings: ClassVar[type]
 
     def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
+        self, dim: int, settings: Any, priors: Priors | None, seed: int = 0, device: str | torch.device = "cpu"
     ) -> None:
         self.dim = dim
         self.settings = settings
@@ -198,6 +212,16 @@ class Learner(abc.ABC):
         self.seen = torch.zeros(0, dtype=torch.uint8)  # (S,), 1 for each learned class
         self.tasks_learned = 0
         self.note = ""  # set if the settings ask for something the priors lack; runs print it
+        self._configure()
+        if priors is not None:
+            self._start(priors)
+
+    def _configure(self) -> None:  # noqa: B027  some need nothing
+        """Set and check what follows from dimension and settings alone; allocate nothing of their size."""
+
+    @abc.abstractmethod
+    def _start(self, priors: Priors) -> None:
+        """Create the state before the first task."""
 
     @abc.abstractmethod
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
@@ -218,6 +242,16 @@ class Learner(abc.ABC):
     @abc.abstractmethod
     def _load(self, tensors: dict[str, Tensor]) -> None:
         """Restore the state from tensors that match `schema`."""
+
+    def _check(self, state: dict[str, Tensor]) -> None:  # noqa: B027  tensors of some are independent
+        """Check that tensors which match `schema` also match each other.
+
+        Args:
+            state: all tensors, including those of `BASE_SCHEMA`.
+
+        Raises:
+            BundleRefusedError: they do not.
+        """
 
     def write_head(self, graph: HeadGraph, x: str) -> str | None:
         """Write the operators that compute `scores` into an ONNX graph.
@@ -419,10 +453,20 @@ class Learner(abc.ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a state from `state_dict`, bit for bit.
 
+        Nothing is allocated beyond a small multiple of the tensors before they are checked; afterwards, at most
+        `MOST_DRAWN` numbers.
+
         Raises:
-            BundleRefusedError: a tensor is missing or unknown, or has the wrong shape or dtype.
+            BundleRefusedError: a tensor is missing or unknown, has the wrong shape, dtype or values, or contradicts
+                another one.
         """
-        check_state(state, {**BASE_SCHEMA, **self.schema()}, {"D": self.dim}, self.name)
+        sizes = check_state(state, {**BASE_SCHEMA, **self.schema()}, {"D": self.dim}, self.name)
+        if sizes["S"] > sizes.get("C", sizes["S"]):
+            raise BundleRefusedError(
+                f"the state of '{self.name}' has {sizes['S']} learned rows, but outputs for {sizes['C']}; restore the "
+                "file"
+            )
+        self._check(state)
         self.seen = state["seen"].clone()
         self.tasks_learned = int(state["tasks_learned"][0])
         self._load({name: tensor.clone() for name, tensor in state.items() if name not in BASE_SCHEMA})
@@ -451,8 +495,45 @@ class Learner(abc.ABC):
             )
 
 
-def check_state(state: dict[str, Tensor], schema: dict[str, TensorSpec], bound: dict[str, int], owner: str) -> None:
-    """Check the names, dtypes and shapes of a state against a schema.
+def check_unit(matrix: Tensor, rounding: float, what: str) -> None:
+    """Check that rows have unit length or are zero.
+
+    Args:
+        matrix: ``(r, n)``.
+        rounding: largest difference of a length from 1.
+        what: name for the message, plural.
+
+    Raises:
+        BundleRefusedError: a row has another length.
+    """
+    lengths = matrix.norm(dim=1)
+    wrong = (lengths > 0) & ((lengths - 1).abs() > rounding)
+    if bool(wrong.any()):
+        raise BundleRefusedError(
+            f"{what} must have unit length, but one has {float(lengths[wrong][0]):g}; restore the file"
+        )
+
+
+def check_drawn(count: int, of: str) -> None:
+    """Check the number of random numbers that a setting asks for.
+
+    Args:
+        count: their number.
+        of: what they are, for the message.
+
+    Raises:
+        InputError: there are more than `MOST_DRAWN`.
+    """
+    if count > MOST_DRAWN:
+        raise InputError(
+            f"{of} are {count:,} random numbers, but at most {MOST_DRAWN:,} are allowed; lower the setting"
+        )
+
+
+def check_state(
+    state: Mapping[str, Tensor], schema: Mapping[str, TensorSpec], bound: Mapping[str, int], owner: str
+) -> dict[str, int]:
+    """Check the names, dtypes, shapes and values of a state against a schema.
 
     Args:
         state: tensors by name.
@@ -460,25 +541,47 @@ def check_state(state: dict[str, Tensor], schema: dict[str, TensorSpec], bound: 
         bound: sizes of symbols that are known beforehand.
         owner: name for error messages.
 
+    Returns:
+        The sizes of all symbols.
+
     Raises:
-        BundleRefusedError: a tensor is missing or unknown, or has the wrong shape or dtype.
+        BundleRefusedError: a tensor is missing or unknown, or has the wrong shape, dtype or values.
     """
     if set(state) != set(schema):
         missing, extra = sorted(set(schema) - set(state)), sorted(set(state) - set(schema))
         raise BundleRefusedError(
             f"the state does not match '{owner}': missing tensors {missing or 'none'}, unknown {extra or 'none'}"
         )
-    bound = dict(bound)
+    sizes = dict(bound)
     for name, spec in schema.items():
         tensor = state[name]
         if tensor.dtype != DTYPES[spec.dtype]:
             raise BundleRefusedError(f"the tensor '{name}' of '{owner}' must be {spec.dtype}, but is {tensor.dtype}")
         fits = tensor.ndim == len(spec.shape) and all(
-            size == (bound.setdefault(symbol, size) if isinstance(symbol, str) else symbol)
+            size == (sizes.setdefault(symbol, size) if isinstance(symbol, str) else symbol)
             for symbol, size in zip(spec.shape, tensor.shape, strict=True)
         )
         if not fits:
-            expected = tuple(bound.get(s, s) if isinstance(s, str) else s for s in spec.shape)
+            expected = tuple(sizes.get(s, s) if isinstance(s, str) else s for s in spec.shape)
             raise BundleRefusedError(
                 f"the tensor '{name}' of '{owner}' must have the shape {expected}, but has {tuple(tensor.shape)}"
             )
+    for name, spec in schema.items():  # after all shapes
+        _check_values(state[name], spec, f"the tensor '{name}' of '{owner}'")
+    return sizes
+
+
+def _check_values(tensor: Tensor, spec: TensorSpec, what: str) -> None:
+    """Check that all values of a tensor are in the range of its specification, which NaN is not."""
+    if not tensor.numel():
+        return
+    if tensor.dtype == torch.uint32:  # PyTorch has few kernels for it
+        tensor = tensor.to(torch.int64)
+    least, most = (float(value) for value in tensor.aminmax())
+    if not (spec.least <= least and most <= spec.most):
+        raise BundleRefusedError(
+            f"{what} must be from {spec.least:g} to {spec.most:g}, but has values from {least:g} to {most:g}; restore "
+            "the file"
+        )
+    if spec.whole and not torch.equal(tensor, tensor.round()):
+        raise BundleRefusedError(f"{what} must be whole numbers, but is not; restore the file")

@@ -39,6 +39,7 @@ BASELINES = tuple(name for name, kind in LEARNERS.items() if kind.baseline)
 PANEL = tuple(name for name, kind in LEARNERS.items() if kind.panel)
 CANDIDATES = tuple(name for name, kind in LEARNERS.items() if kind.candidate)
 CLOSED_FORM = tuple(name for name, kind in LEARNERS.items() if kind.family == "closed form")
+MOST_FEATURES = 2**31  # of an embedding
 AUTO = "auto"  # not a learner: `train` replaces it with the choice of `learners.auto` before a run starts
 
 
@@ -133,21 +134,38 @@ def pack(learner: Learner) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def restore(
-    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any], device: str | torch.device = "cpu"
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, Any],
+    device: str | torch.device = "cpu",
+    dim: int | None = None,
 ) -> Learner:
     """Restore a learner from `pack`; its predictions are bit-identical.
 
+    Nothing is believed that could harm later: `Learner.load_state_dict` checks every tensor against the settings, the
+    range of its values and the other tensors before anything of the size that a setting names is allocated.
+
+    Args:
+        arrays: the tensors.
+        metadata: kind, settings, dimension and seed of the learner.
+        device: device to compute on.
+        dim: dimension D of the embeddings that it will be used with; None: not known.
+
     Raises:
-        BundleRefusedError: the metadata or a tensor does not match the learner.
+        BundleRefusedError: the metadata or a tensor does not match the learner, or its dimension is not `dim`.
     """
     try:
-        options, dim = {"name": metadata["learner"], **metadata["settings"]}, int(metadata["dim"])
-        if dim < 1:
-            raise ValueError(f"dim is {dim}")
-        learner = build(options, dim, Priors(), int(metadata["seed"]), device)
+        settings = settings_of({**metadata["settings"], "name": metadata["learner"]})
+        size, seed = metadata["dim"], metadata["seed"]
+        if type(size) is not int or not 1 <= size < MOST_FEATURES:
+            raise ValueError(f"dim is {size!r}")
+        if type(seed) is not int or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed is {seed!r}")
+        if dim not in (None, size):
+            raise ValueError(f"dim is {size}, but the embeddings have {dim} features")
+        learner = _kind(metadata["learner"])(size, settings, None, seed, device)
+        learner.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
     except (KeyError, TypeError, ValueError, InputError) as error:
         raise BundleRefusedError(
             f"the metadata of the learner's state is invalid ({error}); restore the file"
         ) from error
-    learner.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
     return learner

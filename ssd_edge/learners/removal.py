@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ssd_edge.errors import InputError
 from ssd_edge.learners.base import BASE_SCHEMA, CLASS_AXES, Learner
-from ssd_edge.learners.priors import Priors
 
 TINY = torch.finfo(torch.float64).tiny
 
@@ -56,7 +55,7 @@ def without_rows(learner: Learner, rows: Iterable[int]) -> Learner:
     for name, axis in _class_axes(learner):
         remaining = stays[: state[name].shape[axis]].nonzero().flatten()
         state[name] = state[name].index_select(axis, remaining).contiguous()
-    fewer = type(learner)(learner.dim, learner.settings, Priors(), learner.seed, learner.device)
+    fewer = type(learner)(learner.dim, learner.settings, None, learner.seed, learner.device)
     fewer.load_state_dict(state)
     return fewer
 

@@ -16,10 +16,15 @@ from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import TrainConfig
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.base import TensorSpec, check_state
+from ssd_edge.learners.closed_form.linear import restore_statistics
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
 from ssd_edge.run import storage
 
+STANDARDISATION = {
+    "mu": TensorSpec(("D",), "float32", "mean of the first task"),
+    "sigma": TensorSpec(("D",), "float32", "deviation of the first task", least=float(np.finfo(np.float32).tiny)),
+}
 # Keys that are read from the files of a run, with their types.
 _BACKBONE = {"kind": str, "path": str, "identity": str, "size": int, "dim": int, "provenance": dict}
 TIME = "%Y-%m-%dT%H:%M:%SZ"  # format of the times in run.json, in UTC
@@ -66,8 +71,9 @@ class FinishedRun:
         """Return μ and σ ``(dim,)``, float32, measured for a user's own backbone. Raises the same errors as `read`."""
         path = self.folder / "standardisation.safetensors"
         arrays, _ = files.read_tensors(path)
-        schema = {name: TensorSpec(("D",), "float32", "standardisation by the first task") for name in ("mu", "sigma")}
-        _check_arrays(arrays, schema, {"D": dim}, path)
+        check_state(
+            {name: torch.from_numpy(array) for name, array in arrays.items()}, STANDARDISATION, {"D": dim}, str(path)
+        )
         return arrays["mu"], arrays["sigma"]
 
 
@@ -104,14 +110,16 @@ def read(folder: Path) -> FinishedRun:
         time.strptime(record["finished"], TIME)
     except ValueError as error:
         raise BundleRefusedError(f"{folder / 'run.json'} is damaged: 'finished' {error}; restore it") from error
+    backbone = _read_object(folder / "backbone.json", _BACKBONE)
+    path = folder / "learner.safetensors"
     state = FinishedRun(
         folder=folder,
         config=config,
         record=record,
         metrics=_read_object(folder / "metrics.json", {**METRICS, "baselines": dict, "tasks": list}),
-        backbone=_read_object(folder / "backbone.json", _BACKBONE),
+        backbone=backbone,
         registry=ClassRegistry.from_json(files.read_json(folder / "classes.json")),
-        learner=learners.restore(*files.parse_tensors(states["learner"], str(folder / "learner.safetensors"))),
+        learner=learners.restore(*files.parse_tensors(states["learner"], str(path)), dim=backbone["dim"]),
         states=states,
     )
     _check_together(state)
@@ -141,17 +149,10 @@ def _check_together(state: FinishedRun) -> None:
             f"{state.folder}: the learner has {len(learner.seen)} classes and embeddings of {learner.dim}, but "
             f"classes.json and backbone.json have {classes} and {dim}; restore the files of one run"
         )
-    path = state.folder / "statistics.safetensors"
-    arrays, _ = files.parse_tensors(state.states["statistics"], str(path))
-    schema = {
-        "counts": TensorSpec(("C",), "float64", "number of samples of each class"),
-        "sums": TensorSpec(("C", "D"), "float64", "sum of the embeddings of each class"),
-        "second": TensorSpec((dim * (dim + 1) // 2,), "float64", "second moments, upper triangle"),
-    }
-    _check_arrays(arrays, schema, {"C": classes, "D": dim}, path)
-
-
-def _check_arrays(
-    arrays: dict[str, np.ndarray], schema: dict[str, TensorSpec], bound: dict[str, int], path: Path
-) -> None:
-    check_state({name: torch.from_numpy(array) for name, array in arrays.items()}, schema, bound, str(path))
+    path = str(state.folder / "statistics.safetensors")
+    counts = restore_statistics(files.parse_tensors(state.states["statistics"], path)[0], dim, path).counts.tolist()
+    images = [entry.images for entry in state.registry.entries]
+    if counts != images:
+        raise BundleRefusedError(
+            f"{path} counts {counts[:10]} images, but classes.json {images[:10]}; restore the files of one run"
+        )

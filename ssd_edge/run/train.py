@@ -211,7 +211,7 @@ class Run:
         """Build a learner, or restore it from its last checkpoint."""
         checkpoint, setup = self.progress.checkpoint(name), self.setup
         if checkpoint is not None:
-            return learners.restore(*checkpoint, device=setup.device)
+            return learners.restore(*checkpoint, device=setup.device, dim=setup.embedder.dim)
         priors, seed = setup.embedder.priors, self.config.run.seed
         learner = learners.build(options, setup.embedder.dim, priors, seed, setup.device)
         learner.expect(len(setup.data.names))

@@ -17,7 +17,7 @@ from ssd_edge.config import setting
 from ssd_edge.errors import InputError
 from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
 from ssd_edge.learners.closed_form.linear import BATCH, NEVER, statistics_schema
-from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.closed_form.sums import ClassStatistics, check_seen
 from ssd_edge.learners.priors import Priors
 
 JITTER = 1e-7  # on the diagonal of correlation matrices, which can be singular, e.g. with two samples
@@ -91,12 +91,11 @@ class FeCAM(Learner):
     removal = "exact"
     Settings: ClassVar[type] = Settings
 
-    def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-    ) -> None:
-        super().__init__(dim, settings, priors, seed, device)
-        self.statistics = ClassStatistics(dim, per_class=True)
+    def _configure(self) -> None:
         self._solved: dict[int, tuple[Tensor, Tensor]] = {}  # by row; a cache, not part of the state
+
+    def _start(self, priors: Priors) -> None:
+        self.statistics = ClassStatistics(self.dim, per_class=True)
 
     def _transform(self, embeddings: Tensor) -> Tensor:
         tukey: float = self.settings.tukey
@@ -175,6 +174,9 @@ class FeCAM(Learner):
 
     def _tensors(self) -> dict[str, Tensor]:
         return self.statistics.state()
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        check_seen(state, self.name)
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         self.statistics = ClassStatistics.from_state(tensors)

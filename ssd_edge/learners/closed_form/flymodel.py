@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ssd_edge.config import setting
-from ssd_edge.errors import InputError
-from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
+from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec, check_drawn
 from ssd_edge.learners.closed_form.linear import BATCH
 from ssd_edge.learners.priors import Priors
 
@@ -51,22 +51,27 @@ class FlyModel(Learner):
     removal = "exact"
     Settings: ClassVar[type] = Settings
 
-    def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-    ) -> None:
-        super().__init__(dim, settings, priors, seed, device)
-        if settings.inputs_per_neuron > dim:
+    def _configure(self) -> None:
+        settings = self.settings
+        if settings.inputs_per_neuron > self.dim:
             raise InputError(
-                f"learner.inputs_per_neuron is {settings.inputs_per_neuron}, but embeddings have only {dim} values; "
-                f"set it to {dim} or less"
+                f"learner.inputs_per_neuron is {settings.inputs_per_neuron}, but embeddings have only {self.dim} "
+                f"values; set it to {self.dim} or less"
             )
-        generator = torch.Generator().manual_seed(seed)
-        inputs = torch.rand(settings.neurons, dim, generator=generator).topk(settings.inputs_per_neuron).indices
-        projection = torch.zeros(settings.neurons, dim).scatter_(1, inputs, 1.0)
-        self.projection = projection.T.contiguous().to(self.device)
+        check_drawn(settings.neurons * self.dim, f"the inputs of learner.neurons={settings.neurons:,}")
         # Number of sorted sums from the quantile at (n − 1)(1 − active) on; 1e-9 guards against rounding down.
         self.kept = 1 + math.floor((settings.neurons - 1) * settings.active + 1e-9)
-        self.weights = torch.zeros(0, settings.neurons)
+
+    def _start(self, priors: Priors) -> None:
+        self.projection = self._draw()
+        self.weights = torch.zeros(0, self.settings.neurons)
+
+    def _draw(self) -> Tensor:
+        """Return the inputs of each neuron as a 0/1 matrix ``(D, n)``."""
+        neurons, generator = self.settings.neurons, torch.Generator().manual_seed(self.seed)
+        drawn = torch.rand(neurons, self.dim, generator=generator)
+        projection = torch.zeros(neurons, self.dim).scatter_(1, drawn.topk(self.settings.inputs_per_neuron).indices, 1)
+        return projection.T.contiguous().to(self.device)
 
     def code(self, embeddings: Tensor) -> Tensor:
         """Return codes ``(N, n)`` in [0, 1] of embeddings ``(N, D)``; zero for a constant embedding."""
@@ -134,11 +139,21 @@ class FlyModel(Learner):
 
     def schema(self) -> dict[str, TensorSpec]:
         return {
-            "weights": TensorSpec(("C", self.settings.neurons), "float32", "how often each class activated each neuron")
+            "weights": TensorSpec(
+                ("C", self.settings.neurons), "float32", "how often each class activated each neuron", least=0, most=1
+            )
         }
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"weights": self.weights}
 
+    def _check(self, state: dict[str, Tensor]) -> None:
+        weights, seen = state["weights"], state["seen"]
+        if len(weights) != len(seen) or bool(weights[seen == 0].any()):
+            raise BundleRefusedError(
+                f"the weights of '{self.name}' are not those of its learned rows; restore the file"
+            )
+
     def _load(self, tensors: dict[str, Tensor]) -> None:
+        self.projection = self._draw()
         self.weights = tensors["weights"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ssd_edge.config import setting
-from ssd_edge.errors import InputError
-from ssd_edge.learners.base import HeadGraph, TensorSpec
+from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners.base import HeadGraph, TensorSpec, check_drawn, check_unit
 from ssd_edge.learners.closed_form.linear import PER_CLASS, LinearLearner
 from ssd_edge.learners.closed_form.sums import gaussian_readout, likeliest_weight, ridge_strength, signal_scale
 from ssd_edge.learners.gradient.network import respond, unit_rows
@@ -28,6 +28,8 @@ from ssd_edge.learners.priors import Priors
 RANDOM_GAIN, SIGNAL_OF_VARIANCE, SIGNAL_FLOOR = 0.5, 0.003, 0.001
 DIRECTIONS = 900  # with random keys
 MIN_VARIANCE = 1e-12
+MOST_GAIN = 40.0  # responses are at most exp(gain); their squares are finite in float32
+KEYS_ROUNDING = 2e-3  # of the length of keys in float16
 ROUNDING = 4e-7  # relative error of float32 second moments, per √n and sample
 DESCRIPTIONS = {  # of the constants that come with the backbone
     "keys": "the landmarks",
@@ -64,11 +66,13 @@ class Landmark(LinearLearner):
     Settings: ClassVar[type] = Settings
     single: ClassVar[bool] = True
 
-    def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-    ) -> None:
-        landmarks = priors.landmarks if settings.keys == "pretrained" else None
+    def _configure(self) -> None:
         self.shipped: dict[str, Tensor] = {}  # empty with random keys, which are drawn from the seed
+        self.directions: int = self.settings.directions or DIRECTIONS
+
+    def _start(self, priors: Priors) -> None:
+        settings: Settings = self.settings
+        landmarks = priors.landmarks if settings.keys == "pretrained" else None
         if landmarks is not None:
             available = landmarks.projection.shape[1]
             directions = settings.directions or available
@@ -84,11 +88,11 @@ class Landmark(LinearLearner):
                 "signal": torch.from_numpy(landmarks.signal[:directions].copy()),
                 "gain": torch.tensor([landmarks.gain], dtype=torch.float32),
             }
-        self.directions = len(self.shipped["signal"]) if self.shipped else settings.directions or DIRECTIONS
-        super().__init__(dim, settings, priors, seed, device)
-        self.keys, self.mean, self.projection, self.gain = self._constants()
-        if landmarks is None and settings.keys == "pretrained":
+            self.directions = directions
+        elif settings.keys == "pretrained":
             self.note = "the backbone has no landmarks; random keys are used"
+        super()._start(priors)
+        self.keys, self.mean, self.projection, self.gain = self._constants()
 
     def _constants(self) -> tuple[Tensor, Tensor, Tensor, float]:
         """Return keys, mean and projection on the device, and the gain; mean and projection are empty if unused."""
@@ -96,6 +100,7 @@ class Landmark(LinearLearner):
             keys, mean, projection = (self.shipped[name] for name in ("keys", "mean", "projection"))
             gain = float(self.shipped["gain"][0])
             return keys.float().to(self.device), mean.to(self.device), projection.float().to(self.device), gain
+        check_drawn(self.directions * self.dim, f"the keys of {self.directions:,} directions")
         generator = torch.Generator().manual_seed(self.seed)
         keys = unit_rows(torch.randn(self.directions, self.dim, generator=generator)).to(self.device)
         return keys, torch.zeros(0), torch.zeros(0, 0), RANDOM_GAIN * math.sqrt(self.dim)
@@ -168,11 +173,20 @@ class Landmark(LinearLearner):
         return {
             **learned,
             "keys": TensorSpec(("r", "D"), "float16", "landmarks, the keys of the neurons", shipped=True),
-            "mean": TensorSpec(("r",), "float32", "mean responses of the landmarks", shipped=True),
+            "mean": TensorSpec(("r",), "float32", "mean responses of the landmarks", shipped=True, least=0),
             "projection": TensorSpec(("r", n), "float16", "directions of the responses", shipped=True),
-            "signal": TensorSpec((n,), "float32", "expected variance of class means per direction", shipped=True),
-            "gain": TensorSpec((1,), "float32", "gain of the responses", shipped=True),
+            "signal": TensorSpec(
+                (n,), "float32", "expected variance of class means per direction", shipped=True, least=0
+            ),
+            "gain": TensorSpec((1,), "float32", "gain of the responses", shipped=True, least=0, most=MOST_GAIN),
         }
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        super()._check(state)
+        if self.shipped:
+            check_unit(state["keys"].float(), KEYS_ROUNDING, "the landmarks")
+            if not bool(state["signal"].any()):
+                raise BundleRefusedError("the directions of the landmarks have no signal; restore the file")
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a state from `state_dict`, with or without landmarks."""

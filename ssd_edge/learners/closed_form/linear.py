@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # PyTorch does not list it
 
-from ssd_edge.errors import InputError
-from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
-from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.errors import InputError, first_line
+from ssd_edge.learners.base import LARGEST_COUNT, HeadGraph, Learner, Progress, Task, TensorSpec, check_state
+from ssd_edge.learners.closed_form.sums import ClassStatistics, check_seen
 from ssd_edge.learners.priors import Priors
 
 NEVER = -1e30  # bias of a class without samples; −∞ is not allowed in a state
 BATCH = 4096
 PER_CLASS = "store second moments per class: classes can be removed exactly, at C times the memory"
+
+COUNTS = TensorSpec(("C",), "float64", "number of samples of each class", least=0, most=LARGEST_COUNT, whole=True)
 
 
 def statistics_schema(size: int, per_class: bool, single: bool = False) -> dict[str, TensorSpec]:
@@ -24,12 +29,28 @@ def statistics_schema(size: int, per_class: bool, single: bool = False) -> dict[
     triangle = size * (size + 1) // 2
     scope = "of each class, upper triangles" if per_class else "of all classes, upper triangle"
     return {
-        "counts": TensorSpec(("C",), "float64", "number of samples of each class"),
+        "counts": COUNTS,
         "sums": TensorSpec(("C", size), kind, "sum of the features of each class"),
         "second": TensorSpec(
             ("C", triangle) if per_class else (triangle,), kind, f"second moments of the features {scope}"
         ),
     }
+
+
+def restore_statistics(arrays: Mapping[str, np.ndarray], dim: int, owner: str = "class statistics") -> ClassStatistics:
+    """Restore the statistics of embeddings in a run, bundle or generation.
+
+    Args:
+        arrays: arrays of the file.
+        dim: dimension D of the embeddings.
+        owner: name for error messages.
+
+    Raises:
+        BundleRefusedError: they are damaged, of another dimension, or of no possible embeddings.
+    """
+    state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    check_state(state, statistics_schema(dim, per_class=False), {}, owner)
+    return ClassStatistics.from_state(state)
 
 
 class LinearLearner(Learner):
@@ -49,11 +70,8 @@ class LinearLearner(Learner):
     removal = "with per_class"
     single: ClassVar[bool] = False
 
-    def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-    ) -> None:
-        super().__init__(dim, settings, priors, seed, device)
-        self.statistics = ClassStatistics(self.feature_count(), settings.per_class, self.single)
+    def _start(self, priors: Priors) -> None:
+        self.statistics = ClassStatistics(self.feature_count(), self.settings.per_class, self.single)
         self.values = torch.zeros(self.feature_count(), 0)
         self.bias = torch.zeros(0)
 
@@ -82,7 +100,12 @@ class LinearLearner(Learner):
 
     def _update(self) -> dict[str, float]:
         self.statistics.settle()
-        values, bias, measured = self.solve()
+        try:
+            values, bias, measured = self.solve()
+        except LinAlgError as error:  # numbers beyond float32, or statistics that only rounding left
+            raise InputError(
+                f"{self.display} cannot be solved with these samples ({first_line(error)}); check their embeddings"
+            ) from error
         # Contiguous: a different memory layout would change the last bits of a product after a restart.
         self.values, self.bias = values.float().contiguous(), bias.float().clamp_min(NEVER)
         return measured
@@ -134,11 +157,14 @@ class LinearLearner(Learner):
         return {
             **statistics_schema(size, self.settings.per_class, self.single),
             "values": TensorSpec((size, "C"), "float32", "solved from the statistics"),
-            "bias": TensorSpec(("C",), "float32", "solved from the statistics"),
+            "bias": TensorSpec(("C",), "float32", "solved from the statistics", least=float(np.float32(NEVER))),
         }
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.statistics.state(), "values": self.values, "bias": self.bias}
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        check_seen(state, self.name)
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         self.statistics = ClassStatistics.from_state(tensors)

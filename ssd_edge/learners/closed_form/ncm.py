@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
-from ssd_edge.learners.closed_form.sums import counts_without
+from ssd_edge.learners.closed_form.linear import COUNTS
+from ssd_edge.learners.closed_form.sums import check_seen, check_sums, counts_without
 from ssd_edge.learners.priors import Priors
 
 
@@ -33,12 +34,9 @@ class NCM(Learner):
     removal = "exact"
     Settings: ClassVar[type] = Settings
 
-    def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-    ) -> None:
-        super().__init__(dim, settings, priors, seed, device)
+    def _start(self, priors: Priors) -> None:
         self.counts = torch.zeros(0, dtype=torch.float64)
-        self.sums = torch.zeros(0, dim, dtype=torch.float64)
+        self.sums = torch.zeros(0, self.dim, dtype=torch.float64)
 
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
         labels = task.labels.cpu()
@@ -89,12 +87,16 @@ class NCM(Learner):
 
     def schema(self) -> dict[str, TensorSpec]:
         return {
-            "counts": TensorSpec(("C",), "float64", "number of samples of each class"),
+            "counts": COUNTS,
             "sums": TensorSpec(("C", "D"), "float64", "sum of the embeddings of each class"),
         }
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"counts": self.counts, "sums": self.sums}
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        check_seen(state, self.name)
+        check_sums(state["counts"], state["sums"])
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         self.counts, self.sums = tensors["counts"], tensors["sums"]

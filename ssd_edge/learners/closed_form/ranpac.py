@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import BASE_SCHEMA, DTYPES, HeadGraph, TensorSpec
+from ssd_edge.learners.base import BASE_SCHEMA, DTYPES, HeadGraph, TensorSpec, check_drawn
 from ssd_edge.learners.closed_form.linear import PER_CLASS
 from ssd_edge.learners.closed_form.ridge import STRENGTH, Ridge
 from ssd_edge.learners.priors import Priors
@@ -50,13 +50,18 @@ class RanPAC(Ridge):
     display: str = "RanPAC"
     Settings: ClassVar[type] = Settings
 
-    def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-    ) -> None:
-        super().__init__(dim, settings, priors, seed, device)
-        generator = torch.Generator().manual_seed(seed)
-        projection = torch.randn(dim, self.feature_count(), generator=generator) / math.sqrt(dim)
-        self.projection = projection.to(self.device)
+    def _configure(self) -> None:
+        check_drawn(self.dim * self.feature_count(), f"the weights of {self.feature_count():,} features")
+
+    def _start(self, priors: Priors) -> None:
+        super()._start(priors)
+        self.projection = self._draw()
+
+    def _draw(self) -> Tensor:
+        """Return R ``(D, M)``."""
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randn(self.dim, self.feature_count(), generator=generator)
+        return (drawn / math.sqrt(self.dim)).to(self.device)
 
     def feature_count(self) -> int:
         settings: Settings = self.settings
@@ -90,6 +95,10 @@ class RanPAC(Ridge):
 
     def _write_features(self, graph: HeadGraph, x: str) -> str:
         return graph.add("Relu", graph.matmul(x, "projection", self.projection))
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        super()._load(tensors)
+        self.projection = self._draw()
 
     def _common(self) -> dict[str, Any]:
         return {**super()._common(), "the seed of the random features": self.seed}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ssd_edge.config import setting
-from ssd_edge.learners.base import TensorSpec
+from ssd_edge.learners.base import LARGEST_COUNT, TensorSpec
 from ssd_edge.learners.closed_form.linear import PER_CLASS, LinearLearner
-from ssd_edge.learners.closed_form.sums import discriminant, likeliest_weight, shrink
+from ssd_edge.learners.closed_form.sums import check_covariance, discriminant, likeliest_weight, shrink
 from ssd_edge.learners.priors import Priors
 
 
@@ -32,14 +32,12 @@ class SLDA(LinearLearner):
     candidate = True
     Settings: ClassVar[type] = Settings
 
-    def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-    ) -> None:
-        super().__init__(dim, settings, priors, seed, device)
-        self.prior, self.prior_weight = torch.zeros(dim, dim), 0.0
+    def _start(self, priors: Priors) -> None:
+        super()._start(priors)
+        self.prior, self.prior_weight = torch.zeros(self.dim, self.dim), 0.0
         if priors.within_covariance is not None:
             self.prior = torch.from_numpy(priors.within_covariance).float()
-            self.prior_weight = settings.prior_weight
+            self.prior_weight = self.settings.prior_weight
 
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         statistics = self.statistics
@@ -61,12 +59,18 @@ class SLDA(LinearLearner):
             "prior": TensorSpec(
                 (self.dim, self.dim), "float32", "within-class covariance from pretraining", shipped=True
             ),
-            "prior_weight": TensorSpec((1,), "float64", "weight of the prior in samples; -1: the most likely"),
+            "prior_weight": TensorSpec(
+                (1,), "float64", "weight of the prior in samples; -1: the most likely", least=-1, most=LARGEST_COUNT
+            ),
         }
 
     def _tensors(self) -> dict[str, Tensor]:
         weight = torch.tensor([self.prior_weight], dtype=torch.float64)
         return {**super()._tensors(), "prior": self.prior, "prior_weight": weight}
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        super()._check(state)
+        check_covariance(state["prior"], f"the prior covariance of '{self.name}'")
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         super()._load(tensors)

@@ -12,12 +12,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ssd_edge.errors import InputError
+from ssd_edge.errors import BundleRefusedError, InputError
 
 PRIOR_GRID = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 LEAST_SIGNAL = 1e-3  # keeps few, similar classes distinguishable
 RIDGE_GRID = tuple(10.0 ** (e / 2) for e in range(-12, 9))  # λ relative to the mean eigenvalue
 NO_VARIANCE = 1e-12  # relative to the mean square: smaller variances are rounding errors of equal samples
+# A sum of D² products that is stored after every change is indefinite by at most these shares of √D times its largest
+# diagonal element: float64, and float32 after some 10,000 changes (one rounding contributes 3e-8).
+ROUNDING, SINGLE_ROUNDING = 1e-12, 4e-6
 
 
 class ClassStatistics:
@@ -232,13 +235,104 @@ class ClassStatistics:
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> ClassStatistics:
-        """Restore statistics from `state`, bit for bit."""
+        """Restore statistics from `state`, bit for bit, after checking that its tensors match each other.
+
+        Args:
+            state: tensors whose shapes and ranges have been checked.
+
+        Raises:
+            BundleRefusedError: no samples have these sums, see `check`.
+        """
         single = state["sums"].dtype == torch.float32
-        statistics = cls(state["sums"].shape[1], per_class=state["second"].ndim == 2, single=single)
+        statistics = cls(0, per_class=state["second"].ndim == 2, single=single)
         statistics.counts = state["counts"].clone()
         statistics.sums = state["sums"].to(torch.float64, copy=True)
         statistics.moments = unpack_symmetric(state["second"].double(), state["sums"].shape[1])
+        statistics.check()
         return statistics
+
+    def check(self) -> None:
+        """Check that samples with these counts, sums and moments can exist, up to rounding.
+
+        Raises:
+            BundleRefusedError: a class without samples has a sum, or a scatter around the class means is indefinite.
+        """
+        check_sums(self.counts, self.sums)
+        rounding = SINGLE_ROUNDING if self.single else ROUNDING
+        what = "the second moments, less those of the class means,"
+        if not self.per_class:
+            if not self.total and bool(self.moments.any()):
+                raise BundleRefusedError(
+                    "the second moments are those of samples, but there are none; restore the file"
+                )
+            _check_scatter(self.scatter_within(), self.moments, rounding, what)
+            return
+        if bool(self.moments[self.counts == 0].any()):
+            raise BundleRefusedError("a class without samples has second moments; restore the file")
+        for row in self.counts.nonzero().flatten().tolist():
+            mean, own = self.sums[row] / self.counts[row], self.moments[row]
+            _check_scatter(own - self.counts[row] * torch.outer(mean, mean), own, rounding, f"{what} of row {row}")
+
+
+def check_sums(counts: Tensor, sums: Tensor) -> None:
+    """Check that classes without samples have no sum.
+
+    Args:
+        counts: ``(C,)``.
+        sums: ``(C, D)``.
+
+    Raises:
+        BundleRefusedError: one has.
+    """
+    if bool(sums[counts == 0].any()):
+        raise BundleRefusedError("a class without samples has a sum of embeddings; restore the file")
+
+
+def check_seen(state: dict[str, Tensor], owner: str) -> None:
+    """Check that exactly the learned rows of a state have samples.
+
+    Raises:
+        BundleRefusedError: they do not.
+    """
+    if not torch.equal(state["counts"] > 0, state["seen"] == 1):
+        raise BundleRefusedError(
+            f"the state of '{owner}' has samples of the rows {_short(state['counts'] > 0)}, but has learned "
+            f"{_short(state['seen'] == 1)}; restore the file"
+        )
+
+
+def check_covariance(matrix: Tensor, what: str) -> None:
+    """Check that a float32 matrix ``(n, n)`` is symmetric and, up to rounding, positive semidefinite.
+
+    Raises:
+        BundleRefusedError: it is not.
+    """
+    scale = float(matrix.diagonal().max()) if matrix.numel() else 0.0
+    if not torch.allclose(matrix, matrix.mT, rtol=0, atol=SINGLE_ROUNDING * abs(scale)):
+        raise BundleRefusedError(f"{what} is not symmetric; restore the file")
+    _check_scatter(matrix.double(), matrix.double(), SINGLE_ROUNDING, what)
+
+
+def _check_scatter(scatter: Tensor, moments: Tensor, rounding: float, what: str) -> None:
+    """Check that a symmetric matrix is positive semidefinite up to the rounding of `moments`, both ``(n, n)``."""
+    size = len(moments)
+    if not size:
+        return
+    least, most = (float(value) for value in moments.diagonal().aminmax())
+    slack = rounding * math.sqrt(size) * most
+    indefinite = least < 0 or bool((scatter.diagonal() < -slack).any())
+    if not indefinite and most > 0:
+        identity = torch.eye(size, dtype=scatter.dtype)
+        indefinite = int(torch.linalg.cholesky_ex(scatter / most + 2 * slack / most * identity).info) != 0
+    elif not indefinite:
+        indefinite = bool(scatter.any())  # no variance, so no covariance
+    if indefinite:
+        raise BundleRefusedError(f"{what} are indefinite, as those of no samples are; restore the file")
+
+
+def _short(rows: Tensor) -> str:
+    """Return the first few numbers of selected rows ``(C,)``, for a message."""
+    return ", ".join(map(str, rows.nonzero().flatten()[:10].tolist())) or "none"
 
 
 def counts_without(counts: Tensor, taken: Tensor, rows: Tensor) -> Tensor:
@@ -266,13 +360,18 @@ def counts_without(counts: Tensor, taken: Tensor, rows: Tensor) -> Tensor:
 
 def pack_symmetric(matrix: Tensor) -> Tensor:
     """Return the upper triangles of ``(…, n, n)`` as ``(…, n(n+1)/2)``."""
-    row, column = torch.triu_indices(*matrix.shape[-2:])
+    *leading, size, _ = matrix.shape
+    if not matrix.numel():  # the indices alone would take more than the matrices
+        return matrix.new_zeros(*leading, size * (size + 1) // 2)
+    row, column = torch.triu_indices(size, size)
     return matrix[..., row, column].clone()
 
 
 def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
     """Restore symmetric matrices ``(…, size, size)`` from `pack_symmetric`."""
     matrix = packed.new_zeros(*packed.shape[:-1], size, size)
+    if not packed.numel():
+        return matrix
     row, column = torch.triu_indices(size, size)
     matrix[..., row, column] = packed
     matrix[..., column, row] = packed

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
 from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
-from ssd_edge.learners.gradient.network import layer_name
+from ssd_edge.learners.gradient.network import ANNOUNCED, check_announced, layer_name
 from ssd_edge.learners.gradient.penalties import DISPLAY, Penalty, PenaltySettings, Slot
 from ssd_edge.learners.priors import Priors
 from ssd_edge.learners.removal import blank
@@ -30,8 +30,8 @@ class NetworkSettings:
 
     neurons: int = setting(1000, "hidden units, as many as SDMLP has", minimum=1, maximum=1_000_000)
     layers: int = setting(1, "hidden layers, each of `neurons`", minimum=1, maximum=8)
-    epochs: int = setting(40, "passes over a task", minimum=1)
-    min_steps: int = setting(0, "more epochs if a task has fewer steps than this", minimum=0)
+    epochs: int = setting(40, "passes over a task", minimum=1, maximum=1_000_000)
+    min_steps: int = setting(0, "more epochs if a task has fewer steps than this", minimum=0, maximum=1_000_000_000)
     lr: float = setting(0.05, "learning rate; its peak with one_cycle", above=0.0)
     batch: int = setting(128, "samples per step", minimum=1)
     clip: float = setting(1.0, "largest norm of the gradient", above=0.0)
@@ -84,11 +84,14 @@ class FineTune(Learner):
     settings: Settings
     Settings: ClassVar[type] = Settings
 
-    def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-    ) -> None:
-        super().__init__(dim, settings, priors, seed, device)
-        generator = self.generator(purpose=1)
+    def _configure(self) -> None:
+        self.announced = 0
+        self.penalty = Penalty(self.settings, self.device)
+        if self.settings.penalty != "none":
+            self.display = self.with_penalty.format(DISPLAY[self.settings.penalty])
+
+    def _start(self, priors: Priors) -> None:
+        settings, dim, generator = self.settings, self.dim, self.generator(purpose=1)
         self.parameters: dict[str, Tensor] = {}
         for layer in range(settings.layers):
             inputs = settings.neurons if layer else dim
@@ -98,10 +101,6 @@ class FineTune(Learner):
             self.parameters[parameter_name("bias", layer)] = self._uniform(settings.neurons, 1, inputs, generator)[:, 0]
         self.parameters["output_weight"] = torch.zeros(0, settings.neurons, device=self.device)
         self.parameters["output_bias"] = torch.zeros(0, device=self.device)
-        self.announced = 0
-        self.penalty = Penalty(settings, self.device)
-        if settings.penalty != "none":
-            self.display = self.with_penalty.format(DISPLAY[settings.penalty])
 
     def _uniform(self, rows: int, columns: int, fan_in: int, generator: torch.Generator) -> Tensor:
         bound = 1.0 / math.sqrt(fan_in)
@@ -312,9 +311,11 @@ class FineTune(Learner):
     def schema(self) -> dict[str, TensorSpec]:
         shapes = self._shapes()
         described = {name: TensorSpec(shape, "float32", "parameter of the network") for name, shape in shapes.items()}
-        penalty = {name: TensorSpec(*spec) for name, spec in self.penalty.schema(shapes, "float32").items()}
-        announced = TensorSpec((1,), "int64", "number of classes that the stream has announced")
-        return {**described, **penalty, "announced": announced}
+        return {**described, **self.penalty.schema(shapes, "float32"), "announced": ANNOUNCED}
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        check_announced(state, len(state["output_bias"]))
+        self.penalty.check(state)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
@@ -328,5 +329,5 @@ class FineTune(Learner):
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         self.announced = int(tensors["announced"][0])
-        self.parameters = {name: tensors[name].to(self.device) for name in self.parameters}
+        self.parameters = {name: tensors[name].to(self.device) for name in self._shapes()}
         self.penalty.load(tensors)

@@ -10,7 +10,7 @@ whose running mean is closest to the class mean (herding, Algorithm 4). Predicti
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.learners.base import HeadGraph, Progress, Task, TensorSpec
+from ssd_edge.learners.base import LARGEST_COUNT, HeadGraph, Progress, Task, TensorSpec
 from ssd_edge.learners.closed_form.linear import NEVER
 from ssd_edge.learners.gradient import finetune
 from ssd_edge.learners.gradient.finetune import FineTune
@@ -82,16 +82,18 @@ class ICaRL(FineTune):
     settings: Settings
     Settings: ClassVar[type] = Settings
 
-    def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-    ) -> None:
-        super().__init__(dim, settings, priors, seed, device)
-        self.exemplars = torch.zeros(settings.memory, dim, device=self.device)
-        self.exemplar_rows = torch.full((settings.memory,), -1, device=self.device)
-        self.means = torch.zeros(0, settings.neurons, device=self.device)
+    def _configure(self) -> None:
+        super()._configure()
+        self.means = torch.zeros(0, self.settings.neurons, device=self.device)
         self.mean_rows = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.old = self.mean_rows  # (O,), classes taught before this task and not in it
         self.targets = torch.zeros(0, 0, device=self.device)  # (N, O), their outputs before this task
+
+    def _start(self, priors: Priors) -> None:
+        super()._start(priors)
+        memory = self.settings.memory
+        self.exemplars = torch.zeros(memory, self.dim, device=self.device)
+        self.exemplar_rows = torch.full((memory,), -1, device=self.device)
 
     @torch.no_grad()
     def _features(self, embeddings: Tensor) -> Tensor:
@@ -162,10 +164,10 @@ class ICaRL(FineTune):
         self._average()
 
     def _remove(self, row: int, approximately: bool) -> bool:
-        exact = super()._remove(row, approximately)
-        others = (self.exemplar_rows >= 0) & (self.exemplar_rows != row)
-        self._keep(self.exemplars[others], self.exemplar_rows[others])
-        return exact
+        if approximately:
+            others = (self.exemplar_rows >= 0) & (self.exemplar_rows != row)
+            self._keep(self.exemplars[others], self.exemplar_rows[others])
+        return super()._remove(row, approximately)
 
     def _average(self) -> None:
         """Compute the means of the exemplars' features with the current network."""
@@ -192,8 +194,23 @@ class ICaRL(FineTune):
         return {
             **super().schema(),
             "exemplars": TensorSpec((memory, "D"), "float32", "REPLAY: embeddings of training samples"),
-            "exemplar_rows": TensorSpec((memory,), "int64", "REPLAY: the class of each, or -1"),
+            "exemplar_rows": TensorSpec(
+                (memory,), "int64", "REPLAY: the class of each, or -1", least=-1, most=LARGEST_COUNT
+            ),
         }
+
+    def _check(self, state: dict[str, Tensor]) -> None:
+        super()._check(state)
+        rows = state["exemplar_rows"]
+        kept: set[int] = set(rows[rows >= 0].tolist())
+        learned: set[int] = set((state["seen"] == 1).nonzero().flatten().tolist())
+        if kept != learned:
+            raise BundleRefusedError(
+                f"there are exemplars of the rows {sorted(kept)[:10]}, but those learned are {sorted(learned)[:10]}; "
+                "restore the file"
+            )
+        if bool(state["exemplars"][rows < 0].any()):
+            raise BundleRefusedError("an exemplar belongs to no class; restore the file")
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**super()._tensors(), "exemplars": self.exemplars, "exemplar_rows": self.exemplar_rows}
@@ -205,9 +222,4 @@ class ICaRL(FineTune):
     def _load(self, tensors: dict[str, Tensor]) -> None:
         super()._load(tensors)
         self.exemplars, self.exemplar_rows = (tensors[name].to(self.device) for name in ("exemplars", "exemplar_rows"))
-        low, high = int(self.exemplar_rows.min()), int(self.exemplar_rows.max())
-        if low < -1 or high >= len(self.output_bias):
-            raise BundleRefusedError(
-                f"exemplars have classes from {low} to {high}, but there are {len(self.output_bias)}; restore the file"
-            )
         self._average()

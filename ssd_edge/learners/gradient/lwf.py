@@ -8,7 +8,7 @@ is added to the cross-entropy. The teacher's logits are discarded after the task
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torch import Tensor
 from ssd_edge.config import setting
 from ssd_edge.learners.gradient import finetune
 from ssd_edge.learners.gradient.finetune import FineTune
-from ssd_edge.learners.priors import Priors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +37,8 @@ class LwF(FineTune):
     settings: Settings
     Settings: ClassVar[type] = Settings
 
-    def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-    ) -> None:
-        super().__init__(dim, settings, priors, seed, device)
+    def _configure(self) -> None:
+        super()._configure()
         self.old = torch.zeros(0, dtype=torch.int64, device=self.device)  # (O,), classes taught before this task
         self.targets = torch.zeros(0, 0, device=self.device)  # (N, O), their logits before this task
 

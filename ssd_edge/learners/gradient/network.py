@@ -22,9 +22,12 @@ import torch
 from torch import Tensor
 
 from ssd_edge.config import setting
-from ssd_edge.errors import InputError
+from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners.base import LARGEST_COUNT, TensorSpec
 from ssd_edge.learners.gradient.penalties import Slot
 from ssd_edge.learners.gradient.topk import Activations, gaba, inhibit
+
+ANNOUNCED = TensorSpec((1,), "int64", "number of classes that the stream has announced", least=0, most=LARGEST_COUNT)
 
 Inhibition = Literal["gaba", "subtract", "mask"]
 Engine = Literal["auto", "torch", "compiled"]
@@ -38,7 +41,9 @@ class NetworkSettings:
     layers: int = setting(1, "hidden layers; the papers have one", minimum=1, maximum=8)
     k: int = setting(10, "neurons that stay active", minimum=1)
     shift: float = setting(0.0, "s of the input step ReLU(z - s); the keys belong to one s (docs/method.md)")
-    epochs: int = setting(40, "passes over a task; with this lr a fifth of the published schedule", minimum=1)
+    epochs: int = setting(
+        40, "passes over a task; with this lr a fifth of the published schedule", minimum=1, maximum=1_000_000
+    )
     lr: float = setting(0.5, "plain SGD; 0.05 as published needs the published 2,000 epochs", above=0.0)
     batch: int = setting(128, "samples per step, as published", minimum=1)
     clip: float = setting(1.0, "largest norm of the gradient, as published", above=0.0)
@@ -105,6 +110,19 @@ def unit_rows(matrix: Tensor) -> Tensor:
     """Divide rows by their L2 norm. A zero row (a dead key) stays zero."""
     unit: Tensor = matrix / matrix.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return unit
+
+
+def check_announced(state: dict[str, Tensor], outputs: int) -> None:
+    """Check that a network has the outputs that were announced to it: the next task adds those that are missing.
+
+    Raises:
+        BundleRefusedError: it has fewer.
+    """
+    announced = int(state["announced"][0])
+    if announced > outputs:
+        raise BundleRefusedError(
+            f"{announced} classes were announced, but there are outputs for {outputs}; restore the file"
+        )
 
 
 @dataclasses.dataclass

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ssd_edge.config import setting
-from ssd_edge.errors import InputError
+from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners.base import TensorSpec
 
 # best of a coarse grid for SDMLP with its default schedule, on held-out training images of CIFAR-10 (docs/method.md)
 DEFAULT_WEIGHT = {"ewc": 10.0, "online_ewc": 10.0, "si": 0.1, "mas": 0.3, "l2": 1e-3}
@@ -343,10 +344,8 @@ class Penalty:
         """Set whether any importance is nonzero, so that a restored penalty is as active as the saved one."""
         self._has_importance = any(bool(part.any()) for part in self.importance.values())
 
-    def schema(
-        self, shapes: Mapping[str, tuple[str | int, ...]], dtype: str
-    ) -> dict[str, tuple[tuple[str | int, ...], str, str]]:
-        """Return (shape, dtype, reason) of every tensor of the state; nothing without a penalty.
+    def schema(self, shapes: Mapping[str, tuple[str | int, ...]], dtype: str) -> dict[str, TensorSpec]:
+        """Return the specification of every tensor of the state; nothing without a penalty.
 
         Args:
             shapes: shapes of the parameters, by name.
@@ -354,22 +353,33 @@ class Penalty:
         """
         if self.settings.penalty == "none":
             return {}
-        described: dict[str, tuple[tuple[str | int, ...], str, str]] = {}
+        described: dict[str, TensorSpec] = {}
         for name, shape in shapes.items():
-            described[f"importance_{name}"] = (
-                shape,
-                dtype,
-                f"importance of {name} for earlier tasks, summed over tasks",
+            described[f"importance_{name}"] = TensorSpec(
+                shape, dtype, f"importance of {name} for earlier tasks, summed over tasks", least=0
             )
-            described[f"anchored_{name}"] = (
-                shape,
-                dtype,
-                f"importance times {name} after each task, summed over tasks",
+            described[f"anchored_{name}"] = TensorSpec(
+                shape, dtype, f"importance times {name} after each task, summed over tasks"
             )
-        return {
-            **described,
-            "penalty_constant": ((1,), "float64", "value of the penalty at zero, to report the penalty"),
-        }
+        constant = TensorSpec((1,), "float64", "value of the penalty at zero, to report the penalty")
+        return {**described, "penalty_constant": constant}
+
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Check that only parameters with importance have an anchor.
+
+        Args:
+            state: tensors that match `schema`, among others.
+
+        Raises:
+            BundleRefusedError: another one has.
+        """
+        for name, importance in state.items():
+            if name.startswith("importance_"):
+                parameter = name.removeprefix("importance_")
+                if bool(state[f"anchored_{parameter}"][importance == 0].any()):
+                    raise BundleRefusedError(
+                        f"values of '{parameter}' have an anchor, but no importance; restore the file"
+                    )
 
     def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of `schema`, in the shapes of the parameters; zeros without an anchor."""

@@ -7,19 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
-from ssd_edge.learners.gradient.network import SDMLP, Layer, NetworkSettings, initial_rows, layer_name, prepare
+from ssd_edge.learners.base import LARGEST_COUNT, HeadGraph, Learner, Progress, Task, TensorSpec, check_unit
+from ssd_edge.learners.gradient.network import (
+    ANNOUNCED,
+    SDMLP,
+    Layer,
+    NetworkSettings,
+    check_announced,
+    initial_rows,
+    layer_name,
+    prepare,
+)
 from ssd_edge.learners.gradient.penalties import DISPLAY, Penalty, PenaltySettings
 from ssd_edge.learners.gradient.trainer import Observer, TaskLoss, Trainer
 from ssd_edge.learners.priors import Priors
 from ssd_edge.learners.removal import blank
 
+UNIT_ROUNDING = 1e-3  # of the length of keys, after many steps in float32
 MAX_SWITCH = 5_000_000.0  # C of SDMLP's experiments without pretraining
 
 
@@ -47,13 +57,19 @@ class SDMLPLearner(Learner):
     Settings: ClassVar[type] = Settings
     dtype = torch.float32
 
-    def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-    ) -> None:
-        super().__init__(dim, settings, priors, seed, device)
+    def _configure(self) -> None:
+        settings = self.settings
+        self.switch = settings.switch
+        self.announced = 0
+        self.observer: Observer | None = None
+        self.penalty = Penalty(settings, self.device, self.dtype)
+        if settings.penalty != "none":
+            self.display = f"{self.display}+{DISPLAY[settings.penalty]}"
+
+    def _start(self, priors: Priors) -> None:
+        settings, dim = self.settings, self.dim
         r, generator = settings.neurons, self.generator(purpose=1)
         keys, counters = initial_rows(r, dim, dim, generator, self.dtype), torch.zeros(r, dtype=self.dtype)
-        self.switch = settings.switch
         known = (priors.keys, priors.counters) if settings.pretrained else (None, None)
         if known[0] is not None and known[1] is not None and known[0].shape == (r, dim):
             keys, counters = (torch.from_numpy(array).to(self.dtype) for array in known)
@@ -69,18 +85,11 @@ class SDMLPLearner(Learner):
         for _ in range(settings.layers - 1):
             keys = initial_rows(r, r, r, generator, self.dtype).to(self.device)
             layers.append(Layer(keys, torch.zeros(r, dtype=self.dtype, device=self.device)))
-        self.net = SDMLP(
-            layers,
-            torch.zeros(r, 0, dtype=self.dtype, device=self.device),
-            settings.k,
-            self.switch or math.inf,  # set by the first task
-            settings.inhibition,
-        )
-        self.announced = 0
-        self.observer: Observer | None = None
-        self.penalty = Penalty(settings, self.device, self.dtype)
-        if settings.penalty != "none":
-            self.display = f"{self.display}+{DISPLAY[settings.penalty]}"
+        self.net = self._network(layers, torch.zeros(r, 0, dtype=self.dtype, device=self.device))
+
+    def _network(self, layers: list[Layer], values: Tensor) -> SDMLP:
+        switch = self.switch or math.inf  # set by the first task
+        return SDMLP(layers, values, self.settings.k, switch, self.settings.inhibition)
 
     def expect(self, classes: int) -> None:
         self.announced = classes if self.settings.outputs == "announced" else 0
@@ -179,15 +188,19 @@ class SDMLPLearner(Learner):
         r, number = self.settings.neurons, str(self.dtype).removeprefix("torch.")
         for layer in range(self.settings.layers):
             keys, counters = layer_name("keys", layer), layer_name("counters", layer)
-            schema[keys] = TensorSpec((r, r if layer else "D"), number, "W1, the keys")
-            schema[counters] = TensorSpec((r,), number, "activations of each neuron so far, for the GABA switch")
-        schema["values"] = TensorSpec((r, "C"), number, "W2, the contribution of each neuron to each class")
+            schema[keys] = TensorSpec((r, r if layer else "D"), number, "W1, the keys", least=0)
+            schema[counters] = TensorSpec(
+                (r,), number, "activations of each neuron so far, for the GABA switch", least=0, most=LARGEST_COUNT
+            )
+        schema["values"] = TensorSpec((r, "C"), number, "W2, the contribution of each neuron to each class", least=0)
         shapes = {name: spec.shape for name, spec in schema.items() if not name.startswith("counters")}
         return {
             **schema,
-            "switch": TensorSpec((1,), "float64", "C, set by the first task or by pretraining"),
-            "announced": TensorSpec((1,), "int64", "number of classes that the stream has announced"),
-            **{name: TensorSpec(*spec) for name, spec in self.penalty.schema(shapes, number).items()},
+            "switch": TensorSpec(
+                (1,), "float64", "C, set by the first task or by pretraining", least=0, most=LARGEST_COUNT
+            ),
+            "announced": ANNOUNCED,
+            **self.penalty.schema(shapes, number),
         }
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -206,14 +219,21 @@ class SDMLPLearner(Learner):
     def renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
         tensors["announced"] -= (rows < self.announced).sum()
 
+    def _check(self, state: dict[str, Tensor]) -> None:
+        check_announced(state, state["values"].shape[1])
+        for layer in range(self.settings.layers):
+            check_unit(state[layer_name("keys", layer)], UNIT_ROUNDING, "the keys of neurons")
+        self.penalty.check(state)
+
     def _load(self, tensors: dict[str, Tensor]) -> None:
         self.switch, self.announced = float(tensors["switch"][0]), int(tensors["announced"][0])
-        net = self.net
-        net.layers = [
+        values = tensors["values"].to(self.device)
+        self.net = net = self._network([], values)
+        net.layers = [  # assigned because normalising unit rows once more would change their last bits
             Layer(*(tensors[layer_name(name, number)].to(self.device) for name in ("keys", "counters")))
             for number in range(self.settings.layers)
         ]
-        net.values, net.switch = tensors["values"].to(self.device), self.switch or math.inf
+        net.values = values
         self.penalty.load(tensors)
 
 

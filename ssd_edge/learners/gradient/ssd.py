@@ -6,7 +6,7 @@ docs/method.md lists what the paper leaves open, the reading taken for each, and
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -134,14 +134,16 @@ class SSD(SDMLPLearner):
     settings: Settings
     Settings: ClassVar[type] = Settings
 
-    def __init__(
-        self, dim: int, settings: Any, priors: Priors, seed: int = 0, device: str | torch.device = "cpu"
-    ) -> None:
-        super().__init__(dim, settings, priors, seed, device)
+    def _configure(self) -> None:
+        super()._configure()
+        settings = self.settings
         r = settings.neurons
         self.n = r if settings.selection == "all" else parse_top_n(settings.top_n, settings.k, r)
+
+    def _start(self, priors: Priors) -> None:
+        super()._start(priors)
         indices, frequencies = torch.arange(self.n, device=self.device), torch.zeros(self.n, device=self.device)
-        self.tables = [TopNTable(indices, frequencies) for _ in range(settings.layers)]
+        self.tables = [TopNTable(indices, frequencies) for _ in range(self.settings.layers)]
 
     def _task_loss(self, inputs: Tensor, labels: Tensor) -> TaskLoss:
         if not self.tasks_learned:
@@ -173,8 +175,12 @@ class SSD(SDMLPLearner):
         schema = super().schema()
         for layer in range(self.settings.layers):
             indices, frequencies = layer_name("top_n_indices", layer), layer_name("top_n_frequencies", layer)
-            schema[indices] = TensorSpec((self.n,), "uint32", "the neurons that the next task distils")
-            schema[frequencies] = TensorSpec((self.n,), "float32", "how often each was active in the last task")
+            schema[indices] = TensorSpec(
+                (self.n,), "uint32", "the neurons that the next task distils", least=0, most=self.settings.neurons - 1
+            )
+            schema[frequencies] = TensorSpec(
+                (self.n,), "float32", "how often each was active in the last task", least=0, most=1
+            )
         return schema
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -185,14 +191,17 @@ class SSD(SDMLPLearner):
             tensors[layer_name("top_n_frequencies", layer)] = table.frequencies
         return tensors
 
+    def _check(self, state: dict[str, Tensor]) -> None:
+        super()._check(state)
+        for layer in range(self.settings.layers):
+            indices = state[layer_name("top_n_indices", layer)].tolist()
+            if len(set(indices)) < len(indices):
+                raise BundleRefusedError("a neuron is in the Top-n table twice; restore the file")
+
     def _load(self, tensors: dict[str, Tensor]) -> None:
         super()._load(tensors)
-        neurons, self.tables = self.settings.neurons, []
+        self.tables = []
         for layer in range(self.settings.layers):
             indices = tensors[layer_name("top_n_indices", layer)].to(torch.int64).to(self.device)
-            if len(indices) and int(indices.max()) >= neurons:
-                raise BundleRefusedError(
-                    f"the Top-n table contains neuron {int(indices.max())}, but there are {neurons}; restore the file"
-                )
             frequencies = tensors[layer_name("top_n_frequencies", layer)].to(self.device)
             self.tables.append(TopNTable(indices, frequencies))
