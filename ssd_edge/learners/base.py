@@ -495,19 +495,20 @@ class Learner(abc.ABC):
             )
 
 
-def check_unit(matrix: Tensor, rounding: float, what: str) -> None:
+def check_unit(matrix: Tensor, rounding: float, what: str, or_shorter: bool = False) -> None:
     """Check that rows have unit length or are zero.
 
     Args:
         matrix: ``(r, n)``.
         rounding: largest difference of a length from 1.
         what: name for the message, plural.
+        or_shorter: accept rows of any smaller length.
 
     Raises:
         BundleRefusedError: a row has another length.
     """
-    lengths = matrix.norm(dim=1)
-    wrong = (lengths > 0) & ((lengths - 1).abs() > rounding)
+    lengths = matrix.double().norm(dim=1)
+    wrong = lengths > 1 + rounding if or_shorter else (lengths > 0) & ((lengths - 1).abs() > rounding)
     if bool(wrong.any()):
         raise BundleRefusedError(
             f"{what} must have unit length, but one has {float(lengths[wrong][0]):g}; restore the file"

@@ -184,7 +184,12 @@ class Landmark(LinearLearner):
     def _check(self, state: dict[str, Tensor]) -> None:
         super()._check(state)
         if self.shipped:
-            check_unit(state["keys"].float(), KEYS_ROUNDING, "the landmarks")
+            check_unit(state["keys"], KEYS_ROUNDING, "the landmarks")
+            largest, most = float(state["mean"].max()), math.exp(float(state["gain"][0]))
+            if largest > (1 + KEYS_ROUNDING) * most:
+                raise BundleRefusedError(
+                    f"the mean response of a landmark is {largest:g}, but its largest is {most:g}; restore the file"
+                )
             if not bool(state["signal"].any()):
                 raise BundleRefusedError("the directions of the landmarks have no signal; restore the file")
 
