@@ -209,12 +209,10 @@ class ClassRegistry:
                 ClassEntry(_count(item["id"]), normalise_name(item["name"]), item["origin"], _count(item["images"]))
                 for item in value["classes"]
             ]
-            registry = cls(entries, int(value["next_id"]))
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InputError) as error:
             if unknown := {entry.origin for entry in entries} - ORIGINS:
                 raise ValueError(f"the origin {min(unknown)!r:.40}")
             registry = cls(entries, _count(value["next_id"]))
-        except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InputError) as error:
             raise BundleRefusedError(f"the class registry is damaged ({error}); restore the file") from error
         if any(entry.id >= registry.next_id for entry in entries):
             raise BundleRefusedError(

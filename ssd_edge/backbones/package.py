@@ -13,15 +13,34 @@ A user's own ONNX backbone has no package: its μ and σ are measured on the fir
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.learners.priors import Landmarks, Priors
+from ssd_edge.learners.base import LARGEST_COUNT, TensorSpec, check_state, check_unit
+from ssd_edge.learners.closed_form.sums import check_covariance
+from ssd_edge.learners.priors import LANDMARKS, Landmarks, Priors
+
+ROUNDING = 2e-3  # of the length of keys in float16
+SCHEMA = {  # of priors.safetensors; everything but mu and sigma is optional
+    "mu": TensorSpec(("D",), "float32", "mean of the raw features"),
+    "sigma": TensorSpec(
+        ("D",), "float32", "standard deviation of the raw features", least=float(np.finfo(np.float32).tiny)
+    ),
+    "within_covariance": TensorSpec(("D", "D"), "float32", "within-class covariance"),
+    "keys": TensorSpec(("k", "D"), "float16", "keys of an SDMLP", least=0),
+    "counters": TensorSpec(("k",), "float32", "activations of each neuron", least=0, most=LARGEST_COUNT),
+    "landmark_keys": TensorSpec(("r", "D"), "float16", "landmarks"),
+    "landmark_mean": TensorSpec(("r",), "float32", "mean responses of the landmarks", least=0),
+    "landmark_projection": TensorSpec(("r", "n"), "float16", "directions of the responses"),
+    "landmark_signal": TensorSpec(("n",), "float32", "expected variance of class means", least=0),
+}
 
 WEIGHTS, PRIORS, CARD = "backbone.safetensors", "priors.safetensors", "card.json"
 SHIPPED = Path(__file__).parent / "shipped"
@@ -108,6 +127,8 @@ def load(folder: Path | None = None) -> BackbonePackage:
     priors, metadata = files.read_tensors(folder / PRIORS)
     card = files.read_json(folder / CARD)
     try:
+        card = {**card, "arch": str(card["arch"]), "size": int(card["size"]), "dim": int(card["dim"])}
+        _check_priors(priors, card["dim"], folder / PRIORS)
         return BackbonePackage(
             weights={name: tensor.astype(np.float32) for name, tensor in weights.items()},
             mu=priors["mu"],
@@ -120,12 +141,29 @@ def load(folder: Path | None = None) -> BackbonePackage:
                 landmarks=Landmarks.pop(priors, metadata),
                 student=dict(metadata.get("student", {})),
             ),
-            card={**card, "arch": str(card["arch"]), "size": int(card["size"]), "dim": int(card["dim"])},
+            card=card,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BundleRefusedError(
             f"the backbone package {folder} has a missing or wrong entry ({error}); restore it"
         ) from error
+
+
+def _check_priors(arrays: dict[str, np.ndarray], dim: int, path: Path) -> None:
+    """Check shapes and values of the statistics, and that those which belong together are all there.
+
+    Raises:
+        BundleRefusedError: A tensor is missing, unknown or wrong.
+    """
+    groups: list[Iterable[str]] = [("within_covariance",), ("keys", "counters"), [f"landmark_{n}" for n in LANDMARKS]]
+    needed = {"mu", "sigma"}.union(*(group for group in groups if arrays.keys() & set(group)))
+    schema = {name: spec for name, spec in SCHEMA.items() if name in needed}
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    check_state(state, schema, {"D": dim}, str(path))
+    if "within_covariance" in state:
+        check_covariance(state["within_covariance"], f"{path}: the within-class covariance")
+    for name in state.keys() & {"keys", "landmark_keys"}:
+        check_unit(state[name], ROUNDING, f"{path}: the {name.replace('_', ' ')}")
 
 
 def with_card(package: BackbonePackage, **changes: Any) -> BackbonePackage:
