@@ -17,6 +17,7 @@ import torch
 from device_runtime.learning.edit import describe, estimate_cost
 from device_runtime.learning.guard import Limits
 from device_runtime.learning.state import DeviceState, copy_learner
+from device_runtime.learning.unknown import Rejector
 from device_runtime.results import ExportResult, MergeResult, TaughtClass
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
@@ -25,6 +26,7 @@ from ssd_edge import files, learners
 from ssd_edge.bundle import card
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.system import utc_now
 
 
@@ -156,6 +158,7 @@ def merge(
         limits: Limits on forgetting the classes that this device knows.
     """
     origin = _check_origin(state, other.manifest)
+    there = DeviceState.of_bundle(other)
     _check_base_classes(base.registry, state.registry, other.registry)
     registry, base_registry = state.registry, base.registry
     here = {entry.id: row for row, entry in enumerate(registry.entries)}
@@ -175,7 +178,6 @@ def merge(
             taught.append((row, TaughtClass(registry.names[row], images, row >= len(state.registry))))
     if not taught:
         raise InputError("that device has learned nothing since the bundle that both started from; nothing was changed")
-    there = DeviceState.of_bundle(other)
     to_here = torch.tensor(rows, dtype=torch.int64)
     base_to_here = torch.tensor([here[entry.id] for entry in base_registry.entries], dtype=torch.int64)
     learner = copy_learner(state.learner)
@@ -184,9 +186,7 @@ def merge(
     statistics = state.statistics.copy()
     statistics.merge(there.statistics, to_here)
     statistics.subtract(base.statistics, base_to_here)
-    rejector = state.rejector
-    for row in sorted({row for row, _ in taught}):
-        rejector = rejector.refitted(row, statistics)
+    rejector = _merged_thresholds(state, base, there, {row: rows.index(row) for row, _ in taught}, statistics)
     merged = (*state.bundle.merged, origin.installation, *origin.merged)
     after = state.replace(
         registry=registry,
@@ -203,6 +203,34 @@ def merge(
         old_classes=retention,
         warnings=warnings,
     )
+
+
+def _merged_thresholds(
+    here: DeviceState, base: DeviceState, there: DeviceState, taught: Mapping[int, int], statistics: ClassStatistics
+) -> Rejector:
+    """Return the thresholds for ``unknown`` after a merge; classes that only this device has taught keep theirs.
+
+    A class that only the other device has taught gets the threshold of that device, with which it answers as there.
+    That of a class which both have taught, or that were calibrated in another space, follows from the statistics.
+
+    Args:
+        here: State of this device.
+        base: State of the bundle that both installed.
+        there: State of the other device.
+        taught: Row after the merge → row there, of each class that the other device has taught.
+        statistics: Statistics after the merge.
+    """
+    rejector, entries = here.rejector, here.registry.entries
+    same_space = torch.equal(rejector.whitening, there.rejector.whitening)
+    at_first = {entry.id: entry.images for entry in base.registry.entries}
+    for row, other in sorted(taught.items()):
+        rejector = rejector.refitted(row, statistics)
+        taught_here = row < len(entries) and entries[row].images != at_first.get(entries[row].id)
+        if same_space and not taught_here:
+            directions, thresholds = rejector.directions.clone(), rejector.thresholds.clone()
+            directions[row], thresholds[row] = there.rejector.directions[other], there.rejector.thresholds[other]
+            rejector = dataclasses.replace(rejector, directions=directions, thresholds=thresholds)
+    return rejector
 
 
 def _check_base_classes(base: ClassRegistry, here: ClassRegistry, there: ClassRegistry) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 LANDMARKS = {"keys": np.float16, "mean": np.float32, "projection": np.float16, "signal": np.float32}  # dtypes in a file
+MOST_GAIN = 40.0  # responses are at most exp(gain); their squares are finite in float32
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class Landmarks:
         if "landmark_gain" not in metadata:
             return None
         parts = {name: arrays.pop(f"landmark_{name}").astype(np.float32) for name in LANDMARKS}
-        return cls(**parts, gain=float(metadata["landmark_gain"]))
+        gain = float(metadata["landmark_gain"])
+        if not 0 < gain <= MOST_GAIN:
+            raise ValueError(f"landmark_gain is {gain:g}, but must be above 0 and at most {MOST_GAIN:g}")
+        return cls(**parts, gain=gain)
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ from ssd_edge.learners.base import HeadGraph, TensorSpec, check_drawn, check_uni
 from ssd_edge.learners.closed_form.linear import PER_CLASS, LinearLearner
 from ssd_edge.learners.closed_form.sums import gaussian_readout, likeliest_weight, ridge_strength, signal_scale
 from ssd_edge.learners.gradient.network import respond, unit_rows
-from ssd_edge.learners.priors import Priors
+from ssd_edge.learners.priors import MOST_GAIN, Priors
 
 # For random keys: the gain per √D (cosines are about 1/√D), and the expected signal of a direction as shares of its
 # squared and plain variance. Chosen like the constants of `backbones.landmarks`.
 RANDOM_GAIN, SIGNAL_OF_VARIANCE, SIGNAL_FLOOR = 0.5, 0.003, 0.001
 DIRECTIONS = 900  # with random keys
 MIN_VARIANCE = 1e-12
-MOST_GAIN = 40.0  # responses are at most exp(gain); their squares are finite in float32
 KEYS_ROUNDING = 2e-3  # of the length of keys in float16
 ROUNDING = 4e-7  # relative error of float32 second moments, per √n and sample
 DESCRIPTIONS = {  # of the constants that come with the backbone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import store_standins
@@ -12,6 +13,7 @@ from device_runtime import Device
 from device_runtime.install.bundle import install
 from device_runtime.install.trust import trust
 from device_runtime.learning.guard import Limits
+from device_runtime.learning.unknown import Rejector
 from ssd_edge import bundle as bundles
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
@@ -47,6 +49,19 @@ def labels(device: Device, name: str, **options) -> set[str]:
 
 def scores(device: Device) -> torch.Tensor:
     return device.learner.scores(device.embed([one for name in COLOURS for one in photos(name, 5, seed=7)]))
+
+
+def greys(count: int, seed: int) -> list[np.ndarray]:
+    """Return images of a class unlike those of the bundle: any shade of grey."""
+    shades = np.random.default_rng(seed).integers(0, 256, count, dtype=np.uint8)
+    return [np.full((8, 8, 3), shade, np.uint8) for shade in shades]
+
+
+def answers(device: Device) -> list[tuple[str, float, float]]:
+    """Return label, score and margin for images of known classes, of taught ones, and of none."""
+    images = [one for name in COLOURS for one in photos(name, 12, seed=7)] + greys(20, 9)
+    images += list(np.random.default_rng(5).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
+    return [(one.label, one.score, one.margin) for one in device.predict(images)]
 
 
 # ── forget ───────────────────────────────────────────────────────────────────────────────────────────
@@ -182,12 +197,45 @@ def test_export_predicts_the_same_after_install(device, tmp_path):
     install(tmp_path / "other", tmp_path / "robot.ssdedge")
     other = Device.open(tmp_path / "other")
     assert torch.equal(scores(other), scores(device))
+    assert answers(other) == answers(device)
     assert other.bundle.installation != device.bundle.installation
     other.forget("wedge")
     other.export(tmp_path / "third.ssdedge")  # the section about the device is replaced, not duplicated
     card = bundles.read(tmp_path / "third.ssdedge").read("card").decode()
     assert card.count("## Since it was deployed") == 1
     assert "forget 'wedge'" in card
+
+
+def test_everything_that_answers_is_exported(device):
+    """A file of a generation that is not exported would be lost with a backup."""
+    assert device.state.contents().keys() - bundles.ROLES.values() == {"device.json"}
+
+
+def test_thresholds_survive_a_backup(device, tmp_path):
+    """Also those of classes unlike the bundle's, taught several times, and after a second export."""
+    device.learn_all({"wedge": photos("wedge", 10), "grey": greys(12, 0)}, ANY)
+    device.learn("grey", greys(9, 1), ANY)
+    before = answers(device)
+    unknown = sum(label == "unknown" for label, _, _ in before)
+    assert 0 < unknown < len(before)
+    device.export(tmp_path / "first.ssdedge")
+    install(tmp_path / "second", tmp_path / "first.ssdedge")
+    restored = Device.open(tmp_path / "second")
+    assert answers(restored) == before
+    assert restored.state.contents()["unknown.safetensors"] == device.state.contents()["unknown.safetensors"]
+    restored.learn("bolt", photos("bolt", 10), ANY)
+    device.learn("bolt", photos("bolt", 10), ANY)
+    assert answers(restored) == answers(device)
+    restored.export(tmp_path / "third.ssdedge")
+    install(tmp_path / "fourth", tmp_path / "third.ssdedge")
+    assert answers(Device.open(tmp_path / "fourth")) == answers(device)
+
+
+def test_a_deployed_bundle_has_no_thresholds(bundle, device):
+    assert "unknown" not in bundles.read(bundle).roles
+    assert device.state.rejector.state()["thresholds"].tolist() == [
+        *Rejector.fit(device.statistics).thresholds.tolist()
+    ]
 
 
 def test_export_without_changes_keeps_the_card(device, tmp_path):
@@ -242,6 +290,22 @@ def test_merge_equals_learning_both(tiny_bundle, tmp_path, learner):
         assert name in labels(here, name)
     for name, tensor in both.statistics.state().items():
         assert torch.allclose(here.statistics.state()[name], tensor, rtol=1e-9, atol=1e-6), name
+
+
+def test_a_merged_class_is_accepted_as_where_it_was_taught(new_device, tmp_path):
+    here, there = new_device("here"), new_device("there")
+    here.learn("wedge", photos("wedge", 10), ANY)
+    there.learn("grey", greys(12, 0), ANY)
+    there.learn("grey", greys(9, 1), ANY)
+    there.export(tmp_path / "there.ssdedge")
+    here.merge(tmp_path / "there.ssdedge", ANY)
+
+    def accepted(device: Device) -> list[bool]:
+        row = torch.full((40,), device.classes.index("grey"))
+        return device.state.rejector.accepts(device.embed(greys(40, 9)), row)[0].tolist()
+
+    assert accepted(here) == accepted(there)
+    assert True in accepted(here)
 
 
 def test_merge_refuses_images_that_would_count_twice(new_device, tmp_path):
