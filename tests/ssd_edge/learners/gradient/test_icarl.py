@@ -214,7 +214,7 @@ def test_state_declares_replay_and_does_not_grow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"), [(2, "from -1 to 2, but there are 2"), (-2, "from -2 to 1, but there are 2")]
+    ("row", "message"), [(2, r"of the rows \[0, 1, 2\], but those learned are \[0, 1\]"), (-2, "'exemplar_rows'")]
 )
 def test_exemplars_of_unknown_classes_raise(row: int, message: str) -> None:
     learner = make(epochs=1)
