@@ -39,7 +39,10 @@ SCHEMA = {
     "fitted": TensorSpec(
         (2,), "float64", "rate, and degrees of freedom of the covariance", least=0, most=LARGEST_COUNT
     ),
-    "whitening": TensorSpec(("T",), "float32", "lower triangle of the matrix that whitens that covariance"),
+    # whitened embeddings have a finite length in float32
+    "whitening": TensorSpec(
+        ("T",), "float32", "lower triangle of what whitens that covariance", least=-1e12, most=1e12
+    ),
     "directions": TensorSpec(("C", "D"), "float32", "whitened mean of each class, of unit length", least=-2, most=2),
     "thresholds": TensorSpec(("C",), "float32", "smallest cosine of each class that is accepted", least=-1, most=NEVER),
 }
