@@ -10,7 +10,7 @@ import click
 from ssd_edge import ort
 from ssd_edge.cli.inspect import print_untrusted_json, shown, signed_with
 from ssd_edge.cli.options import JSON
-from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, require
 
 if TYPE_CHECKING:
     from ssd_edge.bundle.format import Bundle
@@ -35,8 +35,8 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
 
     opened = bundles.read(bundle)
     signer = _signed_by(opened, keys)
-    learner, not_loaded = _learner(opened)
     probe, reason = _probe(opened)
+    learner, not_loaded = _learner(opened)
     manifest, named_key = opened.manifest, signed_with(opened)
     if as_json:
         print_untrusted_json(
@@ -61,11 +61,6 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
         click.echo(f"signature  names the key {named_key}, not checked; pass that key with --key FILE.pub")
     else:
         click.echo("signature  unsigned")
-    if learner:
-        answers = f", {learner['agreement']:.0%} of the probe answered as stated" if learner["classes"] else ""
-        click.echo(f"learner    {learner['name']} with {learner['classes']} classes{answers}")
-    else:
-        click.echo(f"learner    not loaded: {not_loaded}")
     if probe:
         click.echo(
             f"probe      {probe['images']} images with {probe['provider']}: cosine {probe['min_cosine']:.6f}, largest "
@@ -73,6 +68,11 @@ def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
         )
     else:
         click.echo(f"probe      not run: {reason}")
+    if learner:
+        answers = f", {learner['agreement']:.0%} of the probe answered as stated" if learner["classes"] else ""
+        click.echo(f"learner    {learner['name']} with {learner['classes']} classes{answers}")
+    else:
+        click.echo(f"learner    not loaded: {not_loaded}")
 
 
 def _signed_by(opened: Bundle, paths: tuple[Path, ...]) -> str | None:

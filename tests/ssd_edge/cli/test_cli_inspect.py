@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from helpers import by_hand as hand
 
-from ssd_edge import bundle, files
+from ssd_edge import bundle, files, learners
 from ssd_edge.bundle import signing
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.cli.inspect import inspect
 from ssd_edge.cli.keys import keys
 from ssd_edge.cli.verify import verify
 from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.priors import Priors
 
 pytest.importorskip("cryptography")
 
@@ -41,6 +45,35 @@ def put(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def taught(data: bytes) -> bytes:
+    """Return a bundle with the state of a learner that was taught the embeddings of its probe."""
+    entries = hand.contents(data)
+    arrays, _ = files.parse_tensors(entries["probe.safetensors"], "probe")
+    vectors, rows = (torch.from_numpy(np.repeat(arrays[name], 3, 0)) for name in ("embeddings", "rows"))
+    learner, statistics = learners.build({"name": "ncm"}, hand.DIM, Priors()), ClassStatistics(hand.DIM)
+    learner.learn(learners.Task(vectors, rows))
+    statistics.add(vectors, rows)
+    manifest = json.loads(entries["manifest.json"])
+    manifest["learner"]["name"] = "ncm"
+    registry = ClassRegistry()
+    for name in hand.CLASSES.names:
+        registry = registry.add(name, images=3)
+    entries |= {
+        "manifest.json": files.json_bytes(manifest),
+        "classes.json": files.json_bytes(registry.to_json()),
+        "learner.safetensors": files.tensor_bytes(*learners.pack(learner)),
+        "statistics.safetensors": files.tensor_bytes({name: t.numpy() for name, t in statistics.state().items()}),
+    }
+    return hand.sealed(hand.relisted(entries))
+
+
+def signed(data: bytes, key: Path) -> bytes:
+    """Return the bundle with a signature."""
+    opened = bundle.parse(data)
+    entries = {path: (role, opened.entries[path]) for role, path in opened.roles.items()}
+    return bundle.pack(opened.manifest, entries, signing.signer(key))
 
 
 @pytest.fixture
@@ -171,8 +204,8 @@ def hostile_bundle() -> bytes:
 @pytest.mark.parametrize("args", [(), ("--json",)])
 @pytest.mark.parametrize("command", [inspect, verify])
 def test_control_codes_in_a_bundle_are_escaped(put, command, args):
-    path = put(hostile_bundle())
-    assert "\x1b" in bundle.read(path).manifest["learner"]["name"]
+    path = put(hostile_bundle() if command is inspect else taught(hostile_bundle()))
+    assert "\x1b" in bundle.read(path).manifest["backbone"]["id"]
     shown = run(command, path, *args)
     assert all(letter.isprintable() or letter == "\n" for letter in shown)
     if args:
@@ -188,19 +221,22 @@ def test_class_names_with_control_codes_are_refused(put):
 
 
 def test_verify(put, key):
-    shown = run(verify, put()).splitlines()
+    plain = taught(bundle.pack(*hand.parts()))
+    shown = run(verify, put(plain)).splitlines()
     assert shown[0].startswith("intact     robot, release 7, sha256 ")
     assert shown[1] == "signature  unsigned"
     assert shown[2].startswith("probe      2 images with CPUExecutionProvider: cosine 1.000000, largest diff")
-    signed = put(bundle.pack(*hand.parts(), signing.signer(key)))
-    assert f"signature  names the key {identity(key)}, not checked; pass that key with" in run(verify, signed)
+    assert shown[3] == "learner    ncm with 2 classes, 100% of the probe answered as stated"
+    path = put(signed(plain, key))
+    assert f"signature  names the key {identity(key)}, not checked; pass that key with" in run(verify, path)
     public = key.with_suffix(".pub")
     other = signing.new_key(key.parent, "other")[1]
-    assert f"signature  signed by {identity(key)}" in run(verify, signed, "--key", other, "--key", public).splitlines()
-    printed = json.loads(run(verify, signed, "--key", public, "--json"))
+    assert f"signature  signed by {identity(key)}" in run(verify, path, "--key", other, "--key", public).splitlines()
+    printed = json.loads(run(verify, path, "--key", public, "--json"))
     assert (printed["signed_by"], printed["signature"], printed["release"]) == (identity(key), identity(key), 7)
     assert printed["probe"]["images"] == 2
-    assert printed["probe_not_run"] is None
+    assert printed["learner"] == {"name": "ncm", "classes": 2, "agreement": 1.0}
+    assert (printed["probe_not_run"], printed["learner_not_loaded"]) == (None, None)
 
 
 def test_verify_refuses_bad_bundles(put, key):
@@ -235,8 +271,10 @@ def test_a_backbone_that_cannot_run_is_reported_in_one_printable_line(put, refus
 
 def test_verify_without_onnx_runtime_reports_that_the_probe_was_not_run(put, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    shown = run(verify, put())
+    path = put(taught(bundle.pack(*hand.parts())))
+    shown = run(verify, path)
+    assert "learner    ncm with 2 classes" in shown
     assert "probe      not run: the package 'onnxruntime' is needed to run the probe" in shown
-    printed: dict[str, Any] = json.loads(run(verify, put(), "--json"))
+    printed: dict[str, Any] = json.loads(run(verify, path, "--json"))
     assert printed["probe"] is None
     assert "onnxruntime" in printed["probe_not_run"]
