@@ -120,6 +120,9 @@ def _serve(channel: socket.socket) -> None:
 if __name__ == "__main__":
     for name in IMPORTS:
         importlib.import_module(name)
+    if os.fork() == 0:  # before a fork, OpenBLAS ends the threads that it started when NumPy was imported
+        os._exit(0)
+    os.wait()
     assert len(os.listdir("/proc/self/task")) == 1, "a fork copies only one thread"
     gc.collect()
     gc.freeze()  # a collection in a child does not copy the memory of the imports
