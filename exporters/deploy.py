@@ -155,7 +155,7 @@ def deploy(folder: Path, options: Options, output: Path, log: Log) -> DeployResu
     if head is not None:
         roles["head"] = head
     packed = bundle.pack(manifest, {bundle.ROLES[role]: (role, content) for role, content in roles.items()}, sign)
-    opened = bundle.parse(packed)
+    opened = bundle.parse(packed, allow_control_flow=True)  # allowed in the configuration, or refused before
     _check_memory(opened, target, log)
     bundle.write(output, packed)
     return DeployResult(
@@ -201,7 +201,17 @@ def _export(state: FinishedRun) -> tuple[bytes, Reference, Priors]:
         _check_identity(state, own.identity)
         mu, sigma = state.standardisation(own.dim)
         original = onnx_file.read(config.onnx)
-        onnx = compose(original, config.size, config.mean, config.std, config.layout, mu, sigma)
+        # not apart: `OnnxEmbedder` has tried the same file
+        onnx = compose(
+            original,
+            config.size,
+            config.mean,
+            config.std,
+            config.layout,
+            mu,
+            sigma,
+            allow_control_flow=config.allow_control_flow,
+        )
         return onnx, lambda images: (own.embed(images) - mu) / sigma, own.priors
     package = packages.load(Path(config.path) if config.path else None)
     _check_identity(state, package.identity)

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -394,9 +394,9 @@ def _last_products(model: ModelProto, weights: set[str]) -> set[str]:
 
 def _reader(images: np.ndarray, batch: int) -> CalibrationDataReader:
     """Return calibration data in the form that ONNX Runtime expects."""
-    quantization = ort.load("export", _PURPOSE, "onnxruntime.quantization")
+    base: Any = ort.load("export", _PURPOSE, "onnxruntime.quantization").CalibrationDataReader
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # the package has no types
+    class Reader(base):  # type: ignore[misc]  # the package has no types
         def __init__(self) -> None:
             self.parts: Iterator[np.ndarray] = (images[i : i + batch] for i in range(0, len(images), batch))
 

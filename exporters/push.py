@@ -62,12 +62,12 @@ PREPARE = (
     'find "${folder%/*}" -mindepth 1 -maxdepth 1 -mtime +7 -exec rm -rf {} +; '  # leftovers of abandoned uploads
     'test "$(wc -c <"$file")" -le "$size" || : >"$file"; echo "uploaded $(wc -c <"$file")"'
 )
-# Arguments: file, --root=… or an empty string, --allow-downgrade or an empty string, and the command.
+# Arguments: file, --root=… or an empty string, options of the installation, and the command.
 # A crash or a lost connection (exit code 1 or above 128) keeps the upload for the next try.
 INSTALL = (
     f"{_BEGIN}"
-    'file=$1 root=$2 downgrade=$3; shift 3; "$@" doctor ${root:+"$root"} --json -- "$file" && '
-    '"$@" device install ${root:+"$root"} $downgrade --json -- "$file"; '
+    'file=$1 root=$2 options=$3; shift 3; "$@" doctor ${root:+"$root"} --json -- "$file" && '
+    '"$@" device install ${root:+"$root"} $options --json -- "$file"; '
     'code=$?; case $code in 0|[2-6]) rm -rf "${file%/*}";; esac; exit $code'
 )
 
@@ -182,6 +182,7 @@ def push(
     *,
     command: str = "ssd-edge",
     allow_downgrade: bool = False,
+    allow_control_flow: bool = False,
 ) -> PushResult:
     """Upload a bundle to a device and install it there.
 
@@ -191,6 +192,7 @@ def push(
         log: Receives progress messages, also those of the device.
         command: Command line that starts ssd-edge there, quoted as for a shell, e.g. ``'/my apps/ssd-edge'``.
         allow_downgrade: Allow an older release than the installed one.
+        allow_control_flow: Let the device accept a backbone with loops and branches.
 
     Raises:
         InputError: The bundle does not exist, or the device rejects the arguments.
@@ -198,12 +200,14 @@ def push(
         EnvironmentUnfitError: No connection, no suitable ssd-edge on the device, or the device is unfit.
         GateRefusedError: The self-test failed on the device.
     """
-    opened, path = bundle.read(path), Path(path).absolute()
+    opened, path = bundle.read(path, allow_control_flow=True), Path(path).absolute()
     if not str(path).isprintable():
         raise InputError(f"the path {str(path)!r} contains characters that sftp cannot transfer; rename it")
     size = path.stat().st_size
     device = _Device(destination, command, log)
     file = device.upload_path(opened.sha256, path.name)
+    allowed = {"--allow-downgrade": allow_downgrade, "--allow-control-flow": allow_control_flow}
+    flags = " ".join(name for name, given in allowed.items() if given)
     first: int | None = None
     for attempt in range(TRIES):
         if attempt:
@@ -216,7 +220,7 @@ def push(
             if uploaded < size:
                 log(f"sending {(size - uploaded) / 1e6:.1f} of {size / 1e6:.1f} MB")
                 device.upload(path, file)
-            answer = device.install(file, allow_downgrade)
+            answer = device.install(file, flags)
             return PushResult(answer["generation"], size - first, answer)
         except _BrokenError:
             if first is None:
@@ -306,7 +310,7 @@ class _Device:
         if done.returncode:
             raise _BrokenError
 
-    def install(self, file: str, allow_downgrade: bool) -> dict[str, Any]:
+    def install(self, file: str, flags: str) -> dict[str, Any]:
         """Run ``doctor`` and ``device install`` for an uploaded bundle, and return the answer of the latter.
 
         Raises:
@@ -315,7 +319,7 @@ class _Device:
         root = "" if self._root is None else f"--root={self._root}"
         answer: dict[str, Any] | None = None
         sentence = unfit = ""
-        session = self._start(INSTALL, file, root, "--allow-downgrade" if allow_downgrade else "")
+        session = self._start(INSTALL, file, root, flags)
         for line in session:
             value = _json_object(line)
             if "generation" in value:

@@ -71,6 +71,9 @@ class BackboneConfig:
     mean: tuple[float, ...] = setting((0.485, 0.456, 0.406), "per channel, for pixels in 0..1; only for backbone.onnx")
     std: tuple[float, ...] = setting((0.229, 0.224, 0.225), "per channel, for pixels in 0..1; only for backbone.onnx")
     layout: Literal["nchw", "nhwc"] = setting("nchw", "order of the input axes; only for backbone.onnx")
+    allow_control_flow: bool = setting(
+        False, "accept loops and branches, which may never end, in a file that you trust; only for backbone.onnx"
+    )
     cache: bool = setting(True, "cache embeddings, keyed by a hash of backbone and data ($SSD_EDGE_CACHE)")
 
 

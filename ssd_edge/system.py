@@ -71,6 +71,17 @@ def resident(field: str = "VmRSS", process: Path = PROCESS) -> int:
     return 0
 
 
+def available_memory() -> int:
+    """Return the bytes that programs can still use, or half of the memory where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def reset_peak(process: Path = PROCESS) -> bool:
     """Reset the peak memory (``VmHWM``) to the current value.
 

@@ -30,6 +30,7 @@ DEVICE_MAY_IMPORT = {
     "ssd_edge.learners.closed_form.linear",
     "ssd_edge.learners.closed_form.sums",
     "ssd_edge.ort",
+    "ssd_edge.ort.apart",
     "ssd_edge.system",
     "ssd_edge.targets",
 }

@@ -1,7 +1,8 @@
 """Installation of a bundle as the current generation of a root.
 
-The checks are, in this order: the bundle, its signature, its release, the consistency of its parts, the free disk
-space, and the self-test on this machine. Until all of them pass, the old generation stays current.
+The checks are, in this order: the bundle, its signature, the consistency of its parts, a first run of its backbone in a
+process with limits, its release, the free disk space, and the self-test on this machine. Until all of them pass, the
+old generation stays current. Other processes can change the device until the first run is over.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from device_runtime.backbone import selftest
+from device_runtime.backbone import selftest, trial
 from device_runtime.backbone.embedder import open_embedder
 from device_runtime.install.trust import check_signature
 from device_runtime.learning.state import DeviceState
@@ -34,6 +35,7 @@ def install(
     bundle: str | Path,
     *,
     allow_downgrade: bool = False,
+    allow_control_flow: bool = False,
     strict: bool = False,
     say: Say = lambda text: None,
 ) -> Generation:
@@ -43,22 +45,25 @@ def install(
         root: Root of the device's state, created if it does not exist.
         bundle: File of the bundle.
         allow_downgrade: Accept a release that is lower than the highest installed one.
+        allow_control_flow: Accept a backbone with loops and branches, which may never end.
         strict: Refuse a runtime that is slower than the one its target expects.
         say: Called with messages for the user: the build of an engine, the runtime, the result of the self-test.
 
     Raises:
         InputError: The bundle does not exist.
-        BundleRefusedError: The bundle is damaged, not signed by a trusted key, or an older release.
+        BundleRefusedError: The bundle is damaged, not signed by a trusted key, or an older release; or its backbone
+            takes too long or needs too much memory.
         GateRefusedError: The backbone or learner gives other results on this machine than in the bundle.
         SlowerProviderError: The runtime is slower than the target's and `strict` is set.
         EnvironmentUnfitError: The backbone cannot run on this machine, or a key is trusted but `cryptography` is not
             installed.
     """
-    opened = bundles.read(Path(bundle))
+    opened = bundles.read(Path(bundle), allow_control_flow)
     store = Generations(root)
     signed_by = check_signature(store.root, opened)
     state = DeviceState.of_bundle(opened, signed_by)
     installed = state.bundle
+    trial.check(opened)
     with store.writer():
         if not allow_downgrade:
             _check_release(store, installed.release, bundle)

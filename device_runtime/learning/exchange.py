@@ -54,7 +54,7 @@ def export(
         sign = signing.signer(Path(key))
     backbone = files.read_bytes(store.backbone_path(generation.backbone))
     packed = pack(state, generation.number, backbone, changes_since_install(store, generation), path.stem, sign)
-    opened = bundles.parse(packed)
+    opened = bundles.parse(packed, allow_control_flow=True)  # what is installed has been allowed
     bundles.write(path, packed)
     return ExportResult(
         bundle=str(path),

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from device_runtime.backbone import trial
 from device_runtime.backbone.interface import BackboneSpec, DeviceEmbedder, EngineRecord
 from device_runtime.machine.board import Board, default_root, describe
 from ssd_edge import bundle as bundles
@@ -244,6 +245,7 @@ def profile(
     batch: int = 1,
     root: Path | None = None,
     board: Board | None = None,
+    allow_control_flow: bool = False,
     say: Say = lambda text: None,
 ) -> Profile:
     """Measure a bundle on this machine, without changing the device's state.
@@ -256,6 +258,7 @@ def profile(
         root: Root of a device's state; None for the default root. If the bundle's backbone is installed there, its
             engine cache is used, otherwise a temporary one.
         board: Description of this machine; None to read it.
+        allow_control_flow: As for `install`.
         say: Called with messages about long operations.
 
     Raises:
@@ -266,8 +269,9 @@ def profile(
     for name, value, least in (("--images", images_timed, 1), ("--warm-up", warm_up, 0), ("--batch", batch, 1)):
         if value < least:
             raise InputError(f"{name} must be at least {least}, but is {value}")
-    opened = bundles.read(path)
+    opened = bundles.read(path, allow_control_flow)
     board = board or describe()
+    trial.check(opened)
     with _store(opened, default_root() if root is None else root) as folder:
         embedder, learner = _load(opened, folder, say)
         times = _times(opened, embedder, learner, math.ceil(images_timed / batch), warm_up, batch)
@@ -389,7 +393,7 @@ def footprint(path: str | Path, root: Path) -> Footprint:
     with contextlib.suppress(EnvironmentUnfitError):
         ort.load()
     found = {"imports": _resident("VmRSS")}
-    opened = bundles.read(path)
+    opened = bundles.read(path, allow_control_flow=True)  # `profile` has tried it
     embedder, learner = _load(opened, root, lambda text: None)
     found["loaded"] = _resident("VmRSS")
     rng = np.random.default_rng(0)

@@ -9,7 +9,7 @@ Preprocessing and standardisation are in fp32, whatever the precision of the net
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,15 @@ import numpy as np
 
 from ssd_edge import files, ort
 from ssd_edge.backbones import onnx_file
-from ssd_edge.config import BackboneConfig
 from ssd_edge.errors import InputError, require
-from ssd_edge.learners.priors import Priors
+from ssd_edge.ort import apart
 from ssd_edge.system import EXACT_INT8
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
     from onnxruntime import InferenceSession
+
+    from ssd_edge.config import BackboneConfig
 
 SCHEMA = "ssd-edge-backbone/1"  # in the metadata of the model
 INPUT, EMBEDDINGS, FEATURES = "images", "embeddings", "features"
@@ -48,10 +49,12 @@ class OnnxEmbedder:
     """
 
     def __init__(self, config: BackboneConfig) -> None:
+        from ssd_edge.learners.priors import Priors  # imports PyTorch, which the child of `compose_apart` does not need
+
         preprocessing = (config.size, config.mean, config.std, config.layout)
         try:
             data = onnx_file.read(config.onnx)
-            self._session = open_session(compose(data, *preprocessing))
+            self._session = open_session(compose_apart(data, *preprocessing, config.allow_control_flow))
         except InputError as error:
             raise InputError(f"backbone.onnx={config.onnx}: {error}") from error
         self.identity = identity(data, *preprocessing)
@@ -109,6 +112,40 @@ def run(session: InferenceSession, images: np.ndarray, batch: int | None = None)
     return np.concatenate(parts) if parts else np.zeros((0, session.get_outputs()[0].shape[1]), np.float32)
 
 
+def compose_apart(
+    model_bytes: bytes, size: int, mean: Sequence[float], std: Sequence[float], layout: str, allow_control_flow: bool
+) -> bytes:
+    """Do what `compose` does in a child process with limits on time and memory; use it for files of others.
+
+    Args:
+        model_bytes, size, mean, std, layout, allow_control_flow: As for `compose`.
+
+    Raises:
+        InputError: As for `compose`, or the model takes too long or needs too much memory.
+        EnvironmentUnfitError: As for `compose`.
+    """
+    require("onnx", "export", _PURPOSE)
+    ort.load("export", _PURPOSE)
+    options = {
+        "size": size,
+        "mean": list(mean),
+        "std": list(std),
+        "layout": layout,
+        "allow_control_flow": allow_control_flow,
+    }
+    model = {"model": np.frombuffer(model_bytes, np.uint8)}
+    try:
+        composed = apart.call(f"{__name__}:_compose", model, options, len(model_bytes), apart.memory_limit())
+    except apart.Stopped as error:
+        raise InputError(f"it {error} when it was tried on two images; use a smaller network or more memory") from error
+    return composed["model"].tobytes()
+
+
+def _compose(arrays: apart.Arrays, options: Mapping[str, Any]) -> apart.Arrays:
+    """Call `compose` in the child."""
+    return {"model": np.frombuffer(compose(arrays["model"].tobytes(), **options), np.uint8)}
+
+
 def compose(
     model_bytes: bytes,
     size: int,
@@ -118,6 +155,7 @@ def compose(
     mu: np.ndarray | None = None,
     sigma: np.ndarray | None = None,
     name: str = "",
+    allow_control_flow: bool = False,
 ) -> bytes:
     """Combine preprocessing, the user's network and standardisation into one self-contained ONNX model.
 
@@ -134,6 +172,7 @@ def compose(
         mu: Mean of the features, ``(D,)``. Without mu and sigma the model returns raw features.
         sigma: Standard deviation of the features, ``(D,)``.
         name: Identity of the backbone for the metadata. Empty: that of `identity`.
+        allow_control_flow: See `onnx_file.parse`.
 
     Returns:
         A model with the input `images`, uint8 ``(batch, size, size, 3)``, and the output `embeddings` (`features`
@@ -148,7 +187,7 @@ def compose(
         raise ValueError("mu and sigma go together")
     ort.load("export", _PURPOSE)  # here, because `_probe` attributes every later error to the file
     helper, types = onnx.helper, onnx.TensorProto
-    model = onnx_file.parse(model_bytes)
+    model = onnx_file.parse(model_bytes, allow_control_flow)
     graph = model.graph
     image, output = onnx_file.interface(graph)
     onnx_file.check_input(image, size, layout)

@@ -21,6 +21,7 @@ MAX_BYTES = 2**31 - 2**20  # protobuf's limit of 2 GiB, less preprocessing and s
 OPSETS = range(13, 21)  # TensorRT 10.3 (JetPack 6) supports up to 20; below 13, axes are attributes
 OPSET = 18  # written by our own export; models with unsupported opsets are converted to it
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
+CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})  # and any other operator with a graph inside
 _PREFIX = "backbone/"
 _SHOWN = 300  # characters of another library's error message
 
@@ -37,11 +38,15 @@ def read(path: str | Path) -> bytes:
     return files.read_bytes(path)
 
 
-def parse(data: bytes) -> ModelProto:
+def parse(data: bytes, allow_control_flow: bool = False) -> ModelProto:
     """Parse a model, convert it to a supported opset, inline functions, drop metadata and prefix names by `backbone/`.
 
+    Args:
+        data: The file.
+        allow_control_flow: Accept loops and branches, whose cost nothing bounds.
+
     Raises:
-        InputError: The model is invalid, or has external data or custom operators.
+        InputError: The model is invalid, or has external data, custom operators or control flow.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -64,6 +69,8 @@ def parse(data: bytes) -> ModelProto:
         if model.functions:
             model = inliner.inline_local_functions(model)
         _check_domains(model)
+        if not allow_control_flow:
+            _check_control_flow(model)
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, RuntimeError) as error:  # RuntimeError: from the inliner
         raise InputError(f"it is not a valid ONNX model ({short(error)})") from error
@@ -211,6 +218,23 @@ def _check_domains(model: ModelProto) -> None:
     ]  # exporters import more domains than they use
     del model.opset_import[:]
     model.opset_import.extend(kept)
+
+
+def _check_control_flow(model: ModelProto) -> None:
+    import onnx
+
+    nodes = messages_of(model, onnx.NodeProto)
+    graphs = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    found = {
+        node.op_type
+        for node in nodes
+        if node.op_type in CONTROL_FLOW or any(attribute.type in graphs for attribute in node.attribute)
+    }
+    if found:
+        raise InputError(
+            f"it has control flow ({', '.join(sorted(found))}), which may never end; export it without, or set "
+            "backbone.allow_control_flow=true if you trust it"
+        )
 
 
 def _with_supported_opset(model: ModelProto) -> ModelProto:

@@ -155,7 +155,7 @@ def pack(
         contents[SIGNATURE] = sign(contents[MANIFEST])
     container.check_size(sum(map(len, contents.values())))  # before sizes are stored in 32 bits
     container.check_names(contents)
-    _check_contents(contents)
+    _check_contents(contents, allow_control_flow=True)  # whoever reads the bundle decides
     data = b"".join(container.blocks(contents))
     container.check_size(len(data))
     return data
@@ -175,8 +175,13 @@ def write(path: str | Path, data: bytes) -> None:
     files.write_bytes(path, data)
 
 
-def read(path: str | Path) -> Bundle:
+def read(path: str | Path, allow_control_flow: bool = False) -> Bundle:
     """Read a bundle and check everything except the signature, which `signing.check` verifies.
+
+    Args:
+        path: The file.
+        allow_control_flow: Accept a backbone with loops and branches, whose cost nothing bounds. It is no danger as
+            long as the backbone is not run.
 
     Raises:
         InputError: The file does not exist, is a folder, or cannot be read.
@@ -188,7 +193,7 @@ def read(path: str | Path) -> Bundle:
     """
     try:
         with open(path, "rb") as stream:
-            return _read(stream)
+            return _read(stream, allow_control_flow)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"the bundle {path} cannot be read: {reason}; check the path") from error
@@ -198,27 +203,31 @@ def read(path: str | Path) -> Bundle:
         raise BundleRefusedError(f"{path} is refused: {reason}") from error
 
 
-def parse(data: bytes) -> Bundle:
+def parse(data: bytes, allow_control_flow: bool = False) -> Bundle:
     """Read a bundle from bytes, such as `pack` returns.
+
+    Args:
+        data: The bytes.
+        allow_control_flow: As for `read`.
 
     Raises:
         BundleRefusedError: As for `read`.
     """
-    return _read(io.BytesIO(data))
+    return _read(io.BytesIO(data), allow_control_flow)
 
 
-def _read(stream: BinaryIO) -> Bundle:
+def _read(stream: BinaryIO, allow_control_flow: bool) -> Bundle:
     digest = container.check_digest(stream)
     try:
         entries = container.unpack(stream)
-        return Bundle(_check_contents(entries), entries, digest, _signature(entries))
+        return Bundle(_check_contents(entries, allow_control_flow), entries, digest, _signature(entries))
     except RecursionError as error:
         raise BundleRefusedError("its JSON is nested too deeply") from error
     except BundleRefusedError as error:
         raise BundleRefusedError(f"{error} (build a new one with: ssd-edge deploy)") from error
 
 
-def _check_contents(entries: Mapping[str, bytes]) -> dict[str, Any]:
+def _check_contents(entries: Mapping[str, bytes], allow_control_flow: bool) -> dict[str, Any]:
     """Check the manifest and every entry against it, and return the manifest."""
     if MANIFEST not in entries:
         raise BundleRefusedError(f"it has no {MANIFEST}")
@@ -235,7 +244,7 @@ def _check_contents(entries: Mapping[str, bytes]) -> dict[str, Any]:
     _check_classes(manifest, entries)
     for path, data in entries.items():
         if path.endswith(".onnx"):
-            facts = onnx_scan.scan(data, f"its {path}")
+            facts = onnx_scan.scan(data, f"its {path}", allow_control_flow and path == ROLES["backbone"])
             if path == ROLES["backbone"]:
                 _check_backbone(manifest["backbone"], facts)
         elif path.endswith(".safetensors"):

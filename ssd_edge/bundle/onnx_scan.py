@@ -65,6 +65,10 @@ _DTYPES = (
     *("undefined", "float32", "uint8", "int8", "uint16", "int16", "int32", "int64", "string", "bool", "float16"),
     *("float64", "uint32", "uint64", "complex64", "complex128", "bfloat16"),
 )
+# What a graph costs is not known before it runs; with these, it may never end.
+CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})  # and any other operator with a graph inside
+# A test says nothing about the next run of a graph that draws random numbers.
+_RANDOM = (b"Bernoulli", b"Multinomial", b"RandomNormal", b"RandomNormalLike", b"RandomUniform", b"RandomUniformLike")
 _OWN_DOMAINS = (b"", b"ai.onnx")  # two spellings of the same domain
 _OP_TYPE = re.compile(rb"[A-Za-z][A-Za-z0-9_]{0,63}")
 
@@ -93,6 +97,7 @@ class Facts:
         inputs: Inputs of the graph without an initial value.
         outputs: Outputs of the graph.
         metadata: ``metadata_props`` of the model.
+        control_flow: Those of `op_types` that may run other nodes any number of times.
     """
 
     opset: int
@@ -101,6 +106,7 @@ class Facts:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     metadata: dict[str, str]
+    control_flow: tuple[str, ...] = ()
 
 
 def _compile(fields: str) -> dict[int, tuple[tuple[int, ...], str | None, bool]]:
@@ -124,12 +130,13 @@ def _signed(number: int) -> int:
 _TABLES = {message: _compile(fields) for message, fields in _SCHEMA.items()}
 
 
-def scan(data: bytes, what: str) -> Facts:
+def scan(data: bytes, what: str, allow_control_flow: bool = False) -> Facts:
     """Scan an ONNX file in bounded time and memory; weights are skipped, not copied.
 
     Args:
         data: The file.
         what: Its name in error messages.
+        allow_control_flow: Accept `CONTROL_FLOW`.
 
     Raises:
         BundleRefusedError: The file is not ONNX, ambiguous or too large, or needs anything except standard operators.
@@ -137,7 +144,13 @@ def scan(data: bytes, what: str) -> Facts:
     # ONNX Runtime treats any data with this mark as its own format.
     if data[4:8] == b"ORTM":
         raise BundleRefusedError(f"{what} has the mark of ONNX Runtime's own format ('ORTM' at byte 4)")
-    return _Scanner(data, what).run()
+    facts = _Scanner(data, what).run()
+    if facts.control_flow and not allow_control_flow:
+        raise BundleRefusedError(
+            f"{what} has control flow ({', '.join(facts.control_flow)}), which may never end; if you trust where it "
+            "comes from, add --allow-control-flow"
+        )
+    return facts
 
 
 class _Scanner:
@@ -147,6 +160,7 @@ class _Scanner:
         self._fields_read = 0
         self._nodes = 0
         self._op_types: set[str] = set()
+        self._control_flow: set[str] = set()
 
     def _refuse(self, reason: str) -> BundleRefusedError:
         return BundleRefusedError(f"{self._what} {reason}; only a plain ONNX model may be in a bundle")
@@ -181,7 +195,8 @@ class _Scanner:
         if len(dict(pairs)) != len(pairs):
             raise self._refuse("has a key twice in its metadata")
         given = tuple(value for value in inputs if value.name not in initial)
-        return Facts(opset, self._nodes, tuple(sorted(self._op_types)), given, tuple(outputs), dict(pairs))
+        op_types, control_flow = (tuple(sorted(names)) for names in (self._op_types, self._control_flow))
+        return Facts(opset, self._nodes, op_types, given, tuple(outputs), dict(pairs), control_flow)
 
     def _node(self, node: Fields) -> None:
         self._nodes += 1
@@ -194,7 +209,13 @@ class _Scanner:
             raise self._refuse(f"has the operator {short(op_type)} of the foreign domain {short(domain)}")
         if not _OP_TYPE.fullmatch(op_type):
             raise self._refuse(f"has a node whose operator is {short(op_type)}")
+        if op_type in _RANDOM:
+            raise self._refuse(f"draws random numbers ({op_type.decode()})")
         self._op_types.add(op_type.decode())
+        if op_type.decode() in CONTROL_FLOW or any(
+            6 in attribute or 11 in attribute for attribute in self._each("attribute", node, 5)
+        ):
+            self._control_flow.add(op_type.decode())
 
     def _tensor(self, tensor: Fields) -> None:
         # Refuse every value but 0: runtimes truncate it to 32 bits, and 1 means EXTERNAL.

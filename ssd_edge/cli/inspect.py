@@ -34,9 +34,9 @@ def inspect(bundle: Path, as_json: bool) -> None:
     from ssd_edge import bundle as bundles
     from ssd_edge.bundle import onnx_scan
 
-    opened = bundles.read(bundle)
+    opened = bundles.read(bundle, allow_control_flow=True)
     graphs: dict[str, onnx_scan.Facts] = {
-        role: onnx_scan.scan(opened.read(role), opened.roles[role])
+        role: onnx_scan.scan(opened.read(role), opened.roles[role], allow_control_flow=True)
         for role in ("backbone", "head")
         if role in opened.roles
     }

@@ -35,6 +35,11 @@ ROOT = click.option(
 STRICT = click.option(
     "--strict", is_flag=True, help="Fail with exit code 6 if the backbone would run slower than its target allows."
 )
+ALLOW_CONTROL_FLOW = click.option(
+    "--allow-control-flow",
+    is_flag=True,
+    help="Accept a backbone with loops or branches, which may never end, from a source that you trust.",
+)
 
 MAX_FORGETTING = click.option(
     "--max-forgetting",

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, log, print_json
+from ssd_edge.cli.options import ALLOW_CONTROL_FLOW, JSON, ROOT, log, print_json
 from ssd_edge.errors import printable
 from ssd_edge.system import MIB
 
@@ -17,9 +17,18 @@ from ssd_edge.system import MIB
 @click.option("--images", default=50, show_default=True, help="Number of timed calls.")
 @click.option("--warm-up", default=10, show_default=True, help="Number of calls before timing starts.")
 @click.option("--batch", default=1, show_default=True, help="Images per call.")
+@ALLOW_CONTROL_FLOW
 @ROOT
 @JSON
-def profile(bundle: Path, images: int, warm_up: int, batch: int, root: Path | None, as_json: bool) -> None:
+def profile(
+    bundle: Path,
+    images: int,
+    warm_up: int,
+    batch: int,
+    allow_control_flow: bool,
+    root: Path | None,
+    as_json: bool,
+) -> None:
     """Measure speed, memory and sizes of BUNDLE.
 
     Measures latency, learning time and memory on this machine, without installing the bundle.
@@ -32,6 +41,7 @@ def profile(bundle: Path, images: int, warm_up: int, batch: int, root: Path | No
         warm_up=warm_up,
         batch=batch,
         root=root,
+        allow_control_flow=allow_control_flow,
         say=log,
     ).to_dict()
     if as_json:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ssd_edge.cli.options import JSON, log, print_json
+from ssd_edge.cli.options import ALLOW_CONTROL_FLOW, JSON, log, print_json
 
 PUSH_COMMAND = click.option(
     "--push-command",
@@ -24,26 +24,38 @@ ALLOW_DOWNGRADE = click.option("--allow-downgrade", is_flag=True, help="Let the 
 @click.argument("destination", metavar="USER@HOST[:ROOT]")
 @PUSH_COMMAND
 @ALLOW_DOWNGRADE
+@ALLOW_CONTROL_FLOW
 @JSON
-def push(bundle: Path, destination: str, push_command: str, allow_downgrade: bool, as_json: bool) -> None:
+def push(
+    bundle: Path, destination: str, push_command: str, allow_downgrade: bool, allow_control_flow: bool, as_json: bool
+) -> None:
     """Send BUNDLE to a device over ssh and install it.
 
     The device verifies the bundle, tests it, and only then switches to it. An interrupted upload is resumed.
     $SSD_EDGE_SSH replaces the ssh command, e.g. "ssh -p 2222".
     """
-    result = send(bundle, destination, push_command, allow_downgrade)
+    result = send(bundle, destination, push_command, allow_downgrade, allow_control_flow)
     if as_json:
         print_json(result)
     else:
         print_pushed(result, destination)
 
 
-def send(bundle: Path, destination: str, command: str, allow_downgrade: bool) -> dict[str, Any]:
+def send(
+    bundle: Path, destination: str, command: str, allow_downgrade: bool, allow_control_flow: bool = False
+) -> dict[str, Any]:
     """Push a bundle and return the result as JSON values."""
     from exporters.push import parse_destination
     from exporters.push import push as run
 
-    result = run(bundle, parse_destination(destination), log, command=command, allow_downgrade=allow_downgrade)
+    result = run(
+        bundle,
+        parse_destination(destination),
+        log,
+        command=command,
+        allow_downgrade=allow_downgrade,
+        allow_control_flow=allow_control_flow,
+    )
     return result.to_dict()
 
 

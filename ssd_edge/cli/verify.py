@@ -9,7 +9,7 @@ import click
 
 from ssd_edge import ort
 from ssd_edge.cli.inspect import print_untrusted_json, shown, signed_with
-from ssd_edge.cli.options import JSON
+from ssd_edge.cli.options import ALLOW_CONTROL_FLOW, JSON
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, require
 
 if TYPE_CHECKING:
@@ -25,15 +25,17 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Public key (FILE.pub) of an accepted signer; may be repeated.",
 )
+@ALLOW_CONTROL_FLOW
 @JSON
-def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
+def verify(bundle: Path, keys: tuple[Path, ...], allow_control_flow: bool, as_json: bool) -> None:
     """Check the format, signature, backbone and learner of BUNDLE.
 
-    The backbone is run on the probe images in the bundle, and the learner on their embeddings.
+    The backbone is run on the probe images in the bundle, in a process with limits on time and memory, and the learner
+    on their embeddings.
     """
     from ssd_edge import bundle as bundles
 
-    opened = bundles.read(bundle)
+    opened = bundles.read(bundle, allow_control_flow)
     signer = _signed_by(opened, keys)
     probe, reason = _probe(opened)
     learner, not_loaded = _learner(opened)
@@ -114,20 +116,19 @@ def _probe(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:
     """Return the result of the self-test of a bundle's backbone, or the reason why it was not run.
 
     Raises:
-        BundleRefusedError: The embeddings differ from those in the bundle.
+        BundleRefusedError: The embeddings differ from those in the bundle, or the backbone takes too long or needs too
+            much memory.
         EnvironmentUnfitError: ONNX Runtime is installed, but cannot run the backbone.
     """
     try:
         ort.load(purpose="run the probe")
     except EnvironmentUnfitError as error:
         return None, str(error)
-    from device_runtime.backbone import selftest
-    from device_runtime.backbone.embedder import OnnxRuntimeEmbedder
+    from device_runtime.backbone import selftest, trial
+    from device_runtime.backbone.embedder import CPU
 
-    described = opened.manifest["backbone"]
-    embedder = OnnxRuntimeEmbedder(opened.read("backbone"), described["size"], described["dim"])
     try:
-        result = selftest.run(embedder.embed, *opened.tensors("probe"))
+        result = selftest.run(trial.run(opened), *opened.tensors("probe"))
     except GateRefusedError as error:  # no installation here, so report the bundle as refused
         raise BundleRefusedError(str(error)) from error
-    return {**result.to_dict(), "provider": embedder.provider}, None
+    return {**result.to_dict(), "provider": CPU}, None

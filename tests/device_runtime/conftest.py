@@ -100,9 +100,10 @@ def tiny_bundle() -> TinyBundle:
         target: str = "cpu",
         learner: str = "ncm",
         normalised: bool = False,
+        backbone: bytes = b"",
         **changes: Any,
     ) -> bytes:
-        backbone = tiny_backbone(normalised)
+        backbone = backbone or tiny_backbone(normalised)
         learned, statistics, probe_embeddings, rows = train(learner, normalised)
         arrays = {"images": probe, "embeddings": probe_embeddings + np.float32(shift), "rows": np.roll(rows, roll)}
         entries = {

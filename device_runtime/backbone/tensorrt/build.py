@@ -16,7 +16,6 @@ lines to standard output: progress, and finally the result.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
@@ -34,11 +33,11 @@ from typing import IO, Any
 from device_runtime.backbone.tensorrt.api import TensorRT
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, InputError, SSDEdgeError
+from ssd_edge.ort.apart import die_with_parent, last_output
 
 HEARTBEAT = 10.0  # seconds
 Say = Callable[[str], None]
 Write = Callable[[dict[str, Any]], None]
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PROGRESS_SECONDS = 1.0
 
 
@@ -127,15 +126,9 @@ class _Progress:
                 self._write({"phase": phase, "step": step, "of": of})
 
 
-def _die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends (Linux): a killed parent cannot clean up."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
 def main() -> int:
     """Read a request, write its result and return the exit code."""
-    _die_with_parent()
+    die_with_parent()
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of native libraries must not mix with the JSON lines
 
@@ -145,7 +138,7 @@ def main() -> int:
 
     request = BuildRequest(**json.loads(sys.argv[1] if len(sys.argv) > 1 else sys.stdin.read()))
     if request.parent not in (None, os.getppid()):
-        return 1  # the parent ended before `_die_with_parent`
+        return 1  # the parent ended before `die_with_parent`
     try:
         result = build(request, write)
     except SSDEdgeError as error:
@@ -252,10 +245,7 @@ def _pump(stream: IO[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
 
 
 def _crash_message(code: int, errors: IO[bytes]) -> str:
-    size = errors.seek(0, os.SEEK_END)
-    errors.seek(max(0, size - 2000))
-    text = " / ".join(errors.read().decode("utf-8", errors="replace").split("\n")[-4:]).strip(" /")
-    last = f" (last output: {text})" if text else ""
+    last = last_output(errors)
     if code < 0:
         with contextlib.suppress(ValueError):
             return (

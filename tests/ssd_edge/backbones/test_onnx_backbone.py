@@ -8,11 +8,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import hostile_graphs as hostile
 from onnx import TensorProto, helper, numpy_helper
 
 from ssd_edge.backbones.onnx import OnnxEmbedder, batch_size, compose, identity, open_session, run
 from ssd_edge.config import BackboneConfig
 from ssd_edge.errors import EnvironmentUnfitError, InputError
+from ssd_edge.ort import apart
+from ssd_edge.system import MIB
 
 SIZE, DIM = 8, 5
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -163,7 +166,10 @@ def test_subgraphs_can_use_outer_weights():
     model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
     model.graph.node.append(helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch))
     model.graph.output[0].name = "y"
-    np.testing.assert_allclose(features(composed(model)), 2 * expected(), atol=4e-6)
+    allowed = composed(model, allow_control_flow=True)
+    np.testing.assert_allclose(features(allowed), 2 * expected(), atol=4e-6)
+    with pytest.raises(InputError, match=r"it has control flow \(If\), .*backbone.allow_control_flow=true"):
+        composed(model)
 
 
 def test_local_functions_are_inlined():
@@ -340,6 +346,26 @@ def test_embedder_gives_raw_features_and_provenance(tmp_path):
     many = np.concatenate([IMAGES] * 10)
     np.testing.assert_allclose(embedder.embed(many), expected(many), atol=2e-6)
     assert embedder.embed(IMAGES[:0]).shape == (0, DIM)
+
+
+@pytest.mark.parametrize(
+    ("graph", "allow", "sentence"),
+    [
+        (hostile.endless(own=True), False, "it has control flow (Loop), which may never end"),
+        (hostile.endless(own=True), True, "it did not finish within 3.00 s and was stopped when it was tried"),
+        (hostile.slow(own=True), False, "it did not finish within"),
+        (hostile.huge(own=True), False, "it needs more than 1,024 MiB of memory and was stopped"),
+        (hostile.multiplying(), False, "it did not finish within"),
+    ],
+    ids=["control flow", "endless", "slow", "huge", "functions"],
+)
+def test_a_harmful_file_is_stopped(monkeypatch, tmp_path, graph, allow, sentence):
+    monkeypatch.setattr(apart, "SECONDS", 3.0 if "finish" in sentence else 60.0)
+    monkeypatch.setattr(apart, "memory_limit", lambda: 1024 * MIB)
+    (tmp_path / "x.onnx").write_bytes(graph)
+    with pytest.raises(InputError) as refused:
+        OnnxEmbedder(BackboneConfig(onnx=str(tmp_path / "x.onnx"), size=hostile.SIZE, allow_control_flow=allow))
+    assert sentence in str(refused.value)
 
 
 def test_identity_depends_on_model_and_preprocessing():

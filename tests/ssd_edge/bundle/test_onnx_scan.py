@@ -73,7 +73,7 @@ def every_node(nodes):
 
 def checked_facts(data: bytes) -> Facts:
     """Return the facts about a model after comparing them with those that `onnx` parses."""
-    parsed, facts = onnx.load_model_from_string(data), scan(data, "x.onnx")
+    parsed, facts = onnx.load_model_from_string(data), scan(data, "x.onnx", allow_control_flow=True)
     nodes = list(every_node(parsed.graph.node))
     assert facts.nodes == len(nodes)
     assert facts.op_types == tuple(sorted({each.op_type for each in nodes}))
@@ -117,8 +117,34 @@ def test_valid_models_are_accepted():
     made.graph.sparse_initializer.append(sparse)
     facts = checked_facts(made.SerializeToString())
     assert {"If", "Loop", "Identity"} < set(facts.op_types)
+    assert facts.control_flow == ("If", "Loop")
     both = model([identity()], opset_imports=[helper.make_opsetid("ai.onnx", 21)])
     assert checked_facts(both.SerializeToString()).opset == 21
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        nested(identity(), 2),
+        helper.make_node("Loop", ["n", "c"], ["z"], body=graph([identity()])),
+        helper.make_node("Scan", ["x"], ["z"], body=graph([identity()]), num_scan_inputs=1),
+        helper.make_node("SequenceMap", ["x"], ["z"]),  # also if what it runs is missing
+        helper.make_node("OfTomorrow", ["x"], ["z"], bodies=[graph([identity()])]),
+    ],
+    ids=lambda node: node.op_type,
+)
+def test_control_flow_is_refused_unless_allowed(hidden):
+    data = model([identity(), hidden]).SerializeToString()
+    wanted = f"x.onnx has control flow ({hidden.op_type}), which may never end; "
+    assert refused(data).startswith(wanted)
+    assert scan(data, "x.onnx", allow_control_flow=True).control_flow == (hidden.op_type,)
+
+
+@pytest.mark.parametrize("name", ["RandomNormalLike", "Bernoulli", "Multinomial"])
+def test_random_numbers_are_refused(name):
+    assert f"draws random numbers ({name})" in refused(
+        model([helper.make_node(name, ["x"], ["y"])]).SerializeToString()
+    )
 
 
 def test_input_with_an_initializer_is_not_an_input():

@@ -349,7 +349,7 @@ def test_waiting_for_another_build_times_out(cache, facts, tmp_path):
 PARENT = """
 import sys
 from device_runtime.backbone.tensorrt.engines import EngineCache, engine_facts
-child = "import os, sys, time; from device_runtime.backbone.tensorrt.build import _die_with_parent; _die_with_parent();"
+child = "import os, sys, time; from ssd_edge.ort.apart import die_with_parent; die_with_parent();"
 child += f"open({sys.argv[1] + '/pid'!r}, 'w').write(str(os.getpid())); time.sleep(60)"
 cache = EngineCache(sys.argv[1] + "/engines", [sys.executable, "-c", child])
 cache.build("x.onnx", engine_facts("a", "fp32", None, "10"))
