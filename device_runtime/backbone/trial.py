@@ -61,8 +61,8 @@ def _run(opened: Bundle) -> Mapping[int, np.ndarray]:
         found = apart.call(f"{__name__}:_embed", arrays, options, len(backbone), memory)
     except apart.Stopped as error:
         raise BundleRefusedError(
-            f"the bundle's {ROLES['backbone']} {error} when it was tried on the {len(images)} probe images; get a bundle with a "
-            "smaller backbone, or use a machine with more memory"
+            f"the bundle's {ROLES['backbone']} {error} when it was tried on the {len(images)} probe images; get a bundle "
+            "with a smaller backbone, or use a machine with more memory"
         ) from error
     # NaN is allowed here: the self-test reports it
     return {len(images): found["together"].view(np.float32), 1: found["alone"].view(np.float32)}
