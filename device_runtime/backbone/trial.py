@@ -61,7 +61,7 @@ def _run(opened: Bundle) -> Mapping[int, np.ndarray]:
         found = apart.call(f"{__name__}:_embed", arrays, options, len(backbone), memory)
     except apart.Stopped as error:
         raise BundleRefusedError(
-            f"the bundle's {ROLES['backbone']} {error} when it was tried on the {len(images)} probe images; get a bundle "
+            f"the bundle's {ROLES['backbone']} {error} when it was tried on the {len(images)} probe images; get one "
             "with a smaller backbone, or use a machine with more memory"
         ) from error
     # NaN is allowed here: the self-test reports it

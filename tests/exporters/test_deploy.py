@@ -254,9 +254,9 @@ def test_failed_parity_keeps_the_existing_bundle(own_run, tmp_path, monkeypatch)
     path = tmp_path / "own.ssdedge"
     path.write_bytes(b"old")
 
-    def wrong(*args) -> bytes:
+    def wrong(*args, **options) -> bytes:
         *others, mu, sigma = args
-        return original(*others, mu + sigma, sigma)
+        return original(*others, mu + sigma, sigma, **options)
 
     original = packing.compose
     monkeypatch.setattr(packing, "compose", wrong)
