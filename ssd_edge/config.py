@@ -229,7 +229,10 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     if kind is str:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise wrong
-        return str(value)
+        with contextlib.suppress(UnicodeEncodeError):
+            str(value).encode()  # a path from the command line may be any bytes, but a record of the run is UTF-8
+            return str(value)
+        raise InputError(f"{key} must be valid UTF-8, but is '{value}'; rename the file or folder")
     raise AssertionError(f"{key}: unsupported type {kind}")
 
 

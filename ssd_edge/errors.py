@@ -9,14 +9,24 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import re
 from collections.abc import Iterable
 from types import ModuleType
+
+# Of PyTorch, CUDA, ONNX Runtime and the loader of shared libraries, which have no exception for it.
+_NO_MEMORY = re.compile(
+    r"failed to map segment|can(no|')t allocate memory|out of memory|bad.alloc|failed to allocate memory", re.IGNORECASE
+)
 
 
 class SSDEdgeError(Exception):
     """Base class of all errors that are shown without a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the message as one line without control codes: names in it may come from an untrusted file."""
+        return printable(super().__str__())
 
 
 class InputError(SSDEdgeError):
@@ -99,15 +109,42 @@ def require(module: str, extra: str, purpose: str, install: str = "") -> ModuleT
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:  # a missing shared library raises OSError
+        if isinstance(meaning := meaning_of(error), EnvironmentUnfitError):
+            raise meaning from error
         raise EnvironmentUnfitError(
             f"the package '{module}' is needed to {purpose} and cannot be imported ({error}); "
             f"install it with: pip install {install or repr(f'ssd-edge[{extra}]')}"
         ) from error
 
 
+def meaning_of(error: BaseException) -> SSDEdgeError | None:
+    """Return the error of this module that another exception means to the user, or None if it is a bug."""
+    if isinstance(error, SSDEdgeError):
+        return error
+    text = str(error)
+    memory = next((line.strip() for line in text.splitlines() if _NO_MEMORY.search(line)), "")
+    if memory or isinstance(error, MemoryError):
+        return EnvironmentUnfitError(
+            f"there is not enough memory ({memory[:200] or type(error).__name__}); end other programs, raise the limit "
+            "(ulimit -v), or use fewer images, a smaller learner or a smaller backbone"
+        )
+    if isinstance(error, RecursionError):
+        return InputError("an input is nested too deeply to be read; simplify it")
+    if isinstance(error, UnicodeEncodeError) and "\ud800" <= error.object[error.start] <= "\udfff":
+        name = error.object[max(0, error.start - 40) : error.end + 40]
+        return InputError(f"a name is not valid UTF-8: '{name}'; rename the file or folder")
+    return None
+
+
 def printable(text: str) -> str:
-    """Return `text` with unprintable characters replaced by ``?``: no escape codes reach the terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    """Return text as one line for a terminal: other white space becomes a space, any other unprintable character ``?``.
+
+    Control codes of both kinds (C0, C1), characters that reverse the text around them, invisible ones and names that
+    are not UTF-8 are unprintable.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else " " if letter.isspace() else "?" for letter in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ssd_edge.errors import InputError, printable
+from ssd_edge.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
@@ -65,7 +65,7 @@ def walk_images(folder: Path) -> Iterator[Path]:
         if not is_folder:
             yield path
             continue
-        name = printable(str(path))
+        name = str(path)
         try:
             found = os.stat(path)
             with os.scandir(path) as listing:
@@ -98,7 +98,7 @@ def image_files(sources: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for source in map(Path, sources):
-        name = printable(str(source))
+        name = str(source)
         if not os.path.exists(source):
             raise InputError(f"{name} does not exist; check the path")
         images = list(walk_images(source)) if os.path.isdir(source) else [source]
@@ -116,7 +116,7 @@ def read(path: str | Path) -> bytes:
     Raises:
         InputError: `path` is not such a file, or cannot be read.
     """
-    name = printable(str(path))
+    name = str(path)
     try:
         _check_file(os.stat(path), name)  # before opening it, which has effects on some devices
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: do not wait for a pipe
@@ -163,13 +163,11 @@ def decode(data: bytes | memoryview, name: str, size: int) -> np.ndarray:
             progressive JPEG with more than `MAX_SCANS` scans.
     """
     if not len(data):
-        raise InputError(f"{printable(name)} is empty (0 bytes); remove it")
+        raise InputError(f"{name} is empty (0 bytes); remove it")
     with _input_errors(name), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image, name)
         if "progressive" in image.info and (scans := bytes(data).count(b"\xff\xda")) > MAX_SCANS:
-            raise InputError(
-                f"{printable(name)} has {scans:,} scans, but a JPEG may have at most {MAX_SCANS}; save it again"
-            )
+            raise InputError(f"{name} has {scans:,} scans, but a JPEG may have at most {MAX_SCANS}; save it again")
         if image.format in ("JPEG", "MPO") and min(image.size) >= 4 * size:
             image.draft(
                 None, (2 * size, 2 * size)
@@ -190,7 +188,7 @@ def to_array(image: Image.Image, name: str, size: int) -> np.ndarray:
     with _input_errors(name):
         _check_size(image, name)
         if image.mode == "F":
-            raise InputError(f"{printable(name)} has floating-point pixels, but 8 bits are needed; convert it")
+            raise InputError(f"{name} has floating-point pixels, but 8 bits are needed; convert it")
         small, box = _smaller(image, size)
         if small.size != (size, size):
             small = small.resize((size, size), Image.Resampling.BICUBIC, box)
@@ -205,14 +203,14 @@ def _input_errors(name: str) -> Iterator[None]:
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"{printable(name)} is not a JPEG, PNG, WebP or BMP image; remove or convert it") from error
+        raise InputError(f"{name} is not a JPEG, PNG, WebP or BMP image; remove or convert it") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(f"{printable(name)} has more than {MAX_PIXELS:,} pixels; make it smaller") from error
+        raise InputError(f"{name} has more than {MAX_PIXELS:,} pixels; make it smaller") from error
     except MemoryError as error:
-        raise InputError(f"{printable(name)} needs more memory than is available; make it smaller") from error
+        raise InputError(f"{name} needs more memory than is available; make it smaller") from error
     except Exception as error:  # corrupt data: the decoders may raise exceptions of any type
-        reason = printable(" ".join(str(error).split()))[:100] or type(error).__name__
-        raise InputError(f"{printable(name)} is corrupt and cannot be decoded ({reason}); remove it") from error
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise InputError(f"{name} is corrupt and cannot be decoded ({reason}); remove it") from error
 
 
 def _check_size(image: Image.Image, name: str) -> None:
@@ -229,16 +227,15 @@ def _check_size(image: Image.Image, name: str) -> None:
         held = 4 + 2 * len(image.getbands())  # all coefficients at once, whatever the scale of decoding
     most = min(MAX_PIXELS, MAX_DECODED // held)
     if min(width, height) < 1:
-        raise InputError(f"{printable(name)} has {width} × {height} pixels, but must have at least one; remove it")
+        raise InputError(f"{name} has {width} × {height} pixels, but must have at least one; remove it")
     if width * height > most:
         raise InputError(
-            f"{printable(name)} has {width} × {height} pixels, but an image of this type may have at most {most:,}; "
+            f"{name} has {width} × {height} pixels, but an image of this type may have at most {most:,}; "
             "make it smaller"
         )
     if max(width, height) > MAX_SIDE:
         raise InputError(
-            f"{printable(name)} has {width} × {height} pixels, but a side may have at most {MAX_SIDE:,}; "
-            "make it smaller"
+            f"{name} has {width} × {height} pixels, but a side may have at most {MAX_SIDE:,}; make it smaller"
         )
 
 
@@ -311,20 +308,19 @@ def from_array(pixels: np.ndarray, size: int, name: str = "the array") -> np.nda
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or 0 in pixels.shape:
         raise InputError(
-            f"{printable(name)}: an image array must be uint8 of shape (H, W), (H, W, 1) or (H, W, 3), "
+            f"{name}: an image array must be uint8 of shape (H, W), (H, W, 1) or (H, W, 3), "
             f"but is {pixels.dtype} of shape {pixels.shape}"
         )
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     if pixels.ndim == 3 and pixels.shape[2] != 3:
-        raise InputError(f"{printable(name)}: an image array must have 1 or 3 channels, but has {pixels.shape[2]}")
+        raise InputError(f"{name}: an image array must have 1 or 3 channels, but has {pixels.shape[2]}")
     if pixels.shape == (size, size, 3):
         return pixels
     height, width = pixels.shape[:2]
     if width * height > MAX_PIXELS:  # before copying it: a broadcast array takes little memory until then
         raise InputError(
-            f"{printable(name)} has {width} × {height} pixels, but an image may have at most {MAX_PIXELS:,}; "
-            "make it smaller"
+            f"{name} has {width} × {height} pixels, but an image may have at most {MAX_PIXELS:,}; make it smaller"
         )
     return to_array(Image.fromarray(pixels), name, size)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -121,6 +123,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
 
     def run(*args: str | Path, code: int) -> str:
         before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(logging, "lastResort", logging.lastResort)  # restored afterwards: `main` replaces both
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
         monkeypatch.setattr(sys, "argv", ["ssd-edge", *map(str, args)])
         monkeypatch.chdir(tmp_path)
         capfd.readouterr()

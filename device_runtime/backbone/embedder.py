@@ -58,7 +58,7 @@ class OnnxRuntimeEmbedder:
     def __init__(self, model: Path | bytes, size: int, dim: int, provider: str = CPU) -> None:
         runtime = ort.load()
         options = runtime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised; its own messages would contain names from the graph
         options.intra_op_num_threads = usable_cores()
         options.add_session_config_entry(*EXACT_INT8)
         available = runtime.get_available_providers()

@@ -23,7 +23,7 @@ from ssd_edge import files
 from ssd_edge.bundle import container, onnx_scan
 from ssd_edge.bundle.container import FORMAT, SIGNATURE, VERSION
 from ssd_edge.classes import ClassRegistry
-from ssd_edge.errors import BundleRefusedError, InputError, printable
+from ssd_edge.errors import BundleRefusedError, InputError
 
 MANIFEST = "manifest.json"
 ROLES = {  # role → name of its entry
@@ -49,6 +49,7 @@ ENGINE_MARKS = (b"ptrt", b"vtrt")
 
 _CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
+_DEVICE_IDS = {"installation": _KEY_ID, "bundle_sha256": re.compile(r"[0-9a-f]{64}")}
 _MAX_REASON = 400  # characters
 
 _SCHEMA = {
@@ -198,9 +199,7 @@ def read(path: str | Path, allow_control_flow: bool = False) -> Bundle:
         reason = error.strerror or error
         raise InputError(f"the bundle {path} cannot be read: {reason}; check the path") from error
     except BundleRefusedError as error:
-        # The message may contain names from an untrusted file: remove control characters and limit its length.
-        reason = printable(str(error))[:_MAX_REASON]
-        raise BundleRefusedError(f"{path} is refused: {reason}") from error
+        raise BundleRefusedError(f"{path} is refused: {str(error)[:_MAX_REASON]}") from error
 
 
 def parse(data: bytes, allow_control_flow: bool = False) -> Bundle:
@@ -308,9 +307,23 @@ def _check_manifest(manifest: Any) -> None:
         raise BundleRefusedError(f"its time {short(manifest['created'])} is not of the form 2026-11-21T04:33:00Z")
     if not 0 <= manifest["release"] < MAX_RELEASE:
         raise BundleRefusedError(f"its release is {short(manifest['release'])}, but must be 0 or more, below 2^63")
+    _check_device(manifest.get("device"))
     size, dim = manifest["backbone"]["size"], manifest["backbone"]["dim"]
     if min(size, dim) < 1:
         raise BundleRefusedError(f"its backbone has size {size} and dim {dim}, but both must be at least 1")
+
+
+def _check_device(device: Any) -> None:
+    """Check the ids in what an exported bundle says about its device; the rest is checked by a merge."""
+    if device is None:
+        return
+    if not isinstance(device, dict) or not isinstance(device.get("merged", []), list):
+        raise BundleRefusedError(f"its {MANIFEST} does not say correctly which device exported it")
+    ids = [(_KEY_ID, value) for value in device.get("merged", [])]
+    ids += [(shape, device[key]) for key, shape in _DEVICE_IDS.items() if key in device]
+    for shape, value in ids:
+        if type(value) is not str or not shape.fullmatch(value):
+            raise BundleRefusedError(f"its device has the id {short(value)}, not one of the form {shape.pattern}")
 
 
 def _check_types(value: Any, schema: Any, where: str) -> None:

@@ -6,10 +6,13 @@ Results go to standard output, everything else to standard error. Exit codes: do
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import os
 import signal
 import sys
 import traceback
+import warnings
 from typing import Any, NoReturn
 
 import click
@@ -29,7 +32,7 @@ from ssd_edge.cli.push import push
 from ssd_edge.cli.reproduce import reproduce
 from ssd_edge.cli.train import train
 from ssd_edge.cli.verify import verify
-from ssd_edge.errors import EnvironmentUnfitError, SSDEdgeError, printable, system_problem
+from ssd_edge.errors import EnvironmentUnfitError, InputError, SSDEdgeError, meaning_of, system_problem
 from ssd_edge.system import VERSION
 
 INTERRUPTED = 130
@@ -76,9 +79,30 @@ def _comes_from_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
+def _missing_package(error: Exception) -> SSDEdgeError | None:
+    if not isinstance(error, ModuleNotFoundError) or error.name not in OPTIONAL:
+        return None
+    return EnvironmentUnfitError(
+        f"the package '{error.name}' is needed and not installed; on a PC: pip install "
+        f"'ssd-edge[{OPTIONAL[error.name]}]', on a Jetson use the one from JetPack"
+    )
+
+
+class _LogLines(logging.Handler):
+    """Handler that prints the messages of log records; they may contain names from a bundle."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log(record.getMessage())
+        if record.exc_info:
+            for line in logging.Formatter().formatException(record.exc_info).splitlines():
+                log(line)
+
+
 def main() -> NoReturn:
     """Run the command line and exit; only a bug ends in a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
+    logging.lastResort = _LogLines(logging.WARNING)
+    warnings.showwarning = lambda message, category, *_: log(f"warning: {message} ({category.__name__})")
     code = _run()
     if (error := _flush()) and code == 0:
         code = _refuse(error)
@@ -95,44 +119,43 @@ def _run() -> int:
                 raise KeyboardInterrupt from None
             raise
     except click.ClickException as error:
-        with contextlib.suppress(OSError):
-            error.show()
-        return 2
-    except SSDEdgeError as error:
-        return _refuse(error)
+        shown = io.StringIO()
+        error.show(shown)
+        for line in shown.getvalue().splitlines():
+            log(line)
+        return InputError.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
         hint = str(error.__cause__ or error)  # click replaces KeyboardInterrupt by Abort without its text
         log(f"interrupted{': ' + hint if hint else ''}")
         return INTERRUPTED
     except BrokenPipeError:  # `ssd-edge … | head`
         return 1
-    except ModuleNotFoundError as error:
-        if error.name not in OPTIONAL:
-            return _report_bug()
-        log(
-            f"error: the package '{error.name}' is needed and not installed; on a PC: pip install "
-            f"'ssd-edge[{OPTIONAL[error.name]}]', on a Jetson use the one from JetPack"
-        )
-        return EnvironmentUnfitError.exit_code
-    except OSError as error:
-        if any(frame.f_globals.get("__name__") in WRITERS for frame, _ in traceback.walk_tb(error.__traceback__)):
-            return _refuse(_cannot_print(error))
-        place = f"{error.filename}: " if error.filename is not None else ""
-        return _refuse(EnvironmentUnfitError(f"{place}{system_problem(error)}"))
-    except Exception:
-        return _report_bug()
+    except Exception as error:
+        meaning = _missing_package(error) or meaning_of(error) or _of_system(error)
+        return _report_bug() if meaning is None else _refuse(meaning)
     return 0
 
 
 def _refuse(error: SSDEdgeError) -> int:
-    # names in it may come from an untrusted file: no escape codes to the terminal
-    log("\n".join(map(printable, f"error: {error}".split("\n"))))
+    log(f"error: {error}")
     return error.exit_code
 
 
 def _report_bug() -> int:
-    log(f"{traceback.format_exc()}internal error: this is a bug in ssd-edge; please report it with the lines above")
-    return 1
+    for line in traceback.format_exc().splitlines():
+        log(line)
+    log("internal error: this is a bug in ssd-edge; please report it with the lines above")
+    return SSDEdgeError.exit_code
+
+
+def _of_system(error: Exception) -> EnvironmentUnfitError | None:
+    """Return the meaning of an error of the operating system, None for any other exception."""
+    if not isinstance(error, OSError):
+        return None
+    if any(frame.f_globals.get("__name__") in WRITERS for frame, _ in traceback.walk_tb(error.__traceback__)):
+        return _cannot_print(error)
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return EnvironmentUnfitError(f"{place}{system_problem(error)}")
 
 
 def _cannot_print(error: OSError) -> EnvironmentUnfitError:

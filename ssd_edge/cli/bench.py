@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ssd_edge.cli.options import JSON, log, print_json
+from ssd_edge.cli.options import JSON, echo, log, print_json
 
 if TYPE_CHECKING:
     from ssd_edge.run.bench import Report, Spread
@@ -28,7 +28,7 @@ def bench(full: bool, as_json: bool) -> None:
         print_json(report.to_dict())
     else:
         for line in lines(report):
-            click.echo(line)
+            echo(line)
 
 
 def lines(report: Report) -> list[str]:

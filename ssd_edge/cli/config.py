@@ -6,6 +6,8 @@ import dataclasses
 
 import click
 
+from ssd_edge.cli.options import echo
+
 
 @click.command()
 @click.option(
@@ -27,22 +29,20 @@ def config(name: str) -> None:
     defaults = TrainConfig()
     sections = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
     for section, values in sections.items():
-        click.echo(f"{section}:")
+        echo(f"{section}:")
         if section == "learner":
-            click.echo(f"  name: {name}".ljust(40) + f"  # one of {', '.join(LEARNERS)}; or {AUTO}")
+            echo(f"  name: {name}".ljust(40) + f"  # one of {', '.join(LEARNERS)}; or {AUTO}")
             values = settings
             if settings is None:
                 from ssd_edge.learners.registry import CANDIDATES
 
-                click.echo(
-                    f"  # train compares {', '.join(CANDIDATES)} with default settings on held-out training images"
-                )
-                click.echo("  # and selects one of them; no other key is allowed in this section")
+                echo(f"  # train compares {', '.join(CANDIDATES)} with default settings on held-out training images")
+                echo("  # and selects one of them; no other key is allowed in this section")
                 continue
         for field in dataclasses.fields(values):
             value = getattr(values, field.name)
             text = f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else _scalar(value)
-            click.echo(f"  {field.name}: {text}".ljust(40) + f"  # {field.metadata['why']}")
+            echo(f"  {field.name}: {text}".ljust(40) + f"  # {field.metadata['why']}")
 
 
 def _scalar(value: object) -> str:

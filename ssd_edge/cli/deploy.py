@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ssd_edge.cli.options import JSON, log, print_json
+from ssd_edge.cli.options import JSON, echo, log, print_json
 from ssd_edge.cli.push import ALLOW_DOWNGRADE, PUSH_COMMAND, print_pushed, send
 
 
@@ -88,7 +88,7 @@ def deploy(
         return
     summary = f"{result.bytes / 1e6:.1f} MB, {len(result.classes)} classes, {result.precision}, {result.target}"
     signed = f"signed by {result.signed_by}" if result.signed_by else "not signed"
-    click.echo(f"{output}: {summary}, release {result.release}, {signed}")
+    echo(f"{output}: {summary}, release {result.release}, {signed}")
     if push is not None and pushed is not None:
         print_pushed(pushed, push)
     else:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, print_json
-from ssd_edge.errors import EnvironmentUnfitError, printable
+from ssd_edge.cli.options import JSON, ROOT, echo, print_json
+from ssd_edge.errors import EnvironmentUnfitError
 
 WIDTH = 100
 COLOURS = {"ok": "green", "note": None, "warning": "yellow", "unfit": "red"}
@@ -44,17 +44,15 @@ def doctor(bundle: Path | None, root: Path | None, as_json: bool) -> None:
     else:
         width = max(len(check.name) for check in checks)
         for check in checks:
-            mark = click.style(f"{check.state:7}", fg=COLOURS[check.state])
-            click.echo(f"{mark}  {check.name:{width}}  {_indented(check.found, width + 11)}")
-            if check.fix:
-                click.echo(f"{'':{width + 11}}{_indented(f'-> {check.fix}', width + 11)}")
-        click.echo(result)
+            first, *rest = _wrapped(check.found, width + 11) or [""]
+            echo(f"  {check.name:{width}}  {first}", mark=f"{check.state:7}", colour=COLOURS[check.state])
+            for line in rest + (_wrapped(f"-> {check.fix}", width + 11) if check.fix else []):
+                echo(f"{'':{width + 11}}{line}")
+        echo(result)
     if result != "fit":
         sys.exit(EnvironmentUnfitError.exit_code)  # without an error message: the table shows the reason
 
 
-def _indented(text: str, margin: int) -> str:
-    """Wrap text with a hanging indent; words, which may be paths, are not broken."""
-    text = printable(" ".join(text.split()))  # may contain text from bundles and drivers
-    lines = textwrap.wrap(text, WIDTH - margin, break_long_words=False, break_on_hyphens=False)
-    return f"\n{'':{margin}}".join(lines)
+def _wrapped(text: str, margin: int) -> list[str]:
+    """Wrap text beside a margin; words, which may be paths, are not broken."""
+    return textwrap.wrap(" ".join(text.split()), WIDTH - margin, break_long_words=False, break_on_hyphens=False)

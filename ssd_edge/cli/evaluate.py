@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, OVERRIDES, print_json
+from ssd_edge.cli.options import JSON, OVERRIDES, echo, print_json
 
 
 @click.command()
@@ -38,5 +38,5 @@ def evaluate(run: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
         print_json(result.to_dict())
         return
     for name, accuracy in sorted(result.class_accuracy.items(), key=lambda item: item[1]):
-        click.echo(f"{accuracy:7.3f}  {name}")
-    click.echo(f"{result.accuracy:7.3f}  all {result.images:,} images of {result.data} ({result.which})")
+        echo(f"{accuracy:7.3f}  {name}")
+    echo(f"{result.accuracy:7.3f}  all {result.images:,} images of {result.data} ({result.which})")

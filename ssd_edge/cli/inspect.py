@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssd_edge.cli.options import JSON
-from ssd_edge.errors import printable
+from ssd_edge.cli.options import JSON, echo, print_json
 
 if TYPE_CHECKING:
     from ssd_edge.bundle.format import Bundle
@@ -41,25 +40,21 @@ def inspect(bundle: Path, as_json: bool) -> None:
         if role in opened.roles
     }
     if as_json:
-        print_untrusted_json(_facts(bundle, opened, graphs))
+        print_json(_facts(bundle, opened, graphs))
         return
     for label, text in _lines(bundle, opened, graphs):
-        click.echo(_line(label, text))
-    click.echo("entries")
+        for line in _wrapped(label, text):
+            echo(line)
+    echo("entries")
     roles = {path: role for role, path in opened.roles.items()}
     for path in sorted(opened.entries):
-        click.echo(f"{len(opened.entries[path]):>14,}  {path}  {shown(roles.get(path, ''))}".rstrip())
-
-
-def print_untrusted_json(value: Any) -> None:
-    """Print one JSON object in ASCII, so that text from an untrusted bundle cannot send control codes to a terminal."""
-    click.echo(json.dumps(value, allow_nan=False))
+        echo(f"{len(opened.entries[path]):>14,}  {path}  {shown(roles.get(path, ''))}".rstrip())
 
 
 def shown(value: Any) -> str:
-    """Format a value from an untrusted bundle as one line of limited length without control codes."""
+    """Format a value from an untrusted bundle as one line of limited length."""
     text = value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
-    line = printable(" ".join(text.split()))
+    line = " ".join(text.split())
     return line if len(line) <= MAX_TEXT else line[:MAX_TEXT] + "…"
 
 
@@ -79,9 +74,9 @@ def _facts(path: Path, opened: Bundle, graphs: Mapping[str, Facts]) -> dict[str,
     }
 
 
-def _line(label: str, text: str) -> str:
+def _wrapped(label: str, text: str) -> list[str]:
     indent = " " * MARGIN
-    return textwrap.fill(text, WIDTH, initial_indent=f"{label:{MARGIN}}", subsequent_indent=indent) or label
+    return textwrap.wrap(text, WIDTH, initial_indent=f"{label:{MARGIN}}", subsequent_indent=indent) or [label]
 
 
 def _lines(path: Path, opened: Bundle, graphs: Mapping[str, Facts]) -> Iterator[tuple[str, str]]:
@@ -97,7 +92,7 @@ def _lines(path: Path, opened: Bundle, graphs: Mapping[str, Facts]) -> Iterator[
     yield "signature", f"names the key {key}; not checked here, see ssd-edge verify" if key else "unsigned"
     yield "learner", f"{shown(learner['name'])}: {_pairs(learner['settings'])}"
     more = f" … and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
-    yield "classes", f"{len(names)}: {', '.join(map(printable, names[:MAX_CLASSES]))}{more}"
+    yield "classes", f"{len(names)}: {', '.join(names[:MAX_CLASSES])}{more}"
     size = backbone["size"]
     yield (
         "backbone",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, print_json
+from ssd_edge.cli.options import JSON, echo, print_json
 
 
 @click.group()
@@ -33,11 +33,11 @@ def new(name: str, folder: Path, as_json: bool) -> None:
     if as_json:
         print_json({"id": identity, "private": str(private), "public": str(public)})
         return
-    click.echo(f"key {identity}")
-    click.echo(f"  private  {private} (not encrypted: anyone who has it can sign; keep a backup in a safe place)")
-    click.echo(f"  public   {public}")
-    click.echo(f"next, here:          ssd-edge deploy … --sign {shlex.quote(str(private))}")
-    click.echo(f"next, on the device: ssd-edge device trust {shlex.quote(public.name)}")
+    echo(f"key {identity}")
+    echo(f"  private  {private} (not encrypted: anyone who has it can sign; keep a backup in a safe place)")
+    echo(f"  public   {public}")
+    echo(f"next, here:          ssd-edge deploy … --sign {shlex.quote(str(private))}")
+    echo(f"next, on the device: ssd-edge device trust {shlex.quote(public.name)}")
 
 
 @keys.command()
@@ -54,4 +54,4 @@ def show(file: Path, as_json: bool) -> None:
     if as_json:
         print_json({"id": identity, "kind": "private" if private else "public"})
     else:
-        click.echo(identity)
+        echo(identity)

@@ -57,16 +57,26 @@ def read_tree(config_file: Path | None, overrides: tuple[str, ...]) -> dict[str,
     return merge(read_yaml(config_file) if config_file else {}, overrides)
 
 
-def log(text: str, end: bool = True) -> None:
+def echo(text: str = "", mark: str = "", colour: str | None = None) -> None:
+    """Print one line of a result. Whatever a terminal shows goes through here or `log`: names may come from anywhere.
+
+    Args:
+        text: The line; see `printable` for what is replaced.
+        mark: Start of the line, in colour on a terminal.
+        colour: Colour of `mark`.
+    """
+    click.echo(click.style(printable(mark), fg=colour) + printable(text) if mark else printable(text))
+
+
+def log(text: str) -> None:
     """Print a message for people on standard error; if that cannot be written, the work goes on."""
     with contextlib.suppress(OSError):
-        click.echo(text, nl=end, err=True)
+        click.echo(printable(text), err=True)
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on standard output; what is not valid UTF-8 (in file names) becomes JSON escapes."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    click.echo(text.encode("utf-8", "backslashreplace").decode())
+    """Print one JSON object on standard output, in ASCII: control codes and names that are not UTF-8 are escaped."""
+    echo(json.dumps(value, allow_nan=False))
 
 
 def root_or_default(root: Path | None) -> Path:
@@ -101,15 +111,15 @@ def raw_stdin() -> io.FileIO:
 def print_warnings(warnings: Iterable[str]) -> None:
     """Print the warnings of a learn or an edit on standard error."""
     for warning in warnings:
-        log(f"warning: {printable(warning)}")
+        log(f"warning: {warning}")
 
 
 def print_cost(retention: Retention, others: str) -> None:
     """Print the estimated accuracy on the other classes before and after a change, and how to undo it."""
     if retention.accuracy_before is not None:
         estimate = f"{retention.accuracy_before:.3f} -> {retention.accuracy_after:.3f}"
-        click.echo(f"  {others}: {estimate} (estimated from class statistics)")
-    click.echo("  undo with: ssd-edge device rollback")
+        echo(f"  {others}: {estimate} (estimated from class statistics)")
+    echo("  undo with: ssd-edge device rollback")
 
 
 @contextlib.contextmanager
@@ -119,11 +129,15 @@ def progress_line() -> Iterator[Callable[[str, float, float | None], None] | Non
         yield None
         return
 
+    def show(text: str) -> None:
+        with contextlib.suppress(OSError):
+            click.echo(f"\r\033[K{printable(text)}", nl=False, err=True)
+
     def update(stage: str, share: float, left: float | None) -> None:
         remaining = "" if left is None or left < 1 else f", about {left:.0f} s left"
-        log(f"\r\033[K{stage} {share:.0%}{remaining}", end=False)
+        show(f"{stage} {share:.0%}{remaining}")
 
     try:
         yield update
     finally:
-        log("\r\033[K", end=False)
+        show("")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import CONFIG, OVERRIDES, log, read_tree
+from ssd_edge.cli.options import CONFIG, OVERRIDES, echo, log, read_tree
 
 
 @click.command()
@@ -70,5 +70,5 @@ def pretrain(
         make_directory(package)  # before the training, so that an unusable folder is reported at once
         trained = pretrain_backbone(config, dataset, device, command, log)
     size = packages.save(trained, package)
-    click.echo(f"{package}: {size / 1e6:.1f} MB, identity {trained.identity}")
-    click.echo(f"next: ssd-edge train backbone.path={package} data.path=…")
+    echo(f"{package}: {size / 1e6:.1f} MB, identity {trained.identity}")
+    echo(f"next: ssd-edge train backbone.path={package} data.path=…")

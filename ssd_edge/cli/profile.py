@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from ssd_edge.cli.options import ALLOW_CONTROL_FLOW, JSON, ROOT, log, print_json
-from ssd_edge.errors import printable
+from ssd_edge.cli.options import ALLOW_CONTROL_FLOW, JSON, ROOT, echo, log, print_json
 from ssd_edge.system import MIB
 
 
@@ -48,7 +47,7 @@ def profile(
         print_json(result)
     else:
         for line in lines(result):
-            click.echo(line)
+            echo(line)
 
 
 def lines(result: dict[str, Any]) -> list[str]:
@@ -58,9 +57,9 @@ def lines(result: dict[str, Any]) -> list[str]:
     threads = result["threads"]
     plural = "s" if result["batch"] > 1 else ""
     told = [
-        f"{printable(about['name'])}: {about['learner']}, {about['classes']} classes, {about['precision']} for "
-        f"{printable(about['target'])}; {about['size']} × {about['size']} pixels to {about['dim']} features",
-        f"measured on {printable(machine['title'])}, with {result['provider']}",
+        f"{about['name']}: {about['learner']}, {about['classes']} classes, {about['precision']} for "
+        f"{about['target']}; {about['size']} × {about['size']} pixels to {about['dim']} features",
+        f"measured on {machine['title']}, with {result['provider']}",
         f"  {versions}; threads: backbone {threads['backbone']}, learner {threads['learner']}",
         *([_engine(result["engine"])] if result["engine"] else []),
         "",

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ssd_edge.cli.options import ALLOW_CONTROL_FLOW, JSON, log, print_json
+from ssd_edge.cli.options import ALLOW_CONTROL_FLOW, JSON, echo, log, print_json
 
 PUSH_COMMAND = click.option(
     "--push-command",
@@ -61,4 +61,4 @@ def send(
 
 def print_pushed(result: dict[str, Any], destination: str) -> None:
     """Print the result of a push for people."""
-    click.echo(f"{destination}: generation {result['generation']}, {result['sent_bytes'] / 1e6:.1f} MB sent")
+    echo(f"{destination}: generation {result['generation']}, {result['sent_bytes'] / 1e6:.1f} MB sent")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from ssd_edge.cli.options import echo
+
 
 @click.command()
 @click.argument("what", nargs=-1, required=True, metavar="WHAT...")
@@ -63,7 +65,7 @@ def reproduce(
             stored = [(name, *cells.counts(experiment, name, store)) for name in BUDGETS]
             told = ", ".join(f"{name} {some}/{every}" for name, some, every in stored)
             size = f"{len(experiment.systems)} systems × {len(experiment.streams)} streams"
-            click.echo(f"{experiment.id:12} {experiment.title}: {size}; stored: {told}")
+            echo(f"{experiment.id:12} {experiment.title}: {size}; stored: {told}")
         return
     if "list" in what:
         raise InputError("list cannot be combined with other arguments: ssd-edge reproduce list")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ssd_edge import ort
-from ssd_edge.cli.inspect import print_untrusted_json, shown, signed_with
-from ssd_edge.cli.options import ALLOW_CONTROL_FLOW, JSON
+from ssd_edge.cli.inspect import shown, signed_with
+from ssd_edge.cli.options import ALLOW_CONTROL_FLOW, JSON, echo, print_json
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, require
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def verify(bundle: Path, keys: tuple[Path, ...], allow_control_flow: bool, as_js
     learner, not_loaded = _learner(opened)
     manifest, named_key = opened.manifest, signed_with(opened)
     if as_json:
-        print_untrusted_json(
+        print_json(
             {
                 "bundle": str(bundle),
                 "sha256": opened.sha256,
@@ -56,25 +56,25 @@ def verify(bundle: Path, keys: tuple[Path, ...], allow_control_flow: bool, as_js
             }
         )
         return
-    click.echo(f"intact     {shown(manifest['name'])}, release {manifest['release']}, sha256 {opened.sha256}")
+    echo(f"intact     {shown(manifest['name'])}, release {manifest['release']}, sha256 {opened.sha256}")
     if signer:
-        click.echo(f"signature  signed by {signer}")
+        echo(f"signature  signed by {signer}")
     elif named_key:
-        click.echo(f"signature  names the key {named_key}, not checked; pass that key with --key FILE.pub")
+        echo(f"signature  names the key {named_key}, not checked; pass that key with --key FILE.pub")
     else:
-        click.echo("signature  unsigned")
+        echo("signature  unsigned")
     if probe:
-        click.echo(
+        echo(
             f"probe      {probe['images']} images with {probe['provider']}: cosine {probe['min_cosine']:.6f}, largest "
             f"difference {probe['max_difference']:.1e} standard deviations"
         )
     else:
-        click.echo(f"probe      not run: {reason}")
+        echo(f"probe      not run: {reason}")
     if learner:
         answers = f", {learner['agreement']:.0%} of the probe answered as stated" if learner["classes"] else ""
-        click.echo(f"learner    {learner['name']} with {learner['classes']} classes{answers}")
+        echo(f"learner    {learner['name']} with {learner['classes']} classes{answers}")
     else:
-        click.echo(f"learner    not loaded: {not_loaded}")
+        echo(f"learner    not loaded: {not_loaded}")
 
 
 def _signed_by(opened: Bundle, paths: tuple[Path, ...]) -> str | None:

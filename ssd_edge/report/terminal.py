@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ssd_edge.errors import require
+from ssd_edge.errors import printable, require
 from ssd_edge.files import write_text
 from ssd_edge.report.compare import ROLES, compared, lead_note, ranked
 from ssd_edge.report.events import Event, Message, Progress, TaskLearned
@@ -49,6 +49,7 @@ class Console:
 
     def __call__(self, event: Event) -> None:
         """Print one event."""
+        event = type(event)(**_clean(vars(event)))
         if isinstance(event, Message):
             self.print(event.text)
         elif isinstance(event, TaskLearned):
@@ -60,7 +61,7 @@ class Console:
 
     def print(self, text: str) -> None:
         """Print one line without wrapping it, so that a path in it can be copied."""
-        self._rich.print(text, soft_wrap=True)
+        self._rich.print(printable(text), soft_wrap=True)
 
     def _progress(self, event: Progress) -> None:
         """Update the live bar; without a terminal, print a line at most every `SPARSE_SECONDS`."""
@@ -126,7 +127,7 @@ def export_svg(metrics: Mapping[str, Any], path: Path) -> None:
     recorder = _rich(io.StringIO(), True, record=True)
     for part in _summary(metrics, recorder.width):
         recorder.print(part)
-    title = f"{compared(metrics)[0].display} on {metrics['data']}"
+    title = printable(f"{compared(metrics)[0].display} on {metrics['data']}")
     svg = recorder.export_svg(title=title, unique_id="ssd-edge")
     # Remove the font that rich's style sheet would fetch from the network; the fallback is monospace.
     write_text(path, re.sub(r"@font-face\s*\{.*?\}", "", svg, flags=re.DOTALL))
@@ -152,10 +153,20 @@ def _rich(stream: TextIO, terminal: bool, record: bool = False) -> RichConsole:
     )
 
 
+def _clean(value: Any) -> Any:
+    """Return a value with `printable` texts: rich passes control codes on, and names may come from anywhere."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    return type(value)(map(_clean, value)) if isinstance(value, list | tuple) else value
+
+
 def _summary(metrics: Mapping[str, Any], width: int) -> list[RenderableType]:
     """Return heading, accuracy matrix, comparison and note."""
     from rich.text import Text
 
+    metrics = _clean(metrics)
     heading = f"{compared(metrics)[0].display} on {metrics['data']}: {describe_stream(metrics)}"
     parts: list[RenderableType] = [
         Text(heading, style="bold"),

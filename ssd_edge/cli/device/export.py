@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, describe_classes, open_device, print_json
+from ssd_edge.cli.options import JSON, ROOT, describe_classes, echo, open_device, print_json
 
 
 @click.command()
@@ -26,4 +26,4 @@ def export(output: Path, key: Path | None, root: Path | None, as_json: bool) -> 
         print_json(result.to_dict())
         return
     signed = f"signed by {result.signed_by}" if result.signed_by else "not signed"
-    click.echo(f"{output}: {result.bytes / 1e6:.1f} MB, {describe_classes(result.classes)}; {signed}")
+    echo(f"{output}: {result.bytes / 1e6:.1f} MB, {describe_classes(result.classes)}; {signed}")

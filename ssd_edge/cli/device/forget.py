@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, open_device, print_cost, print_json, print_warnings
+from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, echo, open_device, print_cost, print_json, print_warnings
 
 
 @click.command()
@@ -31,6 +31,6 @@ def forget(label: str, exactly: bool, max_forgetting: float, root: Path | None, 
         print_json(result.to_dict())
         return
     how = "exactly, as if it had never been learned" if result.exact else f"not exactly: {result.left}"
-    click.echo(f"generation {result.generation}: forgot '{result.forgot}', {how}")
+    echo(f"generation {result.generation}: forgot '{result.forgot}', {how}")
     print_warnings(result.warnings)
     print_cost(result.old_classes, "remaining classes")

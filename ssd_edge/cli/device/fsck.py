@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, print_json, root_or_default
+from ssd_edge.cli.options import JSON, ROOT, echo, print_json, root_or_default
 from ssd_edge.errors import BundleRefusedError
 
 
@@ -30,8 +30,8 @@ def fsck(repair: bool, root: Path | None, as_json: bool) -> None:
         print_json({"root": str(root), "findings": [{**dataclasses.asdict(f), "path": str(f.path)} for f in found]})
     for finding in [] if as_json else found:
         mark = "repaired" if finding.repaired else finding.severity
-        click.echo(f"{mark:9} {finding.path}: {finding.problem}")
+        echo(f"{mark:9} {finding.path}: {finding.problem}")
     if left:
         raise BundleRefusedError(f"{len(left)} damaged parts in {root}; the device uses the newest intact generation")
     if not as_json:
-        click.echo(f"{root} is sound")
+        echo(f"{root} is sound")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, open_device, print_json
+from ssd_edge.cli.options import JSON, ROOT, echo, open_device, print_json
 
 
 @click.command()
@@ -21,4 +21,4 @@ def history(root: Path | None, as_json: bool) -> None:
     for entry in result.generations:
         mark = "*" if entry.current else " "
         note = "" if entry.intact else f"  DAMAGED: {entry.problem}"
-        click.echo(f"{mark} {entry.number:3}  {entry.created_utc}  {entry.what}{note}")
+        echo(f"{mark} {entry.number:3}  {entry.created_utc}  {entry.what}{note}")

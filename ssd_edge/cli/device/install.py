@@ -12,6 +12,7 @@ from ssd_edge.cli.options import (
     ROOT,
     STRICT,
     describe_classes,
+    echo,
     log,
     print_json,
     root_or_default,
@@ -39,4 +40,4 @@ def install(
     if as_json:
         print_json({"generation": generation.number, "classes": names, "root": str(root), **generation.info})
     else:
-        click.echo(f"generation {generation.number} in {root}: {describe_classes(names)}")
+        echo(f"generation {generation.number} in {root}: {describe_classes(names)}")

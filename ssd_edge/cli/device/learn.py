@@ -12,6 +12,7 @@ from ssd_edge.cli.options import (
     MAX_FORGETTING,
     ROOT,
     STRICT,
+    echo,
     open_device,
     print_cost,
     print_json,
@@ -95,14 +96,14 @@ def learn(
         return
     memory = "" if result.peak_mb is None else f", {result.peak_mb} MiB of memory at most"
     took = f"{result.seconds:.1f} s{memory}"
-    click.echo(f"generation {result.generation}: learned {result.images} images in {took}")
+    echo(f"generation {result.generation}: learned {result.images} images in {took}")
     for taught in result.taught:
         held = taught.held_out
         accuracy = ""
         if held is not None and held.accuracy is not None:
             accuracy = f"; {held.accuracy:.3f} of {held.images} held out recognised"
         kind = "new" if taught.new else "known before"
-        click.echo(f"  {taught.label}: {taught.images} images, {kind}{accuracy}")
+        echo(f"  {taught.label}: {taught.images} images, {kind}{accuracy}")
     print_cost(result.old_classes, "old classes")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, open_device, print_cost, print_json, print_warnings
+from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, echo, open_device, print_cost, print_json, print_warnings
 
 
 @click.command()
@@ -28,8 +28,8 @@ def merge(bundle: Path, max_forgetting: float, root: Path | None, as_json: bool)
         print_warnings(result.warnings)
         print_json(result.to_dict())
         return
-    click.echo(f"generation {result.generation}: merged with installation {result.merged}")
+    echo(f"generation {result.generation}: merged with installation {result.merged}")
     for taught in result.taught:
-        click.echo(f"  {taught.label}: {taught.images} images, {'new' if taught.new else 'known before'}")
+        echo(f"  {taught.label}: {taught.images} images, {'new' if taught.new else 'known before'}")
     print_warnings(result.warnings)
     print_cost(result.old_classes, "remaining classes")

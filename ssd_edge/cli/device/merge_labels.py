@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, open_device, print_cost, print_json, print_warnings
+from ssd_edge.cli.options import JSON, MAX_FORGETTING, ROOT, echo, open_device, print_cost, print_json, print_warnings
 
 
 @click.command("merge-labels")
@@ -29,6 +29,6 @@ def merge_labels(labels: tuple[str, ...], into: str, max_forgetting: float, root
         print_warnings(result.warnings)
         print_json(result.to_dict())
         return
-    click.echo(f"generation {result.generation}: {', '.join(result.merged_labels)} are now '{result.into}'")
+    echo(f"generation {result.generation}: {', '.join(result.merged_labels)} are now '{result.into}'")
     print_warnings(result.warnings)
     print_cost(result.old_classes, "remaining classes")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, STRICT, open_device, print_json
-from ssd_edge.errors import printable
+from ssd_edge.cli.options import JSON, ROOT, STRICT, echo, open_device, print_json
 
 
 @click.command()
@@ -36,4 +35,4 @@ def predict(sources: tuple[Path, ...], always_answer: bool, strict: bool, root: 
         return
     for p in predictions:
         nearest = "" if p.label == p.nearest else f" (nearest: {p.nearest})"
-        click.echo(f"{p.score:6.3f}  {p.label}{nearest}  {printable(p.image)}")
+        echo(f"{p.score:6.3f}  {p.label}{nearest}  {p.image}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, open_device, print_json
+from ssd_edge.cli.options import JSON, ROOT, echo, open_device, print_json
 
 
 @click.command()
@@ -21,4 +21,4 @@ def rename(label: str, new: str, root: Path | None, as_json: bool) -> None:
         print_json(result.to_dict())
     else:
         was, now = result.renamed
-        click.echo(f"generation {result.generation}: '{was}' is now called '{now}'")
+        echo(f"generation {result.generation}: '{was}' is now called '{now}'")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, describe_classes, open_device, print_json
+from ssd_edge.cli.options import JSON, ROOT, describe_classes, echo, open_device, print_json
 
 
 @click.command()
@@ -21,4 +21,4 @@ def rollback(generation: int | None, root: Path | None, as_json: bool) -> None:
     else:
         names = result.classes
         was = f"generation {result.generation} (was {result.previous})"
-        click.echo(f"{was}: {describe_classes(names)}")
+        echo(f"{was}: {describe_classes(names)}")

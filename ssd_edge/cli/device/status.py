@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, open_device, print_json
+from ssd_edge.cli.options import JSON, ROOT, echo, open_device, print_json
 
 
 @click.command()
@@ -23,7 +23,7 @@ def status(root: Path | None, as_json: bool) -> None:
     result |= {"machine": _machine(result["machine"]), "watched": _watched(result["watched"])}
     for key, value in result.items():
         if value not in ("", None, []):
-            click.echo(f"{key:13} {', '.join(value) if isinstance(value, list) else value}")
+            echo(f"{key:13} {', '.join(value) if isinstance(value, list) else value}")
 
 
 def _machine(vitals: dict[str, Any]) -> list[str]:

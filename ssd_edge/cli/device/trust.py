@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, print_json, root_or_default
+from ssd_edge.cli.options import JSON, ROOT, echo, print_json, root_or_default
 
 
 @click.command()
@@ -38,8 +38,8 @@ def trust(key: Path | None, remove: str | None, accept_unsigned: bool, root: Pat
     if as_json:
         print_json({"trusted": list(known or ()), "required": known is not None, "root": str(root)})
     elif known:
-        click.echo(f"{root} accepts only bundles signed by: {', '.join(known)}")
+        echo(f"{root} accepts only bundles signed by: {', '.join(known)}")
     elif known is not None:
-        click.echo(f"{root} accepts only signed bundles, but no key is trusted, so none at all; {keyring.BACK}")
+        echo(f"{root} accepts only signed bundles, but no key is trusted, so none at all; {keyring.BACK}")
     else:
-        click.echo(f"no key is trusted in {root}: every valid bundle is accepted, signed or not")
+        echo(f"no key is trusted in {root}: every valid bundle is accepted, signed or not")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ssd_edge.cli.options import ROOT, STRICT, raw_stdin
+from ssd_edge.cli.options import ROOT, STRICT, print_json, raw_stdin
 
 
 class _Stop:
@@ -50,8 +50,6 @@ def watch(source: Path, existing: bool, every: float | None, strict: bool, root:
     Classes that `ssd-edge device learn` commits in the meantime are used within a second. Messages go to standard
     error, one JSON object per line. Ends with exit code 0 at the end of the stream, on SIGTERM and on Ctrl-C.
     """
-    import json
-
     from device_runtime.device import Device
     from device_runtime.service import logs
     from device_runtime.service.watch import watch as run
@@ -65,7 +63,7 @@ def watch(source: Path, existing: bool, every: float | None, strict: bool, root:
         run(
             device,
             feed,
-            lambda answer: click.echo(json.dumps(answer.to_dict(), allow_nan=False)),
+            lambda answer: print_json(answer.to_dict()),
             existing=existing,
             every=every,
             ready=stop.listen,

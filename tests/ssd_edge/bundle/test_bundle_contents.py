@@ -45,6 +45,11 @@ BACKBONE = parts()[0]["backbone"]
         ({"backbone": {**BACKBONE, "dim": 0}}, "its backbone has size 8 and dim 0, but both must be"),
         ({"backbone": {**BACKBONE, "dim": 2.0}}, "its manifest.json: backbone: dim has type float, not int"),
         ({"backbone": {**BACKBONE, "sha256": "0"}}, "its backbone.onnx is not the backbone that manifest"),
+        ({"device": []}, "does not say correctly which device exported it"),
+        ({"device": {"merged": "abc"}}, "does not say correctly which device exported it"),
+        ({"device": {"installation": "\x1b[2J"}}, r"its device has the id '\x1b[2J', not one of the form [0-9a-f]{16}"),
+        ({"device": {"merged": ["0" * 16, 7]}}, "its device has the id 7, not one of the form"),
+        ({"device": {"bundle_sha256": "A" * 64}}, "not one of the form [0-9a-f]{64}"),
         ({"backbone": {**BACKBONE, "file": "x"}}, "its backbone.onnx is not the backbone that manifest"),
     ],
 )

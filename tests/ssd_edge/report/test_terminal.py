@@ -187,6 +187,24 @@ def test_svg_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert path.read_bytes() == first  # does not depend on the environment
 
 
+def test_names_with_control_codes(tmp_path: Path) -> None:
+    """rich passes them on."""
+    hostile = "a\x1b[2J\x9b1m\u202e\nb"
+    stream = io.StringIO()
+    console = Console(stream)
+    console.print(hostile)
+    console(Message(hostile))
+    console(TaskLearned(0, 1, (hostile,), 1.0, (1.0,), 1.0))
+    with events.progress(console, hostile) as update:
+        update(0, 0.5, hostile)
+    metrics = sample_metrics(2, hostile) | {"data": hostile}
+    console.table(metrics)
+    assert all(letter.isprintable() or letter == "\n" for letter in stream.getvalue())
+    assert stream.getvalue().startswith("a?[2J?1m? b\na?[2J?1m? b\n")
+    export_svg(metrics, tmp_path / "a.svg")
+    ElementTree.parse(tmp_path / "a.svg")
+
+
 def test_a_notebook_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = type("ZMQInteractiveShell", (), {})()
     monkeypatch.setitem(__import__("builtins").__dict__, "get_ipython", lambda: kernel)
