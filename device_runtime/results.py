@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,7 +133,10 @@ class Change(Record):
 
     def info(self) -> dict[str, Any]:
         """Return what the generation and the journal record about the change: every field but those above."""
-        return {key: value for key, value in self.to_dict().items() if key not in ("generation", "classes")}
+        fields = {key: value for key, value in self.to_dict().items() if key not in ("generation", "classes")}
+        # the names of image files may be any bytes, but the record is UTF-8
+        recorded: dict[str, Any] = json.loads(json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace"))
+        return recorded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
-from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
+from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError, printable
 
 # The probe images belong to no class, so near-ties may be decided differently. A wrong learner disagrees on most of
 # them.
@@ -78,7 +78,7 @@ def install(
             f"largest difference {tested.max_difference:.1e} σ, {agreement:.0%} of the decisions agree"
         )
         info = {
-            "bundle": Path(bundle).name,
+            "bundle": printable(Path(bundle).name),  # a file name may be any bytes, but the record is UTF-8
             "bundle_sha256": opened.sha256,
             "classes": opened.registry.names,
             "release": installed.release,

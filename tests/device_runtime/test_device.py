@@ -14,6 +14,7 @@ from PIL import Image
 from device_runtime import Device
 from device_runtime.install.bundle import install
 from device_runtime.learning.retention import SAMPLES, estimate, pseudo_embeddings
+from device_runtime.results import NO_OLD_CLASSES, ForgetResult
 from ssd_edge import files, learners
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.closed_form.sums import ClassStatistics
@@ -243,3 +244,10 @@ def test_an_image_without_an_embedding_is_named(tiny_bundle, tmp_path: Path) -> 
         device.predict([np.full((8, 8, 3), 9, np.uint8), np.zeros((8, 8, 3), np.uint8)])
     with pytest.raises(InputError, match="for all 2 images; check its weights"):
         device.predict([np.zeros((8, 8, 3), np.uint8)] * 2)
+
+
+def test_a_record_is_utf_8_whatever_files_are_called() -> None:
+    """Warnings name images, and a file name may be any bytes."""
+    warnings = ["b\udce9.png"]
+    result = ForgetResult(forgot="a", images=3, exact=True, left="", old_classes=NO_OLD_CLASSES, warnings=warnings)
+    assert json.loads(files.json_bytes(result.info()))["warnings"] == ["b?.png"]

@@ -210,7 +210,7 @@ def test_file_names_that_are_not_utf_8(
     assert done.stdout.isascii()
     named = [Path(one["image"]).name for one in json.loads(done.stdout)["predictions"]]
     assert named == sorted(path.name for path in photos.iterdir())
-    cli("device", "learn", "--label", "new", photos, "--max-forgetting", "1", "--root", root)
+    assert is_clean(cli("device", "learn", "--label", "new", photos, "--max-forgetting", "1", "--root", root).stderr)
     odd = tmp_path / "r\udcff\x1b[2J\u202e.ssdedge"
     shutil.copy(bundle, odd)
     cli("device", "install", odd, "--root", root)
