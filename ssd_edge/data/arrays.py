@@ -224,5 +224,5 @@ def read_npz(path: Path) -> Source:
     except InputError:
         raise
     except Exception as error:  # damaged data can raise anything; MemoryError if a header claims more than the memory
-        raise InputError(f"{path} cannot be read as an .npz file ({error}); is it one?") from error
+        raise InputError(f"{path} cannot be read as an .npz file ({str(error)[:200]}); is it one?") from error
     return numbered(train, test)

@@ -88,7 +88,7 @@ def read_archive(path: Path) -> Source:
         raise
     except Exception as error:  # a damaged archive can raise anything; gzip and bz2 an OSError without a number
         advice = "" if getattr(error, "errno", None) else "; it is damaged or cut short: copy it again"
-        raise InputError(f"{path} cannot be read ({error}){advice}") from error
+        raise InputError(f"{path} cannot be read ({str(error)[:200]}){advice}") from error
     tree: Tree = {
         parts: (data, f"{path.name}: {'/'.join(parts)}") for parts, data in files.items() if is_image_name(parts[-1])
     }

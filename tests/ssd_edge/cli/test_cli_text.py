@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from ssd_edge import cli as commands
@@ -199,25 +200,28 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_file_names_that_are_not_utf_8(
-    installed: Path, bundle: Path, photos: Path, cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_file_names_that_are_not_utf_8(installed: Path, bundle: Path, photos: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(installed, tmp_path / "root"))
-    done = cli("device", "predict", photos, "--root", root)
-    assert len(done.stdout.splitlines()) == 3
-    assert is_clean(done.stdout)
-    done = cli("device", "predict", photos, "--root", root, "--json")
-    assert done.stdout.isascii()
-    named = [Path(one["image"]).name for one in json.loads(done.stdout)["predictions"]]
+
+    def run(*args: str | Path, code: int = 0) -> str:
+        done = CliRunner().invoke(commands.device, [*map(str, args), "--root", str(root)])
+        assert done.exit_code == code, done.exception
+        assert is_clean(done.output)
+        return done.stdout
+
+    assert len(run("predict", photos).splitlines()) == 3
+    shown = run("predict", photos, "--json")
+    assert shown.isascii()
+    named = [Path(one["image"]).name for one in json.loads(shown)["predictions"]]
     assert named == sorted(path.name for path in photos.iterdir())
-    assert is_clean(cli("device", "learn", "--label", "new", photos, "--max-forgetting", "1", "--root", root).stderr)
+    run("learn", "--label", "new", photos, "--max-forgetting", "1")
     odd = tmp_path / "r\udcff\x1b[2J\u202e.ssdedge"
     shutil.copy(bundle, odd)
-    cli("device", "install", odd, "--root", root)
-    for verb in ("history", "status"):
-        assert is_clean(cli("device", verb, "--root", root).stdout)
-        assert cli("device", verb, "--root", root, "--json").stdout.isascii()
-    assert is_clean(cli("device", "export", tmp_path / "x\udcff.ssdedge", "--root", root, code=2).stderr)
+    run("install", odd)
+    assert "install r??[2J?.ssdedge" in run("history")
+    assert run("history", "--json").isascii()
+    run("status")
+    run("export", tmp_path / "x\udcff.ssdedge", code=1)  # an exception, of which `main` makes exit code 5
 
 
 def test_class_folders_that_are_not_utf_8(refused: Callable[..., str], photos: Path, tmp_path: Path) -> None:
