@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ssd_edge import cli as commands
-from ssd_edge.cli.options import echo, print_json
+from ssd_edge.cli.options import echo, log, print_json
 from ssd_edge.errors import (
     BundleRefusedError,
     EnvironmentUnfitError,
@@ -54,17 +54,18 @@ def test_one_function_writes_to_the_terminal() -> None:
                     ):
                         found.append((path.relative_to(ROOT / package).as_posix(), called))
     assert {call for call in found if call[0] not in protocol} == {("cli/options.py", "click.echo")}
-    assert sum(call[0] == "cli/options.py" for call in found) == 3
+    assert sum(call[0] == "cli/options.py" for call in found) == 3  # in `echo`, `log` and the line of progress
     assert {call[1] for call in found if call[0] in protocol} == {"print"}
 
 
 def test_a_line_has_no_control_codes(capsys: pytest.CaptureFixture[str]) -> None:
     echo(HOSTILE)
-    echo(HOSTILE, err=True, mark=HOSTILE)
+    log(HOSTILE)
+    echo(HOSTILE, mark=HOSTILE, colour="red")
     print_json({HOSTILE: HOSTILE})
     out, err = capsys.readouterr()
-    line, data = out.splitlines()
-    assert (line, err) == (SHOWN, SHOWN * 2 + "\n")
+    line, marked, data = out.splitlines()
+    assert (line, marked, err) == (SHOWN, SHOWN * 2, SHOWN + "\n")
     assert data.isascii()
     assert data.isprintable()
     assert json.loads(data) == {HOSTILE: HOSTILE}
