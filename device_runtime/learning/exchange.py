@@ -181,11 +181,12 @@ def merge(
     to_here = torch.tensor(rows, dtype=torch.int64)
     base_to_here = torch.tensor([here[entry.id] for entry in base_registry.entries], dtype=torch.int64)
     learner = copy_learner(state.learner)
-    learner.merge(there.learner, to_here)
-    learner.subtract(base.learner, base_to_here)
+    learner.merge(there.learner, to_here, base.learner, base_to_here)
     statistics = state.statistics.copy()
+    statistics.subtract(
+        base.statistics, base_to_here
+    )  # first: exactly nothing is left of a device that was taught nothing
     statistics.merge(there.statistics, to_here)
-    statistics.subtract(base.statistics, base_to_here)
     rejector = _merged_thresholds(state, base, there, {row: rows.index(row) for row, _ in taught}, statistics)
     merged = (*state.bundle.merged, origin.installation, *origin.merged)
     after = state.replace(

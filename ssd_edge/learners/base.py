@@ -328,28 +328,38 @@ class Learner(abc.ABC):
         self._join(row, into)
         self.seen[row] = 0
 
-    def merge(self, other: Learner, rows: Tensor | None = None) -> None:
+    def merge(
+        self,
+        other: Learner,
+        rows: Tensor | None = None,
+        base: Learner | None = None,
+        base_rows: Tensor | None = None,
+    ) -> None:
         """Merge another learner, as if this one had learned its samples too.
 
         Args:
             other: learner with the same settings; it is not changed.
             rows: int64 mapping from rows of `other` to rows of this learner; several may map to one. None: identity.
+            base: common ancestor that both continued from, whose samples then count once; None: there is none. If this
+                learner equals it, the result equals `other` bit for bit.
+            base_rows: int64 mapping from rows of `base` to rows of this learner. None: identity.
 
         Raises:
-            InputError: learners of this kind cannot be merged, or the two are incompatible.
+            InputError: learners of this kind cannot be merged, they are incompatible, or this one has fewer samples of
+                a class than `base`; it is unchanged then.
         """
         rows = self._check_compatible(other, rows, "merged")
+        if base is not None:
+            self._take(base, self._check_compatible(base, base_rows, "subtracted"))
         self._merge(other, rows)
         missing = int(rows.max()) + 1 - len(self.seen) if len(rows) else 0
         self.seen = torch.cat([self.seen, self.seen.new_zeros(max(missing, 0))])
         self.seen[rows[other.seen == 1]] = 1
         self.tasks_learned += other.tasks_learned
+        self._refresh()
 
     def subtract(self, other: Learner, rows: Tensor | None = None) -> None:
         """Subtract another learner: the inverse of `merge`, up to rounding.
-
-        After merging two learners that continued from a common ancestor, subtracting the ancestor leaves every sample
-        counted once.
 
         Args:
             other: learner whose samples this one contains; it is not changed.
@@ -358,7 +368,11 @@ class Learner(abc.ABC):
         Raises:
             InputError: as `merge`, or this learner has fewer samples of a class than `other`; it is unchanged then.
         """
-        rows = self._check_compatible(other, rows, "subtracted")
+        self._take(other, self._check_compatible(other, rows, "subtracted"))
+        self._refresh()
+
+    def _take(self, other: Learner, rows: Tensor) -> None:
+        """Subtract a compatible learner; `_refresh` must follow."""
         left = self._subtract(other, rows)
         self.seen[left == 0] = 0
         self.tasks_learned = max(self.tasks_learned - other.tasks_learned, 0)
@@ -387,6 +401,9 @@ class Learner(abc.ABC):
         """Return the part of `_common` that all mergeable learners need."""
         settings = dataclasses.asdict(self.settings)
         return {"the embedding dimension": self.dim, **{f"learner.{key}": value for key, value in settings.items()}}
+
+    def _refresh(self) -> None:  # noqa: B027  most have nothing to solve
+        """Solve again after `_merge` and `_subtract`."""
 
     def _merge(self, other: Any, rows: Tensor) -> None:
         """Add the state of a compatible learner. Required if `_common` is implemented."""

@@ -129,12 +129,13 @@ class LinearLearner(Learner):
 
     def _merge(self, other: LinearLearner, rows: Tensor) -> None:
         self.statistics.merge(other.statistics, rows)
-        self._update()
 
     def _subtract(self, other: LinearLearner, rows: Tensor) -> Tensor:
         self.statistics.subtract(other.statistics, rows)
-        self._update()
         return self.statistics.counts
+
+    def _refresh(self) -> None:
+        self._update()
 
     def scores(self, embeddings: Tensor) -> Tensor:
         values, bias = self.values.to(self.device), self.bias.to(self.device)

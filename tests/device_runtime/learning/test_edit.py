@@ -292,6 +292,18 @@ def test_merge_equals_learning_both(tiny_bundle, tmp_path, learner):
         assert torch.allclose(here.statistics.state()[name], tensor, rtol=1e-9, atol=1e-6), name
 
 
+@pytest.mark.parametrize("learner", ["ncm", "slda", "ridge", "fecam", "landmark"])
+def test_merged_into_a_new_device_everything_is_answered_as_there(tiny_bundle, tmp_path, learner):
+    (tmp_path / "tiny.ssdedge").write_bytes(tiny_bundle(learner=learner))
+    for name in ("here", "there"):
+        install(tmp_path / name, tmp_path / "tiny.ssdedge")
+    here, there = Device.open(tmp_path / "here"), Device.open(tmp_path / "there")
+    there.learn_all({"wedge": photos("wedge", 10), "cup": photos("cup", 5, seed=2), "grey": greys(12, 0)}, ANY)
+    there.export(tmp_path / "there.ssdedge")
+    here.merge(tmp_path / "there.ssdedge", ANY)
+    assert answers(here) == answers(there)
+
+
 def test_a_merged_class_is_accepted_as_where_it_was_taught(new_device, tmp_path):
     here, there = new_device("here"), new_device("there")
     here.learn("wedge", photos("wedge", 10), ANY)
