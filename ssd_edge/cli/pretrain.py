@@ -38,7 +38,7 @@ def pretrain(
     ssd-edge train backbone.path=half data.path=tiny-imagenet-200.zip data.classes=100:200
     """
     from ssd_edge.config import PretrainConfig, merge, parse
-    from ssd_edge.errors import InputError
+    from ssd_edge.errors import InputError, printable
 
     tree = read_tree(config_file, overrides)
     if classes is not None:
@@ -62,7 +62,7 @@ def pretrain(
     set_threads(config.train.threads)
     device = pick_device(config.train.device)
     dataset = load(config.data, config.train.seed)
-    command = shlex.join(["ssd-edge", *sys.argv[1:]])
+    command = printable(shlex.join(["ssd-edge", *sys.argv[1:]]))  # a file name in it may be any bytes
     if student:
         trained = retrain_student(packages.load(package), config, dataset, device, log)
         trained = packages.with_card(trained, student_command=command)

@@ -19,7 +19,7 @@ from ssd_edge.classes import normalise_name
 from ssd_edge.config import DataConfig
 from ssd_edge.data import folders
 from ssd_edge.data.arrays import Images, Labelled, Source, read_digits, read_npz
-from ssd_edge.errors import InputError, did_you_mean
+from ssd_edge.errors import InputError, did_you_mean, printable
 from ssd_edge.files import json_bytes
 from ssd_edge.images import PIXELS_VERSION
 
@@ -92,7 +92,7 @@ def _read(path: str) -> tuple[str, Source]:
         return path, read_digits()
     found = _find(path)
     if found.is_dir():
-        return found.resolve().name, folders.read_folder(found)
+        return printable(found.resolve().name), folders.read_folder(found)  # a link may lead to any bytes
     if found.suffix.lower() == ".npz":
         return found.name, read_npz(found)
     return found.name, folders.read_archive(found)

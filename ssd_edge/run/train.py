@@ -20,9 +20,9 @@ import torch
 from ssd_edge import files, learners
 from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.classes import ClassRegistry
-from ssd_edge.config import TrainConfig, to_tree
+from ssd_edge.config import TrainConfig, parse, to_tree
 from ssd_edge.data import load
-from ssd_edge.errors import EnvironmentUnfitError, InputError
+from ssd_edge.errors import EnvironmentUnfitError, InputError, printable
 from ssd_edge.learners import auto
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.gradient.finetune import JOINT, FineTune
@@ -328,7 +328,11 @@ class Run:
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Return a configuration with absolute paths, so that a run can be resumed or deployed from another folder."""
+    """Return a configuration with absolute paths, so that a run can be resumed or deployed from another folder.
+
+    Raises:
+        InputError: A path is not valid UTF-8, as the record of a run must be.
+    """
 
     def absolute(path: str) -> str:
         for candidate in (Path(path), Path(os.environ.get("SSD_EDGE_DATA", "")) / path):
@@ -341,7 +345,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     )
     path = config.data.path
     data = dataclasses.replace(config.data, path=path if path == "digits" else absolute(path))
-    return dataclasses.replace(config, backbone=backbone, data=data)
+    return parse(TrainConfig, to_tree(dataclasses.replace(config, backbone=backbone, data=data)))
 
 
 def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
@@ -375,7 +379,7 @@ def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
         },
     )
     record = {
-        "argv": argv,
+        "argv": list(map(printable, argv)),  # a file name in it may be any bytes
         "seed": config.run.seed,
         "started": utc_now(),
         "status": "running",

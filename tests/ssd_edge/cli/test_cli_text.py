@@ -232,10 +232,19 @@ def test_class_folders_that_are_not_utf_8(refused: Callable[..., str], photos: P
     assert told == "error: the class name 'caf0\\udce9' is not valid UTF-8; rename the folder\n"
 
 
-def test_a_data_set_at_a_path_that_is_not_utf_8(refused: Callable[..., str], photos: Path, tmp_path: Path) -> None:
+def test_paths_of_a_run_that_are_not_utf_8(
+    refused: Callable[..., str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = tmp_path / "usb\udce9"
     for name in ("one", "two"):
         shutil.copytree(photos, home / name)
-    told = refused("train", f"data.path={home}", "run.baselines=false", "run.panel=false", code=2)
-    assert told.startswith("error: data.path must be valid UTF-8, but is '")
-    assert "rename" in told
+    for value in (home, "."):
+        monkeypatch.setattr("os.getcwd", lambda: str(home))
+        told = refused("train", f"data.path={value}", f"run.out={tmp_path / 'runs'}", code=2)
+        assert told.startswith(f"error: data.path must be valid UTF-8, but is '{tmp_path}/usb?'; rename the")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "link").symlink_to(home)
+    (tmp_path / "c\udce9.yaml").write_text("run: {panel: false, baselines: false}")
+    quick = ("learner.name=ncm", "stream.tasks=1", f"run.out={tmp_path / 'runs'}")
+    refused("train", "--config", tmp_path / "c\udce9.yaml", f"data.path={tmp_path / 'link'}", *quick, code=0)
+    assert (tmp_path / "runs" / "1" / "report.html").is_file()
