@@ -171,6 +171,8 @@ def _table(data: bytes | memoryview, what: str) -> dict[bytes, Any]:
     """
     try:
         value = _Reader(len(data)).read(data)
+    except MemoryError:
+        raise
     except Exception as error:  # damaged data can raise anything
         raise InputError(f"{what} is refused: {str(error)[:200]}; download the official archive again") from error
     if type(value) is not dict:

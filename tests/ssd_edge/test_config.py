@@ -190,5 +190,14 @@ def test_aliases_are_refused(form: str, tmp_path: Path) -> None:
 def test_large_configurations_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("a: " + "1:" * 60_000 + "1")  # a number to the base 60 with 60,000 digits
-    with pytest.raises(InputError, match=r"c\.yaml has more than 100,000 bytes; is it the right file\?"):
+    with pytest.raises(InputError, match=r"c\.yaml has more than 50,000 bytes; is it the right file\?"):
         read_yaml(path)
+
+
+@pytest.mark.parametrize("text", ["a: !!timestamp 2", "a: " + "9" * 5000, "[" * 3000])
+def test_whatever_a_loader_raises_is_a_sentence(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"c\.yaml is not valid YAML: ") as caught:
+        read_yaml(path)
+    assert len(str(caught.value)) < 500
