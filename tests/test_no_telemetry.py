@@ -25,7 +25,7 @@ from ssd_edge.cli import cli as command_line
 from ssd_edge.system import NO_TELEMETRY
 
 ROOT = Path(__file__).resolve().parent.parent
-SEND_AFTER = 15  # seconds; ONNX Runtime asks for its maker's address 10 s after it was loaded
+SEND_AFTER = 25  # seconds; ONNX Runtime asks for its maker's address 10 s after it was loaded
 # Runs several verbs in one process: importing PyTorch for each would take most of the time.
 SEVERAL = (
     "import json, sys; from ssd_edge.cli import cli\nfor v in json.loads(sys.argv[1]): cli(v, standalone_mode=False)"
