@@ -106,10 +106,10 @@ def _rollback(at: Ground) -> None:
 
 
 def _merge(at: Ground) -> None:
-    own = shutil.copytree(at.root, at.work / "own")
     _learned(at)
     at.device("export", at.work / "other.ssdedge")
-    at.root = own
+    at.root = at.work / "own"
+    at.device("install", at.bundle)
     at.device("merge", at.work / "other.ssdedge")
 
 
