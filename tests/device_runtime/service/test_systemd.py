@@ -49,7 +49,7 @@ def test_messages_arrive(supervisor: socket.socket):
 def test_status_cannot_add_an_assignment(supervisor: socket.socket):
     assert systemd.notify("WATCHDOG=1", "bad\nSTOPPING=1\x1b[2J\udcff.jpg")
     said = supervisor.recv(4096).decode().split("\n")
-    assert said == ["WATCHDOG=1", "STATUS=bad?STOPPING=1?[2J?.jpg"]
+    assert said == ["WATCHDOG=1", "STATUS=bad STOPPING=1?[2J?.jpg"]
 
 
 @pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody-listens-here", "vsock:2:1234", "/" + "x" * 200])
