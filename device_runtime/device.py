@@ -312,7 +312,8 @@ class Device:
             return self._commit(state.replace(registry=registry), RenameResult(renamed=renamed))
 
     def forget(self, label: str, exactly: bool = False, limits: Limits | None = None) -> ForgetResult:
-        """Remove a class and commit a generation. Older generations contain it until they are pruned.
+        """Remove a class and commit a generation. Older generations contain it until they are pruned
+        (``ssd-edge device prune --all-but-current``).
 
         Args:
             label: Name of the class.
@@ -341,17 +342,18 @@ class Device:
         with self.store.writer():
             return self._commit(*edit.merge_labels(self._latest().state, labels, into, limits))
 
-    def export(self, path: str | Path, key: str | Path | None = None) -> ExportResult:
+    def export(self, path: str | Path, key: str | Path | None = None, history: bool = True) -> ExportResult:
         """Write the current generation as a bundle, for another device or as a backup.
 
         Args:
             path: Path of the bundle; its stem becomes the bundle's name.
             key: File of a private key to sign it with; None for an unsigned bundle.
+            history: List the changes since the bundle was deployed in the model card, and number the generation.
 
         Raises:
             InputError: The path is a folder, or there is no such key.
         """
-        return exchange.export(self.store, self.generation, self.state, Path(path), key)
+        return exchange.export(self.store, self.generation, self.state, Path(path), key, history)
 
     def merge(self, path: str | Path, limits: Limits | None = None) -> MergeResult:
         """Add what another device has learned since both installed one bundle, and commit a generation.

@@ -44,7 +44,12 @@ class Origin:
 
 
 def export(
-    store: Generations, generation: Generation, state: DeviceState, path: Path, key: str | Path | None
+    store: Generations,
+    generation: Generation,
+    state: DeviceState,
+    path: Path,
+    key: str | Path | None,
+    history: bool = True,
 ) -> ExportResult:
     """Write a generation as a bundle; arguments, result and errors as `Device.export`."""
     sign = None
@@ -53,7 +58,10 @@ def export(
 
         sign = signing.signer(Path(key))
     backbone = files.read_bytes(store.backbone_path(generation.backbone))
-    packed = pack(state, generation.number, backbone, changes_since_install(store, generation), path.stem, sign)
+    changes = changes_since_install(store, generation)
+    if changes and not history:
+        changes = ["not listed, because it was exported without history"]
+    packed = pack(state, generation.number if history else 1, backbone, changes, path.stem, sign)
     opened = bundles.parse(packed, allow_control_flow=True)  # what is installed has been allowed
     bundles.write(path, packed)
     return ExportResult(
@@ -68,13 +76,17 @@ def export(
 
 def changes_since_install(store: Generations, generation: Generation) -> list[str]:
     """Return the changes between the installed generation and this one, oldest first, as far as the journal goes."""
-    events = {event["generation"]: event for event in store.journal() if event.get("event") == "learn"}
+    journal = store.journal()
+    events = {event["generation"]: event for event in journal if event.get("event") == "learn"}
     changes: list[str] = []
     number: int | None = generation.number
     while number in events:
         event = events.pop(number)
         changes.append(describe(event.get("info") or {}))
         number = event.get("parent")
+    installed = {event["generation"] for event in journal if event.get("event") == "install"}
+    if generation.parent is not None and number not in installed:
+        changes.append("earlier changes, which the journal no longer lists")
     return changes[::-1]
 
 

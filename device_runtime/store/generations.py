@@ -23,10 +23,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from device_runtime.store import watch_state
 from device_runtime.store.journal import MAX_NUMBER, Journal
 from device_runtime.store.record import (
     RECORD,
@@ -47,6 +48,7 @@ _BLOCK = 4096  # bytes
 _TRIES = 5  # of a reader; for each retry, another process must commit ten times during one read
 _NUMBER = re.compile(r"[0-9]{6}|[1-9][0-9]{6,11}")  # more than `journal.MAX_NUMBER` has
 _BACKBONE = re.compile(r"[0-9a-f]{64}\.onnx")
+_TRACES = (watch_state.NAME, "incoming")  # uploads of ssd-edge push
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 T = TypeVar("T")
@@ -286,8 +288,7 @@ class Generations:
             backbone = self.open(parent).backbone
         else:
             raise ValueError("either a parent or a backbone is needed")
-        journalled = [event["generation"] for event in self.journal() if event["generation"] <= MAX_NUMBER]
-        number = max([self.pointer() or 0, *self.numbers(), *journalled]) + 1
+        number = max([self.pointer() or 0, *self.numbers(), *self._journalled()]) + 1
         origin = "install" if parent is None else "learn"
         body = {
             "version": VERSION,
@@ -349,21 +350,51 @@ class Generations:
         """
         self._check_writing()
         plan = self._plan(keep, budget_bytes)
-        gone: list[Path] = []
-        try:
-            for path in plan.paths:
-                self.remove(path)
-                gone.append(path)
-        finally:
-            if gone:
-                numbers = [int(path.name) for path in gone if path.parent.name == "generations"]
-                backbones = [path.stem for path in gone if path.parent.name == "backbones"]
-                pruned = f"generations {', '.join(map(str, numbers)) or 'none'} are pruned"
-                self._record(pruned, "pruned", plan.pointer, generations=numbers, backbones=backbones)
+        self._delete(plan)
         if budget_bytes is not None and plan.pruned.left_bytes > budget_bytes:
             message = "what must stay in %s takes %d bytes, more than the budget of %d"
             log.warning(message, self.root, plan.pruned.left_bytes, budget_bytes)
         return plan.pruned
+
+    def keep_only_current(self, keep_installed: bool = False) -> Pruned:
+        """Delete every other generation and what else tells what was learned: a difference of two reveals embeddings.
+
+        Of the journal, only installations stay, because the highest installed release is derived from them. Uploads and
+        the counts of ``watch`` are deleted as well. There is no rollback afterwards, and no replacement if the current
+        generation is damaged.
+
+        Args:
+            keep_installed: Keep the newest installed generation, which merges need.
+
+        Raises:
+            InputError: No bundle is installed.
+            BundleRefusedError: The current generation is damaged; nothing is deleted.
+            EnvironmentUnfitError: Something cannot be deleted; call this again.
+        """
+        self._check_writing()
+        current = self.current()
+        if current.fallback:
+            raise BundleRefusedError(
+                f"{current.fallback}; nothing was deleted: first run ssd-edge device fsck --repair"
+            )
+        intact = self.intact()
+        installed = [n for n, generation in intact.items() if generation.parent is None]
+        stays = {current.number, *(installed[-1:] if keep_installed else ())}
+        plan = self._planned(current.number, [n for n in self.numbers() if n in stays], intact)
+        self._delete(plan)
+        for path in (self.root / name for name in _TRACES):
+            self.tree.remove(path)
+        self.tree.sync(self.root)
+        for folder in self.swept:  # unlike `_sweep`, with an error if something cannot be deleted
+            for path in self.tree.entries(folder):
+                if path.name.startswith(files.TEMPORARY_PREFIX):
+                    self.tree.remove(path)
+        gone = plan.pruned
+        highest = max([current.number, *gone.generations, *self._journalled()])  # keeps numbers from being reused
+        numbers, backbones = list(gone.generations), list(gone.backbones)
+        fields = {"generations": numbers, "backbones": backbones, "highest": highest}
+        self._journal.replace("install", "pruned", current.number, **fields)
+        return gone
 
     def tidy(self) -> None:
         """Prune generations and shorten the journal after a commit.
@@ -484,21 +515,22 @@ class Generations:
         replacement = next((n for n in self.candidates(in_use)[1:] if n in intact), in_use)
         # The highest number stays so that it is never reused.
         required = {in_use, pointer, replacement, numbers[-1], *installed[-1:]}
-        sizes = {path: self.tree.size(path) for path in (*map(self.folder, numbers), *self.backbones())}
-
-        def kept(numbers_kept: Iterable[int]) -> Sequence[Path]:
-            stays = set(numbers_kept)
-            needed = {intact[n].backbone for n in stays if n in intact}
-            unknown = not stays <= set(intact)  # a damaged generation may need any backbone
-            folders = [self.folder(n) for n in numbers if n in stays]
-            return folders + [path for path in self.backbones() if unknown or path.stem in needed]
-
         oldest_kept = list(intact)[-keep:][0]
         stays = [n for n in numbers if n in required or n >= oldest_kept]
+        plan = self._planned(pointer, stays, intact)
         for number in [n for n in stays if n not in required]:
-            if budget_bytes is not None and sum(sizes[path] for path in kept(stays)) > budget_bytes:
+            if budget_bytes is not None and plan.pruned.left_bytes > budget_bytes:
                 stays.remove(number)
-        left = kept(stays)
+                plan = self._planned(pointer, stays, intact)
+        return plan
+
+    def _planned(self, pointer: int, stays: Sequence[int], intact: Mapping[int, Generation]) -> _Plan:
+        """Return the deletion of every generation but those in `stays`, and of backbones that none of them needs."""
+        numbers, backbones = self.numbers(), self.backbones()
+        needed = {intact[n].backbone for n in stays if n in intact}
+        unknown = not set(stays) <= set(intact)  # a damaged generation may need any backbone
+        left = {*map(self.folder, stays), *(path for path in backbones if unknown or path.stem in needed)}
+        sizes = {path: self.tree.size(path) for path in (*map(self.folder, numbers), *backbones)}
         paths = tuple(path for path in sizes if path not in left)
         return _Plan(
             pointer,
@@ -510,6 +542,26 @@ class Generations:
             ),
             paths,
         )
+
+    def _delete(self, plan: _Plan) -> None:
+        """Delete the paths of a plan and journal what was deleted, also if an error ends it."""
+        gone: list[Path] = []
+        try:
+            for path in plan.paths:
+                self.remove(path)
+                gone.append(path)
+        finally:
+            if gone:
+                numbers = [int(path.name) for path in gone if path.parent.name == "generations"]
+                backbones = [path.stem for path in gone if path.parent.name == "backbones"]
+                pruned = f"generations {', '.join(map(str, numbers)) or 'none'} are pruned"
+                self._record(pruned, "pruned", plan.pointer, generations=numbers, backbones=backbones)
+
+    def _journalled(self) -> Sequence[int]:
+        """Return the numbers that the journal says were used."""
+        events = self.journal()
+        numbers = [event["generation"] for event in events] + [event.get("highest") for event in events]
+        return [number for number in numbers if type(number) is int and number <= MAX_NUMBER]
 
     def _intact_numbers(self) -> str:
         return ", ".join(str(summary.number) for summary in self.list() if summary.intact) or "none"

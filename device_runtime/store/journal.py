@@ -7,7 +7,7 @@ can make the store unusable.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,7 @@ class Journal:
         """
         if not self.is_complete():
             self._tree.append(self.path, "")  # ends the line that a crash has left incomplete
-        seq = max((earlier["seq"] for earlier in self.events() if earlier["seq"] < MAX_SEQ), default=0) + 1
-        line = {"seq": seq, "untrusted_time": utc_now(), "event": event, "generation": number, **fields}
-        self._tree.append(self.path, json.dumps(line, allow_nan=False))
+        self._tree.append(self.path, self._line(event, number, fields))
 
     def drop_unreadable(self) -> None:
         """Rewrite the journal without unreadable lines."""
@@ -78,6 +76,17 @@ class Journal:
             old = [line for line, event in lines[:-keep] if event is not None and event.get("event") == "install"]
             kept = old + [line for line, _ in lines[-keep:]]
             self._tree.write(self.path, b"".join(line + b"\n" for line in kept))
+
+    def replace(self, kept: str, event: str, number: int, **fields: Any) -> None:
+        """Drop all events but those of the kind `kept`, and append one as `append` does, in one step."""
+        lines = [line for line, earlier in self.lines() if earlier is not None and earlier.get("event") == kept]
+        lines.append(self._line(event, number, fields).encode())
+        self._tree.write(self.path, b"".join(line + b"\n" for line in lines))
+
+    def _line(self, event: str, number: int, fields: Mapping[str, Any]) -> str:
+        seq = max((earlier["seq"] for earlier in self.events() if earlier["seq"] < MAX_SEQ), default=0) + 1
+        line = {"seq": seq, "untrusted_time": utc_now(), "event": event, "generation": number, **fields}
+        return json.dumps(line, allow_nan=False)
 
     def _bytes(self) -> bytes:
         return self._read()[0]

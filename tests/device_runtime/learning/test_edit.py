@@ -238,6 +238,24 @@ def test_a_deployed_bundle_has_no_thresholds(bundle, device):
     ]
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_export_without_history(device, tmp_path, pruned):
+    for number in range(2):
+        device.learn(f"wedge {number}", photos("wedge", 10), limits=Limits(max_forgetting=1))
+    if pruned:
+        with device.store.writer():
+            device.store.keep_only_current()
+    device.export(tmp_path / "robot.ssdedge", history=pruned)
+    opened = bundles.read(tmp_path / "robot.ssdedge")
+    card = opened.read("card").decode()
+    assert "learn '" not in card
+    assert ("- earlier changes, which the journal no longer lists\n" if pruned else "- not listed, because") in card
+    assert opened.manifest["metrics"] == {}  # they are those of the bundle before it was changed
+    assert opened.manifest["device"]["generation"] == (3 if pruned else 1)
+    install(tmp_path / "other", tmp_path / "robot.ssdedge")
+    assert torch.equal(scores(Device.open(tmp_path / "other")), scores(device))
+
+
 def test_export_without_changes_keeps_the_card(device, tmp_path):
     device.export(tmp_path / "same.ssdedge")
     assert bundles.read(tmp_path / "same.ssdedge").read("card") == b"# tiny\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -199,3 +200,72 @@ def test_read_errors_are_not_reported_as_damage(store, monkeypatch, name, number
     monkeypatch.undo()
     assert store.numbers() == list(range(1, 9))
     assert (store.current().number, store.current().fallback) == (8, "")
+
+
+def everything(root) -> bytes:
+    return b"\0".join(str(path).encode() + path.read_bytes() for path in root.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def traces(store):
+    """Return a store with an upload, drift counts, remains of a crash, and a current generation 5 of 8."""
+    for place in ("incoming/abc/robot.ssdedge", "watch.safetensors", "generations/.tmp-pruned-000009/learner"):
+        path = store.root / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"secret")
+    roll_back(store, 5)
+    return store
+
+
+def test_only_the_current_generation_is_left(traces):
+    before = {name: traces.get(5).read(name) for name in traces.get(5).files}
+    with traces.writer():
+        pruned = traces.keep_only_current()
+    assert (traces.numbers(), traces.current().number) == ([5], 5)
+    assert {name: traces.current().read(name) for name in before} == before
+    assert pruned.generations == (1, 2, 3, 4, 6, 7, 8)
+    assert [path.stem for path in traces.backbones()] == [traces.current().backbone]
+    assert b"secret" not in everything(traces.root)
+    assert sorted(os.listdir(traces.root)) == [".lock", "CURRENT", "backbones", "generations", "journal.jsonl"]
+    assert [event["event"] for event in traces.journal()] == ["install", "install", "pruned"]
+    assert not [one for one in fsck.check(traces) if one.severity != "note"]
+    with pytest.raises(InputError, match=r"^generation 4 was pruned; available generations: 5$"):
+        roll_back(traces, 4)
+    with traces.writer():
+        assert traces.keep_only_current().generations == ()
+    assert learn(traces, 9.0).number == 9  # 6 to 8 are not used again
+
+
+def test_the_installed_generation_can_be_kept(traces):
+    with traces.writer():
+        assert traces.keep_only_current(keep_installed=True).generations == (1, 3, 4, 6, 7, 8)
+    assert traces.numbers() == [2, 5]
+
+
+def test_nothing_is_deleted_beside_a_damaged_current_generation(traces):
+    flip(traces.folder(5) / "learner.safetensors")
+    with traces.writer():
+        before = everything(traces.root)
+        with pytest.raises(BundleRefusedError, match=r"nothing was deleted: first run .* fsck --repair"):
+            traces.keep_only_current()
+        assert everything(traces.root) == before
+
+
+@pytest.mark.parametrize("step", range(1, 50, 2))
+def test_an_interrupted_deletion_is_finished_by_the_next_call(traces, step, monkeypatch):
+    count = itertools.count(1)
+
+    def fail(name, path):
+        if next(count) == step:
+            raise OSError(errno.EIO, "failed")
+
+    with traces.writer():
+        monkeypatch.setattr(files, "fault_hook", fail)
+        with contextlib.suppress(EnvironmentUnfitError):
+            traces.keep_only_current()
+        monkeypatch.setattr(files, "fault_hook", None)
+    assert value(traces.current()) == 5.0
+    with traces.writer():
+        traces.keep_only_current()
+    assert (traces.numbers(), b"secret" in everything(traces.root)) == ([5], False)
+    assert learn(traces, 9.0).number == 9

@@ -50,6 +50,21 @@ def test_merge_labels_and_history(root: Path) -> None:
     assert edited["classes"] == ["blob", "stripes"]
 
 
+def test_prune(root: Path, refused) -> None:
+    for new in ("one", "two", "three"):
+        run(root, "rename", json.loads(run(root, "status", "--json").stdout)["classes"][0], new)
+    assert run(root, "prune", "--keep", "1").stdout.startswith("deleted generations: 2 (")
+    output = run(root, "prune", "--all-but-current").stdout
+    assert "deleted generations: 1, 3 (" in output
+    assert "left: 4 (" in output
+    assert "no longer possible: rollback and merge" in output
+    again = json.loads(run(root, "prune", "--all-but-current", "--json").stdout)
+    assert (again["generations"], again["left"]) == ([], [4])
+    assert "generation 3 was pruned" in refused("device", "rollback", "--root", root, code=2)
+    assert b"'one'" not in b"".join(path.read_bytes() for path in root.rglob("*") if path.is_file())
+    assert "either --keep N or --all-but-current" in refused("device", "prune", "--root", root, code=2)
+
+
 def test_merge(bundle: Path, root: Path, shapes: Path, tmp_path: Path) -> None:
     install(tmp_path / "other", bundle)
     run(tmp_path / "other", "learn", "--label", "triangle", shapes / "train" / "triangle", "--max-forgetting", "1")
