@@ -152,6 +152,30 @@ def field_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def privacy_tables(results: dict) -> dict[str, str]:
+    """Return what can be recovered from two neighbouring generations, and from one."""
+    counts = list(results["two"][0]["cosine"])
+    lines = [
+        "| stored as | "
+        + " | ".join(
+            f"cosine to the true embedding, k = {count}" if count == "1" else f"k = {count}" for count in counts
+        )
+        + " | membership, errors | accuracy |",
+        "|---|" + "---|" * (len(counts) + 2),
+    ]
+    for row in results["two"]:
+        name = f"{row['kind']}, noise {row['noise']:g}" if row["noise"] else row["kind"]
+        cells = [f"{row['cosine'][count]:.3f}" for count in counts]
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {percent(row['membership']['error'])} | {percent(row['accuracy'])} |"
+        )
+    one = ["| images per class | AUROC | with `learner.per_class=true` |", "|---|---|---|"]
+    for row in results["one"]:
+        separate = f"{row['auroc_per_class']:.2f}" if "auroc_per_class" in row else "–"
+        one.append(f"| {row['images']} | {row['auroc']:.2f} | {separate} |")
+    return {"privacy-two": "\n".join(lines), "privacy-one": "\n".join(one)}
+
+
 def readers_table(rows: list[dict]) -> str:
     """Return prediction latency during learning and the number of wrong predictions; medians over rounds."""
     lines = ["| | predictions | p50 | p99 | slowest | wrong or failed | other work |", "|---" * 7 + "|"]
@@ -380,6 +404,7 @@ def main() -> None:
             "growth": growth_table(json.loads((DOCS / "results" / "epoch.json").read_text())["curve"]),
             "few": few_table(read["few"]),
         },
+        DOCS / "privacy.md": privacy_tables(json.loads((DOCS / "results" / "privacy.json").read_text())),
         DOCS / "what-matters.md": {
             **{name: matters_table(name) for name in MATTERS},
             "pulls": pulls_table(),

@@ -214,8 +214,9 @@ def _limits(learner: Mapping[str, Any]) -> str:
         )
     else:
         stored = (
-            "- It stores no images, only sums over their embeddings: the mean of a class taught with one image is the "
-            "embedding of that image."
+            "- It stores no images, only sums over their embeddings. These are data about the people or objects shown: "
+            "the difference of two states gives back the embeddings of one or two images that were learned in between, "
+            "and a state shows whether a given image is among the few that a class was taught with."
         )
     return (
         "## Limits\n\n"

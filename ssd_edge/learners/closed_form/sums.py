@@ -1,7 +1,7 @@
 """Sufficient statistics of classes, and the estimators that closed-form learners solve from them.
 
 Sums are accumulated in float64, so the order of tasks and samples matters only up to rounding. No size depends on the
-number of samples.
+number of samples. That does not hide them: docs/privacy.md says what can be recovered.
 """
 
 from __future__ import annotations
