@@ -122,10 +122,9 @@ def deploy(folder: Path, options: Options, output: Path, log: Log) -> DeployResu
     folder, output = Path(folder), Path(output)
     target = targets.get(options.target)
     _check_options(options, target)
-    if not output.absolute().parent.is_dir():
+    if not files.is_folder(output.absolute().parent):
         raise InputError(f"the folder of {output} does not exist; create it first")
-    if output.is_dir():
-        raise InputError(f"{output} is a folder, but a file is needed, e.g. {output / 'robot.ssdedge'}")
+    files.check_output(output)
     sign = None
     if options.sign is not None:
         from ssd_edge.bundle import signing

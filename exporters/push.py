@@ -58,8 +58,14 @@ _BEGIN = f"echo; echo {MARKER}; exec 2>&1; " + "".join(
 PREPARE = (
     f"{_BEGIN}"
     'file=$1 size=$2; shift 2; "$@" --version >/dev/null || exit; '
-    f'folder=${{file%/*}}; mkdir -p "$folder" && touch "$folder" "$file" || exit {CANNOT_CREATE}; '
-    'find "${folder%/*}" -mindepth 1 -maxdepth 1 -mtime +7 -exec rm -rf {} +; '  # leftovers of abandoned uploads
+    # sftp writes by path: nobody else may replace a part of it by a link
+    "folder=${file%/*}; above=${folder%/*}; umask 022; "
+    'own() { for each in "$above" "$folder" "$file"; do '
+    'if test -h "$each" || test -n "$(find "$each" -prune ! -user "$(id -u)" 2>/dev/null)"; then '
+    f'echo "$each is a symbolic link, or belongs to another user"; exit {CANNOT_CREATE}; fi; done; }}; '
+    'own; mkdir -p "$folder" && own && chmod go-w "$above" "$folder" && touch "$folder" "$file" || '
+    f"exit {CANNOT_CREATE}; "
+    'find "$above" -mindepth 1 -maxdepth 1 -mtime +7 -exec rm -rf {} +; '  # leftovers of abandoned uploads
     'test "$(wc -c <"$file")" -le "$size" || : >"$file"; echo "uploaded $(wc -c <"$file")"'
 )
 # Arguments: file, --root=… or an empty string, options of the installation, and the command.

@@ -389,8 +389,10 @@ def check_output(path: Path) -> None:
         EnvironmentUnfitError: It cannot be determined.
     """
     about = Tree(path.parent).status(path)
+    if about and stat.S_ISDIR(about.st_mode):
+        raise InputError(f"{path} is a folder, but a file is needed; add the name of the file")
     if about and not stat.S_ISREG(about.st_mode):
-        kind = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}.get(stat.S_IFMT(about.st_mode), "a device")
+        kind = "a symbolic link" if stat.S_ISLNK(about.st_mode) else "a device or another special file"
         raise InputError(f"{path} is {kind}, and only a regular file is replaced; choose another path")
 
 

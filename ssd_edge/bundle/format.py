@@ -166,12 +166,11 @@ def write(path: str | Path, data: bytes) -> None:
     """Write a packed bundle atomically, creating the folder if it is missing.
 
     Raises:
-        InputError: `path` is a folder.
+        InputError: `path` is a folder, a symbolic link or a device.
         EnvironmentUnfitError: The disk is full, or the folder is not writable.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, but a file is needed, e.g. {path / 'robot.ssdedge'}")
+    files.check_output(path)
     files.make_directory(path.parent)
     files.write_bytes(path, data)
 

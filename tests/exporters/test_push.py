@@ -127,6 +127,35 @@ def test_arguments_of_ssh(robot: Path, tmp_path: Path, fake: Fake) -> None:
     assert not any("HostKey" in word or "KnownHosts" in word for word in arguments)
 
 
+@pytest.mark.parametrize("which", ["incoming", "incoming/5a", "incoming/5a/robot.ssdedge"])
+@pytest.mark.parametrize("target", ["other", "nowhere"])
+def test_nothing_is_uploaded_through_a_link(tmp_path: Path, which: str, target: str) -> None:
+    """Neither created, truncated nor removed: the folder for uploads may belong to another user."""
+    (tmp_path / "other" / "5a").mkdir(parents=True)
+    (tmp_path / "other" / "5a" / "robot.ssdedge").write_bytes(b"precious")
+    link = tmp_path / "root" / which
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / target / ("5a/robot.ssdedge" if which.endswith("e") and target == "other" else ""))
+    command = [
+        "sh",
+        "-c",
+        pushing.PREPARE,
+        "sh",
+        str(tmp_path / "root" / "incoming" / "5a" / "robot.ssdedge"),
+        "3",
+        "true",
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == pushing.CANNOT_CREATE
+    assert "is a symbolic link, or belongs to another user" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "root"]
+    assert (tmp_path / "other" / "5a" / "robot.ssdedge").read_bytes() == b"precious"
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["5a"]
+    link.unlink()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "uploaded 0")
+
+
 def test_commands_on_the_device_send_no_usage_data(tmp_path: Path) -> None:
     command = ["sh", "-c", pushing.INSTALL, "sh", str(tmp_path / "x" / "y"), "", "", "sh", "-c", "env"]
     set_there = {"PATH": os.environ["PATH"], "DO_NOT_TRACK": "0 or 1"}

@@ -17,7 +17,7 @@ from helpers import by_hand as hand
 
 from ssd_edge import bundle, files
 from ssd_edge.bundle import container
-from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
 
 contents, parts, resealed, sealed = hand.contents, hand.parts, hand.resealed, hand.sealed
 
@@ -90,8 +90,26 @@ def test_missing_file_and_folder_are_input_errors(tmp_path):
         bundle.read(tmp_path / "nothing.ssdedge")
     with pytest.raises(InputError, match="cannot be read: Is a directory; check the path"):
         bundle.read(tmp_path)
-    with pytest.raises(InputError, match=r"is a folder, but a file is needed, e\.g\. .*/robot\.ssdedge"):
+    with pytest.raises(InputError, match=r"is a folder, but a file is needed; add the name of the file"):
         bundle.write(tmp_path, b"")
+
+
+def test_only_a_regular_file_is_replaced(tmp_path):
+    (tmp_path / "other").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("other")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "dangling", "pipe"):
+        with pytest.raises(InputError, match="and only a regular file is replaced; choose another path"):
+            bundle.write(tmp_path / name, b"new")
+        with pytest.raises(EnvironmentUnfitError, match=f"^cannot write {tmp_path}/{name}: it is "):
+            files.write_bytes(tmp_path / name, b"new")
+    with pytest.raises(InputError, match=r"/dev/null is a device"):
+        bundle.write("/dev/null", b"new")
+    assert (tmp_path / "other").read_bytes() == b"x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "link", "other", "pipe"]
+    bundle.write(tmp_path / "other", b"new")
+    assert (tmp_path / "other").read_bytes() == b"new"
 
 
 def test_import_does_not_load_torch_or_onnx():
