@@ -7,6 +7,7 @@ cannot be read raises an `InputError` that names it, whatever its bytes. All fun
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import stat
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from ssd_edge import files
 from ssd_edge.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -81,7 +83,7 @@ def walk_images(folder: Path) -> Iterator[Path]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if os.path.isdir(path / entry.name):  # unlike entry.is_dir, no error for a cycle of links
+            if _is_folder(path / entry.name):
                 left.append((path / entry.name, (*above, own), True))
             elif is_image_name(entry.name):
                 left.append((path / entry.name, (), False))
@@ -99,13 +101,23 @@ def image_files(sources: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for source in map(Path, sources):
         name = str(source)
-        if not os.path.exists(source):
+        if not files.exists(source):
             raise InputError(f"{name} does not exist; check the path")
-        images = list(walk_images(source)) if os.path.isdir(source) else [source]
+        images = list(walk_images(source)) if files.is_folder(source) else [source]
         if not images:
             raise InputError(f"the folder {name} contains no images ({', '.join(sorted(SUFFIXES))})")
         found += images
     return found
+
+
+def _is_folder(path: Path) -> bool:
+    """Return True for a folder or a link to one; a folder that cannot be entered is an error, not a file."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):  # a link to nothing, or a cycle of links
+            return False
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def read(path: str | Path) -> bytes:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssd_edge import files
+from ssd_edge.errors import SSDEdgeError
 from ssd_edge.system import usable_cores
 from ssd_edge.targets import numbers
 
@@ -151,7 +153,12 @@ def _memory(text: str) -> dict[str, int]:
 
 def _temperatures(folder: Path) -> dict[str, float]:
     found: dict[str, float] = {}
-    for zone in sorted(folder.glob("thermal_zone*")):
+    zones: Sequence[Path] = ()
+    with contextlib.suppress(SSDEdgeError):  # not reported here
+        zones = files.list_folder(folder)
+    for zone in zones:
+        if not zone.name.startswith("thermal_zone"):
+            continue
         name = _text(zone / "type").strip() or zone.name
         # a disabled zone returns an error text; of zones with the same name the hottest counts
         with contextlib.suppress(ValueError):

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from ssd_edge import images
+from ssd_edge import files, images
 from ssd_edge.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ class Folder:
 
     def __init__(self, path: str | Path, existing: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self._clock = Path(path), clock
-        if not self.path.is_dir():
+        if not files.is_folder(self.path):
             raise InputError(f"{self.path} is not a folder; create it, or use the folder that the camera writes to")
         self._skip = not existing
         self._folder: int | None = None  # ctime of the folder at the last scan

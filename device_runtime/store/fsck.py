@@ -58,7 +58,7 @@ def check(store: Generations) -> list[Finding]:
         *_backbones(store, opened, problems),
         *_journal(store, Journal(store.root)),
         *_leftovers(store),
-        *_engines(store.root / "engines"),
+        *_engines(store, store.root / "engines"),
         *_access(store),
     ]
     return [dataclasses.replace(one, path=os.path.relpath(one.path, store.root)) for one in findings]
@@ -202,10 +202,10 @@ def _keys(tree: files.Tree, folder: Path) -> Iterator[Finding]:
         yield Finding(str(folder), str(error), DAMAGE)
 
 
-def _engines(folder: Path) -> Iterator[Finding]:
-    if not os.path.lexists(folder):
+def _engines(store: Generations, folder: Path) -> Iterator[Finding]:
+    about = store.tree.status(folder)
+    if about is None:
         return
-    about = folder.lstat()
     advice = "; delete it: engines are built again"
     if not stat.S_ISDIR(about.st_mode):
         yield Finding(str(folder), f"it is not a folder{advice}", DAMAGE)

@@ -33,7 +33,7 @@ def read(path: str | Path) -> bytes:
         InputError: The file is missing, a folder, or over 2 GiB.
     """
     path = Path(path)
-    if path.is_file():
+    if files.is_file(path):
         _check_bytes(path.stat().st_size)  # before reading it
     return files.read_bytes(path)
 

@@ -106,7 +106,7 @@ def save(package: BackbonePackage, folder: Path) -> int:
         package.priors.landmarks.store(priors, metadata)
     files.write_tensors(folder / PRIORS, priors, metadata)
     files.write_json(folder / CARD, package.card)
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    return files.Tree(folder).size(folder)
 
 
 def load(folder: Path | None = None) -> BackbonePackage:
@@ -117,7 +117,7 @@ def load(folder: Path | None = None) -> BackbonePackage:
         BundleRefusedError: A file is damaged.
     """
     folder = SHIPPED if folder is None else Path(folder)
-    missing = [name for name in (WEIGHTS, PRIORS, CARD) if not (folder / name).is_file()]
+    missing = [name for name in (WEIGHTS, PRIORS, CARD) if not files.is_file(folder / name)]
     if missing:
         raise InputError(
             f"{folder} is not a backbone package: {', '.join(missing)} missing. "

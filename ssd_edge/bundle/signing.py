@@ -56,7 +56,7 @@ def new_key(folder: str | Path, name: str) -> tuple[Path, Path]:
     files.make_directory(folder)
     private, public = folder / f"{name}.key", folder / f"{name}.pub"
     for path in (private, public):
-        if os.path.islink(path) or files.exists(path):
+        if files.Tree(folder).status(path):
             raise InputError(f"{path} exists, and keys are never overwritten; choose another name")
     key = ed25519.Ed25519PrivateKey.generate()
     secret = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())

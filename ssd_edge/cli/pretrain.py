@@ -51,12 +51,13 @@ def pretrain(
     config = parse(PretrainConfig, tree)
     if not config.data.path:
         raise InputError("pretrain needs images: set data.path=FOLDER (for its layout see ssd-edge train --help)")
-    if student and not package.exists():
+    from ssd_edge.files import exists, make_directory
+
+    if student and not exists(package):
         raise InputError(f"{package} does not exist; --student needs an existing backbone package")
     from ssd_edge.backbones import package as packages
     from ssd_edge.backbones.pretrain import pretrain_backbone, retrain_student
     from ssd_edge.data import load
-    from ssd_edge.files import make_directory
     from ssd_edge.run.train import pick_device, set_threads
 
     set_threads(config.train.threads)

@@ -55,6 +55,7 @@ def reproduce(
     run an interrupted command again to continue it. DIR/results.md shows all results.
     """
     from ssd_edge.errors import InputError
+    from ssd_edge.files import is_folder
     from ssd_edge.report.terminal import Console
     from ssd_edge.reproduction import cells, page, runner
     from ssd_edge.reproduction.specs import BUDGETS, chosen, experiments, on_streams
@@ -70,7 +71,7 @@ def reproduce(
     if "list" in what:
         raise InputError("list cannot be combined with other arguments: ssd-edge reproduce list")
     picked = on_streams(chosen(what), only)
-    if tiny_backbone is not None and not tiny_backbone.is_dir():
+    if tiny_backbone is not None and not is_folder(tiny_backbone):
         raise InputError(f"--tiny-backbone {tiny_backbone} is not a folder; create a package with: ssd-edge pretrain")
     console = Console()
     request = runner.Request(picked, budget, orders, workers or 0, out, tiny_backbone)

@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 
 from ssd_edge.errors import EnvironmentUnfitError, InputError, SSDEdgeError
-from ssd_edge.files import TEMPORARY_PREFIX, json_bytes, make_directory, read_tensors, sha256, write_tensors
+from ssd_edge.files import (
+    TEMPORARY_PREFIX,
+    is_file,
+    json_bytes,
+    list_folder,
+    make_directory,
+    read_tensors,
+    sha256,
+    write_tensors,
+)
 from ssd_edge.system import cache_folder
 
 DEFAULT_CAP_MB = 4096
@@ -96,13 +105,17 @@ def _cap() -> int:
 
 def _files() -> list[Path]:
     """Return the files of the cache, including temporary files of killed processes."""
-    return [*folder().glob("*.safetensors"), *folder().glob(f"{TEMPORARY_PREFIX}*")]
+    return [
+        path
+        for path in list_folder(folder())
+        if path.suffix == ".safetensors" or path.name.startswith(TEMPORARY_PREFIX)
+    ]
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
-    if not path.is_file():
-        return None
     try:
+        if not is_file(path):
+            return None
         arrays, _ = read_tensors(path)
     except (SSDEdgeError, OSError) as error:
         _LOG.warning("a damaged cache file is removed, its embeddings are recomputed: %s", error)

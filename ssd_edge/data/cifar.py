@@ -8,7 +8,6 @@ arrays, whole numbers and texts need. Time and memory are proportional to the si
 from __future__ import annotations
 
 import io
-import os
 import pickletools
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from ssd_edge.classes import normalise_name
 from ssd_edge.data.arrays import Labelled, Source, labelled_array
 from ssd_edge.errors import InputError
+from ssd_edge.files import is_file
 
 _TRAIN_10 = tuple(f"data_batch_{number}" for number in range(1, 6))
 # files of the training set, of the test set, of the class names; keys of the labels and of the class names
@@ -182,7 +182,7 @@ def _table(data: bytes | memoryview, what: str) -> dict[bytes, Any]:
 
 def names_in(folder: Path) -> list[str]:
     """Return the names of CIFAR's files in a folder."""
-    return sorted(name for name in FILES if os.path.isfile(folder / name))
+    return sorted(name for name in FILES if is_file(folder / name))
 
 
 def recognised(names: Collection[str]) -> bool:

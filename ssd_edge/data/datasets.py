@@ -20,7 +20,7 @@ from ssd_edge.config import DataConfig
 from ssd_edge.data import folders
 from ssd_edge.data.arrays import Images, Labelled, Source, read_digits, read_npz
 from ssd_edge.errors import InputError, did_you_mean, printable
-from ssd_edge.files import json_bytes
+from ssd_edge.files import exists, is_folder, json_bytes
 from ssd_edge.images import PIXELS_VERSION
 
 
@@ -79,7 +79,7 @@ def _find(path: str) -> Path:
     if root:
         tried.append(Path(os.path.expanduser(root), path).absolute())
     for candidate in tried:
-        if os.path.exists(candidate):
+        if exists(candidate):
             return candidate
     places = " nor at ".join(str(candidate) for candidate in dict.fromkeys(tried))
     advice = "check data.path" + ("" if root else ", or set SSD_EDGE_DATA to the folder of your data sets")
@@ -91,7 +91,7 @@ def _read(path: str) -> tuple[str, Source]:
     if path == "digits":
         return path, read_digits()
     found = _find(path)
-    if found.is_dir():
+    if is_folder(found):
         return printable(found.resolve().name), folders.read_folder(found)  # a link may lead to any bytes
     if found.suffix.lower() == ".npz":
         return found.name, read_npz(found)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import math
-import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import numpy as np
 
 from ssd_edge.data.arrays import MAX_BYTES, Source, numbered, padded
 from ssd_edge.errors import InputError
+from ssd_edge.files import is_file
 
 PARTS = ("train", "t10k")
 FILES = tuple(f"{part}-{kind}-ubyte" for part in PARTS for kind in ("images-idx3", "labels-idx1"))
@@ -35,7 +35,7 @@ _BLOCK = 1 << 20  # bytes read at once: memory is allocated for data, not for wh
 
 def files_in(folder: Path) -> dict[str, Path]:
     """Return MNIST's files in a folder by name."""
-    return {name: folder / name for name in SPELLINGS if os.path.isfile(folder / name)}
+    return {name: folder / name for name in SPELLINGS if is_file(folder / name)}
 
 
 def read(files: Mapping[str, Path | bytes | memoryview], where: str) -> Source:

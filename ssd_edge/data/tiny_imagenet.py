@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ssd_edge.errors import InputError
+from ssd_edge.files import is_file, is_folder
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ def find(folder: Path) -> Path | None:
     A folder whose test images have been moved to class folders does not have this layout.
     """
     for place in (folder, folder / _FOLDER):
-        if place.joinpath(*ANNOTATIONS).is_file() and (place / "val" / "images").is_dir():
+        if is_file(place.joinpath(*ANNOTATIONS)) and is_folder(place / "val" / "images"):
             return place
     return None
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from ssd_edge import files
 from ssd_edge.errors import require
 from ssd_edge.report.compare import DISPLAY, compared
 from ssd_edge.report.wording import percent, points, step_name
@@ -239,7 +240,7 @@ def _keep_caches_together() -> None:
         return
     bases = (("XDG_CONFIG_HOME", "~/.config"), ("XDG_CACHE_HOME", "~/.cache"))
     folders = [Path(os.environ.get(name) or default).expanduser() / "matplotlib" for name, default in bases]
-    if not any(folder.exists() for folder in folders):
+    if not any(map(files.exists, folders)):
         os.environ["MPLCONFIGDIR"] = str(cache_folder() / "matplotlib")
 
 

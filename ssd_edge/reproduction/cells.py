@@ -183,8 +183,10 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._results: dict[str, list[Result]] = {}
-        for path in sorted(folder.glob("*/*.json")):
-            self._add(files.read_json(path), path)
+        for experiment in filter(files.is_folder, files.list_folder(folder)):
+            for path in files.list_folder(experiment):
+                if path.suffix == ".json":
+                    self._add(files.read_json(path), path)
 
     def _add(self, result: Result, path: Path) -> None:
         try:
@@ -215,7 +217,7 @@ def same_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 def is_stored(folder: Path, cell: Mapping[str, Any]) -> bool:
     """Return True if the folder contains the result of a spec, computed with today's settings."""
     path = folder / file_name(cell)
-    return path.is_file() and same_settings(files.read_json(path)["spec"]["settings"], cell["settings"])
+    return files.is_file(path) and same_settings(files.read_json(path)["spec"]["settings"], cell["settings"])
 
 
 def upper_bound(setup: Setup) -> Setup:

@@ -52,7 +52,7 @@ def locate(name: str) -> Path | None:
     """Return a file or folder under ``$SSD_EDGE_DATA``, or None if it does not exist."""
     root = os.environ.get("SSD_EDGE_DATA")
     path = Path(root).expanduser() / name if root else None
-    return path if path is not None and path.exists() else None
+    return path if path is not None and files.exists(path) else None
 
 
 class Sources:
@@ -208,7 +208,7 @@ def write_inputs(folder: Path, inputs: Inputs) -> Path:
     dataset = inputs.dataset
     key = files.sha256(files.json_bytes([dataset.fingerprint, inputs.identity]))[:16]
     path = folder / f"inputs-{key}.safetensors"
-    if not path.exists():
+    if not files.exists(path):
         arrays = {
             **inputs.embedded,
             "train_labels": dataset.train_labels,
@@ -240,7 +240,7 @@ def write_priors(folder: Path, priors: Priors) -> Path:
         priors.landmarks.store(arrays, metadata)
     data = files.tensor_bytes(arrays, metadata)
     path = folder / f"priors-{files.sha256(data)[:16]}.safetensors"
-    if not path.exists():
+    if not files.exists(path):
         files.write_bytes(path, data)
     return path
 

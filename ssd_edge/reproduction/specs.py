@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ssd_edge import learners
 from ssd_edge.config import StreamConfig, parse_section, read_yaml
 from ssd_edge.errors import InputError, did_you_mean
+from ssd_edge.files import list_folder
 from ssd_edge.learners.gradient.finetune import JOINT
 from ssd_edge.run.train import JOINT_NAME
 
@@ -177,7 +178,7 @@ def streams() -> dict[str, StreamSource]:
 def experiments() -> dict[str, Experiment]:
     """Return all experiments by id, in the order of the numbers of their files."""
     found = {}
-    for path in sorted(FOLDER.glob("[0-9]*.yaml")):
+    for path in (path for path in list_folder(FOLDER) if path.name[0].isdigit()):
         values = read_yaml(path)
         rows = tuple(_build(System, row, f"{path.name}: systems") for row in values.get("systems", ()))
         pairs = tuple((first, second) for first, second in values.get("paired", ()))

@@ -166,7 +166,7 @@ def _build(job: Job, prepared: StreamData, priors: Priors) -> tuple[learners.Lea
 
 def _restore(job: Job) -> tuple[learners.Learner, _Progress] | None:
     """Return learner and state of the checkpoint; None if there is none, or only one of another version."""
-    if not job.checkpoint.exists():
+    if not files.exists(job.checkpoint):
         return None
     try:
         arrays, metadata = files.read_tensors(job.checkpoint)

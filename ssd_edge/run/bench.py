@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssd_edge import files
 from ssd_edge.errors import InputError
 from ssd_edge.learners.base import Task
 from ssd_edge.learners.gradient import epoch
@@ -478,7 +479,7 @@ def warm_up() -> float | None:
 
 def memory(neurons: int, samples: int) -> Memory | None:
     """Measure the memory of learning a task, in a process of its own; None if the system does not report peaks."""
-    if not (PROCESS / "clear_refs").exists():
+    if not files.exists(PROCESS / "clear_refs"):
         return None
     code = f"from ssd_edge.run import bench; bench.print_memory({neurons}, {samples})"
     # freed memory is returned at once; otherwise the peak depends on what the allocator happens to keep

@@ -78,7 +78,7 @@ def evaluate(folder: Path, config: TrainConfig, listener: Listener) -> Evaluatio
     Raises:
         InputError: If the run is not finished, or the data has a class that it did not learn.
     """
-    if not (folder / "learner.safetensors").is_file():
+    if not files.is_file(folder / "learner.safetensors"):
         raise InputError(f"{folder} is not finished; continue it with: ssd-edge train --resume {folder}")
     set_threads(config.run.threads)
     learner = learners.restore(*files.read_tensors(folder / "learner.safetensors"))

@@ -101,7 +101,7 @@ def read(folder: Path) -> FinishedRun:
             f"{folder} is not finished; continue it with: ssd-edge train --resume {shlex.quote(str(folder))}"
         )
     needed = ("metrics.json", "backbone.json", "classes.json", "learner.safetensors", "statistics.safetensors")
-    missing = [name for name in needed if not (folder / name).is_file()]
+    missing = [name for name in needed if not files.is_file(folder / name)]
     if missing:
         raise InputError(f"{folder} is not a complete run: {', '.join(missing)} missing; restore them or train again")
     states = {role: files.read_bytes(folder / bundle.ROLES[role]) for role in ("learner", "statistics")}

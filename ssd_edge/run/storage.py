@@ -45,7 +45,7 @@ def new_folder(out: Path) -> Path:
     """
     files.make_directory(out)
     while True:
-        numbers = [int(path.name) for path in out.iterdir() if path.name.isdecimal()]
+        numbers = [int(path.name) for path in files.list_folder(out) if path.name.isdecimal()]
         folder = out / str(max(numbers, default=0) + 1)
         try:
             folder.mkdir()
@@ -64,9 +64,9 @@ def open_folder(folder: Path) -> TrainConfig:
         InputError: If the folder is not a run.
         BundleRefusedError: If the configuration is damaged.
     """
-    missing = [name for name in ("config.yaml", "run.json") if not (folder / name).is_file()]
+    missing = [name for name in ("config.yaml", "run.json") if not files.is_file(folder / name)]
     if missing:
-        reason = "does not exist" if not folder.exists() else f"is not a run: {' and '.join(missing)} missing"
+        reason = "does not exist" if not files.exists(folder) else f"is not a run: {' and '.join(missing)} missing"
         raise InputError(f"{folder} {reason}; give one of the numbered folders that `ssd-edge train` creates")
     try:
         return parse(TrainConfig, read_yaml(folder / "config.yaml"))
@@ -109,7 +109,7 @@ def _machine() -> str:
 def _git_sha() -> str | None:
     """Return the commit of the SSD-Edge source tree, or None if it was installed from a wheel."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    if not files.exists(root / ".git"):
         return None
     try:
         run = subprocess.run(
@@ -177,7 +177,7 @@ class ProgressStore:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "progress.json"
         self.checkpoints = folder / "checkpoints"
-        stored = files.read_json(self.path) if self.path.exists() else {}
+        stored = files.read_json(self.path) if files.exists(self.path) else {}
         try:
             self.learners = {name: LearnerProgress.from_dict(values) for name, values in stored.items()}
         except (AttributeError, KeyError, TypeError) as error:

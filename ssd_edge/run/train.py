@@ -336,7 +336,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
     def absolute(path: str) -> str:
         for candidate in (Path(path), Path(os.environ.get("SSD_EDGE_DATA", "")) / path):
-            if path and candidate.exists():
+            if path and files.exists(candidate):
                 return str(candidate.absolute())
         return path
 

@@ -6,11 +6,12 @@ import errno
 import json
 import os
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import unprivileged
 
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
@@ -314,3 +315,69 @@ def test_a_huge_declared_size_allocates_no_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 100_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.fixture
+def hidden() -> Iterator[Path]:
+    """Folder with a file that cannot be listed, inside one that cannot be entered."""
+    with unprivileged.open_folder() as folder:
+        (folder / "closed" / "unlistable").mkdir(parents=True)
+        (folder / "closed" / "unlistable" / "file").touch()
+        (folder / "closed" / "unlistable").chmod(0o311)
+        (folder / "closed").chmod(0o600)
+        yield folder / "closed" / "unlistable"
+
+
+def test_what_cannot_be_read_is_an_error_and_not_nothing(hidden: Path) -> None:
+    asked: list[Callable[[Path], object]] = [files.exists, files.is_file, files.is_folder, files.list_folder]
+    tree = files.Tree(hidden.parent.parent)
+    with unprivileged.unprivileged():
+        for ask in [*asked, tree.status, tree.entries, tree.size, tree.exposure]:
+            with pytest.raises(EnvironmentUnfitError, match=f"^cannot read {hidden}.*: permission denied"):
+                ask(hidden)
+        with pytest.raises(EnvironmentUnfitError, match="permission denied"):
+            files.make_directory(hidden / "new")
+    hidden.parent.chmod(0o755)
+    with unprivileged.unprivileged():
+        assert files.is_file(hidden / "file")
+        assert tree.read(hidden / "file") == b""  # a folder that may be entered, but not listed
+        for ask in (files.list_folder, tree.entries, tree.size):
+            with pytest.raises(EnvironmentUnfitError, match=f"^cannot read {hidden}: permission denied"):
+                ask(hidden)
+
+
+def test_what_does_not_exist(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to("file")
+    for path in (tmp_path / "none", tmp_path / "none" / "x", tmp_path / "file" / "x", tmp_path / ("x" * 300)):
+        assert not files.exists(path)
+        assert not files.is_file(path)
+        assert not files.is_folder(path)
+    assert files.list_folder(tmp_path / "none") == []
+    assert files.is_file(tmp_path / "link")
+    assert files.list_folder(tmp_path) == [tmp_path / "dangling", tmp_path / "file", tmp_path / "link"]
+    for ask in (files.exists, files.is_file, files.is_folder, files.list_folder, files.make_directory):
+        with pytest.raises(InputError, match="dangling is a link to something that does not exist; remove"):
+            ask(tmp_path / "dangling")
+    with pytest.raises(InputError, match="is a file, but a folder is needed"):
+        files.list_folder(tmp_path / "file")
+    with pytest.raises(InputError, match="is not a path: "):
+        files.exists(tmp_path / "a\0b")
+
+
+def test_a_tree_removes_everything_and_follows_nothing(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    tree = files.Tree(tmp_path / "root")
+    tree.make(tree.root / "a" / "b")
+    tree.write(tree.root / "a" / "b" / "c", b"123")
+    (tree.root / "a" / "link").symlink_to(tmp_path / "kept")
+    (tree.root / "alias").symlink_to(tmp_path / "kept")
+    assert tree.size(tree.root / "a" / "b") == 3
+    for name in ("a", "alias", "none"):
+        tree.remove(tree.root / name)
+    assert tree.entries(tree.root) == []
+    assert (tmp_path / "kept" / "file").exists()
+    with pytest.raises(ValueError, match="not in the subpath"):
+        tree.write(tmp_path / "kept" / "file", b"")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import unprivileged
 from helpers.png_bytes import with_right_checksums
 from PIL import Image
 
@@ -391,3 +392,16 @@ def test_messages_of_a_decoder_are_shortened_to_one_printable_line(monkeypatch: 
     monkeypatch.setattr(images.Image, "open", fail)
     with pytest.raises(InputError, match=r"^a is corrupt and cannot be decoded \(two lines \?\[31mx{85}\); remove it$"):
         decode(b"data", "a", 8)
+
+
+def test_a_folder_that_cannot_be_entered_is_an_error_and_not_skipped() -> None:
+    with unprivileged.open_folder() as folder:
+        (folder / "class a").mkdir()
+        (folder / "class a" / "1.png").touch()
+        folder.chmod(0o444)
+        with (
+            unprivileged.unprivileged(),
+            pytest.raises(InputError, match=r"class a cannot be read \(Permission denied\)"),
+        ):
+            list(images.walk_images(folder))
+        folder.chmod(0o755)

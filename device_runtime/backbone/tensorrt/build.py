@@ -87,7 +87,7 @@ def build(request: BuildRequest, write: Write) -> dict[str, Any]:
             f"{request.onnx} has the sha256 {found}, but {request.onnx_sha256} is expected; install the bundle again"
         )
     timings = Path(request.timing_cache) if request.timing_cache else None
-    known = None if timings is None else timings.read_bytes() if timings.exists() else b""
+    known = None if timings is None else timings.read_bytes() if files.exists(timings) else b""
     built = api.build(onnx, request.batches, request.workspace, known, _Progress(write))
     warnings = built.warnings
     files.write_bytes(Path(request.plan), built.plan)

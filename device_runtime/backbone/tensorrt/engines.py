@@ -31,7 +31,6 @@ from device_runtime.backbone.tensorrt.api import BATCHES, WORKSPACE, TensorRT
 from device_runtime.backbone.tensorrt.build import HEARTBEAT, BuildRequest, Crashed, run_apart
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, SSDEdgeError
-from ssd_edge.system import file_lock
 
 CACHE_VERSION = 1
 KEEP = 4  # newest engines that are kept, each of another backbone
@@ -213,6 +212,7 @@ class EngineCache:
 
     def __init__(self, folder: str | Path, command: Sequence[str] | None = None) -> None:
         self.folder = Path(folder).absolute()
+        self._tree = files.Tree(self.folder.parent)
         self._command = list(command or (sys.executable, "-m", "device_runtime.backbone.tensorrt.build"))
 
     def get(self, facts: EngineFacts) -> Path | None:
@@ -226,7 +226,7 @@ class EngineCache:
         reason = self._unusable(facts)
         if reason is None:
             return self._path(facts)
-        if any(path.exists() for path in self._both(facts)):
+        if any(map(self._tree.status, self._both(facts))):
             with self._try_lock() as locked:
                 # an unfinished engine of a running build is not a damaged one
                 if locked and (reason := self._unusable(facts)) is not None:
@@ -276,13 +276,13 @@ class EngineCache:
             try:
                 result = run_apart(self._command, request, say, deadline, timeout)
                 record = EngineRecord.from_dict({**result, "facts": facts.to_dict(), "cache": CACHE_VERSION})
-                files.write_json(plan.with_suffix(".json"), record.to_dict())
+                self._tree.write(plan.with_suffix(".json"), files.json_bytes(record.to_dict()))
                 if (reason := self._unusable(facts)) is not None:
                     raise EnvironmentUnfitError(f"the TensorRT engine {plan} was built, but {reason}; check the disk")
             except BaseException as error:
                 self._remove(plan)
                 if isinstance(error, Crashed):
-                    timings.unlink(missing_ok=True)  # it may have caused the crash
+                    self._tree.remove(timings)  # it may have caused the crash
                 raise
             finally:
                 self._tidy()
@@ -358,7 +358,7 @@ class EngineCache:
         self._check_folder()
 
     def _try_lock(self) -> contextlib.AbstractContextManager[bool]:
-        return file_lock(self.folder / ".lock")
+        return self._tree.lock(self.folder / ".lock")
 
     @contextlib.contextmanager
     def _lock(self, say: Say, deadline: float, timeout: float) -> Iterator[None]:
@@ -381,18 +381,20 @@ class EngineCache:
 
     def _tidy(self) -> None:
         """Remove the temporary files of a killed build; the lock must be held."""
-        for path in self.folder.glob(f"{files.TEMPORARY_PREFIX}*"):
-            path.unlink(missing_ok=True)
+        for path in self._tree.entries(self.folder):
+            if path.name.startswith(files.TEMPORARY_PREFIX):
+                self._tree.remove(path)
 
     def _remove(self, plan: Path) -> None:
         # record first: a plan without its record is not used
-        plan.with_suffix(".json").unlink(missing_ok=True)
-        plan.unlink(missing_ok=True)
+        self._tree.remove(plan.with_suffix(".json"))
+        self._tree.remove(plan)
 
     def _prune(self, facts: EngineFacts, newest: Path, timings: Path) -> None:
         others = []
-        for plan in self.folder.glob("*.plan"):
-            if plan == newest:
+        entries = self._tree.entries(self.folder)
+        for plan in entries:
+            if plan == newest or plan.suffix != ".plan":
                 continue
             try:
                 same_backbone = files.read_json(plan.with_suffix(".json"))["facts"]["onnx_sha256"] == facts.onnx_sha256
@@ -404,6 +406,6 @@ class EngineCache:
                 others.append((plan.stat().st_mtime, plan))
         for _, plan in sorted(others, reverse=True)[KEEP - 1 :]:
             self._remove(plan)
-        for path in self.folder.glob("timing-*.cache"):
-            if path != timings:
-                path.unlink()
+        for path in entries:
+            if path != timings and path.name.startswith("timing-"):
+                self._tree.remove(path)

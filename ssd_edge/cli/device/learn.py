@@ -110,10 +110,11 @@ def learn(
 def _class_folders(sources: tuple[Path, ...]) -> dict[str, list[Path]]:
     """Return the subfolders of all sources by class name."""
     from ssd_edge.classes import normalise_name
+    from ssd_edge.files import is_folder, list_folder
 
     found: dict[str, list[Path]] = {}
     for source in sources:
-        folders = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
+        folders = [path for path in list_folder(source) if is_folder(path)] if is_folder(source) else []
         if not folders:
             raise InputError(f"{source} has no subfolders to take as classes; name the class with --label NAME")
         for folder in folders:
