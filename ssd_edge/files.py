@@ -372,10 +372,9 @@ def list_folder(path: Path) -> Sequence[Path]:
     """
     try:
         return [path / name for name in sorted(os.listdir(path))]
-    except FileNotFoundError:
-        status(path)
-        return []
-    except NotADirectoryError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if status(path) is None:
+            return []
         raise InputError(f"{path} is a file, but a folder is needed") from error
     except OSError as error:
         raise unfit(path, error) from error

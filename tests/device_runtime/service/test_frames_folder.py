@@ -227,7 +227,7 @@ def test_each_file_once_and_in_order(steps: list[tuple[int, int]]):
         patch.setattr(frames, "WINDOW", 100)
         clock = [1000]
         patch.setattr(frames.os, "stat", lambda path: type("", (), {"st_ctime_ns": clock[0]})())
-        patch.setattr(frames.Path, "is_dir", lambda self: True)
+        patch.setattr(frames.files, "is_folder", lambda path: True)
         folder, seen = Drawn(Path("nowhere"), existing=True), []
         for later, count in steps:
             clock[0] += later
