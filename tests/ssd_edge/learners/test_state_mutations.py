@@ -153,16 +153,20 @@ def test_random_mutants_are_refused_or_work(case: str) -> None:
     """Several numbers anywhere in a state, replaced by random ones of every size."""
     learner, rng, refused = trained(case), np.random.default_rng(7), 0
     arrays, metadata = pack(learner)
-    for number in range(300):
+    for number in range(120):
         changed = {name: array.copy() for name, array in arrays.items()}
         for name in rng.choice(list(changed), rng.integers(1, 4)):
             array = changed[name]
             for at in rng.integers(0, max(array.size, 1), rng.integers(1, 4)) if array.size else ():
                 value = rng.choice([-1, 1]) * 10.0 ** rng.uniform(-40, 38)
                 with np.errstate(all="ignore"):
-                    array.flat[at] = value if array.dtype.kind == "f" else array.dtype.type(int(value) % 2**31)
+                    array.flat[at] = (
+                        value
+                        if array.dtype.kind == "f"
+                        else array.dtype.type(int(value) % (int(np.iinfo(array.dtype).max) + 1))
+                    )
         refused += not survives(f"{number}", (changed, metadata), learner)
-    assert refused > 50
+    assert refused > 20
 
 
 @pytest.mark.parametrize("case", LEARNERS)
