@@ -177,6 +177,7 @@ class Generations:
         except BundleRefusedError as error:
             pruned = [event.get("generations") for event in self.journal() if event.get("event") == "pruned"]
             was_pruned = any(number in numbers for numbers in pruned if isinstance(numbers, list))
+            was_pruned |= any(type(highest) is int and number <= highest for highest in self._highest())
             problem = f"generation {number} was pruned" if was_pruned and number not in self.numbers() else error
             raise InputError(f"{problem}; available generations: {self._intact_numbers()}") from error
 
@@ -557,10 +558,13 @@ class Generations:
                 pruned = f"generations {', '.join(map(str, numbers)) or 'none'} are pruned"
                 self._record(pruned, "pruned", plan.pointer, generations=numbers, backbones=backbones)
 
+    def _highest(self) -> Sequence[Any]:
+        """Return the highest numbers that were used before everything but one generation was deleted."""
+        return [event.get("highest") for event in self.journal() if event.get("event") == "pruned"]
+
     def _journalled(self) -> Sequence[int]:
         """Return the numbers that the journal says were used."""
-        events = self.journal()
-        numbers = [event["generation"] for event in events] + [event.get("highest") for event in events]
+        numbers = [event["generation"] for event in self.journal()] + [*self._highest()]
         return [number for number in numbers if type(number) is int and number <= MAX_NUMBER]
 
     def _intact_numbers(self) -> str:

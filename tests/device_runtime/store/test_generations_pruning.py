@@ -233,6 +233,8 @@ def test_only_the_current_generation_is_left(traces):
         roll_back(traces, 4)
     with traces.writer():
         assert traces.keep_only_current().generations == ()
+    with pytest.raises(InputError, match=r"^generation 4 was pruned; available generations: 5$"):
+        roll_back(traces, 4)
     assert learn(traces, 9.0).number == 9  # 6 to 8 are not used again
 
 
