@@ -154,6 +154,7 @@ SCENARIOS: dict[str, Callable[[Ground], object]] = {
         "merge-labels", "circle", "square", "--into", "round", "--max-forgetting", "1"
     ),
     "device predict": lambda at: at.device("predict", *at.photos),
+    "device prune": lambda at: at.device("prune", "--all-but-current"),
     "device rename": lambda at: at.device("rename", "circle", "ring"),
     "device rollback": _rollback,
     "device status": lambda at: at.device("status"),

@@ -364,8 +364,6 @@ def test_random_operations(tiny_bundle, monkeypatch, runs, steps, least):
     options = settings(
         max_examples=runs,
         stateful_step_count=steps,
-        deadline=None,
-        derandomize=True,
         database=None,
         phases=[Phase.generate],  # do not shrink failures, which takes minutes
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import JSON, ROOT, print_json, root_or_default
+from ssd_edge.cli.options import JSON, ROOT, echo, print_json, root_or_default
 from ssd_edge.system import size
 
 
@@ -41,9 +41,7 @@ def prune(keep: int | None, all_but_current: bool, keep_installed: bool, root: P
         return
     what = ", ".join(map(str, pruned.generations)) or "none"
     kept = ", ".join(map(str, left))
-    click.echo(f"deleted generations: {what} ({size(pruned.freed_bytes)}); left: {kept} ({size(pruned.left_bytes)})")
+    echo(f"deleted generations: {what} ({size(pruned.freed_bytes)}); left: {kept} ({size(pruned.left_bytes)})")
     if all_but_current:
         merges = "" if keep_installed else " and merge"
-        click.echo(
-            f"no longer possible: rollback{merges}. Deleted data may stay on the medium until it is overwritten."
-        )
+        echo(f"no longer possible: rollback{merges}. Deleted data may stay on the medium until it is overwritten.")

@@ -200,7 +200,7 @@ def test_row_without_samples_accepts_nothing_until_it_is_learned():
 
 
 @given(st.integers(1, 4), st.integers(1, 12), st.integers(0, 40), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_state_round_trip_bit_for_bit_without_a_sample_dimension(classes, dim, count, seed):
     statistics = ClassStatistics(dim)
     statistics.grow(classes)

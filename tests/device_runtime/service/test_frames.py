@@ -76,7 +76,7 @@ def test_frames_are_unchanged(kind: str):
     assert cut(b"".join(sent)) == sent
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(list(KINDS.values())), max_size=6), st.randoms(use_true_random=False), st.data())
 def test_pieces_and_bytes_between_frames_do_not_matter(sent: list[bytes], chance: random.Random, data):
     # without the start of a JPEG, which would be ambiguous
@@ -158,7 +158,7 @@ def test_memory_is_that_of_one_frame(start: bytes):
         tracemalloc.stop()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(
         st.one_of(

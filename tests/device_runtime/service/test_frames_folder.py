@@ -219,7 +219,7 @@ def drawn(tmp_path: Path, monkeypatch) -> Drawn:
     return folder
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 45)), min_size=1, max_size=15))
 def test_each_file_once_and_in_order(steps: list[tuple[int, int]]):
     with pytest.MonkeyPatch.context() as patch:

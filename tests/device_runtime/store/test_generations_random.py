@@ -140,8 +140,6 @@ def test_random_operations(runs, steps):
     options = settings(
         max_examples=runs,
         stateful_step_count=steps,
-        deadline=None,
-        derandomize=True,
         database=None,
         suppress_health_check=suppressed,
     )

@@ -167,11 +167,11 @@ def test_too_little_memory_is_one_sentence(failing: _Failing) -> None:
 
 def test_too_little_memory_to_load_a_library_is_no_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
-        raise OSError("libonnxruntime.so: failed to map segment from shared object")
+        raise OSError("libnvinfer.so: failed to map segment from shared object")
 
     monkeypatch.setattr("importlib.import_module", fail)
-    with pytest.raises(EnvironmentUnfitError, match=r"not enough memory \(libonnxruntime.*raise the limit"):
-        require("onnxruntime", "device", "run the backbone")
+    with pytest.raises(EnvironmentUnfitError, match=r"not enough memory \(libnvinfer.*raise the limit"):
+        require("tensorrt", "tensorrt", "run the backbone")
 
 
 def test_too_little_memory_for_pytorch(tmp_path: Path) -> None:

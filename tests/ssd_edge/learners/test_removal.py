@@ -242,7 +242,7 @@ def test_only_two_classes_that_were_taught_can_be_joined() -> None:
 
 
 @pytest.mark.parametrize("case", ["ncm", "slda", "flymodel", "fecam"])
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3)), max_size=5))
 def test_any_removals_and_joins(case: str, edits: list[tuple[bool, int, int]]) -> None:
     """Each sample counts for the row that its class has become in the end, or for none."""

@@ -173,7 +173,7 @@ def histories(draw: st.DrawFn) -> tuple[list[list[float]], list[int]]:
     return matrix, draw(st.lists(st.integers(0, experiences - 1), min_size=groups, max_size=groups))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(histories())
 def test_properties_of_any_matrix(history: tuple[list[list[float]], list[int]]) -> None:
     matrix, learned = history
@@ -193,7 +193,7 @@ def test_properties_of_any_matrix(history: tuple[list[list[float]], list[int]]) 
     assert learning_accuracy(matrix, learned) - average_accuracy(matrix) == pytest.approx(drop)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 @given(histories(), st.integers(1, 50))
 def test_groups_of_equal_size_have_equal_weight(history: tuple[list[list[float]], list[int]], size: int) -> None:
     matrix, learned = history

@@ -45,7 +45,7 @@ def test_more_tasks_than_classes_are_refused() -> None:
         task_sizes(3, 4)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.integers(2, 300), st.integers(0, 40), st.integers(0, 2**31))
 def test_every_class_is_in_one_task(classes: int, tasks: int, seed: int) -> None:
     names = tuple(str(number) for number in range(classes))
@@ -148,7 +148,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(CONFIGS, st.integers(4, 6), st.integers(0, 2**31), st.randoms(use_true_random=False))
 def test_every_sample_occurs_exactly_once(config: StreamConfig, classes: int, seed: int, random: object) -> None:
     labels = np.repeat(np.arange(classes), [random.randint(11, 20) for _ in range(classes)])

@@ -73,7 +73,7 @@ def test_a_class_without_samples_has_no_mean_and_no_scatter() -> None:
     torch.testing.assert_close(sparse.scatter_within(), full.scatter_within())
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.integers(1, 6))
 def test_the_order_and_the_split_into_tasks_do_not_matter(seed: int, tasks: int) -> None:
     vectors, labels = data()
@@ -140,7 +140,7 @@ def test_removing_a_class_leaves_the_others_bit_identical() -> None:
         collect(vectors, labels).remove(2)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 4), st.integers(1, 6), st.integers(0, 99))
 def test_an_approximate_removal_keeps_the_pooled_covariance(counts: list[int], row: int, dim: int, seed: int) -> None:
     row %= len(counts)
@@ -180,7 +180,7 @@ def test_removing_a_class_without_samples_changes_nothing() -> None:
     assert torch.equal(statistics.moments, before)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(st.booleans(), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=6))
 def test_joined_classes_equal_one_class_from_the_start(per_class: bool, joins: list[tuple[int, int]]) -> None:
     """Covers repeated joins and rows that became empty."""

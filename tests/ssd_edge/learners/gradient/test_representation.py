@@ -82,7 +82,7 @@ def test_entropy_bound() -> None:
     assert entropy_bound(3, 4) == entropy_bound(1, 2) == pytest.approx(math.log(2))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.integers(1, 12), st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**31))
 def test_no_hard_top_k_exceeds_the_bound(k: int, neurons: int, samples: int, seed: int) -> None:
     scores = torch.randn(samples, neurons, generator=torch.Generator().manual_seed(seed)) + torch.linspace(
@@ -248,7 +248,7 @@ def test_mean_path_length_by_hand() -> None:
     assert mean_path_length(torch.zeros(2, 0, dtype=torch.int64)) == 0.0
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.sets(st.tuples(st.integers(0, 13), st.integers(0, 13)).filter(lambda pair: pair[0] < pair[1]), max_size=30))
 def test_mean_path_length_is_that_of_floyd_and_warshall(edges: set[tuple[int, int]]) -> None:
     table = torch.tensor(sorted(edges), dtype=torch.int64).reshape(-1, 2).T

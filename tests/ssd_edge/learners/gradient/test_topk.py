@@ -44,7 +44,7 @@ def inputs(draw: st.DrawFn) -> tuple[Tensor, int, Tensor | None]:
     return scores, k, torch.randint(-2, 3, (neurons,), generator=generator).double() / 2
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(inputs())
 def test_activations_equal_those_of_the_loop(case: tuple[Tensor, int, Tensor | None]) -> None:
     scores, k, gamma = case
@@ -64,7 +64,7 @@ def test_activations_equal_those_of_the_loop(case: tuple[Tensor, int, Tensor | N
     assert int(active.sum()) <= DENSE_ABOVE * scores.numel() or gamma is None
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(inputs(), st.integers(1, 20), st.integers(0, 2**31))
 def test_products_and_columns_equal_those_of_the_dense_array(
     case: tuple[Tensor, int, Tensor | None], classes: int, seed: int
@@ -81,7 +81,7 @@ def test_products_and_columns_equal_those_of_the_dense_array(
     assert torch.equal(a.columns(slot, len(chosen)), dense[:, chosen])
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(inputs())
 def test_closed_switch_leaves_at_most_k(case: tuple[Tensor, int, Tensor | None]) -> None:
     scores, k, _ = case
