@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -146,22 +147,38 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     return run
 
 
+def run_here(*args: str | Path) -> None:
+    """Run a command within this process, whose imports other tests use as well."""
+    import torch
+
+    from ssd_edge.cli import cli
+
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ssd-edge", *map(str, args)])
+        cli(sys.argv[1:], standalone_mode=False)
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
-def trained(shapes: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Finished run of the default learner on four of the five shapes, with all baselines and the panel."""
+    from ssd_edge.run import train as training
 
     def train(out: Path) -> None:
-        cli("train", f"data.path={shapes}", "data.exclude=triangle", f"run.out={out}")
+        with pytest.MonkeyPatch.context() as patch:  # joint training takes longer than all others together
+            patch.setattr(training, "JOINT", dataclasses.replace(training.JOINT, **training.ONE_PASS))
+            run_here("train", f"data.path={shapes}", "data.exclude=triangle", f"run.out={out}", "run.threads=1")
 
     return shared_folder(tmp_path_factory, "trained", train) / "1"
 
 
 @pytest.fixture(scope="session")
-def bundle(trained: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle deployed from `trained`."""
 
     def deploy(folder: Path) -> None:
-        cli("deploy", "--target", "jetson", trained, "-o", folder / "robot.ssdedge")
+        run_here("deploy", "--target", "jetson", trained, "-o", folder / "robot.ssdedge")
 
     return shared_folder(tmp_path_factory, "deployed", deploy) / "robot.ssdedge"
 

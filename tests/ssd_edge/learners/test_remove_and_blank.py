@@ -56,6 +56,14 @@ CLOSED: dict[str, dict[str, Any]] = {
     },
 }
 CASES = {**TRAINED, **CLOSED}
+# By default each learner that has penalties is tested without one, and each penalty with one learner.
+ONE_EACH = dict(zip(PENALTIES, ("ssd", "sdmlp", "finetune", "lwf", "ssd"), strict=True))
+TRAINED_CASES = [
+    pytest.param(
+        case, marks=[] if ONE_EACH.get(given.get("penalty"), given["name"]) == given["name"] else pytest.mark.slow
+    )
+    for case, given in TRAINED.items()
+]
 TEST = torch.randn(200, DIM, generator=torch.Generator().manual_seed(7)) * 3
 
 
@@ -173,7 +181,7 @@ def test_a_single_anchor_penalty_drops_the_terms_of_deleted_rows(case: str) -> N
 # ── blanking ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize("case", TRAINED_CASES)
 def test_blanking_a_trained_class_leaves_the_others_unchanged(case: str) -> None:
     learner = fitted(case)
     scores = learner.scores(TEST)
@@ -194,7 +202,7 @@ def test_blanking_a_trained_class_leaves_the_others_unchanged(case: str) -> None
     assert again.scores(TEST).numpy().tobytes() == learner.scores(TEST).numpy().tobytes()
 
 
-@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize("case", TRAINED_CASES)
 def test_a_blanked_class_is_not_restored_by_learning_others(case: str) -> None:
     """No penalty, teacher or stored sample restores it while others are learned, but it can be learned again."""
     learner = build({**CASES[case], "epochs": 25}, DIM, Priors())
@@ -229,7 +237,7 @@ def test_removing_a_class_removes_its_exemplars() -> None:
 # ── stopping early ───────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize("case", TRAINED_CASES)
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_stopping_early_equals_training_for_fewer_epochs(case: str, epochs: int) -> None:
     """Bit-identical, including what runs at the end of a task; the state can be restored and trained further."""

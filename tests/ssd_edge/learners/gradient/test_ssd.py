@@ -88,7 +88,7 @@ def choices_of_settings() -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "value"), choices_of_settings())
-@pytest.mark.parametrize("given", ["pretrained", "nothing"])
+@pytest.mark.parametrize("given", ["pretrained", pytest.param("nothing", marks=pytest.mark.slow)])
 def test_every_setting_runs(name: str, value: Any, given: str) -> None:
     options = {"epochs": 2, "hidden_weight": 0.5, name: value}
     if name == "k" and value == 64:
