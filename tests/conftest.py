@@ -183,6 +183,21 @@ def bundle(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared_folder(tmp_path_factory, "deployed", deploy) / "robot.ssdedge"
 
 
+@pytest.fixture
+def exported_once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the deployments within this process share one export per backbone."""
+    from exporters import deploy
+    from ssd_edge.backbones.package import BackbonePackage
+
+    def export(package: BackbonePackage) -> bytes:
+        name = f"export-{package.identity.replace(':', '-')}"
+        folder = shared_folder(tmp_path_factory, name, lambda at: (at / "graph.onnx").write_bytes(real(package)))
+        return (folder / "graph.onnx").read_bytes()
+
+    real = deploy.export_package
+    monkeypatch.setattr(deploy, "export_package", export)
+
+
 @pytest.fixture(scope="session")
 def installed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Device root with the bundle of the session installed; copy it before changing it."""

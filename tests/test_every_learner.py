@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,6 @@ from device_runtime import Device
 from device_runtime.install.bundle import install
 from device_runtime.learning.guard import Limits
 from exporters import deploy
-from exporters.export import export_package
-from ssd_edge.backbones.package import BackbonePackage
 from ssd_edge.config import TrainConfig, parse
 from ssd_edge.errors import InputError
 from ssd_edge.learners import LEARNERS
@@ -28,14 +25,6 @@ QUICK = {
 }
 
 
-@functools.cache
-def export_once(identity: str) -> bytes:
-    """Export the backbone once; all learners share it."""
-    from ssd_edge.backbones import package
-
-    return export_package(package.load())
-
-
 # One learner of each kind by default: the default, one trained by gradient descent, and the smallest. The others take a
 # minute more; the contract tests run for all of them.
 BY_DEFAULT = ("landmark", "ssd", "ncm")
@@ -44,11 +33,8 @@ BY_DEFAULT = ("landmark", "ssd", "ncm")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in BY_DEFAULT else [pytest.mark.slow]) for name in LEARNERS]
 )
-def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def export(package: BackbonePackage) -> bytes:
-        return export_once(package.identity)
-
-    monkeypatch.setattr(deploy, "export_package", export)
+@pytest.mark.usefixtures("exported_once")
+def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path) -> None:
     tree = {
         "data": {"path": str(shapes), "exclude": ["triangle"]},
         "run": {"out": str(tmp_path), "panel": False, "baselines": False},

@@ -344,6 +344,7 @@ def test_missing_tensorrt_rtx_is_reported(onnx_run, tmp_path, monkeypatch):
     assert any(line.startswith("not checked with TensorRT's parser") for line in lines)
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_empty_bundle_contains_nothing_learned(package_run, deployed, tmp_path):
     path = tmp_path / "blank.ssdedge"
     result = deploy_silently(package_run, path, empty=True)

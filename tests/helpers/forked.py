@@ -25,7 +25,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 # Not onnxruntime: its import is fast, but starts a thread, which a fork does not copy.
-IMPORTS = ("torch", "matplotlib.backends.backend_svg", "rich.progress", "ssd_edge.cli", "ssd_edge.learners")
+# The optimisers and the ONNX exporter import torch._dynamo, which takes as long as PyTorch itself.
+IMPORTS = (
+    "torch",
+    "torch._dynamo",
+    "onnxscript",
+    "matplotlib.backends.backend_svg",
+    "rich.progress",
+    "ssd_edge.cli",
+    "ssd_edge.learners",
+)
 SIZE = 4  # bytes of the length of a request
 READ_AT_START = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "MALLOC_", "LD_", "TORCH", "CUDA", "NUMBA", "LC_")
 

@@ -34,7 +34,7 @@ def clusters(samples: int = 20, dim: int = 16) -> tuple[np.ndarray, list[str]]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> ssd_edge.Run:
     """A run on a part of the bundled digits."""
     out = tmp_path_factory.mktemp("runs")
-    return ssd_edge.train("digits", out=out, stream={"tasks": 5}, **{"data.max_per_class": 40}, **QUICK)
+    return ssd_edge.train("digits", out=out, stream={"tasks": 2}, **{"data.max_per_class": 40}, **QUICK)
 
 
 def test_the_import_is_light() -> None:
@@ -57,10 +57,10 @@ def test_train(run: ssd_edge.Run) -> None:
     assert run.metrics == files.read_json(run.folder / "metrics.json")
     assert sorted(run.classes) == [str(digit) for digit in range(10)]
     assert run.learner.name == run.metrics["learner"] == "landmark"
-    assert run.config.stream.tasks == 5
+    assert run.config.stream.tasks == 2
     record = files.read_json(run.folder / "run.json")
     assert record["argv"][:3] == ["ssd-edge", "train", "data.path=digits"]
-    assert "stream.tasks=5" in record["argv"]
+    assert "stream.tasks=2" in record["argv"]
 
 
 def test_the_recorded_command_gives_the_same_run(run: ssd_edge.Run, cli, tmp_path: Path) -> None:
@@ -129,6 +129,7 @@ def test_predict_accepts_files_images_and_arrays(shapes: Path, tmp_path: Path) -
         run.predict("missing.jpg")
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_deploy(run: ssd_edge.Run, tmp_path: Path) -> None:
     received: list[Event] = []
     result = run.deploy(tmp_path / "robot.ssdedge", target="cpu", empty=True, progress=received.append)
@@ -280,6 +281,7 @@ def test_classifier_refuses_bad_input(tmp_path: Path) -> None:
         ssd_edge.Classifier.load(tmp_path / "missing.safetensors")
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_the_examples_of_the_documentation_run(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

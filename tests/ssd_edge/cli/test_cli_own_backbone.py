@@ -12,10 +12,10 @@ onnx = pytest.importorskip("onnx")
 
 
 def own_backbone(path: Path) -> None:
-    """Write an edge-feature backbone, (N, 3, 40, 40) → (N, 32·25): conv 3→32, ReLU, 4×4 average pool."""
+    """Write an edge-feature backbone, (N, 3, 40, 40) → (N, 8·25): conv 3→8, ReLU, 4×4 average pool."""
     from onnx import TensorProto, helper, numpy_helper
 
-    weights = np.random.default_rng(0).normal(size=(32, 3, 5, 5)).astype(np.float32)
+    weights = np.random.default_rng(0).normal(size=(8, 3, 5, 5)).astype(np.float32)
     weights -= weights.mean(axis=(2, 3), keepdims=True)
     nodes = [
         helper.make_node("Conv", ["image", "weights"], ["edges"], pads=[2, 2, 2, 2]),
@@ -27,7 +27,7 @@ def own_backbone(path: Path) -> None:
         nodes,
         "own",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, 40, 40])],
-        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", 800])],
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", 200])],
         [numpy_helper.from_array(weights, "weights")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
