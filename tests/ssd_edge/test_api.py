@@ -34,7 +34,8 @@ def clusters(samples: int = 20, dim: int = 16) -> tuple[np.ndarray, list[str]]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> ssd_edge.Run:
     """A run on a part of the bundled digits."""
     out = tmp_path_factory.mktemp("runs")
-    return ssd_edge.train("digits", out=out, stream={"tasks": 2}, **{"data.max_per_class": 40}, **QUICK)
+    few = {"stream": {"tasks": 2}, "data.max_per_class": 40, "learner.directions": 60}
+    return ssd_edge.train("digits", out=out, **few, **QUICK)
 
 
 def test_the_import_is_light() -> None:

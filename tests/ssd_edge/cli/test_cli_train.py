@@ -47,14 +47,14 @@ def test_files_of_a_run(trained: Path, shapes: Path) -> None:
 
 
 def test_train_prints_tasks_and_tables(shapes: Path, cli, tmp_path: Path) -> None:
-    done = cli("train", f"data.path={shapes}", *QUICK, f"run.out={tmp_path}")
+    done = cli("train", f"data.path={shapes}", *QUICK, "learner.directions=60", f"run.out={tmp_path}")
     output = done.stdout + done.stderr
     assert "2 tasks" in output
     assert "\x1b[" not in output  # no colours in a pipe
     for word in ("after task", "average", "BWT", "forgetting", "task 1/2", "task 2/2"):
         assert word in output
     assert "ssd-edge deploy --target jetson" in output
-    cli("train", f"data.path={shapes}", *QUICK, f"run.out={tmp_path}")
+    cli("train", f"data.path={shapes}", *QUICK, "learner.directions=60", f"run.out={tmp_path}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]  # every run gets a new folder
     assert read(tmp_path / "1")["accuracy_matrix"] == read(tmp_path / "2")["accuracy_matrix"]
 
@@ -129,7 +129,7 @@ def test_resume_refuses_changed_data(shapes: Path, cli, tmp_path: Path) -> None:
     import shutil
 
     data = Path(shutil.copytree(shapes, tmp_path / "data"))
-    cli("train", f"data.path={data}", *QUICK, f"run.out={tmp_path / 'runs'}")
+    cli("train", f"data.path={data}", *QUICK, "learner.name=ncm", f"run.out={tmp_path / 'runs'}")
     (data / "train" / "circle" / "000.png").unlink()
     done = cli("train", "--resume", tmp_path / "runs" / "1", code=2)
     assert "its data changed after it was started" in done.stderr
@@ -243,5 +243,6 @@ def test_help_is_fast_and_the_printed_config_works(cli, shapes: Path, tmp_path: 
     for name in ("landmark", "ssd", "finetune"):
         path = tmp_path / f"{name}.yaml"
         path.write_text(cli("config", "--learner", name).stdout)
-    cli("train", "--config", tmp_path / "landmark.yaml", f"data.path={shapes}", *QUICK, f"run.out={tmp_path / 'runs'}")
+    own = (f"data.path={shapes}", f"run.out={tmp_path / 'runs'}", "learner.directions=60")
+    cli("train", "--config", tmp_path / "landmark.yaml", *QUICK, *own)
     assert read(tmp_path / "runs" / "1")["learner"] == "landmark"
