@@ -25,7 +25,6 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from device_runtime.learning.unknown import Rejector
 from device_runtime.service.drift import DRIFTED, MODERATE, WINDOW, DriftReport, Monitor, Reference
 from ssd_edge import files, learners
 from ssd_edge.backbones.embedder import Embedder, open_backbone
@@ -33,6 +32,7 @@ from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import BackboneConfig, DataConfig
 from ssd_edge.data import Dataset, load
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.unknown import Rejector
 from ssd_edge.report.terminal import Console
 from ssd_edge.run.embed import embed
 from ssd_edge.run.storage import environment

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from device_runtime.learning.unknown import Rejector
 from ssd_edge import files, learners
 from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import BackboneConfig, DataConfig
 from ssd_edge.data import load
 from ssd_edge.learners.closed_form.sums import ClassStatistics, shrink
+from ssd_edge.learners.unknown import Rejector
 from ssd_edge.report.terminal import Console
 from ssd_edge.run.embed import embed
 from ssd_edge.run.storage import environment

@@ -32,7 +32,6 @@ from device_runtime.learning.budget import Budget, Meter, Watcher
 from device_runtime.learning.guard import Limits
 from device_runtime.learning.state import DeviceState, InstalledBundle
 from device_runtime.learning.teach import ImageSource
-from device_runtime.learning.unknown import UNKNOWN
 from device_runtime.machine.board import default_root
 from device_runtime.machine.vitals import vitals
 from device_runtime.results import (
@@ -57,6 +56,7 @@ from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import InputError
 from ssd_edge.images import check_embedded
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.unknown import UNKNOWN
 
 C = TypeVar("C", bound=Change)
 

@@ -17,7 +17,6 @@ import torch
 from device_runtime.learning.edit import describe, estimate_cost
 from device_runtime.learning.guard import Limits
 from device_runtime.learning.state import DeviceState, copy_learner
-from device_runtime.learning.unknown import Rejector
 from device_runtime.results import ExportResult, MergeResult, TaughtClass
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
@@ -27,6 +26,7 @@ from ssd_edge.bundle import card
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.unknown import Rejector
 from ssd_edge.system import utc_now
 
 

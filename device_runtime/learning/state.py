@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from device_runtime.backbone.interface import BackboneSpec
-from device_runtime.learning.unknown import Rejector
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, printable
 from ssd_edge.learners.closed_form.linear import restore_statistics
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.unknown import Rejector
 
 _NOT_KEPT = ("format", "version", "files", "device")  # keys of a bundle's manifest
 

@@ -14,13 +14,13 @@ from device_runtime.learning import budget as budgets
 from device_runtime.learning.budget import Meter
 from device_runtime.learning.guard import Limits, judge
 from device_runtime.learning.state import DeviceState, copy_learner
-from device_runtime.learning.unknown import Rejector
 from device_runtime.results import NO_OLD_CLASSES, HeldOut, LearnResult, TaughtClass
 from ssd_edge import images as image_files
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import InputError
 from ssd_edge.learners import Learner, Task
 from ssd_edge.learners.base import Progress
+from ssd_edge.learners.unknown import Rejector
 
 MIN_IMAGES = 3  # of a new class: the mean of one image is its embedding, and would be stored
 HELD_OUT = 5  # one image in five is held out

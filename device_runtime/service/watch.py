@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from device_runtime.device import Device, Prediction
-from device_runtime.learning.unknown import UNKNOWN
 from device_runtime.service import systemd
 from device_runtime.service.consensus import Consensus
 from device_runtime.service.drift import Monitor, Reference
@@ -23,6 +22,7 @@ from device_runtime.service.frames import Folder, Newest, RateLimitedWarning, mj
 from device_runtime.store import watch_state
 from ssd_edge import images
 from ssd_edge.errors import InputError, SSDEdgeError
+from ssd_edge.learners.unknown import UNKNOWN
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from device_runtime import Device
 from device_runtime.install.bundle import install
 from device_runtime.install.trust import trust
 from device_runtime.learning.guard import Limits
-from device_runtime.learning.unknown import Rejector
 from ssd_edge import bundle as bundles
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
+from ssd_edge.learners.unknown import Rejector
 
 STORE = vars(store_standins)
 photos, COLOURS = STORE["photos"], ("cup", "nut", "screw", "wedge", "bolt")

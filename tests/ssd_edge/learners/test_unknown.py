@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device_runtime.learning import unknown
-from device_runtime.learning.unknown import NEVER, Rejector
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.unknown import NEVER, Rejector
 
 DIM = 32
 
