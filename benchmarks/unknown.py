@@ -160,7 +160,7 @@ def main() -> None:
         }
         print(f"{name:22}" + "".join(f"{one['auroc']:9.3f}/{one['fpr95']:.3f}" for one in table[name].values()))
 
-    rejector = Rejector.fit(statistics)
+    rejector = Rejector.from_state(files.read_tensors(args.run / "unknown.safetensors")[0])
     passes = rejector.accepts(old, test[test >= 0])[0].double()
     by_class = {name: float(passes[test[test >= 0] == n].mean()) for n, name in enumerate(names)}
     rates = {part: float(rejector.accepts(v, learner.predict(v))[0].double().mean()) for part, v in parts.items()}

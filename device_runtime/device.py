@@ -281,21 +281,23 @@ class Device:
         """Learn classes, new or known, from new images alone, and commit one generation.
 
         Args:
-            images: Class name → images; at least three for a new class.
+            images: Class name → images; at least three different ones for each class.
             limits: Limits on forgetting; None for the defaults of `guard.Limits`.
             budget: Limits on time and memory; None for no limits.
             watcher: Called with the progress.
 
         Raises:
             InputError: A name is invalid, there are too few images, or one cannot be read; nothing is changed.
-            GateRefusedError: The device would forget more than `limits` allow, the learner would give NaN, or the
-                budget is too small; nothing is changed.
+            GateRefusedError: The device would forget more than `limits` allow, would not recognise the new images, the
+                learner would give NaN, or the budget is too small; nothing is changed.
         """
         meter = Meter(budget, watcher)
         with self.store.writer():  # from reading to committing, so that no other process commits in between
             snapshot = self._latest()
             embed = functools.partial(self._embed, snapshot)
-            after, result = teach.teach(snapshot.state, images, embed, snapshot.generation.number, limits, meter)
+            taught = exchange.taught_sets(self.store, snapshot.generation)
+            number = snapshot.generation.number
+            after, result = teach.teach(snapshot.state, images, embed, number, limits, meter, taught)
             return self._commit(after, result)
 
     def rename(self, label: str, new: str) -> RenameResult:

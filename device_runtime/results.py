@@ -60,12 +60,14 @@ class TaughtClass(Record):
         images: Number of images it was taught with.
         new: True if the device did not know the class before.
         held_out: Accuracy on its held-out images; None after a merge.
+        digest: Digest of the set of images, by which it is known if it is taught again; None after a merge.
     """
 
     label: str
     images: int
     new: bool
     held_out: HeldOut | None = dataclasses.field(default=None, metadata=_OPTIONAL)
+    digest: str | None = dataclasses.field(default=None, metadata=_OPTIONAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +86,10 @@ class Retention(Record):
 
     Attributes:
         kind: One sentence on how the figures were obtained.
-        accuracy_before: Mean accuracy before, 0..1; None without old classes.
-        accuracy_after: Mean accuracy after, 0..1; None without old classes.
-        drop: The difference.
-        drop_error: Standard error of the drop that comes from the number of pseudo-embeddings.
+        accuracy_before: Mean accuracy before on the old classes of the bundle, 0..1; None if it cannot be estimated.
+        accuracy_after: The same after it.
+        drop: Mean loss of accuracy by this change, of all old classes.
+        lost: Mean loss by this and all earlier changes since the classes were installed or taught.
         worst: The class with the largest drop.
     """
 
@@ -95,7 +97,7 @@ class Retention(Record):
     accuracy_before: float | None
     accuracy_after: float | None
     drop: float
-    drop_error: float | None = dataclasses.field(default=None, metadata=_OPTIONAL)
+    lost: float = 0.0
     worst: ClassRetention | None = dataclasses.field(default=None, metadata=_OPTIONAL)
 
 

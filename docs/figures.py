@@ -102,28 +102,29 @@ def precision_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def retention_table(results: dict) -> str:
-    """Compare the estimated with the true drop of the old classes, by spread of the synthetic samples."""
+def guard_table(results: list[dict]) -> str:
+    """Compare the guard's estimates with the truth, by data set and learner."""
     lines = [
-        "| spread | correlation | largest under-estimate | largest over-estimate | learns decided wrongly at 0.1 |",
-        "|---|---|---|---|---|",
+        "| data, features | learner | learns accepted | error of the accuracy: mean, worst | cannot be estimated | "
+        "loss underestimated by at most | lost by a series, at most | new class accepted after 5, 20, 100 images |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for factor, fit in results["fit"].items():
-        shown = f"**{factor}**" if float(factor) == results["shipped_spread"] else factor
-        under, over = (points(fit[f"largest_{side}_estimate"]) for side in ("under", "over"))
-        wrong = f"{fit['wrong_at_0.1']} of {results['learns']}"
-        lines.append(f"| {shown} | {fit['correlation']:.3f} | {under} points | {over} points | {wrong} |")
-    return "\n".join(lines)
-
-
-def guard_table(folders: dict) -> str:
-    """Return how often the guard warns about new images, by their number."""
-    lines = ["| images | a new class | a known class under another name | a quarter shows a known class |"]
-    lines.append("|---|---|---|---|")
-    kinds = ("clean: any warning", "double: found", "mixed: found")
-    for count, row in folders.items():
-        shares = (row[key] / row["folders of a kind"] for key in kinds)
-        lines.append(f"| {count} | " + " | ".join(map(percent, shares)) + " |")
+    for one in results:
+        for name, found in one["learners"].items():
+            accepted = sum(found["accepted"].values())
+            errors = [found[f"level_error_{which}"] for which in ("mean", "worst")]
+            passes = [found["new_class_passes"].get(f"new, {count}") for count in (5, 20, 100)]
+            cells = (
+                f"{one['data']}, {one['features']:,}",
+                f"`{name}`",
+                f"{accepted} of {found['learns']}",
+                "–" if None in errors else " / ".join(map(points, errors)) + " points",
+                f"{found['cannot_be_estimated']} of {accepted}",
+                f"{points(found['drop_underestimated_most'])} points",
+                f"{points(max(found['lost_by_series']))} points",
+                " / ".join("–" if share is None else percent(share[0]) for share in passes),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -381,8 +382,7 @@ def main() -> None:
         DOCS / "deploy.md": {"targets": targets_table(), "precision": precision_table(read["precision"])},
         DOCS / "device.md": {
             "unknown": unknown_table(json.loads((DOCS / "results" / "unknown.json").read_text())),
-            "retention": retention_table(json.loads((DOCS / "results" / "retention.json").read_text())),
-            "guard": guard_table(json.loads((DOCS / "results" / "guard.json").read_text())["folders"]),
+            "guard": guard_table(json.loads((DOCS / "results" / "guard.json").read_text())),
             "field": field_table(json.loads((DOCS / "results" / "field.json").read_text())),
             "readers": readers_table(read["readers"]),
         },

@@ -114,6 +114,8 @@ def test_python_examples_of_the_device(installed: Path, shapes: Path, photos: Pa
     names = {"nuts": list(noise[0]), "screws": list(noise[1] // 2)}
     (example,) = python_blocks("docs/device.md")
     run([example], names, root=root)
+    shutil.rmtree(root)
+    shutil.copytree(installed, root)
     run(python_blocks("README.md")[1:], {}, root=root)
 
 

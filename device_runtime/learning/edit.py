@@ -12,6 +12,7 @@ from ssd_edge import learners
 from ssd_edge.errors import InputError
 from ssd_edge.learners.closed_form.linear import LinearLearner
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.retention import TrackRecord
 
 _LEFT_IN_THE_COVARIANCE = (
     "its counts, mean and scores are gone; how its images spread around their mean stays in the covariance that all "
@@ -26,15 +27,15 @@ def estimate_cost(
     statistics: ClassStatistics,
     limits: Limits | None,
     renumbered: Mapping[int, int] | None = None,
-) -> tuple[Retention, list[str]]:
-    """Return the estimated cost of an edit for the classes in `statistics` and warnings; see `guard.judge_edit`.
+) -> tuple[Retention, list[str], TrackRecord]:
+    """Return the cost of an edit for the classes in `statistics`, warnings, and the record with it: `guard.judge_edit`.
 
     Raises:
         GateRefusedError: The cost exceeds `limits`.
     """
-    judgement = judge_edit(state.learner, learner, statistics, state.registry, limits, renumbered)
+    judgement = judge_edit(state, learner, statistics, state.registry, limits, renumbered)
     judgement.check()
-    return judgement.retention or NO_OLD_CLASSES, judgement.warnings
+    return judgement.retention or NO_OLD_CLASSES, judgement.warnings, judgement.record
 
 
 def forget(state: DeviceState, label: str, exactly: bool, limits: Limits | None) -> tuple[DeviceState, ForgetResult]:
@@ -46,7 +47,7 @@ def forget(state: DeviceState, label: str, exactly: bool, limits: Limits | None)
     statistics = state.statistics.copy()
     statistics.remove(row, approximately=True)  # used by the guard and the thresholds for 'unknown' only
     left = "" if exact else _LEFT_IN_THE_COVARIANCE if isinstance(learner, LinearLearner) else _LEFT_IN_THE_WEIGHTS
-    retention, warnings = estimate_cost(state, learner, statistics, limits)
+    retention, warnings, record = estimate_cost(state, learner, statistics, limits)
     result = ForgetResult(
         forgot=state.registry.names[row],
         images=state.registry.entries[row].images,
@@ -55,7 +56,7 @@ def forget(state: DeviceState, label: str, exactly: bool, limits: Limits | None)
         old_classes=retention,
         warnings=warnings,
     )
-    after = state.replace(learner=learner, statistics=statistics)
+    after = state.replace(learner=learner, statistics=statistics, record=record)
     return _without_rows(after, [row]).replace(registry=registry), result
 
 
@@ -77,7 +78,7 @@ def merge_labels(
         learner.join(row, target)
         statistics.join(row, target)
         registry = registry.joined(state.registry.names[row], into)
-    retention, warnings = estimate_cost(
+    retention, warnings, record = estimate_cost(
         state.replace(registry=renamed), learner, state.statistics, limits, dict.fromkeys(others, target)
     )
     result = MergeLabelsResult(
@@ -86,8 +87,13 @@ def merge_labels(
         old_classes=retention,
         warnings=warnings,
     )
-    rejector = state.rejector.refitted(target, statistics)
-    after = state.replace(learner=learner, statistics=statistics, rejector=rejector)
+    rejector = state.rejector.joined(others, target, statistics)
+    after = state.replace(
+        learner=learner,
+        statistics=statistics,
+        rejector=rejector,
+        record=record.joined(learner, statistics, others, target),
+    )
     return _without_rows(after, others).replace(registry=registry), result
 
 
@@ -97,6 +103,7 @@ def _without_rows(state: DeviceState, rows: Sequence[int]) -> DeviceState:
         learner=learners.without_rows(state.learner, rows),
         statistics=state.statistics.without_rows(rows),
         rejector=state.rejector.without_rows(rows),
+        record=state.record.without_rows(rows),
     )
 
 

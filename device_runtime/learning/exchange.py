@@ -7,7 +7,7 @@ been taught everything. It is refused wherever that does not hold.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from ssd_edge import files, learners
 from ssd_edge.bundle import card
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.learners.closed_form.sums import ClassStatistics
-from ssd_edge.learners.unknown import Rejector
 from ssd_edge.system import utc_now
 
 
@@ -76,18 +74,31 @@ def export(
 
 def changes_since_install(store: Generations, generation: Generation) -> list[str]:
     """Return the changes between the installed generation and this one, oldest first, as far as the journal goes."""
-    journal = store.journal()
-    events = {event["generation"]: event for event in journal if event.get("event") == "learn"}
-    changes: list[str] = []
+    journal, numbers = store.journal(), [generation.parent]
+    changes = []
+    for event in lineage(store, generation):
+        changes.append(describe(event.get("info") or {}))
+        numbers.append(event.get("parent"))
+    installed = {event["generation"] for event in journal if event.get("event") == "install"}
+    if generation.parent is not None and numbers[-1] not in installed:
+        changes.append("earlier changes, which the journal no longer lists")
+    return changes[::-1]
+
+
+def lineage(store: Generations, generation: Generation) -> Iterator[Mapping[str, Any]]:
+    """Yield the events of the journal that led to a generation, newest first, as far as it goes."""
+    events = {event["generation"]: event for event in store.journal() if event.get("event") == "learn"}
     number: int | None = generation.number
     while number in events:
         event = events.pop(number)
-        changes.append(describe(event.get("info") or {}))
+        yield event
         number = event.get("parent")
-    installed = {event["generation"] for event in journal if event.get("event") == "install"}
-    if generation.parent is not None and number not in installed:
-        changes.append("earlier changes, which the journal no longer lists")
-    return changes[::-1]
+
+
+def taught_sets(store: Generations, generation: Generation) -> dict[str, str]:
+    """Return digest → label of the sets of images that led to a generation, see `teach.digest_of`."""
+    taught = [one for event in lineage(store, generation) for one in (event.get("info") or {}).get("taught", ())]
+    return {one["digest"]: one["label"] for one in taught if "digest" in one}
 
 
 def installed_state(store: Generations, state: DeviceState) -> DeviceState:
@@ -195,20 +206,19 @@ def merge(
     learner = copy_learner(state.learner)
     learner.merge(there.learner, to_here, base.learner, base_to_here)
     statistics = state.statistics.copy()
-    statistics.subtract(
-        base.statistics, base_to_here
-    )  # first: exactly nothing is left of a device that was taught nothing
+    # first: exactly nothing is left of a device that was taught nothing
+    statistics.subtract(base.statistics, base_to_here)
     statistics.merge(there.statistics, to_here)
-    rejector = _merged_thresholds(state, base, there, {row: rows.index(row) for row, _ in taught}, statistics)
     merged = (*state.bundle.merged, origin.installation, *origin.merged)
     after = state.replace(
         registry=registry,
         learner=learner,
         statistics=statistics,
-        rejector=rejector,
         bundle=dataclasses.replace(state.bundle, merged=merged),
     )
-    retention, warnings = estimate_cost(state, learner, state.statistics, limits)
+    retention, warnings, record = estimate_cost(state, learner, state.statistics, limits)
+    after = after.replace(record=record)
+    after = _merged_answers(state, base, there, {row: rows.index(row) for row, _ in taught}, after)
     return after, MergeResult(
         merged=origin.installation,
         bundle_sha256=other.sha256,
@@ -218,32 +228,37 @@ def merge(
     )
 
 
-def _merged_thresholds(
-    here: DeviceState, base: DeviceState, there: DeviceState, taught: Mapping[int, int], statistics: ClassStatistics
-) -> Rejector:
-    """Return the thresholds for ``unknown`` after a merge; classes that only this device has taught keep theirs.
-
-    A class that only the other device has taught gets the threshold of that device, with which it answers as there.
-    That of a class which both have taught, or that were calibrated in another space, follows from the statistics.
+def _merged_answers(
+    here: DeviceState, base: DeviceState, there: DeviceState, taught: Mapping[int, int], merged: DeviceState
+) -> DeviceState:
+    """Add thresholds for ``unknown`` and held-out results of another device; classes taught here only keep theirs.
 
     Args:
         here: State of this device.
         base: State of the bundle that both installed.
         there: State of the other device.
         taught: Row after the merge → row there, of each class that the other device has taught.
-        statistics: Statistics after the merge.
+        merged: State after the merge, with the thresholds and held-out results of this device.
     """
-    rejector, entries = here.rejector, here.registry.entries
-    same_space = torch.equal(rejector.whitening, there.rejector.whitening)
-    at_first = {entry.id: entry.images for entry in base.registry.entries}
+    rejector, record, entries = here.rejector, merged.record, here.registry.entries
+    at_first = {entry.id: row for row, entry in enumerate(base.registry.entries)}
     for row, other in sorted(taught.items()):
-        rejector = rejector.refitted(row, statistics)
-        taught_here = row < len(entries) and entries[row].images != at_first.get(entries[row].id)
-        if same_space and not taught_here:
-            directions, thresholds = rejector.directions.clone(), rejector.thresholds.clone()
-            directions[row], thresholds[row] = there.rejector.directions[other], there.rejector.thresholds[other]
-            rejector = dataclasses.replace(rejector, directions=directions, thresholds=thresholds)
-    return rejector
+        first = at_first.get(entries[row].id) if row < len(entries) else None
+        was = (base.registry.entries[first].images, base.rejector.scores[first]) if first is not None else (0, None)
+        taught_here = row < len(entries) and entries[row].images != was[0]
+        earlier = (torch.zeros(3).double() if was[1] is None else was[1]) if taught_here else None
+        rejector = rejector.merged(row, there.rejector, other, earlier, merged.statistics)
+        counts = [part[other] - (0 if first is None else old[first]) for part, old in _results(there, base)]
+        tested = max(int(counts[0]), 0)
+        nearest = min(max(int(counts[1]), 0), tested)
+        right = min(max(int(counts[2]), 0), nearest)
+        record = record.measured(merged.learner, merged.statistics, row, tested, nearest, right, record.anchors[:0])
+    return merged.replace(rejector=rejector, record=record)
+
+
+def _results(there: DeviceState, base: DeviceState) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    names = ("tested", "nearest", "right")
+    return [(getattr(there.record, name), getattr(base.record, name)) for name in names]
 
 
 def _check_base_classes(base: ClassRegistry, here: ClassRegistry, there: ClassRegistry) -> None:

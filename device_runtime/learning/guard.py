@@ -1,12 +1,13 @@
 """Checks between learning and committing.
 
 `judge` and `judge_edit` look at a change, `Judgement.check` refuses it. A change is refused if it would harm the
-device: NaN or infinity, forgetting above the limit, a class that is never predicted. Anything that only an operator can
-decide, such as a mislabelled folder, is a warning. No old image is needed: old classes are represented by their means
-and the pooled within-class covariance.
+device: NaN or infinity, more forgetting than allowed since the classes were taught, new images that would not be
+recognised. Anything that only an operator can decide, such as a mislabelled folder, is a warning. No old image is
+needed: old classes are represented by stand-ins, see `ssd_edge.learners.retention`.
 
-All distances are squared Mahalanobis distances in that covariance. Distances between means are corrected for the
-sampling noise of the means, so that two samples of one class have an expected distance of 0, whatever their size.
+Distances are squared Mahalanobis distances in the pooled within-class covariance. Distances between means are corrected
+for the sampling noise of the means, so that two samples of one class have an expected distance of 0, whatever their
+size.
 """
 
 from __future__ import annotations
@@ -18,39 +19,55 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from device_runtime.learning.retention import Predictions, predict_pseudo, scores_of
-from device_runtime.results import ClassRetention, Record, Retention, Suspects
+from device_runtime.learning.state import DeviceState
+from device_runtime.results import ClassRetention, Retention, Suspects
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import GateRefusedError, InputError
 from ssd_edge.learners import Learner
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.retention import Cost, TrackRecord, cost, scores_of
 
-# Thresholds on images were set on CIFAR-10 embeddings (256 features), see benchmarks/retention.py --images.
-SAME_CLASS = 2.0  # squared distance of means below which the best linear rule errs on Φ(−√2/2) = 24 % of images
+KIND = "estimate for the classes of the bundle, from their test images and stand-ins; no old image was used"
+TOO_FEW = "cannot be estimated: the bundle has {} test images of the old classes on record, and {} are needed"
+OTHERWISE = "cannot be estimated: the learner now answers much better than when its classes were tested"
+CHANGED = 0.1  # rise of the estimate above the held-out results from which on they say little
+ENOUGH = 30  # test images of all old classes, with which their mean accuracy is known within nine points or so
+NOTICEABLE = 0.005  # drop of the mean accuracy below which a change is not held responsible for earlier losses
+CONFIDENCE = 1.645  # of the upper bound on recognition, in standard errors: one-sided 95 %
+# Thresholds on images were set on CIFAR-10 embeddings (256 features).
+CONFUSED = 0.35  # share of held-out images answered as a known class by a learner that has learned the others as new
+CLEAR = 0.8  # share of a folder answered with one class, not with ``unknown``, that needs no further evidence
 RECOGNISED = 0.5  # minimum share of a folder predicted as one class to call it a duplicate of that class
 FEW = 3  # images: a group has at least this many
 MIXED_SHARE = 0.2  # of a folder: a group has at least this share
+SAME_CLASS = 2.0  # squared distance of means below which the best linear rule errs on Φ(−√2/2) = 24 % of images
 TELLABLE = 9.0  # squared distance above which single images can be told apart: Φ(−3/2) = 7 % errors
 SURE = 2.0  # standard errors; a lower value finds more mixed folders and flags more clean ones
 ROUNDS = 10  # of regrouping a folder; two or three are enough
 AXES = 16  # principal directions of the old means; in all directions the mean of a few images is too noisy
 FAR = 3.0  # times the median squared distance from the centre; natural images reach 2.5 in folders of 20
-KNOWN_BEFORE = 0.1  # minimum accuracy on a class before the change for a later accuracy of 0 to be an alarm
 SHOWN = 5  # names in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Limits on forgetting.
+    """Limits on what a change may cost.
 
     Attributes:
-        max_forgetting: Largest estimated drop of the mean accuracy on old classes, 0..1. A larger drop is refused, and
-            so is a change after which an old class is never predicted. 1 allows everything.
-        class_warning: Drop of a single class above which a warning names it, 0..1.
+        max_forgetting: Largest estimated loss of accuracy since the classes were installed or taught, by this and all
+            earlier changes: the mean over the old classes, 0..1. 1 allows everything.
+        max_class_forgetting: Largest such loss of a single class, 0..1.
+        class_warning: Drop of a single class by this change above which a warning names it, 0..1.
+        min_recognised: Share of the held-out images of a taught class that must be recognised, 0..1. A class is refused
+            if its true share is below with 95 % confidence.
+        force: Allow everything but NaN.
     """
 
     max_forgetting: float = 0.1
+    max_class_forgetting: float = 0.5
     class_warning: float = 0.25
+    min_recognised: float = 0.3
+    force: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -65,7 +82,23 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judgement(Record):
+class Trial:
+    """Answers to new images by learners that have learned the other new images only.
+
+    Attributes:
+        answers: Predicted rows, int64 ``(N,)``; −1 for an image that was never held out.
+    """
+
+    answers: Tensor
+
+    def of(self, own: Tensor) -> Tensor:
+        """Return the answers to those of the images `own` that were held out."""
+        answers = self.answers[own]
+        return answers[answers >= 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
     """Result of `judge` and `judge_edit`.
 
     Attributes:
@@ -75,6 +108,7 @@ class Judgement(Record):
         warnings: Sentences.
         refusals: Sentences; empty if the change may be committed.
         suspects: Images that the warnings refer to.
+        record: Held-out results with the losses by this change.
     """
 
     retention: Retention | None
@@ -82,6 +116,7 @@ class Judgement(Record):
     warnings: list[str]
     refusals: list[str]
     suspects: list[Suspects]
+    record: TrackRecord
 
     def check(self) -> None:
         """Refuse the change if there is a reason to.
@@ -94,43 +129,48 @@ class Judgement(Record):
 
 
 def judge(
-    before: Learner,
-    after: Learner,
-    statistics: ClassStatistics,
+    before: DeviceState,
+    after: DeviceState,
     embeddings: Tensor,
     rows: Tensor,
-    registry: ClassRegistry,
+    trial: Trial,
     limits: Limits | None = None,
     names: Sequence[str] | None = None,
 ) -> Judgement:
     """Judge a learn before it is committed.
 
     Args:
-        before: The learner before it.
-        after: The learner after it.
-        statistics: Statistics of the old classes, without the new images.
+        before: The state before it.
+        after: The state after it, with the thresholds and held-out results of the taught classes.
         embeddings: Embeddings of the new images, float32 ``(N, D)``.
         rows: Rows that they were taught as, int64 ``(N,)``; of new or known classes.
-        registry: All classes, including the new ones.
-        limits: Limits on forgetting; None for the defaults.
+        trial: Answers to them while they were held out.
+        limits: Limits; None for the defaults.
         names: Names of the images in messages; None for ``image 0``, …
     """
-    limits = limits or Limits()
+    limits, registry = limits or Limits(), after.registry
     shown = [f"image {number}" for number in range(len(embeddings))] if names is None else list(names)
     suspects: list[Suspects] = []
-    warnings = _check_images(before, statistics, embeddings, rows, registry, shown, suspects)
-    refusals = _check_finite(after, embeddings)
-    retention, agreement = None, None
-    if not refusals and statistics.total:
-        predictions = predict_pseudo(before, after, statistics)
-        not_finite = "the taught learner gives NaN or infinity for old classes; teach again with other images"
-        retention = _check_forgetting(predictions, registry, limits, warnings, refusals, not_finite)
-        agreement = _agreement(before, after, embeddings) if predictions.finite else None
-    return Judgement(retention, agreement, warnings, refusals, suspects)
+    warnings = _check_images(before, trial, embeddings, rows, registry, shown, suspects)
+    refusals = _check_finite(after.learner, embeddings)
+    retention, agreement, record = None, None, after.record
+    if not refusals:
+        messages = _unrecognised(before, rows, trial, registry, limits)
+        (warnings if limits.force else refusals).extend(messages)
+        if before.statistics.total:
+            found = cost(before.learner, after.learner, before.statistics, before.record)
+            found = _with_unknown(found, before, after, set(rows.tolist()))
+            record = after.record.after(found.before - found.after, found.rows)
+            not_finite = "the taught learner gives NaN or infinity for old classes; teach again with other images"
+            retention = _check_forgetting(
+                found, before.record, record, registry, limits, warnings, refusals, not_finite
+            )
+            agreement = _agreement(before.learner, after.learner, embeddings) if found.finite else None
+    return Judgement(retention, agreement, warnings, refusals, suspects, record)
 
 
 def judge_edit(
-    before: Learner,
+    before: DeviceState,
     after: Learner,
     statistics: ClassStatistics,
     registry: ClassRegistry,
@@ -140,25 +180,27 @@ def judge_edit(
     """Judge a change that has no new images before it is committed.
 
     Args:
-        before: The learner before it.
+        before: The state before it.
         after: The learner after it, with its classes still in the same rows.
         statistics: Statistics of the classes to tell apart, in the same rows.
         registry: Classes of these rows.
-        limits: Limits on forgetting; None for the defaults.
+        limits: Limits; None for the defaults.
         renumbered: Row → row that counts as the same class after the change.
     """
     warnings: list[str] = []
     refusals = _check_finite(after, torch.zeros(0, after.dim))
-    retention = None
+    retention, record = None, before.record
     if not refusals and statistics.total and bool(after.seen.any()):
-        found = predict_pseudo(before, after, statistics)
-        same = torch.arange(max(len(before.seen), len(after.seen)))  # a merge adds rows
+        same = torch.arange(max(len(before.learner.seen), len(after.seen)))  # a merge adds rows
         for row, target in (renumbered or {}).items():
             same[row] = target
-        predictions = Predictions(same[found.rows], same[found.before], same[found.after], found.finite)
+        found = cost(before.learner, after, statistics, record, same)
+        record = record.after(found.before - found.after, found.rows)
         not_finite = "the edited learner gives NaN or infinity; roll back to an earlier generation"
-        retention = _check_forgetting(predictions, registry, limits or Limits(), warnings, refusals, not_finite)
-    return Judgement(retention, None, warnings, refusals, [])
+        retention = _check_forgetting(
+            found, before.record, record, registry, limits or Limits(), warnings, refusals, not_finite
+        )
+    return Judgement(retention, None, warnings, refusals, [], record)
 
 
 def _check_finite(after: Learner, embeddings: Tensor) -> list[str]:
@@ -176,8 +218,47 @@ def _check_finite(after: Learner, embeddings: Tensor) -> list[str]:
     return []
 
 
+def _unrecognised(
+    before: DeviceState, rows: Tensor, trial: Trial, registry: ClassRegistry, limits: Limits
+) -> list[str]:
+    """Return a message for each taught class whose held-out images are not recognised as it."""
+    messages = []
+    for row in torch.unique(rows).tolist():
+        answers = trial.of(rows == row)
+        count, right = len(answers), int((answers == row).sum())
+        if not count or _upper_bound(right, count) >= limits.min_recognised:
+            continue
+        other = int(answers[answers != row].mode().values)
+        wrong = int((answers == other).sum())
+        messages.append(
+            f"{right} of {count} held-out images of '{registry.names[row]}' would be recognised, and {wrong} taken for "
+            f"'{registry.names[other]}'. Check that they show what it says; if they do, take more and different "
+            "images, or allow it with --force"
+        )
+    return messages
+
+
+def _upper_bound(right: int, count: int) -> float:
+    """Return the upper end of the one-sided 95 % interval of a share (Wilson 1927)."""
+    share, square = right / count, CONFIDENCE**2
+    reach = CONFIDENCE * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
+    return (share + square / (2 * count) + reach) / (1 + square / count)
+
+
+def _with_unknown(found: Cost, before: DeviceState, after: DeviceState, taught: set[int]) -> Cost:
+    """Count stand-ins of taught classes that would now be ``unknown``; other classes keep their thresholds."""
+    share = found.after.clone()
+    for number, row in enumerate(found.rows.tolist()):
+        if row in taught:
+            was = before.rejector.acceptance(row, before.rejector)
+            share[number] *= min(before.rejector.acceptance(row, after.rejector) / max(was, 1e-6), 1.0)
+    return dataclasses.replace(found, after=share)
+
+
 def _check_forgetting(
-    predictions: Predictions,
+    found: Cost,
+    before: TrackRecord,
+    after: TrackRecord,
     registry: ClassRegistry,
     limits: Limits,
     warnings: list[str],
@@ -187,41 +268,85 @@ def _check_forgetting(
     """Return the retention estimate with its worst class, and add to the messages.
 
     Args:
-        predictions: Predictions before and after.
+        found: Estimated accuracy before and after the change.
+        before: Held-out results and losses before it.
+        after: The same after it.
         registry: Names of the rows.
-        limits: Limits on forgetting.
+        limits: Limits.
         warnings: Warnings are added here.
         refusals: Refusals are added here.
         not_finite: Refusal if the scores are not finite.
     """
-    if not predictions.finite:
+    if not found.finite:
         refusals.append(not_finite)
         return None
-    mean = predictions.summary()
-    classes = predictions.per_class()
-    row, old, new = max(classes, key=lambda entry: entry[1] - entry[2])
-    worst = ClassRetention(registry.names[row], round(old, 4), round(new, 4), round(old - new, 4))
-    if mean.drop > limits.max_forgetting:
-        refusals.append(
-            f"the estimated accuracy on the old classes is {mean.accuracy_before:.0%} before and "
-            f"{mean.accuracy_after:.0%} after, {mean.drop:.3f} less where max_forgetting allows "
-            f"{limits.max_forgetting:g}; '{worst.label}' loses most ({old:.0%} to {new:.0%}). Check that the new "
-            "images show no old class, use a learner that forgets less (landmark), or raise max_forgetting"
+    rows, drops = found.rows, found.before - found.after
+    worst = int(drops.argmax())
+    old, new = float(found.before[worst]), float(found.after[worst])
+    label = registry.names[int(rows[worst])]
+    lost, earlier = after.lost[rows], before.lost[rows]
+    messages = []
+    for group, which in _groups(rows, registry):
+        total, past = float(lost[which].mean()), float(earlier[which].mean())
+        if total > limits.max_forgetting and total - past > NOTICEABLE:
+            messages.append(
+                f"{group} would lose {total - past:.3f} of their accuracy, after {past:.3f} by earlier changes, where "
+                f"max_forgetting allows {limits.max_forgetting:g} in all; '{label}' loses most ({old:.0%} to "
+                f"{new:.0%}). Check that the new images show no old class, use a learner that forgets less (landmark), "
+                "or raise max_forgetting"
+            )
+            break
+    gone = [registry.names[int(row)] for row in rows[(lost > limits.max_class_forgetting) & (drops > NOTICEABLE)]]
+    if gone and limits.max_forgetting < 1:
+        messages.append(
+            f"{_quoted(gone)} would lose {float(lost.max()):.0%} of the images recognised when taught, where at most "
+            f"{limits.max_class_forgetting:.0%} are allowed; check that the new images show another class, or teach it "
+            "again together with the new one"
         )
-    lost = [registry.names[r] for r, was, now in classes if was >= KNOWN_BEFORE and now == 0.0]
-    if lost and limits.max_forgetting < 1:
-        refusals.append(
-            f"{_quoted(lost)} would never be predicted again; check that the new images show another class, or teach "
-            "it again together with the new one"
-        )
-    if not refusals:
-        for row, old, new in classes:
-            if old - new > limits.class_warning:
+    (warnings if limits.force else refusals).extend(messages)
+    if not messages:
+        for row, was, now in zip(rows.tolist(), found.before.tolist(), found.after.tolist(), strict=True):
+            if was - now > limits.class_warning:
                 warnings.append(
-                    f"'{registry.names[row]}' may be recognised less often now: estimated {old:.0%} before and "
-                    f"{new:.0%} after; try it, and roll back if it matters more than the new class"
+                    f"'{registry.names[row]}' may be recognised less often now: estimated {was:.0%} before and "
+                    f"{now:.0%} after; try it, and roll back if it matters more than the new class"
                 )
-    return dataclasses.replace(mean, worst=worst)
+    tested = torch.tensor([registry.entries[row].origin == "base" for row in rows.tolist()])
+    kind = _unknown_level(found, before, tested)
+    levels = [float((part * before.accepted(rows))[tested].mean()) for part in (found.before, found.after)]
+    return Retention(
+        kind=kind or KIND,
+        accuracy_before=None if kind else round(levels[0], 4),
+        accuracy_after=None if kind else round(levels[1], 4),
+        drop=round(float(drops.mean()), 4),
+        lost=round(float(lost.mean()), 4),
+        worst=ClassRetention(label, round(old, 4), round(new, 4), round(old - new, 4)),
+    )
+
+
+def _unknown_level(found: Cost, before: TrackRecord, tested: Tensor) -> str:
+    """Return why the accuracy on the classes of the bundle cannot be estimated, or an empty string.
+
+    Held-out images of a class that was taught on the device come from one occasion and resemble each other, so that
+    they say little about later images; only test images of the workstation do.
+
+    Args:
+        found: Estimated accuracy before and after the change.
+        before: Held-out results before it.
+        tested: True for the old classes that the workstation has tested, bool ``(n,)``.
+    """
+    rows = found.rows[tested]
+    count = int(before.tested[rows].sum())
+    if count < ENOUGH:
+        return TOO_FEW.format(count, ENOUGH)
+    return OTHERWISE if float((found.after[tested] - before.expected(rows)).mean()) > CHANGED else ""
+
+
+def _groups(rows: Tensor, registry: ClassRegistry) -> list[tuple[str, Tensor]]:
+    """Return the groups of old classes whose mean loss is limited: those of the bundle, and all."""
+    base = torch.tensor([registry.entries[row].origin == "base" for row in rows.tolist()])
+    groups = [("the old classes", torch.ones(len(rows), dtype=torch.bool))]
+    return [("the classes of the bundle", base), *groups] if bool(base.any()) else groups
 
 
 def _agreement(before: Learner, after: Learner, embeddings: Tensor) -> float | None:
@@ -261,8 +386,8 @@ class _Space:
 
 
 def _check_images(
-    before: Learner,
-    statistics: ClassStatistics,
+    before: DeviceState,
+    trial: Trial,
     embeddings: Tensor,
     rows: Tensor,
     registry: ClassRegistry,
@@ -271,16 +396,26 @@ def _check_images(
 ) -> list[str]:
     """Return warnings about duplicates of known classes, mixed folders and outliers; add to `suspects`."""
     warnings: list[str] = []
+    statistics = before.statistics
     if statistics.degrees_of_freedom <= 0:
         return warnings  # no class has two images, so there is no covariance
-    space, predicted = _Space(statistics), before.predict(embeddings)
+    space, predicted = _Space(statistics), before.learner.predict(embeddings)
+    accepted, _ = before.rejector.accepts(embeddings, predicted)
     for row in torch.unique(rows).tolist():
         own = (rows == row).nonzero().flatten()
         if len(own) < FEW:
             continue
         white, answers, label = space.whiten(embeddings[own]), predicted[own], registry.names[row]
         known = row < len(statistics.counts) and float(statistics.counts[row]) > 0
-        duplicate = _duplicate(space, white, answers, row if known else None)
+        if known:
+            duplicate = _duplicate(space, white, answers, row)
+            if duplicate is None and not bool(((answers == row) & accepted[own]).any()):
+                warnings.append(
+                    f"none of the {len(own)} images taught as '{label}' was recognised as it before; if they show "
+                    "something else, roll back, because from now on it is recognised as well"
+                )
+        else:
+            duplicate = _known_class(answers, accepted[own], trial.of(own))
         if duplicate is not None:
             like, count = registry.names[duplicate], int((answers == duplicate).sum())
             advice = (
@@ -315,13 +450,31 @@ def _check_images(
     return warnings
 
 
-def _duplicate(space: _Space, white: Tensor, answers: Tensor, own: int | None) -> int | None:
-    """Return the known class that these images belong to, other than `own`, or None."""
+def _known_class(answers: Tensor, accepted: Tensor, held_out: Tensor) -> int | None:
+    """Return the known class that images of a new class belong to, or None.
+
+    They are recognised as it, or a learner that has learned others of them under the new name cannot tell the two apart
+    and answers about half of them with each.
+
+    Args:
+        answers: Answers before the learn, int64 ``(n,)``.
+        accepted: False where the answer was ``unknown``, bool ``(n,)``.
+        held_out: Answers while the images were held out.
+    """
+    row = int(answers.mode().values)
+    confused = float((held_out == row).double().mean()) if len(held_out) else 0.0
+    recognised = float(((answers == row) & accepted).double().mean())
+    clear = recognised >= CLEAR or (recognised >= RECOGNISED and confused >= CONFUSED)
+    return row if clear else None
+
+
+def _duplicate(space: _Space, white: Tensor, answers: Tensor, own: int) -> int | None:
+    """Return the known class that images of the known class `own` belong to, other than `own`, or None."""
     row = int(answers.mode().values)
     if row == own or float((answers == row).double().mean()) < RECOGNISED:
         return None
     distance = space.distance(white, row)
-    if distance > SAME_CLASS or (own is not None and space.distance(white, own) < distance + TELLABLE):
+    if distance > SAME_CLASS or space.distance(white, own) < distance + TELLABLE:
         return None
     return row
 

@@ -17,6 +17,7 @@ from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, printable
 from ssd_edge.learners.closed_form.linear import restore_statistics
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.retention import TrackRecord
 from ssd_edge.learners.unknown import Rejector
 
 _NOT_KEPT = ("format", "version", "files", "device")  # keys of a bundle's manifest
@@ -101,6 +102,7 @@ class DeviceState:
         learner: The learner. Copy it with `copy_learner` before teaching it.
         statistics: Statistics of the embeddings of each class.
         rejector: Thresholds for ``unknown``.
+        record: Held-out results of each class.
         bundle: The installed bundle.
         probe: Bytes of the bundle's probe, see `selftest`.
         card: Bytes of the bundle's model card.
@@ -110,6 +112,7 @@ class DeviceState:
     learner: learners.Learner
     statistics: ClassStatistics
     rejector: Rejector
+    record: TrackRecord
     bundle: InstalledBundle
     probe: bytes
     card: bytes
@@ -122,10 +125,11 @@ class DeviceState:
         """
         rows = len(self.registry)
         learned, counted = len(self.learner.seen), len(self.statistics.counts)
-        if (learned, counted, len(self.rejector.thresholds)) != (rows, rows, rows):
+        limited, tested = len(self.rejector.thresholds), len(self.record.tested)
+        if (learned, counted, limited, tested) != (rows, rows, rows, rows):
             raise BundleRefusedError(
-                f"the registry has {rows} classes, but the learner has {learned}, the statistics {counted} and the "
-                f"thresholds for 'unknown' {len(self.rejector.thresholds)}; deploy the bundle again"
+                f"the registry has {rows} classes, but the learner has {learned}, the statistics {counted}, the "
+                f"thresholds for 'unknown' {limited} and the held-out results {tested}; deploy the bundle again"
             )
         images, counts = [entry.images for entry in self.registry.entries], self.statistics.counts.tolist()
         if counts != images or 0 in images or not bool(self.learner.seen.all()):
@@ -133,11 +137,13 @@ class DeviceState:
                 f"the registry counts {_short(images)} images, the statistics {_short(counts)}, and the learner has "
                 f"learned {int(self.learner.seen.sum())} of {rows} classes; deploy the bundle again"
             )
-        dims = [self.learner.dim, self.statistics.sums.shape[1], len(self.rejector.whitening)]
-        if dims != [self.bundle.dim] * 3:
+        dims = [
+            self.learner.dim, self.statistics.sums.shape[1], len(self.rejector.whitening), self.record.anchors.shape[1]
+        ]  # fmt: skip
+        if dims != [self.bundle.dim] * 4:
             raise BundleRefusedError(
-                f"the backbone gives {self.bundle.dim} features, but learner, statistics and the thresholds for "
-                f"'unknown' have {dims[0]}, {dims[1]} and {dims[2]}; deploy the bundle again"
+                f"the backbone gives {self.bundle.dim} features, but learner, statistics, thresholds for 'unknown' and "
+                f"held-out results have {dims[0]}, {dims[1]}, {dims[2]} and {dims[3]}; deploy the bundle again"
             )
 
     def contents(self) -> dict[str, bytes]:
@@ -147,6 +153,7 @@ class DeviceState:
             "learner.safetensors": files.tensor_bytes(*learners.pack(self.learner)),
             "statistics.safetensors": files.tensor_bytes(arrays),
             "unknown.safetensors": files.tensor_bytes(self.rejector.state()),
+            "record.safetensors": files.tensor_bytes(self.record.state()),
             "classes.json": files.json_bytes(self.registry.to_json()),
             "device.json": files.json_bytes(self.bundle.to_json()),
             "probe.safetensors": self.probe,
@@ -177,6 +184,7 @@ class DeviceState:
             learners.restore(*tensors("learner.safetensors"), dim=bundle.dim),
             restore_statistics(tensors("statistics.safetensors")[0], bundle.dim),
             Rejector.from_state(tensors("unknown.safetensors")[0]),
+            TrackRecord.from_state(tensors("record.safetensors")[0]),
             bundle,
             read("probe.safetensors"),
             read("MODEL_CARD.md"),
@@ -188,8 +196,7 @@ class DeviceState:
     def of_bundle(cls, opened: bundles.Bundle, signed_by: str | None = None) -> DeviceState:
         """Return the state in a bundle, as installing it makes it.
 
-        A bundle that a device has exported contains its thresholds for ``unknown``; for one from `deploy` they are
-        fitted to the statistics.
+        A bundle without thresholds for ``unknown`` or held-out results gets those that follow from its statistics.
 
         Args:
             opened: The bundle.
@@ -211,8 +218,13 @@ class DeviceState:
             rejector = Rejector.from_state(opened.tensors("unknown")[0])
         else:
             rejector = Rejector.fit(statistics)
-        parts = opened.registry, learner, statistics, rejector, bundle, opened.read("probe"), opened.read("card")
-        state = cls(*parts)
+        if "record" in opened.roles:
+            record = TrackRecord.from_state(opened.tensors("record")[0])
+        else:
+            untested = torch.zeros(len(statistics.counts))
+            record = TrackRecord.of(learner, statistics, untested, untested, untested)
+        probe, card = opened.read("probe"), opened.read("card")
+        state = cls(opened.registry, learner, statistics, rejector, record, bundle, probe, card)
         state.check()
         return state
 

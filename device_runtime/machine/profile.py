@@ -51,7 +51,7 @@ UNMEASURED = "without the GPU's share (CUDA context, TensorRT engine, workspace)
 RUNTIME_MB = 300  # interpreter, NumPy, PyTorch and ONNX Runtime take 242 MiB; CUDA builds take more
 BACKBONE_TIMES = 3  # file, weights and reordered weights, with fp16 stored as fp32
 LEARNER_TIMES = 20  # peak while learning ÷ file size, 15 to 23 for landmark, ridge and slda
-PSEUDO_SAMPLES, PSEUDO_BYTES = 100, 32  # samples per class and bytes per value, see retention
+PSEUDO_SAMPLES, PSEUDO_BYTES = 60, 32  # samples per class and bytes per value, see retention
 ACTIVATION_BATCH = 32  # images per call of the backbone
 ACTIVATION_CHANNELS, LIVE_MAPS = 64, 3  # of the first layers, whose feature maps are largest
 FULL_RESOLUTION = 64  # pixels; the first layer halves larger inputs
@@ -386,9 +386,9 @@ def footprint(path: str | Path, root: Path) -> Footprint:
     """
     import torch
 
-    from device_runtime.learning import retention
     from device_runtime.learning.state import DeviceState
     from ssd_edge import learners
+    from ssd_edge.learners import retention
 
     with contextlib.suppress(EnvironmentUnfitError):
         ort.load()
@@ -406,7 +406,8 @@ def footprint(path: str | Path, root: Path) -> Footprint:
     for copy in copies:
         copy.learn(task)
     if len(opened.registry):
-        retention.estimate(learner, copies[0], DeviceState.of_bundle(opened).statistics)
+        state = DeviceState.of_bundle(opened)
+        retention.cost(learner, copies[0], state.statistics, state.record)
     found["learned"] = _resident("VmRSS")
     return Footprint(**found, peak=_resident("VmHWM"))
 

@@ -32,11 +32,12 @@ ROLES = {  # role → name of its entry
     "statistics": "statistics.safetensors",
     "probe": "probe.safetensors",
     "unknown": "unknown.safetensors",
+    "record": "record.safetensors",
     "head": "head.onnx",
     "classes": "classes.json",
     "card": "MODEL_CARD.md",
 }
-OPTIONAL_ROLES = frozenset({"head", "unknown"})
+OPTIONAL_ROLES = frozenset({"head", "unknown", "record"})
 
 # docs/bundle.md gives the reason for each limit.
 MAX_JSON_BYTES = 2 * 2**20

@@ -118,7 +118,9 @@ def print_cost(retention: Retention, others: str) -> None:
     """Print the estimated accuracy on the other classes before and after a change, and how to undo it."""
     if retention.accuracy_before is not None:
         estimate = f"{retention.accuracy_before:.3f} -> {retention.accuracy_after:.3f}"
-        echo(f"  {others}: {estimate} (estimated from class statistics)")
+        echo(f"  {others}: {estimate} (estimated, for those of the bundle); loss {retention.drop:.3f}")
+    elif retention.worst is not None:
+        echo(f"  {others}: accuracy {retention.kind}; estimated loss {retention.drop:.3f}")
     echo("  undo with: ssd-edge device rollback")
 
 

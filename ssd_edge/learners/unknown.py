@@ -1,16 +1,16 @@
 """Open-set rejection: predict ``unknown`` for embeddings too far from the predicted class.
 
-The score of an embedding z for class c is the cosine between Wz and Wμ_c, where W whitens the pooled within-class
-covariance (OAS-shrunk) and the origin is the mean of the pretraining data, since embeddings are standardised.
+The score of an embedding z for class c is the cosine between Wz and Wμ_c, where W whitens a shrunk within-class
+covariance and the origin is the mean of the pretraining data, since embeddings are standardised.
 ``benchmarks/unknown.py`` chose it among Mahalanobis and relative Mahalanobis distances and the learner's own scores, on
 classes held out of the training data. It ignores the length of z.
 
-The threshold of a class follows from its statistics alone, so no image of other objects is needed. With μ the length
-of Wμ_c, the component of whitened z along the estimated mean is normal and the squared length of the rest is χ²
-distributed (approximated by the cube root, Wilson & Hilferty 1931); the threshold is a quantile of their cosine over a
-grid of both.
-Real classes vary more along their own mean than the pooled covariance says: by `OWN_SPREAD` times μ, measured on
-held-out training images of CIFAR-10. Statistics with ``per_class`` moments contain that variance.
+The threshold of a class comes from the scores of its own images, each against a mean without it. They are used as
+s = −log(1 − cos), which is close to normal, and only their number, sum and sum of squares are stored. The threshold is
+the lower end of the one-sided prediction interval of Student's t for one more image (Hahn & Meeker 1991):
+m + shift − t·d·√(1 + 1/n), with m the mean of the n scores and d their deviation. d is pooled with the deviation that
+is typical of other classes, which counts as `PRIOR` images, and ``shift`` says by how much images of a later occasion
+score lower than images taken together. Training measures both on held-out images, see `Rejector.calibrate`.
 """
 
 from __future__ import annotations
@@ -30,51 +30,75 @@ from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 UNKNOWN = "unknown"
 RATE = 0.95
-OWN_SPREAD = 0.35  # standard deviation along the class mean that the pooled covariance lacks, as a share of μ
-PRIOR = 20.0  # weight, in images, of the threshold from statistics against the class's own embeddings
-_NORMAL = torch.tensor([NormalDist().inv_cdf((i + 0.5) / 64) for i in range(64)], dtype=torch.float64)
+PRIOR = 20.0  # images that the typical deviation counts as
+DEVIATION = 0.4  # of s in a class if nothing was held out; measured: groceries 0.24, CIFAR-10 0.1 (EfficientNet-Lite0)
+FOLDS = 3
+HELD_OUT = 200  # images per class that `calibrate` holds out, at most
 NEVER = 2.0  # threshold of a row without samples: no cosine reaches it
+CLOSEST = 1e-6  # smallest 1 − cosine, which bounds s by 13.8
 DIRECTION_ROUNDING = 1e-4  # of the length of a direction in float32
+_NORMAL = NormalDist()
 SCHEMA = {
-    "fitted": TensorSpec(
-        (2,), "float64", "rate, and degrees of freedom of the covariance", least=0, most=LARGEST_COUNT
-    ),
+    "fitted": TensorSpec((3,), "float64", "rate, shift and typical deviation of s", least=-100, most=100),
     # whitened embeddings have a finite length in float32
     "whitening": TensorSpec(
-        ("T",), "float32", "lower triangle of what whitens that covariance", least=-1e12, most=1e12
+        ("T",), "float32", "lower triangle of what whitens the covariance", least=-1e12, most=1e12
     ),
     "directions": TensorSpec(("C", "D"), "float32", "whitened mean of each class, of unit length", least=-2, most=2),
     "thresholds": TensorSpec(("C",), "float32", "smallest cosine of each class that is accepted", least=-1, most=NEVER),
-}
+    "scores": TensorSpec(
+        ("C", 3), "float64", "number, sum and sum of squares of s of held-out images of each class",
+        least=-LARGEST_COUNT, most=200 * LARGEST_COUNT,
+    ),
+}  # fmt: skip
+
+
+def strength(cosines: Tensor) -> Tensor:
+    """Return s = −log(1 − cos) of cosines; close to normal within a class."""
+    return -torch.log((1 - cosines).clamp_min(CLOSEST))
+
+
+def t_quantile(rate: float, freedom: float) -> float:
+    """Return the quantile of Student's t, within 0.002 from 10 degrees of freedom on (Abramowitz & Stegun, 26.7.5)."""
+    z = _NORMAL.inv_cdf(rate)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rejector:
     """Thresholds for the classes of one generation; immutable. Its size depends on C and D only.
 
-    W is fixed after `fit`, so that a new class does not change the decisions for other classes; see `outgrown`.
+    W, shift and deviation are fixed from the start, so that teaching a class does not change any decision for another.
 
     Attributes:
         rate: Share of a class's own images that should be accepted.
-        samples: Degrees of freedom of the covariance that W whitens.
+        shift: Difference of s for images of another occasion; at most 0.
+        deviation: Typical standard deviation of s within a class.
         whitening: W, lower triangular, float32 ``(D, D)``.
         directions: Wμ_c/|Wμ_c|, float32 ``(C, D)``; zero for a row without samples.
         thresholds: Cosines, float32 ``(C,)``, finite.
+        scores: Number, sum and sum of squares of s over held-out images, float64 ``(C, 3)``. They add up in a merge.
     """
 
     rate: float
-    samples: float
+    shift: float
+    deviation: float
     whitening: Tensor
     directions: Tensor
     thresholds: Tensor
+    scores: Tensor
 
     @classmethod
-    def fit(cls, statistics: ClassStatistics, rate: float = RATE) -> Rejector:
-        """Fit W and the thresholds of all classes to their statistics.
+    def fit(
+        cls, statistics: ClassStatistics, rate: float = RATE, shift: float = 0.0, deviation: float = DEVIATION
+    ) -> Rejector:
+        """Fit W and the directions to class statistics, and thresholds as far as they follow from them.
 
         Args:
             statistics: Class statistics of embeddings; any number of classes, including zero.
             rate: Share of a class's own images that should be accepted, between 0.5 and 1.
+            shift: See `Rejector`.
+            deviation: See `Rejector`.
 
         Raises:
             InputError: The rate is out of range, or the statistics hold NaN or infinity.
@@ -83,25 +107,63 @@ class Rejector:
             raise InputError(f"the rate of accepted own images must be above 0.5 and below 1, but is {rate}")
         if not all(bool(torch.isfinite(t).all()) for t in statistics.state().values()):
             raise InputError("the class statistics hold NaN or infinity; roll back or deploy the bundle again")
-        samples = max(statistics.degrees_of_freedom, 0.0)
         dim = statistics.sums.shape[1]
-        if samples == 0 or float(statistics.within_covariance().trace()) <= 0:
-            whitening = torch.eye(dim, dtype=torch.float64)
-        else:
-            identity = torch.eye(dim, dtype=torch.float64)
-            factor = torch.linalg.cholesky(statistics.shrunk_covariance())
-            whitening = torch.linalg.solve_triangular(factor, identity, upper=False)
+        whitening = torch.eye(dim, dtype=torch.float64)
+        if statistics.degrees_of_freedom > 0 and float(statistics.within_covariance().trace()) > 0:
+            factor = torch.linalg.cholesky(statistics.regular_covariance())
+            whitening = torch.linalg.solve_triangular(factor, whitening, upper=False)
         # contiguous, because another memory order changes the last bits of a product after a restart
-        empty = cls(rate, samples, whitening.float().contiguous(), torch.zeros(0, dim), torch.zeros(0))
-        return empty._grown(len(statistics.counts), statistics)
+        parts = whitening.float().contiguous(), torch.zeros(0, dim), torch.zeros(0), torch.zeros(0, 3).double()
+        return cls(rate, shift, deviation, *parts)._grown(len(statistics.counts), statistics)
+
+    @classmethod
+    def calibrate(
+        cls, train: Tensor, train_rows: Tensor, test: Tensor, test_rows: Tensor, rate: float = RATE
+    ) -> Rejector:
+        """Fit to the data of a training run and calibrate on held-out images.
+
+        Training images are held out in `FOLDS` parts, each scored with W and means of the others. Test images say how
+        much images of another occasion differ: shift and deviation describe held-out training and test images in equal
+        parts, two numbers for all classes together.
+
+        Args:
+            train: Training embeddings, ``(N, D)``.
+            train_rows: Their rows, int64 ``(N,)``.
+            test: Test embeddings, ``(M, D)``; may be empty.
+            test_rows: Their rows, int64 ``(M,)``.
+            rate: Share of a class's own images that should be accepted.
+        """
+        statistics = ClassStatistics(train.shape[1])
+        statistics.add(train, train_rows)
+        classes = len(statistics.counts)
+        part = _parts(train_rows, classes)
+        scores = torch.zeros(classes, 3, dtype=torch.float64)
+        for number in range(FOLDS):
+            held_out = part == number
+            rest = statistics.copy()
+            rest.subtract(*_of(train[held_out], train_rows[held_out], classes))
+            cosines = cls.fit(rest).score(train[held_out], train_rows[held_out])
+            scores += _moments(cosines, train_rows[held_out], classes)
+        fitted, many = cls.fit(statistics, rate), scores[:, 0] > 1
+        freedom = float((scores[many, 0] - 1).sum())
+        if freedom < 1:
+            return fitted
+        variance = float(_scatter(scores)[many].sum()) / freedom
+        shift = 0.0
+        tested = many[test_rows] if len(test_rows) else torch.zeros(0, dtype=torch.bool)
+        if bool(tested.any()):
+            rows = test_rows[tested]
+            differences = strength(fitted.score(test[tested], rows).double()) - _means(scores)[rows]
+            shift = min(float(differences.mean()) / 2, 0.0)
+            variance = (variance + float(differences.var(unbiased=False))) / 2 + shift**2
+        calibrated = dataclasses.replace(fitted, shift=shift, deviation=math.sqrt(max(variance, 1e-6)), scores=scores)
+        return calibrated._with_thresholds(range(classes), statistics)
 
     def with_class(self, row: int, statistics: ClassStatistics, embeddings: Tensor) -> Rejector:
         """Return a rejector with the threshold of one class calibrated on its new embeddings; the others do not change.
 
-        Each embedding is scored against the mean of the class without it (leave one out). The threshold is the mean of
-        the quantile of these scores, weighted by their number, and the earlier threshold (of a new class: the one from
-        its statistics), weighted by `PRIOR` plus the number of earlier images. If no class was known before, W is
-        fitted again.
+        Each embedding is scored against the mean of the class without it (leave one out). Scores of earlier images of
+        the class count as well, as they are expected against its new mean.
 
         Args:
             row: Row of the class, new or known.
@@ -117,13 +179,17 @@ class Rejector:
         if not count or not 0 <= row < len(statistics.counts) or float(statistics.counts[row]) < count:
             samples = float(statistics.counts[row]) if 0 <= row < len(statistics.counts) else 0.0
             raise InputError(f"row {row} was taught with {samples:.0f} embeddings, but {count} are given to calibrate")
-        if not bool(self.directions.any()):
-            return Rejector.fit(statistics, self.rate)._calibrated(row, statistics, embeddings, known=False)
-        earlier = float(statistics.counts[row]) > count
-        known = earlier and row < len(self.thresholds) and float(self.thresholds[row]) < NEVER
-        return self._grown(max(row + 1, len(self.thresholds)), statistics)._calibrated(
-            row, statistics, embeddings, known
-        )
+        grown = self._turned(row, statistics)
+        total = float(statistics.counts[row])
+        if total > 1:
+            wide = embeddings.double()
+            others = (statistics.sums[row] - wide) / (total - 1)
+            white, means = (part @ self.whitening.double().T for part in (wide, others))
+            cosines = torch.nn.functional.cosine_similarity(white, means)
+            scores = grown.scores.clone()
+            scores[row] += _moments(cosines, torch.zeros(count, dtype=torch.int64), 1)[0]
+            grown = dataclasses.replace(grown, scores=scores)
+        return grown._with_thresholds([row], statistics)
 
     def without_rows(self, rows: Iterable[int]) -> Rejector:
         """Return a rejector without some rows; later rows move up, bit-identical.
@@ -134,27 +200,65 @@ class Rejector:
         removed, classes = set(rows), len(self.thresholds)
         self._check_rows(removed, classes)
         kept = torch.tensor([row for row in range(classes) if row not in removed], dtype=torch.int64)
-        return dataclasses.replace(self, directions=self.directions[kept], thresholds=self.thresholds[kept])
+        parts = {name: getattr(self, name)[kept] for name in ("directions", "thresholds", "scores")}
+        return dataclasses.replace(self, **parts)
 
-    def refitted(self, row: int, statistics: ClassStatistics) -> Rejector:
-        """Return a rejector with one class fitted to its statistics again, for example after a merge.
-
-        The other rows and W do not change, unless no class was known before: then W is fitted again.
+    def joined(self, rows: Iterable[int], into: int, statistics: ClassStatistics) -> Rejector:
+        """Return a rejector in which class `into` also accepts what the classes `rows` accepted.
 
         Args:
-            row: Row of the class, new or known.
-            statistics: The current statistics. A class without samples accepts nothing.
+            rows: Rows that were joined into it.
+            into: Row of the class.
+            statistics: Class statistics after they were joined.
 
         Raises:
-            InputError: There is no such row in the statistics.
+            InputError: A row is out of range.
+        """
+        others = [row for row in rows if row != into]
+        self._check_rows({into, *others}, len(self.thresholds))
+        turned, scores = self._turned(into, statistics), self.scores.clone()
+        scores[into] = turned.scores[into]
+        for row in others:
+            scores[into] += _turn(self.scores[row], float(self.directions[row] @ turned.directions[into]))
+        return dataclasses.replace(turned, scores=scores)._with_thresholds([into], statistics)
+
+    def merged(
+        self, row: int, other: Rejector, there: int, base: Tensor | None, statistics: ClassStatistics
+    ) -> Rejector:
+        """Return a rejector with one class as another device and this one have taught it.
+
+        A class that only the other device has taught is accepted as there. Thresholds of another W cannot be used;
+        then the threshold follows from the statistics.
+
+        Args:
+            row: Row of the class here, new or known.
+            other: Thresholds of the other device.
+            there: Row of the class there.
+            base: Scores ``(3,)`` of the bundle that both have installed, if this device has taught the class since;
+                zero for a class that the bundle does not have. None if only the other device has taught it.
+            statistics: Class statistics after the merge.
+
+        Raises:
+            InputError: There is no such row.
         """
         self._check_rows({row}, len(statistics.counts))
-        if not bool(self.directions.any()):
-            return Rejector.fit(statistics, self.rate)
         grown = self._grown(max(row + 1, len(self.thresholds)), statistics)
-        directions, thresholds = grown.directions.clone(), grown.thresholds.clone()
-        directions[row], thresholds[row] = self._fit_row(row, statistics)
-        return dataclasses.replace(self, directions=directions, thresholds=thresholds)
+        parts = {name: getattr(grown, name).clone() for name in ("directions", "thresholds", "scores")}
+        if not torch.equal(self.whitening, other.whitening):
+            parts["scores"][row] = 0.0
+            turned = dataclasses.replace(grown, **parts)._turned(row, statistics)
+            return turned._with_thresholds([row], statistics)
+        if base is None:
+            for name, part in parts.items():
+                part[row] = getattr(other, name)[there]
+            return dataclasses.replace(grown, **parts)
+        turned = grown._turned(row, statistics)
+        parts = {"directions": turned.directions, "scores": turned.scores.clone()}
+        theirs = other.scores[there] - base
+        if float(theirs[0]) > 0:
+            cosine = float(other.directions[there] @ turned.directions[row])
+            parts["scores"][row] += _turn(theirs, cosine)
+        return dataclasses.replace(turned, **parts)._with_thresholds([row], statistics)
 
     def accepts(self, embeddings: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Decide for each embedding whether it is close enough to its predicted class.
@@ -186,19 +290,30 @@ class Rejector:
         cosine: Tensor = (whitened * self.directions[rows]).sum(1) / length
         return cosine
 
-    def outgrown(self, statistics: ClassStatistics) -> bool:
-        """Return True if `fit` with the current statistics would be clearly better; it changes all thresholds."""
-        samples = statistics.total - int((statistics.counts > 0).sum())
-        return self.samples < 10 * len(self.whitening) and samples >= 2 * self.samples
+    def acceptance(self, row: int, after: Rejector) -> float:
+        """Estimate which share of a class's earlier images another rejector with the same W accepts, 0..1.
+
+        Args:
+            row: Row of the class in both.
+            after: The other rejector.
+        """
+        mean, variance, freedom = self._normal(row)
+        if not freedom:
+            return 1.0
+        cosine = float((self.directions[row] @ after.directions[row]).clamp(-1, 1))
+        turned = float(_turn(torch.tensor([1.0, mean, mean**2], dtype=torch.float64), cosine)[1])
+        limit = float(strength(after.thresholds[row].double()))
+        return _NORMAL.cdf((turned + self.shift - limit) / math.sqrt(variance))
 
     def state(self) -> dict[str, np.ndarray]:
         """Return named arrays for a safetensors file."""
         row, column = torch.tril_indices(*self.whitening.shape)
         return {
-            "fitted": np.array([self.rate, self.samples], np.float64),
+            "fitted": np.array([self.rate, self.shift, self.deviation], np.float64),
             "whitening": self.whitening[row, column].numpy().copy(),
             "directions": self.directions.numpy().copy(),
             "thresholds": self.thresholds.numpy().copy(),
+            "scores": self.scores.numpy().copy(),
         }
 
     @classmethod
@@ -211,12 +326,22 @@ class Rejector:
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
         sizes = check_state(tensors, SCHEMA, {}, UNKNOWN)
         dim = sizes["D"]
-        rate, samples = tensors["fitted"].tolist()
+        rate, shift, deviation = tensors["fitted"].tolist()
         directions, thresholds, packed = (tensors[key] for key in ("directions", "thresholds", "whitening"))
-        if not (0.5 < rate < 1 and sizes["T"] == dim * (dim + 1) // 2):
+        scores = tensors["scores"]
+        counts = scores[:, 0]
+        if not (0.5 < rate < 1 and shift <= 0 < deviation and sizes["T"] == dim * (dim + 1) // 2):
             raise BundleRefusedError(
-                f"the thresholds for '{UNKNOWN}' are damaged: a rate of {rate:g} and {sizes['T']} numbers that whiten "
-                f"{dim} features; install the bundle again"
+                f"the thresholds for '{UNKNOWN}' are damaged: a rate of {rate:g}, a shift of {shift:g}, a deviation of "
+                f"{deviation:g} and {sizes['T']} numbers that whiten {dim} features; install the bundle again"
+            )
+        tolerance = 1e-6 * (1 + scores[:, 2].abs())
+        possible = (counts >= 0) & (counts == counts.round())
+        possible &= scores[:, 1].square() <= counts * (scores[:, 2] + tolerance)
+        if not bool(possible.all()):
+            raise BundleRefusedError(
+                f"the scores behind the thresholds for '{UNKNOWN}' are damaged: no images have the number, sum and sum "
+                f"of squares {scores[~possible][0].tolist()}; install the bundle again"
             )
         whitening = packed.new_zeros(dim, dim)
         row, column = torch.tril_indices(dim, dim)
@@ -226,7 +351,7 @@ class Rejector:
                 f"the thresholds for '{UNKNOWN}' do not whiten every feature; install the bundle again"
             )
         check_unit(directions, DIRECTION_ROUNDING, f"the directions of '{UNKNOWN}'")
-        return cls(rate, samples, whitening, directions, thresholds)
+        return cls(rate, shift, deviation, whitening, directions, thresholds, scores)
 
     def _check(self, embeddings: Tensor) -> None:
         dim = len(self.whitening)
@@ -241,57 +366,108 @@ class Rejector:
         if wrong:
             raise InputError(f"there are {classes} rows, so there is no row {wrong[0]}; rows are numbered from 0")
 
-    def _grown(self, classes: int, statistics: ClassStatistics) -> Rejector:
-        """Return a rejector with `classes` rows; the new ones are fitted to the statistics."""
-        rows = range(len(self.thresholds), classes)
-        if not rows:
-            return self
-        fitted = [self._fit_row(row, statistics) for row in rows]
-        directions = torch.cat([self.directions, torch.stack([direction for direction, _ in fitted])])
-        thresholds = torch.cat([self.thresholds, torch.tensor([threshold for _, threshold in fitted])])
-        return dataclasses.replace(self, directions=directions, thresholds=thresholds)
-
-    def _fit_row(self, row: int, statistics: ClassStatistics) -> tuple[Tensor, float]:
-        """Return direction ``(D,)`` and threshold of a class from its statistics."""
-        wide, count, dim = self.whitening.double(), float(statistics.counts[row]), len(self.whitening)
-        mean = wide @ (statistics.sums[row] / max(count, 1.0))
+    def _direction(self, row: int, statistics: ClassStatistics) -> Tensor:
+        """Return the whitened mean of a class at unit length ``(D,)``; zero without samples."""
+        mean = self.whitening.double() @ statistics.means[row]
         length = float(mean.norm())
-        if count == 0 or length == 0:
-            return torch.zeros(dim), NEVER
-        direction = mean / length
-        true = math.sqrt(max(length**2 - dim / count, 0.0))  # the estimate of |Wμ|² is too large by D/n
-        along = true * true / length
-        variance, total = 1.0 + (OWN_SPREAD * along) ** 2, float(dim)
-        if statistics.per_class and count > 1:
-            own = wide @ statistics.covariance(row) @ wide.T
-            # With few images it is noise: it is weighted by its degrees of freedom against `PRIOR`.
-            trust = (count - 1) / (count - 1 + PRIOR)
-            variance += trust * (float(direction @ own @ direction) - variance)
-            total += trust * (float(own.trace()) - total)
-        variance *= 1.0 + 1.0 / count
-        # uncertainty of `true`: the variance of a squared length estimated from `count` samples
-        variance += (2.0 * total + 4.0 * count * true**2) / (count * length) ** 2
-        across, freedom = max(total - 1.0, 1e-9), max(dim - 1.0, 1.0)
-        parallel = along + math.sqrt(variance) * _NORMAL[:, None]
-        spread = (1 - 2 / (9 * freedom) + math.sqrt(2 / (9 * freedom)) * _NORMAL).clamp_min(0) ** 3  # χ²/ν
-        squared = across * spread + max(true**2 - along**2, 0.0)
-        cosines = parallel / (parallel.square() + squared).sqrt().clamp_min(1e-12)
-        threshold = float(cosines.flatten().quantile(1 - self.rate))
-        return direction.float(), min(max(threshold, -1.0), 1.0)
+        return (mean / length).float() if length and float(statistics.counts[row]) else torch.zeros(len(mean))
 
-    def _calibrated(self, row: int, statistics: ClassStatistics, embeddings: Tensor, known: bool) -> Rejector:
-        count = len(embeddings)
-        direction, threshold = self._fit_row(row, statistics)
-        weight, total = PRIOR, float(statistics.counts[row])
-        if known:
-            weight, threshold = PRIOR + total - count, float(self.thresholds[row])
-        if total > 1:
-            wide = embeddings.double()
-            others = (statistics.sums[row] - wide) / (total - 1)
-            white, means = (part @ self.whitening.double().T for part in (wide, others))
-            cosines = torch.nn.functional.cosine_similarity(white, means)
-            quantile = float(cosines.quantile(1 - self.rate))
-            threshold = (weight * threshold + count * quantile) / (weight + count)
-        directions, thresholds = self.directions.clone(), self.thresholds.clone()
-        directions[row], thresholds[row] = direction, threshold
-        return dataclasses.replace(self, directions=directions, thresholds=thresholds)
+    def _grown(self, classes: int, statistics: ClassStatistics) -> Rejector:
+        """Return a rejector with `classes` rows; the new ones follow from the statistics."""
+        first = len(self.thresholds)
+        if classes <= first:
+            return self
+        new = range(first, classes)
+        directions = torch.cat([self.directions, torch.stack([self._direction(row, statistics) for row in new])])
+        thresholds = torch.cat([self.thresholds, torch.full((len(new),), NEVER)])
+        scores = torch.cat([self.scores, self.scores.new_zeros(len(new), 3)])
+        grown = dataclasses.replace(self, directions=directions, thresholds=thresholds, scores=scores)
+        return grown._with_thresholds(new, statistics)
+
+    def _turned(self, row: int, statistics: ClassStatistics) -> Rejector:
+        """Return a rejector with the direction of a class from the statistics, and its scores as expected there."""
+        grown = self._grown(max(row + 1, len(self.thresholds)), statistics)
+        directions, scores = grown.directions.clone(), grown.scores.clone()
+        directions[row] = self._direction(row, statistics)
+        scores[row] = _turn(scores[row], float(directions[row] @ grown.directions[row]))
+        return dataclasses.replace(grown, directions=directions, scores=scores)
+
+    def _normal(self, row: int) -> tuple[float, float, float]:
+        """Return mean and variance of s for one more image of a class, and the degrees of freedom; 0 without scores."""
+        count = float(self.scores[row, 0])
+        if not count:
+            return 0.0, 1.0, 0.0
+        freedom = PRIOR + count - 1
+        scatter = float(_scatter(self.scores[row]))
+        variance = (PRIOR * self.deviation**2 + scatter) / freedom * (1 + 1 / count)
+        return float(_means(self.scores[row])), variance, freedom
+
+    def _with_thresholds(self, rows: Iterable[int], statistics: ClassStatistics) -> Rejector:
+        """Return a rejector with the thresholds of some rows computed from their scores, or else their statistics."""
+        thresholds = self.thresholds.clone()
+        for row in rows:
+            thresholds[row] = self._threshold(row, statistics)
+        return dataclasses.replace(self, thresholds=thresholds)
+
+    def _threshold(self, row: int, statistics: ClassStatistics) -> float:
+        if not bool(self.directions[row].any()):
+            return NEVER
+        mean, variance, freedom = self._normal(row)
+        if not freedom:
+            # Expected for a new image z: |Wz|² is the squared length of Wμ, which the estimate exceeds by D/n, plus D.
+            count, dim = float(statistics.counts[row]), len(self.whitening)
+            squared = float((self.whitening.double() @ statistics.means[row]).square().sum())
+            true = max(squared - dim / count, 0.0)
+            mean = float(strength(torch.tensor(true / math.sqrt(squared * (true + dim)))))
+            variance, freedom = self.deviation**2 * (1 + 1 / count), PRIOR
+        limit = mean + self.shift - t_quantile(self.rate, freedom) * math.sqrt(variance)
+        return min(max(-math.expm1(-limit), -1.0), 1.0)
+
+
+def _parts(rows: Tensor, classes: int) -> Tensor:
+    """Return the number of the part in which each image is held out, int64 ``(N,)``; −1 if it never is."""
+    part, generator = torch.full_like(rows, -1), torch.Generator().manual_seed(0)
+    for row in range(classes):
+        own = (rows == row).nonzero().flatten()
+        if len(own) < FOLDS:  # a class needs images in every part
+            continue
+        some = own[torch.randperm(len(own), generator=generator)[:HELD_OUT]]
+        part[some] = torch.arange(len(some)) % FOLDS
+    return part
+
+
+def _of(embeddings: Tensor, rows: Tensor, classes: int) -> tuple[ClassStatistics, Tensor]:
+    """Return statistics of embeddings, and the rows that they stand for."""
+    statistics = ClassStatistics(embeddings.shape[1])
+    if len(rows):
+        statistics.add(embeddings, rows)
+    return statistics, torch.arange(len(statistics.counts))
+
+
+def _moments(cosines: Tensor, rows: Tensor, classes: int) -> Tensor:
+    """Return number, sum and sum of squares of s by row, float64 ``(C, 3)``."""
+    s = strength(cosines.double())
+    values = torch.stack([torch.ones_like(s), s, s.square()], 1)
+    return torch.zeros(classes, 3, dtype=torch.float64).index_add_(0, rows, values)
+
+
+def _means(scores: Tensor) -> Tensor:
+    return scores[..., 1] / scores[..., 0].clamp_min(1)
+
+
+def _scatter(scores: Tensor) -> Tensor:
+    """Return Σ (s − m)² from number, sum and sum of squares."""
+    return (scores[..., 2] - scores[..., 1].square() / scores[..., 0].clamp_min(1)).clamp_min(0)
+
+
+def _turn(scores: Tensor, cosine: float) -> Tensor:
+    """Return the scores ``(3,)`` of images as expected against another direction, at this cosine to the first one.
+
+    What is not along the first direction is noise in all others, so that cosines shrink by that factor.
+    """
+    count = float(scores[0])
+    if not count:
+        return scores
+    mean = 1 - torch.exp(-_means(scores))
+    moved = float(strength(mean * min(max(cosine, -1.0), 1.0)))
+    return torch.stack([scores[0], torch.tensor(count * moved).double(), count * moved**2 + _scatter(scores)])

@@ -19,8 +19,11 @@ from ssd_edge.learners.base import TensorSpec, check_state
 from ssd_edge.learners.closed_form.linear import restore_statistics
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
+from ssd_edge.learners.retention import TrackRecord
+from ssd_edge.learners.unknown import Rejector
 from ssd_edge.run import storage
 
+STATES = ("learner", "statistics", "unknown", "record")  # roles of the state files
 STANDARDISATION = {
     "mu": TensorSpec(("D",), "float32", "mean of the first task"),
     "sigma": TensorSpec(("D",), "float32", "deviation of the first task", least=float(np.finfo(np.float32).tiny)),
@@ -83,7 +86,15 @@ def emptied(run: FinishedRun, priors: Priors) -> FinishedRun:
     options = {"name": metadata["learner"], **metadata["settings"]}
     learner = learners.build(options, run.learner.dim, priors, metadata["seed"])
     statistics = {name: tensor.numpy() for name, tensor in ClassStatistics(learner.dim).state().items()}
-    states = {"learner": files.tensor_bytes(*learners.pack(learner)), "statistics": files.tensor_bytes(statistics)}
+    rejector = Rejector.from_state(files.parse_tensors(run.states["unknown"], "unknown.safetensors")[0])
+    rows = range(len(run.registry))
+    record = TrackRecord.from_state(files.parse_tensors(run.states["record"], "record.safetensors")[0])
+    states = {
+        "learner": files.tensor_bytes(*learners.pack(learner)),
+        "statistics": files.tensor_bytes(statistics),
+        "unknown": files.tensor_bytes(rejector.without_rows(rows).state()),  # keeps what all classes have in common
+        "record": files.tensor_bytes(record.without_rows(rows).state()),
+    }
     return dataclasses.replace(run, registry=ClassRegistry(), learner=learner, states=states)
 
 
@@ -100,11 +111,11 @@ def read(folder: Path) -> FinishedRun:
         raise InputError(
             f"{folder} is not finished; continue it with: ssd-edge train --resume {shlex.quote(str(folder))}"
         )
-    needed = ("metrics.json", "backbone.json", "classes.json", "learner.safetensors", "statistics.safetensors")
+    needed = ("metrics.json", "backbone.json", "classes.json", *(bundle.ROLES[role] for role in STATES))
     missing = [name for name in needed if not files.is_file(folder / name)]
     if missing:
         raise InputError(f"{folder} is not a complete run: {', '.join(missing)} missing; restore them or train again")
-    states = {role: files.read_bytes(folder / bundle.ROLES[role]) for role in ("learner", "statistics")}
+    states = {role: files.read_bytes(folder / bundle.ROLES[role]) for role in STATES}
     record = _read_object(folder / "run.json", {**RECORD, "finished": str})
     try:
         time.strptime(record["finished"], TIME)

@@ -28,6 +28,8 @@ from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.gradient.finetune import JOINT, FineTune
 from ssd_edge.learners.gradient.penalties import PenaltySettings
 from ssd_edge.learners.registry import BASELINES, PANEL
+from ssd_edge.learners.retention import TrackRecord
+from ssd_edge.learners.unknown import Rejector
 from ssd_edge.report import events
 from ssd_edge.report.compare import DISPLAY
 from ssd_edge.report.events import Listener, Message, TaskLearned
@@ -278,6 +280,14 @@ class Run:
         statistics.add(data.train, data.train_rows)
         arrays = {name: tensor.numpy() for name, tensor in statistics.state().items()}
         files.write_tensors(folder / "statistics.safetensors", arrays)
+        rejector = Rejector.calibrate(data.train, data.train_rows, data.test, data.test_rows)
+        files.write_tensors(folder / "unknown.safetensors", rejector.state())
+        answers = learner.predict(data.test).cpu()
+        nearest = answers == data.test_rows
+        parts = torch.ones_like(nearest), nearest, nearest & rejector.accepts(data.test, answers)[0]
+        counts = (torch.bincount(data.test_rows[part], minlength=len(data.names)) for part in parts)
+        record = TrackRecord.of(learner, statistics, *counts)
+        files.write_tensors(folder / "record.safetensors", record.state())
         registry = ClassRegistry()
         for row, name in enumerate(data.names):
             registry = registry.add(name, "base", int((data.train_rows == row).sum()))

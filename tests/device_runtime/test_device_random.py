@@ -35,7 +35,7 @@ from ssd_edge.system import resident
 
 STORE = vars(store_standins)
 COLOURS, contents, leftovers, photos = (STORE[key] for key in ("COLOURS", "contents", "leftovers", "photos"))
-ANY = Limits(max_forgetting=1.0)
+ANY = Limits(force=True)
 EVENTS = 30  # in the journal, small enough to be reached in a test
 GROWTH_MB = 50
 NAMES = st.sampled_from([*COLOURS, "mug", "fastener"])

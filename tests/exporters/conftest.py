@@ -21,6 +21,8 @@ from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import TrainConfig, parse
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
+from ssd_edge.learners.retention import TrackRecord
+from ssd_edge.learners.unknown import Rejector
 from ssd_edge.run import metrics, storage
 
 FINISHED = "2026-11-21T04:33:00Z"
@@ -100,6 +102,12 @@ def write_run(folder: Path, config: TrainConfig, embedder: Embedder) -> Path:
     statistics.add(vectors, rows)
     state = {name: tensor.numpy() for name, tensor in statistics.state().items()}
     files.write_tensors(folder / "statistics.safetensors", state)
+    rejector = Rejector.calibrate(vectors, rows, vectors[:0], rows[:0])
+    files.write_tensors(folder / "unknown.safetensors", rejector.state())
+    counts = torch.bincount(rows)
+    files.write_tensors(
+        folder / "record.safetensors", TrackRecord.of(learner, statistics, counts, counts, counts).state()
+    )
     registry = ClassRegistry()
     for row, name in enumerate(names):
         registry = registry.add(name, images=int((rows == row).sum()))

@@ -92,7 +92,7 @@ def test_bundle_and_run_give_the_same_predictions(deployed, package_run, package
 
 def test_learner_and_statistics_are_copied_unchanged(deployed, package_run):
     read = bundle.read(deployed[0])
-    assert set(read.roles) == set(bundle.ROLES) - {"head", "unknown"}
+    assert set(read.roles) == set(bundle.ROLES) - {"head"}
     for role in ("learner", "statistics"):
         assert read.read(role) == (package_run / bundle.ROLES[role]).read_bytes()
 

@@ -37,6 +37,12 @@ from ssd_edge.errors import InputError
 )
 @click.option("--every", type=click.FloatRange(0), default=0.2, show_default=True, help="Seconds between two frames.")
 @MAX_FORGETTING
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Learn even if old classes would suffer, the new images would not be recognised, a known class gets fewer "
+    "than three, or the same were taught before.",
+)
 @click.option("--budget-seconds", type=float, help="Time limit; gradient learners stop early to meet it.")
 @click.option(
     "--budget-mb",
@@ -52,6 +58,7 @@ def learn(
     frames: int,
     every: float,
     max_forgetting: float,
+    force: bool,
     budget_seconds: float | None,
     budget_mb: float | None,
     strict: bool,
@@ -89,7 +96,7 @@ def learn(
     else:
         images = {name: image_files(folders) for name, folders in _class_folders(sources).items()}
     with progress_line() as watcher:
-        result = opened.learn_all(images, Limits(max_forgetting), budget, watcher)
+        result = opened.learn_all(images, Limits(max_forgetting, force=force), budget, watcher)
     print_warnings(result.warnings)
     if as_json:
         print_json(result.to_dict())

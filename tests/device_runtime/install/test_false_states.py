@@ -184,7 +184,7 @@ WRONG = [
     ("unknown", replaced("thresholds", lambda thresholds: thresholds + 5), "'thresholds'"),
     ("unknown", replaced("thresholds", SHAPES["a row less"]), "'thresholds'"),
     ("unknown", replaced("whitening", np.negative), "do not whiten"),
-    ("unknown", replaced("fitted", np.negative), "'fitted'"),
+    ("unknown", replaced("fitted", np.negative), "a rate of -0.95"),
 ]
 
 

@@ -28,6 +28,7 @@ from PIL import Image
 from device_runtime import Device
 from device_runtime.install.bundle import install
 from device_runtime.learning import teach
+from device_runtime.learning.guard import Limits
 from ssd_edge import images
 from ssd_edge.errors import InputError, printable
 
@@ -141,7 +142,7 @@ def attempt(rng: np.random.Generator, data: bytes, folder: Path, device: Device,
         elif way == "learn":
             try:
                 with one_sentence(str(path)):
-                    device.learn("cup", [np.full((8, 8, 3), 200, np.uint8), path])
+                    device.learn("cup", [np.full((8, 8, 3), 200, np.uint8), path], Limits(force=True))
             finally:
                 learned = device.store.current().number
             assert learned == before + 1

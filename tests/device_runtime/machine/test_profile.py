@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from device_runtime.learning import retention
 from device_runtime.machine import profile as profiling
 from device_runtime.machine.board import Board
 from device_runtime.machine.profile import estimate, fits, percentile, profile, timed
@@ -22,6 +21,7 @@ from device_runtime.store.generations import Generations
 from ssd_edge import bundle as bundles
 from ssd_edge import targets
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
+from ssd_edge.learners import retention
 
 ORIN = Board(model="NVIDIA Jetson Orin Nano Developer Kit", l4t="36.4.3", power_mode="15W", cpus=6)
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -39,7 +40,7 @@ from ssd_edge.errors import InputError
 
 STORE = vars(store_standins)
 contents, leftovers, photos = STORE["contents"], STORE["leftovers"], STORE["photos"]
-ANY = Limits(max_forgetting=1.0)
+ANY = Limits(force=True)
 INSIDE_OF_270 = 100  # minimum number of kills between the first write of a generation and its rename
 
 ACTIONS: dict[str, Callable[[Path, Path], object]] = {  # arguments: the root and the folder with the bundles
@@ -64,7 +65,7 @@ def serve(folder: Path) -> None:
     """
     os.fsync = lambda handle: None  # writes survive a killed process; only a power cut needs fsync
     # a fixed installation id, so that installations compare equal
-    bundle.secrets.token_hex = lambda count: "5a" * count
+    secrets.token_hex = lambda count: "5a" * count
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     Device.open(folder / "template")

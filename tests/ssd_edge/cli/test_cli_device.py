@@ -50,7 +50,7 @@ def test_the_readme_example(root: Path, shapes: Path, cli) -> None:
     assert learned["old_classes"]["kind"].startswith("estimate")
     after = predict()
     assert sum(p["label"] == "triangle" for p in after["predictions"]) >= 10
-    result = cli("device", "learn", "--strict", "--label", "more", shapes / "train" / "triangle", *at, code=6)
+    result = cli("device", "learn", "--strict", "--label", "more", shapes / "test" / "triangle", *at, code=6)
     assert "slower than TensorRT, which the target jetson expects" in result.stderr
     status = json.loads(cli("device", "status", *at, "--json").stdout)
     assert (status["generation"], status["classes"][-1]) == (2, "triangle")

@@ -1,0 +1,259 @@
+"""Compare what the guard says about learns with the truth, over series of good, mislabelled and worthless learns.
+
+Usage: python benchmarks/guard.py DATA [--onnx FILE --size 224 --mean 0.5 --std 0.5] [--learner slda ...]
+       [--series 4] [--learns 25] [--json FILE]
+
+DATA is what data.path accepts. Each series starts from half of the classes, in turn with 20, 60 and 10 training images
+of each. One half of the test images is the workstation's, from which thresholds and held-out results come; the other
+half is the truth. Then follow learns of random kinds, each through the function that a device calls: a new class with
+3, 5, 20 or up to 100 images; more images of a known class; images of one known class taught as another, once or again
+and again; noise taught as a known or a new class; the same images a second time; a known class under a second name.
+A learn that the guard refuses is not kept. Embeddings are computed once; one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from device_runtime.learning.budget import Meter
+from device_runtime.learning.guard import Limits
+from device_runtime.learning.state import DeviceState, InstalledBundle
+from device_runtime.learning.teach import teach
+from ssd_edge import learners
+from ssd_edge.backbones.embedder import open_backbone, standardisation
+from ssd_edge.classes import ClassRegistry
+from ssd_edge.config import BackboneConfig, DataConfig
+from ssd_edge.data import load
+from ssd_edge.errors import GateRefusedError, InputError
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.retention import TrackRecord
+from ssd_edge.learners.unknown import Rejector
+from ssd_edge.report.terminal import Console
+from ssd_edge.run.embed import embed
+from ssd_edge.run.storage import environment
+
+PER_CLASS = (20, 60, 10)  # training images of each class of the bundle, by series
+KINDS = {  # share of the learns, in percent
+    "new, 3 images": 6, "new, 5": 14, "new, 20": 14, "new, 100": 10, "more": 10, "mislabelled": 10,
+    "mislabelled again and again": 12, "noise as a known class": 6, "noise as a new class": 6, "same images again": 6,
+    "second name": 6,
+}  # fmt: skip
+NOISE, TEN, THIRTY = 20, 10, 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """Embeddings of a data set, standardised unless they depend on the classes of a series."""
+
+    train: Tensor
+    train_labels: np.ndarray
+    test: Tensor
+    test_labels: np.ndarray
+    noise: Tensor
+    classes: list[str]
+    standardised: bool
+
+
+class Series:
+    """A device, and the images that it can be taught."""
+
+    def __init__(self, data: Embedded, options: dict[str, Any], priors: Any, number: int) -> None:
+        self.rng, count = np.random.default_rng(100 + number), len(data.classes)
+        order = self.rng.permutation(count)
+        self.base, self.new = order[: count // 2], list(order[count // 2 :])
+        if data.standardised:
+            self.train, self.test, self.noise = data.train, data.test, data.noise
+        else:
+            mu, sigma = map(
+                torch.from_numpy, standardisation(data.train[np.isin(data.train_labels, self.base)].numpy())
+            )
+            parts = ((part - mu) / sigma for part in (data.train, data.test, data.noise))
+            self.train, self.test, self.noise = (part.float() for part in parts)
+        self.names = data.classes
+        self.labels, self.test_labels = data.train_labels, data.test_labels
+        self.left = {label: self.rng.permutation(np.flatnonzero(self.labels == label)) for label in range(count)}
+        self.sink = tuple(self.rng.choice(self.base, 2, replace=False))
+        self.truth = torch.from_numpy(self.rng.random(len(self.test)) < 0.5)
+        self.sets: dict[str, Tensor] = {}
+        self.taught: dict[str, str] = {}
+        self.state = self._install(options, priors, PER_CLASS[number % len(PER_CLASS)])
+
+    def _install(self, options: dict[str, Any], priors: Any, per_class: int) -> DeviceState:
+        parts = [self.take(label, per_class) for label in self.base]
+        rows = torch.cat([torch.full((len(part),), row) for row, part in enumerate(parts)])
+        vectors, dim = torch.cat(parts), self.train.shape[1]
+        learner = learners.build(options, dim, priors, 0)
+        learner.learn(learners.Task(vectors, rows))
+        statistics = ClassStatistics(dim)
+        statistics.add(vectors, rows)
+        known = torch.from_numpy(np.isin(self.test_labels, self.base)) & ~self.truth
+        row_of = {label: row for row, label in enumerate(self.base)}
+        tests = torch.tensor([row_of[label] for label in self.test_labels[known.numpy()]])
+        rejector = Rejector.calibrate(vectors, rows, self.test[known], tests)
+        answers = learner.predict(self.test[known])
+        nearest = answers == tests
+        parts = torch.ones_like(nearest), nearest, nearest & rejector.accepts(self.test[known], answers)[0]
+        counts = (torch.bincount(tests[part], minlength=len(self.base)) for part in parts)
+        record = TrackRecord.of(learner, statistics, *counts)
+        registry = ClassRegistry()
+        for row, label in enumerate(self.base):
+            registry = registry.add(self.names[label], "base", int((rows == row).sum()))
+        bundle = InstalledBundle("guard", 1, "cpu", 224, dim, "fp32", "0" * 64, None, "0" * 16, (), {})
+        return DeviceState(registry, learner, statistics, rejector, record, bundle, b"", b"")
+
+    def take(self, label: int, count: int) -> Tensor:
+        """Return images of a class that were not taken before."""
+        taken, self.left[label] = self.left[label][:count], self.left[label][count:]
+        return self.train[taken]
+
+    def some(self, label: int, count: int) -> Tensor:
+        """Return random images of a class."""
+        return self.train[self.rng.permutation(np.flatnonzero(self.labels == label))[:count]]
+
+    def accuracies(self, names: list[str]) -> np.ndarray:
+        """Return the true accuracy on some classes, with ``unknown`` counted as wrong."""
+        images = self.test[self.truth]
+        rows = self.state.learner.predict(images)
+        answers = np.array(self.state.registry.names, object)[rows.numpy()]
+        answers[~self.state.rejector.accepts(images, rows)[0].numpy()] = "unknown"
+        true = np.array(self.names, object)[self.test_labels[self.truth.numpy()]]
+        return np.array([(answers[true == name] == name).mean() for name in names])
+
+    def draw(self, kind: str, number: int) -> tuple[str, Tensor]:
+        """Return the name and the images of a learn."""
+        known = [label for label, name in enumerate(self.names) if self.state.registry.row(name) is not None]
+        if kind.startswith("new"):
+            count = int(kind.split()[1])
+            label = self.new.pop() if self.new else int(self.rng.choice(known))
+            return self.names[label], self.take(label, count)
+        if kind == "more":
+            label = int(self.rng.choice(known))
+            return self.names[label], self.take(label, TEN)
+        if kind == "mislabelled":
+            label, other = self.rng.choice(known, 2, replace=False)
+            return self.names[other], self.some(label, TEN)
+        if kind == "mislabelled again and again":
+            return self.names[self.sink[1]], self.some(self.sink[0], TEN)
+        if kind.startswith("noise"):
+            name = f"noise {number}" if kind.endswith("new class") else self.names[int(self.rng.choice(known))]
+            return name, self.noise[self.rng.permutation(len(self.noise))[:NOISE]]
+        if kind == "same images again":
+            name = str(self.rng.choice(list(self.sets))) if self.sets else ""
+            return name, self.sets.get(name, self.train[:0])
+        return f"second {number}", self.some(int(self.rng.choice(known)), THIRTY)
+
+    def learn(self, name: str, vectors: Tensor, seed: int) -> Any:
+        """Teach as a device does; raises what the guard raises."""
+        images = [np.frombuffer(vector.numpy().tobytes(), np.uint8) for vector in vectors]
+
+        def embedded(sources: Any, progress: Any) -> Tensor:
+            return torch.from_numpy(np.stack([source.view(np.float32) for source in sources]))
+
+        meter = Meter(None, None)
+        self.state, result = teach(self.state, {name: images}, embedded, seed, Limits(), meter, self.taught)
+        self.taught |= {one.digest: one.label for one in result.taught if one.digest}
+        self.sets[name] = vectors
+        return result
+
+
+def run(data: Embedded, options: dict[str, Any], priors: Any, series: int, learns: int) -> dict[str, Any]:
+    """Return errors of the estimates, what was accepted and refused, and what the series lost."""
+    accepted, refused, warned = Counter[str](), Counter[str](), Counter[str]()
+    levels, drops, losses, classes = [], [], [], []
+    unestimated, passes = 0, defaultdict(list)
+    for number in range(series):
+        one = Series(data, options, priors, number)
+        first, kinds = list(one.state.registry.names), list(KINDS)
+        start = one.accuracies(first)
+        for step in range(learns):
+            kind = str(one.rng.choice(kinds, p=np.array(list(KINDS.values())) / sum(KINDS.values())))
+            name, vectors = one.draw(kind, step)
+            if not len(vectors):
+                continue
+            old = [known for known in one.state.registry.names if known in one.names]
+            before = one.accuracies(old)
+            try:
+                result = one.learn(name, vectors, step)
+            except (GateRefusedError, InputError):
+                refused[kind] += 1
+                continue
+            accepted[kind] += 1
+            warned[kind] += any("looks like" in warning or "before" in warning for warning in result.warnings)
+            estimate, after = result.old_classes, one.accuracies(old)
+            drops.append(estimate.drop - float((before - after).mean()))
+            if estimate.accuracy_after is None:
+                unestimated += 1
+            else:
+                levels.append(estimate.accuracy_after - float(after[np.isin(old, first)].mean()))
+            if kind in ("new, 5", "new, 20", "new, 100") and name in one.names:
+                own = one.test[one.test_labels == one.names.index(name)]
+                row = torch.full((len(own),), one.state.registry.row_of(name))
+                passes[kind].append(float(one.state.rejector.accepts(own, row)[0].double().mean()))
+        lost = start - one.accuracies(first)
+        losses.append(float(lost.mean()))
+        classes.append(float(lost.max()))
+        print(f"  series {number}: {start.mean():.3f} lost {lost.mean():+.3f}, one class {lost.max():+.3f}", flush=True)
+    return {
+        "learns": sum(accepted.values()) + sum(refused.values()),
+        "accepted": dict(accepted),
+        "refused": dict(refused),
+        "warned": dict(warned),
+        "cannot_be_estimated": unestimated,
+        "level_error_mean": float(np.abs(levels).mean()) if levels else None,
+        "level_error_worst": float(np.abs(levels).max()) if levels else None,
+        "drop_error_mean": float(np.abs(drops).mean()),
+        "drop_underestimated_most": float(-min(drops)),
+        "lost_by_series": losses,
+        "lost_most_by_a_class": classes,
+        "new_class_passes": {kind: [float(np.mean(found)), len(found)] for kind, found in passes.items()},
+    }
+
+
+def main() -> None:
+    """Print the results, and write JSON if requested."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--onnx", default="")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--mean", type=float, default=0.5)
+    parser.add_argument("--std", type=float, default=0.5)
+    parser.add_argument("--learner", nargs="+", default=["landmark", "slda"])
+    parser.add_argument("--series", type=int, default=4)
+    parser.add_argument("--learns", type=int, default=25)
+    parser.add_argument("--per-class", type=int, default=300, help="images of each class that are embedded, at most")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    own = {"onnx": args.onnx, "size": args.size, "mean": (args.mean,) * 3, "std": (args.std,) * 3} if args.onnx else {}
+    embedder = open_backbone(BackboneConfig(**own), torch.device("cpu"))
+    dataset = load(DataConfig(path=args.data, max_per_class=args.per_class), 0)
+    vectors = embed(dataset, embedder, Console(), True)
+    noise = np.random.default_rng(0).integers(0, 256, (NOISE * 2, embedder.size, embedder.size, 3)).astype(np.uint8)
+    data = Embedded(
+        torch.from_numpy(vectors["train"]), dataset.train_labels, torch.from_numpy(vectors["test"]),
+        dataset.test_labels, torch.from_numpy(embedder.embed(noise)), list(dataset.classes), embedder.standardised,
+    )  # fmt: skip
+    written: dict[str, Any] = {"data": dataset.name, "features": embedder.dim, "learners": {}}
+    for name in args.learner:
+        print(f"{dataset.name}, {embedder.dim} features, {name}:")
+        found = run(data, {"name": name}, embedder.priors, args.series, args.learns)
+        written["learners"][name] = found
+        print(json.dumps(found, indent=1))
+    if args.json:
+        command = f"python benchmarks/guard.py {Path(args.data).name} --series {args.series} --learns {args.learns}"
+        command += f" --onnx {Path(args.onnx).name}" if args.onnx else ""
+        earlier = json.loads(args.json.read_text()) if args.json.is_file() else []
+        args.json.write_text(json.dumps([*earlier, {"command": command, **environment(), **written}], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""How well classes are recognised: what was measured when they were taught, and what a later change costs them.
+
+When a class is taught, some of its images are held out and the number that is answered correctly is stored: the only
+honest figure about it, since its images are gone afterwards. What a change costs is estimated with stand-ins: Gaussian
+embeddings around the class mean. With the covariance of the training images they would all be recognised, because the
+learner was solved from the same images; their noise is therefore scaled, for each class by itself, until as many are
+recognised as held-out images were (`TrackRecord.measured`).
+
+Stand-ins of a class lie around its first images (`TrackRecord.anchors`): images taught later under the same name count
+only if they were recognised as it, so that a series of mislabelled images cannot move what is to be remembered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssd_edge.errors import BundleRefusedError
+from ssd_edge.learners.base import LARGEST_COUNT, Learner, TensorSpec, check_state
+from ssd_edge.learners.closed_form.sums import ClassStatistics
+
+SAMPLES = 60  # stand-ins per class: a standard error of at most 6.5 points for one class, far less for the mean
+NARROWEST, WIDEST, STEPS = 0.25, 32.0, 8  # of the bisection for the scale of the noise
+SPREAD = 1.3  # while no image of any class was held out: Gaussians are easier to classify than real embeddings
+MOST = 1 - 0.5 / SAMPLES  # highest share that can be matched
+PRIOR = 20.0  # images that the mean of all classes counts as: images of one occasion tell less than their number
+SCHEMA = {
+    "tested": TensorSpec(("C",), "float64", "held-out images of each class", least=0, most=LARGEST_COUNT, whole=True),
+    "nearest": TensorSpec(("C",), "float64", "of these, nearest to it", least=0, most=LARGEST_COUNT, whole=True),
+    "right": TensorSpec(("C",), "float64", "of these, not 'unknown'", least=0, most=LARGEST_COUNT, whole=True),
+    "spread": TensorSpec(("C",), "float64", "scale of the noise of stand-ins", least=NARROWEST, most=WIDEST),
+    "lost": TensorSpec(("C",), "float64", "estimated loss of accuracy since it was taught", least=0, most=1),
+    "anchors": TensorSpec(("C", "D"), "float32", "mean of the images of each class that are to be remembered"),
+    "anchored": TensorSpec(("C",), "float64", "number of these images", least=0, most=LARGEST_COUNT, whole=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackRecord:
+    """Held-out results of each class and their estimated loss since; immutable. Its size depends on C and D only.
+
+    Attributes:
+        tested: Number of held-out images, float64 ``(C,)``.
+        nearest: How many of them were nearest to their class, float64 ``(C,)``.
+        right: How many of these were answered with it, not with ``unknown``, float64 ``(C,)``.
+        spread: Scale of the noise at which as many stand-ins are recognised, float64 ``(C,)``.
+        lost: Estimated loss of accuracy by all later changes, 0..1, float64 ``(C,)``.
+        anchors: Mean of the images that are to be remembered, float32 ``(C, D)``.
+        anchored: Number of these images, float64 ``(C,)``.
+    """
+
+    tested: Tensor
+    nearest: Tensor
+    right: Tensor
+    spread: Tensor
+    lost: Tensor
+    anchors: Tensor
+    anchored: Tensor
+
+    @classmethod
+    def of(
+        cls, learner: Learner, statistics: ClassStatistics, tested: Tensor, nearest: Tensor, right: Tensor
+    ) -> TrackRecord:
+        """Return the record of classes that were tested once, with all of them in place.
+
+        Args:
+            learner: The learner that was tested.
+            statistics: Class statistics.
+            tested: Number of test images of each class, ``(C,)``; may be zero.
+            nearest: How many of them are nearest to their class, ``(C,)``.
+            right: How many of these are accepted, ``(C,)``.
+        """
+        classes = len(statistics.counts)
+        zeros = torch.zeros(classes, dtype=torch.float64)
+        anchors = statistics.means.float(), statistics.counts.clone()
+        counted = cls(tested.double(), nearest.double(), right.double(), zeros + 1.0, zeros, *anchors)
+        return counted._matched(learner, statistics, range(classes))
+
+    def measured(
+        self,
+        learner: Learner,
+        statistics: ClassStatistics,
+        row: int,
+        tested: int,
+        nearest: int,
+        right: int,
+        recognised: Tensor,
+    ) -> TrackRecord:
+        """Return a record with further held-out images of a class, and its noise scaled to match all of them.
+
+        Args:
+            learner: The learner that has learned all images of the class.
+            statistics: Class statistics with all images.
+            row: Row of the class, new or known.
+            tested: Number of its images that were held out.
+            nearest: How many of them were nearest to their class.
+            right: How many of these were accepted.
+            recognised: Embeddings of those new images that the learner recognised before, ``(n, D)``; ignored for a
+                class that is new.
+        """
+        grown = self._grown(row + 1)
+        counts = {name: getattr(grown, name).clone() for name in ("tested", "nearest", "right", "anchored")}
+        anchors, earlier = grown.anchors.clone(), float(grown.anchored[row])
+        counts["tested"][row] += tested
+        counts["nearest"][row] += nearest
+        counts["right"][row] += right
+        if earlier:
+            counts["anchored"][row] += len(recognised)
+            anchors[row] = (earlier * anchors[row] + recognised.sum(0)) / (earlier + len(recognised))
+        else:
+            counts["anchored"][row], anchors[row] = statistics.counts[row], statistics.means[row].float()
+        return dataclasses.replace(grown, anchors=anchors, **counts)._matched(learner, statistics, [row])
+
+    def joined(self, learner: Learner, statistics: ClassStatistics, rows: Iterable[int], into: int) -> TrackRecord:
+        """Return a record in which the classes `rows` count for `into`, which keeps the largest loss among them.
+
+        Args:
+            learner: The learner after they were joined.
+            statistics: Class statistics after they were joined.
+            rows: Rows that were joined.
+            into: Row that they were joined into.
+        """
+        parts = {
+            name: getattr(self, name).clone() for name in ("tested", "nearest", "right", "lost", "anchors", "anchored")
+        }
+        together = torch.tensor([into, *rows], dtype=torch.int64)
+        weights = self.anchored[together]
+        parts["anchors"][into] = (weights @ self.anchors[together].double() / weights.sum().clamp_min(1)).float()
+        parts["lost"][into] = self.lost[together].max()
+        for name in ("tested", "nearest", "right", "anchored"):
+            parts[name][into] = parts[name][together].sum()
+        return dataclasses.replace(self, **parts)._matched(learner, statistics, [into])
+
+    def without_rows(self, rows: Iterable[int]) -> TrackRecord:
+        """Return a record without some rows; later rows move up."""
+        removed = set(rows)
+        kept = torch.tensor([row for row in range(len(self.tested)) if row not in removed], dtype=torch.int64)
+        return TrackRecord(**{name: getattr(self, name)[kept] for name in SCHEMA})
+
+    def after(self, drops: Tensor, rows: Tensor) -> TrackRecord:
+        """Return a record with further losses ``(n,)`` of the classes `rows`; gains make up for earlier losses."""
+        lost = self.lost.clone()
+        lost[rows] = (lost[rows] + drops).clamp(0.0, 1.0)
+        return dataclasses.replace(self, lost=lost)
+
+    def expected(self, rows: Tensor) -> Tensor:
+        """Return which share of images of some classes was nearest to them when they were taught, ``(n,)``.
+
+        The shares are shrunk towards the mean of all classes.
+        """
+        return _shrunk(self.nearest, self.tested)[rows]
+
+    def accepted(self, rows: Tensor) -> Tensor:
+        """Return which share of these images was accepted, not ``unknown``, ``(n,)``; shrunk in the same way."""
+        return _shrunk(self.right, self.nearest)[rows]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return named arrays for a safetensors file."""
+        return {name: getattr(self, name).numpy().copy() for name in SCHEMA}
+
+    @classmethod
+    def from_state(cls, state: dict[str, np.ndarray]) -> TrackRecord:
+        """Restore from the arrays of `state`, bit for bit.
+
+        Raises:
+            BundleRefusedError: An array is missing, or has a wrong shape or impossible values.
+        """
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+        check_state(tensors, SCHEMA, {}, "held-out results")
+        if bool((tensors["right"] > tensors["nearest"]).any() or (tensors["nearest"] > tensors["tested"]).any()):
+            raise BundleRefusedError("more held-out images were recognised than tested; install the bundle again")
+        return cls(*(tensors[name] for name in SCHEMA))
+
+    def _grown(self, classes: int) -> TrackRecord:
+        missing = classes - len(self.tested)
+        if missing <= 0:
+            return self
+        zeros = torch.zeros(missing, dtype=torch.float64)
+        return TrackRecord(
+            tested=torch.cat([self.tested, zeros]),
+            nearest=torch.cat([self.nearest, zeros]),
+            right=torch.cat([self.right, zeros]),
+            spread=torch.cat([self.spread, zeros + 1.0]),
+            lost=torch.cat([self.lost, zeros]),
+            anchors=torch.cat([self.anchors, torch.zeros(missing, self.anchors.shape[1])]),
+            anchored=torch.cat([self.anchored, zeros]),
+        )
+
+    def _matched(self, learner: Learner, statistics: ClassStatistics, rows: Iterable[int]) -> TrackRecord:
+        """Return a record with the noise of some classes scaled by bisection, on a logarithmic scale."""
+        index = torch.tensor([row for row in rows if float(statistics.counts[row])], dtype=torch.int64)
+        if not len(index):
+            return self
+        spread = self.spread.clone()
+        if not float(self.tested.sum()):
+            spread[index] = SPREAD
+            return dataclasses.replace(self, spread=spread)
+        expected = self.expected(index)
+        noise, target = _noise(statistics), expected.clamp_max(MOST)
+        low, high = (torch.full((len(index),), value).double() for value in (NARROWEST, WIDEST))
+        for _ in range(STEPS):
+            middle = (low * high).sqrt()
+            vectors = _stand_ins(self.anchors[index].double(), middle, noise)
+            enough = _share(learner.predict(vectors), index) > target
+            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+        widest = (low * high).sqrt()
+        # Without an error on record, the scale is between that of the statistics and the widest without an error.
+        spread[index] = torch.where((expected > MOST) & (widest > 1), widest.sqrt(), widest)
+        return dataclasses.replace(self, spread=spread)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Estimated accuracy on old classes before and after a change.
+
+    Attributes:
+        rows: Rows of the old classes, int64 ``(n,)``.
+        before: Accuracy before, float64 ``(n,)``.
+        after: Accuracy after, float64 ``(n,)``.
+        finite: True if all scores after the change are finite.
+    """
+
+    rows: Tensor
+    before: Tensor
+    after: Tensor
+    finite: bool
+
+
+def cost(
+    before: Learner, after: Learner, statistics: ClassStatistics, record: TrackRecord, same: Tensor | None = None
+) -> Cost:
+    """Estimate what a change costs the classes in `statistics` with stand-ins that both learners classify.
+
+    Args:
+        before: The learner before it.
+        after: The learner after it.
+        statistics: Class statistics before it.
+        record: Held-out results before it.
+        same: Row → row that counts as the same class, int64 ``(C',)``; None if each row is a class.
+    """
+    rows = (statistics.counts > 0).nonzero().flatten()
+    vectors = _stand_ins(record.anchors[rows].double(), record.spread[rows], _noise(statistics))
+    scores = scores_of(after, vectors, after.seen.nonzero().flatten())
+    answers = before.predict(vectors), after.seen.nonzero().flatten()[scores.argmax(1)]
+    if same is not None:
+        answers = same[answers[0]], same[answers[1]]
+        targets = same[rows]
+    else:
+        targets = rows
+    shares = [_share(answer, targets) for answer in answers]
+    return Cost(rows, shares[0], shares[1], bool(scores.isfinite().all()))
+
+
+def _shrunk(part: Tensor, whole: Tensor) -> Tensor:
+    """Return part/whole by class ``(C,)``, shrunk towards the share of all classes together; 1 without images."""
+    total = float(whole.sum())
+    return (part + PRIOR * (float(part.sum()) / total if total else 1.0)) / (whole + PRIOR)
+
+
+def scores_of(learner: Learner, vectors: Tensor, rows: Tensor) -> Tensor:
+    """Return the scores ``(N, len(rows))`` of some classes; a learner may have outputs for classes yet to come."""
+    return learner.scores(vectors)[:, rows]
+
+
+def _noise(statistics: ClassStatistics) -> Tensor:
+    """Return the noise of stand-ins ``(SAMPLES, D)``, float64, the same for every class and every call."""
+    factor = torch.linalg.cholesky(statistics.regular_covariance())
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(SAMPLES // 2, len(factor), generator=generator, dtype=torch.float64)
+    noise: Tensor = torch.cat([half, -half]) @ factor.T
+    return noise  # antithetic: the sample mean of a class is exact
+
+
+def _stand_ins(means: Tensor, spread: Tensor, noise: Tensor) -> Tensor:
+    """Return stand-ins of classes, float32 ``(n · SAMPLES, D)``: `SAMPLES` consecutive rows per class."""
+    return (means[:, None] + spread[:, None, None] * noise).flatten(0, 1).float()
+
+
+def _share(answers: Tensor, rows: Tensor) -> Tensor:
+    """Return which share of the stand-ins of each class is answered with it, float64 ``(n,)``."""
+    return (answers.reshape(len(rows), SAMPLES) == rows[:, None]).double().mean(1)
