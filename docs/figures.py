@@ -65,15 +65,14 @@ def comparison_table(results: dict[str, dict]) -> str:
 def device_table(rows: list[dict]) -> str:
     """Return the results of learning a class on the device."""
     lines = [
-        "| images of the new class | new class | old classes | the device's own estimate for them | seconds |",
-        "|---|---|---|---|---|",
+        "| images of the new class | new class | old classes | seconds |",
+        "|---|---|---|---|",
     ]
     for row in rows:
-        estimate, old = row["estimate"], row["old_accuracy"]
+        old = row["old_accuracy"]
         lines.append(
             f"| {row['images']} | {100 * row['new_accuracy']:.1f} % | {100 * old['before']:.1f} % → "
-            f"{100 * old['after']:.1f} % | {100 * estimate['accuracy_before']:.1f} % → "
-            f"{100 * estimate['accuracy_after']:.1f} % | {row['seconds']:.1f} |"
+            f"{100 * old['after']:.1f} % | {row['seconds']:.1f} |"
         )
     return "\n".join(lines)
 
@@ -132,8 +131,8 @@ def field_table(results: dict) -> str:
     """Return time, memory and accuracy for five new classes learned in sequence."""
     lines = [
         "| class | seconds, in process | as a command | with other work beside it | memory | its test images: right | "
-        "called `unknown` | the nine | true drop | estimated |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "called `unknown` | the nine | drop |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     in_process = [one["company"] for one in results["processes"]]
     for row in results["rows"]:
@@ -147,7 +146,7 @@ def field_table(results: dict) -> str:
             f"{max(row['command_peak_mb'])} MiB",
             *(percent(own["right"]), percent(own["unknown"])),
             f"{percent(nine[0])} → {percent(nine[1])}",
-            *(points(drop, signed=True) for drop in (nine[0] - nine[1], row["estimate"]["drop"])),
+            points(nine[0] - nine[1], signed=True),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
