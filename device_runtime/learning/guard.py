@@ -29,8 +29,8 @@ from ssd_edge.learners.retention import Cost, TrackRecord, cost, scores_of
 
 KIND = "estimate for the classes of the bundle, from their test images and stand-ins; no old image was used"
 TOO_FEW = "cannot be estimated: the bundle has {} test images of the old classes on record, and {} are needed"
-OTHERWISE = "cannot be estimated: the learner now answers much better than when its classes were tested"
-CHANGED = 0.1  # rise of the estimate above the held-out results from which on they say little
+OTHERWISE = "cannot be estimated: too much has changed since the classes of the bundle were tested"
+CHANGED = 0.03  # distance of the estimate from the test results from which on it is not shown: beyond, it errs more
 ENOUGH = 30  # test images of all old classes, with which their mean accuracy is known within nine points or so
 NOTICEABLE = 0.005  # drop of the mean accuracy below which a change is not held responsible for earlier losses
 CONFIDENCE = 1.645  # of the upper bound on recognition, in standard errors: one-sided 95 %
@@ -339,7 +339,8 @@ def _unknown_level(found: Cost, before: TrackRecord, tested: Tensor) -> str:
     count = int(before.tested[rows].sum())
     if count < ENOUGH:
         return TOO_FEW.format(count, ENOUGH)
-    return OTHERWISE if float((found.after[tested] - before.expected(rows)).mean()) > CHANGED else ""
+    moved = abs(float((found.after[tested] - before.expected(rows)).mean()))
+    return OTHERWISE if moved > CHANGED else ""
 
 
 def _groups(rows: Tensor, registry: ClassRegistry) -> list[tuple[str, Tensor]]:

@@ -118,7 +118,11 @@ def test_estimates_are_close_to_the_truth(options: dict[str, Any], shots: int) -
     after, trial = world.taught(before, images, rows)
     found = judge(before, after, images, rows, trial).retention
     old, new = (world.accuracies(state)[0] for state in (before, after))
-    assert found.accuracy_before == pytest.approx(old, abs=0.08)
+    if options["name"] == "finetune":  # it forgets more than an accuracy is printed for
+        assert found.accuracy_before is None
+        assert found.kind.startswith("cannot be estimated: too much has changed")
+    else:
+        assert found.accuracy_before == pytest.approx(old, abs=0.08)
     assert found.drop == pytest.approx(old - new, abs=0.05 + 0.2 * (old - new))
 
 
