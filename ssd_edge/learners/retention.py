@@ -25,7 +25,7 @@ from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 SAMPLES = 60  # stand-ins per class: a standard error of at most 6.5 points for one class, far less for the mean
 NARROWEST, WIDEST, STEPS = 0.25, 32.0, 8  # of the bisection for the scale of the noise
-SPREAD = 1.3  # while no image of any class was held out: Gaussians are easier to classify than real embeddings
+SPREAD = 1.3  # while there is nothing to match: Gaussians are easier to classify than real embeddings
 MOST = 1 - 0.5 / SAMPLES  # highest share that can be matched
 PRIOR = 20.0  # images that the mean of all classes counts as: images of one occasion tell less than their number
 SCHEMA = {
@@ -196,7 +196,7 @@ class TrackRecord:
         if not len(index):
             return self
         spread = self.spread.clone()
-        if not float(self.tested.sum()):
+        if not float(self.tested.sum()) or int(learner.seen.sum()) < 2:  # a single class is always recognised
             spread[index] = SPREAD
             return dataclasses.replace(self, spread=spread)
         expected = self.expected(index)
