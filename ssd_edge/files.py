@@ -198,7 +198,7 @@ class Tree:
             _sync_folder(at, path.parent)
 
     def append(self, path: Path, line: str) -> None:
-        """Append one line to a regular file durably; see `append_line`."""
+        """Append one line to a regular file durably; a file with a second name is copied first."""
         data = line.encode("utf-8") + b"\n"
         with _clear_errors(path), self.folder(path.parent) as at:
             _step("append", path)

@@ -14,7 +14,7 @@ from PIL import Image
 from device_runtime.learning import budget as budgets
 from device_runtime.learning.budget import Meter
 from device_runtime.learning.guard import Limits, Trial, judge
-from device_runtime.learning.state import DeviceState, copy_learner
+from device_runtime.learning.state import DeviceState, InstalledBundle, copy_learner
 from device_runtime.results import NO_OLD_CLASSES, HeldOut, LearnResult, TaughtClass
 from ssd_edge import images as image_files
 from ssd_edge.classes import ClassRegistry, normalise_name
@@ -105,7 +105,7 @@ def teach(
         GateRefusedError: As `Device.learn_all`.
     """
     limits = limits or Limits()
-    batches, repeated = plan_classes(state.registry, images, taught, state.bundle.installation, limits.force)
+    batches, repeated = plan_classes(state.registry, images, taught, state.bundle, limits.force)
     sources = [source for batch in batches for source in batch.sources]
     meter.check_memory(COPIES * state.learner.memory_bytes() + 2 * len(sources) * state.learner.dim * 4)
     meter.stage("embedding")
@@ -160,7 +160,7 @@ def plan_classes(
     registry: ClassRegistry,
     images: Mapping[str, Sequence[ImageSource]],
     taught: Mapping[str, str],
-    installation: str,
+    bundle: InstalledBundle,
     force: bool = False,
 ) -> tuple[list[ClassImages], list[str]]:
     """Return the images by class, and a warning for each folder that was taught before and is left out.
@@ -169,7 +169,7 @@ def plan_classes(
         registry: The classes known.
         images: Class name → images.
         taught: Digest → label of every set of images that led to the current state.
-        installation: Id of the installation, part of the digests.
+        bundle: The installed bundle; its installation is part of the digests.
         force: Accept few images of a known class, and sets that were taught before.
 
     Raises:
@@ -186,7 +186,7 @@ def plan_classes(
         new = row is None
         batch = ClassImages(
             normalise_name(label) if row is None else registry.names[row], rows if row is None else row, new, sources,
-            len(sources), digest_of(sources, installation),
+            len(sources), digest_of(sources, bundle),
         )  # fmt: skip
         batch.of(len(sources), force)
         if any(batch.name == other.name for other in batches):
@@ -204,16 +204,22 @@ def plan_classes(
     return batches, repeated
 
 
-def digest_of(sources: Sequence[ImageSource], installation: str) -> str:
-    """Return a digest of a set of images, the same in any order; it says nothing about a single image."""
+def digest_of(sources: Sequence[ImageSource], bundle: InstalledBundle) -> str:
+    """Return a digest of a set of images, the same in any order; it says nothing about a single image.
+
+    Raises:
+        InputError: An image cannot be read or has an unsupported type.
+    """
     found = set()
-    for source in sources:
+    for number, source in enumerate(sources):
         if isinstance(source, str | Path):
             data = image_files.read(source)
+        elif isinstance(source, np.ndarray):
+            data = source.tobytes()
         else:
-            data = np.ascontiguousarray(source).tobytes() if isinstance(source, np.ndarray) else source.tobytes()
+            data = decode(source, image_name(source, number), bundle.size).tobytes()
         found.add(hashlib.sha256(data).digest())
-    return hashlib.sha256(installation.encode() + b"".join(sorted(found))).hexdigest()[:32]
+    return hashlib.sha256(bundle.installation.encode() + b"".join(sorted(found))).hexdigest()[:32]
 
 
 def find_different(

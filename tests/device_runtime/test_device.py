@@ -89,6 +89,13 @@ def test_refused_learn_changes_nothing(root: Path, shapes: Path, label: str, cou
     assert sorted(p.name for p in (root / "generations").iterdir()) == ["000001"]
 
 
+def test_object_that_is_no_image_is_named_and_changes_nothing(root: Path, shapes: Path) -> None:
+    device = Device.open(root)
+    with pytest.raises(InputError, match="image 3 is a int, but a path, a PIL image or a uint8 array is needed"):
+        device.learn("new", [*image_paths(shapes, "triangle")[:3], 7])
+    assert Device.open(root).generation.number == 1
+
+
 def test_corrupt_image_is_named_and_changes_nothing(root: Path, shapes: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("this is no image")
