@@ -98,12 +98,8 @@ class Series:
         known = torch.from_numpy(np.isin(self.test_labels, self.base)) & ~self.truth
         row_of = {label: row for row, label in enumerate(self.base)}
         tests = torch.tensor([row_of[label] for label in self.test_labels[known.numpy()]])
-        rejector = Rejector.calibrate(vectors, rows, self.test[known], tests)
-        answers = learner.predict(self.test[known])
-        nearest = answers == tests
-        parts = torch.ones_like(nearest), nearest, nearest & rejector.accepts(self.test[known], answers)[0]
-        counts = (torch.bincount(tests[part], minlength=len(self.base)) for part in parts)
-        record = TrackRecord.of(learner, statistics, *counts)
+        rejector = Rejector.calibrate(statistics, vectors, rows, self.test[known], tests)
+        record = TrackRecord.tested_on(learner, statistics, rejector, self.test[known], tests)
         registry = ClassRegistry()
         for row, label in enumerate(self.base):
             registry = registry.add(self.names[label], "base", int((rows == row).sum()))

@@ -1,4 +1,4 @@
-"""How well classes are recognised: what was measured when they were taught, and what a later change costs them.
+"""Held-out results of classes, measured when they were taught, and estimates of what a later change costs them.
 
 When a class is taught, some of its images are held out and the number that is answered correctly is stored: the only
 honest figure about it, since its images are gone afterwards. What a change costs is estimated with stand-ins: Gaussian
@@ -22,6 +22,7 @@ from torch import Tensor
 from ssd_edge.errors import BundleRefusedError
 from ssd_edge.learners.base import LARGEST_COUNT, Learner, TensorSpec, check_state
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.unknown import Rejector
 
 SAMPLES = 60  # stand-ins per class: a standard error of at most 6.5 points for one class, far less for the mean
 NARROWEST, WIDEST, STEPS = 0.25, 32.0, 8  # of the bisection for the scale of the noise
@@ -79,6 +80,25 @@ class TrackRecord:
         anchors = statistics.means.float(), statistics.counts.clone()
         counted = cls(tested.double(), nearest.double(), right.double(), zeros + 1.0, zeros, *anchors)
         return counted._matched(learner, statistics, range(classes))
+
+    @classmethod
+    def tested_on(
+        cls, learner: Learner, statistics: ClassStatistics, rejector: Rejector, images: Tensor, rows: Tensor
+    ) -> TrackRecord:
+        """Return the record of classes after testing a learner on embeddings of images.
+
+        Args:
+            learner: The learner.
+            statistics: Class statistics.
+            rejector: Thresholds for ``unknown``.
+            images: Test embeddings, ``(N, D)``.
+            rows: Their rows, int64 ``(N,)``.
+        """
+        answers = learner.predict(images).cpu()
+        nearest = answers == rows
+        parts = torch.ones_like(nearest), nearest, nearest & rejector.accepts(images, answers)[0]
+        classes = len(statistics.counts)
+        return cls.of(learner, statistics, *(torch.bincount(rows[part], minlength=classes) for part in parts))
 
     def measured(
         self,
@@ -242,16 +262,11 @@ def cost(
         record: Held-out results before it.
         same: Row → row that counts as the same class, int64 ``(C',)``; None if each row is a class.
     """
-    rows = (statistics.counts > 0).nonzero().flatten()
+    rows, learned = (statistics.counts > 0).nonzero().flatten(), after.seen.nonzero().flatten()
     vectors = _stand_ins(record.anchors[rows].double(), record.spread[rows], _noise(statistics))
-    scores = scores_of(after, vectors, after.seen.nonzero().flatten())
-    answers = before.predict(vectors), after.seen.nonzero().flatten()[scores.argmax(1)]
-    if same is not None:
-        answers = same[answers[0]], same[answers[1]]
-        targets = same[rows]
-    else:
-        targets = rows
-    shares = [_share(answer, targets) for answer in answers]
+    scores = scores_of(after, vectors, learned)
+    same = torch.arange(max(len(before.seen), len(after.seen))) if same is None else same
+    shares = [_share(same[answers], same[rows]) for answers in (before.predict(vectors), learned[scores.argmax(1)])]
     return Cost(rows, shares[0], shares[1], bool(scores.isfinite().all()))
 
 

@@ -118,7 +118,13 @@ class Rejector:
 
     @classmethod
     def calibrate(
-        cls, train: Tensor, train_rows: Tensor, test: Tensor, test_rows: Tensor, rate: float = RATE
+        cls,
+        statistics: ClassStatistics,
+        train: Tensor,
+        train_rows: Tensor,
+        test: Tensor,
+        test_rows: Tensor,
+        rate: float = RATE,
     ) -> Rejector:
         """Fit to the data of a training run and calibrate on held-out images.
 
@@ -127,21 +133,20 @@ class Rejector:
         parts, two numbers for all classes together.
 
         Args:
+            statistics: Class statistics of the training embeddings.
             train: Training embeddings, ``(N, D)``.
             train_rows: Their rows, int64 ``(N,)``.
             test: Test embeddings, ``(M, D)``; may be empty.
             test_rows: Their rows, int64 ``(M,)``.
             rate: Share of a class's own images that should be accepted.
         """
-        statistics = ClassStatistics(train.shape[1])
-        statistics.add(train, train_rows)
         classes = len(statistics.counts)
         part = _parts(train_rows, classes)
         scores = torch.zeros(classes, 3, dtype=torch.float64)
         for number in range(FOLDS):
             held_out = part == number
             rest = statistics.copy()
-            rest.subtract(*_of(train[held_out], train_rows[held_out], classes))
+            rest.subtract(*_of(train[held_out], train_rows[held_out]))
             cosines = cls.fit(rest).score(train[held_out], train_rows[held_out])
             scores += _moments(cosines, train_rows[held_out], classes)
         fitted, many = cls.fit(statistics, rate), scores[:, 0] > 1
@@ -436,7 +441,7 @@ def _parts(rows: Tensor, classes: int) -> Tensor:
     return part
 
 
-def _of(embeddings: Tensor, rows: Tensor, classes: int) -> tuple[ClassStatistics, Tensor]:
+def _of(embeddings: Tensor, rows: Tensor) -> tuple[ClassStatistics, Tensor]:
     """Return statistics of embeddings, and the rows that they stand for."""
     statistics = ClassStatistics(embeddings.shape[1])
     if len(rows):

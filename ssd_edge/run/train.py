@@ -280,13 +280,9 @@ class Run:
         statistics.add(data.train, data.train_rows)
         arrays = {name: tensor.numpy() for name, tensor in statistics.state().items()}
         files.write_tensors(folder / "statistics.safetensors", arrays)
-        rejector = Rejector.calibrate(data.train, data.train_rows, data.test, data.test_rows)
+        rejector = Rejector.calibrate(statistics, data.train, data.train_rows, data.test, data.test_rows)
         files.write_tensors(folder / "unknown.safetensors", rejector.state())
-        answers = learner.predict(data.test).cpu()
-        nearest = answers == data.test_rows
-        parts = torch.ones_like(nearest), nearest, nearest & rejector.accepts(data.test, answers)[0]
-        counts = (torch.bincount(data.test_rows[part], minlength=len(data.names)) for part in parts)
-        record = TrackRecord.of(learner, statistics, *counts)
+        record = TrackRecord.tested_on(learner, statistics, rejector, data.test, data.test_rows)
         files.write_tensors(folder / "record.safetensors", record.state())
         registry = ClassRegistry()
         for row, name in enumerate(data.names):

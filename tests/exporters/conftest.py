@@ -102,7 +102,7 @@ def write_run(folder: Path, config: TrainConfig, embedder: Embedder) -> Path:
     statistics.add(vectors, rows)
     state = {name: tensor.numpy() for name, tensor in statistics.state().items()}
     files.write_tensors(folder / "statistics.safetensors", state)
-    rejector = Rejector.calibrate(vectors, rows, vectors[:0], rows[:0])
+    rejector = Rejector.calibrate(statistics, vectors, rows, vectors[:0], rows[:0])
     files.write_tensors(folder / "unknown.safetensors", rejector.state())
     counts = torch.bincount(rows)
     files.write_tensors(

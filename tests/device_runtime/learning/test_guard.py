@@ -56,12 +56,8 @@ class World:
         learner.learn(learners.Task(self.vectors, self.labels))
         tests = torch.arange(300) % OLD
         images = self.means[tests] + torch.randn(len(tests), self.dim, generator=torch.Generator().manual_seed(99))
-        rejector = Rejector.calibrate(self.vectors, self.labels, images, tests)
-        answers = learner.predict(images)
-        nearest = answers == tests
-        parts = torch.ones_like(nearest), nearest, nearest & rejector.accepts(images, answers)[0]
-        counts = (torch.bincount(tests[part], minlength=OLD) for part in parts)
-        record = TrackRecord.of(learner, self.statistics, *counts)
+        rejector = Rejector.calibrate(self.statistics, self.vectors, self.labels, images, tests)
+        record = TrackRecord.tested_on(learner, self.statistics, rejector, images, tests)
         bundle = InstalledBundle("robot", 1, "cpu", 32, self.dim, "fp32", "0" * 64, None, "0" * 16, (), {})
         return DeviceState(self.registry, learner, self.statistics, rejector, record, bundle, b"", b"")
 

@@ -52,7 +52,9 @@ def calibrated(world: World, counts: list[int], tested: int = 100, away: float =
         world.draw(row, tested) + away * torch.randn(tested, DIM, generator=world.rng) for row in range(len(counts))
     ]
     labels = [torch.cat([rows(part, row) for row, part in enumerate(parts)]) for parts in (train, test)]
-    return Rejector.calibrate(torch.cat(train), labels[0], torch.cat(test), labels[1])
+    statistics = ClassStatistics(world.means.shape[1])
+    statistics.add(torch.cat(train), labels[0])
+    return Rejector.calibrate(statistics, torch.cat(train), labels[0], torch.cat(test), labels[1])
 
 
 @pytest.mark.parametrize("count", [5, 20, 500])
