@@ -7,7 +7,7 @@ been taught everything. It is refused wherever that does not hold.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,30 +74,31 @@ def export(
 
 def changes_since_install(store: Generations, generation: Generation) -> list[str]:
     """Return the changes between the installed generation and this one, oldest first, as far as the journal goes."""
-    journal, numbers = store.journal(), [generation.parent]
-    changes = []
-    for event in lineage(store, generation):
-        changes.append(describe(event.get("info") or {}))
-        numbers.append(event.get("parent"))
+    journal = store.journal()
+    events = lineage(journal, generation)
+    changes = [describe(event.get("info") or {}) for event in events]
+    first = events[-1].get("parent") if events else generation.parent
     installed = {event["generation"] for event in journal if event.get("event") == "install"}
-    if generation.parent is not None and numbers[-1] not in installed:
+    if generation.parent is not None and first not in installed:
         changes.append("earlier changes, which the journal no longer lists")
     return changes[::-1]
 
 
-def lineage(store: Generations, generation: Generation) -> Iterator[Mapping[str, Any]]:
-    """Yield the events of the journal that led to a generation, newest first, as far as it goes."""
-    events = {event["generation"]: event for event in store.journal() if event.get("event") == "learn"}
+def lineage(journal: Iterable[Mapping[str, Any]], generation: Generation) -> list[Mapping[str, Any]]:
+    """Return the events of a journal that led to a generation, newest first, as far as it goes."""
+    learned = {event["generation"]: event for event in journal if event.get("event") == "learn"}
+    events: list[Mapping[str, Any]] = []
     number: int | None = generation.number
-    while number in events:
-        event = events.pop(number)
-        yield event
-        number = event.get("parent")
+    while number in learned:
+        events.append(learned.pop(number))
+        number = events[-1].get("parent")
+    return events
 
 
 def taught_sets(store: Generations, generation: Generation) -> dict[str, str]:
     """Return digest → label of the sets of images that led to a generation, see `teach.digest_of`."""
-    taught = [one for event in lineage(store, generation) for one in (event.get("info") or {}).get("taught", ())]
+    events = lineage(store.journal(), generation)
+    taught = [one for event in events for one in (event.get("info") or {}).get("taught", ())]
     return {one["digest"]: one["label"] for one in taught if "digest" in one}
 
 
@@ -244,21 +245,16 @@ def _merged_answers(
     at_first = {entry.id: row for row, entry in enumerate(base.registry.entries)}
     for row, other in sorted(taught.items()):
         first = at_first.get(entries[row].id) if row < len(entries) else None
-        was = (base.registry.entries[first].images, base.rejector.scores[first]) if first is not None else (0, None)
-        taught_here = row < len(entries) and entries[row].images != was[0]
-        earlier = (torch.zeros(3).double() if was[1] is None else was[1]) if taught_here else None
-        rejector = rejector.merged(row, there.rejector, other, earlier, merged.statistics)
-        counts = [part[other] - (0 if first is None else old[first]) for part, old in _results(there, base)]
-        tested = max(int(counts[0]), 0)
-        nearest = min(max(int(counts[1]), 0), tested)
-        right = min(max(int(counts[2]), 0), nearest)
+        scores, images = torch.zeros(3, dtype=torch.float64), 0
+        earlier = torch.zeros(3, dtype=torch.float64)  # held-out images of the bundle: tested, nearest, right
+        if first is not None:
+            scores, images = base.rejector.scores[first], base.registry.entries[first].images
+            earlier = base.record.counts(first)
+        taught_here = row < len(entries) and entries[row].images != images
+        rejector = rejector.merged(row, there.rejector, other, scores if taught_here else None, merged.statistics)
+        tested, nearest, right = map(int, (there.record.counts(other) - earlier).clamp_min(0).cummin(0).values)
         record = record.measured(merged.learner, merged.statistics, row, tested, nearest, right, record.anchors[:0])
     return merged.replace(rejector=rejector, record=record)
-
-
-def _results(there: DeviceState, base: DeviceState) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    names = ("tested", "nearest", "right")
-    return [(getattr(there.record, name), getattr(base.record, name)) for name in names]
 
 
 def _check_base_classes(base: ClassRegistry, here: ClassRegistry, there: ClassRegistry) -> None:

@@ -152,13 +152,14 @@ def judge(
     limits, registry = limits or Limits(), after.registry
     shown = [f"image {number}" for number in range(len(embeddings))] if names is None else list(names)
     suspects: list[Suspects] = []
-    warnings = _check_images(before, trial, embeddings, rows, registry, shown, suspects)
+    answers = _answers(before, embeddings)
+    warnings = _check_images(before, answers, trial, embeddings, rows, registry, shown, suspects)
     refusals = _check_finite(after.learner, embeddings)
     retention, agreement, record = None, None, after.record
     if not refusals:
-        messages = _unrecognised(before, rows, trial, registry, limits)
-        if before.statistics.total and limits.min_recognised:
-            messages += _mislabelled(before, embeddings, rows, registry)
+        messages = _unrecognised(rows, trial, registry, limits)
+        if limits.min_recognised:
+            messages += _mislabelled(before, answers, rows, registry)
         (warnings if limits.force else refusals).extend(messages)
         if before.statistics.total:
             found = cost(before.learner, after.learner, before.statistics, before.record)
@@ -221,9 +222,15 @@ def _check_finite(after: Learner, embeddings: Tensor) -> list[str]:
     return []
 
 
-def _unrecognised(
-    before: DeviceState, rows: Tensor, trial: Trial, registry: ClassRegistry, limits: Limits
-) -> list[str]:
+def _answers(state: DeviceState, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest class of each embedding, int64 ``(N,)``, and if it is accepted, bool ``(N,)``."""
+    if not len(state.registry):
+        return torch.full((len(embeddings),), -1), torch.zeros(len(embeddings), dtype=torch.bool)
+    nearest = state.learner.predict(embeddings)
+    return nearest, state.rejector.accepts(embeddings, nearest)[0]
+
+
+def _unrecognised(rows: Tensor, trial: Trial, registry: ClassRegistry, limits: Limits) -> list[str]:
     """Return a message for each taught class whose held-out images are not recognised as it."""
     messages = []
     for row in torch.unique(rows).tolist():
@@ -241,18 +248,20 @@ def _unrecognised(
     return messages
 
 
-def _mislabelled(before: DeviceState, embeddings: Tensor, rows: Tensor, registry: ClassRegistry) -> list[str]:
+def _mislabelled(
+    before: DeviceState, answers: tuple[Tensor, Tensor], rows: Tensor, registry: ClassRegistry
+) -> list[str]:
     """Return a message for each known class whose new images are clearly those of another known class.
 
     They would be recognised afterwards, at the cost of the other class, which stand-ins do not always show.
     """
     messages = []
-    answers = before.learner.predict(embeddings)
-    answers[~before.rejector.accepts(embeddings, answers)[0]] = -1
+    nearest, accepted = answers
+    answered = nearest.masked_fill(~accepted, -1)
     for row in torch.unique(rows).tolist():
         if row >= len(before.registry):
             continue
-        own = answers[rows == row]
+        own = answered[rows == row]
         other = int(own.mode().values)
         count = int((own == other).sum())
         if other not in (row, -1) and count >= CLEAR * len(own):
@@ -310,8 +319,12 @@ def _check_forgetting(
     old, new = float(found.before[worst]), float(found.after[worst])
     label = registry.names[int(rows[worst])]
     lost, earlier = after.lost[rows], before.lost[rows]
+    base = torch.tensor([registry.entries[row].origin == "base" for row in rows.tolist()])
+    groups = [("the old classes", torch.ones_like(base))]
+    if bool(base.any()):
+        groups.insert(0, ("the classes of the bundle", base))
     messages = []
-    for group, which in _groups(rows, registry):
+    for group, which in groups:
         total, past = float(lost[which].mean()), float(earlier[which].mean())
         if total > limits.max_forgetting and total - past > NOTICEABLE:
             messages.append(
@@ -336,9 +349,8 @@ def _check_forgetting(
                     f"'{registry.names[row]}' may be recognised less often now: estimated {was:.0%} before and "
                     f"{now:.0%} after; try it, and roll back if it matters more than the new class"
                 )
-    tested = torch.tensor([registry.entries[row].origin == "base" for row in rows.tolist()])
-    kind = _unknown_level(found, before, tested)
-    levels = [float((part * before.accepted(rows))[tested].mean()) for part in (found.before, found.after)]
+    kind = _unknown_level(found, before, base)
+    levels = [float((part * before.accepted(rows))[base].mean()) for part in (found.before, found.after)]
     return Retention(
         kind=kind or KIND,
         accuracy_before=None if kind else round(levels[0], 4),
@@ -366,13 +378,6 @@ def _unknown_level(found: Cost, before: TrackRecord, tested: Tensor) -> str:
         return TOO_FEW.format(count, ENOUGH)
     moved = abs(float((found.after[tested] - before.expected(rows)).mean()))
     return OTHERWISE if moved > CHANGED else ""
-
-
-def _groups(rows: Tensor, registry: ClassRegistry) -> list[tuple[str, Tensor]]:
-    """Return the groups of old classes whose mean loss is limited: those of the bundle, and all."""
-    base = torch.tensor([registry.entries[row].origin == "base" for row in rows.tolist()])
-    groups = [("the old classes", torch.ones(len(rows), dtype=torch.bool))]
-    return [("the classes of the bundle", base), *groups] if bool(base.any()) else groups
 
 
 def _agreement(before: Learner, after: Learner, embeddings: Tensor) -> float | None:
@@ -413,6 +418,7 @@ class _Space:
 
 def _check_images(
     before: DeviceState,
+    answered: tuple[Tensor, Tensor],
     trial: Trial,
     embeddings: Tensor,
     rows: Tensor,
@@ -425,8 +431,7 @@ def _check_images(
     statistics = before.statistics
     if statistics.degrees_of_freedom <= 0:
         return warnings  # no class has two images, so there is no covariance
-    space, predicted = _Space(statistics), before.learner.predict(embeddings)
-    accepted, _ = before.rejector.accepts(embeddings, predicted)
+    space, (predicted, accepted) = _Space(statistics), answered
     for row in torch.unique(rows).tolist():
         own = (rows == row).nonzero().flatten()
         if len(own) < FEW:

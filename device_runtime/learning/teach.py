@@ -136,7 +136,7 @@ def teach(
     return after, LearnResult(
         label=", ".join(batch.name for batch in batches),
         images=len(names),
-        held_out=_held_out(trial.answers == labels, trial.answers >= 0),
+        held_out=_held_out((trial.answers == labels)[trial.answers >= 0]),
         taught=[
             TaughtClass(
                 batch.name,
@@ -336,10 +336,10 @@ def _with_answers(
         answers, accepted = trial.answers[own], rejector.accepts(embeddings[own], labels[own])[0]
         nearest = answers == batch.row
         tested, near, right = (int(part.sum()) for part in (answers >= 0, nearest, nearest & accepted))
-        known = (
-            embeddings[own][:0] if batch.new else embeddings[own][before.learner.predict(embeddings[own]) == batch.row]
-        )
-        record = record.measured(state.learner, statistics, batch.row, tested, near, right, known)
+        recognised = embeddings[own][:0]
+        if not batch.new:
+            recognised = embeddings[own][before.learner.predict(embeddings[own]) == batch.row]
+        record = record.measured(state.learner, statistics, batch.row, tested, near, right, recognised)
     return state.replace(statistics=statistics, rejector=rejector, record=record)
 
 
@@ -353,7 +353,5 @@ def _copies(batches: Sequence[ClassImages]) -> list[str]:
     ]
 
 
-def _held_out(correct: torch.Tensor, tested: torch.Tensor | None = None) -> HeldOut:
-    if tested is not None:
-        correct = correct[tested]
+def _held_out(correct: torch.Tensor) -> HeldOut:
     return HeldOut(len(correct), round(float(correct.double().mean()), 4) if len(correct) else None)

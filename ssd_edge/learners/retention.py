@@ -155,6 +155,10 @@ class TrackRecord:
             parts[name][into] = parts[name][together].sum()
         return dataclasses.replace(self, **parts)._matched(learner, statistics, [into])
 
+    def counts(self, row: int) -> Tensor:
+        """Return how many images of a class were tested, nearest to it and accepted, float64 ``(3,)``."""
+        return torch.stack([part[row] for part in (self.tested, self.nearest, self.right)])
+
     def without_rows(self, rows: Iterable[int]) -> TrackRecord:
         """Return a record without some rows; later rows move up."""
         removed = set(rows)
