@@ -371,11 +371,15 @@ class Rejector:
         if wrong:
             raise InputError(f"there are {classes} rows, so there is no row {wrong[0]}; rows are numbered from 0")
 
-    def _direction(self, row: int, statistics: ClassStatistics) -> Tensor:
-        """Return the whitened mean of a class at unit length ``(D,)``; zero without samples."""
-        mean = self.whitening.double() @ statistics.means[row]
-        length = float(mean.norm())
-        return (mean / length).float() if length and float(statistics.counts[row]) else torch.zeros(len(mean))
+    def _white_means(self, rows: Iterable[int], statistics: ClassStatistics) -> Iterable[tuple[int, Tensor]]:
+        """Yield some rows, each with the whitened mean of its class, float64 ``(D,)``; zero without samples."""
+        wide, means = self.whitening.double(), statistics.means
+        return ((row, wide @ means[row]) for row in rows)
+
+    def _directions(self, rows: Iterable[int], statistics: ClassStatistics) -> Tensor:
+        """Return the whitened means of some classes at unit length, float32 ``(n, D)``; zero without samples."""
+        white = [mean for _, mean in self._white_means(rows, statistics)]
+        return torch.stack([(mean / mean.norm()).float() if bool(mean.any()) else mean.float() for mean in white])
 
     def _grown(self, classes: int, statistics: ClassStatistics) -> Rejector:
         """Return a rejector with `classes` rows; the new ones follow from the statistics."""
@@ -383,7 +387,7 @@ class Rejector:
         if classes <= first:
             return self
         new = range(first, classes)
-        directions = torch.cat([self.directions, torch.stack([self._direction(row, statistics) for row in new])])
+        directions = torch.cat([self.directions, self._directions(new, statistics)])
         thresholds = torch.cat([self.thresholds, torch.full((len(new),), NEVER)])
         scores = torch.cat([self.scores, self.scores.new_zeros(len(new), 3)])
         grown = dataclasses.replace(self, directions=directions, thresholds=thresholds, scores=scores)
@@ -393,7 +397,7 @@ class Rejector:
         """Return a rejector with the direction of a class from the statistics, and its scores as expected there."""
         grown = self._grown(max(row + 1, len(self.thresholds)), statistics)
         directions, scores = grown.directions.clone(), grown.scores.clone()
-        directions[row] = self._direction(row, statistics)
+        directions[row] = self._directions([row], statistics)[0]
         scores[row] = _turn(scores[row], float(directions[row] @ grown.directions[row]))
         return dataclasses.replace(grown, directions=directions, scores=scores)
 
@@ -409,22 +413,25 @@ class Rejector:
 
     def _with_thresholds(self, rows: Iterable[int], statistics: ClassStatistics) -> Rejector:
         """Return a rejector with the thresholds of some rows computed from their scores, or else their statistics."""
-        thresholds = self.thresholds.clone()
+        thresholds, unscored = self.thresholds.clone(), []
         for row in rows:
-            thresholds[row] = self._threshold(row, statistics)
-        return dataclasses.replace(self, thresholds=thresholds)
-
-    def _threshold(self, row: int, statistics: ClassStatistics) -> float:
-        if not bool(self.directions[row].any()):
-            return NEVER
-        mean, variance, freedom = self._normal(row)
-        if not freedom:
+            mean, variance, freedom = self._normal(row)
+            if not bool(self.directions[row].any()):
+                thresholds[row] = NEVER
+            elif freedom:
+                thresholds[row] = self._threshold(mean, variance, freedom)
+            else:
+                unscored.append(row)
+        for row, white in self._white_means(unscored, statistics) if unscored else ():
             # Expected for a new image z: |Wz|² is the squared length of Wμ, which the estimate exceeds by D/n, plus D.
-            count, dim = float(statistics.counts[row]), len(self.whitening)
-            squared = float((self.whitening.double() @ statistics.means[row]).square().sum())
+            count, dim, squared = float(statistics.counts[row]), len(white), float(white.square().sum())
             true = max(squared - dim / count, 0.0)
             mean = float(strength(torch.tensor(true / math.sqrt(squared * (true + dim)))))
-            variance, freedom = self.deviation**2 * (1 + 1 / count), PRIOR
+            thresholds[row] = self._threshold(mean, self.deviation**2 * (1 + 1 / count), PRIOR)
+        return dataclasses.replace(self, thresholds=thresholds)
+
+    def _threshold(self, mean: float, variance: float, freedom: float) -> float:
+        """Return the smallest cosine that is accepted, for mean and variance of s for one more image."""
         limit = mean + self.shift - t_quantile(self.rate, freedom) * math.sqrt(variance)
         return min(max(-math.expm1(-limit), -1.0), 1.0)
 
