@@ -127,12 +127,13 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     """
     from ssd_edge.cli import main
 
+    monkeypatch.chdir(tmp_path)  # here: a test may replace `os.getcwd`, and this folder is restored by that name
+
     def run(*args: str | Path, code: int) -> str:
         before = signal.getsignal(signal.SIGTERM)
         monkeypatch.setattr(logging, "lastResort", logging.lastResort)  # restored afterwards: `main` replaces both
         monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
         monkeypatch.setattr(sys, "argv", ["ssd-edge", *map(str, args)])
-        monkeypatch.chdir(tmp_path)
         capfd.readouterr()
         try:
             with pytest.raises(SystemExit) as ended:
