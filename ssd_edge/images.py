@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -45,6 +48,77 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+Fit = Literal["crop", "squash", "pad"]
+Interpolation = Literal["box", "bilinear", "hamming", "bicubic", "lanczos"]  # with antialiasing, so no nearest
+LARGEST_INPUT = 4096  # pixels per side of a backbone's input: a bundle must not ask for more memory than any image
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How any image becomes the square input of a backbone: uint8 RGB ``(size, size, 3)``.
+
+    Workstation, ONNX file, bundle and device share this description; the normalisation is in the graph.
+
+    Attributes:
+        size: Side of the input in pixels.
+        fit: ``crop`` resizes the shorter side and cuts out the centre, as most networks were trained; ``squash``
+            resizes the whole image without keeping its proportions; ``pad`` resizes it to fit inside, on a neutral
+            background.
+        resize: Shorter side in pixels before the centre crop; 0: `size`. Always 0 for the others.
+        interpolation: Filter.
+
+    Raises:
+        InputError: A value is of the wrong type or out of range.
+    """
+
+    size: int
+    fit: Fit = "squash"
+    resize: int = 0
+    interpolation: Interpolation = "bicubic"
+
+    def __post_init__(self) -> None:
+        for key, kind in (("fit", Fit), ("interpolation", Interpolation)):
+            if (value := getattr(self, key)) not in get_args(kind):
+                raise InputError(f"{key} must be one of {', '.join(get_args(kind))}, but is {value!r:.50}")
+        if type(self.size) is not int or not 1 <= self.size <= LARGEST_INPUT:
+            raise InputError(f"size must be 1 to {LARGEST_INPUT} pixels, but is {self.size!r:.50}")
+        if self.fit == "crop" and self.resize == 0:
+            object.__setattr__(self, "resize", self.size)
+        least, most = (self.size, LARGEST_INPUT) if self.fit == "crop" else (0, 0)
+        if type(self.resize) is not int or not least <= self.resize <= most:
+            allowed = f"{least} to {most} pixels" if most else "0"
+            raise InputError(f"resize must be {allowed} with fit {self.fit}, but is {self.resize!r:.50}")
+
+    @classmethod
+    def cropped(cls, size: int, share: float, interpolation: Interpolation = "bicubic") -> Pixels:
+        """Return a centre crop that keeps a share of the shorter side, 0..1 (timm's ``crop_pct``)."""
+        return cls(size, "crop", math.floor(size / share), interpolation)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Pixels:
+        """Restore what `to_dict` gave; nothing in `values` is believed.
+
+        Raises:
+            InputError: A key is missing or unknown, or a value is wrong.
+        """
+        names = tuple(cls.__dataclass_fields__)
+        if set(values) != set(names):
+            raise InputError(f"pixels have {', '.join(names)}, but these are {', '.join(map(str, values)):.100}")
+        return cls(**cast("dict[str, Any]", dict(values)))
+
+    def to_dict(self) -> dict[str, int | str]:
+        """Return the values as a JSON object."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """Describe them in a line, e.g. ``224 × 224 pixels: shorter side to 256, centre crop, bicubic``."""
+        how = {
+            "crop": f"shorter side to {self.resize}, centre crop",
+            "squash": "the whole image, without keeping its proportions",
+            "pad": "the whole image, padded to a square",
+        }
+        return f"{self.size} × {self.size} pixels: {how[self.fit]}, {self.interpolation}"
 
 
 def is_image_name(name: str) -> bool:
