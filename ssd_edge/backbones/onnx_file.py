@@ -193,8 +193,8 @@ def _messages(message: Message) -> Iterator[Message]:
                 yield from _messages(inner)
 
 
-def messages_of(model: ModelProto, kind: type) -> Iterator[Any]:
-    """Yield all messages of a class (node, graph or tensor) in a model, including those in subgraphs."""
+def messages_of(model: Message, kind: type) -> Iterator[Any]:
+    """Yield all messages of a class (node, graph or tensor) in a model, graph or node, including those in subgraphs."""
     return (message for message in _messages(model) if isinstance(message, kind))
 
 
