@@ -20,14 +20,15 @@ SHORT = {"epochs": 20}
 FORGETTING = ("sdmlp", "ssd", "finetune", "lwf", "icarl")
 QUICK = {
     **dict.fromkeys(("sdmlp", "ssd", "finetune", "lwf", "icarl"), SHORT),
+    "landmark": {"directions": 150},
     "ranpac": {"features": 200},
     "flymodel": {"neurons": 2000, "lr": 0.05},
 }
 
 
-# One learner of each kind by default: the default, one trained by gradient descent, and the smallest. The others take a
-# minute more; the contract tests run for all of them.
-BY_DEFAULT = ("landmark", "ssd", "ncm")
+# The default learner and one trained by gradient descent by default. The others take more than a minute; the contract
+# tests run for all of them.
+BY_DEFAULT = ("landmark", "ssd")
 
 
 @pytest.mark.parametrize(
