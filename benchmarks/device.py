@@ -43,8 +43,8 @@ def main() -> None:
         deploy(args.run, Options("jetson"), bundle, lambda text: None)
         install(Path(scratch) / "root", bundle)
         device = Device.open(Path(scratch) / "root")
-        size = device.bundle.size
-        test = device.embed(list(dataset.test.load(np.arange(len(dataset.test)), size)))
+        form = device.bundle.pixels
+        test = device.embed(list(dataset.test.load(np.arange(len(dataset.test)), form)))
         labels = np.array([dataset.classes[label] for label in dataset.test_labels])
         old = dataset.test_labels != new
 
@@ -54,12 +54,12 @@ def main() -> None:
 
         before = accuracy(old)
         new_images = np.flatnonzero(dataset.train_labels == new)
-        device.learn("warm-up", list(dataset.train.load(new_images[:3], size)))  # the first call starts thread pools
+        device.learn("warm-up", list(dataset.train.load(new_images[:3], form)))  # the first call starts thread pools
         device.rollback(1)
         print(f"{'images':>7} {'new class':>10} {'old before':>11} {'old after':>10} {'estimated':>18} {'seconds':>8}")
         for count in args.images:
             chosen = np.random.default_rng(0).permutation(new_images)[:count]
-            result = device.learn(NEW, list(dataset.train.load(chosen, size)))
+            result = device.learn(NEW, list(dataset.train.load(chosen, form)))
             row = {
                 "images": count,
                 "new_accuracy": accuracy(~old),

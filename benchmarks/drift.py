@@ -31,6 +31,7 @@ from ssd_edge.backbones.embedder import Embedder, open_backbone
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import BackboneConfig, DataConfig
 from ssd_edge.data import Dataset, load
+from ssd_edge.images import Pixels
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.unknown import Rejector
 from ssd_edge.report.terminal import Console
@@ -111,11 +112,11 @@ def embedded(data: Dataset, kept: np.ndarray, embedder: Embedder, shift: Shift |
     rng = np.random.default_rng(0)
     parts = []
     for some in np.array_split(kept, -(-len(kept) // 256)):
-        pixels = data.test.load(some, 32)
+        pixels = data.test.load(some, Pixels(32))
         if shift is not None:
             pixels = shift(pixels, rng)
-        if embedder.size != 32:
-            size = (embedder.size, embedder.size)
+        if embedder.pixels.size != 32:
+            size = (embedder.pixels.size, embedder.pixels.size)
             pixels = np.stack(
                 [np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BICUBIC)) for one in pixels]
             )

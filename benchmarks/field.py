@@ -34,6 +34,7 @@ from device_runtime.device import Device
 from device_runtime.install.bundle import install
 from ssd_edge.config import DataConfig
 from ssd_edge.data import Dataset, load
+from ssd_edge.images import Pixels
 from ssd_edge.run.storage import environment
 from ssd_edge.system import usable_cores
 
@@ -106,7 +107,7 @@ def new_images(label: str, count: int) -> np.ndarray:
     """Return training images of a new class, uint8 ``(count, 32, 32, 3)``."""
     dataset = datasets()[NEW[label]]
     own = np.flatnonzero(dataset.train_labels == dataset.classes.index(label))
-    return dataset.train.load(np.random.default_rng(0).permutation(own)[:count], SIDE)
+    return dataset.train.load(np.random.default_rng(0).permutation(own)[:count], Pixels(SIDE))
 
 
 def write_images(folder: Path, images: np.ndarray) -> Path:
@@ -136,7 +137,7 @@ def accuracies(root: Path, generations: int) -> list[dict[str, dict[str, float]]
         for name in names:
             dataset = datasets()[NEW.get(name, 10)]
             own = np.flatnonzero(dataset.test_labels == dataset.classes.index(name))
-            vectors[name] = device.embed(list(dataset.test.load(own, SIDE)))
+            vectors[name] = device.embed(list(dataset.test.load(own, Pixels(SIDE))))
         found = []
         for number in range(1, generations + 1):
             device.rollback(number)

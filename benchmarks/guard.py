@@ -233,7 +233,8 @@ def main() -> None:
     embedder = open_backbone(BackboneConfig(**own), torch.device("cpu"))
     dataset = load(DataConfig(path=args.data, max_per_class=args.per_class), 0)
     vectors = embed(dataset, embedder, Console(), True)
-    noise = np.random.default_rng(0).integers(0, 256, (NOISE * 2, embedder.size, embedder.size, 3)).astype(np.uint8)
+    side = embedder.pixels.size
+    noise = np.random.default_rng(0).integers(0, 256, (NOISE * 2, side, side, 3)).astype(np.uint8)
     data = Embedded(
         torch.from_numpy(vectors["train"]), dataset.train_labels, torch.from_numpy(vectors["test"]),
         dataset.test_labels, torch.from_numpy(embedder.embed(noise)), list(dataset.classes), embedder.standardised,

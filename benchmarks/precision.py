@@ -42,7 +42,7 @@ def main() -> None:
     set_threads(0)
     run = finished.read(args.run)
     dataset = data.load(run.config.data, run.config.run.seed)
-    images = dataset.test.load(np.arange(len(dataset.test)), run.backbone["size"])
+    images = dataset.test.load(np.arange(len(dataset.test)), run.pixels)
     labels = np.array([run.registry.row(name) for name in dataset.classes])[dataset.test_labels]
     path = run.config.backbone.path
     wanted = TorchEmbedder(packages.load(Path(path) if path else None), torch.device("cpu")).embed(images)

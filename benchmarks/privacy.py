@@ -131,7 +131,7 @@ class Pool:
 
         def some(images: Any, labels: np.ndarray, count: int) -> Tensor:
             chosen = [np.flatnonzero(labels == label)[:count] for label in range(CLASSES)]
-            pixels = images.load(np.concatenate(chosen), embedder.size)
+            pixels = images.load(np.concatenate(chosen), embedder.pixels)
             return torch.from_numpy(embedder.embed(pixels)).double().view(CLASSES, count, -1)
 
         self.train = some(dataset.train, dataset.train_labels, TRAIN)

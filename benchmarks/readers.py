@@ -31,6 +31,7 @@ from field import COMMAND, IMAGES, NEW, SIDE, busy_seconds, datasets, measured, 
 
 from device_runtime.device import Device, Prediction
 from device_runtime.install.bundle import install
+from ssd_edge.images import Pixels
 from ssd_edge.run.storage import environment
 
 READERS, PERIOD, REFRESH = 8, 0.1, 5.0  # seconds
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     test = datasets()[10].test
-    images = test.load(np.random.default_rng(0).permutation(len(test))[:POOL], SIDE)
+    images = test.load(np.random.default_rng(0).permutation(len(test))[:POOL], Pixels(SIDE))
     rows = []
     for kind in ("thread", "process"):
         rounds = []

@@ -167,7 +167,9 @@ def main() -> None:
     print(f"accepted at thresholds for {rejector.rate:.2f}: own class {float(passes.mean()):.3f} (classes "
           f"{min(by_class.values()):.3f}..{max(by_class.values()):.3f}); as predicted: "
           + ", ".join(f"{part} {rate:.3f}" for part, rate in rates.items()))  # fmt: skip
-    blank = {kind: torch.from_numpy(embedder.embed(pixels)) for kind, pixels in blank_frames(embedder.size).items()}
+    blank = {
+        kind: torch.from_numpy(embedder.embed(pixels)) for kind, pixels in blank_frames(embedder.pixels.size).items()
+    }
     blank_rates = {kind: float(rejector.accepts(v, learner.predict(v))[0].double().mean()) for kind, v in blank.items()}
     print("accepted, of blank frames: " + ", ".join(f"{kind} {rate:.3f}" for kind, rate in blank_rates.items()))
     taught = after_teaching(rejector, statistics, vectors["train"][train < 0], near, old)

@@ -447,7 +447,7 @@ class Device:
         parts = []
         for start in range(0, len(sources), DECODE_BATCH):
             batch = zip(sources[start : start + DECODE_BATCH], names[start : start + DECODE_BATCH], strict=True)
-            pixels = [teach.decode(source, name, bundle.size) for source, name in batch]
+            pixels = [teach.decode(source, name, bundle.pixels) for source, name in batch]
             parts.append(embedder.embed(np.stack(pixels)))
             progress((start + len(pixels)) / len(sources))
         embeddings = np.concatenate(parts) if parts else np.zeros((0, bundle.dim), np.float32)

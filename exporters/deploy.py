@@ -203,7 +203,7 @@ def _export(state: FinishedRun) -> tuple[bytes, Reference, Priors]:
         # not apart: `OnnxEmbedder` has tried the same file
         onnx = compose(
             original,
-            config.size,
+            own.pixels,
             config.mean,
             config.std,
             config.layout,
@@ -261,7 +261,7 @@ def _check_memory(opened: bundle.Bundle, target: Target, log: Log) -> None:
 
 def _probe(state: FinishedRun, choice: ladder.Choice) -> bytes:
     """Return synthetic images with the embeddings that they must have on the device, and the limits."""
-    size = state.backbone["size"]
+    size = state.pixels.size
     count = max(2, min(PROBE_IMAGES, PROBE_BYTES // (3 * size**2)))
     images = ladder.synthetic(size, 2 * count)[count:]  # coarse patches: closer to photographs than noise
     embeddings = run(open_session(choice.onnx), images)
@@ -303,7 +303,7 @@ def _manifest(
         "backbone": {
             "file": bundle.ROLES["backbone"],
             "sha256": files.sha256(choice.onnx),
-            "size": backbone["size"],
+            **state.pixels.to_dict(),
             "dim": backbone["dim"],
             "precision": choice.precision,
             "opset": onnx_file.opset(choice.onnx),

@@ -19,6 +19,7 @@ from ssd_edge.backbones.onnx import compose
 from ssd_edge.backbones.onnx_file import OPSET
 from ssd_edge.backbones.package import BackbonePackage
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError, require
+from ssd_edge.images import Pixels
 
 
 def export_package(package: BackbonePackage) -> bytes:
@@ -40,12 +41,12 @@ def export_package(package: BackbonePackage) -> bytes:
     body = network(package).body
     # In training mode, the exporter would silently export different numbers.
     assert not any(module.training for module in body.modules())
-    size = package.card["size"]
-    pixels = torch.zeros(2, 3, size, size)  # a batch of one might be exported as a constant
+    pixels = Pixels.from_dict(package.card)
+    batch = torch.zeros(2, 3, pixels.size, pixels.size)  # a batch of one might be exported as a constant
     with _quiet():
         program = torch.onnx.export(
             body,
-            (pixels,),
+            (batch,),
             input_names=["pixels"],
             output_names=["features"],
             opset_version=OPSET,
@@ -62,7 +63,7 @@ def export_package(package: BackbonePackage) -> bytes:
             f"torch {torch.__version__} exported with the opsets {opsets}, but opset {OPSET} was requested; "
             "install the versions of constraints.txt"
         )
-    preprocessing = (size, PIXEL_MEAN, PIXEL_STD, "nchw")
+    preprocessing = (pixels, PIXEL_MEAN, PIXEL_STD, "nchw")
     try:
         data = model.SerializeToString(deterministic=True)
         return compose(data, *preprocessing, package.mu, package.sigma, package.identity)

@@ -71,24 +71,24 @@ def samples(run: FinishedRun, folder: Path | None, log: Log) -> Samples:
     Raises:
         InputError: The folder has too few readable images.
     """
-    size = run.backbone["size"]
-    judged: dict[str, tuple[np.ndarray, np.ndarray | None]] = {"synthetic": (synthetic(size), None)}
+    pixels = run.pixels
+    judged: dict[str, tuple[np.ndarray, np.ndarray | None]] = {"synthetic": (synthetic(pixels.size), None)}
     calibration: np.ndarray | str
     try:
         dataset = data.load(run.config.data, run.config.run.seed)
         if dataset.fingerprint != run.record.get("identity", {}).get("data"):
             raise InputError(f"{dataset.name} has changed since the run")
         rows = np.array([run.registry.row(name) for name in dataset.classes])
-        count = max(MIN_TEST_IMAGES, min(TEST_IMAGES, TEST_IMAGES * 32**2 // size**2))
+        count = max(MIN_TEST_IMAGES, min(TEST_IMAGES, TEST_IMAGES * 32**2 // pixels.size**2))
         chosen = _spread(len(dataset.test), count)
-        judged["test"] = dataset.test.load(chosen, size), rows[dataset.test_labels[chosen]]
-        calibration = dataset.train.load(_spread(len(dataset.train), CALIBRATION_IMAGES), size)
+        judged["test"] = dataset.test.load(chosen, pixels), rows[dataset.test_labels[chosen]]
+        calibration = dataset.train.load(_spread(len(dataset.train), CALIBRATION_IMAGES), pixels)
         source = "training images of the run"
     except SSDEdgeError as error:
         log(f"parity on synthetic images only: the run's data cannot be used ({error})")
         calibration, source = f"the run's data cannot be used ({error})", ""
     if folder is not None:
-        brought = precision.calibration_images(folder, size, CALIBRATION_IMAGES)
+        brought = precision.calibration_images(folder, pixels, CALIBRATION_IMAGES)
         source = "a folder of the user"
         if "test" in judged:
             calibration = brought

@@ -32,7 +32,7 @@ from ssd_edge import files, ort
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.onnx import INPUT, batch_size, finish, open_session
 from ssd_edge.errors import InputError, require
-from ssd_edge.images import decode, image_files
+from ssd_edge.images import Pixels, decode, image_files
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -189,7 +189,7 @@ def convert(onnx_bytes: bytes, precision: str, calibration: np.ndarray | None = 
     return wanted.convert(onnx_bytes, calibration)
 
 
-def calibration_images(folder: Path, size: int, limit: int) -> np.ndarray:
+def calibration_images(folder: Path, pixels: Pixels, limit: int) -> np.ndarray:
     """Load at most `limit` images of a folder and its subfolders, evenly spaced in the order of their paths.
 
     Images that cannot be decoded are replaced by others.
@@ -208,7 +208,7 @@ def calibration_images(folder: Path, size: int, limit: int) -> np.ndarray:
         if len(images) == limit:
             break
         with contextlib.suppress(InputError):
-            images[index] = decode(files.read_bytes(paths[index]), str(paths[index]), size)
+            images[index] = decode(files.read_bytes(paths[index]), str(paths[index]), pixels)
     _check_count(len(images), f"{folder} ({len(paths)} files)")
     return np.stack([images[index] for index in sorted(images)])
 
@@ -470,7 +470,7 @@ def _finish(model: ModelProto) -> bytes:
     del model.opset_import[:]
     model.opset_import.extend(kept)
     del model.metadata_props[:]
-    return finish(model, labels["identity"], int(labels["size"]), int(labels["dim"]))
+    return finish(model, labels["identity"], Pixels.from_dict(labels), int(labels["dim"]))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from ssd_edge import files, images, learners
 from ssd_edge.backbones.embedder import Embedder, standardisation
 from ssd_edge.config import TrainConfig, parse, read_yaml, to_tree
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.images import check_embedded
+from ssd_edge.images import Pixels, check_embedded
 from ssd_edge.learners.priors import Priors
 from ssd_edge.report import events
 from ssd_edge.report.compare import ROLES, lead_note, ranked
@@ -181,7 +181,7 @@ class Run:
             (2, 256)
         """
         parts, names = [], []
-        for pixels, named in _batches(images, self._embedder.size):
+        for pixels, named in _batches(images, self._embedder.pixels):
             parts.append(evaluation.standardise(self.folder, self._embedder, self._embedder.embed(pixels)))
             names += named
         embeddings = np.concatenate(parts) if parts else np.zeros((0, self._embedder.dim), np.float32)
@@ -622,8 +622,8 @@ def _words(tree: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _batches(sources: ImageLike | Iterable[ImageLike], side: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Yield images as uint8 arrays ``(N, side, side, 3)``, with their names."""
+def _batches(sources: ImageLike | Iterable[ImageLike], form: Pixels) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Yield images as uint8 arrays ``(N, size, size, 3)``, with their names."""
     single = isinstance(sources, str | Path | Image.Image) or (
         isinstance(sources, np.ndarray) and (sources.ndim == 2 or (sources.ndim == 3 and sources.shape[-1] == 3))
     )
@@ -634,12 +634,12 @@ def _batches(sources: ImageLike | Iterable[ImageLike], side: int) -> Iterator[tu
     for start in range(0, len(items), EMBED_BATCH):
         batch = items[start : start + EMBED_BATCH]
         names = [str(item) if isinstance(item, Path) else f"image {start + n}" for n, item in enumerate(batch)]
-        yield np.stack([_decode(item, name, side) for item, name in zip(batch, names, strict=True)]), names
+        yield np.stack([_decode(item, name, form) for item, name in zip(batch, names, strict=True)]), names
 
 
-def _decode(item: Path | Image.Image | np.ndarray, name: str, side: int) -> np.ndarray:
+def _decode(item: Path | Image.Image | np.ndarray, name: str, form: Pixels) -> np.ndarray:
     if isinstance(item, Path):
-        return images.decode(images.read(item), name, side)
+        return images.decode(images.read(item), name, form)
     if isinstance(item, Image.Image):
-        return images.to_array(item, name, side)
-    return images.from_array(item, side, name)
+        return images.to_array(item, name, form)
+    return images.from_array(item, form, name)

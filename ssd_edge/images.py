@@ -11,11 +11,12 @@ import errno
 import io
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -37,6 +38,8 @@ PIXELS_VERSION = 1  # increase it when decoding changes: cached embeddings are t
 MAX_EMBEDDED = 1e12  # largest value of an embedding: its squares, and sums of them, must not overflow float32
 _BAND = 2**21  # pixels converted at a time: copies of the whole image would take five times its memory
 _GAP = 3.0  # a large image is first reduced to about this multiple of its final size
+_SUPPORT = 3  # pixels of the result on each side that the widest filter, Lanczos, looks at
+_NEUTRAL = (124, 116, 104)  # mean colour of ImageNet, which normalisation maps to about zero
 # EXIF orientation → transposition that makes the image upright. Pillow's `exif_transpose` also rewrites the EXIF data
 # and fails on photos with slightly malformed entries.
 _UPRIGHT = {
@@ -48,9 +51,18 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_MIRRORED = (2, 3, 7, 8), (3, 4, 6, 7)  # orientations in which stored columns, and stored rows, are mirrored
+_FILTERS = {
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
+Number = TypeVar("Number", int, float)
 Fit = Literal["crop", "squash", "pad"]
-Interpolation = Literal["box", "bilinear", "hamming", "bicubic", "lanczos"]  # with antialiasing, so no nearest
+Interpolation = Literal["box", "bilinear", "hamming", "bicubic", "lanczos"]
 LARGEST_INPUT = 4096  # pixels per side of a backbone's input: a bundle must not ask for more memory than any image
 
 
@@ -66,7 +78,7 @@ class Pixels:
             resizes the whole image without keeping its proportions; ``pad`` resizes it to fit inside, on a neutral
             background.
         resize: Shorter side in pixels before the centre crop; 0: `size`. Always 0 for the others.
-        interpolation: Filter.
+        interpolation: Filter, always with antialiasing.
 
     Raises:
         InputError: A value is of the wrong type or out of range.
@@ -99,13 +111,31 @@ class Pixels:
     def from_dict(cls, values: Mapping[str, object]) -> Pixels:
         """Restore what `to_dict` gave; nothing in `values` is believed.
 
+        Args:
+            values: May have other keys. Numbers may be texts, as in the metadata of an ONNX file. Missing keys have
+                their defaults: what was written before they existed meant them.
+
         Raises:
-            InputError: A key is missing or unknown, or a value is wrong.
+            InputError: The size is missing, or a value is wrong.
         """
-        names = tuple(cls.__dataclass_fields__)
-        if set(values) != set(names):
-            raise InputError(f"pixels have {', '.join(names)}, but these are {', '.join(map(str, values)):.100}")
-        return cls(**cast("dict[str, Any]", dict(values)))
+        if "size" not in values:
+            raise InputError("size is missing")
+        found: dict[str, Any] = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        for key in ("size", "resize"):
+            if isinstance(text := found.get(key), str) and re.fullmatch("[0-9]{1,4}", text, re.ASCII):
+                found[key] = int(text)
+        return cls(**found)
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Return width and height of the whole image before its centre is cut out or padded."""
+        short, long = sorted((width, height))
+        if self.fit == "squash":
+            return self.size, self.size
+        if self.fit == "crop":  # rounded as torchvision and timm do
+            across, down = (self.resize if side == short else self.resize * side // short for side in (width, height))
+        else:
+            across, down = (max(1, round(self.size * side / long)) for side in (width, height))
+        return across, down
 
     def to_dict(self) -> dict[str, int | str]:
         """Return the values as a JSON object."""
@@ -232,14 +262,13 @@ def _check_file(found: os.stat_result, name: str) -> None:
         )
 
 
-def decode(data: bytes | memoryview, name: str, size: int) -> np.ndarray:
+def decode(data: bytes | memoryview, name: str, pixels: Pixels) -> np.ndarray:
     """Decode an image; of an animation, the first frame.
 
     Args:
         data: Content of the file.
         name: Name of the image for error messages.
-        size: Side of the square result in pixels. Images of any other shape are resized (bicubic with antialiasing)
-            without cropping, so that nothing at the edge of the frame is lost.
+        pixels: Size of the result, and how an image of another shape becomes it.
 
     Returns:
         uint8 RGB array of shape ``(size, size, 3)``.
@@ -254,14 +283,18 @@ def decode(data: bytes | memoryview, name: str, size: int) -> np.ndarray:
         _check_size(image, name)
         if "progressive" in image.info and (scans := bytes(data).count(b"\xff\xda")) > MAX_SCANS:
             raise InputError(f"{name} has {scans:,} scans, but a JPEG may have at most {MAX_SCANS}; save it again")
-        if image.format in ("JPEG", "MPO") and min(image.size) >= 4 * size:
-            image.draft(
-                None, (2 * size, 2 * size)
-            )  # decodes at a reduced scale; it modifies the image, hence not in to_array
-        return to_array(image, name, size)
+        stored = width, height = image.size
+        across, down = pixels.resized(width, height)
+        extent: tuple[float, float] = stored
+        if image.format in ("JPEG", "MPO") and width >= 4 * across and height >= 4 * down:
+            # decodes at a reduced scale; it modifies the image, hence not in to_array
+            drafted = image.draft(None, (2 * across, 2 * down))
+            # The last column and row are often partly empty. Cached embeddings of the whole image count them in full.
+            extent = drafted[1][2:] if drafted and pixels.fit != "squash" else image.size
+        return _to_array(image, name, pixels, stored, extent)
 
 
-def to_array(image: Image.Image, name: str, size: int) -> np.ndarray:
+def to_array(image: Image.Image, name: str, pixels: Pixels) -> np.ndarray:
     """Orient, convert and resize an open image to a uint8 RGB array of shape ``(size, size, 3)``.
 
     Greyscale is repeated over the three channels, 16-bit greyscale is scaled to 8 bits, and transparent images are
@@ -271,13 +304,39 @@ def to_array(image: Image.Image, name: str, size: int) -> np.ndarray:
         InputError: The image has no pixels, more than 80 million pixels (WebP: 20 million, progressive JPEG: 32
             million, which need 320 MB), a side over 65,535, floating-point pixels, or is corrupt.
     """
+    return _to_array(image, name, pixels, image.size, image.size)
+
+
+def _to_array(
+    image: Image.Image, name: str, pixels: Pixels, stored: tuple[int, int], extent: tuple[float, float]
+) -> np.ndarray:
+    """Do what `to_array` does for an image of the size `stored` that its decoder reduced to `extent`."""
     with _input_errors(name):
         _check_size(image, name)
         if image.mode == "F":
             raise InputError(f"{name} has floating-point pixels, but 8 bits are needed; convert it")
-        small, box = _smaller(image, size)
-        if small.size != (size, size):
-            small = small.resize((size, size), Image.Resampling.BICUBIC, box)
+        tag = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = tag if isinstance(tag, int) and tag in _UPRIGHT else 1
+        image.load()
+        # What a reduced image has beyond its extent is at its right and lower edge until it is turned.
+        beyond = [
+            whole - part if orientation in mirrored else 0.0
+            for whole, part, mirrored in zip(image.size, extent, _MIRRORED, strict=True)
+        ]
+        # The part of the image that is kept, and the size that it gets. Resizing this part alone gives the same pixels
+        # as resizing everything and cutting it out, because Pillow also looks at what is around the box.
+        spans, shape = [], []
+        edges = zip(_turned(extent, orientation), _turned(beyond, orientation), strict=True)
+        for (side, first), to in zip(edges, pixels.resized(*_turned(stored, orientation)), strict=True):
+            start, kept = (round((to - pixels.size) / 2), pixels.size) if to > pixels.size else (0, to)
+            spans.append((first + side * start / to, first + side * (start + kept) / to))
+            shape.append(kept)
+        small, box = _smaller(image, orientation, spans, shape)
+        small = small.resize((shape[0], shape[1]), _FILTERS[pixels.interpolation], box)
+        if min(shape) < pixels.size:
+            whole = Image.new("RGB", (pixels.size, pixels.size), _NEUTRAL)
+            whole.paste(small, ((pixels.size - shape[0]) // 2, (pixels.size - shape[1]) // 2))
+            small = whole
         return np.array(small, dtype=np.uint8)  # a copy, because Pillow's memory is read-only
 
 
@@ -325,47 +384,64 @@ def _check_size(image: Image.Image, name: str) -> None:
         )
 
 
-def _smaller(image: Image.Image, size: int) -> tuple[Image.Image, tuple[float, float, float, float]]:
-    """Return an upright RGB copy of an image, reduced to about three times `size`, and the box of the image in it.
+def _turned(pair: Sequence[Number], orientation: int) -> tuple[Number, Number]:
+    """Return columns and rows of a stored image as those of the upright one."""
+    first, second = pair
+    return (second, first) if orientation >= 5 else (first, second)
 
-    The edges of the box may lie within a pixel. The image is converted in bands of rows, with the same result as for
-    the whole image at once.
+
+def _smaller(
+    image: Image.Image, orientation: int, spans: Sequence[tuple[float, float]], shape: Sequence[int]
+) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """Return an upright RGB copy of a part of an image, reduced to about three times its final size.
+
+    What lies beyond the reach of the filter is neither converted nor copied. The image is converted in bands of rows,
+    with the same result as for the whole image at once.
+
+    Args:
+        image: A loaded image.
+        orientation: EXIF orientation.
+        spans: First and last column, and first and last row, of the part in the upright image; may lie within a pixel.
+        shape: Columns and rows of the final image.
+
+    Returns:
+        The copy, and the box of the part in it.
     """
-    tag = image.getexif().get(ExifTags.Base.Orientation)
-    orientation = tag if isinstance(tag, int) and tag in _UPRIGHT else 1
+    factors, area, box = [], [], []
+    for side, (start, stop), to in zip(_turned(image.size, orientation), spans, shape, strict=True):
+        factor = int((stop - start) / to / _GAP) or 1
+        margin = 1 + math.ceil(_SUPPORT * max(1.0, (stop - start) / to / factor))
+        first = max(0, math.floor(start / factor) - margin) * factor
+        last = min(side, (math.ceil(stop / factor) + margin) * factor)
+        factors.append(factor)
+        area.append((first, last))
+        box.append(((start - first) / factor, (stop - first) / factor))
+    (across, down), ((left, right), (top, bottom)) = factors, area
+
     turn = _UPRIGHT.get(orientation)
-    image.load()
-    width, height = image.size[:: -1 if orientation >= 5 else 1]
-    across, down = (int(side / size / _GAP) or 1 for side in (width, height))
-    plain = image.mode == "RGB" and turn is None and "transparency" not in image.info
-    rows = height if plain else max(1, _BAND // width // down) * down
-
-    def reduced(top: int, bottom: int) -> Image.Image:
-        part = image
-        if bottom - top < height:
-            part = image.crop(_rows_of(image.size, orientation, top, bottom))
-        part = _to_rgb(part if turn is None else part.transpose(turn))
-        return part if across == down == 1 else part.reduce((across, down))
-
-    if rows >= height:
-        small = reduced(0, height)
+    if image.mode == "RGB" and turn is None and "transparency" not in image.info:
+        small = image.reduce((across, down), (left, top, right, bottom))
     else:
-        small = Image.new("RGB", (-(-width // across), -(-height // down)))
-        for top in range(0, height, rows):
-            small.paste(reduced(top, min(top + rows, height)), (0, top // down))
-    return small, (0.0, 0.0, width / across, height / down)
+        small = Image.new("RGB", (-(-(right - left) // across), -(-(bottom - top) // down)))
+        rows = max(1, _BAND // (right - left) // down) * down
+        for row in range(top, bottom, rows):
+            part = image.crop(_stored_box(image.size, orientation, (left, row, right, min(row + rows, bottom))))
+            part = _to_rgb(part if turn is None else part.transpose(turn))
+            small.paste(part.reduce((across, down)), (0, (row - top) // down))
+    return small, (box[0][0], box[1][0], box[0][1], box[1][1])
 
 
-def _rows_of(stored: tuple[int, int], orientation: int, top: int, bottom: int) -> tuple[int, int, int, int]:
-    """Return where rows of the upright image are in the stored one, as the box (left, top, right, bottom)."""
+def _stored_box(stored: tuple[int, int], orientation: int, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Return where a box (left, top, right, bottom) of the upright image is in the stored one."""
     width, height = stored
-    if orientation < 3:
-        return 0, top, width, bottom
-    if orientation < 5:  # upside down
-        return 0, height - bottom, width, height - top
-    if orientation < 7:  # rows and columns are swapped
-        return top, 0, bottom, height
-    return width - bottom, 0, width - top, height
+    left, top, right, bottom = box
+    if orientation >= 5:  # rows and columns are swapped
+        left, top, right, bottom = top, left, bottom, right
+    if orientation in _MIRRORED[0]:
+        left, right = width - right, width - left
+    if orientation in _MIRRORED[1]:
+        top, bottom = height - bottom, height - top
+    return left, top, right, bottom
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -380,35 +456,37 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def from_array(pixels: np.ndarray, size: int, name: str = "the array") -> np.ndarray:
-    """Convert an image array to uint8 RGB of shape ``(size, size, 3)``; an array of this shape is returned unchanged.
+def from_array(array: np.ndarray, pixels: Pixels, name: str = "the array") -> np.ndarray:
+    """Convert an image array to uint8 RGB of shape ``(size, size, 3)``.
+
+    An array with this height and width counts as the finished input of the backbone: nothing is cropped off.
 
     Args:
-        pixels: uint8 array of shape ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)`` (RGB).
-        size: Side of the result in pixels.
+        array: uint8 array of shape ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)`` (RGB).
+        pixels: Size of the result, and how an image of another shape becomes it.
         name: Name of the image for error messages.
 
     Raises:
         InputError: The array has another dtype or shape, or is too large (see `to_array`).
     """
-    pixels = np.asarray(pixels)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or 0 in pixels.shape:
+    array = np.asarray(array)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
         raise InputError(
             f"{name}: an image array must be uint8 of shape (H, W), (H, W, 1) or (H, W, 3), "
-            f"but is {pixels.dtype} of shape {pixels.shape}"
+            f"but is {array.dtype} of shape {array.shape}"
         )
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    if pixels.ndim == 3 and pixels.shape[2] != 3:
-        raise InputError(f"{name}: an image array must have 1 or 3 channels, but has {pixels.shape[2]}")
-    if pixels.shape == (size, size, 3):
-        return pixels
-    height, width = pixels.shape[:2]
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim == 3 and array.shape[2] != 3:
+        raise InputError(f"{name}: an image array must have 1 or 3 channels, but has {array.shape[2]}")
+    height, width = array.shape[:2]
+    if (height, width) == (pixels.size, pixels.size):
+        return array if array.ndim == 3 else np.repeat(array[:, :, None], 3, axis=2)
     if width * height > MAX_PIXELS:  # before copying it: a broadcast array takes little memory until then
         raise InputError(
             f"{name} has {width} × {height} pixels, but an image may have at most {MAX_PIXELS:,}; make it smaller"
         )
-    return to_array(Image.fromarray(pixels), name, size)
+    return to_array(Image.fromarray(array), name, pixels)
 
 
 def check_embedded(embeddings: np.ndarray, names: Sequence[str]) -> None:

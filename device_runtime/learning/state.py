@@ -14,7 +14,8 @@ from device_runtime.backbone.interface import BackboneSpec
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
 from ssd_edge.classes import ClassRegistry
-from ssd_edge.errors import BundleRefusedError, GateRefusedError, printable
+from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError, printable
+from ssd_edge.images import Pixels
 from ssd_edge.learners.closed_form.linear import restore_statistics
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.retention import TrackRecord
@@ -53,6 +54,11 @@ class InstalledBundle:
     merged: tuple[str, ...]
     manifest: Mapping[str, Any]
 
+    @property
+    def pixels(self) -> Pixels:
+        """How images become the input of the backbone."""
+        return Pixels.from_dict(self.manifest["backbone"])
+
     def backbone_spec(self, sha256: str) -> BackboneSpec:
         """Return the specification of the backbone with this digest."""
         return BackboneSpec(sha256, self.size, self.dim, self.precision, self.target)
@@ -81,12 +87,15 @@ class InstalledBundle:
         """Restore from the content of ``device.json``.
 
         Raises:
-            BundleRefusedError: A field is missing or unknown.
+            BundleRefusedError: A field is missing, unknown or wrong.
         """
         try:
-            return cls(**{**value, "merged": tuple(value["merged"])})
-        except (TypeError, KeyError) as error:
+            bundle = cls(**{**value, "merged": tuple(value["merged"])})
+            if bundle.pixels.size != bundle.size:
+                raise ValueError(f"size is {bundle.size!r:.20}, but the manifest says {bundle.pixels.size}")
+        except (TypeError, KeyError, ValueError, InputError) as error:
             raise BundleRefusedError(f"device.json is damaged ({error}); install the bundle again") from error
+        return bundle
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of ``device.json``."""

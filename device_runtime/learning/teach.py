@@ -217,7 +217,7 @@ def digest_of(sources: Sequence[ImageSource], bundle: InstalledBundle) -> str:
         elif isinstance(source, np.ndarray):
             data = source.tobytes()
         else:
-            data = decode(source, image_name(source, number), bundle.size).tobytes()
+            data = decode(source, image_name(source, number), bundle.pixels).tobytes()
         found.add(hashlib.sha256(data).digest())
     return hashlib.sha256(bundle.installation.encode() + b"".join(sorted(found))).hexdigest()[:32]
 
@@ -289,24 +289,24 @@ def image_name(source: ImageSource, number: int) -> str:
     return str(source) if isinstance(source, str | Path) else f"image {number}"
 
 
-def decode(source: ImageSource, name: str, size: int) -> np.ndarray:
+def decode(source: ImageSource, name: str, pixels: image_files.Pixels) -> np.ndarray:
     """Return an image as uint8 RGB ``(size, size, 3)``.
 
     Args:
         source: The image.
         name: Name in error messages for an image without a path.
-        size: Side in pixels.
+        pixels: How it becomes the input of the backbone.
 
     Raises:
         InputError: The image cannot be read or has an unsupported type.
     """
     if isinstance(source, np.ndarray):
-        return image_files.from_array(source, size, name)
+        return image_files.from_array(source, pixels, name)
     if isinstance(source, Image.Image):
-        return image_files.to_array(source, name, size)
+        return image_files.to_array(source, name, pixels)
     if not isinstance(source, str | Path):
         raise InputError(f"{name} is a {type(source).__name__}, but a path, a PIL image or a uint8 array is needed")
-    return image_files.decode(image_files.read(source), str(source), size)
+    return image_files.decode(image_files.read(source), str(source), pixels)
 
 
 def _with_answers(

@@ -304,6 +304,7 @@ def _times(opened: Bundle, embedder: DeviceEmbedder, learner: Learner, calls: in
     from ssd_edge import learners
 
     size, dim = embedder.size, embedder.dim
+    form = images.Pixels.from_dict(opened.manifest["backbone"])
     rng = np.random.default_rng(0)
     pool = rng.integers(0, 256, (POOL + batch, size, size, 3), dtype=np.uint8)
     photo = _photo()
@@ -317,7 +318,7 @@ def _times(opened: Bundle, embedder: DeviceEmbedder, learner: Learner, calls: in
         copy.learn(task)
         seconds.append(round((time.perf_counter_ns() - started) / 1e9, 4))
     latency = {
-        "decode": timed(lambda number: images.decode(photo, "the photo", size), calls, warm_up),
+        "decode": timed(lambda number: images.decode(photo, "the photo", form), calls, warm_up),
         "backbone": timed(lambda number: embedder.embed(pool[number % POOL :][:batch]), calls, warm_up),
         "head": timed(lambda number: learner.scores(embedded[number % POOL][None]), calls, warm_up),
     }

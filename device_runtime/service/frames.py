@@ -17,6 +17,7 @@ import numpy as np
 
 from ssd_edge import files, images
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 log = logging.getLogger(__name__)
 
@@ -151,18 +152,18 @@ def mjpeg(stream: BinaryIO, limit: int = FRAME_LIMIT) -> Iterator[bytes]:
 
 
 def take(
-    stream: BinaryIO, count: int, every: float, size: int, clock: Callable[[], float] = time.monotonic
+    stream: BinaryIO, count: int, every: float, form: Pixels, clock: Callable[[], float] = time.monotonic
 ) -> list[np.ndarray]:
     """Take frames of a live stream at fixed intervals, e.g. to learn from them.
 
     Example:
-        >>> device.learn("gear", take(stream, 20, 0.5, device.bundle.size))
+        >>> device.learn("gear", take(stream, 20, 0.5, device.bundle.pixels))
 
     Args:
         stream: Stream of JPEGs, see `mjpeg`.
         count: Number of frames, at least 1.
         every: Seconds between two frames; 0 for every frame.
-        size: Side of the results in pixels. Frames are resized immediately to save memory.
+        form: How frames become the results. They are resized immediately to save memory.
         clock: Monotonic clock in seconds.
 
     Returns:
@@ -177,7 +178,7 @@ def take(
         if clock() < due:
             continue
         try:
-            taken.append(images.decode(frame, f"frame {number}", size))
+            taken.append(images.decode(frame, f"frame {number}", form))
         except InputError as error:
             log.warning("%s; taking the next frame instead", error)
             continue
@@ -269,14 +270,14 @@ class Folder:
         if self._skip:
             self._scan()
 
-    def images(self, size: Callable[[], int]) -> Iterator[tuple[str, np.ndarray]]:
+    def images(self, form: Callable[[], Pixels]) -> Iterator[tuple[str, np.ndarray]]:
         """Scan the folder once and yield its new images, which are read one by one.
 
         A file that is not a valid image is read again at later scans if it has changed, and given up with a warning if
         it has not changed for `PATIENCE` seconds.
 
         Args:
-            size: Returns the side of the next result in pixels.
+            form: Returns how the next image becomes its result.
 
         Yields:
             Path and uint8 RGB image ``(size, size, 3)``.
@@ -288,7 +289,7 @@ class Folder:
         waiting, arrived = list(self._unfinished), self._scan()
         self.seconds = self._clock() - begun
         for name in waiting + arrived:
-            pixels = self._read(name, size())
+            pixels = self._read(name, form())
             if pixels is not None:
                 yield str(self.path / name), pixels
 
@@ -342,7 +343,7 @@ class Folder:
                         if entry.is_file():
                             yield entry.name, *_file_state(entry)
 
-    def _read(self, name: str, size: int) -> np.ndarray | None:
+    def _read(self, name: str, form: Pixels) -> np.ndarray | None:
         """Read an image; return None if the file is gone, unfinished or given up."""
         path, now = self.path / name, self._clock()
         before = self._unfinished.pop(name, None)
@@ -352,7 +353,7 @@ class Folder:
             if before is not None and before.state == state:
                 problem = before.problem
             else:
-                pixels = images.decode(images.read(path), str(path), size)
+                pixels = images.decode(images.read(path), str(path), form)
                 self._recent[name] = state
                 return pixels
         except FileNotFoundError:

@@ -22,6 +22,7 @@ from device_runtime.service.frames import Folder, Newest, RateLimitedWarning, mj
 from device_runtime.store import watch_state
 from ssd_edge import images
 from ssd_edge.errors import InputError, SSDEdgeError
+from ssd_edge.images import Pixels
 from ssd_edge.learners.unknown import UNKNOWN
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def watch(
         while not stopped() and not feed.ended:
             begun = clock()
             if known := loop.knows_classes():
-                for name, pixels in feed.images(lambda: device.bundle.size):
+                for name, pixels in feed.images(lambda: device.bundle.pixels):
                     loop.predict(name, pixels)
                     loop.upkeep()
                     if stopped():
@@ -135,9 +136,9 @@ class _Files:
         self._every = SCAN if every is None else every
         self._warning = RateLimitedWarning(clock)
 
-    def images(self, size: Callable[[], int]) -> Iterator[tuple[str, np.ndarray]]:
+    def images(self, form: Callable[[], Pixels]) -> Iterator[tuple[str, np.ndarray]]:
         try:
-            yield from self._folder.images(size)
+            yield from self._folder.images(form)
         except OSError as error:  # e.g. a removed card or a lost network share
             self._warning.warn(f"{self.name} cannot be read ({error}); retrying")
 
@@ -168,12 +169,12 @@ class _Stream:
     def ended(self) -> bool:
         return self._newest.ended
 
-    def images(self, size: Callable[[], int]) -> Iterator[tuple[int, np.ndarray]]:
+    def images(self, form: Callable[[], Pixels]) -> Iterator[tuple[int, np.ndarray]]:
         taken = self._newest.take(NAP)
         if taken is None:
             return
         try:
-            pixels = images.decode(taken[1], f"frame {taken[0]}", size())
+            pixels = images.decode(taken[1], f"frame {taken[0]}", form())
         except InputError as error:
             self._warning.warn(str(error))
             return

@@ -13,6 +13,7 @@ from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.networks import ARCHITECTURES, EmbeddingNetwork
 from ssd_edge.config import BackboneConfig
 from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.images import Pixels
 from ssd_edge.learners.priors import Priors
 
 
@@ -21,7 +22,7 @@ class Embedder(Protocol):
 
     Attributes:
         identity: Digest of everything that determines the output; part of the cache key.
-        size: Side of the input in pixels.
+        pixels: How images become its input.
         dim: Embedding size D.
         standardised: True if the output is standardised; False for raw features, which the first task standardises.
         priors: Statistics from pretraining.
@@ -29,7 +30,7 @@ class Embedder(Protocol):
     """
 
     identity: str
-    size: int
+    pixels: Pixels
     dim: int
     standardised: bool
     priors: Priors
@@ -78,7 +79,7 @@ class TorchEmbedder:
         self.network = network(package).to(device)
         self.device = device
         self.identity = package.identity
-        self.size, self.dim = package.card["size"], package.card["dim"]
+        self.pixels, self.dim = Pixels.from_dict(package.card), package.card["dim"]
         self.standardised = True
         self.priors = package.priors
         self.provenance = package.card

@@ -18,6 +18,7 @@ import numpy as np
 from ssd_edge import files, ort
 from ssd_edge.backbones import onnx_file
 from ssd_edge.errors import InputError, require
+from ssd_edge.images import Pixels
 from ssd_edge.ort import apart
 from ssd_edge.system import EXACT_INT8
 
@@ -51,14 +52,16 @@ class OnnxEmbedder:
     def __init__(self, config: BackboneConfig) -> None:
         from ssd_edge.learners.priors import Priors  # imports PyTorch, which the child of `compose_apart` does not need
 
-        preprocessing = (config.size, config.mean, config.std, config.layout)
         try:
+            if not config.size:
+                raise InputError("backbone.size is missing; set it to the side of its input in pixels")
+            self.pixels = Pixels(config.size)
+            preprocessing = (self.pixels, config.mean, config.std, config.layout)
             data = onnx_file.read(config.onnx)
             self._session = open_session(compose_apart(data, *preprocessing, config.allow_control_flow))
         except InputError as error:
             raise InputError(f"backbone.onnx={config.onnx}: {error}") from error
         self.identity = identity(data, *preprocessing)
-        self.size = config.size
         self.dim = int(self._session.get_outputs()[0].shape[1])
         self.standardised = False
         self.priors = Priors()
@@ -78,9 +81,9 @@ class OnnxEmbedder:
         return run(self._session, images)
 
 
-def identity(model_bytes: bytes, size: int, mean: Sequence[float], std: Sequence[float], layout: str) -> str:
+def identity(model_bytes: bytes, pixels: Pixels, mean: Sequence[float], std: Sequence[float], layout: str) -> str:
     """Return a short digest of everything that determines the features."""
-    preprocessing = {"size": size, "mean": list(mean), "std": list(std), "layout": layout}
+    preprocessing = {"pixels": pixels.to_dict(), "mean": list(mean), "std": list(std), "layout": layout}
     return files.sha256(files.json_bytes({"model": files.sha256(model_bytes), **preprocessing}))[:16]
 
 
@@ -113,12 +116,17 @@ def run(session: InferenceSession, images: np.ndarray, batch: int | None = None)
 
 
 def compose_apart(
-    model_bytes: bytes, size: int, mean: Sequence[float], std: Sequence[float], layout: str, allow_control_flow: bool
+    model_bytes: bytes,
+    pixels: Pixels,
+    mean: Sequence[float],
+    std: Sequence[float],
+    layout: str,
+    allow_control_flow: bool,
 ) -> bytes:
     """Do what `compose` does in a child process with limits on time and memory; use it for files of others.
 
     Args:
-        model_bytes, size, mean, std, layout, allow_control_flow: As for `compose`.
+        model_bytes, pixels, mean, std, layout, allow_control_flow: As for `compose`.
 
     Raises:
         InputError: As for `compose`, or the model takes too long or needs too much memory.
@@ -127,7 +135,7 @@ def compose_apart(
     require("onnx", "export", _PURPOSE)
     ort.load("export", _PURPOSE)
     options = {
-        "size": size,
+        "pixels": pixels.to_dict(),
         "mean": list(mean),
         "std": list(std),
         "layout": layout,
@@ -143,12 +151,13 @@ def compose_apart(
 
 def _compose(arrays: apart.Arrays, options: Mapping[str, Any]) -> apart.Arrays:
     """Call `compose` in the child."""
-    return {"model": np.frombuffer(compose(arrays["model"].tobytes(), **options), np.uint8)}
+    pixels = Pixels.from_dict(options["pixels"])
+    return {"model": np.frombuffer(compose(arrays["model"].tobytes(), **{**options, "pixels": pixels}), np.uint8)}
 
 
 def compose(
     model_bytes: bytes,
-    size: int,
+    pixels: Pixels,
     mean: Sequence[float],
     std: Sequence[float],
     layout: str,
@@ -165,7 +174,7 @@ def compose(
     Args:
         model_bytes: Model with one float32 or float16 input of rank 4 and one output ``(N, D)``, ``(N, D, 1, 1)`` or
             ``(N, 1, 1, D)``.
-        size: Side of the input in pixels.
+        pixels: How images become its input.
         mean: Mean per channel, for pixels in 0..1.
         std: Standard deviation per channel.
         layout: Layout of the input, ``nchw`` or ``nhwc``.
@@ -190,6 +199,7 @@ def compose(
     model = onnx_file.parse(model_bytes, allow_control_flow)
     graph = model.graph
     image, output = onnx_file.interface(graph)
+    size = pixels.size
     onnx_file.check_input(image, size, layout)
     _check_normalisation(mean, std)
 
@@ -230,18 +240,18 @@ def compose(
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(result, types.FLOAT, [batch, dim]))
     try:
-        return finish(model, name or identity(model_bytes, size, mean, std, layout), size, dim)
+        return finish(model, name or identity(model_bytes, pixels, mean, std, layout), pixels, dim)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InputError(f"its shapes or types contradict each other ({onnx_file.short(error)})") from error
 
 
-def finish(model: ModelProto, name: str, size: int, dim: int) -> bytes:
+def finish(model: ModelProto, name: str, pixels: Pixels, dim: int) -> bytes:
     """Add metadata to a backbone's graph, check it and serialise it deterministically.
 
     Args:
         model: Model with one input and one output; changed in place.
         name: Identity of the backbone.
-        size: Side of the input in pixels.
+        pixels: How images become its input.
         dim: Size D of the output.
 
     Raises:
@@ -255,7 +265,7 @@ def finish(model: ModelProto, name: str, size: int, dim: int) -> bytes:
     properties = {
         "schema": SCHEMA,
         "identity": name,
-        "size": str(size),
+        **{key: str(value) for key, value in pixels.to_dict().items()},
         "dim": str(dim),
         "layout": "NHWC",
         "colour_order": "RGB",

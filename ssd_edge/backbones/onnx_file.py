@@ -151,9 +151,6 @@ def check_input(image: ValueInfoProto, size: int, layout: str) -> None:
             f"its input must have 3 channels, but is {describe(image)} with backbone.layout={layout}{advice}"
         )
     height, width = dims[2:] if layout == "nchw" else dims[1:3]
-    if not size:
-        advice = f"its input says backbone.size={height}" if height else "set it to the side of its input in pixels"
-        raise InputError(f"backbone.size is missing; {advice}")
     if height not in (None, size) or width not in (None, size):
         raise InputError(f"its input is {describe(image)}, but backbone.size is {size} (images are square)")
 

@@ -23,6 +23,7 @@ import torch
 
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.images import Pixels
 from ssd_edge.learners.base import LARGEST_COUNT, TensorSpec, check_state, check_unit
 from ssd_edge.learners.closed_form.sums import check_covariance
 from ssd_edge.learners.priors import LANDMARKS, Landmarks, Priors
@@ -67,7 +68,9 @@ class BackbonePackage:
     @property
     def identity(self) -> str:
         """Short digest of everything that determines the embedding; excludes the keys."""
-        metadata = {"arch": self.card["arch"], "size": self.card["size"]}
+        metadata: dict[str, Any] = {
+            key: self.card[key] for key in ("arch", "size", "fit", "resize", "interpolation") if key in self.card
+        }
         data = files.tensor_bytes({**compact(self.weights), "mu": self.mu, "sigma": self.sigma}, metadata)
         return files.sha256(data)[:16]
 
@@ -128,6 +131,7 @@ def load(folder: Path | None = None) -> BackbonePackage:
     card = files.read_json(folder / CARD)
     try:
         card = {**card, "arch": str(card["arch"]), "size": int(card["size"]), "dim": int(card["dim"])}
+        Pixels.from_dict(card)
         _check_priors(priors, card["dim"], folder / PRIORS)
         return BackbonePackage(
             weights={name: tensor.astype(np.float32) for name, tensor in weights.items()},
@@ -143,7 +147,7 @@ def load(folder: Path | None = None) -> BackbonePackage:
             ),
             card=card,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, InputError) as error:
         raise BundleRefusedError(
             f"the backbone package {folder} has a missing or wrong entry ({error}); restore it"
         ) from error

@@ -16,7 +16,7 @@ from ssd_edge.backbones.supervised import normalise, top1, train_backbone
 from ssd_edge.config import PretrainConfig, to_tree
 from ssd_edge.data import Dataset
 from ssd_edge.errors import InputError
-from ssd_edge.images import check_embedded
+from ssd_edge.images import Pixels, check_embedded
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
 
@@ -55,9 +55,9 @@ def pretrain_backbone(
     """
     if len(dataset.classes) < 2:
         raise InputError(f"pretraining needs at least two classes, but {dataset.name} has {len(dataset.classes)}")
-    size = config.train.size
-    log(f"decoding {len(dataset.train_labels):,} training images to {size}×{size}")
-    train = as_tensor(dataset.train.load(np.arange(len(dataset.train)), size))
+    pixels = Pixels(config.train.size)
+    log(f"decoding {len(dataset.train_labels):,} training images to {pixels.size}×{pixels.size}")
+    train = as_tensor(dataset.train.load(np.arange(len(dataset.train)), pixels))
     labels = torch.from_numpy(dataset.train_labels)
 
     def report(epoch: int, epochs: int, loss: float, seconds: float) -> None:
@@ -66,7 +66,7 @@ def pretrain_backbone(
         log(f"epoch {epoch}/{epochs}  loss {loss:.3f}  {rate:,.0f} images/s  {left / 60:.1f} min left")
 
     body, head = train_backbone(train, labels, len(dataset.classes), config.train, device, report)
-    test = as_tensor(dataset.test.load(np.arange(len(dataset.test)), size))
+    test = as_tensor(dataset.test.load(np.arange(len(dataset.test)), pixels))
     accuracy = top1(body, head, test, torch.from_numpy(dataset.test_labels), device)
     log(f"top-1 on {len(test):,} test images of {len(dataset.classes)} classes: {accuracy:.3f}")
     weights = {name: tensor.detach().cpu().numpy() for name, tensor in body.state_dict().items()}
@@ -77,7 +77,7 @@ def pretrain_backbone(
     embeddings = ((features - mu) / sigma).astype(np.float32)
     card = {
         "arch": config.train.arch,
-        "size": size,
+        "size": pixels.size,
         "dim": FEATURES,
         "data": f"{dataset.name}: {len(train):,} images of {len(dataset.classes)} classes ({dataset.split})",
         "terms": config.train.terms,
@@ -106,6 +106,6 @@ def retrain_student(
     """
     embedder = TorchEmbedder(package, device)
     log(f"embedding {len(dataset.train):,} images")
-    embeddings = np.concatenate([embedder.embed(part) for part in dataset.train.batches(embedder.size)])
+    embeddings = np.concatenate([embedder.embed(part) for part in dataset.train.batches(embedder.pixels)])
     check_embedded(embeddings, dataset.train.names)
     return with_student(package, embeddings, dataset.train_labels, config.student, config.train.seed, log)

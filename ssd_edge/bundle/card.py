@@ -13,6 +13,7 @@ from typing import Any
 
 from ssd_edge import targets
 from ssd_edge.classes import ClassRegistry
+from ssd_edge.images import Pixels
 from ssd_edge.learners import LEARNERS
 
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}  # some renderers treat a backslash-escaped tag as HTML
@@ -105,7 +106,7 @@ def _purpose(manifest: Mapping[str, Any]) -> str:
         f"Classifies images into {len(manifest['classes']) or 'no'} classes and learns new classes on the device "
         "from a few images per class, without the old images.\n\n"
         f"Built for `{target}`: {targets.get(target).title}. The input is an RGB image of "
-        f"{manifest['backbone']['size']} × {manifest['backbone']['size']} pixels; other images are resized.\n\n"
+        f"{Pixels.from_dict(manifest['backbone']).describe()}.\n\n"
         "Intended use: classification of images similar to those it was trained and tested on. It is not intended for "
         "decisions that affect a person's safety, health or rights."
     )

@@ -24,6 +24,7 @@ from ssd_edge.bundle import container, onnx_scan
 from ssd_edge.bundle.container import FORMAT, SIGNATURE, VERSION
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.images import Pixels
 
 MANIFEST = "manifest.json"
 ROLES = {  # role → name of its entry
@@ -311,6 +312,15 @@ def _check_manifest(manifest: Any) -> None:
     size, dim = manifest["backbone"]["size"], manifest["backbone"]["dim"]
     if min(size, dim) < 1:
         raise BundleRefusedError(f"its backbone has size {size} and dim {dim}, but both must be at least 1")
+    _pixels(manifest["backbone"], MANIFEST)
+
+
+def _pixels(values: Mapping[str, object], where: str) -> Pixels:
+    """Return what a manifest or a graph says about how images become the input."""
+    try:
+        return Pixels.from_dict(values)
+    except InputError as error:
+        raise BundleRefusedError(f"its {where} does not say correctly how images become the input: {error}") from error
 
 
 def _check_device(device: Any) -> None:
@@ -378,19 +388,23 @@ def _check_roles(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> N
 
 
 def _check_backbone(stated: Mapping[str, Any], facts: onnx_scan.Facts) -> None:
-    """Check opset, input and output of the graph against the manifest."""
+    """Check opset, input, output and what is said about pixels of the graph against the manifest."""
     path = ROLES["backbone"]
     if facts.opset != stated["opset"]:
         raise BundleRefusedError(f"its {path} has opset {facts.opset}, but {MANIFEST} says {short(stated['opset'])}")
+    if "size" in facts.metadata:  # in every graph that SSD-Edge makes
+        wanted, found = _pixels(stated, MANIFEST), _pixels(facts.metadata, path)
+        if found != wanted:
+            raise BundleRefusedError(f"its {path} takes {found.describe()}; but {MANIFEST} says {wanted.describe()}")
     size, dim = stated["size"], stated["dim"]
     for side, values, dtype, shape in (
         ("takes", facts.inputs, "uint8", (None, size, size, 3)),
         ("gives", facts.outputs, "float32", (None, dim)),
     ):
         if not (len(values) == 1 and values[0].dtype == dtype and _fits(values[0].shape, shape)):
-            found = ", ".join(f"{short(v.name)} {v.dtype} {short(v.shape)}" for v in values[:3]) or "nothing"
+            given = ", ".join(f"{short(v.name)} {v.dtype} {short(v.shape)}" for v in values[:3]) or "nothing"
             needed = ", ".join(map(str, shape[1:]))
-            raise BundleRefusedError(f"its {path} {side} {found}, not {dtype} of shape (N, {needed})")
+            raise BundleRefusedError(f"its {path} {side} {given}, not {dtype} of shape (N, {needed})")
 
 
 def _fits(found: tuple[int | str | None, ...] | None, wanted: tuple[int | None, ...]) -> bool:

@@ -80,6 +80,8 @@ def _wrapped(label: str, text: str) -> list[str]:
 
 
 def _lines(path: Path, opened: Bundle, graphs: Mapping[str, Facts]) -> Iterator[tuple[str, str]]:
+    from ssd_edge.images import Pixels
+
     manifest = opened.manifest
     learner, backbone, metrics, names = (manifest[key] for key in ("learner", "backbone", "metrics", "classes"))
     yield "name", shown(manifest["name"])
@@ -89,14 +91,14 @@ def _lines(path: Path, opened: Bundle, graphs: Mapping[str, Facts]) -> Iterator[
     yield "created", manifest["created"]
     yield "target", shown(manifest["target"])
     key = signed_with(opened)
+    pixels = Pixels.from_dict(backbone)
     yield "signature", f"names the key {key}; not checked here, see ssd-edge verify" if key else "unsigned"
     yield "learner", f"{shown(learner['name'])}: {_pairs(learner['settings'])}"
     more = f" … and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
     yield "classes", f"{len(names)}: {', '.join(names[:MAX_CLASSES])}{more}"
-    size = backbone["size"]
     yield (
         "backbone",
-        f"{shown(backbone['id'])}: {size} x {size} pixels to {backbone['dim']} values, "
+        f"{shown(backbone['id'])}: {backbone['dim']} values of {pixels.describe()}; "
         f"{shown(backbone['precision'])}, opset {backbone['opset']}",
     )
     for role, facts in graphs.items():

@@ -16,7 +16,7 @@ import numpy as np
 
 from ssd_edge import images
 from ssd_edge.errors import InputError, require
-from ssd_edge.images import decode, from_array
+from ssd_edge.images import Pixels, decode, from_array
 from ssd_edge.system import usable_cores
 
 MAX_BYTES = 2 << 30  # limit of what is read into memory at once: an archive or an .npz
@@ -57,12 +57,12 @@ class Images:
     def __len__(self) -> int:
         return len(self._items)
 
-    def load(self, indices: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
+    def load(self, indices: Sequence[int] | np.ndarray, form: Pixels) -> np.ndarray:
         """Decode images on all cores (Pillow releases the GIL).
 
         Args:
             indices: Positions of the images, in the order of the result.
-            size: Side of the result in pixels; images of another shape are resized (see `images.decode`).
+            form: Size of the result, and how images of another shape become it (see `images.decode`).
 
         Returns:
             uint8 RGB, shape ``(len(indices), size, size, 3)``.
@@ -71,26 +71,26 @@ class Images:
             InputError: An image is corrupt or its file does not exist; the message names it.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        pixels = np.empty((len(indices), size, size, 3), dtype=np.uint8)
-        if isinstance(self._items, np.ndarray) and self._items.shape[1:3] == (size, size):
+        pixels = np.empty((len(indices), form.size, form.size, 3), dtype=np.uint8)
+        if isinstance(self._items, np.ndarray) and self._items.shape[1:3] == (form.size, form.size):
             chosen = self._items[indices]
             pixels[:] = chosen if chosen.ndim == 4 else chosen[..., None]  # greyscale: the same value in each channel
             return pixels
 
         def decode_one(row: int) -> None:
-            pixels[row] = self._decode(int(indices[row]), size)
+            pixels[row] = self._decode(int(indices[row]), form)
 
         _in_threads(decode_one, len(indices))
         return pixels
 
-    def batches(self, size: int, batch: int = 256) -> Iterator[np.ndarray]:
+    def batches(self, form: Pixels, batch: int = 256) -> Iterator[np.ndarray]:
         """Yield all images in order as uint8 RGB ``(batch, size, size, 3)``; the last batch may be smaller.
 
         Raises:
             InputError: See `load`.
         """
         for start in range(0, len(self), batch):
-            yield self.load(range(start, min(start + batch, len(self))), size)
+            yield self.load(range(start, min(start + batch, len(self))), form)
 
     def take(self, indices: np.ndarray) -> Images:
         """Return the images at the given positions without decoding them."""
@@ -123,10 +123,10 @@ class Images:
         item = self._items[index]
         return images.read(item) if isinstance(item, Path) else item
 
-    def _decode(self, index: int, size: int) -> np.ndarray:
+    def _decode(self, index: int, form: Pixels) -> np.ndarray:
         if isinstance(self._items, np.ndarray):
-            return from_array(self._items[index], size)
-        return decode(self._encoded(index), self.names[index], size)
+            return from_array(self._items[index], form)
+        return decode(self._encoded(index), self.names[index], form)
 
 
 @dataclass(frozen=True)

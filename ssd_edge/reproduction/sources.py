@@ -16,6 +16,7 @@ from ssd_edge.backbones.embedder import Embedder, open_backbone
 from ssd_edge.backbones.keys import pretrain_student
 from ssd_edge.config import BackboneConfig, DataConfig, StudentConfig
 from ssd_edge.data import Dataset, Images, cache, load
+from ssd_edge.images import Pixels
 from ssd_edge.learners.priors import Landmarks, Priors
 from ssd_edge.report import events
 from ssd_edge.report.events import Listener
@@ -198,7 +199,7 @@ def pixels(dataset: Dataset) -> dict[str, np.ndarray]:
     inner = slice(FRAME, SIDE - FRAME)
     arrays = {}
     for part, images in (("train", dataset.train), ("test", dataset.test)):
-        batches = [batch[:, inner, inner, 0].reshape(len(batch), -1) for batch in images.batches(SIDE)]
+        batches = [batch[:, inner, inner, 0].reshape(len(batch), -1) for batch in images.batches(Pixels(SIDE))]
         arrays[part] = np.concatenate(batches).astype(np.float32) / 255
     return arrays
 

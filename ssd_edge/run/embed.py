@@ -33,7 +33,7 @@ def embed(dataset: Dataset, embedder: Embedder, listener: Listener, use_cache: b
         with events.progress(listener, "embedding") as update:
             for part, images in (("train", dataset.train), ("test", dataset.test)):
                 arrays = []
-                for pixels in images.batches(embedder.size, EMBED_BATCH):
+                for pixels in images.batches(embedder.pixels, EMBED_BATCH):
                     arrays.append(embedder.embed(pixels))
                     done += len(pixels)
                     update(0, done / total, f"{done:,} images")

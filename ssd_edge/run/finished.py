@@ -15,6 +15,7 @@ from ssd_edge import bundle, files, learners
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import TrainConfig
 from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.images import Pixels
 from ssd_edge.learners.base import TensorSpec, check_state
 from ssd_edge.learners.closed_form.linear import restore_statistics
 from ssd_edge.learners.closed_form.sums import ClassStatistics
@@ -70,6 +71,11 @@ class FinishedRun:
     learner: learners.Learner
     states: dict[str, bytes]
 
+    @property
+    def pixels(self) -> Pixels:
+        """How images become the backbone's input."""
+        return Pixels.from_dict(self.backbone)
+
     def standardisation(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
         """Return μ and σ ``(dim,)``, float32, measured for a user's own backbone. Raises the same errors as `read`."""
         path = self.folder / "standardisation.safetensors"
@@ -122,6 +128,10 @@ def read(folder: Path) -> FinishedRun:
     except ValueError as error:
         raise BundleRefusedError(f"{folder / 'run.json'} is damaged: 'finished' {error}; restore it") from error
     backbone = _read_object(folder / "backbone.json", _BACKBONE)
+    try:
+        Pixels.from_dict(backbone)
+    except InputError as error:
+        raise BundleRefusedError(f"{folder / 'backbone.json'} is damaged: {error}; restore it") from error
     path = folder / "learner.safetensors"
     state = FinishedRun(
         folder=folder,

@@ -378,7 +378,7 @@ def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
             "kind": "onnx" if config.backbone.onnx else "package",
             "path": config.backbone.onnx or config.backbone.path,
             "identity": embedder.identity,
-            "size": embedder.size,
+            **embedder.pixels.to_dict(),
             "dim": embedder.dim,
             "standardised": embedder.standardised,
             "provenance": embedder.provenance,

@@ -86,7 +86,7 @@ def write_run(folder: Path, config: TrainConfig, embedder: Embedder) -> Path:
     dataset = data.load(config.data, config.run.seed)
     names = dataset.classes[::-1]  # so that rows differ from labels
     rows = torch.from_numpy(len(names) - 1 - dataset.train_labels)
-    embeddings = embedder.embed(dataset.train.load(range(len(dataset.train)), embedder.size))
+    embeddings = embedder.embed(dataset.train.load(range(len(dataset.train)), embedder.pixels))
     folder.mkdir(parents=True)
     if not embedder.standardised:
         mu, sigma = embeddings.mean(0), embeddings.std(0)

@@ -19,6 +19,7 @@ from ssd_edge.backbones.embedder import TorchEmbedder
 from ssd_edge.backbones.onnx import OnnxEmbedder, open_session, run
 from ssd_edge.bundle import signing
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
+from ssd_edge.images import Pixels
 from ssd_edge.run import storage
 
 
@@ -45,7 +46,7 @@ def deploy_silently(run_folder: Path, output: Path, target: str = "cpu", **optio
 
 def digits(run_folder: Path, size: int) -> np.ndarray:
     config = storage.open_folder(run_folder)
-    return data.load(config.data, config.run.seed).test.load(range(20), size)
+    return data.load(config.data, config.run.seed).test.load(range(20), Pixels(size))
 
 
 # Contents

@@ -19,6 +19,7 @@ from ssd_edge import targets
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.onnx import compose, open_session, run
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 Node = tuple[str, list[str], dict]
 
@@ -46,7 +47,7 @@ def chain(
         [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
     data = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8).SerializeToString()
-    plain = (size, (0.5,) * 3, (0.25,) * 3, "nchw")
+    plain = (Pixels(size), (0.5,) * 3, (0.25,) * 3, "nchw")
     features = run(open_session(compose(data, *plain)), images(32, size, seed=1))
     return compose(data, *plain, features.mean(0), features.std(0) + np.float32(1e-3))
 
@@ -393,9 +394,9 @@ def write_images(folder: Path, count: int) -> None:
 def test_calibration_images_are_spread_evenly_over_subfolders(tmp_path):
     write_images(tmp_path / "a", 10)
     write_images(tmp_path / "b", 10)
-    every = precision.calibration_images(tmp_path, 8, 100)
+    every = precision.calibration_images(tmp_path, Pixels(8), 100)
     assert (every.shape, every.dtype) == ((20, 8, 8, 3), np.uint8)
-    subset = precision.calibration_images(tmp_path, 8, 16)
+    subset = precision.calibration_images(tmp_path, Pixels(8), 16)
     assert len(subset) == 16
     assert np.array_equal(subset[[0, -1]], every[[0, -1]])
 
@@ -403,10 +404,10 @@ def test_calibration_images_are_spread_evenly_over_subfolders(tmp_path):
 def test_unreadable_calibration_images_are_replaced(tmp_path):
     write_images(tmp_path, 18)
     (tmp_path / "00.png").write_bytes(b"no image")
-    assert len(precision.calibration_images(tmp_path, 8, 17)) == 17
+    assert len(precision.calibration_images(tmp_path, Pixels(8), 17)) == 17
     (tmp_path / "05.png").write_bytes(b"")
     (tmp_path / "06.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"at least 16 images to calibrate with, but .* \(18 files\) gives 15"):
-        precision.calibration_images(tmp_path, 8, 256)
+        precision.calibration_images(tmp_path, Pixels(8), 256)
     with pytest.raises(InputError, match="does not exist"):
-        precision.calibration_images(tmp_path / "nowhere", 8, 256)
+        precision.calibration_images(tmp_path / "nowhere", Pixels(8), 256)

@@ -22,6 +22,7 @@ from ssd_edge import ort
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.onnx import compose, open_session, run
 from ssd_edge.errors import GateRefusedError
+from ssd_edge.images import Pixels
 
 PRECISIONS = ("fp32", "fp16", "int8")
 MODULE = "tensorrt_rtx"
@@ -126,7 +127,7 @@ def composed(network: nn.Module, size: int, batch: int | None = None) -> bytes:
     finally:
         logging.disable(logging.NOTSET)
     data = program.model_proto.SerializeToString()
-    preprocessing = (size, (0.5,) * 3, (0.25,) * 3, "nchw")
+    preprocessing = (Pixels(size), (0.5,) * 3, (0.25,) * 3, "nchw")
     features = run(open_session(compose(data, *preprocessing)), pictures(24, size, 0))
     return compose(data, *preprocessing, features.mean(0), np.maximum(features.std(0), 0.1 * features.std()))
 

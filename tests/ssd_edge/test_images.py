@@ -22,7 +22,7 @@ from PIL import Image
 
 from ssd_edge import images
 from ssd_edge.errors import InputError
-from ssd_edge.images import MAX_PIXELS, decode, from_array, image_files, is_image_name
+from ssd_edge.images import MAX_PIXELS, Pixels, decode, from_array, image_files, is_image_name
 
 RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90)
 
@@ -54,7 +54,7 @@ def png_of_size(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "MPO"])
 def test_formats_and_shape(kind: str) -> None:
-    pixels = decode(encoded(quadrants(48, 32), kind), "a", 16)
+    pixels = decode(encoded(quadrants(48, 32), kind), "a", Pixels(16))
     assert pixels.shape == (16, 16, 3)
     assert pixels.dtype == np.uint8
     assert pixels.flags.writeable  # otherwise torch.from_numpy warns
@@ -79,7 +79,7 @@ def test_exif_orientation(orientation: int, side: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(np.ascontiguousarray(stored), "JPEG", exif=exif, quality=95)
-    pixels = decode(data, "a", 20).astype(int)
+    pixels = decode(data, "a", Pixels(20)).astype(int)
     for (y, x), colour in {(4, 4): RED, (4, 15): GREEN, (15, 4): BLUE, (15, 15): GREY}.items():
         assert np.abs(pixels[y, x] - colour).max() < 12, (y, x)
 
@@ -90,15 +90,15 @@ def test_orientation_is_applied_despite_an_invalid_exif_entry() -> None:
     data = encoded(np.ascontiguousarray(np.rot90(quadrants(32, 32), 1)), "JPEG", exif=exif)
     assert data.count(b"\x01\x0e\x00\x02") == 1
     wrong = data.replace(b"\x01\x0e\x00\x02", b"\x01\x16\x00\x02")  # text in place of a number
-    assert np.abs(decode(wrong, "a", 32)[8, 8].astype(int) - RED).max() < 12
+    assert np.abs(decode(wrong, "a", Pixels(32))[8, 8].astype(int) - RED).max() < 12
 
 
 def test_sixteen_bit_grey_keeps_its_scale() -> None:
     deep = np.array([[0, 128, 129, 257], [32896, 65535, 65406, 255]], dtype=np.uint16).repeat(2, axis=0)
-    pixels = decode(encoded(deep), "a", 4)
+    pixels = decode(encoded(deep), "a", Pixels(4))
     assert pixels[::2, :, 0].tolist() == [[0, 0, 1, 1], [128, 255, 254, 1]]
     assert (pixels == pixels[..., :1]).all()
-    dark = decode(encoded(np.full((4, 4), 200, dtype=np.uint16)), "a", 4)
+    dark = decode(encoded(np.full((4, 4), 200, dtype=np.uint16)), "a", Pixels(4))
     assert dark.max() == 1  # nearly black: dark 16-bit images are not mistaken for 8-bit ones
 
 
@@ -107,30 +107,30 @@ def test_transparency_is_blended_onto_white() -> None:
     clear_red[..., 0] = 255
     half_black = np.zeros((4, 4, 4), dtype=np.uint8)
     half_black[..., 3] = 128
-    assert (decode(encoded(clear_red), "a", 4) == 255).all()
-    assert (decode(encoded(half_black), "a", 4) == 127).all()
-    assert (decode(encoded(Image.new("LA", (4, 4), (0, 0))), "a", 4) == 255).all()
+    assert (decode(encoded(clear_red), "a", Pixels(4)) == 255).all()
+    assert (decode(encoded(half_black), "a", Pixels(4)) == 127).all()
+    assert (decode(encoded(Image.new("LA", (4, 4), (0, 0))), "a", Pixels(4)) == 255).all()
     palette = Image.new("RGB", (4, 4), "blue").convert("P")
-    assert (decode(encoded(palette, transparency=palette.getpixel((0, 0))), "a", 4) == 255).all()
+    assert (decode(encoded(palette, transparency=palette.getpixel((0, 0))), "a", Pixels(4)) == 255).all()
     for mode in ("1", "L"):
-        assert (decode(encoded(Image.new(mode, (4, 4), 0), transparency=0), "a", 4) == 255).all()
+        assert (decode(encoded(Image.new(mode, (4, 4), 0), transparency=0), "a", Pixels(4)) == 255).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
 def test_grey_and_palette(mode: str) -> None:
-    pixels = decode(encoded(Image.new("L", (6, 6), 255).convert(mode)), "a", 4)
+    pixels = decode(encoded(Image.new("L", (6, 6), 255).convert(mode)), "a", Pixels(4))
     assert (pixels == 255).all()
 
 
 def test_cmyk_jpeg() -> None:
-    pixels = decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), "a", 8)
+    pixels = decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), "a", Pixels(8))
     assert np.abs(pixels.astype(int) - RED).max() < 12
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 3000), (3000, 1), (2, 3)])
 def test_odd_sizes(height: int, width: int) -> None:
     colour = np.full((height, width, 3), (10, 20, 30), dtype=np.uint8)
-    assert (decode(encoded(colour), "a", 32) == (10, 20, 30)).all()
+    assert (decode(encoded(colour), "a", Pixels(32)) == (10, 20, 30)).all()
 
 
 @pytest.mark.parametrize(("width", "height"), [(9000, 9000), (12000, 9000), (40000, 40000)])
@@ -139,7 +139,7 @@ def test_a_decompression_bomb_is_refused_without_a_warning(width: int, height: i
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with pytest.raises(InputError, match=r"bomb\.png has .* pixels.*make it smaller"):
-            decode(png_of_size(width, height), "bomb.png", 32)
+            decode(png_of_size(width, height), "bomb.png", Pixels(32))
     if width == 9000:  # between our limit and that of Pillow
         assert not caught
 
@@ -150,7 +150,7 @@ def test_decoding_in_threads_keeps_the_warning_filters() -> None:
     def attempt(number: int) -> bool:
         data = png_of_size(9000, 9000) if number % 2 else encoded(quadrants(64, 64))
         try:
-            return decode(data, "a", 8).shape == (8, 8, 3)
+            return decode(data, "a", Pixels(8)).shape == (8, 8, 3)
         except InputError:
             return False
 
@@ -163,12 +163,12 @@ def test_errors_name_the_file() -> None:
     jpeg = encoded(quadrants(64, 64), "JPEG")
     for cut in (len(jpeg) // 2, len(jpeg) - 40):
         with pytest.raises(InputError, match=r"^a/b\.jpg is corrupt and cannot be decoded \(.+\); remove"):
-            decode(jpeg[:cut], "a/b.jpg", 32)
+            decode(jpeg[:cut], "a/b.jpg", Pixels(32))
     with pytest.raises(InputError, match=r"^a/b\.jpg is empty \(0 bytes\)"):
-        decode(b"", "a/b.jpg", 32)
+        decode(b"", "a/b.jpg", Pixels(32))
     for data in (b"this is text", *(encoded(quadrants(8, 8), kind) for kind in ("GIF", "TIFF", "ICO"))):
         with pytest.raises(InputError, match=r"^a/b\.jpg is not a JPEG, PNG, WebP or BMP image"):
-            decode(data, "a/b.jpg", 32)
+            decode(data, "a/b.jpg", Pixels(32))
 
 
 @pytest.mark.filterwarnings("ignore:.*(EXIF|Truncated|Tag data|MPO)")
@@ -198,7 +198,7 @@ def test_mutated_files_are_decoded_or_refused() -> None:
         if mutant.startswith(b"\x89PNG") and number % 3:
             mutant = with_right_checksums(mutant)
         try:
-            outcomes.append(str(decode(mutant, "mutant", 8).shape))
+            outcomes.append(str(decode(mutant, "mutant", Pixels(8)).shape))
         except InputError as error:
             outcomes.append(str(error))
     refused = [outcome for outcome in outcomes if outcome != "(8, 8, 3)"]
@@ -208,17 +208,17 @@ def test_mutated_files_are_decoded_or_refused() -> None:
 
 def test_from_array() -> None:
     colour = quadrants(8, 8)
-    assert from_array(colour, 8) is colour
+    assert from_array(colour, Pixels(8)) is colour
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
     for pixels in (grey, grey[..., None]):
-        assert (from_array(pixels, 8) == grey[..., None]).all()
-    assert from_array(colour, 5).shape == (5, 5, 3)
-    assert (from_array(colour, 5) == decode(encoded(colour), "a", 5)).all()
+        assert (from_array(pixels, Pixels(8)) == grey[..., None]).all()
+    assert from_array(colour, Pixels(5)).shape == (5, 5, 3)
+    assert (from_array(colour, Pixels(5)) == decode(encoded(colour), "a", Pixels(5))).all()
     for bad in (colour.astype(np.float32), colour[0, 0], colour[:0], np.zeros((2, 8, 8, 3), np.uint8)):
         with pytest.raises(InputError, match=r"must be uint8 of shape .* but is \w+ of shape"):
-            from_array(bad, 8)
+            from_array(bad, Pixels(8))
     with pytest.raises(InputError, match="1 or 3 channels, but has 4"):
-        from_array(np.zeros((8, 8, 4), np.uint8), 8)
+        from_array(np.zeros((8, 8, 4), np.uint8), Pixels(8))
 
 
 def test_is_image_name() -> None:
@@ -371,10 +371,10 @@ def test_converting_in_bands_gives_the_same_pixels(
         else:
             image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8)).convert(mode)
         data = encoded(image, exif=exif)
-        expected = decode(data, "a", 8)
+        expected = decode(data, "a", Pixels(8))
         with monkeypatch.context() as patched:
             patched.setattr(images, "_BAND", band)
-            assert (decode(data, "a", 8) == expected).all()
+            assert (decode(data, "a", Pixels(8)) == expected).all()
 
 
 def test_reducing_gives_the_pixels_of_pillow_resize() -> None:
@@ -382,7 +382,7 @@ def test_reducing_gives_the_pixels_of_pillow_resize() -> None:
     for height, width in [(200, 300), (47, 251), (24, 1000), (71, 72)]:
         colour = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         wanted = Image.fromarray(colour).resize((8, 8), Image.Resampling.BICUBIC, reducing_gap=3.0)
-        assert (from_array(colour, 8) == np.asarray(wanted)).all()
+        assert (from_array(colour, Pixels(8)) == np.asarray(wanted)).all()
 
 
 def test_messages_of_a_decoder_are_shortened_to_one_printable_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +391,7 @@ def test_messages_of_a_decoder_are_shortened_to_one_printable_line(monkeypatch: 
 
     monkeypatch.setattr(images.Image, "open", fail)
     with pytest.raises(InputError, match=r"^a is corrupt and cannot be decoded \(two lines \?\[31mx{85}\); remove it$"):
-        decode(b"data", "a", 8)
+        decode(b"data", "a", Pixels(8))
 
 
 def test_a_folder_that_cannot_be_entered_is_an_error_and_not_skipped() -> None:

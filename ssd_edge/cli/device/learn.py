@@ -90,7 +90,7 @@ def learn(
             )
         from device_runtime.service.frames import take
 
-        images = {normalise_name(label): take(raw_stdin(), frames, every, opened.bundle.size)}
+        images = {normalise_name(label): take(raw_stdin(), frames, every, opened.bundle.pixels)}
     elif label is not None:
         images = {normalise_name(label): image_files(sources)}
     else:

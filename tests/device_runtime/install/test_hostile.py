@@ -31,6 +31,7 @@ from device_runtime.learning import teach
 from device_runtime.learning.guard import Limits
 from ssd_edge import images
 from ssd_edge.errors import InputError, printable
+from ssd_edge.images import Pixels
 
 SIZE = 8  # input size of the tiny backbone
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns about corrections in EXIF data and palettes
@@ -135,7 +136,7 @@ def attempt(rng: np.random.Generator, data: bytes, folder: Path, device: Device,
             except Exception:  # an error in the caller's own program
                 return "image: not opened"
             with opened, one_sentence("image 7"):
-                check(teach.decode(opened, "image 7", SIZE))
+                check(teach.decode(opened, "image 7", Pixels(SIZE)))
         elif way == "predict":
             with one_sentence(str(path)):
                 assert device.predict([path])[0].image == str(path)
@@ -148,7 +149,7 @@ def attempt(rng: np.random.Generator, data: bytes, folder: Path, device: Device,
             assert learned == before + 1
         else:
             with one_sentence(str(path)):
-                check(teach.decode(path, "", SIZE))
+                check(teach.decode(path, "", Pixels(SIZE)))
     except InputError:
         assert device.store.current().number == before
         return f"{way}: refused"
@@ -202,7 +203,7 @@ def test_ten_thousand_mutants(root, tmp_path):
 def test_other_formats_are_refused_for_any_name(tmp_path, data):
     (tmp_path / "x.jpg").write_bytes(data)
     with pytest.raises(InputError, match=r"x\.jpg is not a JPEG, PNG, WebP or BMP image; remove or convert it"):
-        teach.decode(tmp_path / "x.jpg", "", SIZE)
+        teach.decode(tmp_path / "x.jpg", "", Pixels(SIZE))
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -294,13 +295,14 @@ from pathlib import Path
 from PIL import Image
 from ssd_edge import images
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 def peak():  # in MiB; the maximum of getrusage includes that of the parent process
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 def told(path):
     try:
-        return str(images.decode(images.read(path), path, 224).shape)
+        return str(images.decode(images.read(path), path, Pixels(224)).shape)
     except InputError as error:
         return str(error)
 
@@ -405,8 +407,8 @@ def test_arrays_of_any_memory_layout(root):
     rng = np.random.default_rng(0)
     whole = rng.integers(0, 256, (20, 12, 3), dtype=np.uint8)
     for view in (whole[::-1], whole[:, ::-2], whole[..., ::-1], np.asfortranarray(whole), whole.transpose(1, 0, 2)):
-        plain = teach.decode(np.ascontiguousarray(view), "", SIZE)
-        assert (teach.decode(view, "", SIZE) == plain).all()
+        plain = teach.decode(np.ascontiguousarray(view), "", Pixels(SIZE))
+        assert (teach.decode(view, "", Pixels(SIZE)) == plain).all()
     square = np.asfortranarray(whole[:8, :8])[::-1]
     device = Device.open(root)
     assert device.embed([square]).equal(device.embed([np.ascontiguousarray(square)]))
@@ -415,7 +417,7 @@ def test_arrays_of_any_memory_layout(root):
 def test_image_of_the_caller_is_unchanged(tmp_path):
     Image.new("RGB", (640, 480), "teal").save(tmp_path / "x.jpg")
     with Image.open(tmp_path / "x.jpg") as image:
-        assert (teach.decode(image, "", SIZE) == teach.decode(tmp_path / "x.jpg", "", SIZE)).all()
+        assert (teach.decode(image, "", Pixels(SIZE)) == teach.decode(tmp_path / "x.jpg", "", Pixels(SIZE))).all()
         assert image.size == (640, 480)
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from device_runtime.service import frames
 from device_runtime.service.frames import Newest, RateLimitedWarning, mjpeg, take
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 
 def jpeg(colour: tuple[int, int, int] = (200, 30, 30), size: int = 24, preview: bool = False, **options) -> bytes:
@@ -223,7 +224,7 @@ def test_take_decodes_frames_at_intervals(caplog):
             return b"\xff\xd8\xff\xda\x00\x02-\xff\xd9" if self.sent in (11, 12) else jpeg((self.sent, 0, 0))
 
     camera = Camera()
-    found = take(camera, 3, 1.0, 8, clock=lambda: now[0])
+    found = take(camera, 3, 1.0, Pixels(8), clock=lambda: now[0])
     assert [array.shape for array in found] == [(8, 8, 3)] * 3
     # the 1st, the 13th in place of the damaged 11th, the 23rd
     assert camera.sent == 23
@@ -232,8 +233,8 @@ def test_take_decodes_frames_at_intervals(caplog):
 
 def test_take_from_a_stream_that_is_too_short():
     with pytest.raises(InputError, match="ended after 2 of 3 frames"):
-        take(io.BytesIO(KINDS["plain"] * 2), 3, 0.0, 8)
-    assert len(take(io.BytesIO(KINDS["plain"] * 4), 3, 0.0, 8)) == 3
+        take(io.BytesIO(KINDS["plain"] * 2), 3, 0.0, Pixels(8))
+    assert len(take(io.BytesIO(KINDS["plain"] * 4), 3, 0.0, Pixels(8))) == 3
 
 
 def test_newest_frame_is_taken_and_older_ones_are_dropped():

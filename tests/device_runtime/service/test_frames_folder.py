@@ -17,6 +17,7 @@ from PIL import Image
 from device_runtime.service import frames
 from device_runtime.service.frames import Folder
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 
 def jpeg(colour: tuple[int, int, int] = (200, 30, 30), size: int = 24) -> bytes:
@@ -42,7 +43,7 @@ class Camera:
         (self.path / f"{name}.part").rename(self.path / name)
 
     def look(self, size: int = 8) -> list[str]:
-        found = list(self.folder.images(lambda: size))
+        found = list(self.folder.images(lambda: Pixels(size)))
         assert all(pixels.shape == (size, size, 3) for _, pixels in found)
         return [Path(path).name for path, _ in found]
 
@@ -148,7 +149,7 @@ def test_file_removed_before_reading(camera: Camera, caplog):
     camera.put("a.jpg")
     camera.put("b.jpg")
     found = []
-    for path, _ in camera.folder.images(lambda: 8):
+    for path, _ in camera.folder.images(lambda: Pixels(8)):
         found.append(Path(path).name)
         (camera.path / "b.jpg").unlink(missing_ok=True)
     assert found == ["a.jpg"]

@@ -14,10 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 from ssd_edge.backbones.onnx import OnnxEmbedder, batch_size, compose, identity, open_session, run
 from ssd_edge.config import BackboneConfig
 from ssd_edge.errors import EnvironmentUnfitError, InputError
+from ssd_edge.images import Pixels
 from ssd_edge.ort import apart
 from ssd_edge.system import MIB
 
 SIZE, DIM = 8, 5
+PIXELS = Pixels(SIZE)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 RNG = np.random.default_rng(1)
 WEIGHT = RNG.standard_normal((DIM, 3, 3, 3)).astype(np.float32)
@@ -73,8 +75,8 @@ def network(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
-def composed(model: onnx.ModelProto, layout: str = "nchw", **more) -> onnx.ModelProto:
-    return onnx.load_from_string(compose(model.SerializeToString(), SIZE, MEAN, STD, layout, **more))
+def composed(model: onnx.ModelProto, layout: str = "nchw", pixels: Pixels = PIXELS, **more) -> onnx.ModelProto:
+    return onnx.load_from_string(compose(model.SerializeToString(), pixels, MEAN, STD, layout, **more))
 
 
 def features(model: onnx.ModelProto, images: np.ndarray = IMAGES) -> np.ndarray:
@@ -95,14 +97,20 @@ def test_composed_graph_agrees_with_pytorch(layout):
 
 
 def test_composed_graph_input_output_and_metadata():
-    model = composed(network(), mu=MU, sigma=SIGMA)
+    pixels = Pixels(SIZE, "crop", 9, "bilinear")
+    model = composed(network(), pixels=pixels, mu=MU, sigma=SIGMA)
     (image,), (output,) = model.graph.input, model.graph.output
     assert onnx.helper.printable_value_info(image) == "%images[UINT8, batchx8x8x3]"
     assert onnx.helper.printable_value_info(output) == "%embeddings[FLOAT, batchx5]"
-    assert {entry.key: entry.value for entry in model.metadata_props} == {
+    labels = {entry.key: entry.value for entry in model.metadata_props}
+    assert Pixels.from_dict(labels) == pixels
+    assert labels == {
         "schema": "ssd-edge-backbone/1",
-        "identity": identity(network().SerializeToString(), SIZE, MEAN, STD, "nchw"),
+        "identity": identity(network().SerializeToString(), pixels, MEAN, STD, "nchw"),
         "size": "8",
+        "fit": "crop",
+        "resize": "9",
+        "interpolation": "bilinear",
         "dim": "5",
         "layout": "NHWC",
         "precision": "fp32",
@@ -145,7 +153,7 @@ def test_network_with_batch_dependence_runs_one_by_one():
 
 
 def test_large_images_use_a_small_batch():
-    data = compose(network(side="s").SerializeToString(), 512, MEAN, STD, "nchw")
+    data = compose(network(side="s").SerializeToString(), Pixels(512), MEAN, STD, "nchw")
     assert batch_size(open_session(data)) == 8
 
 
@@ -203,14 +211,14 @@ def test_doc_strings_and_metadata_are_removed():
     model.doc_string = model.graph.doc_string = model.graph.node[0].doc_string = "/home/someone/secret"
     helper.set_model_props(model, {"source": "/home/someone/secret"})
     model.graph.value_info.append(helper.make_tensor_value_info("relu", TensorProto.FLOAT, [1, DIM, SIZE, SIZE]))
-    data = compose(model.SerializeToString(), SIZE, MEAN, STD, "nchw")
+    data = compose(model.SerializeToString(), PIXELS, MEAN, STD, "nchw")
     assert b"secret" not in data
     assert not onnx.load_from_string(data).graph.value_info
 
 
 def test_compose_is_deterministic():
     data = network().SerializeToString()
-    assert compose(data, SIZE, MEAN, STD, "nchw") == compose(data, SIZE, MEAN, STD, "nchw")
+    assert compose(data, PIXELS, MEAN, STD, "nchw") == compose(data, PIXELS, MEAN, STD, "nchw")
 
 
 # Refused models: (message, model, changed arguments)
@@ -300,9 +308,7 @@ REFUSED = [
     (r"input must be float32 or float16, but is 'x' uint8 \(\?, 3, 8, 8\)", byte_input, {}),
     (r"images, of rank 4, but is 'x' float32 \(\?, 192\)", flat_input, {}),
     (r"3 channels, but is 'x' float32 \(\?, 3, 8, 8\) with.*; set backbone.layout=nchw", network, {"layout": "nhwc"}),
-    (r"input is 'x' float32 \(\?, 3, 8, 8\), but backbone.size is 32", network, {"size": 32}),
-    ("backbone.size is missing; its input says backbone.size=8", network, {"size": 0}),
-    ("backbone.size is missing; set it to the side", lambda: network(side="s"), {"size": 0}),
+    (r"input is 'x' float32 \(\?, 3, 8, 8\), but backbone.size is 32", network, {"pixels": Pixels(32)}),
     (r"backbone.mean needs 3 values, one per channel, but has 2: \[0.5, 0.5\]", network, {"mean": (0.5, 0.5)}),
     ("backbone.std needs 3 values, one per channel, but has 1", network, {"std": (0.5,)}),
     (r"backbone.std must be above 0 in every channel, but is \[0.2, 0.0, 0.2\]", network, {"std": (0.2, 0.0, 0.2)}),
@@ -323,7 +329,7 @@ def huge_kernel() -> onnx.ModelProto:
 @pytest.mark.parametrize(("sentence", "model", "changes"), REFUSED)
 def test_refused(sentence, model, changes):
     data = model if isinstance(model, bytes) else model().SerializeToString()
-    arguments = {"size": SIZE, "mean": MEAN, "std": STD, "layout": "nchw", **changes}
+    arguments = {"pixels": PIXELS, "mean": MEAN, "std": STD, "layout": "nchw", **changes}
     with pytest.raises(InputError, match=sentence) as raised:
         compose(data, **arguments)
     assert "\n" not in str(raised.value)
@@ -340,7 +346,7 @@ def test_embedder_gives_raw_features_and_provenance(tmp_path):
     path = tmp_path / "own.onnx"
     path.write_bytes(network().SerializeToString())
     embedder = OnnxEmbedder(configured(path))
-    assert (embedder.size, embedder.dim, embedder.standardised) == (SIZE, DIM, False)
+    assert (embedder.pixels, embedder.dim, embedder.standardised) == (PIXELS, DIM, False)
     assert embedder.priors.within_covariance is None
     assert embedder.provenance["file"] == "own.onnx"  # without the folder
     many = np.concatenate([IMAGES] * 10)
@@ -369,16 +375,17 @@ def test_a_harmful_file_is_stopped(monkeypatch, tmp_path, graph, allow, sentence
 
 
 def test_identity_depends_on_model_and_preprocessing():
-    data, arguments = network().SerializeToString(), (SIZE, MEAN, STD, "nchw")
+    data, arguments = network().SerializeToString(), (PIXELS, MEAN, STD, "nchw")
     others = [
         (network(half=True).SerializeToString(), *arguments),
-        (data, 16, MEAN, STD, "nchw"),
-        (data, SIZE, STD, STD, "nchw"),
-        (data, SIZE, MEAN, MEAN, "nchw"),
-        (data, SIZE, MEAN, STD, "nhwc"),
+        (data, Pixels(16), MEAN, STD, "nchw"),
+        (data, Pixels(SIZE, "pad"), MEAN, STD, "nchw"),
+        (data, PIXELS, STD, STD, "nchw"),
+        (data, PIXELS, MEAN, MEAN, "nchw"),
+        (data, PIXELS, MEAN, STD, "nhwc"),
     ]
-    assert identity(data, *arguments) == identity(data, SIZE, list(MEAN), list(STD), "nchw")
-    assert len({identity(data, *arguments), *(identity(*other) for other in others)}) == 6
+    assert identity(data, *arguments) == identity(data, PIXELS, list(MEAN), list(STD), "nchw")
+    assert len({identity(data, *arguments), *(identity(*other) for other in others)}) == 7
 
 
 def test_embedder_errors_name_the_file(tmp_path):
@@ -402,4 +409,4 @@ def test_a_file_over_2_gib_is_refused_before_it_is_read(tmp_path):
 def test_missing_extra_names_the_install_command(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(EnvironmentUnfitError, match=r"pip install 'ssd-edge\[export\]'"):
-        compose(b"", SIZE, MEAN, STD, "nchw")
+        compose(b"", PIXELS, MEAN, STD, "nchw")

@@ -55,7 +55,7 @@ def test_embeddings_of_the_pretraining_data_are_standardised(pretrained: Path, s
     package = packages.load(pretrained)
     embedder = TorchEmbedder(package, torch.device("cpu"))
     images = load(DataConfig(path=str(shapes)), 0).train
-    z = embedder.embed(images.load(np.arange(len(images)), embedder.size))
+    z = embedder.embed(images.load(np.arange(len(images)), embedder.pixels))
     assert z.dtype == np.float32
     varying = package.sigma > 1.01e-3 * package.sigma.max()  # the deviation of the others is clipped to a floor
     assert varying.sum() > 100

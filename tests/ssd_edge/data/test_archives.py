@@ -14,6 +14,7 @@ from PIL import Image
 from ssd_edge.config import DataConfig
 from ssd_edge.data import Dataset, folders, load
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 TREE = [f"{split}/{name}/{n}.png" for split in ("train", "test") for name in ("hen", "Öl") for n in range(3)]
 ENDINGS = [".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip"]
@@ -64,7 +65,7 @@ def test_an_archive_equals_its_folder(ending: str, prefix: str, tmp_path: Path) 
     assert dataset.classes == folder.classes == ("hen", "Öl")
     assert dataset.fingerprint == folder.fingerprint
     assert dataset.split == folder.split
-    assert (dataset.train.load(range(6), 9) == folder.train.load(range(6), 9)).all()
+    assert (dataset.train.load(range(6), Pixels(9)) == folder.train.load(range(6), Pixels(9))).all()
     assert dataset.train.names[0] == f"birds{ending}: {prefix.replace('./', '')}train/hen/0.png"
 
 
@@ -93,7 +94,7 @@ def test_a_duplicate_member_counts_once(tmp_path: Path) -> None:
         archive.addfile(member, io.BytesIO(newer))
     data = read(path)
     assert len(data.train) == 6
-    assert data.train.load([0], 9)[0, 0, 0, 0] == 200  # the last one wins, as when unpacking
+    assert data.train.load([0], Pixels(9))[0, 0, 0, 0] == 200  # the last one wins, as when unpacking
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "train/../../evil.png", "/tmp/evil.png"])
@@ -170,7 +171,7 @@ def test_damaged_archives_are_refused(ending: str, tmp_path: Path) -> None:
             data[position] ^= 1 + rng.integers(255)
         path.write_bytes(bytes(data))
         try:
-            list(read(path).train.batches(8))
+            list(read(path).train.batches(Pixels(8)))
             outcomes.add("read")
         except InputError as error:
             outcomes.add("refused" if path.name in str(error) else str(error))
@@ -217,6 +218,6 @@ def test_errors_name_the_image_and_its_archive(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.tar.gz", {**content(), "train/hen/9.jpg": b"text", "train/hen/8.jpg": b""})
     data = read(path)
     with pytest.raises(InputError, match=r"^a\.tar\.gz: train/hen/8\.jpg is empty"):
-        list(data.train.batches(8))
+        list(data.train.batches(Pixels(8)))
     with pytest.raises(InputError, match=r"^a\.tar\.gz: train/hen/9\.jpg is not a JPEG"):
-        data.train.load([4], 8)
+        data.train.load([4], Pixels(8))

@@ -12,6 +12,7 @@ import pytest
 from ssd_edge.config import DataConfig
 from ssd_edge.data import Dataset, Images, arrays, load
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 
 def mnist(count: int = 20) -> dict[str, np.ndarray]:
@@ -31,9 +32,9 @@ def test_digits() -> None:
     assert data.classes == tuple("0123456789")
     assert len(data.train) + len(data.test) == 1797
     assert np.bincount(data.test_labels).tolist() == [36, 36, 35, 37, 36, 36, 36, 36, 35, 36]
-    pixels = data.train.load([0, 1], 8)
+    pixels = data.train.load([0, 1], Pixels(8))
     assert (pixels.min(), pixels.max(), pixels.shape) == (0, 255, (2, 8, 8, 3))
-    assert data.train.load([0], 32).shape == (1, 32, 32, 3)
+    assert data.train.load([0], Pixels(32)).shape == (1, 32, 32, 3)
     assert data.train.names[0].startswith("digits image ")
 
 
@@ -42,13 +43,13 @@ def test_mnist_is_padded(tmp_path: Path) -> None:
     data = read(tmp_path / "mnist.npz")
     assert data.classes == tuple("0123456789")
     assert data.split == "official train/test split"
-    pixels = data.train.load(range(20), 32)
+    pixels = data.train.load(range(20), Pixels(32))
     assert (pixels[:, 2:30, 2:30] == mnist()["x_train"][..., None]).all()
     frame = np.ones((32, 32), dtype=bool)
     frame[2:30, 2:30] = False
     assert not pixels[:, frame].any()
     assert data.train.names[17] == "train image 17"
-    assert data.train.load([3], 16).shape == (1, 16, 16, 3)
+    assert data.train.load([3], Pixels(16)).shape == (1, 16, 16, 3)
 
 
 def test_colour_images_and_arbitrary_labels(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_colour_images_and_arbitrary_labels(tmp_path: Path) -> None:
     data = read(tmp_path / "a.npz")
     assert data.classes == ("4", "30", "100")
     assert data.train_labels.tolist() == [1, 0, 2] * 2
-    assert data.train.load([5], 12).shape == (1, 12, 12, 3)
+    assert data.train.load([5], Pixels(12)).shape == (1, 12, 12, 3)
 
 
 @pytest.mark.parametrize(
@@ -128,17 +129,17 @@ def test_npz_with_a_shape_larger_than_its_data(tmp_path: Path) -> None:
 def test_load_and_batches() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (300, 6, 6, 3), dtype=np.uint8)
     images = Images(pixels, [str(number) for number in range(300)])
-    assert (images.load([7, 3, 7], 6) == pixels[[7, 3, 7]]).all()
-    assert images.load([], 6).shape == (0, 6, 6, 3)
+    assert (images.load([7, 3, 7], Pixels(6)) == pixels[[7, 3, 7]]).all()
+    assert images.load([], Pixels(6)).shape == (0, 6, 6, 3)
     for size in (6, 5):  # unchanged, and resized in threads
-        batches = list(images.batches(size, batch=128))
+        batches = list(images.batches(Pixels(size), batch=128))
         assert [len(batch) for batch in batches] == [128, 128, 44]
-        assert (np.concatenate(batches) == images.load(np.arange(300), size)).all()
+        assert (np.concatenate(batches) == images.load(np.arange(300), Pixels(size))).all()
     part = images.take(np.array([5, 299]))
     assert (len(part), list(part.names)) == (2, ["5", "299"])
-    assert (part.load([1], 6) == pixels[299]).all()
+    assert (part.load([1], Pixels(6)) == pixels[299]).all()
     assert images.take(np.arange(300)) is images
     assert images.digest() != part.digest()
-    batch = next(images.batches(6))
+    batch = next(images.batches(Pixels(6)))
     batch[:] = 0  # a copy: changing it leaves the images unchanged
-    assert (images.load([0], 6) == pixels[0]).all()
+    assert (images.load([0], Pixels(6)) == pixels[0]).all()

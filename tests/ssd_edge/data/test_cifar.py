@@ -18,6 +18,7 @@ import pytest
 from ssd_edge.config import DataConfig
 from ssd_edge.data import load
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -79,10 +80,10 @@ def test_cifar10(kind: str, tmp_path: Path) -> None:
         assert data.split == "official train/test split"
         assert data.train_labels.tolist() == list(range(9, -1, -1)) * 5
         assert data.train.names[17] == "train image 17"
-        pixels = data.train.load([0, 49], 32)
+        pixels = data.train.load([0, 49], Pixels(32))
         assert (pixels[:, :, :, 0] == np.arange(1024).reshape(32, 32) % 251).all()
         assert pixels[:, 0, 0, 2].tolist() == [0, 4]
-        assert (data.test.load([0], 32)[..., 2] == 5).all()
+        assert (data.test.load([0], Pixels(32))[..., 2] == 5).all()
 
 
 def test_official_archive(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_arrays_in_fortran_order(tmp_path: Path) -> None:
     data = np.random.default_rng(0).integers(0, 256, (10, 3072), dtype=np.uint8)
     files["test_batch"] = python2({b"data": np.asfortranarray(data), b"labels": list(range(10))})
     dataset = load(DataConfig(path=str(save(files, tmp_path / "c"))), 0)
-    assert (dataset.test.load(range(10), 32) == data.reshape(10, 3, 32, 32).transpose(0, 2, 3, 1)).all()
+    assert (dataset.test.load(range(10), Pixels(32)) == data.reshape(10, 3, 32, 32).transpose(0, 2, 3, 1)).all()
 
 
 class _Touch:

@@ -14,6 +14,7 @@ from PIL import Image
 from ssd_edge.config import DataConfig
 from ssd_edge.data import Dataset, load
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 SIZES = {"ant": 4, "bee": 10, "cow": 25, "dog": 2}
 
@@ -84,7 +85,7 @@ def test_labels_match_the_images(home: Path) -> None:
     assert data.classes == ("bee", "dog")
     for images, labels in ((data.train, data.train_labels), (data.test, data.test_labels)):
         assert labels.dtype == np.int64
-        assert (images.load(range(len(images)), 4)[:, 0, 0, 0] == np.array([1, 3])[labels]).all()
+        assert (images.load(range(len(images)), Pixels(4))[:, 0, 0, 0] == np.array([1, 3])[labels]).all()
 
 
 def test_class_selection_does_not_change_the_split(home: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from ssd_edge.config import DataConfig
 from ssd_edge.data import load
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 
 def fill(root: Path, *names: str) -> Path:
@@ -40,7 +41,7 @@ def test_split_folder(tmp_path: Path) -> None:
     assert data.train_labels.tolist() == [0, 0, 1]
     assert data.test_labels.tolist() == [0, 1]
     assert data.split == "the data's own train/ and test/"
-    assert data.train.load([2, 0], 3)[:, 0, 0, 0].tolist() == [2, 1]
+    assert data.train.load([2, 0], Pixels(3))[:, 0, 0, 0].tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("test", ["val", "valid", "Validation", "TEST"])
@@ -128,8 +129,8 @@ def test_errors_name_the_image_that_cannot_be_decoded(content: bytes | None, mes
             bad.write_bytes(content)
     # the first one in order, regardless of thread timing
     with pytest.raises(InputError, match=rf"train/b/7\.png {message}"):
-        list(data.train.batches(4, 200))
-    assert sum(len(batch) for batch in data.test.batches(4)) == 160
+        list(data.train.batches(Pixels(4), 200))
+    assert sum(len(batch) for batch in data.test.batches(Pixels(4))) == 160
 
 
 def test_a_broken_link_is_reported(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from ssd_edge.config import DataConfig
 from ssd_edge.data import Dataset, load, mnist
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (30, 28, 28), dtype=np.uint8)
@@ -78,8 +79,8 @@ def test_the_four_files(style: str, form: str, tmp_path: Path) -> None:
     assert data.test_labels.tolist() == list(range(10))
     expected = np.zeros((30, 32, 32, 3), dtype=np.uint8)
     expected[:, 2:30, 2:30] = PIXELS[..., None]  # a black border, and equal channels
-    assert (data.train.load(range(30), 32) == expected).all()
-    assert (data.test.load(range(10), 32) == expected[:10]).all()
+    assert (data.train.load(range(30), Pixels(32)) == expected).all()
+    assert (data.test.load(range(10), Pixels(32)) == expected[:10]).all()
     assert data.train.names[7] == "train image 7"
 
 
@@ -93,7 +94,7 @@ def test_unpacked_files_take_precedence_and_other_sizes_are_kept(tmp_path: Path)
     assert len(read(home).train) == 30
     small = idx(RNG.integers(0, 256, (30, 20, 16)))
     save(files(train_images_idx3_ubyte=small), home)
-    assert read(home, classes=("3", "7")).train.load([5], 20).shape == (1, 20, 20, 3)
+    assert read(home, classes=("3", "7")).train.load([5], Pixels(20)).shape == (1, 20, 20, 3)
 
 
 BIG = struct.pack(">HBB3I", 0, 8, 3, 2**31, 28, 28)

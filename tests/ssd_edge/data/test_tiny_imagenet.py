@@ -13,6 +13,7 @@ from PIL import Image
 from ssd_edge.config import DataConfig
 from ssd_edge.data import Dataset, load
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 WNIDS = ("n02124075", "n01443537", "n04067472")  # unsorted, as in wnids.txt
 TABLE = "".join(f"val_{number}.JPEG\t{WNIDS[number % 3]}\t0\t32\t44\t62\n" for number in range(6))
@@ -70,7 +71,7 @@ def test_the_official_layout(form: str, prefix: str, tmp_path: Path) -> None:
         (data.test, data.test_labels, lambda name: WNIDS[int(name.split("val_")[1][0]) % 3]),
     ):
         assert labels.tolist() == [label[truth(name)] for name in images.names]
-    shown = data.test.load(range(6), 8)[:, 0, 0, 0].tolist()
+    shown = data.test.load(range(6), Pixels(8))[:, 0, 0, 0].tolist()
     assert shown == [20 * int(name.split("val_")[1][0]) for name in data.test.names]
     assert data.test.names[0].endswith(f"{prefix}val/images/val_1.JPEG")
     assert data.fingerprint == read(save(content(), tmp_path / "b")).fingerprint

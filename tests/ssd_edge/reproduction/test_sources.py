@@ -16,6 +16,7 @@ from ssd_edge.backbones import keys
 from ssd_edge.config import DataConfig
 from ssd_edge.data import load
 from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 from ssd_edge.report.terminal import Console
 from ssd_edge.reproduction import sources as module
 from ssd_edge.reproduction.sources import PRETRAINING, Sources, pixels, subset
@@ -50,9 +51,9 @@ def test_a_subset_has_the_given_number_of_images_per_class() -> None:
     assert np.bincount(part.train_labels).tolist() == [7] * 10
     assert np.bincount(part.test_labels).tolist() == [3] * 10
     assert len(part.train) == 70
-    np.testing.assert_array_equal(part.train.load([5], 8), again.train.load([5], 8))
-    images = {image.tobytes() for image in full.train.load(range(len(full.train)), 8)[full.train_labels == 4]}
-    assert all(image.tobytes() in images for image in part.train.load(range(70), 8)[part.train_labels == 4])
+    np.testing.assert_array_equal(part.train.load([5], Pixels(8)), again.train.load([5], Pixels(8)))
+    images = {image.tobytes() for image in full.train.load(range(len(full.train)), Pixels(8))[full.train_labels == 4]}
+    assert all(image.tobytes() in images for image in part.train.load(range(70), Pixels(8))[part.train_labels == 4])
     assert len({full.fingerprint, part.fingerprint, subset(full, 7, 2).fingerprint}) == 3
 
 
@@ -91,7 +92,7 @@ def test_keys_are_pretrained_once_where_the_shipped_ones_do_not_fit(data: Path, 
     inputs = module.Inputs(None, {}, embedder.identity, embedder.priors)
     priors, made, notes = sources.keys(inputs, sdmlp(neurons=16, k=3, shift=0.5), stream, True)
     dataset = load(DataConfig(path=PRETRAINING), 0)
-    vectors = torch.from_numpy(np.concatenate([embedder.embed(part) for part in dataset.train.batches(32)]))
+    vectors = torch.from_numpy(np.concatenate([embedder.embed(part) for part in dataset.train.batches(Pixels(32))]))
     config = module.StudentConfig(neurons=16, k=3, shift=0.5)
     wanted, counters, switch, _ = keys.pretrain_student(
         vectors, torch.from_numpy(dataset.train_labels), 5, config, 0, lambda text: None
