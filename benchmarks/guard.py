@@ -61,6 +61,7 @@ class Embedded:
     noise: Tensor
     classes: list[str]
     standardised: bool
+    widths: tuple[int, ...]  # of levels
 
 
 class Series:
@@ -74,7 +75,8 @@ class Series:
             self.train, self.test, self.noise = data.train, data.test, data.noise
         else:
             mu, sigma = map(
-                torch.from_numpy, standardisation(data.train[np.isin(data.train_labels, self.base)].numpy())
+                torch.from_numpy,
+                standardisation(data.train[np.isin(data.train_labels, self.base)].numpy(), data.widths),
             )
             parts = ((part - mu) / sigma for part in (data.train, data.test, data.noise))
             self.train, self.test, self.noise = (part.float() for part in parts)
@@ -238,6 +240,7 @@ def main() -> None:
     data = Embedded(
         torch.from_numpy(vectors["train"]), dataset.train_labels, torch.from_numpy(vectors["test"]),
         dataset.test_labels, torch.from_numpy(embedder.embed(noise)), list(dataset.classes), embedder.standardised,
+        embedder.widths,
     )  # fmt: skip
     written: dict[str, Any] = {"data": dataset.name, "features": embedder.dim, "learners": {}}
     for name in args.learner:

@@ -1,8 +1,8 @@
 """Precisions of a backbone's graph: their limits, and the conversion from fp32.
 
 The precision is part of the graph and not an engine flag: TensorRT 11 has no such flags, and ONNX Runtime can then run
-the same computation as TensorRT. Preprocessing (nodes `before/…`) and standardisation (`after/…`) stay in fp32; pixels
-are uint8 and embeddings float32.
+the same computation as TensorRT. Preprocessing (nodes `before/…`), means of levels (`levels/…`) and standardisation
+(`after/…`) stay in fp32; pixels are uint8 and embeddings float32.
 
 fp16 does not use `onnxruntime.transformers.float16`, which rounds every value to float16, even between two operators
 kept in fp32: standardised features would be rounded and the variance in a decomposed LayerNorm would overflow. It also
@@ -30,7 +30,7 @@ import numpy as np
 
 from ssd_edge import files, ort
 from ssd_edge.backbones import onnx_file
-from ssd_edge.backbones.onnx import INPUT, batch_size, finish, open_session
+from ssd_edge.backbones.onnx import INPUT, LEVELS, NO_LEVELS, batch_size, finish, open_session
 from ssd_edge.errors import InputError, require
 from ssd_edge.images import Pixels, decode, image_files
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 MIN_CALIBRATION_IMAGES = 16
 _PURPOSE = "convert a backbone"
-_OURS = ("before/", "after/")
+_OURS = ("before/", "levels/", "after/")
 
 # The expensive operators: always in float16; GPU kernels accumulate in fp32.
 _HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -470,7 +470,8 @@ def _finish(model: ModelProto) -> bytes:
     del model.opset_import[:]
     model.opset_import.extend(kept)
     del model.metadata_props[:]
-    return finish(model, labels["identity"], Pixels.from_dict(labels), int(labels["dim"]))
+    levels = {key: labels[key] for key in (LEVELS, NO_LEVELS) if key in labels}
+    return finish(model, labels["identity"], Pixels.from_dict(labels), int(labels["dim"]), levels)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ssd_edge.backbones import package as packages
+from ssd_edge.backbones.levels import scales
 from ssd_edge.backbones.networks import ARCHITECTURES, EmbeddingNetwork
 from ssd_edge.config import BackboneConfig
 from ssd_edge.errors import BundleRefusedError, InputError
@@ -24,6 +25,7 @@ class Embedder(Protocol):
         identity: Digest of everything that determines the output; part of the cache key.
         pixels: How images become its input.
         dim: Embedding size D.
+        widths: Widths of the levels that an embedding joins; they add up to D.
         standardised: True if the output is standardised; False for raw features, which the first task standardises.
         priors: Statistics from pretraining.
         provenance: Entries for the model card.
@@ -32,6 +34,7 @@ class Embedder(Protocol):
     identity: str
     pixels: Pixels
     dim: int
+    widths: tuple[int, ...]
     standardised: bool
     priors: Priors
     provenance: dict[str, Any]
@@ -63,13 +66,21 @@ def network(package: packages.BackbonePackage) -> EmbeddingNetwork:
     return EmbeddingNetwork(body, torch.from_numpy(package.mu), torch.from_numpy(package.sigma)).eval()
 
 
-def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def standardisation(features: np.ndarray, widths: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation ``(D,)`` of raw features ``(N, D)``, float64.
 
-    The standard deviation has a lower bound, so that constant features stay finite.
+    The standard deviation has a lower bound, so that constant features stay finite. That of a level is divided by the
+    level's factor in `levels.scales`.
+
+    Args:
+        features: Raw features.
+        widths: Widths of the levels in them, which add up to D; empty: one level.
     """
+    widths = widths or (features.shape[1],)
     mu, sigma = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
-    return mu, np.maximum(sigma, 1e-3 * max(float(sigma.max()), 1e-12))
+    parts = np.split(sigma, np.cumsum(widths)[:-1])
+    bounded = [np.maximum(part, 1e-3 * max(float(part.max()), 1e-12)) for part in parts]
+    return mu, np.concatenate([part / scale for part, scale in zip(bounded, scales(widths), strict=True)])
 
 
 class TorchEmbedder:
@@ -80,6 +91,7 @@ class TorchEmbedder:
         self.device = device
         self.identity = package.identity
         self.pixels, self.dim = Pixels.from_dict(package.card), package.card["dim"]
+        self.widths: tuple[int, ...] = (self.dim,)
         self.standardised = True
         self.priors = package.priors
         self.provenance = package.card

@@ -4,7 +4,8 @@
 
     uint8 RGB (N, size, size, 3) → normalised pixels → the user's network → (f − μ)/σ → float32 (N, D)
 
-Preprocessing and standardisation are in fp32, whatever the precision of the network.
+The features f may join several levels, see `levels`. Preprocessing, the means of levels and standardisation are in
+fp32, whatever the precision of the network.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from ssd_edge import files, ort
 from ssd_edge.backbones import onnx_file
+from ssd_edge.backbones.levels import PREFIX, Choice, NoLevelsError, find, join
 from ssd_edge.errors import InputError, require
 from ssd_edge.images import Pixels
 from ssd_edge.ort import apart
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from ssd_edge.config import BackboneConfig
 
 SCHEMA = "ssd-edge-backbone/1"  # in the metadata of the model
+# Metadata about levels, as "16@112 24@56 1280": widths and sides, the features last; or why there are none.
+LEVELS, NO_LEVELS = "levels", "no_levels"
 INPUT, EMBEDDINGS, FEATURES = "images", "embeddings", "features"
 MAX_BATCH = 32
 _BATCH_PIXELS = 2**21  # 32 images of 256×256: some backbones use 100 times the memory of their input
@@ -63,6 +67,7 @@ class OnnxEmbedder:
             raise InputError(f"backbone.onnx={config.onnx}: {error}") from error
         self.identity = identity(data, *preprocessing)
         self.dim = int(self._session.get_outputs()[0].shape[1])
+        self.widths = widths(self._session)
         self.standardised = False
         self.priors = Priors()
         self.provenance: dict[str, Any] = {
@@ -115,6 +120,14 @@ def run(session: InferenceSession, images: np.ndarray, batch: int | None = None)
     return np.concatenate(parts) if parts else np.zeros((0, session.get_outputs()[0].shape[1]), np.float32)
 
 
+def widths(session: InferenceSession) -> tuple[int, ...]:
+    """Return the widths of the levels that a composed model joins, its features last; they add up to D."""
+    labels = session.get_modelmeta().custom_metadata_map
+    if LEVELS not in labels:
+        return (int(session.get_outputs()[0].shape[1]),)
+    return tuple(int(level.partition("@")[0]) for level in labels[LEVELS].split())
+
+
 def compose_apart(
     model_bytes: bytes,
     pixels: Pixels,
@@ -122,11 +135,12 @@ def compose_apart(
     std: Sequence[float],
     layout: str,
     allow_control_flow: bool,
+    levels: Choice = "last",
 ) -> bytes:
     """Do what `compose` does in a child process with limits on time and memory; use it for files of others.
 
     Args:
-        model_bytes, pixels, mean, std, layout, allow_control_flow: As for `compose`.
+        model_bytes, pixels, mean, std, layout, allow_control_flow, levels: As for `compose`.
 
     Raises:
         InputError: As for `compose`, or the model takes too long or needs too much memory.
@@ -140,6 +154,7 @@ def compose_apart(
         "std": list(std),
         "layout": layout,
         "allow_control_flow": allow_control_flow,
+        "levels": levels,
     }
     model = {"model": np.frombuffer(model_bytes, np.uint8)}
     try:
@@ -165,6 +180,7 @@ def compose(
     sigma: np.ndarray | None = None,
     name: str = "",
     allow_control_flow: bool = False,
+    levels: Choice = "last",
 ) -> bytes:
     """Combine preprocessing, the user's network and standardisation into one self-contained ONNX model.
 
@@ -182,10 +198,12 @@ def compose(
         sigma: Standard deviation of the features, ``(D,)``.
         name: Identity of the backbone for the metadata. Empty: that of `identity`.
         allow_control_flow: See `onnx_file.parse`.
+        levels: Levels that are joined with the features, see `levels.find`. If the network has none, or does not run
+            with them, the model gives the features alone and says why in its metadata.
 
     Returns:
         A model with the input `images`, uint8 ``(batch, size, size, 3)``, and the output `embeddings` (`features`
-        without standardisation), float32 ``(batch, D)``.
+        without standardisation), float32 ``(batch, D)``. See `widths` for the levels in it.
 
     Raises:
         InputError: The file cannot be used as a backbone.
@@ -231,21 +249,76 @@ def compose(
         after.append(("Cast", (), {"to": types.FLOAT}))
     if len(shape) == 4:
         after.append(("Flatten", (), {"axis": 1}))
+    source, labels = output.name, {}
+    if levels != "last":
+        try:
+            source, dim, labels[LEVELS] = _join_levels(model, image, after, dim, levels, batch == "batch")
+            after = []
+        except NoLevelsError as error:
+            labels[NO_LEVELS] = str(error)
     if mu is not None and sigma is not None:
         if mu.shape != (dim,) or sigma.shape != (dim,):
             raise InputError(f"it gives {dim} features, but mu and sigma have the shapes {mu.shape} and {sigma.shape}")
         after += [("Sub", (mu.astype(np.float32),), {}), ("Div", (sigma.astype(np.float32),), {})]
     result = FEATURES if mu is None else EMBEDDINGS
-    graph.node.extend(_chain(graph, output.name, result, after or [("Identity", (), {})], "after"))
+    graph.node.extend(_chain(graph, source, result, after or [("Identity", (), {})], "after"))
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(result, types.FLOAT, [batch, dim]))
     try:
-        return finish(model, name or identity(model_bytes, pixels, mean, std, layout), pixels, dim)
+        return finish(model, name or identity(model_bytes, pixels, mean, std, layout), pixels, dim, labels)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InputError(f"its shapes or types contradict each other ({onnx_file.short(error)})") from error
 
 
-def finish(model: ModelProto, name: str, pixels: Pixels, dim: int) -> bytes:
+def _join_levels(
+    model: ModelProto, image: ValueInfoProto, vector: Sequence[Step], dim: int, choice: Choice, together: bool
+) -> tuple[str, int, str]:
+    """Join levels with the features of a composed model; without a result the model is left as it was.
+
+    Args:
+        model: Model with one output, the features as the network gives them.
+        image: Declared input of the network.
+        vector: Steps that make the features float32 ``(N, dim)``.
+        dim: Number of the features.
+        choice: Which levels.
+        together: True if the model takes several images.
+
+    Returns:
+        Name and width of the joined features, and the levels for the metadata.
+
+    Raises:
+        NoLevelsError: There are none, or the model does not run with them.
+    """
+    from onnx import TensorProto, helper
+
+    graph, size = model.graph, model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+
+    def shapes(probe: ModelProto) -> Sequence[Sequence[int]]:
+        try:
+            found = open_session(probe.SerializeToString()).run(None, {INPUT: np.zeros((1, size, size, 3), np.uint8)})
+        except Exception as error:  # ONNX Runtime's errors have no common base class
+            raise NoLevelsError(f"the sizes of its maps cannot be read ({onnx_file.short(error)})") from error
+        return [shape.tolist() for shape in found]
+
+    levels = find(model, size, choice, shapes)
+    (output,), nodes = graph.output, len(graph.node)
+    joined, total = f"{PREFIX}joined", dim + sum(level.width for level in levels)
+    graph.node.extend(
+        _chain(graph, output.name, f"{PREFIX}features", vector or [("Identity", (), {})], f"{PREFIX}last")
+    )
+    join(model, levels, f"{PREFIX}features", joined)
+    del graph.output[:]
+    graph.output.append(helper.make_tensor_value_info(joined, TensorProto.FLOAT, None))
+    try:
+        _probe(model, image, together)
+    except InputError as error:
+        del graph.node[nodes:], graph.output[:]
+        graph.output.append(output)
+        raise NoLevelsError(f"with levels {error}") from error
+    return joined, total, " ".join([*map(str, levels), str(dim)])
+
+
+def finish(model: ModelProto, name: str, pixels: Pixels, dim: int, labels: Mapping[str, str] | None = None) -> bytes:
     """Add metadata to a backbone's graph, check it and serialise it deterministically.
 
     Args:
@@ -253,6 +326,7 @@ def finish(model: ModelProto, name: str, pixels: Pixels, dim: int) -> bytes:
         name: Identity of the backbone.
         pixels: How images become its input.
         dim: Size D of the output.
+        labels: More metadata: `LEVELS` or `NO_LEVELS`.
 
     Raises:
         onnx.checker.ValidationError: The model is not valid.
@@ -271,6 +345,7 @@ def finish(model: ModelProto, name: str, pixels: Pixels, dim: int) -> bytes:
         "colour_order": "RGB",
         "output": output.name,
         "precision": onnx_file.model_precision(model),
+        **(labels or {}),
     }
     onnx.helper.set_model_props(model, properties)
     # the oldest version that supports the opset, for older runtimes on devices

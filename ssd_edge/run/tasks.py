@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -49,7 +49,13 @@ class StreamData:
         return learners.Task(self.train[index], self.train_rows[index])
 
 
-def prepare(dataset: Dataset, stream: Stream, standardised: bool, embedded: Mapping[str, np.ndarray]) -> StreamData:
+def prepare(
+    dataset: Dataset,
+    stream: Stream,
+    standardised: bool,
+    embedded: Mapping[str, np.ndarray],
+    widths: Sequence[int] = (),
+) -> StreamData:
     """Standardise the embeddings, map labels to rows, and divide the samples into tasks.
 
     Args:
@@ -57,11 +63,12 @@ def prepare(dataset: Dataset, stream: Stream, standardised: bool, embedded: Mapp
         stream: Order of classes and samples.
         standardised: True if the embeddings are standardised already.
         embedded: Embeddings ``train`` ``(N, D)`` and ``test`` ``(M, D)``.
+        widths: Widths of their levels, if they are not standardised; empty: one level.
     """
     train, test, standardisation = embedded["train"], embedded["test"], None
     train_tasks = stream.experiences(dataset.train_labels)
     if not standardised:  # by the first task only: later ones are not known yet
-        mu, sigma = (part.astype(np.float32) for part in measure(train[train_tasks[0]]))
+        mu, sigma = (part.astype(np.float32) for part in measure(train[train_tasks[0]], widths))
         standardisation = (mu, sigma)
         train, test = ((part - mu) / sigma for part in (train, test))
     return StreamData(

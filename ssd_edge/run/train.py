@@ -126,7 +126,7 @@ class Setup:
         """Embeddings and tasks of the stream; computed on first use."""
         started = time.monotonic()
         embedded = embed(self.dataset, self.embedder, self.listener, self.config.backbone.cache)
-        data = prepare(self.dataset, self.stream, self.embedder.standardised, embedded)
+        data = prepare(self.dataset, self.stream, self.embedder.standardised, embedded, self.embedder.widths)
         return dataclasses.replace(data, embed_seconds=time.monotonic() - started)
 
     def choose_learner(self) -> auto.Choice:

@@ -17,6 +17,7 @@ from PIL import Image
 from exporters import parity, precision
 from ssd_edge import targets
 from ssd_edge.backbones import onnx_file
+from ssd_edge.backbones.levels import Choice
 from ssd_edge.backbones.onnx import compose, open_session, run
 from ssd_edge.errors import InputError
 from ssd_edge.images import Pixels
@@ -31,7 +32,12 @@ def images(count: int, size: int = 16, seed: int = 0) -> np.ndarray:
 
 
 def chain(
-    nodes: Sequence[Node], constants: dict[str, np.ndarray], size: int = 16, batch: int | str = "n", dim: int = 8
+    nodes: Sequence[Node],
+    constants: dict[str, np.ndarray],
+    size: int = 16,
+    batch: int | str = "n",
+    dim: int = 8,
+    levels: Choice = "last",
 ) -> bytes:
     """Return a composed backbone from a chain of nodes; the input `_` is the output of the previous node."""
     chained, last = [], "x"
@@ -48,8 +54,8 @@ def chain(
     )
     data = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8).SerializeToString()
     plain = (Pixels(size), (0.5,) * 3, (0.25,) * 3, "nchw")
-    features = run(open_session(compose(data, *plain)), images(32, size, seed=1))
-    return compose(data, *plain, features.mean(0), features.std(0) + np.float32(1e-3))
+    features = run(open_session(compose(data, *plain, levels=levels)), images(32, size, seed=1))
+    return compose(data, *plain, features.mean(0), features.std(0) + np.float32(1e-3), levels=levels)
 
 
 def weight(*shape: int, scale: float = 1.0) -> np.ndarray:
@@ -58,7 +64,7 @@ def weight(*shape: int, scale: float = 1.0) -> np.ndarray:
     return (values * scale * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32)
 
 
-def convolutions(size: int = 16, batch: int | str = "n") -> bytes:
+def convolutions(size: int = 16, batch: int | str = "n", levels: Choice = "last") -> bytes:
     """Return a network of three convolutions, one with ReLU and one with Clip, and pooling."""
     stride = {"strides": [2, 2], "pads": [1, 1, 1, 1]}
     nodes: list[Node] = [
@@ -73,7 +79,7 @@ def convolutions(size: int = 16, batch: int | str = "n") -> bytes:
     ]
     bounds = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
     weights = {"w1": weight(48, 3, 3, 3), "b1": weight(48, 1)[:, 0], "w2": weight(48, 48, 3, 3)}
-    return chain(nodes, {**weights, "w3": weight(64, 48, 1, 1), **bounds}, size, batch, dim=64)
+    return chain(nodes, {**weights, "w3": weight(64, 48, 1, 1), **bounds}, size, batch, 64, levels)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +175,23 @@ def test_preprocessing_and_standardisation_stay_in_fp32(plain, quantised):
         for node in added:
             if node.op_type in ("Sub", "Div"):
                 assert {types[value] for value in (*node.input, *node.output)} == {TensorProto.FLOAT}
+
+
+def test_levels_stay_in_fp32_and_the_network_does_not():
+    plain = convolutions(levels="auto")
+    labels = {entry.key: entry.value for entry in onnx.load_from_string(plain).metadata_props}
+    assert labels["levels"] == "48@8 48@4 64"
+    for name in ("fp16", "int8"):
+        graph = precision.convert(plain, name, images(32, seed=1))
+        model = onnx.shape_inference.infer_shapes(onnx.load_from_string(graph))
+        assert {entry.key: entry.value for entry in model.metadata_props} == {**labels, "precision": name}
+        types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+        added = [node for node in model.graph.node if node.name.startswith("levels/") and node.op_type != "Cast"]
+        assert {node.op_type for node in added} == {"GlobalAveragePool", "Flatten", "Identity", "Concat"}
+        assert {types[value] for node in added for value in (*node.input, *node.output)} == {TensorProto.FLOAT}
+        assert parity.failures(measured(graph, plain), name) == []
+    groups = operators(precision.to_fp16(plain), TensorProto.FLOAT16)
+    assert {"Conv", "Relu", "MaxPool", "Clip"} <= groups["in"]
 
 
 def test_expensive_operators_are_fp16(plain):

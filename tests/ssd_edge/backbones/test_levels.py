@@ -11,9 +11,13 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from ssd_edge.backbones import levels
+from ssd_edge.backbones import onnx as composing
 from ssd_edge.backbones.levels import Level, NoLevelsError
+from ssd_edge.errors import InputError
+from ssd_edge.images import Pixels
 
 SIZE = 16
+IMAGES = np.random.default_rng(2).integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
 PIXELS = np.random.default_rng(0).standard_normal((3, 3, SIZE, SIZE)).astype(np.float32)
 
 
@@ -393,3 +397,79 @@ def test_scales_give_every_level_the_same_share():
     lengths = [width * scale**2 for width, scale in zip(widths, scales, strict=True)]
     np.testing.assert_allclose(lengths, sum(widths) / 4)
     assert levels.scales([7]) == [1]
+
+
+# In `compose`
+
+
+def compose(model: onnx.ModelProto, choice: levels.Choice = "auto", layout: str = "nchw", **more) -> bytes:
+    preprocessing = (Pixels(SIZE), (0.5,) * 3, (0.5,) * 3, layout)
+    return composing.compose(model.SerializeToString(), *preprocessing, levels=choice, **more)
+
+
+def labels(data: bytes) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load_from_string(data).metadata_props}
+
+
+@pytest.mark.parametrize("batch", ["n", 1])
+@pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-5), (True, 2**-8)])
+def test_composed_graph_joins_levels_and_standardises_them(half: bool, tolerance: float, batch: int | str):
+    model = plain(half=half).model(batch)
+    raw, alone = (composing.open_session(compose(model, choice)) for choice in ("auto", "last"))
+    assert composing.widths(raw) == (4, 8, 16)
+    assert composing.widths(alone) == (16,)
+    features = composing.run(raw, IMAGES)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features[:, 12:], composing.run(alone, IMAGES), rtol=tolerance, atol=tolerance)
+    mu, sigma = features.mean(0), features.std(0) + 1
+    standardised = composing.run(composing.open_session(compose(model, mu=mu, sigma=sigma)), IMAGES)
+    np.testing.assert_allclose(standardised, (features - mu) / sigma, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("choice", ["auto", "stages"])
+def test_composed_graph_of_channels_last(choice: levels.Choice):
+    data = compose(channels_last().model(channels_last=True), choice, "nhwc")
+    assert labels(data)["levels"] == "4@8 6@4 12"
+
+
+def test_features_alone_with_a_reason_if_there_are_no_levels():
+    model = tokens().model()
+    data = compose(model)
+    assert labels(data)["no_levels"] == "its feature maps have one size, 4×4"
+    assert labels(data)["dim"] == "8"
+    assert composing.widths(composing.open_session(data)) == (8,)
+    assert not {"levels", "no_levels"} & labels(compose(model, "last")).keys()
+
+
+def test_features_alone_if_the_graph_does_not_run_with_levels():
+    """The sum over a map overflows; the features do not."""
+    net = Net()
+    net.conv(4, stride=2)
+    net.conv(8, stride=2)
+    net.op("Sigmoid")
+    net.op("Mul", net.constant(np.float32(1e38)))
+    net.conv(12, stride=2)
+    net.constants[net.nodes[-1].input[1]] *= np.float32(1e-37)
+    net.pool()
+    data = compose(net.model())
+    assert labels(data)["no_levels"].startswith("with levels it gives NaN or infinity for an image of random pixels")
+    assert composing.run(composing.open_session(data), IMAGES).shape == (5, 12)
+    assert b"levels/" not in data
+
+
+def test_levels_of_a_frozen_batch_run_one_by_one():
+    net = plain()
+    net.op("Reshape", net.constant(np.array([1, 16])))
+    session = composing.open_session(compose(net.model(batch=1)))
+    assert composing.widths(session) == (4, 8, 16)
+    assert composing.batch_size(session) == 1
+    assert composing.run(session, IMAGES).shape == (5, 28)
+
+
+def test_moments_must_have_the_joined_width():
+    with pytest.raises(InputError, match=r"it gives 28 features, but mu and sigma have the shapes \(16,\)"):
+        compose(plain().model(), mu=np.zeros(16), sigma=np.ones(16))
+
+
+def test_composing_with_levels_is_deterministic():
+    assert compose(inverted().model()) == compose(inverted().model())
