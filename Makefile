@@ -25,7 +25,7 @@ train: .venv/.installed
 	$(BIN)/ssd-edge train $(ARGS)
 
 test: .venv/.installed
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow $(ARGS)

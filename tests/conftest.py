@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -11,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
@@ -18,6 +20,9 @@ import pytest
 from helpers.forked import READ_AT_START, Launcher, run_real
 from helpers.shared import shared_folder
 from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from ssd_edge.backbones.package import BackbonePackage
 
 # OpenMP threads spin while waiting, so two workers with all threads each slow each other down.
 if _worker := os.environ.get("PYTEST_XDIST_WORKER"):
@@ -28,7 +33,40 @@ if _worker := os.environ.get("PYTEST_XDIST_WORKER"):
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
+# The files that take longest, first: in the end, workers then wait for each other only as long as a short file takes.
+LONGEST = (
+    "test_api.py",
+    "test_contract.py",
+    "test_export.py",
+    "test_kernels.py",
+    "test_cli_train.py",
+    "test_cli_device.py",
+    "test_deploy.py",
+    "test_every_learner.py",
+    "test_push.py",
+    "test_wheel.py",
+    "test_device.py",
+    "test_cli_reproduce.py",
+    "test_edit.py",
+    "test_oracle.py",
+    "test_remove_and_blank.py",
+    "test_tensorrt_gate.py",
+    "test_errno.py",
+    "test_train_streams.py",
+    "test_auto.py",
+    "test_html.py",
+    "test_killed_cli.py",
+    "test_watch_process.py",
+    "test_imports.py",
+)
+
 SHAPES = ("circle", "cross", "square", "stripes", "triangle")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort files; `make test` hands them out in this order."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -181,24 +219,40 @@ def bundle(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle deployed from `trained`."""
 
     def deploy(folder: Path) -> None:
-        run_here("deploy", "--target", "jetson", trained, "-o", folder / "robot.ssdedge")
+        with sharing_exports(tmp_path_factory):
+            run_here("deploy", "--target", "jetson", trained, "-o", folder / "robot.ssdedge")
 
     return shared_folder(tmp_path_factory, "deployed", deploy) / "robot.ssdedge"
 
 
-@pytest.fixture
-def exported_once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the deployments within this process share one export per backbone."""
+@contextlib.contextmanager
+def sharing_exports(factory: pytest.TempPathFactory) -> Iterator[Callable[[BackbonePackage], bytes]]:
+    """Let the deployments within this process share one export per backbone; yield the function that they call."""
     from exporters import deploy
-    from ssd_edge.backbones.package import BackbonePackage
+    from exporters.export import export_package
 
     def export(package: BackbonePackage) -> bytes:
         name = f"export-{package.identity.replace(':', '-')}"
-        folder = shared_folder(tmp_path_factory, name, lambda at: (at / "graph.onnx").write_bytes(real(package)))
+        folder = shared_folder(factory, name, lambda at: (at / "graph.onnx").write_bytes(export_package(package)))
         return (folder / "graph.onnx").read_bytes()
 
-    real = deploy.export_package
-    monkeypatch.setattr(deploy, "export_package", export)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deploy, "export_package", export)
+        yield export
+
+
+@pytest.fixture
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let the deployments within this process share one export per backbone."""
+    with sharing_exports(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="module")
+def export_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[BackbonePackage], bytes]]:
+    """Function that exports a backbone package unless a test of this session has; so do this module's deployments."""
+    with sharing_exports(tmp_path_factory) as export:
+        yield export
 
 
 @pytest.fixture(scope="session")

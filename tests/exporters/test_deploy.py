@@ -24,8 +24,11 @@ from ssd_edge.run import storage
 
 
 @pytest.fixture(scope="module")
-def deployed(package_run, tmp_path_factory) -> tuple[Path, DeployResult, list[str]]:
-    """Return the path of a bundle, the result of `deploy` and its log lines."""
+def deployed(package_run, export_once, tmp_path_factory) -> tuple[Path, DeployResult, list[str]]:
+    """Return the path of a bundle, the result of `deploy` and its log lines.
+
+    Deployments of this module share their exports; test_export.py repeats one.
+    """
     path, lines = tmp_path_factory.mktemp("bundle") / "robot.ssdedge", []
     return path, deploy(package_run, Options("jetson"), path, lines.append), lines
 
@@ -345,7 +348,6 @@ def test_missing_tensorrt_rtx_is_reported(onnx_run, tmp_path, monkeypatch):
     assert any(line.startswith("not checked with TensorRT's parser") for line in lines)
 
 
-@pytest.mark.usefixtures("exported_once")
 def test_empty_bundle_contains_nothing_learned(package_run, deployed, tmp_path):
     path = tmp_path / "blank.ssdedge"
     result = deploy_silently(package_run, path, empty=True)

@@ -23,15 +23,15 @@ IMAGES = np.random.default_rng(3).integers(0, 256, (33, 4, 4, 3), dtype=np.uint8
 
 
 @pytest.fixture(scope="module")
-def exported(package) -> bytes:
-    return onnx_export.export_package(package)
+def exported(package, export_once) -> bytes:
+    return export_once(package)
 
 
 @pytest.fixture(scope="module")
-def shipped() -> tuple[BackbonePackage, bytes]:
+def shipped(export_once) -> tuple[BackbonePackage, bytes]:
     """Return the shipped package and its export, because features of random weights vary too little for int8."""
     package = packages.load(None)
-    return package, onnx_export.export_package(package)
+    return package, export_once(package)
 
 
 @pytest.fixture(scope="module")

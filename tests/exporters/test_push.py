@@ -497,18 +497,20 @@ def test_missing_command_and_outdated_command(over: Over, robot: Path, tmp_path:
         over(robot, tmp_path / "device", command="sh -c 'exit 2'")
 
 
-def test_push_to_a_real_device(over: Over, onnx_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [False, pytest.param(True, marks=pytest.mark.slow)])  # twice the processes
+def test_push_to_a_real_device(over: Over, onnx_run: Path, tmp_path: Path, damaged: bool) -> None:
     from device_runtime.device import Device
     from exporters.deploy import Options, deploy
 
     path, root, log = tmp_path / "robot.ssdedge", tmp_path / "device", list[str]()
     deploy(onnx_run, Options("cpu"), path, log.append)
-    upload = root / "incoming" / bundle.read(path).sha256 / path.name
-    upload.parent.mkdir(parents=True)
-    upload.write_bytes(bytes(path.stat().st_size))  # damaged by a power failure
     command = shlex.join([sys.executable, "-m", "ssd_edge"])
-    with pytest.raises(BundleRefusedError, match=r"127\.0\.0\.1: "):
-        over(path, root, log, command=command)
+    if damaged:  # by a power failure
+        upload = root / "incoming" / bundle.read(path).sha256 / path.name
+        upload.parent.mkdir(parents=True)
+        upload.write_bytes(bytes(path.stat().st_size))
+        with pytest.raises(BundleRefusedError, match=r"127\.0\.0\.1: "):
+            over(path, root, log, command=command)
     result = over(path, root, log, command=command)
     assert result.generation == 1
     assert result.device["bundle_sha256"] == bundle.read(path).sha256

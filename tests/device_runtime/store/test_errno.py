@@ -45,11 +45,11 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-EVERY = [  # by default two errors, at every fourth of the about 80 calls of `open`
+EVERY = [  # by default two errors, at every eighth of the about 80 calls of `open`
     pytest.param(call, action, numbers, stride, marks=pytest.mark.slow if full or (call, action) not in QUICK else [])
     for call in CALLS
     for action in ACTIONS
-    for full, numbers, stride in ((False, NUMBERS[::7], 4 if call == "open" else 1), (True, NUMBERS, 1))
+    for full, numbers, stride in ((False, NUMBERS[::7], 8 if call == "open" else 1), (True, NUMBERS, 1))
 ]
 
 

@@ -40,7 +40,7 @@ def test_custom_backbone_end_to_end(shapes: Path, cli, tmp_path: Path) -> None:
         "backbone.onnx=own.onnx",
         "backbone.size=40",
     ]  # relative path: the run must be deployable from another folder
-    quick = ["run.panel=false", "run.baselines=false", "data.exclude=triangle"]
+    quick = ["run.panel=false", "run.baselines=false", "data.exclude=triangle", "learner.directions=60"]
     printed = cli("train", f"data.path={shapes}", *backbone, *quick, cwd=tmp_path).stdout
     assert "landmark: the backbone has no landmarks; random keys are used" in printed
     run = tmp_path / "runs" / "1"

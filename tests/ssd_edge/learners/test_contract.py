@@ -74,7 +74,7 @@ def test_resume_gives_identical_states(case: str, tasks: int) -> None:
 @pytest.mark.parametrize("case", OPTIONS)
 def test_nothing_grows_with_the_number_of_samples(case: str) -> None:
     few, many = make(case), make(case)
-    for learner, count in ((few, 60), (many, 600)):
+    for learner, count in ((few, 60), (many, 300)):
         learner.learn(task((0, 1), count))
         learner.learn(task((2, 3), count))
     shapes = [{name: (array.shape, array.dtype) for name, array in pack(each)[0].items()} for each in (few, many)]

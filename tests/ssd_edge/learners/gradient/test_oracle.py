@@ -220,14 +220,17 @@ def taught(learner: Learner, first: Task, second: Task) -> Any:
 
 
 CASES = [
-    {"hidden": "kl_softmax", "direction": "teacher_student"},
+    pytest.param({"hidden": "kl_softmax", "direction": "teacher_student"}, marks=pytest.mark.slow),
     {"hidden": "kl_softmax", "direction": "student_teacher", "temperature": 2.0},
-    {"hidden": "kl_softmax", "direction": "student_teacher", "hidden_weight": 0.9, "temperature": 0.5},
-    {"hidden": "mse", "hidden_weight": 0.9},
+    pytest.param(
+        {"hidden": "kl_softmax", "direction": "student_teacher", "hidden_weight": 0.9, "temperature": 0.5},
+        marks=pytest.mark.slow,
+    ),
+    pytest.param({"hidden": "mse", "hidden_weight": 0.9}, marks=pytest.mark.slow),
     {"hidden": "mse", "hidden_weight": 0.9, "direction": "student_teacher", "logit_scope": "old"},
     {"hidden": "mse", "hidden_weight": 0.5, "logit_scope": "seen"},
     {"hidden": "mse", "hidden_weight": 0.9, "top_n": "0.25"},
-    {"hidden": "kl_softmax", "hidden_weight": 0.9, "temperature": 0.2},
+    pytest.param({"hidden": "kl_softmax", "hidden_weight": 0.9, "temperature": 0.2}, marks=pytest.mark.slow),
     {"hidden": "kl_softmax", "hidden_weight": 1.0, "temperature": 0.1, "top_n": "96"},
 ]
 
@@ -318,10 +321,14 @@ def importances(oracle: Oracle, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 PENALTIES = [("ewc", 40.0), ("online_ewc", 40.0), ("mas", 20.0), ("l2", 0.2)]
+EACH = [  # by default each penalty with one learner
+    pytest.param(name, kind, weight, marks=[] if (place % 2 == 0) == (name == "ssd") else pytest.mark.slow)
+    for place, (kind, weight) in enumerate(PENALTIES)
+    for name in ("sdmlp", "ssd")
+]
 
 
-@pytest.mark.parametrize(("kind", "weight"), PENALTIES)
-@pytest.mark.parametrize("name", ["sdmlp", "ssd"])
+@pytest.mark.parametrize(("name", "kind", "weight"), EACH)
 def test_penalties_over_three_tasks(name: str, kind: str, weight: float) -> None:
     """The penalty acts on rows that moved since an anchor, active or not; importances add up or are replaced."""
     options = {"epochs": 10, "lr": 0.3, "penalty": kind, "penalty_weight": weight, "penalty_decay": 0.7}
