@@ -14,6 +14,10 @@ with entropy and .974 with the 99.99th percentile; MinMax is robust, and its mem
 images. Outputs are quantised as well as inputs, because a CPU otherwise has no integer kernel for the pair (one image
 on one EPYC thread: 0.96 ms; 2.2 ms with inputs only; 1.6 ms in fp32). The last matrix product is not quantised: with
 it, the smallest cosine of a network with squeeze and excitation was .944, without it .998.
+
+What all images have in common of the error that is left is measured on the calibration images and goes into μ. On
+EfficientNet-Lite0 (64 photographs of groceries, 120 others for testing) the smallest cosine rises from .968 to .970,
+and with levels, where the means of an early map move by several deviations, from .741 to .982.
 """
 
 from __future__ import annotations
@@ -30,12 +34,12 @@ import numpy as np
 
 from ssd_edge import files, ort
 from ssd_edge.backbones import onnx_file
-from ssd_edge.backbones.onnx import INPUT, LEVELS, NO_LEVELS, batch_size, finish, open_session
+from ssd_edge.backbones.onnx import INPUT, LEVELS, NO_LEVELS, batch_size, finish, open_session, run
 from ssd_edge.errors import InputError, require
 from ssd_edge.images import Pixels, decode, image_files
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
     from onnxruntime.quantization import CalibrationDataReader
 
 MIN_CALIBRATION_IMAGES = 16
@@ -296,7 +300,8 @@ def to_int8(onnx_bytes: bytes, images: np.ndarray | None) -> bytes:
     """Quantise the network in a graph, in the form that TensorRT's parser supports.
 
     Weights are int8 with one scale per channel, activations int8 with one scale, all symmetric, between QuantizeLinear
-    and DequantizeLinear. Biases stay float32. The same images give the same bytes.
+    and DequantizeLinear. Biases stay float32. The mean of the embeddings stays that of the fp32 graph. The same images
+    give the same bytes.
 
     Args:
         onnx_bytes: A graph in fp32.
@@ -343,7 +348,28 @@ def to_int8(onnx_bytes: bytes, images: np.ndarray | None) -> bytes:
                 f"the backbone cannot be made int8 ({onnx_file.short(error)}); use fp16 or fp32"
             ) from error
         quantised = _parse(files.read_bytes(path))
+    if (mean := _standardisation(quantised)) is not None:
+        before, after = (run(open_session(data), images) for data in (onnx_bytes, quantised.SerializeToString()))
+        _shift(*mean, after.mean(0, dtype=np.float64) - before.mean(0, dtype=np.float64))
     return _finish(quantised)
+
+
+def _standardisation(model: ModelProto) -> tuple[TensorProto, TensorProto] | None:
+    """Return the constants μ and σ of a graph, None if it gives raw features."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = {node.op_type: node for node in model.graph.node if node.name.startswith("after/")}
+    if not {"Sub", "Div"} <= nodes.keys():
+        return None
+    return constants[nodes["Sub"].input[1]], constants[nodes["Div"].input[1]]
+
+
+def _shift(mu: TensorProto, sigma: TensorProto, error: np.ndarray) -> None:
+    """Change μ so that embeddings lose an error that all of them have."""
+    import onnx
+
+    moved = onnx.numpy_helper.to_array(mu) + error * onnx.numpy_helper.to_array(sigma)
+    if np.isfinite(moved).all():  # else the comparison of the graphs says what is wrong
+        mu.CopyFrom(onnx.numpy_helper.from_array(moved.astype(np.float32), mu.name))
 
 
 def _to_quantise(model: ModelProto) -> list[str]:

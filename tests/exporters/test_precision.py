@@ -194,6 +194,17 @@ def test_levels_stay_in_fp32_and_the_network_does_not():
     assert {"Conv", "Relu", "MaxPool", "Clip"} <= groups["in"]
 
 
+def test_quantised_embeddings_keep_the_mean_of_the_calibration_images(monkeypatch):
+    plain, calibration = convolutions(levels="auto"), images(32, seed=1)
+    expected = run(open_session(plain), calibration)
+    found = run(open_session(precision.to_int8(plain, calibration)), calibration)
+    np.testing.assert_allclose(found.mean(0), expected.mean(0), atol=1e-5)
+    monkeypatch.setattr(precision, "_standardisation", lambda model: None)
+    as_rounded = run(open_session(precision.to_int8(plain, calibration)), calibration)
+    assert np.abs(as_rounded.mean(0) - expected.mean(0)).max() > 0.02
+    assert np.abs(found - expected).mean() < np.abs(as_rounded - expected).mean()
+
+
 def test_expensive_operators_are_fp16(plain):
     groups = operators(precision.to_fp16(plain), TensorProto.FLOAT16)
     assert {"Conv", "Relu", "MaxPool", "Clip"} <= groups["in"]
