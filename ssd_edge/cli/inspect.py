@@ -91,16 +91,16 @@ def _lines(path: Path, opened: Bundle, graphs: Mapping[str, Facts]) -> Iterator[
     yield "created", manifest["created"]
     yield "target", shown(manifest["target"])
     key = signed_with(opened)
-    pixels = Pixels.from_dict(backbone)
     yield "signature", f"names the key {key}; not checked here, see ssd-edge verify" if key else "unsigned"
     yield "learner", f"{shown(learner['name'])}: {_pairs(learner['settings'])}"
     more = f" … and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
     yield "classes", f"{len(names)}: {', '.join(names[:MAX_CLASSES])}{more}"
     yield (
         "backbone",
-        f"{shown(backbone['id'])}: {backbone['dim']} values of {pixels.describe()}; "
+        f"{shown(backbone['id'])}: {backbone['size']} x {backbone['size']} pixels to {backbone['dim']} values, "
         f"{shown(backbone['precision'])}, opset {backbone['opset']}",
     )
+    yield "  images", Pixels.from_dict(backbone).describe()
     for role, facts in graphs.items():
         if role != "backbone":
             yield role, f"opset {facts.opset}"

@@ -69,7 +69,8 @@ def tiny_bundle() -> TinyBundle:
     """Return a function that makes the bytes of a bundle.
 
     Its defaults are ``tiny_bundle(release=1, sign=None, shift=0.0, roll=0, target="cpu", learner="ncm",
-    normalised=False)``. `shift` corrupts the embeddings of the probe, `roll` its predictions; see `tiny_backbone`.
+    normalised=False)``. `shift` corrupts the embeddings of the probe, `roll` its predictions; `fitted` is what the
+    manifest says of its pixels beside their size; see `tiny_backbone`.
     """
     rng = np.random.default_rng(0)
     colours = np.array([(220, 30, 30), (30, 220, 30), (30, 30, 220)])
@@ -101,6 +102,7 @@ def tiny_bundle() -> TinyBundle:
         learner: str = "ncm",
         normalised: bool = False,
         backbone: bytes = b"",
+        fitted: dict[str, Any] | None = None,
         **changes: Any,
     ) -> bytes:
         backbone = backbone or tiny_backbone(normalised)
@@ -114,7 +116,7 @@ def tiny_bundle() -> TinyBundle:
             "probe": files.tensor_bytes(arrays, {"min_cosine": 0.9999, "max_difference": 1e-3}),
             "card": b"# tiny\n",
         }
-        described = {"size": SIZE, "dim": DIM, "precision": "fp32", "opset": 18, "id": "tiny"}
+        described = {"size": SIZE, "dim": DIM, "precision": "fp32", "opset": 18, "id": "tiny", **(fitted or {})}
         manifest = {
             "name": "tiny",
             "created": "2026-11-21T04:33:00Z",

@@ -116,7 +116,7 @@ def write_run(folder: Path, config: TrainConfig, embedder: Embedder) -> Path:
         "kind": "onnx" if config.backbone.onnx else "package",
         "path": config.backbone.onnx or config.backbone.path,
         "identity": embedder.identity,
-        "size": embedder.size,
+        **embedder.pixels.to_dict(),
         "dim": embedder.dim,
         "standardised": embedder.standardised,
         "provenance": embedder.provenance,

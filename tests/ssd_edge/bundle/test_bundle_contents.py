@@ -226,6 +226,35 @@ def test_backbone_graph_must_match_the_manifest(refusal, graph, message):
     assert message in refusal(hand.with_entry("backbone.onnx", graph))
 
 
+def test_pixels_of_manifest_and_graph(refusal):
+    """A graph says how images become its input; one that says nothing is believed whatever the manifest says."""
+
+    def said(graph: dict[str, str], manifest: dict[str, object]) -> dict[str, bytes]:
+        labels = b"".join(hand.field(14, hand.field(1, key) + hand.field(2, text)) for key, text in graph.items())
+        entries = hand.relisted({**hand.contents(), "backbone.onnx": hand.onnx() + labels})
+        values = json.loads(entries["manifest.json"])
+        values["backbone"] |= manifest
+        return {**entries, "manifest.json": files.json_bytes(values)}
+
+    crop = {"fit": "crop", "resize": 9, "interpolation": "bilinear"}
+    texts = {"size": "8", **{key: str(value) for key, value in crop.items()}}
+    for graph, manifest in ((texts, crop), ({}, crop), ({"size": "8"}, {}), ({}, {})):
+        bundle.parse(hand.sealed(said(graph, manifest)))
+    for graph, manifest, message in (
+        (texts, {}, "its backbone.onnx takes 8 × 8 pixels: shorter side to 9, centre crop, bilinear; but manifest"),
+        ({"size": "8"}, crop, "manifest.json says 8 × 8 pixels: shorter side to 9"),
+        ({**texts, "resize": "10"}, crop, "shorter side to 10"),
+        ({**texts, "fit": "x"}, crop, "backbone.onnx does not say correctly how images become the input: fit must be"),
+        (
+            {},
+            {**crop, "resize": 10**9},
+            "manifest.json does not say correctly how images become the input: resize must",
+        ),
+        ({}, {"interpolation": None}, "interpolation must be one of"),
+    ):
+        assert message in refusal(hand.sealed(said(graph, manifest)))
+
+
 def test_unspecified_input_shape_is_accepted(tmp_path):
     graph = hand.onnx().replace(b"\x0a\x02\x08\x08\x0a\x02\x08\x08", b"\x0a\x02\x12\x00\x0a\x02\x12\x00")
     path = tmp_path / "robot.ssdedge"

@@ -135,6 +135,7 @@ def test_inspect(put, key):
         "learner     ssd: k 10",
         "classes     2: cup, schraube ß",
         "backbone    test: 8 x 8 pixels to 3 values, fp32, opset 18",
+        "  images    8 × 8 pixels: the whole image, without keeping its proportions, bicubic",
         "  takes     images uint8 (batch, 8, 8, 3)",
         "  gives     embeddings float32 (batch, 3)",
         "  operators 3 nodes: Cast Mul ReduceMean",
