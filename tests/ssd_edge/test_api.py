@@ -186,7 +186,8 @@ def test_a_run_shows_as_a_table(run: ssd_edge.Run, trained: Path) -> None:
 @pytest.mark.parametrize("name", ["landmark", "ncm", "slda", "ridge", "ssd"])
 def test_classifier(name: str, tmp_path: Path) -> None:
     features, labels = clusters()
-    model = ssd_edge.Classifier(name).learn(features[:40], labels[:40])
+    small = {"directions": 60} if name == "landmark" else {}
+    model = ssd_edge.Classifier(name, **small).learn(features[:40], labels[:40])
     assert model.classes == ["gear", "bolt"]
     assert model.learn(features[40:], labels[40:]) is model
     assert model.classes == ["gear", "bolt", "nut"]
@@ -217,7 +218,7 @@ def test_classifier_forgets_and_relearns() -> None:
 
 def test_classifier_forgets_approximately_only_if_asked() -> None:
     features, labels = clusters()
-    model = ssd_edge.Classifier("landmark").learn(features, labels)
+    model = ssd_edge.Classifier("landmark", directions=60).learn(features, labels)
     with pytest.raises(InputError, match="approximately"):
         model.forget("bolt")
     assert model.classes == ["gear", "bolt", "nut"]
