@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     set_threads(0)
-    embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
+    embedder = open_backbone(BackboneConfig(name="tiny"), torch.device("cpu"))
 
     def read(name: str) -> tuple[Tensor, Tensor]:
         dataset = load(DataConfig(path=name), 0)

@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     set_threads(0)
-    embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
+    embedder = open_backbone(BackboneConfig(name="tiny"), torch.device("cpu"))
     ten, hundred = (load(DataConfig(path=f"cifar{n}-jpg.tar.xz"), 0) for n in (10, 100))
     box = Box(args.run)
     row = np.array([box.names.index(name) if name in box.names else -1 for name in ten.classes])[ten.test_labels]

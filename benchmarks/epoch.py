@@ -31,7 +31,7 @@ def cifar() -> tuple[Task, Task, Task]:
     from ssd_edge.run.embed import embed
 
     dataset = load(DataConfig(path="cifar10-jpg.tar.xz"), 0)
-    embedded = embed(dataset, open_backbone(BackboneConfig(), torch.device("cpu")), Console(), True)
+    embedded = embed(dataset, open_backbone(BackboneConfig(name="tiny"), torch.device("cpu")), Console(), True)
 
     def task(part: str, labels: torch.Tensor, rows: range) -> Task:
         index = torch.isin(labels, torch.tensor(rows)).nonzero().flatten()

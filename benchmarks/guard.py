@@ -231,8 +231,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    own = {"onnx": args.onnx, "size": args.size, "mean": (args.mean,) * 3, "std": (args.std,) * 3} if args.onnx else {}
-    embedder = open_backbone(BackboneConfig(**own), torch.device("cpu"))
+    own = {"name": f"onnx:{args.onnx}", "size": args.size, "mean": (args.mean,) * 3, "std": (args.std,) * 3}
+    embedder = open_backbone(BackboneConfig(**(own if args.onnx else {"name": "tiny"})), torch.device("cpu"))
     dataset = load(DataConfig(path=args.data, max_per_class=args.per_class), 0)
     vectors = embed(dataset, embedder, Console(), True)
     side = embedder.pixels.size

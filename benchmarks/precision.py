@@ -22,8 +22,7 @@ from exporters import parity
 from exporters import precision as precisions
 from exporters.deploy import Options, deploy
 from ssd_edge import bundle, data
-from ssd_edge.backbones import package as packages
-from ssd_edge.backbones.embedder import TorchEmbedder
+from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.backbones.onnx import open_session
 from ssd_edge.run import finished, storage
 from ssd_edge.run.train import set_threads
@@ -44,8 +43,7 @@ def main() -> None:
     dataset = data.load(run.config.data, run.config.run.seed)
     images = dataset.test.load(np.arange(len(dataset.test)), run.pixels)
     labels = np.array([run.registry.row(name) for name in dataset.classes])[dataset.test_labels]
-    path = run.config.backbone.path
-    wanted = TorchEmbedder(packages.load(Path(path) if path else None), torch.device("cpu")).embed(images)
+    wanted = open_backbone(run.config.backbone, torch.device("cpu"), args.run).embed(images)
     rows, graphs = [], {}
     for precision in precisions.names():
         row, graphs[precision] = _deploy(args.run, precision)

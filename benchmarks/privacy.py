@@ -126,7 +126,7 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
+        embedder = open_backbone(BackboneConfig(name="tiny"), torch.device("cpu"))
         dataset = load(DataConfig(path="cifar10-jpg.tar.xz"), 0)
 
         def some(images: Any, labels: np.ndarray, count: int) -> Tensor:

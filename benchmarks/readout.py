@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
+    embedder = open_backbone(BackboneConfig(name="tiny"), torch.device("cpu"))
     vectors, labels = embeddings("cifar10-jpg.tar.xz", embedder)
     train, held_out, row = protocol(labels, args.order)
     given, test = (vectors[train], row[train]), (vectors[held_out], row[held_out])

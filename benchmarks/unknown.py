@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     set_threads(0)
-    embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
+    embedder = open_backbone(BackboneConfig(name="tiny"), torch.device("cpu"))
     ten, hundred = (load(DataConfig(path=f"cifar{n}-jpg.tar.xz"), 0) for n in (10, 100))
     vectors = {part: torch.from_numpy(array) for part, array in embed(ten, embedder, Console(), True).items()}
     far = torch.from_numpy(embed(hundred, embedder, Console(), True)["test"])

@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     set_threads(0)
     dataset = load(DataConfig(path=args.data), 0)
-    embedder = open_backbone(BackboneConfig(), torch.device("cpu"))
+    embedder = open_backbone(BackboneConfig(name="tiny"), torch.device("cpu"))
     embedded = embed(dataset, embedder, Console(), True)
     train, test = (torch.from_numpy(embedded[part]) for part in ("train", "test"))
     labels, truth = torch.from_numpy(dataset.train_labels), torch.from_numpy(dataset.test_labels)

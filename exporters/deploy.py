@@ -23,10 +23,10 @@ from exporters.export import export_package
 from exporters.head import export_head
 from exporters.parity import Reference
 from ssd_edge import bundle, files, learners, ort, targets
-from ssd_edge.backbones import onnx_file
+from ssd_edge.backbones import names, onnx_file
 from ssd_edge.backbones import package as packages
-from ssd_edge.backbones.embedder import TorchEmbedder
-from ssd_edge.backbones.onnx import OnnxEmbedder, compose, open_session, run
+from ssd_edge.backbones.embedder import open_backbone
+from ssd_edge.backbones.onnx import compose, open_session, run
 from ssd_edge.bundle import card
 from ssd_edge.errors import GateRefusedError, InputError, require
 from ssd_edge.learners.priors import Priors
@@ -195,37 +195,30 @@ def _check_options(options: Options, target: Target) -> None:
 def _export(state: FinishedRun) -> tuple[bytes, Reference, Priors]:
     """Return the exported graph, the embeddings it must reproduce, and the priors of the backbone."""
     config = state.config.backbone
-    if state.backbone["kind"] == "onnx":
-        own = OnnxEmbedder(config)
-        _check_identity(state, own.identity)
-        mu, sigma = state.standardisation(own.dim)
-        original = onnx_file.read(config.onnx)
-        # not apart: `OnnxEmbedder` has tried the same file
-        onnx = compose(
-            original,
-            own.pixels,
-            config.mean,
-            config.std,
-            config.layout,
-            mu,
-            sigma,
-            allow_control_flow=config.allow_control_flow,
-        )
-        return onnx, lambda images: (own.embed(images) - mu) / sigma, own.priors
-    package = packages.load(Path(config.path) if config.path else None)
-    _check_identity(state, package.identity)
-    return export_package(package), TorchEmbedder(package, torch.device("cpu")).embed, package.priors
-
-
-def _check_identity(state: FinishedRun, found: str) -> None:
-    """Check that the backbone is the one of the run."""
-    stated = state.backbone["identity"]
-    if found != stated:
-        path = state.backbone["path"] or "that ships with SSD-Edge"
+    own = open_backbone(config, torch.device("cpu"), state.folder)
+    if own.identity != (stated := state.backbone["identity"]):
         raise InputError(
-            f"the backbone {path} is {found}, but {state.folder} was made with {stated}; "
-            "restore that backbone, or train again"
+            f"the backbone {config.name} is {own.identity}, but {state.folder} was made with {stated}; restore that "
+            "backbone, or train again"
         )
+    if own.graph is None:
+        package = packages.load(names.package_folder(config))
+        return export_package(package), own.embed, own.priors
+    mu, sigma = state.standardisation(own.dim)
+    graph = own.graph
+    # not apart: opening it has tried the same graph
+    onnx = compose(
+        graph.model,
+        graph.pixels,
+        graph.mean,
+        graph.std,
+        graph.layout,
+        mu,
+        sigma,
+        name=own.identity,
+        allow_control_flow=graph.allow_control_flow,
+    )
+    return onnx, lambda images: (own.embed(images) - mu) / sigma, own.priors
 
 
 def _check_tensorrt(onnx: bytes, what: str, target: Target, log: Log) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ssd_edge import files, images, learners
 from ssd_edge.backbones.embedder import Embedder, standardisation
-from ssd_edge.config import TrainConfig, parse, read_yaml, to_tree
+from ssd_edge.config import SHORT, TrainConfig, parse, read_yaml, to_tree
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.images import Pixels, check_embedded
 from ssd_edge.learners.priors import Priors
@@ -62,7 +62,7 @@ def train(
         seed: Seed of everything random; 0 by default.
         progress: True prints progress, False prints nothing; a function receives `ssd_edge.report.events`.
         **overrides: Further settings, as sections (``stream={"tasks": 5}``) or single keys
-            (``**{"stream.tasks": 5}``). `ssd-edge config` lists them.
+            (``**{"stream.tasks": 5}``); ``backbone="lite2"`` names a backbone. `ssd-edge config` lists them.
 
     Returns:
         The finished run.
@@ -604,7 +604,7 @@ def _tree(
     if run_keys:
         tree["run"] = {**(tree.get("run") or {}), **run_keys}
     for key, value in overrides.items():
-        section_name, dot, name = key.partition(".")
+        section_name, dot, name = SHORT.get(key, key).partition(".") if isinstance(value, str) else key.partition(".")
         if dot:
             value = {name: value}
         if isinstance(value, Mapping) and isinstance(tree.get(section_name) or {}, Mapping):

@@ -22,6 +22,7 @@ from ssd_edge.errors import InputError, did_you_mean
 T = TypeVar("T")
 
 MAX_YAML_BYTES = 50_000  # the largest experiment of the papers has 3,000
+SHORT = {"backbone": "backbone.name"}  # on the command line
 LARGEST_NUMBER = 1e15  # of any setting: a whole number up to here is exact in float64 and fits into an int64
 
 
@@ -65,14 +66,29 @@ class DataConfig:
 class BackboneConfig:
     """Frozen backbone of a run (`backbone.*`)."""
 
-    path: str = setting("", "folder of a backbone package; empty: the one shipped with ssd-edge")
-    onnx: str = setting("", "backbone as an ONNX file, instead of a package")
-    size: int = setting(0, "side of the square input in pixels; only for backbone.onnx", minimum=0, maximum=1024)
-    mean: tuple[float, ...] = setting((0.485, 0.456, 0.406), "per channel, for pixels in 0..1; only for backbone.onnx")
-    std: tuple[float, ...] = setting((0.229, 0.224, 0.225), "per channel, for pixels in 0..1; only for backbone.onnx")
-    layout: Literal["nchw", "nhwc"] = setting("nchw", "order of the input axes; only for backbone.onnx")
+    name: str = setting(
+        "lite0", "lite0, lite2, mobilenet-v3-small, timm/…, torchvision/…, hf/…, onnx:FILE, package:FOLDER, or tiny"
+    )
+    weights: str = setting(
+        "", "local file of weights (safetensors or PyTorch) for a network of a library; empty: its own"
+    )
+    size: int = setting(0, "side of the square input in pixels; 0: the backbone's own", minimum=0, maximum=1024)
+    mean: tuple[float, ...] = setting(
+        (), "per channel, for pixels in 0..1; empty: the backbone's own, or ImageNet's for onnx:FILE"
+    )
+    std: tuple[float, ...] = setting((), "as backbone.mean")
+    fit: Literal["own", "crop", "squash", "pad"] = setting(
+        "own", "how an image becomes a square: centre crop, squashed, or padded; own: as the backbone was trained"
+    )
+    resize: int = setting(
+        0, "crop: shorter side in pixels before the crop; 0: the backbone's own", minimum=0, maximum=4096
+    )
+    interpolation: Literal["own", "box", "bilinear", "hamming", "bicubic", "lanczos"] = setting(
+        "own", "filter; own: as the backbone was trained"
+    )
+    layout: Literal["nchw", "nhwc"] = setting("nchw", "order of the input axes; only for onnx:FILE")
     allow_control_flow: bool = setting(
-        False, "accept loops and branches, which may never end, in a file that you trust; only for backbone.onnx"
+        False, "accept loops and branches, which may never end, in a file that you trust"
     )
     cache: bool = setting(True, "cache embeddings, keyed by a hash of backbone and data ($SSD_EDGE_CACHE)")
 
@@ -324,7 +340,7 @@ def merge(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return a tree read from YAML with ``section.key=value`` overrides applied.
 
     Values stay text, which `parse_section` converts to the type of the setting: YAML would change folder names such as
-    ``007``, ``1.10`` or ``no``. ``[a, b]`` is a list of texts.
+    ``007``, ``1.10`` or ``no``. ``[a, b]`` is a list of texts. ``backbone=NAME`` is short for ``backbone.name=NAME``.
 
     Raises:
         InputError: An override has another form.
@@ -332,6 +348,7 @@ def merge(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     merged = {section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()}
     for override in overrides:
         key, equals, text = override.partition("=")
+        key = SHORT.get(key, key)
         section, dot, name = key.partition(".")
         if not (equals and dot and section and name):
             raise InputError(f"'{override}' is not of the form section.key=value, e.g. data.path=FOLDER")

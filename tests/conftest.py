@@ -207,7 +207,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def train(out: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:  # joint training takes longer than all others together
             patch.setattr(training, "JOINT", dataclasses.replace(training.JOINT, **training.ONE_PASS))
-            data = (f"data.path={shapes}", "data.exclude=triangle")
+            data = ("backbone=tiny", f"data.path={shapes}", "data.exclude=triangle")
             # the cost of a learn grows with their cube; docs/python.md and the README are run with the default
             run_here("train", *data, "learner.directions=150", f"run.out={out}", "run.threads=1")
 

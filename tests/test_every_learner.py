@@ -38,6 +38,7 @@ BY_DEFAULT = ("landmark", "ssd")
 def test_train_deploy_learn(name: str, shapes: Path, tmp_path: Path) -> None:
     tree = {
         "data": {"path": str(shapes), "exclude": ["triangle"]},
+        "backbone": {"name": "tiny"},
         "run": {"out": str(tmp_path), "panel": False, "baselines": False},
         "learner": {"name": name, **QUICK.get(name, {})},
     }

@@ -139,7 +139,7 @@ def _key(at: Ground) -> Path:
 
 TINY = ("train.epochs=1", "train.batch=32", "student.neurons=64", "student.epochs=1")
 SCENARIOS: dict[str, Callable[[Ground], object]] = {
-    "train": lambda at: at.ssd_edge("train", f"data.path={at.shapes}", f"run.out={at.work / 'runs'}"),
+    "train": lambda at: at.ssd_edge("train", "backbone=tiny", f"data.path={at.shapes}", f"run.out={at.work / 'runs'}"),
     "evaluate": lambda at: at.ssd_edge("evaluate", at.run),
     "deploy": lambda at: at.ssd_edge("deploy", "--target", "cpu", at.run, "-o", at.work / "its.ssdedge", "--head"),
     "push": _push,
@@ -194,7 +194,7 @@ def test_install_and_predict_send_and_leave_nothing(ground: Ground, bundle: Path
 
 @pytest.mark.slow
 def test_train_deploy_install_and_predict_send_and_leave_nothing(ground: Ground) -> None:
-    data = [f"data.path={ground.shapes}", "data.classes=circle,cross", "learner.name=ncm"]
+    data = [f"data.path={ground.shapes}", "data.classes=circle,cross", "learner.name=ncm", "backbone=tiny"]
     several = [
         ["train", *data, f"run.out={ground.run.parent}", "run.baselines=false", "run.panel=false"],
         ["deploy", "--target", "cpu", str(ground.run), "-o", str(ground.bundle)],

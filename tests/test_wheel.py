@@ -64,7 +64,7 @@ def test_train_deploy_and_predict_outside_the_source_tree(
         archive.extractall(site)
 
     env = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
-    small = ("learner.name=ncm", "data.classes=circle,stripes")
+    small = ("backbone=tiny", "learner.name=ncm", "data.classes=circle,stripes")
     picture = sorted((shapes / "test" / "stripes").iterdir())[0]
     commands = [
         ("train", f"data.path={shapes}", *small, "run.panel=false", "run.baselines=false"),

@@ -9,11 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ssd_edge.backbones import graph, names
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.levels import scales
 from ssd_edge.backbones.networks import ARCHITECTURES, EmbeddingNetwork
+from ssd_edge.backbones.onnx import OnnxEmbedder
 from ssd_edge.config import BackboneConfig
-from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.errors import BundleRefusedError
 from ssd_edge.images import Pixels
 from ssd_edge.learners.priors import Priors
 
@@ -29,6 +31,7 @@ class Embedder(Protocol):
         standardised: True if the output is standardised; False for raw features, which the first task standardises.
         priors: Statistics from pretraining.
         provenance: Entries for the model card.
+        graph: The network that a run keeps in its folder; None for a package, which the run only names.
     """
 
     identity: str
@@ -38,6 +41,7 @@ class Embedder(Protocol):
     standardised: bool
     priors: Priors
     provenance: dict[str, Any]
+    graph: graph.NetworkGraph | None
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """Embed images, uint8 RGB ``(N, size, size, 3)``, and return float32 ``(N, D)``."""
@@ -95,6 +99,7 @@ class TorchEmbedder:
         self.standardised = True
         self.priors = package.priors
         self.provenance = package.card
+        self.graph: graph.NetworkGraph | None = None
 
     @torch.inference_mode()
     def embed(self, images: np.ndarray) -> np.ndarray:
@@ -108,17 +113,22 @@ def _parts(images: np.ndarray, batch: int) -> Iterable[np.ndarray]:
     return (np.ascontiguousarray(images[start : start + batch]) for start in range(0, len(images), batch))
 
 
-def open_backbone(config: BackboneConfig, device: torch.device) -> Embedder:
-    """Open the backbone of a configuration: the shipped package, another package, or an ONNX file.
+def open_backbone(
+    config: BackboneConfig, device: torch.device, folder: Path | None = None, say: names.Say = lambda text: None
+) -> Embedder:
+    """Open the backbone of a configuration.
+
+    Args:
+        config: Configuration.
+        device: Where a package is run; graphs run on the CPU.
+        folder: Folder of a run: its backbone is opened as the run kept it, without library and network.
+        say: Receives what takes long, such as a download.
 
     Raises:
-        InputError: The configuration names both a package and an ONNX file, or the file cannot be used.
-        BundleRefusedError: The package is damaged.
+        InputError: The name is unknown, or a file cannot be used.
+        BundleRefusedError: The package or the run is damaged.
+        EnvironmentUnfitError: A package is missing, or a download fails.
     """
-    if config.onnx and config.path:
-        raise InputError(f"backbone.path={config.path} and backbone.onnx={config.onnx} exclude each other; drop one")
-    if config.onnx:
-        from ssd_edge.backbones.onnx import OnnxEmbedder
-
-        return OnnxEmbedder(config)
-    return TorchEmbedder(packages.load(Path(config.path) if config.path else None), device)
+    if (package := names.package_folder(config)) is not None:
+        return TorchEmbedder(packages.load(package), device)
+    return OnnxEmbedder(names.resolve(config, say) if folder is None else graph.load(folder))

@@ -1,8 +1,8 @@
-"""A user's own backbone: an ONNX file, combined with preprocessing and standardisation into one graph.
+"""A backbone as an ONNX file, combined with preprocessing and standardisation into one graph.
 
 `compose` makes the graph that workstation and device run:
 
-    uint8 RGB (N, size, size, 3) → normalised pixels → the user's network → (f − μ)/σ → float32 (N, D)
+    uint8 RGB (N, size, size, 3) → normalised pixels → the network → (f − μ)/σ → float32 (N, D)
 
 The features f may join several levels, see `levels`. Preprocessing, the means of levels and standardisation are in
 fp32, whatever the precision of the network.
@@ -11,12 +11,11 @@ fp32, whatever the precision of the network.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssd_edge import files, ort
+from ssd_edge import ort
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.levels import PREFIX, Choice, NoLevelsError, find, join
 from ssd_edge.errors import InputError, require
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
     from onnxruntime import InferenceSession
 
-    from ssd_edge.config import BackboneConfig
+    from ssd_edge.backbones.graph import NetworkGraph
 
 SCHEMA = "ssd-edge-backbone/1"  # in the metadata of the model
 # Metadata about levels, as "16@112 24@56 1280": widths and sides, the features last; or why there are none.
@@ -43,53 +42,42 @@ Step = tuple[str, tuple[np.ndarray, ...], dict[str, Any]]
 
 
 class OnnxEmbedder:
-    """An `Embedder` that runs the user's network with ONNX Runtime on the CPU and returns raw features.
+    """An `Embedder` that runs a network's graph with ONNX Runtime on the CPU and returns raw features.
 
     Args:
-        config: Configuration with `onnx`, `size`, `mean`, `std` and `layout`.
+        graph: The network and its preprocessing.
 
     Raises:
-        InputError: The file cannot be read or used; see `compose`.
+        InputError: The graph cannot be used; see `compose`.
         EnvironmentUnfitError: onnx or onnxruntime is not installed.
     """
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, graph: NetworkGraph) -> None:
         from ssd_edge.learners.priors import Priors  # imports PyTorch, which the child of `compose_apart` does not need
 
+        self.graph: NetworkGraph | None = graph
+        self.pixels, self.identity = graph.pixels, graph.identity
         try:
-            if not config.size:
-                raise InputError("backbone.size is missing; set it to the side of its input in pixels")
-            self.pixels = Pixels(config.size)
-            preprocessing = (self.pixels, config.mean, config.std, config.layout)
-            data = onnx_file.read(config.onnx)
-            self._session = open_session(compose_apart(data, *preprocessing, config.allow_control_flow))
+            self._session = open_session(
+                compose_apart(graph.model, self.pixels, graph.mean, graph.std, graph.layout, graph.allow_control_flow)
+            )
         except InputError as error:
-            raise InputError(f"backbone.onnx={config.onnx}: {error}") from error
-        self.identity = identity(data, *preprocessing)
+            raise InputError(f"backbone.name={graph.name}: {error}") from error
         self.dim = int(self._session.get_outputs()[0].shape[1])
         self.widths = widths(self._session)
         self.standardised = False
         self.priors = Priors()
         self.provenance: dict[str, Any] = {
-            "kind": "onnx",
-            "file": Path(config.onnx).name,
-            "sha256": files.sha256(data),
-            "mean": list(config.mean),
-            "std": list(config.std),
-            "layout": config.layout,
+            **graph.card,
+            "mean": list(graph.mean),
+            "std": list(graph.std),
+            "layout": graph.layout,
             "batch": "one image" if batch_size(self._session) == 1 else "dynamic",
-            "terms": "those of its author; SSD-Edge does not know them",
         }
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """Return the raw features, float32 ``(N, D)``, of uint8 RGB images ``(N, size, size, 3)``."""
         return run(self._session, images)
-
-
-def identity(model_bytes: bytes, pixels: Pixels, mean: Sequence[float], std: Sequence[float], layout: str) -> str:
-    """Return a short digest of everything that determines the features."""
-    preprocessing = {"pixels": pixels.to_dict(), "mean": list(mean), "std": list(std), "layout": layout}
-    return files.sha256(files.json_bytes({"model": files.sha256(model_bytes), **preprocessing}))[:16]
 
 
 def open_session(model: bytes) -> InferenceSession:
@@ -126,6 +114,29 @@ def widths(session: InferenceSession) -> tuple[int, ...]:
     if LEVELS not in labels:
         return (int(session.get_outputs()[0].shape[1]),)
     return tuple(int(level.partition("@")[0]) for level in labels[LEVELS].split())
+
+
+def stated_size(model_bytes: bytes, layout: str, allow_control_flow: bool) -> int:
+    """Return the side of the input that a model states, read in a child process as in `compose_apart`.
+
+    Raises:
+        InputError: The model cannot be used, or its input may have any size.
+    """
+    require("onnx", "export", _PURPOSE)
+    options = {"layout": layout, "allow_control_flow": allow_control_flow}
+    model = {"model": np.frombuffer(model_bytes, np.uint8)}
+    try:
+        found = apart.call(f"{__name__}:_stated_size", model, options, len(model_bytes), apart.memory_limit())
+    except apart.Stopped as error:
+        raise InputError(f"it {error} when it was read; use a smaller network or more memory") from error
+    return int(found["size"])
+
+
+def _stated_size(arrays: apart.Arrays, options: Mapping[str, Any]) -> apart.Arrays:
+    """Do the work of `stated_size` in the child."""
+    model = onnx_file.parse(arrays["model"].tobytes(), options["allow_control_flow"])
+    image, _ = onnx_file.interface(model.graph)
+    return {"size": np.array(onnx_file.side(image, options["layout"]), np.int64)}
 
 
 def compose_apart(
@@ -196,7 +207,7 @@ def compose(
         layout: Layout of the input, ``nchw`` or ``nhwc``.
         mu: Mean of the features, ``(D,)``. Without mu and sigma the model returns raw features.
         sigma: Standard deviation of the features, ``(D,)``.
-        name: Identity of the backbone for the metadata. Empty: that of `identity`.
+        name: Identity of the backbone for the metadata.
         allow_control_flow: See `onnx_file.parse`.
         levels: Levels that are joined with the features, see `levels.find`. If the network has none, or does not run
             with them, the model gives the features alone and says why in its metadata.
@@ -265,7 +276,7 @@ def compose(
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(result, types.FLOAT, [batch, dim]))
     try:
-        return finish(model, name or identity(model_bytes, pixels, mean, std, layout), pixels, dim, labels)
+        return finish(model, name, pixels, dim, labels)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InputError(f"its shapes or types contradict each other ({onnx_file.short(error)})") from error
 

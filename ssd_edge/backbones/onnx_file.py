@@ -1,6 +1,6 @@
 """Parse and check a user's ONNX file, and remove everything that a backbone does not need.
 
-Error messages are written to follow "backbone.onnx=FILE: ".
+Error messages are written to follow "backbone.name=onnx:FILE: ".
 """
 
 from __future__ import annotations
@@ -140,6 +140,25 @@ def check_input(image: ValueInfoProto, size: int, layout: str) -> None:
     Raises:
         InputError: The input does not have rank 4, three channels and the configured size.
     """
+    height, width = _sides(image, layout)
+    if height not in (None, size) or width not in (None, size):
+        raise InputError(f"its input is {describe(image)}, but backbone.size is {size} (images are square)")
+
+
+def side(image: ValueInfoProto, layout: str) -> int:
+    """Return the side of the declared input.
+
+    Raises:
+        InputError: The input does not have rank 4 and three channels, or states no size.
+    """
+    height, _ = _sides(image, layout)
+    if height is None:
+        raise InputError("backbone.size is missing; set it to the side of its input in pixels")
+    return height
+
+
+def _sides(image: ValueInfoProto, layout: str) -> tuple[int | None, int | None]:
+    """Return the declared height and width of the input, None if unknown."""
     dims = _dims(image)
     if len(dims) != 4:
         raise InputError(f"its input must be images, of rank 4, but is {describe(image)}")
@@ -151,8 +170,7 @@ def check_input(image: ValueInfoProto, size: int, layout: str) -> None:
             f"its input must have 3 channels, but is {describe(image)} with backbone.layout={layout}{advice}"
         )
     height, width = dims[2:] if layout == "nchw" else dims[1:3]
-    if height not in (None, size) or width not in (None, size):
-        raise InputError(f"its input is {describe(image)}, but backbone.size is {size} (images are square)")
+    return height, width
 
 
 def element_type(value: ValueInfoProto) -> int:

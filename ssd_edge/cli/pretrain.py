@@ -29,13 +29,13 @@ def pretrain(
     ssd-edge pretrain my-backbone data.path=FOLDER train.arch=convmixer train.epochs=60   (a GPU job)
     ssd-edge pretrain my-backbone --student data.path=FOLDER student.neurons=2000
 
-    Then: ssd-edge train backbone.path=my-backbone data.path=…
+    Then: ssd-edge train backbone=package:my-backbone data.path=…
 
     On one half of Tiny-ImageNet, with the other half as the stream:
 
     \b
     ssd-edge pretrain half --classes 0:100 data.path=tiny-imagenet-200.zip
-    ssd-edge train backbone.path=half data.path=tiny-imagenet-200.zip data.classes=100:200
+    ssd-edge train backbone=package:half data.path=tiny-imagenet-200.zip data.classes=100:200
     """
     from ssd_edge.config import PretrainConfig, merge, parse
     from ssd_edge.errors import InputError, printable
@@ -72,4 +72,4 @@ def pretrain(
         trained = pretrain_backbone(config, dataset, device, command, log)
     size = packages.save(trained, package)
     echo(f"{package}: {size / 1e6:.1f} MB, identity {trained.identity}")
-    echo(f"next: ssd-edge train backbone.path={package} data.path=…")
+    echo(f"next: ssd-edge train backbone=package:{package} data.path=…")

@@ -76,8 +76,8 @@ class Sources:
     def embedder(self, name: str) -> Embedder:
         """Return the backbone of that name."""
         if name not in self._embedders:
-            path = "" if name == "shipped" else str(self.tiny_backbone)
-            self._embedders[name] = open_backbone(BackboneConfig(path=path), self.device)
+            backbone = "tiny" if name == "shipped" else f"package:{self.tiny_backbone}"
+            self._embedders[name] = open_backbone(BackboneConfig(backbone), self.device)
         return self._embedders[name]
 
     def dataset(self, path: str, classes: tuple[str, ...]) -> Dataset:

@@ -45,7 +45,7 @@ def open_embedder(folder: Path, config: TrainConfig) -> Embedder:
         InputError: If the backbone is not the one that the run used.
         BundleRefusedError: If the record of the run is damaged.
     """
-    embedder = open_backbone(config.backbone, pick_device(config.run.device))
+    embedder = open_backbone(config.backbone, pick_device(config.run.device), folder)
     recorded = files.read_json(folder / "backbone.json")
     if not isinstance(recorded, dict) or "identity" not in recorded:
         raise BundleRefusedError(f"{folder / 'backbone.json'} has no backbone identity; restore it")

@@ -30,7 +30,7 @@ STANDARDISATION = {
     "sigma": TensorSpec(("D",), "float32", "deviation of the first task", least=float(np.finfo(np.float32).tiny)),
 }
 # Keys that are read from the files of a run, with their types.
-_BACKBONE = {"kind": str, "path": str, "identity": str, "size": int, "dim": int, "provenance": dict}
+_BACKBONE = {"name": str, "identity": str, "size": int, "dim": int, "provenance": dict}
 TIME = "%Y-%m-%dT%H:%M:%SZ"  # format of the times in run.json, in UTC
 RECORD = {"argv": list, "seed": int, "threads": int, "machine": str, "versions": dict}
 METRICS = {

@@ -4,11 +4,12 @@
 runs/<n>/config.yaml              resolved configuration
          run.json                 argv, versions, threads, machine, git sha, seed, times, status
          backbone.json            backbone with its digest
+         backbone.onnx            its network, unless it is a package
          classes.json             class registry by learner row
          progress.json            for each learner: accuracies so far, seconds, name of the matching checkpoint
          checkpoints/             latest state of each unfinished learner
          metrics.json report.html learner.safetensors statistics.safetensors
-         standardisation.safetensors   mean and deviation of the first task, for a user's ONNX backbone
+         standardisation.safetensors   mean and deviation of the first task, unless the backbone is a package
 ```
 Each file is replaced atomically, and `progress.json` is written after the checkpoint that it names. A crash loses at
 most the current task.

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ssd_edge import files, learners
-from ssd_edge.backbones.embedder import open_backbone
+from ssd_edge.backbones import graph, names
+from ssd_edge.backbones.embedder import Embedder, open_backbone
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import TrainConfig, parse, to_tree
 from ssd_edge.data import load
@@ -102,16 +103,21 @@ def limit_epochs(options: Mapping[str, Any], online: bool) -> dict[str, Any]:
 class Setup:
     """Data set, backbone and stream of a configuration, checked before the run's folder is created.
 
+    Args:
+        config: Configuration of the run.
+        listener: Receives progress events.
+        folder: Folder of a run that is resumed, which has its backbone; None for a new run.
+
     Raises:
         InputError: If a setting, the data or the backbone cannot be used.
     """
 
-    def __init__(self, config: TrainConfig, listener: Listener) -> None:
+    def __init__(self, config: TrainConfig, listener: Listener, folder: Path | None = None) -> None:
         self.config, self.listener = config, listener
         undecided = auto.wanted(config.learner)
         self.device = pick_device(config.run.device)
         self.dataset = load(config.data, config.run.seed)
-        self.embedder = open_backbone(config.backbone, self.device)
+        self.embedder = open_backbone(config.backbone, self.device, folder, lambda text: listener(Message(text)))
         if not undecided:
             self._check_learner()
         self.stream = make_stream(self.dataset.classes, config.stream, config.run.seed)
@@ -346,12 +352,29 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
                 return str(candidate.absolute())
         return path
 
-    backbone = dataclasses.replace(
-        config.backbone, path=absolute(config.backbone.path), onnx=absolute(config.backbone.onnx)
-    )
+    backbone = names.with_paths(config.backbone, absolute)
     path = config.data.path
     data = dataclasses.replace(config.data, path=path if path == "digits" else absolute(path))
     return parse(TrainConfig, to_tree(dataclasses.replace(config, backbone=backbone, data=data)))
+
+
+def write_backbone(folder: Path, name: str, embedder: Embedder) -> None:
+    """Write backbone.json and, unless the backbone is a package, its network: what follows needs no library for it."""
+    network = embedder.graph
+    if network is not None:
+        files.write_bytes(folder / graph.MODEL, network.model)
+    files.write_json(
+        folder / graph.DESCRIPTION,
+        {
+            "name": name,
+            "identity": embedder.identity,
+            **embedder.pixels.to_dict(),
+            "dim": embedder.dim,
+            "standardised": embedder.standardised,
+            "provenance": embedder.provenance,
+            "graph": network and network.to_dict(),
+        },
+    )
 
 
 def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
@@ -372,18 +395,9 @@ def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
     config, embedder = setup.config, setup.embedder
     folder = storage.new_folder(Path(config.run.out))
     storage.write_config(folder, config)
-    files.write_json(
-        folder / "backbone.json",
-        {
-            "kind": "onnx" if config.backbone.onnx else "package",
-            "path": config.backbone.onnx or config.backbone.path,
-            "identity": embedder.identity,
-            **embedder.pixels.to_dict(),
-            "dim": embedder.dim,
-            "standardised": embedder.standardised,
-            "provenance": embedder.provenance,
-        },
-    )
+    write_backbone(folder, config.backbone.name, embedder)
+    terms = embedder.provenance.get("terms") or "not stated; ask its author"
+    listener(Message(f"backbone {config.backbone.name}, {embedder.pixels.describe()}; licence: {terms}"))
     record = {
         "argv": list(map(printable, argv)),  # a file name in it may be any bytes
         "seed": config.run.seed,
@@ -414,7 +428,7 @@ def resume(folder: Path, listener: Listener) -> Run:
     set_threads(config.run.threads or int(record.get("threads", 0)))
     for difference in storage.changed_environment(record):
         listener(Message(f"warning: {difference}; the resumed weights may differ in their last bits"))
-    setup = Setup(config, listener)
+    setup = Setup(config, listener, folder)
     present = setup.identity()
     for key, value in record.get("identity", {}).items():
         if present[key] != value:

@@ -13,9 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ssd_edge import data, files, learners
 from ssd_edge.backbones import package as packages
-from ssd_edge.backbones.embedder import Embedder, TorchEmbedder
+from ssd_edge.backbones.embedder import Embedder, TorchEmbedder, open_backbone
 from ssd_edge.backbones.networks import ARCHITECTURES, EmbeddingNetwork
-from ssd_edge.backbones.onnx import OnnxEmbedder
 from ssd_edge.backbones.package import BackbonePackage
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import TrainConfig, parse
@@ -24,6 +23,7 @@ from ssd_edge.learners.priors import Priors
 from ssd_edge.learners.retention import TrackRecord
 from ssd_edge.learners.unknown import Rejector
 from ssd_edge.run import metrics, storage
+from ssd_edge.run.train import write_backbone
 
 FINISHED = "2026-11-21T04:33:00Z"
 
@@ -112,16 +112,7 @@ def write_run(folder: Path, config: TrainConfig, embedder: Embedder) -> Path:
     for row, name in enumerate(names):
         registry = registry.add(name, images=int((rows == row).sum()))
     files.write_json(folder / "classes.json", registry.to_json())
-    backbone = {
-        "kind": "onnx" if config.backbone.onnx else "package",
-        "path": config.backbone.onnx or config.backbone.path,
-        "identity": embedder.identity,
-        **embedder.pixels.to_dict(),
-        "dim": embedder.dim,
-        "standardised": embedder.standardised,
-        "provenance": embedder.provenance,
-    }
-    files.write_json(folder / "backbone.json", backbone)
+    write_backbone(folder, config.backbone.name, embedder)
     results = {
         **metrics.summary([[0.9, None], [0.8, 0.7]]).to_dict(),
         "data": dataset.name,
@@ -168,7 +159,7 @@ def package_run(package_folder: Path, package: BackbonePackage, tmp_path_factory
     """Return a run of `landmark` on three digits, with the ResNet-9 package."""
     tree = {
         "data": {"path": "digits", "classes": ["1", "3", "4"], "max_per_class": 40},
-        "backbone": {"path": str(package_folder)},
+        "backbone": {"name": f"package:{package_folder}"},
         "learner": {"name": "landmark", "directions": 60},
     }
     embedder = TorchEmbedder(package, torch.device("cpu"))
@@ -182,8 +173,8 @@ def onnx_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tiny.onnx").write_bytes(tiny_onnx())
     tree = {
         "data": {"path": "digits", "classes": ["0", "1", "7"]},
-        "backbone": {"onnx": str(folder / "tiny.onnx"), "size": 8, "mean": [0.5] * 3, "std": [0.25] * 3},
+        "backbone": {"name": f"onnx:{folder / 'tiny.onnx'}", "mean": [0.5] * 3, "std": [0.25] * 3},
         "learner": {"name": "ncm"},
     }
     config = parse(TrainConfig, tree)
-    return write_run(folder / "1", config, OnnxEmbedder(config.backbone))
+    return write_run(folder / "1", config, open_backbone(config.backbone, torch.device("cpu")))

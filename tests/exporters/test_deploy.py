@@ -14,6 +14,7 @@ import torch
 from exporters import deploy as packing
 from exporters.deploy import DeployResult, Options, deploy
 from ssd_edge import bundle, data, files, learners
+from ssd_edge.backbones import graph
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder
 from ssd_edge.backbones.onnx import OnnxEmbedder, open_session, run
@@ -131,7 +132,7 @@ def test_onnx_backbone_is_standardised_in_the_graph(onnx_run, tmp_path):
     read = bundle.read(path)
     images = digits(onnx_run, 8)
     arrays, _ = files.read_tensors(onnx_run / "standardisation.safetensors")
-    expected = (OnnxEmbedder(storage.open_folder(onnx_run).backbone).embed(images) - arrays["mu"]) / arrays["sigma"]
+    expected = (OnnxEmbedder(graph.load(onnx_run)).embed(images) - arrays["mu"]) / arrays["sigma"]
     np.testing.assert_allclose(run(open_session(read.read("backbone")), images), expected, atol=1e-5)
     assert read.manifest["backbone"]["provenance"]["file"] == "tiny.onnx"
     assert result.parity["test"]["accuracy"]["exported"] > 0.6
@@ -213,6 +214,24 @@ def test_changed_onnx_backbone_is_refused(own_run, onnx_run, tmp_path):
     refused(own_run, tmp_path / "b", f"tiny.onnx is {identity}, but .* was made with another; restore")
 
 
+def test_a_run_needs_neither_the_file_nor_the_library_of_its_backbone(own_run, tmp_path):
+    config = (own_run / "config.yaml").read_text()
+    old = storage.open_folder(own_run).backbone.name
+    (own_run / "config.yaml").write_text(config.replace(old, "onnx:/gone/tiny.onnx"))
+    deploy_silently(own_run, tmp_path / "own.ssdedge")
+    (own_run / "backbone.onnx").write_bytes(b"other")
+    refused(own_run, tmp_path / "b", "backbone.onnx is not the network that the run was made with", BundleRefusedError)
+    (own_run / "backbone.onnx").unlink()
+    refused(own_run, tmp_path / "b", "backbone.onnx does not exist")
+
+
+@pytest.mark.parametrize("change", [{"mean": ["x"] * 3}, {"std": 5}, {"layout": 3, "more": 1}])
+def test_a_damaged_description_of_the_backbone_is_refused(own_run, tmp_path, change):
+    stored = json.loads((own_run / "backbone.json").read_bytes())["graph"]
+    edit(own_run / "backbone.json", graph={**stored, **change})
+    refused(own_run, tmp_path / "b", "backbone.json is damaged", BundleRefusedError)
+
+
 def test_changed_package_is_refused(package_run, package, tmp_path):
     other = tmp_path / "other"
     packages.save(
@@ -220,14 +239,14 @@ def test_changed_package_is_refused(package_run, package, tmp_path):
     )
     copy = shutil.copytree(package_run, tmp_path / "run")
     text = (copy / "config.yaml").read_text()
-    old = storage.open_folder(package_run).backbone.path
+    old = storage.open_folder(package_run).backbone.name.removeprefix("package:")
     (copy / "config.yaml").write_text(text.replace(old, str(other)))
     refused(copy, tmp_path / "b", f"but .* was made with {package.identity}")
 
 
 def test_missing_backbone_is_refused(package_run, tmp_path):
     copy = shutil.copytree(package_run, tmp_path / "run")
-    old = storage.open_folder(package_run).backbone.path
+    old = storage.open_folder(package_run).backbone.name.removeprefix("package:")
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace(old, str(tmp_path / "gone")))
     refused(copy, tmp_path / "b", "gone is not a backbone package")

@@ -20,7 +20,7 @@ from ssd_edge.report.events import Event, Message, TaskLearned
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = {"panel": False, "baselines": False, "progress": False}
+QUICK = {"backbone": "tiny", "panel": False, "baselines": False, "progress": False}
 
 
 def clusters(samples: int = 20, dim: int = 16) -> tuple[np.ndarray, list[str]]:
@@ -86,7 +86,7 @@ def test_resume_continues_an_interrupted_run(shapes: Path, tmp_path: Path) -> No
         if isinstance(event, TaskLearned):
             raise KeyboardInterrupt
 
-    options = {"learner": "ncm", "out": tmp_path, "panel": False, "baselines": False}
+    options = {"learner": "ncm", "backbone": "tiny", "out": tmp_path, "panel": False, "baselines": False}
     with pytest.raises(KeyboardInterrupt, match=r"continue with: ssd_edge\.resume\('.*1'\)"):
         ssd_edge.train(shapes, progress=interrupt, **options)
     assert Message(f"{tmp_path / '1'}: started") in received
@@ -154,7 +154,7 @@ def test_deploy(run: ssd_edge.Run, tmp_path: Path) -> None:
 )
 def test_wrong_settings(arguments: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        ssd_edge.train("digits", out=tmp_path / "runs", progress=False, **arguments)
+        ssd_edge.train("digits", out=tmp_path / "runs", backbone="tiny", progress=False, **arguments)
     assert not (tmp_path / "runs").exists()
 
 
@@ -335,11 +335,11 @@ def test_an_image_without_an_embedding_is_named(tmp_path: Path) -> None:
             Image.new("RGB", (8, 8), tuple(colour)).save(tmp_path / "data" / name / f"{number}.png")
     black = tmp_path / "data" / "red" / "night.png"
     Image.new("RGB", (8, 8)).save(black)
-    backbone = {"onnx": str(tmp_path / "unit.onnx"), "size": 8, "std": [1, 1, 1], "mean": [0, 0, 0], "cache": False}
+    backbone = {"name": f"onnx:{tmp_path / 'unit.onnx'}", "std": [1, 1, 1], "mean": [0, 0, 0], "cache": False}
 
     def train() -> ssd_edge.Run:
         data = {"path": str(tmp_path / "data")}
-        return ssd_edge.train(learner="ncm", out=tmp_path / "runs", backbone=backbone, data=data, **QUICK)
+        return ssd_edge.train(learner="ncm", out=tmp_path / "runs", data=data, **{**QUICK, "backbone": backbone})
 
     with pytest.raises(
         InputError, match=r"gives NaN or infinity for \S+night\.png; leave it out, or use a backbone that"

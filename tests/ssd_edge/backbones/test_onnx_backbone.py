@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from helpers import hostile_graphs as hostile
 from onnx import TensorProto, helper, numpy_helper
 
-from ssd_edge.backbones.onnx import OnnxEmbedder, batch_size, compose, identity, open_session, run
+from ssd_edge.backbones import names
+from ssd_edge.backbones.graph import NetworkGraph
+from ssd_edge.backbones.onnx import OnnxEmbedder, batch_size, compose, open_session, run, stated_size
 from ssd_edge.config import BackboneConfig
 from ssd_edge.errors import EnvironmentUnfitError, InputError
 from ssd_edge.images import Pixels
@@ -76,7 +79,8 @@ def network(
 
 
 def composed(model: onnx.ModelProto, layout: str = "nchw", pixels: Pixels = PIXELS, **more) -> onnx.ModelProto:
-    return onnx.load_from_string(compose(model.SerializeToString(), pixels, MEAN, STD, layout, **more))
+    options = {"name": "its identity", **more}
+    return onnx.load_from_string(compose(model.SerializeToString(), pixels, MEAN, STD, layout, **options))
 
 
 def features(model: onnx.ModelProto, images: np.ndarray = IMAGES) -> np.ndarray:
@@ -106,7 +110,7 @@ def test_composed_graph_input_output_and_metadata():
     assert Pixels.from_dict(labels) == pixels
     assert labels == {
         "schema": "ssd-edge-backbone/1",
-        "identity": identity(network().SerializeToString(), pixels, MEAN, STD, "nchw"),
+        "identity": "its identity",
         "size": "8",
         "fit": "crop",
         "resize": "9",
@@ -338,14 +342,15 @@ def test_refused(sentence, model, changes):
 # Embedder
 
 
-def configured(path, **changes) -> BackboneConfig:
-    return BackboneConfig(onnx=str(path), **{"size": SIZE, "mean": MEAN, "std": STD, **changes})
+def opened(path, **changes) -> OnnxEmbedder:
+    config = BackboneConfig(f"onnx:{path}", **{"mean": MEAN, "std": STD, **changes})
+    return OnnxEmbedder(names.resolve(config, lambda text: None))
 
 
 def test_embedder_gives_raw_features_and_provenance(tmp_path):
     path = tmp_path / "own.onnx"
     path.write_bytes(network().SerializeToString())
-    embedder = OnnxEmbedder(configured(path))
+    embedder = opened(path)
     assert (embedder.pixels, embedder.dim, embedder.standardised) == (PIXELS, DIM, False)
     assert embedder.priors.within_covariance is None
     assert embedder.provenance["file"] == "own.onnx"  # without the folder
@@ -370,31 +375,41 @@ def test_a_harmful_file_is_stopped(monkeypatch, tmp_path, graph, allow, sentence
     monkeypatch.setattr(apart, "memory_limit", lambda: 1024 * MIB)
     (tmp_path / "x.onnx").write_bytes(graph)
     with pytest.raises(InputError) as refused:
-        OnnxEmbedder(BackboneConfig(onnx=str(tmp_path / "x.onnx"), size=hostile.SIZE, allow_control_flow=allow))
+        opened(tmp_path / "x.onnx", size=hostile.SIZE, allow_control_flow=allow)
     assert sentence in str(refused.value)
 
 
 def test_identity_depends_on_model_and_preprocessing():
-    data, arguments = network().SerializeToString(), (PIXELS, MEAN, STD, "nchw")
-    others = [
-        (network(half=True).SerializeToString(), *arguments),
-        (data, Pixels(16), MEAN, STD, "nchw"),
-        (data, Pixels(SIZE, "pad"), MEAN, STD, "nchw"),
-        (data, PIXELS, STD, STD, "nchw"),
-        (data, PIXELS, MEAN, MEAN, "nchw"),
-        (data, PIXELS, MEAN, STD, "nhwc"),
+    base = NetworkGraph("own", network().SerializeToString(), Pixels(SIZE), MEAN, STD)
+    changes = [
+        {"model": network(half=True).SerializeToString()},
+        {"pixels": Pixels(16)},
+        {"pixels": Pixels(SIZE, "crop", 10)},
+        {"mean": STD},
+        {"std": MEAN},
+        {"layout": "nhwc"},
     ]
-    assert identity(data, *arguments) == identity(data, PIXELS, list(MEAN), list(STD), "nchw")
-    assert len({identity(data, *arguments), *(identity(*other) for other in others)}) == 7
+    others = [dataclasses.replace(base, **change) for change in changes]
+    assert dataclasses.replace(base, name="other", card={"a": 1}).identity == base.identity
+    assert len({graph.identity for graph in (base, *others)}) == 7
+
+
+def test_the_size_that_a_file_states_is_used():
+    for layout in ("nchw", "nhwc"):
+        assert stated_size(network(layout=layout).SerializeToString(), layout, False) == SIZE
+    with pytest.raises(InputError, match=r"backbone.size is missing; set it to the side of its input"):
+        stated_size(network(side="s").SerializeToString(), "nchw", False)
+    with pytest.raises(InputError, match="3 channels"):
+        stated_size(network().SerializeToString(), "nhwc", False)
 
 
 def test_embedder_errors_name_the_file(tmp_path):
     path = tmp_path / "own.onnx"
     path.write_bytes(b"text")
-    with pytest.raises(InputError, match=r"backbone.onnx=.*own.onnx: it is not an ONNX file"):
-        OnnxEmbedder(configured(path))
+    with pytest.raises(InputError, match=r"backbone.name=onnx:.*own.onnx: it is not an ONNX file"):
+        opened(path)
     with pytest.raises(InputError, match=r"none.onnx does not exist"):
-        OnnxEmbedder(configured(tmp_path / "none.onnx"))
+        opened(tmp_path / "none.onnx")
 
 
 def test_a_file_over_2_gib_is_refused_before_it_is_read(tmp_path):
@@ -402,7 +417,7 @@ def test_a_file_over_2_gib_is_refused_before_it_is_read(tmp_path):
     with open(path, "wb") as stream:
         stream.truncate(2**31 + 1)  # sparse file
     with pytest.raises(InputError, match=r"2,147,483,649 bytes.*2 GiB"):
-        OnnxEmbedder(configured(path))
+        opened(path)
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])

@@ -245,6 +245,6 @@ def test_paths_of_a_run_that_are_not_utf_8(
     assert not (tmp_path / "runs").exists()
     (tmp_path / "link").symlink_to(home)
     (tmp_path / "c\udce9.yaml").write_text("run: {panel: false, baselines: false}")
-    quick = ("learner.name=ncm", "stream.tasks=1", f"run.out={tmp_path / 'runs'}")
+    quick = ("backbone=tiny", "learner.name=ncm", "stream.tasks=1", f"run.out={tmp_path / 'runs'}")
     refused("train", "--config", tmp_path / "c\udce9.yaml", f"data.path={tmp_path / 'link'}", *quick, code=0)
     assert (tmp_path / "runs" / "1" / "report.html").is_file()

@@ -15,7 +15,7 @@ import pytest
 
 from ssd_edge import files
 
-QUICK = ("run.panel=false", "run.baselines=false", "stream.order=sorted")
+QUICK = ("backbone=tiny", "run.panel=false", "run.baselines=false", "stream.order=sorted")
 
 
 def read(run: Path, name: str = "metrics.json") -> dict:
@@ -196,8 +196,8 @@ def test_bad_data(defect: str, message: str, shapes: Path, refused, tmp_path: Pa
         (["run.seed=-1"], "run.seed must be at least 0"),
         (["data.classes=circle,squore"], "squore"),
         (["data.path=/does/not/exist"], "/does/not/exist"),
-        (["backbone.path=/does/not/exist"], "is not a backbone package"),
-        (["backbone.onnx=/does/not/exist.onnx"], "/does/not/exist.onnx"),
+        (["backbone=package:/does/not/exist"], "is not a backbone package"),
+        (["backbone=onnx:/does/not/exist.onnx"], "/does/not/exist.onnx"),
         (["justaword"], "section.key=value"),
         (["--config", "/does/not/exist.yaml"], "/does/not/exist.yaml"),
         (["--resume", "/does/not/exist"], "/does/not/exist"),
@@ -205,7 +205,7 @@ def test_bad_data(defect: str, message: str, shapes: Path, refused, tmp_path: Pa
     ],
 )
 def test_bad_usage(arguments: list[str], message: str, shapes: Path, refused, tmp_path: Path) -> None:
-    extra = [] if "--resume" in arguments else [f"run.out={tmp_path / 'runs'}"]
+    extra = [] if "--resume" in arguments else ["backbone=tiny", f"run.out={tmp_path / 'runs'}"]
     if "--resume" not in arguments and not any(argument.startswith("data.path") for argument in arguments):
         extra.append(f"data.path={shapes}")
     assert message in refused("train", *extra, *arguments, code=2)

@@ -24,7 +24,7 @@ from ssd_edge.run import finished, storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICK = ("learner.name=auto", "run.panel=false", "run.baselines=false", "run.threads=1")
+QUICK = ("learner.name=auto", "backbone=tiny", "run.panel=false", "run.baselines=false", "run.threads=1")
 DIGITS = ("data.path=digits", "data.classes=0:4", "data.max_per_class=12")
 SIZES = {"landmark": 1_700_000, "ranpac": 16_200_000, "fecam": 26_000_000, "slda": 900_000, "ncm": 4_000}
 

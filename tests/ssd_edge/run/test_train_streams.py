@@ -25,7 +25,14 @@ from ssd_edge.run.tasks import StreamData, accuracies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICK = ("run.panel=false", "run.baselines=false", "run.threads=1", "stream.tasks=3", "learner.name=ncm")
+QUICK = (
+    "backbone=tiny",
+    "run.panel=false",
+    "run.baselines=false",
+    "run.threads=1",
+    "stream.tasks=3",
+    "learner.name=ncm",
+)
 REPETITION = ("stream.kind=repetition", "stream.experiences=7")
 
 
