@@ -21,14 +21,17 @@ _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}  # some renderers treat a b
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>&|#~!$]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 KINDS = ("test", "brought", "synthetic")  # kinds of images that the export was checked on, in the order of the table
 _PROVENANCE = {  # key in a backbone's provenance -> label in the card
+    "name": "name",
+    "source": "source",
     "arch": "architecture",
     "file": "file",
-    "sha256": "SHA-256 of the file",
+    "sha256": "SHA-256 of the weights",
     "data": "trained on",
     "accuracy": "accuracy on that data",
     "command": "created with",
     "seed": "seed",
-    "terms": "terms",
+    "versions": "exported with",
+    "terms": "licence and terms",
 }
 _NO_CLASSES = (
     "## Classes\n\nNone: all classes are taught on the device. Their accuracy is therefore unknown; "

@@ -80,9 +80,11 @@ def test_missing_panel_is_stated():
 def test_backbone_section_gives_provenance_and_terms():
     card = render(manifest(), REGISTRY)
     assert "- trained on: tiny-imagenet32" in card
-    assert "- terms: research use only" in card
+    assert "- licence and terms: research use only" in card
     backbone = {**manifest()["backbone"], "provenance": {"file": "own.onnx"}}
-    assert "- terms: not stated; ask the author of the backbone" in render(manifest(backbone=backbone), REGISTRY)
+    assert "- licence and terms: not stated; ask the author of the backbone" in render(
+        manifest(backbone=backbone), REGISTRY
+    )
 
 
 def test_command_seed_and_limitations_are_given():
