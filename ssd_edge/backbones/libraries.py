@@ -49,7 +49,9 @@ def _timm(name: str, config: BackboneConfig, say: Say) -> Network:
     if not timm.is_model(name):
         known = timm.list_models()
         raise InputError(f"timm has no network '{name}'.{did_you_mean(name.split('.')[0], known)}")
-    stated = timm.get_pretrained_cfg(name)
+    stated = None
+    with contextlib.suppress(RuntimeError):  # timm does not know the tag
+        stated = timm.get_pretrained_cfg(name)
     if stated is None or not (config.weights or stated.has_weights):
         tags = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")[:5]) or "none"
         raise InputError(f"timm has no weights for '{name}' (with weights: {tags}); give a file: backbone.weights=FILE")
