@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ssd_edge import images
 from ssd_edge.backbones import libraries, names, torch_onnx
 from ssd_edge.backbones.graph import NetworkGraph
 from ssd_edge.backbones.onnx import OnnxEmbedder, open_session
@@ -71,13 +72,8 @@ def photograph(width: int = 90, height: int = 70) -> Image.Image:
 
 
 def normalised(graph: NetworkGraph, image: Image.Image) -> torch.Tensor:
-    """Return the input of the network as its description says."""
-    wanted, shorter = graph.pixels, min(image.size)
-    assert wanted.fit == "crop"
-    sides = tuple(int(wanted.resize * side / shorter) for side in image.size)
-    resized = image.resize(sides, Image.Resampling[wanted.interpolation.upper()])
-    left, top = (round((side - wanted.size) / 2) for side in sides)
-    pixels = np.asarray(resized.crop((left, top, left + wanted.size, top + wanted.size)))
+    """Return the input of the network as this project makes it."""
+    pixels = images.to_array(image, "image", graph.pixels)
     return torch.from_numpy((pixels / 255 - np.array(graph.mean)) / np.array(graph.std)).float().permute(2, 0, 1)[None]
 
 

@@ -219,7 +219,7 @@ def test_the_published_weights_fit_the_network(name: str, blocks: int) -> None:
 
     from ssd_edge import images
 
-    pixels = images.to_array(Image.fromarray(sample), "flower", wheel.pixels.size)
+    pixels = images.to_array(Image.fromarray(sample), "flower", wheel.pixels)
     x = (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
     with torch.inference_mode():
         scores = network(x) @ tensors["_fc.weight"].T + tensors["_fc.bias"]
