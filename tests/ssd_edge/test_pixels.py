@@ -97,8 +97,9 @@ def test_large_photos_are_reduced_without_a_shift(kind):
             assert difference.mean() < 0.6, (width, height, orientation)
 
 
-def test_orientation_is_applied_before_the_crop():
-    upright = photo(90, 47)
+@pytest.mark.parametrize("size", [(161, 47), (47, 161)])  # both sides are cut, by an odd number of pixels
+def test_orientation_is_applied_before_the_crop(size):
+    upright = photo(*size)
     for pixels in (Pixels.cropped(32, 0.875), Pixels(32, "pad"), Pixels(32)):
         for mode in ("RGB", "L", "RGBA"):
             expected = to_array(upright.convert(mode), "a", pixels)
