@@ -217,6 +217,7 @@ def _export(state: FinishedRun) -> tuple[bytes, Reference, Priors]:
         sigma,
         name=own.identity,
         allow_control_flow=graph.allow_control_flow,
+        levels=graph.levels,
     )
     return onnx, lambda images: (own.embed(images) - mu) / sigma, own.priors
 

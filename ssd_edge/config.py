@@ -87,6 +87,9 @@ class BackboneConfig:
         "own", "filter; own: as the backbone was trained"
     )
     layout: Literal["nchw", "nhwc"] = setting("nchw", "order of the input axes; only for onnx:FILE")
+    levels: Literal["last", "auto", "stages"] = setting(
+        "auto", "features: the network's own (last), joined with a level of each map size (auto) or width (stages)"
+    )
     allow_control_flow: bool = setting(
         False, "accept loops and branches, which may never end, in a file that you trust"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssd_edge import files
+from ssd_edge.backbones.levels import Choice
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.images import Pixels
 
@@ -54,6 +55,7 @@ class NetworkGraph:
         std: Standard deviation per channel.
         layout: Order of the input axes, ``nchw`` or ``nhwc``.
         allow_control_flow: Accept loops and branches.
+        levels: Levels that are joined with the features, see `levels.find`.
         card: Provenance for people: source, architecture, hash, data, accuracy, `terms` (the licence), versions. It
             goes into bundles and contains no path.
     """
@@ -65,22 +67,23 @@ class NetworkGraph:
     std: tuple[float, ...]
     layout: str = "nchw"
     allow_control_flow: bool = False
+    levels: Choice = "last"
     card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def identity(self) -> str:
         """Short digest of everything that determines the features of an image."""
-        parts = {"model": files.sha256(self.model), "pixels": self.pixels.to_dict(), **self._normalisation()}
+        parts = {"model": files.sha256(self.model), "pixels": self.pixels.to_dict(), **self._settings()}
         return files.sha256(files.json_bytes(parts))[:16]
 
-    def _normalisation(self) -> dict[str, Any]:
-        return {"mean": list(self.mean), "std": list(self.std), "layout": self.layout}
+    def _settings(self) -> dict[str, Any]:
+        return {"mean": list(self.mean), "std": list(self.std), "layout": self.layout, "levels": self.levels}
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but name, model, pixels and card as JSON values; the model is named by its digest."""
         return {
             "sha256": files.sha256(self.model),
-            **self._normalisation(),
+            **self._settings(),
             "allow_control_flow": self.allow_control_flow,
         }
 

@@ -92,7 +92,7 @@ def find(model: ModelProto, size: int, choice: Choice, shapes: Shapes) -> tuple[
         raise NoLevelsError(f"its feature maps have one size, {maps[-1].side}×{maps[-1].side}")
     levels = tuple(level for level in choose(maps, size, choice) if level.value not in ends)
     if not levels:
-        raise NoLevelsError("its features are the mean of its only feature map")
+        raise NoLevelsError("its only feature map becomes its features without a further product")
     return levels
 
 

@@ -180,6 +180,7 @@ def _graph(
         std=config.std or std,
         layout=layout,
         allow_control_flow=config.allow_control_flow,
+        levels=config.levels,
         card={"name": _public(config.name), **card},
     )
 

@@ -59,12 +59,21 @@ class OnnxEmbedder:
         self.pixels, self.identity = graph.pixels, graph.identity
         try:
             self._session = open_session(
-                compose_apart(graph.model, self.pixels, graph.mean, graph.std, graph.layout, graph.allow_control_flow)
+                compose_apart(
+                    graph.model,
+                    self.pixels,
+                    graph.mean,
+                    graph.std,
+                    graph.layout,
+                    graph.allow_control_flow,
+                    graph.levels,
+                )
             )
         except InputError as error:
             raise InputError(f"backbone.name={graph.name}: {error}") from error
         self.dim = int(self._session.get_outputs()[0].shape[1])
         self.widths = widths(self._session)
+        labels = self._session.get_modelmeta().custom_metadata_map
         self.standardised = False
         self.priors = Priors()
         self.provenance: dict[str, Any] = {
@@ -72,6 +81,7 @@ class OnnxEmbedder:
             "mean": list(graph.mean),
             "std": list(graph.std),
             "layout": graph.layout,
+            "levels": labels.get(LEVELS) or f"features alone: {labels.get(NO_LEVELS, 'backbone.levels is last')}",
             "batch": "one image" if batch_size(self._session) == 1 else "dynamic",
         }
 

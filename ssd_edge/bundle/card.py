@@ -31,6 +31,7 @@ _PROVENANCE = {  # key in a backbone's provenance -> label in the card
     "command": "created with",
     "seed": "seed",
     "versions": "exported with",
+    "levels": "levels, as channels@side, and features",
     "terms": "licence and terms",
 }
 _NO_CLASSES = (

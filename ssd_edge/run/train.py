@@ -397,7 +397,9 @@ def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
     storage.write_config(folder, config)
     write_backbone(folder, config.backbone.name, embedder)
     terms = embedder.provenance.get("terms") or "not stated; ask its author"
-    listener(Message(f"backbone {config.backbone.name}, {embedder.pixels.describe()}; licence: {terms}"))
+    levels = embedder.provenance.get("levels")
+    shown = f"levels {levels}, " if len(embedder.widths) > 1 else f"{levels}, " if levels else ""
+    listener(Message(f"backbone {config.backbone.name}, {shown}{embedder.pixels.describe()}; licence: {terms}"))
     record = {
         "argv": list(map(printable, argv)),  # a file name in it may be any bytes
         "seed": config.run.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from ssd_edge.backbones import levels
 from ssd_edge.backbones import onnx as composing
+from ssd_edge.backbones.graph import NetworkGraph
 from ssd_edge.backbones.levels import Level, NoLevelsError
 from ssd_edge.errors import InputError
 from ssd_edge.images import Pixels
@@ -305,7 +307,7 @@ def test_a_network_whose_features_are_its_only_map_has_no_levels():
     net.conv(8, stride=2)
     net.op("MaxPool", kernel_shape=[2, 2], strides=[2, 2])
     net.pool()
-    with pytest.raises(NoLevelsError, match="its features are the mean of its only feature map"):
+    with pytest.raises(NoLevelsError, match="its only feature map becomes its features"):
         find(net.model())
 
 
@@ -464,6 +466,17 @@ def test_levels_of_a_frozen_batch_run_one_by_one():
     assert composing.widths(session) == (4, 8, 16)
     assert composing.batch_size(session) == 1
     assert composing.run(session, IMAGES).shape == (5, 28)
+
+
+def test_embedder_says_which_levels_it_joins():
+    plain_graph = NetworkGraph("own", plain().model().SerializeToString(), Pixels(SIZE), (0.5,) * 3, (0.5,) * 3)
+    said = {}
+    for choice, dim in (("last", 16), ("auto", 28)):
+        embedder = composing.OnnxEmbedder(dataclasses.replace(plain_graph, levels=choice))
+        assert (embedder.dim, sum(embedder.widths)) == (dim, dim)
+        assert embedder.embed(IMAGES).shape == (5, dim)
+        said[choice] = embedder.provenance["levels"]
+    assert said == {"last": "features alone: backbone.levels is last", "auto": "4@8 8@4 16"}
 
 
 def test_moments_must_have_the_joined_width():

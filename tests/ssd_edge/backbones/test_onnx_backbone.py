@@ -388,10 +388,11 @@ def test_identity_depends_on_model_and_preprocessing():
         {"mean": STD},
         {"std": MEAN},
         {"layout": "nhwc"},
+        {"levels": "auto"},
     ]
     others = [dataclasses.replace(base, **change) for change in changes]
     assert dataclasses.replace(base, name="other", card={"a": 1}).identity == base.identity
-    assert len({graph.identity for graph in (base, *others)}) == 7
+    assert len({graph.identity for graph in (base, *others)}) == 8
 
 
 def test_the_size_that_a_file_states_is_used():
