@@ -31,6 +31,7 @@ DEVICE_MAY_IMPORT = {
     "ssd_edge.learners.closed_form.sums",
     "ssd_edge.learners.retention",
     "ssd_edge.learners.unknown",
+    "ssd_edge.learners.whitening",
     "ssd_edge.ort",
     "ssd_edge.ort.apart",
     "ssd_edge.system",

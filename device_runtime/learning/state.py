@@ -147,7 +147,7 @@ class DeviceState:
                 f"learned {int(self.learner.seen.sum())} of {rows} classes; deploy the bundle again"
             )
         dims = [
-            self.learner.dim, self.statistics.sums.shape[1], len(self.rejector.whitening), self.record.anchors.shape[1]
+            self.learner.dim, self.statistics.sums.shape[1], self.rejector.whitening.dim, self.record.anchors.shape[1]
         ]  # fmt: skip
         if dims != [self.bundle.dim] * 4:
             raise BundleRefusedError(

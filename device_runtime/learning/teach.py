@@ -22,6 +22,7 @@ from ssd_edge.errors import InputError
 from ssd_edge.learners import Learner, Task
 from ssd_edge.learners.base import Progress
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.whitening import Whitening
 
 MIN_IMAGES = 3  # different ones, of any class: the sum of one image is its embedding, see docs/privacy.md
 FOLDS = 3  # in which all images of a class are held out from a closed-form learner
@@ -223,18 +224,17 @@ def digest_of(sources: Sequence[ImageSource], bundle: InstalledBundle) -> str:
 
 
 def find_different(
-    embeddings: torch.Tensor, labels: torch.Tensor, whitening: torch.Tensor, statistics: ClassStatistics
+    embeddings: torch.Tensor, labels: torch.Tensor, whitening: Whitening, statistics: ClassStatistics
 ) -> torch.Tensor:
     """Return which images are neither the same as an earlier one of their class nor nearly so, bool ``(N,)``.
 
     Args:
         embeddings: ``(N, D)``.
         labels: Rows, int64 ``(N,)``.
-        whitening: Matrix that whitens the within-class covariance, ``(D, D)``.
+        whitening: What whitens the within-class covariance.
         statistics: Class statistics, which say how far apart two images of a class are.
     """
-    white, wide = embeddings @ whitening.T, whitening.double()
-    expected = 2 * float((wide @ statistics.within_covariance() * wide).sum())
+    white, expected = whitening.of(embeddings), 2 * whitening.variance(statistics.within_covariance())
     different = torch.zeros(len(labels), dtype=torch.bool)
     for row in torch.unique(labels).tolist():
         own = (labels == row).nonzero().flatten()

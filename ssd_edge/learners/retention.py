@@ -287,10 +287,10 @@ def scores_of(learner: Learner, vectors: Tensor, rows: Tensor) -> Tensor:
 
 def _noise(statistics: ClassStatistics) -> Tensor:
     """Return the noise of stand-ins ``(SAMPLES, D)``, float64, the same for every class and every call."""
-    factor = torch.linalg.cholesky(statistics.regular_covariance())
+    factor = torch.linalg.cholesky(statistics.regular_covariance().float())  # shrunk enough for float32
     generator = torch.Generator().manual_seed(0)
-    half = torch.randn(SAMPLES // 2, len(factor), generator=generator, dtype=torch.float64)
-    noise: Tensor = torch.cat([half, -half]) @ factor.T
+    half = torch.randn(SAMPLES // 2, len(factor), generator=generator, dtype=torch.float64).float() @ factor.T
+    noise: Tensor = torch.cat([half, -half]).double()
     return noise  # antithetic: the sample mean of a class is exact
 
 

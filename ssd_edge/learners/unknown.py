@@ -27,6 +27,8 @@ from torch import Tensor
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.base import LARGEST_COUNT, TensorSpec, check_state, check_unit
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.whitening import SCHEMA as WHITENING
+from ssd_edge.learners.whitening import Whitening
 
 UNKNOWN = "unknown"
 RATE = 0.95
@@ -40,10 +42,7 @@ DIRECTION_ROUNDING = 1e-4  # of the length of a direction in float32
 _NORMAL = NormalDist()
 SCHEMA = {
     "fitted": TensorSpec((3,), "float64", "rate, shift and typical deviation of s", least=-100, most=100),
-    # whitened embeddings have a finite length in float32
-    "whitening": TensorSpec(
-        ("T",), "float32", "lower triangle of what whitens the covariance", least=-1e12, most=1e12
-    ),
+    **WHITENING,
     "directions": TensorSpec(("C", "D"), "float32", "whitened mean of each class, of unit length", least=-2, most=2),
     "thresholds": TensorSpec(("C",), "float32", "smallest cosine of each class that is accepted", least=-1, most=NEVER),
     "scores": TensorSpec(
@@ -74,7 +73,7 @@ class Rejector:
         rate: Share of a class's own images that should be accepted.
         shift: Difference of s for images of another occasion; at most 0.
         deviation: Typical standard deviation of s within a class.
-        whitening: W, lower triangular, float32 ``(D, D)``.
+        whitening: W.
         directions: Wμ_c/|Wμ_c|, float32 ``(C, D)``; zero for a row without samples.
         thresholds: Cosines, float32 ``(C,)``, finite.
         scores: Number, sum and sum of squares of s over held-out images, float64 ``(C, 3)``. They add up in a merge.
@@ -83,7 +82,7 @@ class Rejector:
     rate: float
     shift: float
     deviation: float
-    whitening: Tensor
+    whitening: Whitening
     directions: Tensor
     thresholds: Tensor
     scores: Tensor
@@ -108,13 +107,11 @@ class Rejector:
         if not all(bool(torch.isfinite(t).all()) for t in statistics.state().values()):
             raise InputError("the class statistics hold NaN or infinity; roll back or deploy the bundle again")
         dim = statistics.sums.shape[1]
-        whitening = torch.eye(dim, dtype=torch.float64)
-        if statistics.degrees_of_freedom > 0 and float(statistics.within_covariance().trace()) > 0:
-            factor = torch.linalg.cholesky(statistics.regular_covariance())
-            whitening = torch.linalg.solve_triangular(factor, whitening, upper=False)
-        # contiguous, because another memory order changes the last bits of a product after a restart
-        parts = whitening.float().contiguous(), torch.zeros(0, dim), torch.zeros(0), torch.zeros(0, 3).double()
-        return cls(rate, shift, deviation, *parts)._grown(len(statistics.counts), statistics)
+        whitening, covariance = Whitening.identity(dim), statistics.within_covariance()
+        if statistics.degrees_of_freedom > 0 and float(covariance.trace()) > 0:
+            whitening = Whitening.fit(covariance, statistics.degrees_of_freedom)
+        parts = torch.zeros(0, dim), torch.zeros(0), torch.zeros(0, 3).double()
+        return cls(rate, shift, deviation, whitening, *parts)._grown(len(statistics.counts), statistics)
 
     @classmethod
     def calibrate(
@@ -189,7 +186,7 @@ class Rejector:
         if total > 1:
             wide = embeddings.double()
             others = (statistics.sums[row] - wide) / (total - 1)
-            white, means = (part @ self.whitening.double().T for part in (wide, others))
+            white, means = (self.whitening.of(part) for part in (wide, others))
             cosines = torch.nn.functional.cosine_similarity(white, means)
             scores = grown.scores.clone()
             scores[row] += _moments(cosines, torch.zeros(count, dtype=torch.int64), 1)[0]
@@ -249,7 +246,7 @@ class Rejector:
         self._check_rows({row}, len(statistics.counts))
         grown = self._grown(max(row + 1, len(self.thresholds)), statistics)
         parts = {name: getattr(grown, name).clone() for name in ("directions", "thresholds", "scores")}
-        if not torch.equal(self.whitening, other.whitening):
+        if not self.whitening.equals(other.whitening):
             parts["scores"][row] = 0.0
             turned = dataclasses.replace(grown, **parts)._turned(row, statistics)
             return turned._with_thresholds([row], statistics)
@@ -290,7 +287,7 @@ class Rejector:
 
     def score(self, embeddings: Tensor, rows: Tensor) -> Tensor:
         """Return the cosine of each embedding ``(N, D)`` and the mean of its class ``(N,)``, float32 ``(N,)``."""
-        whitened = embeddings.float() @ self.whitening.T
+        whitened = self.whitening.of(embeddings.float())
         length = whitened.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         cosine: Tensor = (whitened * self.directions[rows]).sum(1) / length
         return cosine
@@ -312,10 +309,9 @@ class Rejector:
 
     def state(self) -> dict[str, np.ndarray]:
         """Return named arrays for a safetensors file."""
-        row, column = torch.tril_indices(*self.whitening.shape)
         return {
             "fitted": np.array([self.rate, self.shift, self.deviation], np.float64),
-            "whitening": self.whitening[row, column].numpy().copy(),
+            **{name: tensor.numpy() for name, tensor in self.whitening.state().items()},
             "directions": self.directions.numpy().copy(),
             "thresholds": self.thresholds.numpy().copy(),
             "scores": self.scores.numpy().copy(),
@@ -329,16 +325,14 @@ class Rejector:
             BundleRefusedError: An array is missing, has a wrong shape or values that `fit` does not give.
         """
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
-        sizes = check_state(tensors, SCHEMA, {}, UNKNOWN)
-        dim = sizes["D"]
+        check_state(tensors, SCHEMA, {}, UNKNOWN)
         rate, shift, deviation = tensors["fitted"].tolist()
-        directions, thresholds, packed = (tensors[key] for key in ("directions", "thresholds", "whitening"))
-        scores = tensors["scores"]
+        directions, thresholds, scores = (tensors[key] for key in ("directions", "thresholds", "scores"))
         counts = scores[:, 0]
-        if not (0.5 < rate < 1 and shift <= 0 < deviation and sizes["T"] == dim * (dim + 1) // 2):
+        if not (0.5 < rate < 1 and shift <= 0 < deviation):
             raise BundleRefusedError(
-                f"the thresholds for '{UNKNOWN}' are damaged: a rate of {rate:g}, a shift of {shift:g}, a deviation of "
-                f"{deviation:g} and {sizes['T']} numbers that whiten {dim} features; install the bundle again"
+                f"the thresholds for '{UNKNOWN}' are damaged: a rate of {rate:g}, a shift of {shift:g} and a deviation "
+                f"of {deviation:g}; install the bundle again"
             )
         tolerance = 1e-6 * (1 + scores[:, 2].abs())
         possible = (counts >= 0) & (counts == counts.round())
@@ -348,18 +342,12 @@ class Rejector:
                 f"the scores behind the thresholds for '{UNKNOWN}' are damaged: no images have the number, sum and sum "
                 f"of squares {scores[~possible][0].tolist()}; install the bundle again"
             )
-        whitening = packed.new_zeros(dim, dim)
-        row, column = torch.tril_indices(dim, dim)
-        whitening[row, column] = packed
-        if not bool((whitening.diagonal() > 0).all()):
-            raise BundleRefusedError(
-                f"the thresholds for '{UNKNOWN}' do not whiten every feature; install the bundle again"
-            )
         check_unit(directions, DIRECTION_ROUNDING, f"the directions of '{UNKNOWN}'")
+        whitening = Whitening.from_state(tensors)
         return cls(rate, shift, deviation, whitening, directions, thresholds, scores)
 
     def _check(self, embeddings: Tensor) -> None:
-        dim = len(self.whitening)
+        dim = self.whitening.dim
         if embeddings.ndim != 2 or embeddings.shape[1] != dim:
             raise InputError(f"embeddings must have shape (N, {dim}), but have {tuple(embeddings.shape)}")
         if not bool(torch.isfinite(embeddings).all()):
@@ -373,8 +361,8 @@ class Rejector:
 
     def _white_means(self, rows: Iterable[int], statistics: ClassStatistics) -> Iterable[tuple[int, Tensor]]:
         """Yield some rows, each with the whitened mean of its class, float64 ``(D,)``; zero without samples."""
-        wide, means = self.whitening.double(), statistics.means
-        return ((row, wide @ means[row]) for row in rows)
+        means = statistics.means
+        return ((row, self.whitening.of(means[row])) for row in rows)
 
     def _directions(self, rows: Iterable[int], statistics: ClassStatistics) -> Tensor:
         """Return the whitened means of some classes at unit length, float32 ``(n, D)``; zero without samples."""

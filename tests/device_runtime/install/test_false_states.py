@@ -183,7 +183,8 @@ WRONG = [
     ("unknown", replaced("directions", FLOATS["fractional"]), "unit length"),
     ("unknown", replaced("thresholds", lambda thresholds: thresholds + 5), "'thresholds'"),
     ("unknown", replaced("thresholds", SHAPES["a row less"]), "'thresholds'"),
-    ("unknown", replaced("whitening", np.negative), "do not whiten"),
+    ("unknown", replaced("whitening", np.negative), "'whitening'"),
+    ("unknown", replaced("axes", lambda axes: (0.9 * axes).astype(axes.dtype)), "right angles"),
     ("unknown", replaced("fitted", np.negative), "a rate of -0.95"),
 ]
 

@@ -151,7 +151,8 @@ def test_new_class_leaves_the_others_bit_identical():
     for name in ("thresholds", "directions", "scores"):
         assert after[name][:4].tobytes() == before[name].tobytes()
         assert rejector.state()[name].tobytes() == before[name].tobytes()
-    assert after["whitening"].tobytes() == before["whitening"].tobytes()
+    for name in ("whitening", "axes"):
+        assert after[name].tobytes() == before[name].tobytes()
 
 
 def test_more_images_count_in_proportion_to_their_number():
@@ -257,9 +258,12 @@ def test_state_round_trip_bit_for_bit_without_a_sample_dimension(classes, dim, c
         statistics.add(100 * torch.randn(count, dim, generator=generator), labels)
     rejector = Rejector.fit(statistics)
     arrays, _ = files.parse_tensors(files.tensor_bytes(rejector.state()), "unknown.safetensors")
+    axes = len(arrays["axes"])
+    assert axes < dim
     assert {name: a.shape for name, a in arrays.items()} == {
         "fitted": (3,),
-        "whitening": (dim * (dim + 1) // 2,),
+        "whitening": (axes + 1,),
+        "axes": (axes, dim),
         "directions": (classes, dim),
         "thresholds": (classes,),
         "scores": (classes, 3),
@@ -276,6 +280,10 @@ def test_state_round_trip_bit_for_bit_without_a_sample_dimension(classes, dim, c
         lambda s: s.pop("thresholds"),
         lambda s: s.update(thresholds=s["thresholds"][:-1]),
         lambda s: s.update(whitening=s["whitening"][:-1]),
+        lambda s: s["whitening"].__setitem__(0, 0.0),
+        lambda s: s["axes"].__setitem__(1, s["axes"][0]),
+        lambda s: s["axes"].__imul__(np.float16(1.01)),
+        lambda s: s.update(axes=np.eye(33, 32, dtype=np.float16), whitening=np.ones(34, np.float32)),
         lambda s: s.update(directions=s["directions"].ravel()),
         lambda s: s.update(fitted=s["fitted"][:1]),
         lambda s: s["directions"].__setitem__((0, 0), np.nan),
@@ -352,7 +360,7 @@ def test_joined_class_accepts_both_and_the_others_do_not_change():
         before, after = rejector.state()[name], joined.state()[name]
         assert after[[0, 2, 3]].tobytes() == before[[0, 2, 3]].tobytes()
         assert after[1].tobytes() != before[1].tobytes()
-    assert joined.state()["whitening"].tobytes() == rejector.state()["whitening"].tobytes()
+    assert joined.whitening.equals(rejector.whitening)
     for row in (-1, 4):
         with pytest.raises(InputError, match=f"there are 4 rows, so there is no row {row}"):
             rejector.joined([3], row, statistics)
