@@ -101,6 +101,21 @@ def precision_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def backbones_table(rows: list[dict]) -> str:
+    """Return which networks were exported and built."""
+    lines = [
+        "| name | side | features | ONNX file | largest difference to PyTorch | TensorRT-RTX engine |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        engine = f"{row['engine_megabytes']} MB" if "engine_megabytes" in row else f"refused: {row['refused']}"
+        lines.append(
+            f"| `{row['name']}` | {row['size']} | {row['features']:,} | {row['megabytes']} MB | "
+            f"{row['difference']:.0e} of a deviation | {engine} |"
+        )
+    return "\n".join(lines)
+
+
 def guard_table(results: list[dict]) -> str:
     """Compare the guard's estimates with the truth, by data set and learner."""
     lines = [
@@ -378,6 +393,9 @@ def main() -> None:
     read = {name: json.loads((DOCS / "results" / f"{name}.json").read_text())["rows"] for name in ROWS}
     tables = {
         README: {"table": comparison_table(results), "device": device_table(read["device"])},
+        DOCS / "backbone.md": {
+            "backbones": backbones_table(json.loads((DOCS / "results" / "backbones.json").read_text())["rows"])
+        },
         DOCS / "deploy.md": {"targets": targets_table(), "precision": precision_table(read["precision"])},
         DOCS / "device.md": {
             "unknown": unknown_table(json.loads((DOCS / "results" / "unknown.json").read_text())),
