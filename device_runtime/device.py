@@ -72,8 +72,8 @@ class Prediction:
     Attributes:
         image: Path of the image, or ``image 0``, … for arrays.
         label: Class name, or ``unknown``.
-        score: Softmax of the learner's scores for `nearest`, 0..1. It ranks images within one generation, but is not a
-            calibrated probability.
+        score: Probability that `nearest` is right, if the image shows a known class: calibrated on held-out images of
+            all classes, again after every learn. None while none are on record that could tell.
         generation: Number of the generation that predicted.
         nearest: The best-scored class, even if the image is ``unknown``.
         margin: Cosine above the threshold of that class; negative for ``unknown``.
@@ -81,7 +81,7 @@ class Prediction:
 
     image: str
     label: str
-    score: float
+    score: float | None
     generation: int
     nearest: str
     margin: float
@@ -240,9 +240,11 @@ class Device:
         names = _names(sources) if names is None else names
         embeddings = self._embed(snapshot, sources, names=names)
         scores = state.learner.scores(embeddings)[:, : len(classes)]
-        best, rows = scores.softmax(1).max(1) if len(scores) else (torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+        rows = scores.argmax(1)
+        shares = state.record.probabilities(scores)
+        best = [None] * len(rows) if shares is None else shares.amax(1).tolist()
         accepted, margins = state.rejector.accepts(embeddings, rows)
-        columns = zip(names, rows.tolist(), best.tolist(), accepted.tolist(), margins.tolist(), strict=True)
+        columns = zip(names, rows.tolist(), best, accepted.tolist(), margins.tolist(), strict=True)
         predictions = [
             Prediction(
                 name,

@@ -38,7 +38,7 @@ def main(bundle: Path) -> None:
             print(f"generation {learned.generation} in {learned.seconds:.1f} s: {', '.join(device.classes)}")
             for name, colour in COLOURS.items():
                 prediction = device.predict(noisy_images(colour, 1, seed=1))[0]
-                print(f"{name}: {prediction.label} (nearest {prediction.nearest}, score {prediction.score:.2f})")
+                print(f"{name}: {prediction.label} (nearest {prediction.nearest}, score {prediction.score or 0:.2f})")
             print(f"forgot '{device.forget('a red thing').forgot}': {', '.join(device.classes)}")
             device.rollback(1)
             print(f"as it was installed: {', '.join(device.classes) or 'no class'}")

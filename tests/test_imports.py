@@ -27,6 +27,7 @@ DEVICE_MAY_IMPORT = {
     "ssd_edge.images",
     "ssd_edge.learners",
     "ssd_edge.learners.base",
+    "ssd_edge.learners.calibration",
     "ssd_edge.learners.closed_form.linear",
     "ssd_edge.learners.closed_form.sums",
     "ssd_edge.learners.retention",

@@ -21,7 +21,9 @@ from ssd_edge.classes import ClassRegistry, normalise_name
 from ssd_edge.errors import InputError
 from ssd_edge.learners import Learner, Task
 from ssd_edge.learners.base import Progress
+from ssd_edge.learners.calibration import TEMPERATURES
 from ssd_edge.learners.closed_form.sums import ClassStatistics
+from ssd_edge.learners.retention import losses_of
 from ssd_edge.learners.whitening import Whitening
 
 MIN_IMAGES = 3  # different ones, of any class: the sum of one image is its embedding, see docs/privacy.md
@@ -275,13 +277,15 @@ def try_held_out(
             order = own[torch.randperm(len(own), generator=generator)]
             part[order] = torch.arange(len(own)) % min(folds, len(own))
     answers = torch.full_like(labels, -1)
+    losses = torch.zeros(len(labels), len(TEMPERATURES), dtype=torch.float64)
     for number in range(tries):
         held_out = part == number
         if bool(held_out.any()):
             copy = copy_learner(learner)
             copy.learn(Task(embeddings[~held_out], labels[~held_out]), progress)
             answers[held_out] = copy.predict(embeddings[held_out])
-    return Trial(answers)
+            losses[held_out] = losses_of(copy, embeddings[held_out], labels[held_out])
+    return Trial(answers, losses)
 
 
 def image_name(source: ImageSource, number: int) -> str:
@@ -339,7 +343,8 @@ def _with_answers(
         recognised = embeddings[own][:0]
         if not batch.new:
             recognised = embeddings[own][before.learner.predict(embeddings[own]) == batch.row]
-        record = record.measured(state.learner, statistics, batch.row, tested, near, right, recognised)
+        losses = trial.losses[own].sum(0)
+        record = record.measured(state.learner, statistics, batch.row, tested, near, right, recognised, losses)
     return state.replace(statistics=statistics, rejector=rejector, record=record)
 
 

@@ -42,7 +42,7 @@ class Answer:
         frame: Number of the frame in the stream; None for a file.
         label: Predicted class, or ``unknown``.
         nearest: Nearest class.
-        score: Probability of the nearest class.
+        score: Probability of the nearest class, see `Prediction`; None while none can be given.
         generation: Number of the generation that answered.
         stable: For a stream, the `Consensus` of the last frames, or None if they do not agree.
         monotonic: Time of the prediction in seconds since boot.
@@ -52,7 +52,7 @@ class Answer:
     frame: int | None
     label: str
     nearest: str
-    score: float
+    score: float | None
     generation: int
     stable: str | None
     monotonic: float
@@ -192,7 +192,7 @@ class _Stream:
         if prediction.generation != self._generation:
             self._consensus.reset()
             self._generation = prediction.generation
-        stable = self._consensus.add(prediction.label, prediction.score, at)
+        stable = self._consensus.add(prediction.label, prediction.score or 0.0, at)
         event = stable is not None and stable != self._stable
         self._stable = self._stable if stable is None else stable
         return stable, event
@@ -253,7 +253,7 @@ class _Loop:
         (found,) = seen.predictions
         stable, event = self._feed.settle(found, at)
         if event and self._monitor is not None:
-            self._monitor.add(seen.embeddings, [found.score], [found.label != UNKNOWN])
+            self._monitor.add(seen.embeddings, [found.score or 0.0], [found.label != UNKNOWN])
         self.named, self._last = self.named + 1, found.label
         self._answer(
             Answer(
@@ -261,7 +261,7 @@ class _Loop:
                 frame=name if isinstance(name, int) else None,
                 label=found.label,
                 nearest=found.nearest,
-                score=round(found.score, 6),
+                score=None if found.score is None else round(found.score, 6),
                 generation=found.generation,
                 stable=stable,
                 monotonic=round(at, 3),

@@ -8,11 +8,14 @@ recognised as held-out images were (`TrackRecord.measured`).
 
 Stand-ins of a class lie around its first images (`TrackRecord.anchors`): images taught later under the same name count
 only if they were recognised as it, so that a series of mislabelled images cannot move what is to be remembered.
+
+The same held-out images say how sure the learner may be of an answer (`TrackRecord.temperature`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import numpy as np
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ssd_edge.errors import BundleRefusedError
+from ssd_edge.learners import calibration
 from ssd_edge.learners.base import LARGEST_COUNT, Learner, TensorSpec, check_state
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.unknown import Rejector
@@ -33,6 +37,9 @@ SCHEMA = {
     "tested": TensorSpec(("C",), "float64", "held-out images of each class", least=0, most=LARGEST_COUNT, whole=True),
     "nearest": TensorSpec(("C",), "float64", "of these, nearest to it", least=0, most=LARGEST_COUNT, whole=True),
     "right": TensorSpec(("C",), "float64", "of these, not 'unknown'", least=0, most=LARGEST_COUNT, whole=True),
+    "losses": TensorSpec(
+        ("C", len(calibration.TEMPERATURES)), "float64", "their summed losses at fixed temperatures", least=0
+    ),
     "spread": TensorSpec(("C",), "float64", "scale of the noise of stand-ins", least=NARROWEST, most=WIDEST),
     "lost": TensorSpec(("C",), "float64", "estimated loss of accuracy since it was taught", least=0, most=1),
     "anchors": TensorSpec(("C", "D"), "float32", "mean of the images of each class that are to be remembered"),
@@ -48,6 +55,7 @@ class TrackRecord:
         tested: Number of held-out images, float64 ``(C,)``.
         nearest: How many of them were nearest to their class, float64 ``(C,)``.
         right: How many of these were answered with it, not with ``unknown``, float64 ``(C,)``.
+        losses: Sums of their `calibration.losses`, float64 ``(C, G)``.
         spread: Scale of the noise at which as many stand-ins are recognised, float64 ``(C,)``.
         lost: Estimated loss of accuracy by all later changes, 0..1, float64 ``(C,)``.
         anchors: Mean of the images that are to be remembered, float32 ``(C, D)``.
@@ -57,6 +65,7 @@ class TrackRecord:
     tested: Tensor
     nearest: Tensor
     right: Tensor
+    losses: Tensor
     spread: Tensor
     lost: Tensor
     anchors: Tensor
@@ -64,7 +73,13 @@ class TrackRecord:
 
     @classmethod
     def of(
-        cls, learner: Learner, statistics: ClassStatistics, tested: Tensor, nearest: Tensor, right: Tensor
+        cls,
+        learner: Learner,
+        statistics: ClassStatistics,
+        tested: Tensor,
+        nearest: Tensor,
+        right: Tensor,
+        losses: Tensor | None = None,
     ) -> TrackRecord:
         """Return the record of classes that were tested once, with all of them in place.
 
@@ -74,11 +89,13 @@ class TrackRecord:
             tested: Number of test images of each class, ``(C,)``; may be zero.
             nearest: How many of them are nearest to their class, ``(C,)``.
             right: How many of these are accepted, ``(C,)``.
+            losses: Sums of the `calibration.losses` of the test images, ``(C, G)``; None if they are not known.
         """
         classes = len(statistics.counts)
         zeros = torch.zeros(classes, dtype=torch.float64)
         anchors = statistics.means.float(), statistics.counts.clone()
-        counted = cls(tested.double(), nearest.double(), right.double(), zeros + 1.0, zeros, *anchors)
+        losses = torch.zeros(classes, len(calibration.TEMPERATURES)).double() if losses is None else losses
+        counted = cls(tested.double(), nearest.double(), right.double(), losses, zeros + 1.0, zeros, *anchors)
         return counted._matched(learner, statistics, range(classes))
 
     @classmethod
@@ -98,7 +115,10 @@ class TrackRecord:
         nearest = answers == rows
         parts = torch.ones_like(nearest), nearest, nearest & rejector.accepts(images, answers)[0]
         classes = len(statistics.counts)
-        return cls.of(learner, statistics, *(torch.bincount(rows[part], minlength=classes) for part in parts))
+        counts = (torch.bincount(rows[part], minlength=classes) for part in parts)
+        losses = torch.zeros(classes, len(calibration.TEMPERATURES)).double()
+        losses = losses.index_add(0, rows, losses_of(learner, images, rows))
+        return cls.of(learner, statistics, *counts, losses=losses)
 
     def measured(
         self,
@@ -109,6 +129,7 @@ class TrackRecord:
         nearest: int,
         right: int,
         recognised: Tensor,
+        losses: Tensor,
     ) -> TrackRecord:
         """Return a record with further held-out images of a class, and its noise scaled to match all of them.
 
@@ -121,13 +142,15 @@ class TrackRecord:
             right: How many of these were accepted.
             recognised: Embeddings of those new images that the learner recognised before, ``(n, D)``; ignored for a
                 class that is new.
+            losses: Sum of the `calibration.losses` of the held-out images, ``(G,)``.
         """
         grown = self._grown(row + 1)
-        counts = {name: getattr(grown, name).clone() for name in ("tested", "nearest", "right", "anchored")}
+        counts = {name: getattr(grown, name).clone() for name in ("tested", "nearest", "right", "losses", "anchored")}
         anchors, earlier = grown.anchors.clone(), float(grown.anchored[row])
         counts["tested"][row] += tested
         counts["nearest"][row] += nearest
         counts["right"][row] += right
+        counts["losses"][row] += losses
         if earlier:
             counts["anchored"][row] += len(recognised)
             anchors[row] = (earlier * anchors[row] + recognised.sum(0)) / (earlier + len(recognised))
@@ -144,20 +167,28 @@ class TrackRecord:
             rows: Rows that were joined.
             into: Row that they were joined into.
         """
-        parts = {
-            name: getattr(self, name).clone() for name in ("tested", "nearest", "right", "lost", "anchors", "anchored")
-        }
+        added = ("tested", "nearest", "right", "losses", "anchored")
+        parts = {name: getattr(self, name).clone() for name in (*added, "lost", "anchors")}
         together = torch.tensor([into, *rows], dtype=torch.int64)
         weights = self.anchored[together]
         parts["anchors"][into] = (weights @ self.anchors[together].double() / weights.sum().clamp_min(1)).float()
         parts["lost"][into] = self.lost[together].max()
-        for name in ("tested", "nearest", "right", "anchored"):
-            parts[name][into] = parts[name][together].sum()
+        for name in added:
+            parts[name][into] = parts[name][together].sum(0)
         return dataclasses.replace(self, **parts)._matched(learner, statistics, [into])
 
     def counts(self, row: int) -> Tensor:
         """Return how many images of a class were tested, nearest to it and accepted, float64 ``(3,)``."""
         return torch.stack([part[row] for part in (self.tested, self.nearest, self.right)])
+
+    @functools.cached_property
+    def temperature(self) -> float | None:
+        """Temperature of the softmax that makes probabilities of the learner's scores; None if nothing is known."""
+        return calibration.temperature(self.losses, self.tested)
+
+    def probabilities(self, scores: Tensor) -> Tensor | None:
+        """Return the probabilities of all classes for scores ``(N, C)``, float64; None if nothing is known."""
+        return None if self.temperature is None else calibration.probabilities(scores, self.temperature)
 
     def without_rows(self, rows: Iterable[int]) -> TrackRecord:
         """Return a record without some rows; later rows move up."""
@@ -208,6 +239,7 @@ class TrackRecord:
             tested=torch.cat([self.tested, zeros]),
             nearest=torch.cat([self.nearest, zeros]),
             right=torch.cat([self.right, zeros]),
+            losses=torch.cat([self.losses, zeros[:, None].expand(-1, self.losses.shape[1])]),
             spread=torch.cat([self.spread, zeros + 1.0]),
             lost=torch.cat([self.lost, zeros]),
             anchors=torch.cat([self.anchors, torch.zeros(missing, self.anchors.shape[1])]),
@@ -283,6 +315,12 @@ def _shrunk(part: Tensor, whole: Tensor) -> Tensor:
 def scores_of(learner: Learner, vectors: Tensor, rows: Tensor) -> Tensor:
     """Return the scores ``(N, len(rows))`` of some classes; a learner may have outputs for classes yet to come."""
     return learner.scores(vectors)[:, rows]
+
+
+def losses_of(learner: Learner, images: Tensor, rows: Tensor) -> Tensor:
+    """Return the `calibration.losses` of embeddings ``(N, D)`` of learned classes ``(N,)``, float64 ``(N, G)``."""
+    learned = learner.seen.nonzero().flatten()
+    return calibration.losses(scores_of(learner, images, learned), torch.searchsorted(learned, rows))
 
 
 def _noise(statistics: ClassStatistics) -> Tensor:

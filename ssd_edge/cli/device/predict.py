@@ -35,4 +35,5 @@ def predict(sources: tuple[Path, ...], always_answer: bool, strict: bool, root: 
         return
     for p in predictions:
         nearest = "" if p.label == p.nearest else f" (nearest: {p.nearest})"
-        echo(f"{p.score:6.3f}  {p.label}{nearest}  {p.image}")
+        score = "     –" if p.score is None else f"{p.score:6.3f}"
+        echo(f"{score}  {p.label}{nearest}  {p.image}")

@@ -17,6 +17,7 @@ from device_runtime.results import Suspects
 from ssd_edge import learners
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import GateRefusedError, InputError
+from ssd_edge.learners.calibration import TEMPERATURES
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
 from ssd_edge.learners.retention import TrackRecord, cost
@@ -83,7 +84,10 @@ class World:
             rejector = rejector.with_class(row, statistics, images[own])
             answers = trial.answers[own]
             known = images[own][before.learner.predict(images[own]) == row]
-            record = record.measured(learner, statistics, row, len(answers), *[int((answers == row).sum())] * 2, known)
+            losses = trial.losses[own].sum(0)
+            record = record.measured(
+                learner, statistics, row, len(answers), *[int((answers == row).sum())] * 2, known, losses
+            )
         parts = {"statistics": statistics, "rejector": rejector, "record": record, "registry": registry}
         return before.replace(learner=learner, **parts), trial
 
@@ -359,7 +363,7 @@ def test_outputs_of_future_classes_are_ignored(world: World) -> None:
     learner.expect(OLD + 4)
     learner.learn(learners.Task(world.vectors, world.labels))
     state, rows = world.state().replace(learner=learner), torch.zeros(20, dtype=torch.int64)
-    found = judge(state, state, world.of(0), rows, Trial(rows))
+    found = judge(state, state, world.of(0), rows, Trial(rows, torch.zeros(len(rows), len(TEMPERATURES))))
     assert (found.refusals, found.agreement, found.retention.drop) == ([], 1.0, 0.0)
 
 
@@ -378,5 +382,5 @@ def test_learner_without_old_classes_is_only_checked_for_finite_values(world: Wo
     after = empty.replace(
         learner=learner, registry=ClassRegistry().add("cup"), record=full.record.without_rows(range(1, OLD))
     )
-    found = judge(empty, after, images, rows, Trial(rows))
+    found = judge(empty, after, images, rows, Trial(rows, torch.zeros(len(rows), len(TEMPERATURES))))
     assert found == Judgement(None, None, [], [], [], after.record)
