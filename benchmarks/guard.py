@@ -67,10 +67,13 @@ class Embedded:
 class Series:
     """A device, and the images that it can be taught."""
 
-    def __init__(self, data: Embedded, options: dict[str, Any], priors: Any, number: int) -> None:
+    def __init__(
+        self, data: Embedded, options: dict[str, Any], priors: Any, number: int, per_class: int = 0, base: int = 0
+    ) -> None:
         self.rng, count = np.random.default_rng(100 + number), len(data.classes)
         order = self.rng.permutation(count)
-        self.base, self.new = order[: count // 2], list(order[count // 2 :])
+        base = base or count // 2
+        self.base, self.new = order[:base], list(order[base:])
         if data.standardised:
             self.train, self.test, self.noise = data.train, data.test, data.noise
         else:
@@ -87,7 +90,7 @@ class Series:
         self.truth = torch.from_numpy(self.rng.random(len(self.test)) < 0.5)
         self.sets: dict[str, Tensor] = {}
         self.taught: dict[str, str] = {}
-        self.state = self._install(options, priors, PER_CLASS[number % len(PER_CLASS)])
+        self.state = self._install(options, priors, per_class or PER_CLASS[number % len(PER_CLASS)])
 
     def _install(self, options: dict[str, Any], priors: Any, per_class: int) -> DeviceState:
         parts = [self.take(label, per_class) for label in self.base]

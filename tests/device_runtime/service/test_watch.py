@@ -163,8 +163,7 @@ def test_one_answer_per_new_image(root: Path, camera: Path, monkeypatch):
     ]
     assert set(lines[0]) == {"image", "label", "nearest", "score", "generation", "monotonic"}
     assert 1000 < lines[0]["monotonic"] <= lines[1]["monotonic"]
-    (expected,) = Device.open(root).predict([pixels("nut")])
-    assert lines[0]["score"] == round(expected.score, 6)
+    assert lines[0]["score"] is None  # this bundle has no held-out results
     json.dumps(lines, allow_nan=False)
     assert [line["label"] for line in Driven(monkeypatch, *[nothing] * 9).run(
         Device.open(root), camera, existing=True

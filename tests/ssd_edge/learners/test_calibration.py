@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.small_learners import DIM, OPTIONS
 
 from ssd_edge import learners
 from ssd_edge.learners.calibration import TEMPERATURES, WORST, losses, probabilities, temperature
@@ -14,7 +15,7 @@ from ssd_edge.learners.priors import Priors
 from ssd_edge.learners.retention import TrackRecord, losses_of
 from ssd_edge.learners.unknown import Rejector
 
-CLASSES, DIM = 6, 8
+CLASSES = 6
 
 
 def drawn(true: float, count: int = 3000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +115,7 @@ def test_without_a_test_there_is_no_probability(world) -> None:
 @pytest.mark.parametrize("name", learners.LEARNERS)
 def test_the_temperatures_cover_the_scores_of_every_learner(name: str, world) -> None:
     _, statistics, rejector, images, rows = world
-    learner = learners.build({"name": name}, DIM, Priors())
+    learner = learners.build(OPTIONS[name], DIM, Priors())
     learner.learn(learners.Task(images[:60], rows[:60]))
     found = TrackRecord.tested_on(learner, statistics, rejector, images[60:], rows[60:])
     assert found.temperature is not None
