@@ -115,10 +115,10 @@ class TrackRecord:
         nearest = answers == rows
         parts = torch.ones_like(nearest), nearest, nearest & rejector.accepts(images, answers)[0]
         classes = len(statistics.counts)
-        counts = (torch.bincount(rows[part], minlength=classes) for part in parts)
+        tested, near, right = (torch.bincount(rows[part], minlength=classes) for part in parts)
         losses = torch.zeros(classes, len(calibration.TEMPERATURES)).double()
         losses = losses.index_add(0, rows, losses_of(learner, images, rows))
-        return cls.of(learner, statistics, *counts, losses=losses)
+        return cls.of(learner, statistics, tested, near, right, losses=losses)
 
     def measured(
         self,
