@@ -127,7 +127,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA if a CUDA kernel runs, else the CPU")
     threads: int = setting(0, "number of PyTorch threads; 0: one per core", minimum=0, maximum=1024)
     baselines: bool = setting(True, "also run ssd, sdmlp and finetune on the same stream")
-    panel: bool = setting(True, "also run NCM, SLDA, ridge, RanPAC, FeCAM, FlyModel and joint training")
+    panel: bool = setting(True, "also run NCM, SLDA, ridge, RanPAC, KLDA, FeCAM, FlyModel and joint training")
 
 
 @dataclasses.dataclass(frozen=True)

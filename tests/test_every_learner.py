@@ -22,6 +22,7 @@ QUICK = {
     **dict.fromkeys(("sdmlp", "ssd", "finetune", "lwf", "icarl"), SHORT),
     "landmark": {"directions": 150},
     "ranpac": {"features": 200},
+    "klda": {"features": 200},
     "flymodel": {"neurons": 2000, "lr": 0.05},
 }
 

@@ -14,6 +14,7 @@ from ssd_edge.errors import BundleRefusedError, InputError, did_you_mean
 from ssd_edge.learners.base import BASE_SCHEMA, Learner
 from ssd_edge.learners.closed_form.fecam import FeCAM
 from ssd_edge.learners.closed_form.flymodel import FlyModel
+from ssd_edge.learners.closed_form.klda import KLDA
 from ssd_edge.learners.closed_form.landmark import Landmark
 from ssd_edge.learners.closed_form.ncm import NCM
 from ssd_edge.learners.closed_form.ranpac import RanPAC
@@ -32,7 +33,7 @@ LEARNERS: dict[str, type[Learner]] = {
     kind.name: kind
     for kind in (
         *(Landmark, SSD, SDMLPLearner, FineTune, LwF, ICaRL),
-        *(NCM, SLDA, Ridge, RanPAC, FeCAM, FlyModel),
+        *(NCM, SLDA, Ridge, RanPAC, KLDA, FeCAM, FlyModel),
     )
 }
 BASELINES = tuple(name for name, kind in LEARNERS.items() if kind.baseline)

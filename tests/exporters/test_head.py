@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "slda": {},
     "ridge": {},
     "ranpac": {"features": 30},
+    "klda": {"features": 30},
     "fecam": {},
     "fecam, tukey": {"tukey": 0.5},
     "flymodel": {"neurons": 50, "inputs_per_neuron": 4, "active": 0.1},

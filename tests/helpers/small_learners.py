@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "slda": {"name": "slda"},
     "ridge": {"name": "ridge"},
     "ranpac": {"name": "ranpac", "features": 30},
+    "klda": {"name": "klda", "features": 30},
     # settings that add tensors to the state or random draws to a task
     "ssd, random selection": {
         "name": "ssd", **SMALL, "selection": "random", "outputs": "arriving", "gaba": "keep",

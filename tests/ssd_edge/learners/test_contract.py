@@ -18,7 +18,7 @@ from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RANDOM = ("landmark", "ssd", "sdmlp", "finetune", "lwf", "icarl", "ranpac", "flymodel")
+RANDOM = ("landmark", "ssd", "sdmlp", "finetune", "lwf", "icarl", "ranpac", "klda", "flymodel")
 
 
 def differing(one: Learner, other: Learner) -> list[str]:

@@ -25,6 +25,7 @@ BY_CLASS: dict[str, dict[str, Any]] = {
     "slda": {"name": "slda", "per_class": True},
     "ridge": {"name": "ridge", "per_class": True},
     "ranpac": {"name": "ranpac", "features": 40, "per_class": True},
+    "klda": {"name": "klda", "features": 40, "per_class": True},
     "landmark": {"name": "landmark", "directions": 40, "per_class": True},
     "fecam": {"name": "fecam"},
     "flymodel": {"name": "flymodel", "neurons": 60, "inputs_per_neuron": 4, "active": 0.1, "lr": 0.03},

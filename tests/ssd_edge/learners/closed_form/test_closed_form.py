@@ -346,3 +346,22 @@ def test_landmark_with_nearly_identical_images(spread: float, given: bool) -> No
     test = gaussians(dict.fromkeys(range(4), 20), spread, seed=1)
     assert bool(torch.isfinite(learner.scores(test.embeddings)).all())
     assert torch.equal(learner.predict(test.embeddings), test.labels)
+
+
+def test_klda_approximates_a_gaussian_kernel_and_separates_what_no_line_can() -> None:
+    learner = build({"name": "klda", "features": 4001, "bandwidth": 1.0}, DIM, Priors())
+    assert learner.feature_count() == 4000  # pairs of cosine and sine
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(40, DIM, generator=generator)
+    kernel = (-torch.cdist(vectors, vectors).square() / (2 * DIM)).exp()
+    waves = learner.features(vectors)
+    assert torch.allclose(waves @ waves.T, kernel, atol=0.1)
+    vectors = 3 * torch.randn(3000, DIM, generator=generator) * torch.tensor([1.0, 1.0] + [0.01] * (DIM - 2))
+    labels = (vectors[:, 0] * vectors[:, 1] > 0).long()  # exclusive or
+    accuracy = {}
+    for options in ({"name": "slda"}, {"name": "klda", "features": 400, "bandwidth": 2.0}):
+        learner = build(options, DIM, Priors())
+        learner.learn(Task(vectors[:2000], labels[:2000]))
+        accuracy[options["name"]] = float((learner.predict(vectors[2000:]) == labels[2000:]).double().mean())
+    assert accuracy["slda"] < 0.6
+    assert accuracy["klda"] > 0.9
