@@ -7,8 +7,10 @@ what these import, and FOLDER on ``PYTHONPATH``. An export takes half a minute o
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from PIL import Image
 
 from ssd_edge import images
-from ssd_edge.backbones import libraries, names, torch_onnx
+from ssd_edge.backbones import libraries, lite, names, torch_onnx
 from ssd_edge.backbones.graph import NetworkGraph
 from ssd_edge.backbones.onnx import OnnxEmbedder, open_session
 from ssd_edge.config import BackboneConfig
@@ -147,6 +149,19 @@ def test_a_vit_of_another_size() -> None:
     assert features(graph, torch.zeros(2, 3, 64, 64)).shape == (2, 192)
 
 
+@pytest.mark.parametrize(("name", "own"), [("lite0", lite.lite0), ("lite2", lite.lite2)])
+def test_the_own_lite_networks_are_those_of_timm(name: str, own: Callable[[], torch.nn.Module]) -> None:
+    timm = library("timm")
+    torch.manual_seed(0)
+    theirs, ours = timm.create_model(f"tf_efficientnet_{name}", pretrained=False, num_classes=0).eval(), own().eval()
+    values = list(theirs.state_dict().values())  # in the same order, under other names
+    ours.load_state_dict(dict(zip(ours.state_dict(), values, strict=True)))
+    for size in (64, 75):  # an odd one is padded in another way
+        x = torch.randn(2, 3, size, size)
+        with torch.inference_mode():
+            torch.testing.assert_close(ours(x), theirs(x))
+
+
 # torchvision
 
 
@@ -202,7 +217,7 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 56, 56)
     with torch.inference_mode():
         np.testing.assert_allclose(features(graph, x), network(x).pooler_output.flatten(1).numpy(), atol=1e-5)
-    embedder = OnnxEmbedder(graph)
+    embedder = OnnxEmbedder(dataclasses.replace(graph, levels="last"))
     assert embedder.embed(np.zeros((3, 56, 56, 3), np.uint8)).shape == (3, 16)
     with pytest.raises(InputError, match=r"backbone.weights does not apply"):
         resolved(f"hf/{tmp_path}", weights="x.pth")

