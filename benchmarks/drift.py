@@ -26,15 +26,13 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from device_runtime.service.drift import DRIFTED, MODERATE, WINDOW, DriftReport, Monitor, Reference
-from ssd_edge import files, learners
 from ssd_edge.backbones.embedder import Embedder, open_backbone
-from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import BackboneConfig, DataConfig
 from ssd_edge.data import Dataset, load
 from ssd_edge.images import Pixels
-from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.unknown import Rejector
 from ssd_edge.report.terminal import Console
+from ssd_edge.run import finished
 from ssd_edge.run.embed import embed
 from ssd_edge.run.storage import environment
 from ssd_edge.run.train import set_threads
@@ -87,11 +85,9 @@ class Box:
     """Reference, learner and rejector of a device with the run."""
 
     def __init__(self, run: Path) -> None:
-        arrays, _ = files.read_tensors(run / "statistics.safetensors")
-        statistics = ClassStatistics.from_state({name: torch.from_numpy(array) for name, array in arrays.items()})
-        self.names = ClassRegistry.from_json(files.read_json(run / "classes.json")).names
-        self.learner = learners.restore(*files.read_tensors(run / "learner.safetensors"))
-        self.reference, self.rejector = Reference(statistics), Rejector.fit(statistics)
+        trained = finished.read(run)
+        self.names, self.learner = trained.registry.names, trained.learner
+        self.reference, self.rejector = Reference(trained.statistics), Rejector.fit(trained.statistics)
 
     def seen(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the embeddings, their scores and whether each is accepted as known."""

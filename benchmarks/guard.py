@@ -109,7 +109,8 @@ class Series:
         for row, label in enumerate(self.base):
             registry = registry.add(self.names[label], "base", int((rows == row).sum()))
         bundle = InstalledBundle("guard", 1, "cpu", 224, dim, "fp32", "0" * 64, None, "0" * 16, (), {})
-        return DeviceState(registry, learner, statistics, rejector, record, bundle, b"", b"")
+        counted = statistics if learner.class_statistics() is None else None
+        return DeviceState(registry, learner, counted, rejector, record, bundle, b"", b"")
 
     def take(self, label: int, count: int) -> Tensor:
         """Return images of a class that were not taken before."""

@@ -3,8 +3,8 @@
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/privacy.py [--repeats N] [--json FILE]
 
 The bundled backbone embeds 260 training and 100 test images of each class of CIFAR-10. A device knows all ten classes
-with `KNOWN` images each and is then taught k more images of one of them. The attacker has the file
-``statistics.safetensors`` (counts, sums, second moments) of one generation or of two, and, for the membership tests,
+with `KNOWN` images each and is then taught k more images of one of them. The attacker has the
+class statistics (counts, sums, second moments) of one generation or of two, and, for the membership tests,
 the candidate images: those that were taught, and as many others of the same class. Figures are means over classes and
 repeats. The accuracy is that of the linear discriminant of the (disturbed) statistics on the test images.
 """

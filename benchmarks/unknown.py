@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ssd_edge import files, learners
 from ssd_edge.backbones.embedder import open_backbone
-from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import BackboneConfig, DataConfig
 from ssd_edge.data import load
 from ssd_edge.learners.closed_form.sums import ClassStatistics, shrink
 from ssd_edge.learners.unknown import Rejector
 from ssd_edge.report.terminal import Console
+from ssd_edge.run import finished
 from ssd_edge.run.embed import embed
 from ssd_edge.run.storage import environment
 from ssd_edge.run.train import set_threads
@@ -139,10 +139,8 @@ def main() -> None:
     ten, hundred = (load(DataConfig(path=f"cifar{n}-jpg.tar.xz"), 0) for n in (10, 100))
     vectors = {part: torch.from_numpy(array) for part, array in embed(ten, embedder, Console(), True).items()}
     far = torch.from_numpy(embed(hundred, embedder, Console(), True)["test"])
-    learner = learners.restore(*files.read_tensors(args.run / "learner.safetensors"))
-    arrays, _ = files.read_tensors(args.run / "statistics.safetensors")
-    statistics = ClassStatistics.from_state({name: torch.from_numpy(array) for name, array in arrays.items()})
-    names = ClassRegistry.from_json(files.read_json(args.run / "classes.json")).names
+    run = finished.read(args.run)
+    learner, statistics, names = run.learner, run.statistics, run.registry.names
     (new,) = [name for name in ten.classes if name not in names]
     row = torch.tensor([names.index(name) if name in names else -1 for name in ten.classes])
     train, test = row[torch.from_numpy(ten.train_labels)], row[torch.from_numpy(ten.test_labels)]

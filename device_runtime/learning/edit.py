@@ -44,10 +44,10 @@ def forget(state: DeviceState, label: str, exactly: bool, limits: Limits | None)
     row = state.registry.row_of(label)
     learner = copy_learner(state.learner)
     exact = learner.remove(row, approximately=not exactly)
-    statistics = state.statistics.copy()
-    statistics.remove(row, approximately=True)  # used by the guard and the thresholds for 'unknown' only
+    # class statistics beside the learner are used by the guard and the thresholds for 'unknown' only
+    changed = state.with_learner(learner, lambda statistics: statistics.remove(row, approximately=True))
     left = "" if exact else _LEFT_IN_THE_COVARIANCE if isinstance(learner, LinearLearner) else _LEFT_IN_THE_WEIGHTS
-    retention, warnings, record = estimate_cost(state, learner, statistics, limits)
+    retention, warnings, record = estimate_cost(state, learner, changed.statistics, limits)
     result = ForgetResult(
         forgot=state.registry.names[row],
         images=state.registry.entries[row].images,
@@ -56,8 +56,7 @@ def forget(state: DeviceState, label: str, exactly: bool, limits: Limits | None)
         old_classes=retention,
         warnings=warnings,
     )
-    after = state.replace(learner=learner, statistics=statistics, record=record)
-    return _without_rows(after, [row]).replace(registry=registry), result
+    return _without_rows(changed.replace(record=record), [row]).replace(registry=registry), result
 
 
 def merge_labels(
@@ -73,11 +72,15 @@ def merge_labels(
     if target is None or not others:
         raise InputError(f"'{into}' can only be merged with other classes; name at least one besides it")
     renamed, learner = registry, copy_learner(state.learner)
-    statistics = state.statistics.copy()
     for row in others:
         learner.join(row, target)
-        statistics.join(row, target)
         registry = registry.joined(state.registry.names[row], into)
+
+    def join(statistics: ClassStatistics) -> None:
+        for row in others:
+            statistics.join(row, target)
+
+    changed = state.with_learner(learner, join)
     retention, warnings, record = estimate_cost(
         state.replace(registry=renamed), learner, state.statistics, limits, dict.fromkeys(others, target)
     )
@@ -87,12 +90,9 @@ def merge_labels(
         old_classes=retention,
         warnings=warnings,
     )
-    rejector = state.rejector.joined(others, target, statistics)
-    after = state.replace(
-        learner=learner,
-        statistics=statistics,
-        rejector=rejector,
-        record=record.joined(learner, statistics, others, target),
+    after = changed.replace(
+        rejector=state.rejector.joined(others, target, changed.statistics),
+        record=record.joined(learner, changed.statistics, others, target),
     )
     return _without_rows(after, others).replace(registry=registry), result
 
@@ -101,7 +101,7 @@ def _without_rows(state: DeviceState, rows: Sequence[int]) -> DeviceState:
     """Drop empty rows, which moves later rows up; the caller updates the registry."""
     return state.replace(
         learner=learners.without_rows(state.learner, rows),
-        statistics=state.statistics.without_rows(rows),
+        counted=None if state.counted is None else state.counted.without_rows(rows),
         rejector=state.rejector.without_rows(rows),
         record=state.record.without_rows(rows),
     )

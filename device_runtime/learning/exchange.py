@@ -25,6 +25,7 @@ from ssd_edge import files, learners
 from ssd_edge.bundle import card
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.system import utc_now
 
 
@@ -206,15 +207,15 @@ def merge(
     base_to_here = torch.tensor([here[entry.id] for entry in base_registry.entries], dtype=torch.int64)
     learner = copy_learner(state.learner)
     learner.merge(there.learner, to_here, base.learner, base_to_here)
-    statistics = state.statistics.copy()
-    # first: exactly nothing is left of a device that was taught nothing
-    statistics.subtract(base.statistics, base_to_here)
-    statistics.merge(there.statistics, to_here)
+
+    def add(statistics: ClassStatistics) -> None:
+        # first: exactly nothing is left of a device that was taught nothing
+        statistics.subtract(base.statistics, base_to_here)
+        statistics.merge(there.statistics, to_here)
+
     merged = (*state.bundle.merged, origin.installation, *origin.merged)
-    after = state.replace(
+    after = state.with_learner(learner, add).replace(
         registry=registry,
-        learner=learner,
-        statistics=statistics,
         bundle=dataclasses.replace(state.bundle, merged=merged),
     )
     retention, warnings, record = estimate_cost(state, learner, state.statistics, limits)

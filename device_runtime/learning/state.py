@@ -109,7 +109,7 @@ class DeviceState:
     Attributes:
         registry: The classes.
         learner: The learner. Copy it with `copy_learner` before teaching it.
-        statistics: Statistics of the embeddings of each class.
+        counted: Statistics of the embeddings of each class, if the learner does not hold them; see `statistics`.
         rejector: Thresholds for ``unknown``.
         record: Held-out results of each class.
         bundle: The installed bundle.
@@ -119,12 +119,35 @@ class DeviceState:
 
     registry: ClassRegistry
     learner: learners.Learner
-    statistics: ClassStatistics
+    counted: ClassStatistics | None
     rejector: Rejector
     record: TrackRecord
     bundle: InstalledBundle
     probe: bytes
     card: bytes
+
+    @property
+    def statistics(self) -> ClassStatistics:
+        """Statistics of the embeddings of each class; those of the learner if it holds them."""
+        held = self.learner.class_statistics() if self.counted is None else self.counted
+        if held is None:
+            raise BundleRefusedError(
+                f"the learner '{self.learner.name}' needs class statistics beside it, but there are none; deploy the "
+                "bundle again"
+            )
+        return held
+
+    def with_learner(self, learner: learners.Learner, change: Callable[[ClassStatistics], object]) -> DeviceState:
+        """Return a copy with another learner.
+
+        Args:
+            learner: The learner after a change.
+            change: Makes the same change to class statistics that the learner does not hold.
+        """
+        counted = None if self.counted is None else self.counted.copy()
+        if counted is not None:
+            change(counted)
+        return dataclasses.replace(self, learner=learner, counted=counted)
 
     def check(self) -> None:
         """Check that all parts are about the same classes and features.
@@ -157,10 +180,13 @@ class DeviceState:
 
     def contents(self) -> dict[str, bytes]:
         """Return file name → bytes for `Generations.commit`; `read` restores them bit for bit."""
-        arrays = {name: tensor.numpy() for name, tensor in self.statistics.state().items()}
+        counted = {}
+        if self.counted is not None:
+            arrays = {name: tensor.numpy() for name, tensor in self.counted.state().items()}
+            counted["statistics.safetensors"] = files.tensor_bytes(arrays)
         return {
             "learner.safetensors": files.tensor_bytes(*learners.pack(self.learner)),
-            "statistics.safetensors": files.tensor_bytes(arrays),
+            **counted,
             "unknown.safetensors": files.tensor_bytes(self.rejector.state()),
             "record.safetensors": files.tensor_bytes(self.record.state()),
             "classes.json": files.json_bytes(self.registry.to_json()),
@@ -188,10 +214,13 @@ class DeviceState:
             return files.parse_tensors(read(name), name)
 
         bundle = InstalledBundle.from_json(files.parse_json(read("device.json"), "device.json"))
+        learner, counted = learners.restore(*tensors("learner.safetensors"), dim=bundle.dim), None
+        if learner.class_statistics() is None:
+            counted = restore_statistics(tensors("statistics.safetensors")[0], bundle.dim)
         state = cls(
             ClassRegistry.from_json(files.parse_json(read("classes.json"), "classes.json")),
-            learners.restore(*tensors("learner.safetensors"), dim=bundle.dim),
-            restore_statistics(tensors("statistics.safetensors")[0], bundle.dim),
+            learner,
+            counted,
             Rejector.from_state(tensors("unknown.safetensors")[0]),
             TrackRecord.from_state(tensors("record.safetensors")[0]),
             bundle,
@@ -216,12 +245,22 @@ class DeviceState:
         """
         bundle = InstalledBundle.of(opened, signed_by)
         # First: the number of features, which sizes what a learner draws from its seed, is that of these tensors.
-        statistics = restore_statistics(opened.tensors("statistics")[0], bundle.dim)
+        counted = None
+        if "statistics" in opened.roles:
+            counted = restore_statistics(opened.tensors("statistics")[0], bundle.dim)
         learner = learners.restore(*opened.tensors("learner"), dim=bundle.dim)
         if learner.name != opened.manifest["learner"]["name"]:
             raise BundleRefusedError(
                 f"the bundle contains the learner '{learner.name}', but its manifest says "
                 f"'{printable(opened.manifest['learner']['name'])[:40]}'; deploy it again"
+            )
+        statistics = learner.class_statistics() if counted is None else counted
+        if statistics is None or (counted is not None and learner.class_statistics() is not None):
+            wrong = "needs class statistics, but the bundle has no" if statistics is None else (
+                "holds class statistics, and the bundle has others in"
+            )  # fmt: skip
+            raise BundleRefusedError(
+                f"the learner '{learner.name}' {wrong} {bundles.ROLES['statistics']}; deploy it again"
             )
         if "unknown" in opened.roles:
             rejector = Rejector.from_state(opened.tensors("unknown")[0])
@@ -233,7 +272,7 @@ class DeviceState:
             untested = torch.zeros(len(statistics.counts))
             record = TrackRecord.of(learner, statistics, untested, untested, untested)
         probe, card = opened.read("probe"), opened.read("card")
-        state = cls(opened.registry, learner, statistics, rejector, record, bundle, probe, card)
+        state = cls(opened.registry, learner, counted, rejector, record, bundle, probe, card)
         state.check()
         return state
 

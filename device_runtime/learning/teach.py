@@ -130,7 +130,8 @@ def teach(
     learner = copy_learner(state.learner)
     measured = learner.learn(Task(embeddings, labels), meter.tick)
     meter.stage("checking")
-    after = _with_answers(state, state.replace(registry=registry, learner=learner), batches, embeddings, labels, trial)
+    after = state.with_learner(learner, lambda statistics: statistics.add(embeddings, labels))
+    after = _with_answers(state, after.replace(registry=registry), batches, embeddings, labels, trial)
     judgement = judge(state, after, embeddings, labels, trial, limits, names)
     judgement.check()
     after = after.replace(record=judgement.record)
@@ -321,19 +322,17 @@ def _with_answers(
     labels: torch.Tensor,
     trial: Trial,
 ) -> DeviceState:
-    """Add the new images to the class statistics, to the thresholds and to the held-out results of their classes.
+    """Add the new images to the thresholds and to the held-out results of their classes.
 
     Args:
         before: The state before the learn.
-        state: The same with the new registry and learner.
+        state: The same with the new registry, learner and class statistics.
         batches: The classes.
         embeddings: Embeddings of the different images, ``(N, D)``.
         labels: Their rows, int64 ``(N,)``.
         trial: Answers to them while they were held out.
     """
-    statistics = state.statistics.copy()
-    statistics.add(embeddings, labels)
-    rejector, record = state.rejector, state.record
+    rejector, record, statistics = state.rejector, state.record, state.statistics
     for batch in sorted(batches, key=lambda batch: batch.row):
         own = labels == batch.row
         rejector = rejector.with_class(batch.row, statistics, embeddings[own])
@@ -345,7 +344,7 @@ def _with_answers(
             recognised = embeddings[own][before.learner.predict(embeddings[own]) == batch.row]
         losses = trial.losses[own].sum(0)
         record = record.measured(state.learner, statistics, batch.row, tested, near, right, recognised, losses)
-    return state.replace(statistics=statistics, rejector=rejector, record=record)
+    return state.replace(rejector=rejector, record=record)
 
 
 def _copies(batches: Sequence[ClassImages]) -> list[str]:

@@ -38,7 +38,7 @@ ROLES = {  # role → name of its entry
     "classes": "classes.json",
     "card": "MODEL_CARD.md",
 }
-OPTIONAL_ROLES = frozenset({"head", "unknown", "record"})
+OPTIONAL_ROLES = frozenset({"head", "statistics", "unknown", "record"})
 
 # docs/bundle.md gives the reason for each limit.
 MAX_JSON_BYTES = 2 * 2**20

@@ -10,13 +10,16 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.priors import Priors
+
+if TYPE_CHECKING:
+    from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 # Callback with the fraction of the task that is done, 0 to 1. If it returns True, a learner that trains for several
 # epochs stops after the current one and finishes the task normally.
@@ -492,6 +495,13 @@ class Learner(abc.ABC):
         """Return the tensors of the state that came with the backbone and never change."""
         shipped = {name for name, spec in self.schema().items() if spec.shipped}
         return {name: tensor for name, tensor in self._tensors().items() if name in shipped}
+
+    def class_statistics(self) -> ClassStatistics | None:
+        """Return the statistics of the embeddings of each class if they are part of the state, or else None.
+
+        They are not a copy: they change with the learner, and must not be changed.
+        """
+        return None
 
     def memory_bytes(self) -> int:
         """Return the size of the state in bytes, without `constants`."""

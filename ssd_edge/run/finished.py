@@ -24,7 +24,7 @@ from ssd_edge.learners.retention import TrackRecord
 from ssd_edge.learners.unknown import Rejector
 from ssd_edge.run import storage
 
-STATES = ("learner", "statistics", "unknown", "record")  # roles of the state files
+STATES = ("learner", "unknown", "record")  # roles of the state files; of some learners also "statistics"
 STANDARDISATION = {
     "mu": TensorSpec(("D",), "float32", "mean of the first task"),
     "sigma": TensorSpec(("D",), "float32", "deviation of the first task", least=float(np.finfo(np.float32).tiny)),
@@ -60,6 +60,7 @@ class FinishedRun:
         registry: Class registry.
         learner: Learner after the last task.
         states: Content of the state files by their role in a bundle.
+        statistics: Statistics of the embeddings of each class.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class FinishedRun:
     registry: ClassRegistry
     learner: learners.Learner
     states: dict[str, bytes]
+    statistics: ClassStatistics
 
     @property
     def pixels(self) -> Pixels:
@@ -91,17 +93,19 @@ def emptied(run: FinishedRun, priors: Priors) -> FinishedRun:
     _, metadata = learners.pack(run.learner)
     options = {"name": metadata["learner"], **metadata["settings"]}
     learner = learners.build(options, run.learner.dim, priors, metadata["seed"])
-    statistics = {name: tensor.numpy() for name, tensor in ClassStatistics(learner.dim).state().items()}
     rejector = Rejector.from_state(files.parse_tensors(run.states["unknown"], "unknown.safetensors")[0])
     rows = range(len(run.registry))
     record = TrackRecord.from_state(files.parse_tensors(run.states["record"], "record.safetensors")[0])
     states = {
         "learner": files.tensor_bytes(*learners.pack(learner)),
-        "statistics": files.tensor_bytes(statistics),
         "unknown": files.tensor_bytes(rejector.without_rows(rows).state()),  # keeps what all classes have in common
         "record": files.tensor_bytes(record.without_rows(rows).state()),
     }
-    return dataclasses.replace(run, registry=ClassRegistry(), learner=learner, states=states)
+    statistics = learner.class_statistics()
+    if statistics is None:
+        statistics = ClassStatistics(learner.dim)
+        states["statistics"] = files.tensor_bytes({name: t.numpy() for name, t in statistics.state().items()})
+    return dataclasses.replace(run, registry=ClassRegistry(), learner=learner, states=states, statistics=statistics)
 
 
 def read(folder: Path) -> FinishedRun:
@@ -117,10 +121,7 @@ def read(folder: Path) -> FinishedRun:
         raise InputError(
             f"{folder} is not finished; continue it with: ssd-edge train --resume {shlex.quote(str(folder))}"
         )
-    needed = ("metrics.json", "backbone.json", "classes.json", *(bundle.ROLES[role] for role in STATES))
-    missing = [name for name in needed if not files.is_file(folder / name)]
-    if missing:
-        raise InputError(f"{folder} is not a complete run: {', '.join(missing)} missing; restore them or train again")
+    _check_complete(folder, ["metrics.json", "backbone.json", "classes.json", *(bundle.ROLES[role] for role in STATES)])
     states = {role: files.read_bytes(folder / bundle.ROLES[role]) for role in STATES}
     record = _read_object(folder / "run.json", {**RECORD, "finished": str})
     try:
@@ -132,7 +133,15 @@ def read(folder: Path) -> FinishedRun:
         Pixels.from_dict(backbone)
     except InputError as error:
         raise BundleRefusedError(f"{folder / 'backbone.json'} is damaged: {error}; restore it") from error
-    path = folder / "learner.safetensors"
+    path = folder / bundle.ROLES["learner"]
+    learner = learners.restore(*files.parse_tensors(states["learner"], str(path)), dim=backbone["dim"])
+    statistics = learner.class_statistics()
+    if statistics is None:
+        path = folder / bundle.ROLES["statistics"]
+        _check_complete(folder, [path.name])
+        states["statistics"] = files.read_bytes(path)
+        arrays, _ = files.parse_tensors(states["statistics"], str(path))
+        statistics = restore_statistics(arrays, backbone["dim"], str(path))
     state = FinishedRun(
         folder=folder,
         config=config,
@@ -140,11 +149,23 @@ def read(folder: Path) -> FinishedRun:
         metrics=_read_object(folder / "metrics.json", {**METRICS, "baselines": dict, "tasks": list}),
         backbone=backbone,
         registry=ClassRegistry.from_json(files.read_json(folder / "classes.json")),
-        learner=learners.restore(*files.parse_tensors(states["learner"], str(path)), dim=backbone["dim"]),
+        learner=learner,
         states=states,
+        statistics=statistics,
     )
     _check_together(state)
     return state
+
+
+def _check_complete(folder: Path, needed: list[str]) -> None:
+    """Check that files of a run are there.
+
+    Raises:
+        InputError: One is missing.
+    """
+    missing = [name for name in needed if not files.is_file(folder / name)]
+    if missing:
+        raise InputError(f"{folder} is not a complete run: {', '.join(missing)} missing; restore them or train again")
 
 
 def _read_object(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
@@ -170,10 +191,9 @@ def _check_together(state: FinishedRun) -> None:
             f"{state.folder}: the learner has {len(learner.seen)} classes and embeddings of {learner.dim}, but "
             f"classes.json and backbone.json have {classes} and {dim}; restore the files of one run"
         )
-    path = str(state.folder / "statistics.safetensors")
-    counts = restore_statistics(files.parse_tensors(state.states["statistics"], path)[0], dim, path).counts.tolist()
-    images = [entry.images for entry in state.registry.entries]
+    counts, images = state.statistics.counts.tolist(), [entry.images for entry in state.registry.entries]
     if counts != images:
+        path = state.folder / bundle.ROLES["statistics" if "statistics" in state.states else "learner"]
         raise BundleRefusedError(
             f"{path} counts {counts[:10]} images, but classes.json {images[:10]}; restore the files of one run"
         )

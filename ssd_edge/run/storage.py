@@ -8,7 +8,8 @@ runs/<n>/config.yaml              resolved configuration
          classes.json             class registry by learner row
          progress.json            for each learner: accuracies so far, seconds, name of the matching checkpoint
          checkpoints/             latest state of each unfinished learner
-         metrics.json report.html learner.safetensors statistics.safetensors
+         metrics.json report.html learner.safetensors unknown.safetensors record.safetensors
+         statistics.safetensors   of the embeddings of each class, unless they are part of the learner's state
          standardisation.safetensors   mean and deviation of the first task, unless the backbone is a package
 ```
 Each file is replaced atomically, and `progress.json` is written after the checkpoint that it names. A crash loses at

@@ -282,10 +282,12 @@ class Run:
         """Write the files that a deployment and an evaluation need."""
         data, folder = self.setup.data, self.folder
         files.write_tensors(folder / "learner.safetensors", *state)
-        statistics = ClassStatistics(data.train.shape[1])
-        statistics.add(data.train, data.train_rows)
-        arrays = {name: tensor.numpy() for name, tensor in statistics.state().items()}
-        files.write_tensors(folder / "statistics.safetensors", arrays)
+        statistics = learner.class_statistics()
+        if statistics is None:
+            statistics = ClassStatistics(data.train.shape[1])
+            statistics.add(data.train, data.train_rows)
+            arrays = {name: tensor.numpy() for name, tensor in statistics.state().items()}
+            files.write_tensors(folder / "statistics.safetensors", arrays)
         rejector = Rejector.calibrate(statistics, data.train, data.train_rows, data.test, data.test_rows)
         files.write_tensors(folder / "unknown.safetensors", rejector.state())
         record = TrackRecord.tested_on(learner, statistics, rejector, data.test, data.test_rows)

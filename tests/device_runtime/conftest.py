@@ -90,6 +90,11 @@ def tiny_bundle() -> TinyBundle:
         embeddings = tiny_embed(probe, normalised)
         return learner, statistics, embeddings, learner.predict(torch.from_numpy(embeddings)).numpy()
 
+    def counted(learner: learners.Learner, statistics: ClassStatistics) -> dict[str, bytes]:
+        if learner.class_statistics() is not None:
+            return {}
+        return {"statistics": files.tensor_bytes({name: t.numpy() for name, t in statistics.state().items()})}
+
     registry = ClassRegistry()
     for name in CLASSES:
         registry = registry.add(name, images=20)
@@ -112,7 +117,7 @@ def tiny_bundle() -> TinyBundle:
         entries = {
             "backbone": backbone,
             "learner": files.tensor_bytes(*learners.pack(learned)),
-            "statistics": files.tensor_bytes({name: t.numpy() for name, t in statistics.state().items()}),
+            **counted(learned, statistics),
             "classes": files.json_bytes(registry.to_json()),
             "probe": files.tensor_bytes(arrays, {"min_cosine": 0.9999, "max_difference": 1e-3}),
             "card": b"# tiny\n",

@@ -100,8 +100,9 @@ def write_run(folder: Path, config: TrainConfig, embedder: Embedder) -> Path:
     files.write_tensors(folder / "learner.safetensors", *learners.pack(learner))
     statistics = ClassStatistics(embedder.dim)
     statistics.add(vectors, rows)
-    state = {name: tensor.numpy() for name, tensor in statistics.state().items()}
-    files.write_tensors(folder / "statistics.safetensors", state)
+    if learner.class_statistics() is None:
+        state = {name: tensor.numpy() for name, tensor in statistics.state().items()}
+        files.write_tensors(folder / "statistics.safetensors", state)
     rejector = Rejector.calibrate(statistics, vectors, rows, vectors[:0], rows[:0])
     files.write_tensors(folder / "unknown.safetensors", rejector.state())
     counts = torch.bincount(rows)

@@ -21,6 +21,7 @@ from ssd_edge.backbones.onnx import OnnxEmbedder, open_session, run
 from ssd_edge.bundle import signing
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
 from ssd_edge.images import Pixels
+from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.run import storage
 
 
@@ -97,8 +98,10 @@ def test_bundle_and_run_give_the_same_predictions(deployed, package_run, package
 
 def test_learner_and_statistics_are_copied_unchanged(deployed, package_run):
     read = bundle.read(deployed[0])
-    assert set(read.roles) == set(bundle.ROLES) - {"head"}
-    for role in ("learner", "statistics"):
+    copied = {role for role in ("learner", "statistics") if (package_run / bundle.ROLES[role]).is_file()}
+    assert set(read.roles) == set(bundle.ROLES) - {"head", "statistics"} | copied
+    assert ("statistics" in copied) == (learners.restore(*read.tensors("learner")).class_statistics() is None)
+    for role in copied:
         assert read.read(role) == (package_run / bundle.ROLES[role]).read_bytes()
 
 
@@ -262,8 +265,9 @@ def test_damaged_files_are_refused(own_run, tmp_path):
 
 
 def test_mixed_files_of_two_runs_are_refused(own_run, package_run, tmp_path):
-    shutil.copy(package_run / "statistics.safetensors", own_run)
-    refused(own_run, tmp_path / "b", r"'sums' .* must have the shape \(3, 6\), but has", BundleRefusedError)
+    others = {name: tensor.numpy() for name, tensor in ClassStatistics(256).state().items()}
+    files.write_tensors(own_run / "statistics.safetensors", others)
+    refused(own_run, tmp_path / "b", r"'sums' .* must have the shape \(0, 6\), but has", BundleRefusedError)
     shutil.copy(package_run / "learner.safetensors", own_run)
     refused(own_run, tmp_path / "b", "dim is 256, but the embeddings have 6 features", BundleRefusedError)
 
@@ -378,7 +382,7 @@ def test_empty_bundle_contains_nothing_learned(package_run, deployed, tmp_path):
     assert arrays.keys() == full.keys()
     assert metadata["settings"] == bundle.read(deployed[0]).manifest["learner"]["settings"]
     assert arrays["values"].shape[1] == 0
-    assert not read.tensors("statistics")[0]["second"].any()
+    assert "statistics" not in read.roles or not read.tensors("statistics")[0]["second"].any()
     assert "agreement" not in read.manifest["parity"]["test"]
     card = read.read("card").decode()
     assert "None: all classes are taught on the device" in card

@@ -83,6 +83,9 @@ class LinearLearner(Learner):
         """Return features ``(N, F)`` of embeddings ``(N, D)``."""
         return embeddings
 
+    def class_statistics(self) -> ClassStatistics | None:
+        return self.statistics if type(self).features is LinearLearner.features else None
+
     @abc.abstractmethod
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Return W ``(F, C)``, b ``(C,)`` and measurements, solved from the statistics."""

@@ -131,7 +131,7 @@ def survives(what: str, make: Callable[[], bytes], tmp_path: Path, into: bytes |
 
 def mutants(data: bytes, roles: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], bytes]]]:
     opened = bundles.parse(data)
-    for role in roles:
+    for role in (role for role in roles if role in opened.roles):
         for name, array in opened.tensors(role)[0].items():
             values = FLOATS if array.dtype.kind == "f" else WHOLE
             for kind, change in {**values, **SHAPES}.items():
@@ -141,11 +141,12 @@ def mutants(data: bytes, roles: tuple[str, ...]) -> Iterator[tuple[str, Callable
                 )
 
 
+@pytest.mark.parametrize("learner", ["slda", "ncm"])
 @pytest.mark.parametrize("merging", [False, True], ids=["installed", "merged"])
-def test_mutants_of_statistics_and_thresholds(exported, tiny_bundle, tmp_path, merging):
-    data = exported("slda")
+def test_mutants_of_statistics_and_thresholds(exported, tiny_bundle, tmp_path, merging, learner):
+    data = exported(learner)
     chosen = list(mutants(data, ("statistics", "unknown", "learner")))[::31]
-    into = tiny_bundle(learner="slda") if merging else None
+    into = tiny_bundle(learner=learner) if merging else None
     found = [survives(what, make, tmp_path, into) for what, make in chosen]
     assert set(found) <= {"used", "refused", "gate", "not packed"}
     assert found.count("refused") > 3
@@ -175,6 +176,8 @@ WRONG = [
     ("statistics", replaced("sums", SHAPES["a column less"]), r"'sums' .* must have the shape \(4, 6\)"),
     ("learner", replaced("counts", np.zeros_like), "has samples of the rows none, but has learned 0, 1, 2, 3"),
     ("learner", replaced("second", np.zeros_like), "indefinite"),
+    ("learner", replaced("sums", FLOATS["scaled up"]), "indefinite"),
+    ("learner", replaced("counts", lambda counts: counts + 1), "the registry counts 20, 20, 20, 6 images"),
     ("learner", lie("dim", 20_000), "dim is 20000, but the embeddings have 6 features"),
     ("learner", lie("dim", 5), "dim is 5, but the embeddings have 6"),
     ("learner", as_another_kind, "contains the learner 'ridge', but its manifest says 'slda'"),
@@ -191,15 +194,28 @@ WRONG = [
 
 @pytest.mark.parametrize(("role", "change", "told"), WRONG)
 def test_false_states_are_refused_everywhere(exported, tiny_bundle, tmp_path, refused, role, change, told):
-    path = tmp_path / "false.ssdedge"
-    path.write_bytes(repacked(exported("slda"), **{role: change}))
+    path, learner = tmp_path / "false.ssdedge", "ncm" if role == "statistics" else "slda"  # which holds its own
+    path.write_bytes(repacked(exported(learner), **{role: change}))
     with pytest.raises(BundleRefusedError, match=told):
         install(tmp_path / "root", path)
     assert re.search(told, refused("verify", path, code=5))
-    (tmp_path / "tiny.ssdedge").write_bytes(tiny_bundle(learner="slda"))
+    (tmp_path / "tiny.ssdedge").write_bytes(tiny_bundle(learner=learner))
     install(tmp_path / "other", tmp_path / "tiny.ssdedge")
     with pytest.raises(BundleRefusedError, match=told):
         Device.open(tmp_path / "other").merge(path)
+
+
+def test_class_statistics_are_there_exactly_once(exported):
+    """Two copies could disagree, and without any a class could neither be taught nor judged."""
+    opened, other = (bundles.parse(exported(learner)) for learner in ("slda", "ncm"))
+    entries = {path: (role, opened.entries[path]) for role, path in opened.roles.items()}
+    assert "statistics.safetensors" not in entries
+    twice = entries | {"statistics.safetensors": ("statistics", other.read("statistics"))}
+    with pytest.raises(BundleRefusedError, match="'slda' holds class statistics, and the bundle has others in"):
+        DeviceState.of_bundle(bundles.parse(bundles.pack(opened.manifest, twice)))
+    none = {path: (role, other.entries[path]) for role, path in other.roles.items() if role != "statistics"}
+    with pytest.raises(BundleRefusedError, match="'ncm' needs class statistics, but the bundle has no"):
+        DeviceState.of_bundle(bundles.parse(bundles.pack(other.manifest, none)))
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ class World:
         rejector = Rejector.calibrate(self.statistics, self.vectors, self.labels, images, tests)
         record = TrackRecord.tested_on(learner, self.statistics, rejector, images, tests)
         bundle = InstalledBundle("robot", 1, "cpu", 32, self.dim, "fp32", "0" * 64, None, "0" * 16, (), {})
-        return DeviceState(self.registry, learner, self.statistics, rejector, record, bundle, b"", b"")
+        counted = self.statistics if learner.class_statistics() is None else None
+        return DeviceState(self.registry, learner, counted, rejector, record, bundle, b"", b"")
 
     def taught(
         self, before: DeviceState, images: torch.Tensor, rows: torch.Tensor, learn: bool = True
@@ -88,7 +89,7 @@ class World:
             record = record.measured(
                 learner, statistics, row, len(answers), *[int((answers == row).sum())] * 2, known, losses
             )
-        parts = {"statistics": statistics, "rejector": rejector, "record": record, "registry": registry}
+        parts = {"counted": statistics, "rejector": rejector, "record": record, "registry": registry}
         return before.replace(learner=learner, **parts), trial
 
     def teach(self, images: torch.Tensor, row: int = OLD, limits: Limits | None = None, **options: Any) -> Judgement:
@@ -363,6 +364,7 @@ def test_outputs_of_future_classes_are_ignored(world: World) -> None:
     learner.expect(OLD + 4)
     learner.learn(learners.Task(world.vectors, world.labels))
     state, rows = world.state().replace(learner=learner), torch.zeros(20, dtype=torch.int64)
+    state = state.replace(counted=world.statistics)
     found = judge(state, state, world.of(0), rows, Trial(rows, torch.zeros(len(rows), len(TEMPERATURES))))
     assert (found.refusals, found.agreement, found.retention.drop) == ([], 1.0, 0.0)
 
@@ -371,7 +373,7 @@ def test_learner_without_old_classes_is_only_checked_for_finite_values(world: Wo
     full = world.state(name="ncm")
     empty = full.replace(
         learner=learners.build({"name": "ncm"}, DIM, Priors()),
-        statistics=ClassStatistics(DIM),
+        counted=ClassStatistics(DIM),
         rejector=full.rejector.without_rows(range(OLD)),
         record=full.record.without_rows(range(OLD)),
         registry=ClassRegistry(),

@@ -86,7 +86,10 @@ def test_missing_manifest_is_refused(refusal):
 def test_each_role_is_required_once_with_its_file_name(refusal):
     *others, last = json.loads(contents()["manifest.json"])["files"]
     message = refusal(hand.with_manifest(files=[*others, {**last, "role": "numbers"}]))
-    assert "it has no entry with the role 'statistics' (statistics.safetensors)" in message
+    assert "its entry statistics.safetensors needs the role 'statistics'" in message
+    listed = [{**item, "role": "numbers"} if item["role"] == "learner" else item for item in [*others, last]]
+    message = refusal(hand.with_manifest(files=listed))
+    assert "it has no entry with the role 'learner' (learner.safetensors)" in message
     message = refusal(hand.with_entry("more.safetensors", hand.vector(0.0), "learner"))
     assert "learner.safetensors and more.safetensors have the same role, 'learner'" in message
     message = refusal(hand.with_entry("table.safetensors", hand.vector(0.0), "head"))
