@@ -69,12 +69,12 @@ def observe(one: Series) -> dict[str, np.ndarray]:
     rows = np.array([row_of.get(one.names[label], -1) for label in one.test_labels[one.truth.numpy()]])
     images, rows = images[torch.from_numpy(rows >= 0)], rows[rows >= 0]
     scores = one.state.learner.scores(images)[:, : len(registry)]
-    shares, answers = one.state.record.probabilities(scores), scores.argmax(1)
+    shares, answers = one.state.record.confidence(scores), scores.argmax(1)
     assert shares is not None
     raw = scores.double().softmax(1).amax(1)
     taught = np.array([entry.origin == "device" for entry in registry.entries])
     return {
-        "shares": shares.gather(1, answers[:, None])[:, 0].numpy(),
+        "shares": shares.numpy(),
         "raw": raw.numpy(),
         "right": answers.numpy() == rows,
         "accepted": one.state.rejector.accepts(images, answers)[0].numpy(),
@@ -86,7 +86,7 @@ def observe(one: Series) -> dict[str, np.ndarray]:
 def run(data: Embedded, options: dict[str, Any], priors: Any, series: int, learns: int, shots: int) -> dict[str, Any]:
     """Teach classes with `shots` images each; return the errors by the number of taught classes."""
     seen: dict[int, list[dict[str, np.ndarray]]] = defaultdict(list)
-    temperatures, refused = defaultdict(list), 0
+    refused = 0
     for number in range(series):
         one = Series(data, options, priors, number, per_class=SHOTS[-1], base=min(len(data.classes) // 2, MOST_BASE))
         for taught in range(min(len(one.new), learns) + 1):
@@ -99,7 +99,6 @@ def run(data: Embedded, options: dict[str, Any], priors: Any, series: int, learn
                     print(f"  refused: {error}", flush=True)
             if taught in POINTS:
                 seen[taught].append(observe(one))
-                temperatures[taught].append(one.state.record.temperature)
     found = {}
     for taught, parts in seen.items():
         every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -113,7 +112,6 @@ def run(data: Embedded, options: dict[str, Any], priors: Any, series: int, learn
             "images taught": every["shown_new"],
         }
         found[str(taught)] = {
-            "temperatures": temperatures[taught],
             "softmax of scores": calibration_error(every["raw"], every["right"]),
             **{name: summary(every["shares"][group], every["right"][group]) for name, group in groups.items()},
         }
@@ -123,7 +121,7 @@ def run(data: Embedded, options: dict[str, Any], priors: Any, series: int, learn
             for name, one in found[str(taught)].items()
             if isinstance(one, dict)
         )
-        print(f"  {taught} taught, T {temperatures[taught]}: {row}", flush=True)
+        print(f"  {taught} taught: {row}", flush=True)
     return {"refused": refused, "taught": found}
 
 

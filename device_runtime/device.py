@@ -241,8 +241,8 @@ class Device:
         embeddings = self._embed(snapshot, sources, names=names)
         scores = state.learner.scores(embeddings)[:, : len(classes)]
         rows = scores.argmax(1)
-        shares = state.record.probabilities(scores)
-        best = [None] * len(rows) if shares is None else shares.amax(1).tolist()
+        shares = state.record.confidence(scores)
+        best = [None] * len(rows) if shares is None else shares.tolist()
         accepted, margins = state.rejector.accepts(embeddings, rows)
         columns = zip(names, rows.tolist(), best, accepted.tolist(), margins.tolist(), strict=True)
         predictions = [

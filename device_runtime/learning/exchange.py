@@ -248,15 +248,22 @@ def _merged_answers(
         first = at_first.get(entries[row].id) if row < len(entries) else None
         scores, images = torch.zeros(3, dtype=torch.float64), 0
         earlier = torch.zeros(3, dtype=torch.float64)  # held-out images of the bundle: tested, nearest, right
-        losses = there.record.losses[other]
+        promised = there.record.promised[other]
         if first is not None:
             scores, images = base.rejector.scores[first], base.registry.entries[first].images
-            earlier, losses = base.record.counts(first), (losses - base.record.losses[first]).clamp_min(0)
+            earlier, promised = base.record.counts(first), (promised - base.record.promised[first]).clamp_min(0)
         taught_here = row < len(entries) and entries[row].images != images
         rejector = rejector.merged(row, there.rejector, other, scores if taught_here else None, merged.statistics)
         tested, nearest, right = map(int, (there.record.counts(other) - earlier).clamp_min(0).cummin(0).values)
         record = record.measured(
-            merged.learner, merged.statistics, row, tested, nearest, right, record.anchors[:0], losses * bool(tested)
+            merged.learner,
+            merged.statistics,
+            row,
+            tested,
+            nearest,
+            right,
+            record.anchors[:0],
+            promised.clamp_max(tested),
         )
     return merged.replace(rejector=rejector, record=record)
 

@@ -88,11 +88,11 @@ class Trial:
 
     Attributes:
         answers: Predicted rows, int64 ``(N,)``; −1 for an image that was never held out.
-        losses: Their `calibration.losses`, float64 ``(N, G)``; 0 for an image that was never held out.
+        promised: `calibration.promises` of the answers, float64 ``(N, G)``; 0 for an image that was never held out.
     """
 
     answers: Tensor
-    losses: Tensor
+    promised: Tensor
 
     def of(self, own: Tensor) -> Tensor:
         """Return the answers to those of the images `own` that were held out."""

@@ -23,7 +23,7 @@ from ssd_edge.learners import Learner, Task
 from ssd_edge.learners.base import Progress
 from ssd_edge.learners.calibration import TEMPERATURES
 from ssd_edge.learners.closed_form.sums import ClassStatistics
-from ssd_edge.learners.retention import losses_of
+from ssd_edge.learners.retention import promises_of
 from ssd_edge.learners.whitening import Whitening
 
 MIN_IMAGES = 3  # different ones, of any class: the sum of one image is its embedding, see docs/privacy.md
@@ -278,15 +278,15 @@ def try_held_out(
             order = own[torch.randperm(len(own), generator=generator)]
             part[order] = torch.arange(len(own)) % min(folds, len(own))
     answers = torch.full_like(labels, -1)
-    losses = torch.zeros(len(labels), len(TEMPERATURES), dtype=torch.float64)
+    promised = torch.zeros(len(labels), len(TEMPERATURES), dtype=torch.float64)
     for number in range(tries):
         held_out = part == number
         if bool(held_out.any()):
             copy = copy_learner(learner)
             copy.learn(Task(embeddings[~held_out], labels[~held_out]), progress)
             answers[held_out] = copy.predict(embeddings[held_out])
-            losses[held_out] = losses_of(copy, embeddings[held_out], labels[held_out])
-    return Trial(answers, losses)
+            promised[held_out] = promises_of(copy, embeddings[held_out])
+    return Trial(answers, promised)
 
 
 def image_name(source: ImageSource, number: int) -> str:
@@ -342,8 +342,8 @@ def _with_answers(
         recognised = embeddings[own][:0]
         if not batch.new:
             recognised = embeddings[own][before.learner.predict(embeddings[own]) == batch.row]
-        losses = trial.losses[own].sum(0)
-        record = record.measured(state.learner, statistics, batch.row, tested, near, right, recognised, losses)
+        promised = trial.promised[own].sum(0)
+        record = record.measured(state.learner, statistics, batch.row, tested, near, right, recognised, promised)
     return state.replace(rejector=rejector, record=record)
 
 

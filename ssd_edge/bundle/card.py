@@ -228,6 +228,8 @@ def _limits(learner: Mapping[str, Any]) -> str:
         "- Speed, memory and energy: not measured on a board.\n"
         "- The accuracy applies to images like the test images. Other cameras, lighting or backgrounds are untested.\n"
         "- It was not tested on images of other classes.\n"
+        "- The `score` of an answer is a probability, calibrated on held-out images; it says nothing about images of "
+        "other classes.\n"
         f"{stored}\n"
         "- The digest of the bundle shows that it is intact, not who created it; check its signature with "
         "`ssd-edge verify --key FILE.pub`."

@@ -1,7 +1,8 @@
-"""Probabilities from scores: a softmax whose temperature makes held-out images likely (Guo et al. 2017).
+"""Probabilities from scores: a softmax whose temperature promises as many right answers as held-out images had.
 
-Of each class, the sums of −log softmax(scores/T) of its held-out images at fixed temperatures T are enough: they add up
-over learns, and no image and no score is kept.
+Of each class, the summed probabilities of the answers to its held-out images at fixed temperatures are enough: they add
+up over learns, and no image and no score is kept. The likeliest temperature (Guo et al. 2017) would depend on the few
+images that are most wrong; where few images are taught, it promises up to ten points too little.
 """
 
 from __future__ import annotations
@@ -9,57 +10,72 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST, MOST, STEPS = -10, 14, 4  # powers of two: scores may lie in 0..1, or differ by thousands
+LEAST, MOST, STEPS = -10, 14, 2  # powers of two: scores may lie in 0..1, or differ by thousands
 TEMPERATURES = 2.0 ** (torch.arange(LEAST * STEPS, MOST * STEPS + 1, dtype=torch.float64) / STEPS)
-BATCH = 1024
-WORST = 1e6  # largest loss of an image, so that sums stay exact to a millionth
+PRIOR = 20.0  # images that the mean of all classes counts as within a group
 
 
-def losses(scores: Tensor, columns: Tensor) -> Tensor:
-    """Return −log softmax(scores/T) of the true class of each image, at each of `TEMPERATURES`.
+def promises(scores: Tensor) -> Tensor:
+    """Return the probability of the best class at each of `TEMPERATURES`, float64 ``(N, G)``.
 
     Args:
         scores: Scores of the learned classes, ``(N, C)``.
-        columns: Column of the true class, int64 ``(N,)``.
-
-    Returns:
-        float64 ``(N, G)``, 0..`WORST`.
     """
-    found = torch.zeros(len(scores), len(TEMPERATURES), dtype=torch.float64)
-    for start in range(0, len(scores), BATCH):
-        part = slice(start, start + BATCH)
-        wide, true = scores[part].double(), columns[part, None]
-        for number, t in enumerate(TEMPERATURES.tolist()):
-            found[part, number] = -(wide / t).log_softmax(1).gather(1, true)[:, 0]
-    return found.clamp(0.0, WORST)
+    below = scores.double() - scores.double().amax(1, keepdim=True)
+    return torch.stack([(-(below / t).logsumexp(1)).exp() for t in TEMPERATURES.tolist()], 1)
 
 
-def temperature(sums: Tensor, tested: Tensor) -> float | None:
-    """Return the temperature at which held-out images are most likely; every class counts alike.
+def temperatures(promised: Tensor, right: Tensor, tested: Tensor, taught: Tensor) -> Tensor | None:
+    """Return the temperature for answers with each class: one for all that are `taught`, and one for the others.
 
-    Without an error on record the likeliest temperature would be zero, which promises too much. So it is the highest
-    that is as likely up to the factor e, about as if one more image were tested.
+    At it, the probabilities of the answers to held-out images are on average the share that is right; every class
+    counts alike, and half an image more is counted as wrong. Groups with few images are drawn to the mean of all.
 
     Args:
-        sums: Sums of `losses` over the held-out images of each class, ``(C, G)``.
-        tested: Number of these images, ``(C,)``.
+        promised: Sums of `promises` over the held-out images of each class, ``(C, G)``.
+        right: Number of them that were answered with their class, ``(C,)``.
+        tested: Number of them, ``(C,)``.
+        taught: True for classes that were taught on a device, from few images, bool ``(C,)``.
 
     Returns:
-        None if nothing is known: no image was held out, or no two classes compared.
+        float64 ``(C,)``; None if nothing is known: no image was held out, or no two classes compared.
     """
     known = tested > 0
-    if not bool(sums[known].any()):
+    sums, images = promised[known], tested[known, None]
+    if not bool(sums.any()) or bool((sums == images).all()):
         return None
-    mean = (sums[known] / tested[known, None]).mean(0)
-    enough = mean <= mean.min() + 1.0 / float(tested.sum())
-    return float(TEMPERATURES[enough.nonzero().max()])
+    means, shares, total = sums / images, right[known] / tested[known], float(tested.sum())
+    promise, share = means.mean(0), float(shares.mean())
+    found = torch.zeros(len(tested), dtype=torch.float64)
+    for group in (taught, ~taught):
+        own, count = group[known], float(tested[group].sum())
+        weight = count / (count + PRIOR)
+        if count:
+            curve = weight * means[own].mean(0) + (1 - weight) * promise
+            target = weight * float(shares[own].mean()) + (1 - weight) * share
+        else:
+            curve, target = promise, share
+        found[group] = _meeting(curve, (target * total + 0.5) / (total + 1.0))
+    return found
 
 
-def probabilities(scores: Tensor, temperature: float) -> Tensor:
-    """Return the probabilities of the classes, float64 ``(N, C)``.
+def _meeting(curve: Tensor, target: float) -> float:
+    """Return the temperature at which a falling curve ``(G,)`` meets a value, interpolated between two of the grid."""
+    above = int((curve > target).sum())
+    if above in (0, len(curve)):
+        return float(TEMPERATURES[min(above, len(curve) - 1)])
+    left, right = float(curve[above - 1]), float(curve[above])
+    part = (left - target) / (left - right)
+    return float(2.0 ** (LEAST + (above - 1 + part) / STEPS))
+
+
+def confidence(scores: Tensor, found: Tensor) -> Tensor:
+    """Return the probability of the best class of each image, float64 ``(N,)``.
 
     Args:
         scores: Scores of the learned classes, ``(N, C)``.
-        temperature: From `temperature`.
+        found: From `temperatures`, ``(C,)``.
     """
-    return (scores.double() / temperature).softmax(1)
+    best, rows = scores.double().max(1)
+    below = (scores.double() - best[:, None]) / found[rows, None]
+    return (-below.logsumexp(1)).exp()

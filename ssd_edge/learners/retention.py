@@ -9,13 +9,12 @@ recognised as held-out images were (`TrackRecord.measured`).
 Stand-ins of a class lie around its first images (`TrackRecord.anchors`): images taught later under the same name count
 only if they were recognised as it, so that a series of mislabelled images cannot move what is to be remembered.
 
-The same held-out images say how sure the learner may be of an answer (`TrackRecord.temperature`).
+The same held-out images say how sure the learner may be of an answer (`TrackRecord.confidence`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable
 
 import numpy as np
@@ -32,14 +31,20 @@ SAMPLES = 60  # stand-ins per class: a standard error of at most 6.5 points for 
 NARROWEST, WIDEST, STEPS = 0.25, 32.0, 8  # of the bisection for the scale of the noise
 SPREAD = 1.3  # while there is nothing to match: Gaussians are easier to classify than real embeddings
 MOST = 1 - 0.5 / SAMPLES  # highest share that can be matched
+ROUNDING = 1e-6  # of sums of probabilities
 PRIOR = 20.0  # images that the mean of all classes counts as: images of one occasion tell less than their number
 SCHEMA = {
     "tested": TensorSpec(("C",), "float64", "held-out images of each class", least=0, most=LARGEST_COUNT, whole=True),
     "nearest": TensorSpec(("C",), "float64", "of these, nearest to it", least=0, most=LARGEST_COUNT, whole=True),
     "right": TensorSpec(("C",), "float64", "of these, not 'unknown'", least=0, most=LARGEST_COUNT, whole=True),
-    "losses": TensorSpec(
-        ("C", len(calibration.TEMPERATURES)), "float64", "their summed losses at fixed temperatures", least=0
+    "promised": TensorSpec(
+        ("C", len(calibration.TEMPERATURES)),
+        "float64",
+        "summed probabilities of the answers to them, at fixed temperatures",
+        least=0,
+        most=LARGEST_COUNT,
     ),
+    "taught": TensorSpec(("C",), "uint8", "1 for a class that a device was taught and tested", most=1),
     "spread": TensorSpec(("C",), "float64", "scale of the noise of stand-ins", least=NARROWEST, most=WIDEST),
     "lost": TensorSpec(("C",), "float64", "estimated loss of accuracy since it was taught", least=0, most=1),
     "anchors": TensorSpec(("C", "D"), "float32", "mean of the images of each class that are to be remembered"),
@@ -55,7 +60,8 @@ class TrackRecord:
         tested: Number of held-out images, float64 ``(C,)``.
         nearest: How many of them were nearest to their class, float64 ``(C,)``.
         right: How many of these were answered with it, not with ``unknown``, float64 ``(C,)``.
-        losses: Sums of their `calibration.losses`, float64 ``(C, G)``.
+        promised: Sums of the `calibration.promises` of the answers to them, float64 ``(C, G)``.
+        taught: 1 for a class that was tested by a device, when it was taught there, uint8 ``(C,)``.
         spread: Scale of the noise at which as many stand-ins are recognised, float64 ``(C,)``.
         lost: Estimated loss of accuracy by all later changes, 0..1, float64 ``(C,)``.
         anchors: Mean of the images that are to be remembered, float32 ``(C, D)``.
@@ -65,7 +71,8 @@ class TrackRecord:
     tested: Tensor
     nearest: Tensor
     right: Tensor
-    losses: Tensor
+    promised: Tensor
+    taught: Tensor
     spread: Tensor
     lost: Tensor
     anchors: Tensor
@@ -79,7 +86,7 @@ class TrackRecord:
         tested: Tensor,
         nearest: Tensor,
         right: Tensor,
-        losses: Tensor | None = None,
+        promised: Tensor | None = None,
     ) -> TrackRecord:
         """Return the record of classes that were tested once, with all of them in place.
 
@@ -89,13 +96,15 @@ class TrackRecord:
             tested: Number of test images of each class, ``(C,)``; may be zero.
             nearest: How many of them are nearest to their class, ``(C,)``.
             right: How many of these are accepted, ``(C,)``.
-            losses: Sums of the `calibration.losses` of the test images, ``(C, G)``; None if they are not known.
+            promised: Sums of the `calibration.promises` of the test images, ``(C, G)``; None if they are not known.
         """
         classes = len(statistics.counts)
         zeros = torch.zeros(classes, dtype=torch.float64)
         anchors = statistics.means.float(), statistics.counts.clone()
-        losses = torch.zeros(classes, len(calibration.TEMPERATURES)).double() if losses is None else losses
-        counted = cls(tested.double(), nearest.double(), right.double(), losses, zeros + 1.0, zeros, *anchors)
+        promised = torch.zeros(classes, len(calibration.TEMPERATURES)).double() if promised is None else promised
+        counted = cls(
+            tested.double(), nearest.double(), right.double(), promised, zeros.byte(), zeros + 1.0, zeros, *anchors
+        )
         return counted._matched(learner, statistics, range(classes))
 
     @classmethod
@@ -116,9 +125,9 @@ class TrackRecord:
         parts = torch.ones_like(nearest), nearest, nearest & rejector.accepts(images, answers)[0]
         classes = len(statistics.counts)
         tested, near, right = (torch.bincount(rows[part], minlength=classes) for part in parts)
-        losses = torch.zeros(classes, len(calibration.TEMPERATURES)).double()
-        losses = losses.index_add(0, rows, losses_of(learner, images, rows))
-        return cls.of(learner, statistics, tested, near, right, losses=losses)
+        promised = torch.zeros(classes, len(calibration.TEMPERATURES)).double()
+        promised = promised.index_add(0, rows, promises_of(learner, images))
+        return cls.of(learner, statistics, tested, near, right, promised=promised)
 
     def measured(
         self,
@@ -129,7 +138,7 @@ class TrackRecord:
         nearest: int,
         right: int,
         recognised: Tensor,
-        losses: Tensor,
+        promised: Tensor,
     ) -> TrackRecord:
         """Return a record with further held-out images of a class, and its noise scaled to match all of them.
 
@@ -142,20 +151,24 @@ class TrackRecord:
             right: How many of these were accepted.
             recognised: Embeddings of those new images that the learner recognised before, ``(n, D)``; ignored for a
                 class that is new.
-            losses: Sum of the `calibration.losses` of the held-out images, ``(G,)``.
+            promised: Sum of the `calibration.promises` of the held-out images, ``(G,)``.
         """
         grown = self._grown(row + 1)
-        counts = {name: getattr(grown, name).clone() for name in ("tested", "nearest", "right", "losses", "anchored")}
+        counts = {
+            name: getattr(grown, name).clone()
+            for name in ("tested", "nearest", "right", "promised", "taught", "anchored")
+        }
         anchors, earlier = grown.anchors.clone(), float(grown.anchored[row])
         counts["tested"][row] += tested
         counts["nearest"][row] += nearest
         counts["right"][row] += right
-        counts["losses"][row] += losses
+        counts["promised"][row] += promised
         if earlier:
             counts["anchored"][row] += len(recognised)
             anchors[row] = (earlier * anchors[row] + recognised.sum(0)) / (earlier + len(recognised))
         else:
             counts["anchored"][row], anchors[row] = statistics.counts[row], statistics.means[row].float()
+            counts["taught"][row] = 1
         return dataclasses.replace(grown, anchors=anchors, **counts)._matched(learner, statistics, [row])
 
     def joined(self, learner: Learner, statistics: ClassStatistics, rows: Iterable[int], into: int) -> TrackRecord:
@@ -167,7 +180,7 @@ class TrackRecord:
             rows: Rows that were joined.
             into: Row that they were joined into.
         """
-        added = ("tested", "nearest", "right", "losses", "anchored")
+        added = ("tested", "nearest", "right", "promised", "anchored")
         parts = {name: getattr(self, name).clone() for name in (*added, "lost", "anchors")}
         together = torch.tensor([into, *rows], dtype=torch.int64)
         weights = self.anchored[together]
@@ -181,14 +194,14 @@ class TrackRecord:
         """Return how many images of a class were tested, nearest to it and accepted, float64 ``(3,)``."""
         return torch.stack([part[row] for part in (self.tested, self.nearest, self.right)])
 
-    @functools.cached_property
-    def temperature(self) -> float | None:
-        """Temperature of the softmax that makes probabilities of the learner's scores; None if nothing is known."""
-        return calibration.temperature(self.losses, self.tested)
+    def confidence(self, scores: Tensor) -> Tensor | None:
+        """Return the probabilities with which the best scores are right, float64 ``(N,)``; None if nothing is known.
 
-    def probabilities(self, scores: Tensor) -> Tensor | None:
-        """Return the probabilities of all classes for scores ``(N, C)``, float64; None if nothing is known."""
-        return None if self.temperature is None else calibration.probabilities(scores, self.temperature)
+        Args:
+            scores: Scores of all classes, ``(N, C)``.
+        """
+        found = calibration.temperatures(self.promised, self.nearest, self.tested, self.taught == 1)
+        return None if found is None else calibration.confidence(scores, found)
 
     def without_rows(self, rows: Iterable[int]) -> TrackRecord:
         """Return a record without some rows; later rows move up."""
@@ -197,7 +210,7 @@ class TrackRecord:
         return TrackRecord(**{name: getattr(self, name)[kept] for name in SCHEMA})
 
     def after(self, drops: Tensor, rows: Tensor) -> TrackRecord:
-        """Return a record with further losses ``(n,)`` of the classes `rows`; gains make up for earlier losses."""
+        """Return a record with further promised ``(n,)`` of the classes `rows`; gains make up for earlier promised."""
         lost = self.lost.clone()
         lost[rows] = (lost[rows] + drops).clamp(0.0, 1.0)
         return dataclasses.replace(self, lost=lost)
@@ -228,6 +241,8 @@ class TrackRecord:
         check_state(tensors, SCHEMA, {}, "held-out results")
         if bool((tensors["right"] > tensors["nearest"]).any() or (tensors["nearest"] > tensors["tested"]).any()):
             raise BundleRefusedError("more held-out images were recognised than tested; install the bundle again")
+        if bool((tensors["promised"] > tensors["tested"][:, None] + ROUNDING).any()):
+            raise BundleRefusedError("probabilities of held-out images exceed their number; install the bundle again")
         return cls(*(tensors[name] for name in SCHEMA))
 
     def _grown(self, classes: int) -> TrackRecord:
@@ -239,7 +254,8 @@ class TrackRecord:
             tested=torch.cat([self.tested, zeros]),
             nearest=torch.cat([self.nearest, zeros]),
             right=torch.cat([self.right, zeros]),
-            losses=torch.cat([self.losses, zeros[:, None].expand(-1, self.losses.shape[1])]),
+            taught=torch.cat([self.taught, zeros.byte()]),
+            promised=torch.cat([self.promised, zeros[:, None].expand(-1, self.promised.shape[1])]),
             spread=torch.cat([self.spread, zeros + 1.0]),
             lost=torch.cat([self.lost, zeros]),
             anchors=torch.cat([self.anchors, torch.zeros(missing, self.anchors.shape[1])]),
@@ -317,10 +333,9 @@ def scores_of(learner: Learner, vectors: Tensor, rows: Tensor) -> Tensor:
     return learner.scores(vectors)[:, rows]
 
 
-def losses_of(learner: Learner, images: Tensor, rows: Tensor) -> Tensor:
-    """Return the `calibration.losses` of embeddings ``(N, D)`` of learned classes ``(N,)``, float64 ``(N, G)``."""
-    learned = learner.seen.nonzero().flatten()
-    return calibration.losses(scores_of(learner, images, learned), torch.searchsorted(learned, rows))
+def promises_of(learner: Learner, images: Tensor) -> Tensor:
+    """Return the `calibration.promises` of embeddings ``(N, D)``, float64 ``(N, G)``."""
+    return calibration.promises(scores_of(learner, images, learner.seen.nonzero().flatten()))
 
 
 def _noise(statistics: ClassStatistics) -> Tensor:

@@ -50,13 +50,15 @@ class KLDA(RanPAC):
     Settings: ClassVar[type] = Settings
 
     def feature_count(self) -> int:
-        return super().feature_count() // 2 * 2  # pairs
+        count: int = super().feature_count()
+        return count // 2 * 2  # pairs
 
     def _draw(self) -> Tensor:
         """Return R ``(D, M/2)``."""
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randn(self.dim, self.feature_count() // 2, generator=generator)
-        return (drawn * (self.settings.bandwidth / math.sqrt(self.dim))).to(self.device)
+        bandwidth: float = self.settings.bandwidth
+        return (drawn * (bandwidth / math.sqrt(self.dim))).to(self.device)
 
     def _scale(self) -> float:
         """Return the factor that gives all features of an embedding together unit length."""

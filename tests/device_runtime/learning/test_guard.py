@@ -85,9 +85,9 @@ class World:
             rejector = rejector.with_class(row, statistics, images[own])
             answers = trial.answers[own]
             known = images[own][before.learner.predict(images[own]) == row]
-            losses = trial.losses[own].sum(0)
+            promised = trial.promised[own].sum(0)
             record = record.measured(
-                learner, statistics, row, len(answers), *[int((answers == row).sum())] * 2, known, losses
+                learner, statistics, row, len(answers), *[int((answers == row).sum())] * 2, known, promised
             )
         parts = {"counted": statistics, "rejector": rejector, "record": record, "registry": registry}
         return before.replace(learner=learner, **parts), trial
@@ -170,8 +170,8 @@ def test_junk_taught_as_a_known_class_is_refused(world: World) -> None:
         judge(before, after, black, rows, trial).check()
 
 
-def test_a_series_of_small_losses_is_refused() -> None:
-    """Each learn of mislabelled images is small; the losses since the class was taught count together."""
+def test_a_series_of_small_promised_is_refused() -> None:
+    """Each learn of mislabelled images is small; the promised since the class was taught count together."""
     world = World(seed=3, scale=0.45)
     state, passed = world.state(), 0
     start = world.accuracies(state)[1]

@@ -59,14 +59,13 @@ def test_restart_and_rollback_give_the_same_scores(new_device: Make) -> None:
     device.learn("wedge", photos("wedge", 12), ANY)
     before = scores(device)
     assert scores(Device.open(device.store.root)) == before
-    surer = device.state.record.temperature
     device.learn("wedge", photos("nut", 12), ANY)  # mislabelled: the device cannot be as sure any more
-    assert device.state.record.temperature > surer  # type: ignore[operator]  # both are known
+    assert sum(map(float, scores(device))) < sum(map(float, before))
     device.rollback()
     assert scores(device) == before
 
 
-def test_held_out_losses_follow_their_class(new_device: Make, tmp_path: Path) -> None:
+def test_held_out_results_follow_their_class(new_device: Make, tmp_path: Path) -> None:
     here, there = new_device("here"), new_device("there")
     here.learn("wedge", photos("wedge", 12), ANY)
     there.learn_all({"bolt": photos("bolt", 9), "cup": photos("cup", 6, seed=3)}, ANY)
@@ -75,10 +74,10 @@ def test_held_out_losses_follow_their_class(new_device: Make, tmp_path: Path) ->
     here.merge(tmp_path / "there.ssdedge", ANY)
     assert here.classes == ["cup", "nut", "screw", "wedge", "bolt"]
     merged = here.state.record
-    assert torch.equal(merged.losses[[3]], ours.losses[[3]])
-    assert torch.equal(merged.losses[[0, 4]], theirs.losses[[0, 3]])
+    assert torch.equal(merged.promised[[3]], ours.promised[[3]])
+    assert torch.equal(merged.promised[[0, 4]], theirs.promised[[0, 3]])
     assert merged.tested.tolist() == [6, 0, 0, 12, 9]
     here.forget("wedge", limits=ANY)
-    assert torch.equal(here.state.record.losses, merged.losses[[0, 1, 2, 4]])
+    assert torch.equal(here.state.record.promised, merged.promised[[0, 1, 2, 4]])
     here.merge_labels(["bolt"], "cup", ANY)
-    assert torch.equal(here.state.record.losses[0], merged.losses[0] + merged.losses[4])
+    assert torch.equal(here.state.record.promised[0], merged.promised[0] + merged.promised[4])
