@@ -1,8 +1,9 @@
 """Probabilities from scores: a softmax whose temperature promises as many right answers as held-out images had.
 
 Of each class, the summed probabilities of the answers to its held-out images at fixed temperatures are enough: they add
-up over learns, and no image and no score is kept. The likeliest temperature (Guo et al. 2017) would depend on the few
-images that are most wrong; where few images are taught, it promises up to ten points too little.
+up over learns, and no image and no score is kept. The softmax is over the best few classes only: over all of them, an
+answer would promise less with every class that is added, however unlike. The likeliest temperature (Guo et al. 2017)
+would depend on the few images that are most wrong; where few images are taught, it promises ten points too little.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST, MOST, STEPS = -10, 14, 2  # powers of two: scores may lie in 0..1, or differ by thousands
+LEAST, MOST, STEPS = -16, 14, 2  # powers of two: scores may lie in 0..1, or differ by thousands
 TEMPERATURES = 2.0 ** (torch.arange(LEAST * STEPS, MOST * STEPS + 1, dtype=torch.float64) / STEPS)
+COMPARED = 5  # classes with the best scores
 PRIOR = 20.0  # images that the mean of all classes counts as within a group
 
 
@@ -21,7 +23,7 @@ def promises(scores: Tensor) -> Tensor:
     Args:
         scores: Scores of the learned classes, ``(N, C)``.
     """
-    below = scores.double() - scores.double().amax(1, keepdim=True)
+    below = _below(scores)
     return torch.stack([(-(below / t).logsumexp(1)).exp() for t in TEMPERATURES.tolist()], 1)
 
 
@@ -76,6 +78,10 @@ def confidence(scores: Tensor, found: Tensor) -> Tensor:
         scores: Scores of the learned classes, ``(N, C)``.
         found: From `temperatures`, ``(C,)``.
     """
-    best, rows = scores.double().max(1)
-    below = (scores.double() - best[:, None]) / found[rows, None]
-    return (-below.logsumexp(1)).exp()
+    return (-(_below(scores) / found[scores.argmax(1), None]).logsumexp(1)).exp()
+
+
+def _below(scores: Tensor) -> Tensor:
+    """Return how far the best scores are below the best one, float64 ``(N, min(C, COMPARED))``."""
+    best = scores.double().topk(min(COMPARED, scores.shape[1]), dim=1).values
+    return best - best[:, :1]
