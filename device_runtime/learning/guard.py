@@ -13,6 +13,7 @@ size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -394,14 +395,18 @@ class _Space:
     """Whitened space, in which the pooled within-class covariance is the identity, and the old means in it."""
 
     def __init__(self, statistics: ClassStatistics) -> None:
-        known, covariance = int((statistics.counts > 0).sum()), statistics.within_covariance()
+        known, self._statistics = int((statistics.counts > 0).sum()), statistics
         self.factor = torch.linalg.cholesky(statistics.shrunk_covariance())
         self.means, self.counts = self.whiten(statistics.means), statistics.counts
         # With fewer images the covariance is too rough to judge a few images.
         self.trusted = statistics.degrees_of_freedom >= 2 * self.factor.shape[0]
-        self.trace = float(torch.cholesky_solve(covariance, self.factor).trace())  # D, less what shrinkage removes
         centred = self.means[self.counts > 0] - self.means[self.counts > 0].mean(0)
         self.axes = torch.linalg.svd(centred, full_matrices=False).Vh[: min(known - 1, AXES)].T
+
+    @functools.cached_property
+    def _trace(self) -> float:
+        """D, less what shrinkage removes; it takes long for many features and is needed for suspicious images only."""
+        return float(torch.cholesky_solve(self._statistics.within_covariance(), self.factor).trace())
 
     def whiten(self, vectors: Tensor) -> Tensor:
         """Return whitened vectors, float64 ``(N, D)``."""
@@ -410,7 +415,7 @@ class _Space:
 
     def noise(self, row: int) -> float:
         """Return the expected squared error of an old mean."""
-        return self.trace / float(self.counts[row])
+        return self._trace / float(self.counts[row])
 
     def distance(self, group: Tensor, row: int) -> float:
         """Return the squared distance of the mean of a group ``(n, D)`` from an old mean, less the noise of both."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -296,7 +297,7 @@ class DeviceState:
 
 def copy_learner(learner: learners.Learner) -> learners.Learner:
     """Return an independent copy of a learner that gives bit-identical scores."""
-    return learners.restore(*learners.pack(learner))
+    return copy.deepcopy(learner)
 
 
 def _short(values: Sequence[float]) -> str:

@@ -81,8 +81,11 @@ class ClassStatistics:
             else:
                 self.moments += wide.T @ wide
         # XᵀX may be asymmetric by an ulp, but only a triangle is stored and a restart must not change any bit.
-        changed = torch.unique(labels) if self.per_class else ...
-        self.moments[changed] = (self.moments[changed] + self.moments[changed].mT) / 2
+        if self.per_class:
+            changed = torch.unique(labels)
+            self.moments[changed] = (self.moments[changed] + self.moments[changed].mT) / 2
+        else:
+            self.moments.add_(self.moments.mT.contiguous()).div_(2)
 
     def remove(self, row: int, approximately: bool = False) -> bool:
         """Remove the samples of a class, leaving its row empty.
@@ -201,11 +204,12 @@ class ClassStatistics:
 
     def scatter_within(self) -> Tensor:
         """Return the within-class scatter Σ (z − μ_y)(z − μ_y)ᵀ, ``(D, D)``."""
-        return self.second - self._scatter_of_means()
+        scatter = self._scatter_of_means()
+        return torch.sub(self.second, scatter, out=scatter)  # in place: with many features, new memory takes the time
 
     def within_covariance(self) -> Tensor:
         """Return the pooled within-class covariance ``(D, D)``, zero if no class has two samples."""
-        return self.scatter_within() / max(self.degrees_of_freedom, 1.0)
+        return self.scatter_within().div_(max(self.degrees_of_freedom, 1.0))
 
     def shrunk_covariance(self) -> Tensor:
         """Return `within_covariance` shrunk by `oas_shrinkage`: positive definite."""
@@ -330,8 +334,9 @@ def _check_scatter(scatter: Tensor, moments: Tensor, rounding: float, what: str)
     slack = rounding * math.sqrt(size) * most
     indefinite = least < 0 or bool((scatter.diagonal() < -slack).any())
     if not indefinite and most > 0:
-        identity = torch.eye(size, dtype=scatter.dtype)
-        indefinite = int(torch.linalg.cholesky_ex(scatter / most + 2 * slack / most * identity).info) != 0
+        scaled = scatter / most
+        scaled.diagonal().add_(2 * slack / most)
+        indefinite = int(torch.linalg.cholesky_ex(scaled).info) != 0
     elif not indefinite:
         indefinite = bool(scatter.any())  # no variance, so no covariance
     if indefinite:
@@ -369,21 +374,24 @@ def counts_without(counts: Tensor, taken: Tensor, rows: Tensor) -> Tensor:
 def pack_symmetric(matrix: Tensor) -> Tensor:
     """Return the upper triangles of ``(…, n, n)`` as ``(…, n(n+1)/2)``."""
     *leading, size, _ = matrix.shape
-    if not matrix.numel():  # the indices alone would take more than the matrices
-        return matrix.new_zeros(*leading, size * (size + 1) // 2)
-    row, column = torch.triu_indices(size, size)
-    return matrix[..., row, column].clone()
+    packed = matrix.new_zeros(*leading, size * (size + 1) // 2)
+    for number, part in enumerate(_triangle(packed, size)):  # indices would take more than the matrices
+        part.copy_(matrix[..., number, number:])
+    return packed
 
 
 def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
     """Restore symmetric matrices ``(…, size, size)`` from `pack_symmetric`."""
     matrix = packed.new_zeros(*packed.shape[:-1], size, size)
-    if not packed.numel():
-        return matrix
-    row, column = torch.triu_indices(size, size)
-    matrix[..., row, column] = packed
-    matrix[..., column, row] = packed
+    for number, part in enumerate(_triangle(packed, size)):
+        matrix[..., number, number:] = part
+        matrix[..., number:, number] = part
     return matrix
+
+
+def _triangle(packed: Tensor, size: int) -> Iterable[Tensor]:
+    """Return the rows of packed upper triangles as views, or nothing if there are no numbers."""
+    return torch.split(packed, list(range(size, 0, -1)), -1) if packed.numel() else ()
 
 
 def oas_shrinkage(covariance: Tensor, samples: float) -> float:
@@ -415,7 +423,9 @@ def shrink(covariance: Tensor, samples: float, least: float = 1e-6) -> Tensor:
     size = covariance.shape[0]
     variance = max(float(covariance.trace()) / size, 1e-12)
     share = max(oas_shrinkage(covariance, samples), least)
-    return (1.0 - share) * covariance + share * variance * torch.eye(size, dtype=covariance.dtype)
+    shrunk = (1.0 - share) * covariance
+    shrunk.diagonal().add_(share * variance)
+    return shrunk
 
 
 def shrink_to_diagonal(covariance: Tensor, share: float) -> Tensor:
