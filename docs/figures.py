@@ -116,6 +116,34 @@ def backbones_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def calibration_table(results: list[dict]) -> str:
+    """Return the calibration error of scores, by data set and number of taught classes."""
+    lines = [
+        "| data, learner | images of each taught class | taught | softmax without T | all answers (floor) | "
+        "not `unknown` | answers of the bundle (floor) | taught answers (floor) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in results:
+        for shots, found in one["images"].items():
+            for taught, errors in found["taught"].items():
+                parts = [errors[name] for name in ("all", "answered", "answers of the bundle", "answers taught")]
+                shown = [
+                    "–" if part is None else f"{points(part['ece'])}" + (f" ({points(part['floor'])})" if floor else "")
+                    for part, floor in zip(parts, (True, False, True, True), strict=True)
+                ]
+                count = "all" if shots == "1000" else shots
+                cells = (
+                    f"{one['data']}, `{one['learner']}`",
+                    count,
+                    taught,
+                    points(errors["softmax of scores"]),
+                    *shown,
+                )
+                if taught != "0" or shots == next(iter(one["images"])):
+                    lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def guard_table(results: list[dict]) -> str:
     """Compare the guard's estimates with the truth, by data set and learner."""
     lines = [
@@ -399,6 +427,7 @@ def main() -> None:
         DOCS / "deploy.md": {"targets": targets_table(), "precision": precision_table(read["precision"])},
         DOCS / "device.md": {
             "unknown": unknown_table(json.loads((DOCS / "results" / "unknown.json").read_text())),
+            "calibration": calibration_table(json.loads((DOCS / "results" / "calibration.json").read_text())),
             "guard": guard_table(json.loads((DOCS / "results" / "guard.json").read_text())),
             "field": field_table(json.loads((DOCS / "results" / "field.json").read_text())),
             "readers": readers_table(read["readers"]),
