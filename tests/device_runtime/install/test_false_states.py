@@ -145,7 +145,7 @@ def mutants(data: bytes, roles: tuple[str, ...]) -> Iterator[tuple[str, Callable
 @pytest.mark.parametrize("merging", [False, True], ids=["installed", "merged"])
 def test_mutants_of_statistics_and_thresholds(exported, tiny_bundle, tmp_path, merging, learner):
     data = exported(learner)
-    chosen = list(mutants(data, ("statistics", "unknown", "learner")))[::31]
+    chosen = list(mutants(data, ("statistics", "unknown", "learner")))[::17]
     into = tiny_bundle(learner=learner) if merging else None
     found = [survives(what, make, tmp_path, into) for what, make in chosen]
     assert set(found) <= {"used", "refused", "gate", "not packed"}
