@@ -29,7 +29,7 @@ from device_runtime.learning.guard import Limits
 from device_runtime.learning.state import DeviceState, InstalledBundle
 from device_runtime.learning.teach import teach
 from ssd_edge import learners
-from ssd_edge.backbones.embedder import open_backbone, standardisation
+from ssd_edge.backbones.embedder import level_standardisation, open_backbone
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import BackboneConfig, DataConfig
 from ssd_edge.data import load
@@ -79,7 +79,7 @@ class Series:
         else:
             mu, sigma = map(
                 torch.from_numpy,
-                standardisation(data.train[np.isin(data.train_labels, self.base)].numpy(), data.widths),
+                level_standardisation(data.train[np.isin(data.train_labels, self.base)].numpy(), data.widths),
             )
             parts = ((part - mu) / sigma for part in (data.train, data.test, data.noise))
             self.train, self.test, self.noise = (part.float() for part in parts)
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--mean", type=float, default=0.5)
     parser.add_argument("--std", type=float, default=0.5)
-    parser.add_argument("--learner", nargs="+", default=["landmark", "slda"])
+    parser.add_argument("--learner", nargs="+", default=["slda"])
     parser.add_argument("--series", type=int, default=4)
     parser.add_argument("--learns", type=int, default=25)
     parser.add_argument("--per-class", type=int, default=300, help="images of each class that are embedded, at most")

@@ -80,7 +80,7 @@ def chosen_on(vectors: Tensor, labels: Tensor, names: list[str], embedder) -> di
         row = torch.full((len(names),), -1)
         row[[n for n in range(len(names)) if n not in out]] = torch.arange(len(names) - 2)
         taught = kept[~torch.isin(labels[kept], out)]
-        learner = learners.build({"name": "landmark"}, embedder.dim, embedder.priors)
+        learner = learners.build({"name": "slda"}, embedder.dim, embedder.priors)
         learner.learn(learners.Task(vectors[taught], row[labels[taught]]))
         statistics = ClassStatistics(embedder.dim)
         statistics.add(vectors[taught], row[labels[taught]])

@@ -16,9 +16,8 @@ import statistics
 import sys
 from pathlib import Path
 
-import panel_tables
-
 from ssd_edge import targets
+from ssd_edge.learners import LEARNERS
 from ssd_edge.report.compare import ranked
 from ssd_edge.report.terminal import export_svg
 from ssd_edge.report.wording import percent, points
@@ -29,10 +28,7 @@ from ssd_edge.system import size
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
-ROWS = (
-    *("device", "readers", "precision", "values", "shift", "budget", "epoch", "few", "readout", "mlp-ewc"),
-    "directions",
-)
+ROWS = (*("device", "readers", "precision", "shift", "budget", "epoch", "few", "readout", "mlp-ewc"),)
 # docs/what-matters.md: experiments of `ssd-edge reproduce` at the reduced budget on Split CIFAR-10
 MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
@@ -52,12 +48,13 @@ def comparison_table(results: dict[str, dict]) -> str:
         "| average accuracy after the last task | " + " | ".join(results) + " | state |",
         "|---|" + "---|" * (len(results) + 1),
     ]
-    names = [method.display for method in ranked(next(iter(results.values())))]
+    known = {kind.display for kind in LEARNERS.values()} | {"joint"}
+    names = [m.display for m in ranked(next(iter(results.values()))) if m.display in known]
     by_name = {data: {m.display: m for m in ranked(metrics)} for data, metrics in results.items()}
     for name in names:
         per_stream = [by_name[data][name].values for data in results]
         cells = [f"{100 * values['average_accuracy']:.1f} %" for values in per_stream]
-        shown = f"**{name}**" if name == "landmark" else name
+        shown = f"**{name}**" if name == LEARNERS["slda"].display else name
         lines.append(f"| {shown} | {' | '.join(cells)} | {size(per_stream[0]['state_bytes'])} |")
     return "\n".join(lines)
 
@@ -265,16 +262,6 @@ def settings_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def values_table(rows: list[dict]) -> str:
-    """Return accuracy over all classes / recall of the new class for closed-form heads."""
-    lines = ["| images of the new class | ridge | discriminant | `landmark` |", "|---|---|---|---|"]
-    for row in rows:
-        heads = (row[name] for name in ("ridge", "discriminant", "landmark"))
-        cells = [f"{one['accuracy']:.3f} / {one['recall']:.3f}" for one in heads]
-        lines.append(f"| {row['shots']:,} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def epoch_table(rows: list[dict]) -> str:
     """Return the time of one epoch in three implementations, and the speed-up over a whole task."""
     lines = [
@@ -417,7 +404,6 @@ def main() -> None:
         "digits, 10 classes": json.loads((DOCS / "results" / "digits.json").read_text()),
     }
     drift = json.loads((DOCS / "results" / "drift.json").read_text())
-    panel = json.loads((DOCS / "results" / "panel.json").read_text())
     read = {name: json.loads((DOCS / "results" / f"{name}.json").read_text())["rows"] for name in ROWS}
     tables = {
         README: {"table": comparison_table(results), "device": device_table(read["device"])},
@@ -433,15 +419,7 @@ def main() -> None:
             "readers": readers_table(read["readers"]),
         },
         DOCS / "service.md": {"drift": drift_table(drift), "drift-alarms": alarms_table(drift)},
-        DOCS / "landmark.md": {
-            "panel-best": panel_tables.best_table(panel["summary"]),
-            "panel-mean": panel_tables.mean_table(panel["summary"]),
-            "frontier": panel_tables.frontier_table(panel["frontier"]),
-            "streams": panel_tables.streams_table(panel["streams"]),
-            "directions": panel_tables.directions_table(read["directions"]),
-        },
         DOCS / "method.md": {
-            "values": values_table(read["values"]),
             "shift": settings_table(read["shift"]),
             "budget": settings_table(read["budget"]),
         },
@@ -458,12 +436,7 @@ def main() -> None:
             "mlp-ewc": settings_table(read["mlp-ewc"]),
         },
     }
-    stale, drawn = [], DOCS / "results" / "figures" / "frontier.svg"
-    picture = panel_tables.frontier_figure(panel["frontier"])
-    if not drawn.exists() or drawn.read_text(encoding="utf-8") != picture:
-        stale.append(drawn.name)
-        if not check:
-            drawn.write_text(picture, encoding="utf-8")
+    stale = []
     for path, filling in tables.items():
         old = new = path.read_text(encoding="utf-8")
         for name, content in filling.items():

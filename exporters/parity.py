@@ -18,8 +18,8 @@ swapped 7, 3.3, 0.05; training mode 3.6, 1.5, 0.77. Networks with random weights
 0.025, 0.007, 0.99999 in fp16 and 0.8, 0.17, 0.983 in int8 (ConvMixer). A mistake smaller than the rounding of int8 is
 invisible in int8: measure the same graph in fp32 first.
 
-With seven learners at least 99.9 % of the decisions agree in fp16, and 96.7 % (`ssd`) to 99.0 % in int8 (`landmark`:
-98.6 %), where the accuracy changes by at most half a point.
+With six learners at least 99.9 % of the decisions agree in fp16, and 96.7 % (`ssd`) to 99.0 % in int8, where
+the accuracy changes by at most half a point.
 """
 
 from __future__ import annotations

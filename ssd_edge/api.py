@@ -55,7 +55,7 @@ def train(
     Args:
         source: A data set (a folder with one subfolder per class, an archive, or ``digits``), a YAML file, or a
             configuration.
-        learner: Name of the learner, ``auto``, or a mapping with ``name`` and its settings; ``landmark`` by default.
+        learner: Name of the learner, ``auto``, or a mapping with ``name`` and its settings; ``slda`` by default.
         panel: Train the panel of other learners and joint training too; True by default.
         baselines: Train the SDMLP baselines too; True by default.
         out: Folder in which the run's numbered folder is created; ``runs`` by default.
@@ -336,7 +336,7 @@ class Classifier:
     It learns new classes, or more samples of known ones, with every call of `learn`, and keeps no samples.
 
     Args:
-        learner: Name of a learner, e.g. ``landmark``, ``ncm``, ``slda``, ``ridge`` or ``ssd``.
+        learner: Name of a learner, e.g. ``slda``, ``ncm``, ``ridge`` or ``ssd``.
         standardise: Standardise features with the mean and deviation of the first call of `learn`; leave it on unless
             the features are standardised already.
         seed: Seed of everything random.
@@ -356,7 +356,7 @@ class Classifier:
         array(['gear', 'nut'], dtype='<U4')
     """
 
-    def __init__(self, learner: str = "landmark", *, standardise: bool = True, seed: int = 0, **settings: Any) -> None:
+    def __init__(self, learner: str = "slda", *, standardise: bool = True, seed: int = 0, **settings: Any) -> None:
         self._options = {"name": learner, **settings}
         learners.settings_of(self._options)  # raises for a wrong name or setting
         self._standardise, self._seed = standardise, seed

@@ -87,8 +87,8 @@ class BackboneConfig:
         "own", "filter; own: as the backbone was trained"
     )
     layout: Literal["nchw", "nhwc"] = setting("nchw", "order of the input axes; only for onnx:FILE")
-    levels: Literal["last", "auto", "stages"] = setting(
-        "auto", "features: the network's own (last), joined with a level of each map size (auto) or width (stages)"
+    levels: Literal["last", "sizes", "auto"] = setting(
+        "auto", "features: the network's own (last), joined with a level of each width (auto) or map size (sizes)"
     )
     allow_control_flow: bool = setting(
         False, "accept loops and branches, which may never end, in a file that you trust"
@@ -138,7 +138,7 @@ class TrainConfig:
     backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
-    learner: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "landmark"})
+    learner: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "slda"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ class PretrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """Pretraining of SDMLP keys and landmarks on embeddings of the backbone's own data (paper: ImageNet32)."""
+    """Pretraining of SDMLP keys on embeddings of the backbone's own data (paper: ImageNet32)."""
 
     neurons: int = setting(1000, "number of neurons, r", minimum=2)
     k: int = setting(10, "number of active neurons", minimum=1)
@@ -174,10 +174,6 @@ class StudentConfig:
     epochs: int = setting(4, "passes over the pretraining embeddings", minimum=1)
     lr: float = setting(
         3.0, "learning rate of SGD; with the 0.05 of later tasks, 200 classes need hundreds of epochs", above=0.0
-    )
-    landmarks: int = setting(1500, "number of landmark neurons of the learner landmark", minimum=2, maximum=20000)
-    directions: int = setting(
-        900, "principal directions of the landmark activity, along which statistics are kept", minimum=1, maximum=20000
     )
 
 

@@ -33,7 +33,7 @@ def run(data: Path, cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_default_is_within_three_points_of_the_best_head(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["learner"] == "landmark"
+    assert metrics["learner"] == "slda"
     best = max(metrics["panel"].values())
     assert metrics["average_accuracy"] >= best - 0.03, metrics["panel"]
 

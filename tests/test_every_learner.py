@@ -20,7 +20,6 @@ SHORT = {"epochs": 20}
 FORGETTING = ("sdmlp", "ssd", "finetune", "lwf", "icarl")
 QUICK = {
     **dict.fromkeys(("sdmlp", "ssd", "finetune", "lwf", "icarl"), SHORT),
-    "landmark": {"directions": 150},
     "ranpac": {"features": 200},
     "klda": {"features": 200},
     "flymodel": {"neurons": 2000, "lr": 0.05},
@@ -29,7 +28,7 @@ QUICK = {
 
 # The default learner and one trained by gradient descent by default. The others take more than a minute; the contract
 # tests run for all of them.
-BY_DEFAULT = ("landmark", "ssd")
+BY_DEFAULT = ("slda", "ssd")
 
 
 @pytest.mark.parametrize(

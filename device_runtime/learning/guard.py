@@ -333,7 +333,7 @@ def _check_forgetting(
             messages.append(
                 f"{group} would lose {total - past:.3f} of their accuracy, after {past:.3f} by earlier changes, where "
                 f"max_forgetting allows {limits.max_forgetting:g} in all; '{label}' loses most ({old:.0%} to "
-                f"{new:.0%}). Check that the new images show no old class, use a learner that forgets less (landmark), "
+                f"{new:.0%}). Check that the new images show no old class, use a learner that forgets less (slda), "
                 "or raise max_forgetting"
             )
             break

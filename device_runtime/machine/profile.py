@@ -50,7 +50,7 @@ UNMEASURED = "without the GPU's share (CUDA context, TensorRT engine, workspace)
 # For `estimate`; measured on x86-64 with ONNX Runtime on the CPU, not on a board.
 RUNTIME_MB = 300  # interpreter, NumPy, PyTorch and ONNX Runtime take 242 MiB; CUDA builds take more
 BACKBONE_TIMES = 3  # file, weights and reordered weights, with fp16 stored as fp32
-LEARNER_TIMES = 20  # peak while learning ÷ file size, 15 to 23 for landmark, ridge and slda
+LEARNER_TIMES = 20  # peak while learning ÷ file size, 15 to 23 for ridge and slda
 PSEUDO_SAMPLES, PSEUDO_BYTES = 60, 32  # samples per class and bytes per value, see retention
 ACTIVATION_BATCH = 32  # images per call of the backbone
 ACTIVATION_CHANNELS, LIVE_MAPS = 64, 3  # of the first layers, whose feature maps are largest

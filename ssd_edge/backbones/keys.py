@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_edge.backbones.landmarks import make_landmarks
 from ssd_edge.backbones.package import BackbonePackage
 from ssd_edge.config import StudentConfig
 from ssd_edge.errors import InputError
@@ -79,17 +78,15 @@ def pretrain_student(
 def with_student(
     package: BackbonePackage, embeddings: np.ndarray, labels: np.ndarray, config: StudentConfig, seed: int, log: Log
 ) -> BackbonePackage:
-    """Return the package with SDMLP keys and landmarks from its own pretraining embeddings ``(N, D)``."""
+    """Return the package with SDMLP keys from its own pretraining embeddings ``(N, D)``."""
     vectors, truth = torch.from_numpy(embeddings), torch.from_numpy(labels)
     classes = int(truth.max()) + 1
     keys, counters, switch, accuracy = pretrain_student(vectors, truth, classes, config, seed, log)
-    landmarks = make_landmarks(vectors, truth, classes, config.landmarks, config.directions, seed, log)
     student = {**dataclasses.asdict(config), "switch": switch, "seed": seed, "training_accuracy": round(accuracy, 4)}
     priors = dataclasses.replace(
         package.priors,
         keys=keys.numpy(),
         counters=counters.numpy(),
-        landmarks=landmarks,
         student=student,
     )
     return dataclasses.replace(package, priors=priors)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 PREFIX = "levels/"  # of the added nodes, which stay in fp32 in every precision
-Choice = Literal["last", "auto", "stages"]
+Choice = Literal["last", "sizes", "auto"]
 Shapes = Callable[["ModelProto"], Sequence[Sequence[int]]]
 
 _SHAPE_OF = frozenset({"Shape", "Size"})  # what depends on the shape of a value only does not depend on the image
@@ -70,7 +70,7 @@ def find(model: ModelProto, size: int, choice: Choice, shapes: Shapes) -> tuple[
     Args:
         model: Parsed and valid model with one input and one output.
         size: Side of the input in pixels.
-        choice: ``auto``: one level of each spatial size. ``stages``: one of each width. ``last``: none.
+        choice: ``auto``: one level of each width. ``sizes``: one of each spatial size. ``last``: none.
         shapes: Function that runs a model with one input like that of `model` on one image, and returns its outputs:
             the shapes of the values on the trunk.
 
@@ -116,7 +116,7 @@ def choose(maps: Sequence[Level], size: int, choice: Choice) -> tuple[Level, ...
                 while stages and stages[-1].width >= level.width:
                     stages.pop()
                 stages.append(level)
-        chosen += stages if choice == "stages" else stages[-1:]
+        chosen += stages if choice == "auto" else stages[-1:]
     return tuple(chosen)
 
 

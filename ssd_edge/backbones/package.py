@@ -4,7 +4,6 @@
 backbone.safetensors   weights of the body; matrices fp16, vectors fp32
 priors.safetensors     mu, sigma (D,), count, within_covariance (D, D) of the standardised embeddings,
                        keys (r, D) and counters (r,) of a pretrained SDMLP,
-                       landmark_* of the default learner (`priors.Landmarks`)
 card.json              provenance: data and terms, command, seed, accuracy
 ```
 A user's own ONNX backbone has no package: its μ and σ are measured on the first task and then fixed.
@@ -26,7 +25,7 @@ from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.images import Pixels
 from ssd_edge.learners.base import LARGEST_COUNT, TensorSpec, check_state, check_unit
 from ssd_edge.learners.closed_form.sums import check_covariance
-from ssd_edge.learners.priors import LANDMARKS, Landmarks, Priors
+from ssd_edge.learners.priors import Priors
 
 ROUNDING = 2e-3  # of the length of keys in float16
 SCHEMA = {  # of priors.safetensors; everything but mu and sigma is optional
@@ -37,10 +36,6 @@ SCHEMA = {  # of priors.safetensors; everything but mu and sigma is optional
     "within_covariance": TensorSpec(("D", "D"), "float32", "within-class covariance"),
     "keys": TensorSpec(("k", "D"), "float16", "keys of an SDMLP", least=0),
     "counters": TensorSpec(("k",), "float32", "activations of each neuron", least=0, most=LARGEST_COUNT),
-    "landmark_keys": TensorSpec(("r", "D"), "float16", "landmarks"),
-    "landmark_mean": TensorSpec(("r",), "float32", "mean responses of the landmarks", least=0),
-    "landmark_projection": TensorSpec(("r", "n"), "float16", "directions of the responses"),
-    "landmark_signal": TensorSpec(("n",), "float32", "expected variance of class means", least=0),
 }
 
 WEIGHTS, PRIORS, CARD = "backbone.safetensors", "priors.safetensors", "card.json"
@@ -105,8 +100,6 @@ def save(package: BackbonePackage, folder: Path) -> int:
         priors["counters"] = package.priors.counters.astype(np.float32)
     files.write_tensors(folder / WEIGHTS, compact(package.weights))
     metadata = {"count": package.priors.count, "student": package.priors.student}
-    if package.priors.landmarks is not None:
-        package.priors.landmarks.store(priors, metadata)
     files.write_tensors(folder / PRIORS, priors, metadata)
     files.write_json(folder / CARD, package.card)
     return files.Tree(folder).size(folder)
@@ -142,7 +135,6 @@ def load(folder: Path | None = None) -> BackbonePackage:
                 within_covariance=priors.get("within_covariance"),
                 keys=_unit_rows(priors.get("keys")),
                 counters=priors.get("counters"),
-                landmarks=Landmarks.pop(priors, metadata),
                 student=dict(metadata.get("student", {})),
             ),
             card=card,
@@ -159,15 +151,15 @@ def _check_priors(arrays: dict[str, np.ndarray], dim: int, path: Path) -> None:
     Raises:
         BundleRefusedError: A tensor is missing, unknown or wrong.
     """
-    groups: list[Iterable[str]] = [("within_covariance",), ("keys", "counters"), [f"landmark_{n}" for n in LANDMARKS]]
+    groups: list[Iterable[str]] = [("within_covariance",), ("keys", "counters")]
     needed = {"mu", "sigma"}.union(*(group for group in groups if arrays.keys() & set(group)))
     schema = {name: spec for name, spec in SCHEMA.items() if name in needed}
     state = {name: torch.from_numpy(array) for name, array in arrays.items()}
     check_state(state, schema, {"D": dim}, str(path))
     if "within_covariance" in state:
         check_covariance(state["within_covariance"], f"{path}: the within-class covariance")
-    for name in state.keys() & {"keys", "landmark_keys"}:
-        check_unit(state[name], ROUNDING, f"{path}: the {name.replace('_', ' ')}")
+    if "keys" in state:
+        check_unit(state["keys"], ROUNDING, f"{path}: the keys")
 
 
 def with_card(package: BackbonePackage, **changes: Any) -> BackbonePackage:

@@ -1,4 +1,4 @@
-"""Pretrain a backbone package (`ssd-edge pretrain`): backbone, statistics, SDMLP keys and landmarks."""
+"""Pretrain a backbone package (`ssd-edge pretrain`): backbone, statistics and SDMLP keys."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def within_covariance(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def pretrain_backbone(
     config: PretrainConfig, dataset: Dataset, device: torch.device, command: str, log: Log
 ) -> BackbonePackage:
-    """Train a backbone, measure its statistics, and pretrain the keys and landmarks of the learners.
+    """Train a backbone, measure its statistics, and pretrain the keys of SDMLP.
 
     The statistics are measured with the stored weights (fp16) and without augmentation.
 
@@ -95,7 +95,7 @@ def pretrain_backbone(
 def retrain_student(
     package: BackbonePackage, config: PretrainConfig, dataset: Dataset, device: torch.device, log: Log
 ) -> BackbonePackage:
-    """Make new keys and landmarks, e.g. with another r or k, for an unchanged backbone (``--student``).
+    """Make new keys, e.g. with another r or k, for an unchanged backbone (``--student``).
 
     Args:
         package: Package with the backbone.

@@ -11,7 +11,7 @@ from ssd_edge.cli.options import echo
 
 @click.command()
 @click.option(
-    "--learner", "name", default="landmark", show_default=True, help="Learner whose settings are listed, or auto."
+    "--learner", "name", default="slda", show_default=True, help="Learner whose settings are listed, or auto."
 )
 def config(name: str) -> None:
     """Print every setting of `train` as YAML.

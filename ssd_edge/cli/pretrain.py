@@ -14,7 +14,7 @@ from ssd_edge.cli.options import CONFIG, OVERRIDES, echo, log, read_tree
 @click.command()
 @click.argument("package", type=click.Path(path_type=Path))
 @CONFIG
-@click.option("--student", is_flag=True, help="Keep the backbone of PACKAGE and retrain only its keys and landmarks.")
+@click.option("--student", is_flag=True, help="Keep the backbone of PACKAGE and retrain only its keys.")
 @click.option("--classes", metavar="A:B", help="Classes to use, e.g. 0:100; short for data.classes.")
 @OVERRIDES
 def pretrain(

@@ -21,7 +21,7 @@ from ssd_edge.learners.priors import Priors
 from ssd_edge.learners.registry import AUTO, CANDIDATES, build
 from ssd_edge.system import size
 
-DEFAULT = "landmark"
+DEFAULT = "slda"
 ONE_IN = 5  # one of five samples per class is held out
 MAX_HELD_OUT, MAX_LEARNED = 200, 1000  # samples per class: enough to compare learners within seconds
 ROUNDING = 1e-9  # a difference of one sample is exactly one standard error, which rounding must not decide

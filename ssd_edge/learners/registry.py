@@ -15,7 +15,6 @@ from ssd_edge.learners.base import BASE_SCHEMA, Learner
 from ssd_edge.learners.closed_form.fecam import FeCAM
 from ssd_edge.learners.closed_form.flymodel import FlyModel
 from ssd_edge.learners.closed_form.klda import KLDA
-from ssd_edge.learners.closed_form.landmark import Landmark
 from ssd_edge.learners.closed_form.ncm import NCM
 from ssd_edge.learners.closed_form.ranpac import RanPAC
 from ssd_edge.learners.closed_form.ridge import Ridge
@@ -32,8 +31,8 @@ from ssd_edge.learners.priors import Priors
 LEARNERS: dict[str, type[Learner]] = {
     kind.name: kind
     for kind in (
-        *(Landmark, SSD, SDMLPLearner, FineTune, LwF, ICaRL),
-        *(NCM, SLDA, Ridge, RanPAC, KLDA, FeCAM, FlyModel),
+        *(SLDA, SSD, SDMLPLearner, FineTune, LwF, ICaRL),
+        *(NCM, Ridge, RanPAC, KLDA, FeCAM, FlyModel),
     )
 }
 BASELINES = tuple(name for name, kind in LEARNERS.items() if kind.baseline)

@@ -17,7 +17,7 @@ from ssd_edge.backbones.keys import pretrain_student
 from ssd_edge.config import BackboneConfig, DataConfig, StudentConfig
 from ssd_edge.data import Dataset, Images, cache, load
 from ssd_edge.images import Pixels
-from ssd_edge.learners.priors import Landmarks, Priors
+from ssd_edge.learners.priors import Priors
 from ssd_edge.report import events
 from ssd_edge.report.events import Listener
 from ssd_edge.reproduction.specs import StreamSource
@@ -237,8 +237,6 @@ def write_priors(folder: Path, priors: Priors) -> Path:
     """Write priors for worker processes to a file named by its hash."""
     arrays = {name: getattr(priors, name) for name in PRIOR_ARRAYS if getattr(priors, name) is not None}
     metadata: dict[str, Any] = {"count": priors.count, "student": priors.student}
-    if priors.landmarks is not None:
-        priors.landmarks.store(arrays, metadata)
     data = files.tensor_bytes(arrays, metadata)
     path = folder / f"priors-{files.sha256(data)[:16]}.safetensors"
     if not files.exists(path):
@@ -249,5 +247,4 @@ def write_priors(folder: Path, priors: Priors) -> Path:
 def read_priors(path: Path) -> Priors:
     """Read a file of `write_priors`."""
     arrays, metadata = files.read_tensors(path)
-    landmarks = Landmarks.pop(arrays, metadata)
-    return Priors(count=metadata["count"], student=metadata["student"], landmarks=landmarks, **arrays)
+    return Priors(count=metadata["count"], student=metadata["student"], **arrays)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssd_edge import learners
-from ssd_edge.backbones.embedder import standardisation as measure
+from ssd_edge.backbones.embedder import level_standardisation
 from ssd_edge.data import Dataset
 from ssd_edge.run.streams import Stream
 
@@ -28,7 +28,7 @@ class StreamData:
         test_tasks: For each group of classes introduced together, the indices of its test samples.
         introduced: For each group, the experience that introduces it.
         names: Class names by row.
-        standardisation: Mean and deviation of the first task, if the backbone does not standardise; else None.
+        standardisation: Mean and scale of the first task, if the backbone does not standardise; else None.
         embed_seconds: Time spent on the embeddings.
     """
 
@@ -68,7 +68,8 @@ def prepare(
     train, test, standardisation = embedded["train"], embedded["test"], None
     train_tasks = stream.experiences(dataset.train_labels)
     if not standardised:  # by the first task only: later ones are not known yet
-        mu, sigma = (part.astype(np.float32) for part in measure(train[train_tasks[0]], widths))
+        first = train[train_tasks[0]]
+        mu, sigma = (part.astype(np.float32) for part in level_standardisation(first, widths or first.shape[1:]))
         standardisation = (mu, sigma)
         train, test = ((part - mu) / sigma for part in (train, test))
     return StreamData(

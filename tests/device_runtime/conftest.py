@@ -82,8 +82,7 @@ def tiny_bundle() -> TinyBundle:
     def train(name: str, normalised: bool = False) -> tuple[learners.Learner, ClassStatistics, np.ndarray, np.ndarray]:
         """Return a trained learner, its statistics, and the embeddings and predicted rows of the probe."""
         vectors = torch.from_numpy(tiny_embed(pixels.astype(np.uint8), normalised))
-        small = {"directions": 60} if name == "landmark" else {}  # the cost of a learn grows with their cube
-        learner = learners.build({"name": name, **small}, DIM, Priors())
+        learner = learners.build({"name": name}, DIM, Priors())
         learner.learn(learners.Task(vectors, labels))
         statistics = ClassStatistics(DIM)
         statistics.add(vectors, labels)

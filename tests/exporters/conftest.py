@@ -157,11 +157,11 @@ def convmixer(tmp_path_factory: pytest.TempPathFactory) -> BackbonePackage:
 
 @pytest.fixture(scope="session")
 def package_run(package_folder: Path, package: BackbonePackage, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run of `landmark` on three digits, with the ResNet-9 package."""
+    """Return a run of `slda` on three digits, with the ResNet-9 package."""
     tree = {
         "data": {"path": "digits", "classes": ["1", "3", "4"], "max_per_class": 40},
         "backbone": {"name": f"package:{package_folder}"},
-        "learner": {"name": "landmark", "directions": 60},
+        "learner": {"name": "slda"},
     }
     embedder = TorchEmbedder(package, torch.device("cpu"))
     return write_run(tmp_path_factory.mktemp("runs") / "1", parse(TrainConfig, tree), embedder)

@@ -74,7 +74,7 @@ def test_manifest_describes_the_run(deployed, package):
     manifest = bundle.read(deployed[0]).manifest
     assert (manifest["name"], manifest["created"]) == ("robot", "2026-11-21T04:33:00Z")
     assert (manifest["target"], manifest["classes"]) == ("jetson", ["4", "3", "1"])
-    assert manifest["learner"]["name"] == "landmark"
+    assert manifest["learner"]["name"] == "slda"
     assert manifest["learner"]["settings"]["directions"] == 60
     assert manifest["run"]["argv"] == ["ssd-edge", "train", "data.path=digits"]
     assert manifest["metrics"]["panel"] == {"ncm": 0.71, "joint": 0.93}

@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers.small_landmarks import landmarks
 from onnx import numpy_helper
 from torch import Tensor
 
@@ -35,9 +34,6 @@ ROUNDING = 2e-5
 PERCEPTRON = {"neurons": 20, "epochs": 3, "batch": 16}
 SMALL = {"neurons": 48, "k": 4, "epochs": 3, "batch": 16}
 CASES: dict[str, dict[str, Any]] = {
-    "landmark": {},
-    "landmark, fewer directions": {"directions": 7},
-    "landmark, random keys": {"directions": 40, "keys": "random"},
     "ssd": SMALL,
     "ssd, k = 1": {**SMALL, "k": 1},
     "ssd, k = r - 1": {**SMALL, "k": 47},
@@ -90,7 +86,6 @@ def trained(name: str, options: dict[str, Any], expected: int = 0) -> Learner:
         within_covariance=(mixing @ mixing.T / DIM).astype(np.float32),
         keys=(keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32),
         counters=rng.integers(0, 200, 48).astype(np.float32),
-        landmarks=landmarks(DIM),
         student={"switch": 300.0},
     )
     learner = build({"name": name, **options}, DIM, priors)
@@ -202,9 +197,9 @@ def test_announced_classes_are_not_exported(name):
     compare(learner, run(export_head(learner, NAMES), embeddings), embeddings)
 
 
-@pytest.mark.parametrize("name", ["ncm", "fecam", "flymodel", "landmark"])
+@pytest.mark.parametrize("name", ["ncm", "fecam", "flymodel", "slda"])
 def test_removed_class_is_never_predicted(name):
-    options = {"flymodel": CASES["flymodel"], "landmark": {"per_class": True}}.get(name, {})
+    options = {"flymodel": CASES["flymodel"], "slda": {"per_class": True}}.get(name, {})
     learner = trained(name, options)
     embeddings = samples(60, (0, 2), seed=6).embeddings
     assert 2 in run(export_head(learner, NAMES), embeddings).argmax(1)
@@ -249,8 +244,8 @@ def test_export_is_reproducible(heads, case):
 
 
 def test_head_contains_only_what_prediction_needs(heads):
-    """Check that `landmark` stores no statistics and `icarl` neither exemplars nor an output layer."""
-    matrices = constants(heads["landmark"][1]).items()
+    """Check that `slda` stores no statistics and `icarl` neither exemplars nor an output layer."""
+    matrices = constants(heads["slda"][1]).items()
     assert {name for name, array in matrices if array.ndim == 2 and array.size > ROWS} == {
         *("keys", "projection", "output_weight")
     }
@@ -278,15 +273,15 @@ def test_wrong_number_of_names_is_refused():
 
 def test_learner_without_classes_is_refused():
     with pytest.raises(InputError, match="no class has been learned yet"):
-        export_head(build({"name": "landmark", "directions": 40}, DIM, Priors()), [])
+        export_head(build({"name": "slda"}, DIM, Priors()), [])
 
 
-@pytest.mark.parametrize("name", ["ncm", "finetune", "landmark", "fecam"])
+@pytest.mark.parametrize("name", ["ncm", "finetune", "slda", "fecam"])
 def test_nonfinite_weights_are_refused(name):
     learner = trained(name, {"finetune": PERCEPTRON}.get(name, {}))
     if name == "finetune":
         learner.parameters["output_weight"][0, 0] = torch.nan
-    elif name == "landmark":
+    elif name == "slda":
         learner.values[0, 0] = torch.inf
     elif name == "ncm":
         learner.sums[0, 0] = torch.nan
@@ -350,7 +345,7 @@ def test_k_above_the_limit_of_tensorrt_is_refused(name, fits, too_large, message
 @pytest.mark.parametrize(
     "case",
     [
-        case if case in ("landmark", "ssd", "ssd, half-open switch", "sdmlp, masked", "fecam", "ncm", "flymodel")
+        case if case in ("slda", "ssd", "ssd, half-open switch", "sdmlp, masked", "fecam", "ncm", "flymodel")
         else pytest.param(case, marks=pytest.mark.slow)
         for case in CASES
     ],

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers.small_landmarks import landmarks
 from numpy.typing import NDArray
 
 from ssd_edge.learners import LEARNERS, Learner, Task, build
@@ -15,7 +14,6 @@ from ssd_edge.learners.priors import Priors
 DIM = 12
 SMALL = {"neurons": 48, "k": 4, "epochs": 3, "batch": 16}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "landmark": {"name": "landmark", "directions": 15},
     "ssd": {"name": "ssd", **SMALL},
     "sdmlp": {"name": "sdmlp", **SMALL},
     "finetune": {"name": "finetune", "neurons": 20, "epochs": 3, "batch": 16},
@@ -47,8 +45,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fecam": {"name": "fecam"},
     "flymodel": {"name": "flymodel", "neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
     "slda by class": {"name": "slda", "per_class": True},
-    "landmark, random keys": {"name": "landmark", "directions": 40, "keys": "random"},
-    "landmark by class": {"name": "landmark", "directions": 20, "per_class": True},
 }  # fmt: skip
 OPTIONS |= {name: {"name": name} for name in LEARNERS if name not in OPTIONS}  # a new learner: with its defaults
 
@@ -66,7 +62,6 @@ def priors() -> Priors:
         within_covariance=(mixing @ mixing.T / DIM).astype(np.float32),
         keys=unit(np.abs(generator.normal(size=(48, DIM)))),
         counters=generator.integers(0, 200, 48).astype(np.float32),
-        landmarks=landmarks(DIM),
         student={"switch": 100.0},
     )
 

@@ -23,7 +23,7 @@ BACKBONE = b"an ONNX file"
 def state(value: float) -> dict[str, bytes]:
     """Return the files of a tiny generation."""
     return {
-        "learner.safetensors": files.tensor_bytes({"w": np.float32([value])}, {"name": "landmark"}),
+        "learner.safetensors": files.tensor_bytes({"w": np.float32([value])}, {"name": "slda"}),
         "classes.json": files.json_bytes(CLASSES.to_json()),
     }
 

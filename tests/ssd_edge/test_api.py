@@ -57,7 +57,7 @@ def test_train(run: ssd_edge.Run) -> None:
     assert run.accuracy == run.metrics["average_accuracy"] > 0.9
     assert run.metrics == files.read_json(run.folder / "metrics.json")
     assert sorted(run.classes) == [str(digit) for digit in range(10)]
-    assert run.learner.name == run.metrics["learner"] == "landmark"
+    assert run.learner.name == run.metrics["learner"] == "slda"
     assert run.config.stream.tasks == 2
     record = files.read_json(run.folder / "run.json")
     assert record["argv"][:3] == ["ssd-edge", "train", "data.path=digits"]
@@ -173,7 +173,7 @@ def test_configurations_of_every_kind(tmp_path: Path) -> None:
 
 def test_a_run_shows_as_a_table(run: ssd_edge.Run, trained: Path) -> None:
     lines = repr(run).splitlines()
-    assert lines[0] == f"Run('{run.folder}'): landmark on digits, 10 classes in 2 tasks, class-incremental"
+    assert lines[0] == f"Run('{run.folder}'): slda on digits, 10 classes in 2 tasks, class-incremental"
     assert lines[1].split() == ["role", "average", "accuracy", "forgetting", "time", "state"]
     assert len(lines) == 3
     compared = ssd_edge.load_run(trained)
@@ -183,10 +183,10 @@ def test_a_run_shows_as_a_table(run: ssd_edge.Run, trained: Path) -> None:
     assert f"{100 * compared.accuracy:.1f} %" in page
 
 
-@pytest.mark.parametrize("name", ["landmark", "ncm", "slda", "ridge", "ssd"])
+@pytest.mark.parametrize("name", ["slda", "ncm", "ridge", "ssd"])
 def test_classifier(name: str, tmp_path: Path) -> None:
     features, labels = clusters()
-    small = {"directions": 60} if name == "landmark" else {}
+    small = {"directions": 60} if name == "slda" else {}
     model = ssd_edge.Classifier(name, **small).learn(features[:40], labels[:40])
     assert model.classes == ["gear", "bolt"]
     assert model.learn(features[40:], labels[40:]) is model
@@ -218,7 +218,7 @@ def test_classifier_forgets_and_relearns() -> None:
 
 def test_classifier_forgets_approximately_only_if_asked() -> None:
     features, labels = clusters()
-    model = ssd_edge.Classifier("landmark", directions=60).learn(features, labels)
+    model = ssd_edge.Classifier("slda").learn(features, labels)
     with pytest.raises(InputError, match="approximately"):
         model.forget("bolt")
     assert model.classes == ["gear", "bolt", "nut"]
@@ -297,7 +297,7 @@ def test_the_examples_of_the_documentation_run(
         tiny = block.replace('"photos",', '"photos", backbone="tiny",')  # the default takes longer to export
         exec(compile(tiny, "docs/python.md", "exec"), namespace)
     assert (tmp_path / "robot.ssdedge").is_file()
-    assert "Did you mean 'landmark'?" in capsys.readouterr().out
+    assert "Did you mean 'slda'?" in capsys.readouterr().out
 
 
 def test_every_public_function_has_an_example() -> None:

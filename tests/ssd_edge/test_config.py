@@ -105,7 +105,7 @@ def test_refused_values(key: Any, value: object, message: str) -> None:
 def test_sections() -> None:
     config = parse(TrainConfig, {"data": {"path": "a", "classes": ["x", 1]}, "learner": {"k": 5}})
     assert config.data == DataConfig(path="a", classes=("x", "1"))
-    assert config.learner == {"name": "landmark", "k": 5}  # the learner checks it
+    assert config.learner == {"name": "slda", "k": 5}  # the learner checks it
     assert config.stream == StreamConfig()
     assert parse(TrainConfig, {"data": None, "learner": None}) == TrainConfig()  # all keys are commented out
     with pytest.raises(InputError, match=r"^unknown section 'dta'\. Did you mean 'data'\? Known: data, "):

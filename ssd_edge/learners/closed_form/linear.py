@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+import bisect
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,13 +14,24 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # PyTorch does not list it
 
 from ssd_edge.errors import InputError, first_line
-from ssd_edge.learners.base import LARGEST_COUNT, HeadGraph, Learner, Progress, Task, TensorSpec, check_state
+from ssd_edge.learners.base import (
+    BASE_SCHEMA,
+    DTYPES,
+    LARGEST_COUNT,
+    HeadGraph,
+    Learner,
+    Progress,
+    Task,
+    TensorSpec,
+    check_state,
+)
 from ssd_edge.learners.closed_form.sums import ClassStatistics, check_seen
 from ssd_edge.learners.priors import Priors
 
 NEVER = -1e30  # bias of a class without samples; −∞ is not allowed in a state
 BATCH = 4096
 PER_CLASS = "store second moments per class: classes can be removed exactly, at C times the memory"
+BUDGET_CLASSES = "number of classes that the budget must hold"
 
 COUNTS = TensorSpec(("C",), "float64", "number of samples of each class", least=0, most=LARGEST_COUNT, whole=True)
 
@@ -51,6 +64,35 @@ def restore_statistics(arrays: Mapping[str, np.ndarray], dim: int, owner: str = 
     state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     check_state(state, statistics_schema(dim, per_class=False), {}, owner)
     return ClassStatistics.from_state(state)
+
+
+def features_within(
+    megabytes: float, classes: int, most: int, schema: Callable[[int], Mapping[str, TensorSpec]]
+) -> int:
+    """Return the largest number of features whose state fits into a budget.
+
+    Args:
+        megabytes: the budget; 1 MB is a million bytes.
+        classes: number of classes that it must hold.
+        most: largest number of features to return.
+        schema: returns the tensors of a state with some number of features, all of whose symbols count classes.
+
+    Raises:
+        InputError: two features do not fit.
+    """
+
+    def size_of(features: int) -> float:
+        specs = {**BASE_SCHEMA, **schema(features)}.values()
+        shapes = ((DTYPES[spec.dtype].itemsize, *spec.shape) for spec in specs)
+        return sum(math.prod(classes if isinstance(n, str) else n for n in shape) for shape in shapes) / 1e6
+
+    if size_of(2) > megabytes:
+        raise InputError(
+            f"learner.budget_mb={megabytes:g} is too small for two features and {classes} classes, which need "
+            f"{size_of(2):g} MB; raise it or lower learner.budget_classes"
+        )
+    fitting = bisect.bisect_right(range(2, most + 1), megabytes, key=size_of)
+    return fitting + 1
 
 
 class LinearLearner(Learner):

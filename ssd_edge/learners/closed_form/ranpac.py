@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ssd_edge.config import setting
-from ssd_edge.errors import InputError
-from ssd_edge.learners.base import BASE_SCHEMA, DTYPES, HeadGraph, TensorSpec, check_drawn
-from ssd_edge.learners.closed_form.linear import PER_CLASS
+from ssd_edge.learners.base import HeadGraph, check_drawn
+from ssd_edge.learners.closed_form.linear import BUDGET_CLASSES, PER_CLASS, features_within
 from ssd_edge.learners.closed_form.ridge import STRENGTH, Ridge
 from ssd_edge.learners.priors import Priors
 
@@ -33,7 +32,7 @@ class Settings:
         "size limit of the state in MB at budget_classes, from which M follows; 0: use features",
         minimum=0.0,
     )
-    budget_classes: int = setting(100, "number of classes that the budget must hold", minimum=2)
+    budget_classes: int = setting(100, BUDGET_CLASSES, minimum=2)
 
 
 class RanPAC(Ridge):
@@ -67,28 +66,7 @@ class RanPAC(Ridge):
         settings: Settings = self.settings
         if not settings.budget_mb:
             return settings.features
-        least, most = 2, MOST_FEATURES
-        if self._bytes(least) > settings.budget_mb * 1e6:
-            raise InputError(
-                f"learner.budget_mb={settings.budget_mb:g} is too small for two features and {settings.budget_classes} "
-                f"classes, which need {self._bytes(least) / 1e6:g} MB; raise it or lower learner.budget_classes"
-            )
-        while least < most:
-            middle = (least + most + 1) // 2
-            if self._bytes(middle) <= settings.budget_mb * 1e6:
-                least = middle
-            else:
-                most = middle - 1
-        return least
-
-    def _bytes(self, features: int) -> int:
-        """Return the size of the state in bytes with `features` features and `budget_classes` classes."""
-        classes: int = self.settings.budget_classes  # all symbols of the shapes count classes
-
-        def size(spec: TensorSpec) -> int:
-            return DTYPES[spec.dtype].itemsize * math.prod(classes if isinstance(n, str) else n for n in spec.shape)
-
-        return sum(map(size, {**BASE_SCHEMA, **self._schema_of(features)}.values()))
+        return features_within(settings.budget_mb, settings.budget_classes, MOST_FEATURES, self._schema_of)
 
     def features(self, embeddings: Tensor) -> Tensor:
         return (embeddings @ self.projection).clamp_min(0)

@@ -26,7 +26,7 @@ class Ridge(LinearLearner):
     """Exact ridge regression: equal to recursive least squares (analytic learning) over the same samples in any order.
 
     One-hot targets weight classes by their size, so a class with few images is rarely predicted next to large ones; use
-    `landmark`, `slda` or `ncm` in that case.
+    `slda` or `ncm` in that case.
     """
 
     name: ClassVar[str] = "ridge"

@@ -1,4 +1,7 @@
-"""Streaming linear discriminant analysis (Hayes & Kanan 2020) with exact statistics."""
+"""Streaming linear discriminant analysis (Hayes & Kanan 2020) with exact statistics: the default learner.
+
+docs/slda.md says what it was measured against, and what each part is worth.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ssd_edge.config import setting
-from ssd_edge.learners.base import LARGEST_COUNT, TensorSpec
-from ssd_edge.learners.closed_form.linear import PER_CLASS, LinearLearner
+from ssd_edge.learners.base import LARGEST_COUNT, HeadGraph, TensorSpec, check_drawn
+from ssd_edge.learners.closed_form.linear import BUDGET_CLASSES, PER_CLASS, LinearLearner, features_within
 from ssd_edge.learners.closed_form.sums import check_covariance, discriminant, likeliest_weight, shrink
 from ssd_edge.learners.priors import Priors
 
@@ -20,58 +23,122 @@ class Settings:
     """Settings of streaming LDA."""
 
     prior_weight: float = setting(-1.0, "weight of the prior covariance in samples; -1: the most likely", minimum=-1)
+    budget_mb: float = setting(
+        16.0,
+        "size limit of the state in MB at budget_classes; wider embeddings are projected at random; 0: no limit",
+        minimum=0.0,
+    )
+    budget_classes: int = setting(100, BUDGET_CLASSES, minimum=2)
     per_class: bool = setting(False, PER_CLASS)
 
 
 class SLDA(LinearLearner):
-    """Linear discriminant analysis with exact, OAS-shrunk pooled covariance and the pretraining covariance as prior."""
+    """Linear discriminant analysis with exact, OAS-shrunk pooled covariance.
+
+    The covariance of a backbone's pretraining data is the prior, if the backbone has it. Sums and moments are stored in
+    float32, so the state has about 2 D² bytes; an embedding whose state exceeds the budget is projected on as many
+    random directions as fit. With `per_class`, moments of `budget_classes` classes have to fit.
+    """
 
     name: ClassVar[str] = "slda"
     display: str = "SLDA"
     panel = True
     candidate = True
     Settings: ClassVar[type] = Settings
+    single: ClassVar[bool] = True
+
+    def _configure(self) -> None:
+        if self._projected():
+            check_drawn(self.dim * self.feature_count(), f"{self.feature_count():,} random directions")
 
     def _start(self, priors: Priors) -> None:
         super()._start(priors)
-        self.prior, self.prior_weight = torch.zeros(self.dim, self.dim), 0.0
-        if priors.within_covariance is not None:
+        self.projection = self._draw()
+        self.prior: Tensor | None = None
+        self.prior_weight = 0.0
+        if priors.within_covariance is not None and self.settings.prior_weight:
             self.prior = torch.from_numpy(priors.within_covariance).float()
             self.prior_weight = self.settings.prior_weight
 
+    def feature_count(self) -> int:
+        settings: Settings = self.settings
+        if not settings.budget_mb:
+            return self.dim
+        return features_within(settings.budget_mb, settings.budget_classes, self.dim, self._schema_of)
+
+    def _projected(self) -> bool:
+        return self.feature_count() < self.dim
+
+    def _draw(self) -> Tensor:
+        """Return orthonormal directions as columns ``(D, F)``, drawn from the seed; empty if there is no projection."""
+        if not self._projected():
+            return torch.zeros(0, 0)
+        generator = torch.Generator().manual_seed(self.seed)
+        axes, upper = torch.linalg.qr(torch.randn(self.dim, self.feature_count(), generator=generator))
+        # the signs of a QR decomposition depend on the library
+        directions: Tensor = axes * upper.diagonal().sign()
+        return directions.to(self.device)
+
+    def features(self, embeddings: Tensor) -> Tensor:
+        return embeddings @ self.projection if len(self.projection) else embeddings
+
+    def _write_features(self, graph: HeadGraph, x: str) -> str:
+        return graph.matmul(x, "projection", self.projection) if len(self.projection) else x
+
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
-        statistics = self.statistics
-        scatter, weight = statistics.scatter_within(), self.prior_weight
-        freedom = statistics.degrees_of_freedom
-        if weight < 0:
-            weight = likeliest_weight(scatter, freedom, shrink(self.prior.double(), float("inf")))
-        covariance = (scatter + weight * self.prior.double()) / max(freedom + weight, 1.0)
+        statistics, weight, prior = self.statistics, self.prior_weight, None
+        scatter, freedom = statistics.scatter_within(), statistics.degrees_of_freedom
+        if self.prior is not None:
+            prior = self.features(self.features(self.prior).mT).mT.double().cpu()
+            if weight < 0:
+                weight = likeliest_weight(scatter, freedom, shrink(prior, float("inf")))
+            scatter = scatter + weight * prior
+        covariance = scatter / max(freedom + weight, 1.0)
         values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom + weight)
         return values, bias, {"prior_weight": weight}
 
     def _common(self) -> dict[str, Any]:
-        weight = {"the weight of the prior covariance": self.prior_weight}
-        return {**super()._common(), "the prior covariance": self.prior, **weight}
-
-    def schema(self) -> dict[str, TensorSpec]:
         return {
-            **super().schema(),
-            "prior": TensorSpec(
-                (self.dim, self.dim), "float32", "within-class covariance from pretraining", shipped=True
-            ),
+            **super()._common(),
+            "the presence of a prior covariance": self.prior is not None,  # first: then both are compared
+            **({} if self.prior is None else {"the prior covariance": self.prior}),
+            "the weight of the prior covariance": self.prior_weight,
+            **({"the seed of the random directions": self.seed} if self._projected() else {}),
+        }
+
+    def _schema_of(self, size: int) -> dict[str, TensorSpec]:
+        return {
+            **super()._schema_of(size),
             "prior_weight": TensorSpec(
-                (1,), "float64", "weight of the prior in samples; -1: the most likely", least=-1, most=LARGEST_COUNT
+                (1,),
+                "float64",
+                "weight of the prior in samples; -1: the most likely; 0: none",
+                least=-1,
+                most=LARGEST_COUNT,
             ),
         }
 
+    def schema(self) -> dict[str, TensorSpec]:
+        prior = TensorSpec((self.dim, self.dim), "float32", "within-class covariance from pretraining", shipped=True)
+        return super().schema() if self.prior is None else {**super().schema(), "prior": prior}
+
     def _tensors(self) -> dict[str, Tensor]:
         weight = torch.tensor([self.prior_weight], dtype=torch.float64)
-        return {**super()._tensors(), "prior": self.prior, "prior_weight": weight}
+        prior = {} if self.prior is None else {"prior": self.prior}
+        return {**super()._tensors(), **prior, "prior_weight": weight}
 
     def _check(self, state: dict[str, Tensor]) -> None:
         super()._check(state)
-        check_covariance(state["prior"], f"the prior covariance of '{self.name}'")
+        if "prior" in state:
+            check_covariance(state["prior"], f"the prior covariance of '{self.name}'")
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore a state from `state_dict`, with or without a prior covariance."""
+        weight = state.get("prior_weight")
+        self.prior = None if weight is None or not bool(weight.any()) else torch.zeros(0)  # for the schema
+        super().load_state_dict(state)
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         super()._load(tensors)
-        self.prior, self.prior_weight = tensors["prior"], float(tensors["prior_weight"][0])
+        self.projection = self._draw()
+        self.prior, self.prior_weight = tensors.get("prior"), float(tensors["prior_weight"][0])

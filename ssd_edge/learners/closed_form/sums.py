@@ -16,7 +16,7 @@ from ssd_edge.errors import BundleRefusedError, InputError
 
 PRIOR_GRID = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 LEAST_SHRINKAGE = 0.5  # from 0.05 to 0.9 `unknown` is detected equally well (AUROC within 0.01); more overfits less
-LEAST_SIGNAL = 1e-3  # keeps few, similar classes distinguishable
+MOST_USED = 0.99  # of the samples' degrees of freedom: bounds a quotient, which would be infinite at 1
 RIDGE_GRID = tuple(10.0 ** (e / 2) for e in range(-12, 9))  # λ relative to the mean eigenvalue
 NO_VARIANCE = 1e-12  # relative to the mean square: smaller variances are rounding errors of equal samples
 # A sum of D² products that is stored after every change is indefinite by at most these shares of √D times its largest
@@ -428,13 +428,6 @@ def shrink(covariance: Tensor, samples: float, least: float = 1e-6) -> Tensor:
     return shrunk
 
 
-def shrink_to_diagonal(covariance: Tensor, share: float) -> Tensor:
-    """Return the covariance with off-diagonal entries scaled by 1 − `share`, plus jitter: positive definite."""
-    diagonal = covariance.diagonal().diag()
-    jitter = 1e-4 * torch.eye(len(covariance), dtype=covariance.dtype) * covariance.diagonal().mean()
-    return (1.0 - share) * covariance + share * diagonal + jitter
-
-
 def likeliest_weight(scatter: Tensor, freedom: float, prior: Tensor) -> float:
     """Return the weight of a prior covariance, in samples, that maximises the marginal likelihood of the data.
 
@@ -466,13 +459,15 @@ def likeliest_weight(scatter: Tensor, freedom: float, prior: Tensor) -> float:
 def discriminant(means: Tensor, counts: Tensor, covariance: Tensor, samples: float) -> tuple[Tensor, Tensor]:
     """Solve the linear discriminant with equal class priors: w_c = Λ⁻¹ μ_c, b_c = −½ μ_cᵀ Λ⁻¹ μ_c.
 
-    For n_c samples μᵀΛ⁻¹μ is overestimated by tr(Λ⁻¹Σ)/n_c, so a class with few samples is rarely predicted next to
-    classes with many; `gaussian_readout` corrects for this.
+    The mean of n_c samples makes μᵀΛ⁻¹μ too large by tr(Λ⁻¹Σ)/n_c, so a class with few samples would rarely be
+    predicted next to classes with many; this is subtracted. Λ is solved from the same samples as Σ, which makes the
+    trace t too small as well: of one sample that is left out, xᵀΛ⁻¹x is larger by the factor 1/(1 − (1 − s) t/N)
+    (Sherman & Morrison), with s the weight of the identity in Λ and N the number of samples.
 
     Args:
         means: class means, ``(C, D)``.
         counts: number of samples, ``(C,)``; a class without samples gets a bias of −∞.
-        covariance: within-class covariance, ``(D, D)``; shrunk here to Λ.
+        covariance: within-class covariance Σ, ``(D, D)``; shrunk here to Λ.
         samples: number of samples that the covariance was estimated from.
 
     Returns:
@@ -480,67 +475,11 @@ def discriminant(means: Tensor, counts: Tensor, covariance: Tensor, samples: flo
     """
     factor = torch.linalg.cholesky(shrink(covariance, samples))
     values = torch.cholesky_solve(means.T, factor)
-    bias = (means.T * values).sum(0)
+    trace = float((torch.cholesky_inverse(factor) * covariance).sum())
+    used = (1.0 - oas_shrinkage(covariance, samples)) * trace / max(samples, 1.0)
+    noise = trace / (1.0 - min(used, MOST_USED))
+    bias = (means.T * values).sum(0) - noise / counts.clamp_min(1)
     return values, (-0.5 * bias).masked_fill(counts == 0, -torch.inf)
-
-
-def gaussian_readout(means: Tensor, counts: Tensor, covariance: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve the linear read-out of Gaussian classes with uncertain means (probabilistic LDA, Ioffe 2006).
-
-    Class means are drawn from N(0, B) and samples from N(mean, W). After n_c samples the posterior covariance of the
-    mean is (B⁻¹ + n_c W⁻¹)⁻¹, and the predictive distribution is centred at the posterior mean with W plus that
-    covariance. On axes on which W = 1 and B is diagonal b, with posterior variance τ_c = b/(n_c b + 1),
-
-        log p(x | c) = Σ x m/(1 + τ) − ½ Σ m²/(1 + τ) − ½ Σ log(1 + τ) − ½ Σ x²/(1 + τ),   m = n_c τ x̄.
-
-    The last term is the only one that is not linear in x. It hardly differs between classes and is replaced by its
-    mean over the samples. With few samples this is a nearest-mean classifier along directions with signal, with many it
-    is linear discriminant analysis, so classes with 5 and with 5,000 images are comparable.
-
-    Args:
-        means: class means, ``(C, D)``, relative to the expected mean of new classes.
-        counts: number of samples, ``(C,)``; a class without samples gets a bias of −∞.
-        covariance: within-class covariance W, ``(D, D)``, positive definite.
-        signal: covariance of class means B, ``(D, D)``.
-
-    Returns:
-        Values ``(D, C)`` and biases ``(C,)``, float64.
-    """
-    factor = torch.linalg.cholesky(covariance)
-    half = torch.linalg.solve_triangular(factor, signal, upper=False)
-    whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
-    variances, rotation = torch.linalg.eigh((whitened + whitened.mT) / 2)
-    axes = torch.linalg.solve_triangular(factor.mT, rotation, upper=True)
-    n = counts[:, None]
-    tau = variances.clamp_min(0) / (n * variances.clamp_min(0) + 1.0)
-    along, precision = means @ axes, 1.0 / (1.0 + tau)
-    shrunk = n * tau * along
-    mean_square = 1.0 + (n * along.square()).sum(0) / counts.sum().clamp_min(1)
-    bias = (-shrunk.square() * precision + precision.log() - mean_square * precision).sum(1) / 2
-    values = axes @ (shrunk * precision).T
-    return values, bias.masked_fill(counts == 0, -torch.inf)
-
-
-def signal_scale(means: Tensor, counts: Tensor, covariance: Tensor, signal: Tensor) -> float:
-    """Return the factor for `signal` half-way, geometrically, to the observed scatter of class means minus its noise.
-
-    Half-way, because a few classes do not estimate the scatter better than pretraining does.
-
-    Args:
-        means: class means, ``(C, D)``.
-        counts: number of samples, ``(C,)``; classes without samples are ignored.
-        covariance: within-class covariance, ``(D, D)``.
-        signal: expected covariance of class means B, ``(D, D)``.
-
-    Returns:
-        At least √`LEAST_SIGNAL`; 1 for fewer than two classes.
-    """
-    means, counts = means[counts > 0], counts[counts > 0]
-    if len(counts) < 2:
-        return 1.0
-    between = (means - means.mean(0)).square().sum() / (len(counts) - 1)
-    noise = covariance.trace() * (1.0 / counts).mean()
-    return math.sqrt(max(float((between - noise) / signal.trace()), LEAST_SIGNAL))
 
 
 def ridge(statistics: ClassStatistics, strength: float = 0.0) -> tuple[Tensor, Tensor, float]:
@@ -570,18 +509,6 @@ def ridge(statistics: ClassStatistics, strength: float = 0.0) -> tuple[Tensor, T
     values = vectors @ (projected / (eigenvalues + chosen)[:, None])
     bias = counts / total - centre @ values
     return values, bias.masked_fill(counts == 0, -torch.inf), chosen
-
-
-def ridge_strength(statistics: ClassStatistics) -> float:
-    """Return the λ that `ridge` would choose, from a float32 eigendecomposition at half the time.
-
-    Args:
-        statistics: statistics of at least one sample.
-    """
-    gram, cross = _centred(statistics)
-    eigenvalues, vectors = torch.linalg.eigh(gram.float())
-    projected = vectors.double().T @ cross
-    return _cross_validated(eigenvalues.double().clamp_min(0), projected, statistics.counts)
 
 
 def _centred(statistics: ClassStatistics) -> tuple[Tensor, Tensor]:

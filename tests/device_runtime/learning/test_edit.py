@@ -312,7 +312,7 @@ def test_merge_equals_learning_both(tiny_bundle, tmp_path, learner):
         assert torch.allclose(here.statistics.state()[name], tensor, rtol=1e-9, atol=1e-6), name
 
 
-@pytest.mark.parametrize("learner", ["ncm", "slda", "ridge", "fecam", "landmark"])
+@pytest.mark.parametrize("learner", ["ncm", "slda", "ridge", "fecam"])
 def test_merged_into_a_new_device_everything_is_answered_as_there(tiny_bundle, tmp_path, learner):
     (tmp_path / "tiny.ssdedge").write_bytes(tiny_bundle(learner=learner))
     for name in ("here", "there"):

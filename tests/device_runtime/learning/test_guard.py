@@ -28,7 +28,7 @@ KNOWN = ("cup", "nut", "screw", "plug", "fuse")
 NEW = ("gear", "socket")
 NETWORK = {"epochs": 20, "neurons": 100}
 SMALL = {"directions": 60}
-LEARNERS = ({"name": "ncm"}, {"name": "slda"}, {"name": "landmark", **SMALL}, {"name": "finetune", **NETWORK})
+LEARNERS = ({"name": "ncm"}, {"name": "slda"}, {"name": "finetune", **NETWORK})
 
 
 class World:

@@ -67,7 +67,7 @@ def test_commit_round_trip(root):
     now = store.current()
     assert (now.number, now.parent, now.origin, now.info, now.fallback) == (3, 2, "learn", {"value": 2.0}, "")
     assert {name: now.read(name) for name in now.files} == state(2.0)
-    assert now.tensors("learner.safetensors")[1] == {"name": "landmark"}
+    assert now.tensors("learner.safetensors")[1] == {"name": "slda"}
     assert now.registry.names == ["cup"]
     assert store.backbone_path(now.backbone).read_bytes() == BACKBONE
     assert (store.get(1).parent, store.get(1).origin) == (None, "install")

@@ -207,7 +207,7 @@ def test_values_before_the_first_product_are_not_levels():
 
 
 @pytest.mark.parametrize(
-    ("net", "auto", "stages"),
+    ("net", "sizes", "auto"),
     [
         (plain, ["4@8", "8@4"], ["4@8", "8@4"]),
         (residual, ["32@8", "64@4"], ["8@8", "32@8", "64@4"]),
@@ -215,10 +215,10 @@ def test_values_before_the_first_product_are_not_levels():
         (channels_last, ["4@8", "6@4"], ["4@8", "6@4"]),
     ],
 )
-def test_chosen_levels(net: Callable[[], Net], auto: list[str], stages: list[str]):
+def test_chosen_levels(net: Callable[[], Net], sizes: list[str], auto: list[str]):
     model = net().model(channels_last=net is channels_last)
     assert named(model) == auto
-    assert named(model, "stages") == stages
+    assert named(model, "auto") == auto
     with pytest.raises(NoLevelsError, match=r"backbone\.levels is last"):
         named(model, "last")
 
@@ -428,7 +428,7 @@ def test_composed_graph_joins_levels_and_standardises_them(half: bool, tolerance
     np.testing.assert_allclose(standardised, (features - mu) / sigma, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("choice", ["auto", "stages"])
+@pytest.mark.parametrize("choice", ["sizes", "auto"])
 def test_composed_graph_of_channels_last(choice: levels.Choice):
     data = compose(channels_last().model(channels_last=True), choice, "nhwc")
     assert labels(data)["levels"] == "4@8 6@4 12"

@@ -38,12 +38,6 @@ def test_package_contents_and_card(pretrained: Path) -> None:
     assert 0 <= card["accuracy"]["top1"] <= 1
     package = packages.load(pretrained)
     assert package.priors.keys.shape == (64, 256)
-    landmarks = package.priors.landmarks
-    assert landmarks.keys.shape == (200, 256)  # limited by the number of images
-    assert len(landmarks.mean) == 200
-    assert landmarks.projection.shape == (200, len(landmarks.signal))
-    assert np.allclose(np.linalg.norm(landmarks.keys, axis=1), 1, atol=1e-3)
-    assert (np.diff(landmarks.signal) <= 0).all()
     assert (package.priors.keys >= 0).all()
     assert package.priors.count == 200
 
@@ -157,8 +151,6 @@ def test_the_shipped_package_is_small_and_complete() -> None:
     package = packages.load()
     assert package.priors.keys.shape == (1000, package.card["dim"])
     assert package.priors.counters.shape == (1000,)
-    assert package.priors.landmarks.keys.shape == (1500, package.card["dim"])
-    assert package.priors.landmarks.projection.shape == (1500, 900)
     assert package.priors.within_covariance.shape == (package.card["dim"],) * 2
     assert package.priors.count > 0
     for key in ("data", "terms", "command", "seed", "accuracy"):

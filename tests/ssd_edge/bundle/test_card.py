@@ -23,7 +23,7 @@ def manifest(**changes) -> dict:
             "id": "c006d4cfd3644a84",
             "provenance": {"arch": "resnet9", "data": "tiny-imagenet32", "terms": "research use only", "seed": 0},
         },
-        "learner": {"name": "landmark", "settings": {}},
+        "learner": {"name": "slda", "settings": {}},
         "classes": REGISTRY.names,
         "metrics": {
             "data": "shapes",
@@ -67,7 +67,7 @@ def manifest(**changes) -> dict:
 def test_accuracy_table_includes_the_panel():
     card = render(manifest(), REGISTRY)
     rows = [line for line in card.splitlines() if line.startswith("| ")]
-    index = rows.index("| **landmark** (this bundle) | **0.750** |")
+    index = rows.index("| **slda** (this bundle) | **0.750** |")
     assert rows[index + 1 : index + 4] == ["| finetune | 0.350 |", "| ncm | 0.710 |", "| joint | – |"]
 
 

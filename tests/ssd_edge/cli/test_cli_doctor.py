@@ -93,7 +93,7 @@ def test_a_profile(bundle: Path, tmp_path: Path) -> None:
     args = (bundle, "--images", "3", "--warm-up", "1", "--root", tmp_path)
     result = json.loads(run(profile, *args, "--json").stdout)
     assert (result["calls"], result["warm_up"], result["batch"]) == (3, 1, 1)
-    assert result["bundle"]["learner"] == "landmark"
+    assert result["bundle"]["learner"] == "slda"
     assert result["memory_mb"]["learned"] > result["memory_mb"]["imports"]
     shown = "\n".join(lines(result))
     assert "3 calls after 1 to warm up" in shown

@@ -26,7 +26,7 @@ def test_files_of_a_run(trained: Path, shapes: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert {"config.yaml", "run.json", "metrics.json", "report.html", "learner.safetensors", "classes.json"} <= names
     metrics, record = read(trained), read(trained, "run.json")
-    assert metrics["learner"] == "landmark"
+    assert metrics["learner"] == "slda"
     assert set(metrics["baselines"]) == {"ssd", "sdmlp", "finetune"}
     assert set(metrics["panel"]) == {"ncm", "slda", "ridge", "ranpac", "klda", "fecam", "flymodel", "joint"}
     assert set(metrics["classes"]) == {"circle", "cross", "square", "stripes"}
@@ -184,7 +184,7 @@ def test_bad_data(defect: str, message: str, shapes: Path, refused, tmp_path: Pa
         (["lerner.k=3"], "unknown section 'lerner'. Did you mean 'learner'?"),
         (["learner.directions=-1"], "learner.directions must be at least 0, but is -1"),
         (["learner.directions=many"], "learner.directions must be a whole number, but is 'many'"),
-        (["learner.directions=901"], "the backbone's landmarks have 900; lower it"),
+        (["learner.budget_mb=0.0001"], "is too small for two features"),
         (["learner.name=ssdd"], "Did you mean 'ssd'?"),
         (["learner.name=sdmlp", "learner.k=2000"], "learner.k must be at most learner.neurons, but is 2000 of 1000"),
         (["learner.name=ssd", "learner.top_n=5"], "must give at least learner.k = 10"),
@@ -240,9 +240,9 @@ def test_help_is_fast_and_the_printed_config_works(cli, shapes: Path, tmp_path: 
     code = "import sys; sys.argv = ['ssd-edge']; import ssd_edge.cli; print('torch' in sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "False"  # importing PyTorch takes seconds
-    for name in ("landmark", "ssd", "finetune"):
+    for name in ("slda", "ssd", "finetune"):
         path = tmp_path / f"{name}.yaml"
         path.write_text(cli("config", "--learner", name).stdout)
     own = (f"data.path={shapes}", f"run.out={tmp_path / 'runs'}", "learner.directions=60")
-    cli("train", "--config", tmp_path / "landmark.yaml", *QUICK, *own)
-    assert read(tmp_path / "runs" / "1")["learner"] == "landmark"
+    cli("train", "--config", tmp_path / "slda.yaml", *QUICK, *own)
+    assert read(tmp_path / "runs" / "1")["learner"] == "slda"

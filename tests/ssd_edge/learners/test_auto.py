@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = ("learner.name=auto", "backbone=tiny", "run.panel=false", "run.baselines=false", "run.threads=1")
 DIGITS = ("data.path=digits", "data.classes=0:4", "data.max_per_class=12")
-SIZES = {"landmark": 1_700_000, "ranpac": 16_200_000, "fecam": 26_000_000, "slda": 900_000, "ncm": 4_000}
+SIZES = {"slda": 1_700_000, "ranpac": 16_200_000, "fecam": 26_000_000, "ridge": 900_000, "ncm": 4_000}
 
 
 @pytest.fixture
@@ -58,12 +58,12 @@ def decided(count: int, **wrong: list[int]) -> auto.Choice:
 def test_the_nearest_mean_where_few_images_with_equal_noise_allow_no_more(quickly: None) -> None:
     choice = auto.choose(*blobs(300, 4, 1.0), Priors(), seed=3)
     assert choice.name == "ncm"
-    pattern = r"^ncm: 0\.8\d\d on 300 held-out training images; .*landmark 0\.[67]\d\d is \d+\.\d po"
+    pattern = r"^ncm: 0\.8\d\d on 300 held-out training images; .*slda 0\.8\d\d is \d+\.\d po"
     assert re.match(pattern, choice.sentence)
     assert (choice.learned, choice.held_out) == (900, 300)
     rows = {row.name: row for row in choice.rows}
     assert set(rows) == set(auto.CANDIDATES)
-    assert not rows["landmark"].tied
+    assert not rows["slda"].tied
     assert rows["ncm"].state_bytes == min(row.state_bytes for row in choice.rows)
     assert auto.choose(*blobs(300, 4, 1.0), Priors(), seed=3) == choice
 
@@ -99,10 +99,10 @@ def test_a_class_of_one_image_is_learned_and_not_held_out() -> None:
 def test_with_single_images_there_is_nothing_to_compare(quickly: None) -> None:
     choice = auto.choose(*blobs(5, 1, 0.1), Priors())
     assert choice.name == DEFAULT
-    assert choice.sentence == "landmark: the default, for no class has a second training image that could be held out"
+    assert choice.sentence == "slda: the default, for no class has a second training image that could be held out"
     assert [row.accuracy for row in choice.rows] == [None] * len(auto.CANDIDATES)
     assert json.loads(json.dumps(choice.to_json()))["held_out"] == 0
-    assert "Candidates: landmark (" in html._choice(choice.to_json())
+    assert "Candidates: slda (" in html._choice(choice.to_json())
 
 
 def test_two_images_per_class_are_enough(quickly: None) -> None:
@@ -112,57 +112,57 @@ def test_two_images_per_class_are_enough(quickly: None) -> None:
 
 
 def test_the_default_is_taken_where_it_is_best() -> None:
-    choice = decided(2000, landmark=list(range(462)), ranpac=list(range(498)))
-    assert choice.name == "landmark"
+    choice = decided(2000, slda=list(range(462)), ranpac=list(range(498)))
+    assert choice.name == "slda"
     assert choice.sentence == (
-        "landmark: 0.769 on 2,000 held-out training images; next ranpac 0.751 (16.2 MB against 1.7 MB)"
+        "slda: 0.769 on 2,000 held-out training images; next ranpac 0.751 (16.2 MB against 1.7 MB)"
     )
 
 
 def test_the_default_is_taken_where_it_is_as_good() -> None:
     """One sample more is one standard error exactly: a tie, however the square root is rounded."""
     for count in (3, 7, 10, 49, 1000, 2000):
-        choice = decided(count, landmark=[0], fecam=[], ncm=[0, 1, 2])
-        assert choice.name == "landmark"
-        assert [row.name for row in choice.rows] == ["fecam", "landmark", "ncm"]
+        choice = decided(count, slda=[0], fecam=[], ncm=[0, 1, 2])
+        assert choice.name == "slda"
+        assert [row.name for row in choice.rows] == ["fecam", "slda", "ncm"]
     assert choice.sentence == (
-        "landmark: 1.000 on 2,000 held-out training images; fecam 1.000 is 0.05 points ahead, no more than the "
+        "slda: 1.000 on 2,000 held-out training images; fecam 1.000 is 0.05 points ahead, no more than the "
         "standard error of 0.05 (26.0 MB against 1.7 MB)"
     )
 
 
 def test_another_is_taken_where_it_is_better_by_more_than_chance() -> None:
-    choice = decided(1000, landmark=list(range(88)), fecam=list(range(75)), ncm=list(range(200)))
+    choice = decided(1000, slda=list(range(88)), fecam=list(range(75)), ncm=list(range(200)))
     assert choice.name == "fecam"
     assert choice.sentence == (
-        "fecam: 0.925 on 1,000 held-out training images; landmark 0.912 is 1.3 points behind, more than the standard "
+        "fecam: 0.925 on 1,000 held-out training images; slda 0.912 is 1.3 points behind, more than the standard "
         "error of 0.4"
     )
 
 
 def test_the_smallest_of_those_that_are_better_by_more_than_chance() -> None:
-    choice = decided(100, landmark=list(range(20)), fecam=[], ranpac=[0], slda=[1], ncm=list(range(30)))
-    assert choice.name == "slda"
+    choice = decided(100, slda=list(range(20)), fecam=[], ranpac=[0], ridge=[1], ncm=list(range(30)))
+    assert choice.name == "ridge"
     assert choice.sentence == (
-        "slda: 0.990 on 100 held-out training images; fecam 1.000 is 1.0 point ahead, no more than the standard error "
-        "of 1.0 (26.0 MB against 900 kB); landmark 0.800 is 20.0 points behind fecam, more than the standard error "
+        "ridge: 0.990 on 100 held-out training images; fecam 1.000 is 1.0 point ahead, no more than the standard error "
+        "of 1.0 (26.0 MB against 900 kB); slda 0.800 is 20.0 points behind fecam, more than the standard error "
         "of 4.0"
     )
 
 
 def test_the_comparison_is_paired() -> None:
     """Equal accuracies, but one pair errs on the same samples: there a small difference is no chance."""
-    together = decided(1000, fecam=list(range(300)), landmark=list(range(310)))
-    apart = decided(1000, fecam=list(range(300)), landmark=list(range(300, 610)))
-    assert (together.name, apart.name) == ("fecam", "landmark")
+    together = decided(1000, fecam=list(range(300)), slda=list(range(310)))
+    apart = decided(1000, fecam=list(range(300)), slda=list(range(300, 610)))
+    assert (together.name, apart.name) == ("fecam", "slda")
     assert together.rows[1].behind == apart.rows[1].behind == pytest.approx(0.01)
     assert together.rows[1].standard_error < 0.004 < 0.02 < apart.rows[1].standard_error
 
 
 def test_a_single_held_out_sample() -> None:
-    assert decided(1, landmark=[0], ncm=[]).name == "ncm"
-    choice = decided(1, landmark=[], ncm=[])
-    assert choice.sentence == "landmark: 1.000 on 1 held-out training image; next ncm 1.000 (4.0 kB against 1.7 MB)"
+    assert decided(1, slda=[0], ncm=[]).name == "ncm"
+    choice = decided(1, slda=[], ncm=[])
+    assert choice.sentence == "slda: 1.000 on 1 held-out training image; next ncm 1.000 (4.0 kB against 1.7 MB)"
 
 
 def test_embeddings_with_nan_are_refused() -> None:
@@ -175,7 +175,7 @@ def test_embeddings_with_nan_are_refused() -> None:
     [
         (["learner.k=3"], "learner.name=auto compares learners with default settings, but learner.k is also set"),
         (["learner.k=3", "learner.strength=1"], "but learner.k, learner.strength are also set; remove the setting"),
-        (["learner.name=atuo"], "unknown learner.name 'atuo'. Did you mean 'auto'? Known: landmark, "),
+        (["learner.name=atuo"], "unknown learner.name 'atuo'. Did you mean 'auto'? Known: slda, "),
         (["learner.name=[a, b]"], "unknown learner.name '['a', 'b']'"),
     ],
 )
@@ -186,7 +186,7 @@ def test_refused_run_leaves_no_files(words: list[str], message: str, refused, tm
 
 def test_no_learner_is_called_auto() -> None:
     assert AUTO not in LEARNERS
-    wanted = r"^learner\.name=auto is only resolved by `ssd-edge train`.* choose a learner here: landmark, "
+    wanted = r"^learner\.name=auto is only resolved by `ssd-edge train`.* choose a learner here: slda, "
     with pytest.raises(InputError, match=wanted):
         build({"name": AUTO}, 4, Priors())
     arrays, metadata = pack(build({"name": "ncm"}, 4, Priors()))
@@ -196,7 +196,7 @@ def test_no_learner_is_called_auto() -> None:
 
 def test_config_of_auto_is_a_working_file() -> None:
     done = CliRunner().invoke(config, ["--learner", "auto"], catch_exceptions=False)
-    assert "train compares landmark, ncm, slda, ridge, ranpac, fecam with default settings on held-out" in done.output
+    assert "train compares slda, ncm, ridge, ranpac, fecam with default settings on held-out" in done.output
     tree = parse(TrainConfig, yaml.safe_load(done.output))
     assert tree.learner == {"name": "auto"}
     assert auto.wanted(tree.learner)

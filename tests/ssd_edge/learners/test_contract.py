@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -18,7 +17,7 @@ from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RANDOM = ("landmark", "ssd", "sdmlp", "finetune", "lwf", "icarl", "ranpac", "klda", "flymodel")
+RANDOM = ("ssd", "sdmlp", "finetune", "lwf", "icarl", "ranpac", "klda", "flymodel")
 
 
 def differing(one: Learner, other: Learner) -> list[str]:
@@ -105,8 +104,6 @@ def test_priors_are_not_written_to(case: str) -> None:
     learner.learn(task((0, 1)))
     for name in ("within_covariance", "keys", "counters"):
         assert np.array_equal(getattr(given, name), getattr(untouched, name)), name
-    for name, array in dataclasses.asdict(untouched.landmarks).items():
-        assert np.array_equal(getattr(given.landmarks, name), array), name
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -162,14 +159,14 @@ def test_an_unknown_tensor_is_refused(case: str) -> None:
     ids=str,
 )
 def test_invalid_metadata_is_refused(change: dict[str, Any]) -> None:
-    arrays, metadata = pack(make("landmark"))
+    arrays, metadata = pack(make("slda"))
     with pytest.raises(BundleRefusedError, match=r"^the metadata of the learner's state is invalid"):
         restore(arrays, {**metadata, **change})
 
 
 @pytest.mark.parametrize("key", ["learner", "settings", "dim", "seed"])
 def test_metadata_without_a_key_is_refused(key: str) -> None:
-    arrays, metadata = pack(make("landmark"))
+    arrays, metadata = pack(make("slda"))
     del metadata[key]
     with pytest.raises(BundleRefusedError, match=key):
         restore(arrays, metadata)
@@ -289,16 +286,16 @@ def test_invalid_task_is_refused(embeddings: torch.Tensor, labels: torch.Tensor,
 
 @pytest.mark.parametrize("options", [{"name": "sdd"}, {"name": None}, {}], ids=str)
 def test_unknown_learner(options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"unknown learner.name .*Known: landmark, ssd"):
+    with pytest.raises(InputError, match=r"unknown learner.name .*Known: slda, ssd"):
         build(options, DIM, Priors())
 
 
 def test_unknown_setting() -> None:
-    with pytest.raises(InputError, match=r"unknown key 'learner.direction'. Did you mean 'directions'"):
-        build({"name": "landmark", "direction": 5}, DIM, Priors())
+    with pytest.raises(InputError, match=r"unknown key 'learner.budget'. Did you mean 'budget_mb'"):
+        build({"name": "slda", "budget": 5}, DIM, Priors())
 
 
-@pytest.mark.parametrize("name", ["ncm", "slda", "ridge", "ranpac", "fecam", "flymodel", "landmark"])
+@pytest.mark.parametrize("name", ["ncm", "slda", "ridge", "ranpac", "fecam", "flymodel"])
 @pytest.mark.parametrize("key", ["penalty", "penalty_weight", "fisher"])
 def test_penalty_requires_a_gradient_learner(name: str, key: str) -> None:
     value = {"penalty": "ewc", "penalty_weight": 1.0, "fisher": "exact"}[key]

@@ -50,7 +50,7 @@ CLOSED: dict[str, dict[str, Any]] = {
             ("slda", {}),
             ("ridge", {}),
             ("ranpac", {"features": 30}),
-            ("landmark", {"directions": 20}),
+            ("slda", {}),
         )
         for per_class in (False, True)
     },

@@ -10,7 +10,7 @@ from ssd_edge.report.compare import compared, lead_note, ranked
 from ssd_edge.system import duration, size
 
 
-def run(own: float, learner: str = "landmark", **others: float) -> dict[str, Any]:
+def run(own: float, learner: str = "ridge", **others: float) -> dict[str, Any]:
     baselines = {name: {"average_accuracy": others.pop(name)} for name in ("sdmlp", "finetune") if name in others}
     return {"learner": learner, "average_accuracy": own, "baselines": baselines, "panel": others}
 
@@ -19,14 +19,14 @@ def test_order_roles_and_display_names() -> None:
     metrics = run(0.7, joint=0.8, ranpac=0.75, ncm=0.6, finetune=0.2)
     metrics["panel_details"] = {"ncm": {"display": "nearest mean", "seconds": 2.0, "average_accuracy": 0.1}}
     assert [(method.display, method.role) for method in compared(metrics)] == [
-        ("landmark", "learner"),
+        ("ridge", "learner"),
         ("fine-tuning", "baseline"),
         ("nearest mean", "panel"),
         ("RanPAC", "panel"),
         ("joint", "joint"),
     ]
     names = [method.display for method in ranked(metrics)]
-    assert names == ["joint", "RanPAC", "landmark", "nearest mean", "fine-tuning"]
+    assert names == ["joint", "RanPAC", "ridge", "nearest mean", "fine-tuning"]
     values = compared(metrics)[2].values
     assert (values["average_accuracy"], values["seconds"]) == (0.6, 2.0)
 
@@ -45,10 +45,10 @@ def test_an_unknown_name_is_shown_unchanged() -> None:
         ({}, ""),
         ({"ncm": 0.6, "joint": 0.9}, ""),  # joint training is an upper bound, not a rival
         ({"ncm": 0.7004}, ""),  # would read "0.0 points ahead"
-        ({"slda": 0.731}, "SLDA is 3.1 points ahead of landmark on this stream."),
+        ({"slda": 0.731}, "SLDA is 3.1 points ahead of ridge on this stream."),
         (
             {"sdmlp": 0.71, "ncm": 0.702, "slda": 0.731},
-            "SLDA is 3.1 points ahead of landmark on this stream (also ahead: SDMLP by 1.0, NCM by 0.2).",
+            "SLDA is 3.1 points ahead of ridge on this stream (also ahead: SDMLP by 1.0, NCM by 0.2).",
         ),
     ],
 )

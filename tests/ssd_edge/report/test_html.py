@@ -14,7 +14,7 @@ from ssd_edge.run.metrics import summary
 CHEAP = {"seconds": 1.5, "state_bytes": 4100}
 RUN: dict[str, Any] = {
     "argv": ["ssd-edge", "train", "data.path=my photos"],
-    "config": {"data": {"path": "my photos", "classes": []}, "learner": {"name": "landmark"}},
+    "config": {"data": {"path": "my photos", "classes": []}, "learner": {"name": "slda"}},
     "versions": {"torch": "2.9.1"},
     "threads": 2,
     "git_sha": None,
@@ -40,7 +40,7 @@ def example_metrics(tasks: int, others: bool = True, names: list[str] | None = N
     names = names or [f"class {row}" for row in range(2 * tasks)]
     panel = {"slda": {**scores(tasks, 0.9, 0.99), **CHEAP}, "joint": {"accuracy_matrix": None, "seconds": None}}
     return {
-        "learner": "landmark",
+        "learner": "slda",
         "display": "SSD",
         "data": "digits",
         "classes": names,

@@ -44,7 +44,7 @@ def sample_metrics(tasks: int, name: str = "class") -> dict[str, Any]:
     slda = scores(0.9, 0.99)
     names = [f"{name} {row}" for row in range(2 * tasks)]
     return {
-        "learner": "landmark",
+        "learner": "ridge",
         "data": "digits",
         "classes": names,
         "tasks": [{"classes": names[2 * t : 2 * t + 2]} for t in range(tasks)],
@@ -65,12 +65,12 @@ def printed(metrics: dict[str, Any]) -> list[str]:
 def test_tables_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # no effect on a pipe
     lines = printed(sample_metrics(5))
-    assert lines[0] == "landmark on digits: 10 classes in 5 tasks"
+    assert lines[0] == "ridge on digits: 10 classes in 5 tasks"
     rows = [" ".join(line.split()) for line in lines]
     assert "5 class 8, class 9 75.2 77.6 80.0 82.5 85.0" in rows
-    assert "landmark this run 80.1 % 82.5 % −6.2 6.2 1 min 24 s 4.1 MB" in rows
+    assert "ridge this run 80.1 % 82.5 % −6.2 6.2 1 min 24 s 4.1 MB" in rows
     assert "joint all data at once 93.1 % – – – – –" in rows
-    assert lines[-1] == "SLDA is 8.2 points ahead of landmark on this stream."
+    assert lines[-1] == "SLDA is 8.2 points ahead of ridge on this stream."
     assert ESCAPE not in "".join(lines)
 
 
@@ -179,7 +179,7 @@ def test_svg_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     first = path.read_bytes()
     text = "".join(ElementTree.fromstring(first).itertext()).replace("\xa0", " ")
     assert "1  <b>& 0, <b>& 1" in text
-    assert "SLDA is 8.2 points ahead of landmark on this stream." in text
+    assert "SLDA is 8.2 points ahead of ridge on this stream." in text
     assert b"@font-face" not in first
     assert b"url(http" not in first
     monkeypatch.setenv("NO_COLOR", "1")
@@ -214,7 +214,7 @@ def test_a_notebook_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
         update(1, 0.5)
         console(Message("saved"))
     console.table(sample_metrics(2))
-    assert stream.getvalue().startswith("saved\nlandmark on digits")
+    assert stream.getvalue().startswith("saved\nridge on digits")
     assert ESCAPE not in stream.getvalue()
 
 

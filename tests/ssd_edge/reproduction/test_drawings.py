@@ -105,7 +105,7 @@ def test_values_are_placed_at_the_number_in_the_name() -> None:
     assert own[0][0] == LEFT
     assert own[1][0] == RIGHT == paper[0][0]
     assert paper[0][1] == TOP
-    assert drawings.values([Row(System("n = 1", {"name": "landmark"}), "cifar10", "full", {}, {})]) == {}
+    assert drawings.values([Row(System("n = 1", {"name": "slda"}), "cifar10", "full", {}, {})]) == {}
 
 
 def test_a_surface_has_one_shade_per_pair() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.small_landmarks import landmarks
 from scipy.linalg import helmert
 from sklearn.covariance import OAS
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -17,14 +16,13 @@ from torch import Tensor
 from ssd_edge.errors import InputError
 from ssd_edge.learners import Learner, Task, build
 from ssd_edge.learners.closed_form import ranpac as ranpac_module
-from ssd_edge.learners.closed_form.sums import ClassStatistics, gaussian_readout, shrink
+from ssd_edge.learners.closed_form.sums import discriminant, oas_shrinkage, shrink
 from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIM = 16
 CLOSED_FORM: list[dict[str, Any]] = [
-    {"name": "landmark", "directions": 60},
     {"name": "ncm"},
     {"name": "slda"},
     {"name": "ridge"},
@@ -83,7 +81,7 @@ def test_ncm_scores_are_cosines_to_the_class_means() -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 50.0, 1000.0])
 def test_slda_is_a_discriminant_with_a_prior_covariance(weight: float) -> None:
-    task, test = gaussians({0: 40, 1: 25, 2: 60}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
+    task, test = gaussians({0: 40, 1: 40, 2: 40}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
     given = covariance_prior()
     learner = build({"name": "slda", "prior_weight": weight}, DIM, given)
     learner.learn(task)
@@ -94,12 +92,17 @@ def test_slda_is_a_discriminant_with_a_prior_covariance(weight: float) -> None:
     covariance = (residuals.T @ residuals + weight * given.within_covariance.astype(float)) / freedom
     inverse = np.linalg.inv(shrink(torch.from_numpy(covariance), freedom).numpy())
     wanted = test.double().numpy() @ inverse @ means.T - 0.5 * np.einsum("cd,de,ce->c", means, inverse, means)
-    np.testing.assert_allclose(learner.scores(test), wanted, rtol=1e-4, atol=1e-4)
+    found = learner.scores(test).double().numpy()
+    found, wanted = (scores - scores.mean(1, keepdims=True) for scores in (found, wanted))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_slda_matches_the_scikit_learn_discriminant_with_oas_covariance() -> None:
-    """OAS is applied to the N − C independent within-class contrasts, whose mean square is the pooled covariance."""
-    task, test = gaussians({0: 12, 1: 9, 2: 30}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
+    """OAS is applied to the N − C independent within-class contrasts, whose mean square is the pooled covariance.
+
+    Classes of equal size, whose scores are corrected by the same number.
+    """
+    task, test = gaussians({0: 17, 1: 17, 2: 17}), gaussians({0: 9, 1: 9, 2: 9}, seed=1).embeddings
     learner = build({"name": "slda"}, DIM, Priors())
     learner.learn(task)
     x, y = task.embeddings.double().numpy(), task.labels.numpy()
@@ -113,7 +116,9 @@ def test_slda_matches_the_scikit_learn_discriminant_with_oas_covariance() -> Non
 
     reference = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=Pooled(), priors=[1 / 3] * 3).fit(x, y)
     wanted = reference.decision_function(test.double().numpy()) - np.log(1 / 3)
-    np.testing.assert_allclose(learner.scores(test), wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+    found = learner.scores(test).double().numpy()
+    found, wanted = (scores - scores.mean(1, keepdims=True) for scores in (found, wanted))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_slda_without_a_prior_ignores_its_weight() -> None:
@@ -207,12 +212,9 @@ def test_random_features_separate_classes_that_are_not_linearly_separable() -> N
     assert accuracy["ranpac"] > 0.95
 
 
-# ── landmark ─────────────────────────────────────────────────────────────────────────────────────────
-
-
 def few_beside_many(few: int, spread: float) -> tuple[Learner, Tensor, Tensor]:
     """Learn four classes of 2000 images, then one of `few`; return the learner and unseen images of all five."""
-    learner = build({"name": "landmark", "directions": 240}, DIM, Priors())
+    learner = build({"name": "slda"}, DIM, Priors())
     learner.learn(gaussians(dict.fromkeys(range(4), 2000), spread, seed=1))
     learner.learn(gaussians({4: few}, spread, seed=2))
     test = gaussians(dict.fromkeys(range(5), 200), spread, seed=3)
@@ -229,118 +231,53 @@ def test_a_class_of_twenty_images_is_predicted_beside_classes_of_thousands() -> 
     assert min(recall(learner, embeddings, labels, row) for row in range(4)) > 0.7
 
 
-@pytest.mark.parametrize("diagonal", [True, False])
-def test_the_head_is_that_of_gaussians_with_uncertain_means(diagonal: bool) -> None:
-    """Compare with the posterior of each mean by direct inversion; the quadratic term enters by its mean."""
-    rng = np.random.default_rng(0)
-    size, counts = 6, np.array([1.0, 4.0, 0.0, 300.0])
-    means = rng.normal(size=(4, size)) * (counts > 0)[:, None]
-    mixing = rng.normal(size=(size, size))
-    within = mixing @ mixing.T + np.eye(size)
-    signal = np.diag(rng.uniform(0.1, 3.0, size))
-    if not diagonal:
-        turned = np.linalg.qr(rng.normal(size=(size, size)))[0]
-        signal = turned @ signal @ turned.T
-    given = (torch.from_numpy(array) for array in (means, counts, within, signal))
-    values, bias = gaussian_readout(*given)
-    second = within + (means.T * counts) @ means / counts.sum()  # E[x xᵀ] over the seen samples
-    for row in (0, 1, 3):
-        unknown = np.linalg.inv(np.linalg.inv(signal) + counts[row] * np.linalg.inv(within))
-        mean = unknown @ np.linalg.inv(within) @ means[row] * counts[row]
-        spread = within + unknown
-        inverse = np.linalg.inv(spread)
-        wanted = -0.5 * (mean @ inverse @ mean + np.linalg.slogdet(spread)[1] + np.trace(inverse @ second))
-        np.testing.assert_allclose(values[:, row], inverse @ mean, rtol=1e-9)
-        np.testing.assert_allclose(bias[row] + 0.0, wanted + 0.5 * np.linalg.slogdet(within)[1], rtol=1e-9)
-    assert bias[2] == -torch.inf
+def test_the_bias_of_a_class_does_not_depend_on_its_number_of_images() -> None:
+    """μᵀΛ⁻¹μ of few samples is too large; on average over many draws the corrected bias is that of the true mean."""
+    size, known, few = 60, 240, 6
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for _ in range(40):
+        samples = torch.randn(known, size, generator=generator, dtype=torch.float64)
+        covariance = samples.T @ samples / known
+        mean = torch.randn(size, generator=generator, dtype=torch.float64)
+        noise = torch.randn(size, generator=generator, dtype=torch.float64) / few**0.5
+        counts = torch.tensor([float(few), 0.0])
+        _, bias = discriminant(torch.stack([mean + noise, 0 * mean]), counts, covariance, known)
+        inverse = torch.linalg.inv(shrink(covariance, known))
+        errors.append([float(bias[0] + 0.5 * mean @ inverse @ mean), float(-0.5 * noise @ inverse @ noise)])
+        assert bias[1] == -torch.inf
+    corrected, plain = np.mean(errors, axis=0)
+    assert abs(corrected) < 0.1 * abs(plain)
 
 
-def test_the_head_of_many_images_is_the_discriminant() -> None:
-    task = gaussians(dict.fromkeys(range(4), 500))
-    statistics = ClassStatistics(DIM)
-    statistics.add(task.embeddings, task.labels)
-    covariance = statistics.shrunk_covariance()
-    signal = 1e3 * torch.eye(DIM, dtype=torch.float64)
-    values, bias = gaussian_readout(statistics.means, statistics.counts, covariance, signal)
-    shrunk = OAS(store_precision=False)
-    wanted = LinearDiscriminantAnalysis(solver="lsqr", priors=[0.25] * 4, covariance_estimator=shrunk)
-    wanted.fit(task.embeddings.double().numpy(), task.labels.numpy())
-    test = gaussians(dict.fromkeys(range(4), 100), seed=5).embeddings.double()
-    assert np.mean((test @ values + bias).argmax(1).numpy() == wanted.predict(test.numpy())) > 0.99
+def test_the_trace_of_samples_left_out() -> None:
+    """The factor of Sherman & Morrison equals a covariance solved without the sample, on average over the samples."""
+    size, count = 30, 90
+    x = torch.randn(count, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    covariance = x.T @ x / count
+    share, variance = oas_shrinkage(covariance, count), float(covariance.trace()) / size
+    regular = shrink(covariance, count)
+    left_out = [row @ torch.linalg.solve(regular - (1 - share) * torch.outer(row, row) / count, row) for row in x]
+    wanted = float(torch.stack(left_out).mean())
+    means = torch.zeros(1, size, dtype=torch.float64)
+    noise = 2 * float(discriminant(means, torch.ones(1), covariance, count)[1][0])
+    assert share * variance > 0
+    assert noise == pytest.approx(wanted, rel=0.05)  # the mean of quotients against the quotient of means
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_landmark_with_very_few_images(count: int) -> None:
-    learner = build(CLOSED_FORM[0], DIM, Priors())
+def test_slda_with_very_few_images(count: int) -> None:
+    learner = build({"name": "slda"}, DIM, Priors())
     learner.learn(gaussians({0: count, 1: count}, spread=0.1))
     test = gaussians({0: 50, 1: 50}, spread=0.1, seed=1)
     assert bool(torch.isfinite(learner.scores(test.embeddings)).all())
     assert torch.equal(learner.predict(test.embeddings), test.labels)
 
 
-def test_landmark_features_are_projections_of_the_landmark_responses() -> None:
-    given = landmarks(DIM)
-    learner = build({"name": "landmark", "directions": 7}, DIM, Priors(landmarks=given))
-    z = gaussians({0: 50}).embeddings.double().numpy()
-    cosines = z / np.linalg.norm(z, axis=1, keepdims=True) @ given.keys.T
-    wanted = (np.exp(0.5 * cosines) - given.mean) @ given.projection[:, :7]
-    np.testing.assert_allclose(learner.features(torch.from_numpy(z).float()), wanted, rtol=0, atol=1e-4)
-    assert sorted(learner.constants()) == ["gain", "keys", "mean", "projection", "signal"]
-
-
-def test_without_landmarks_keys_are_drawn_from_the_seed_with_a_note() -> None:
-    learner = build(CLOSED_FORM[0], DIM, Priors())
-    assert "no landmarks" in learner.note
-    z = gaussians({0: 50}).embeddings
-    cosines = torch.nn.functional.normalize(z) @ learner.keys.T
-    torch.testing.assert_close(learner.features(z), (0.5 * DIM**0.5 * cosines).exp())
-    assert learner.constants() == {}
-    assert not torch.equal(learner.keys, build(CLOSED_FORM[0], DIM, Priors(), seed=1).keys)
-    asked = build({**CLOSED_FORM[0], "keys": "random"}, DIM, Priors(landmarks=landmarks(DIM)))
-    assert torch.equal(asked.keys, learner.keys)
-    assert asked.note == ""
-
-
-def test_landmark_state_is_below_two_megabytes_for_ten_classes() -> None:
-    """Check the limit stated in docs/landmark.md; constants that come with the backbone do not count."""
-    given = Priors(landmarks=landmarks(256, neurons=1500, directions=900))
-    learner = build({"name": "landmark"}, 256, given)
-    for classes, most in ((10, 2e6), (100, 4e6)):
-        learner.statistics.grow(classes)
-        learner.values, learner.bias = torch.zeros(900, classes), torch.zeros(classes)
-        assert learner.memory_bytes() < most
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"directions": 21}, r"learner.directions is 21, but the backbone's landmarks have 20; lower it"),
-        ({"prior_weight": -1}, r"learner.prior_weight must be at least 0"),
-        ({"keys": "trained"}, r"learner.keys must be one of pretrained, random"),
-    ],
-    ids=str,
-)
-def test_invalid_landmark_settings_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        build({"name": "landmark", **options}, DIM, Priors(landmarks=landmarks(DIM)))
-
-
-def test_learners_with_different_landmarks_cannot_be_merged() -> None:
-    one, other = (build({"name": "landmark"}, DIM, Priors(landmarks=landmarks(DIM, seed=seed))) for seed in (0, 1))
-    with pytest.raises(InputError, match="differ in the landmarks cannot be merged"):
-        one.merge(other)
-    bare = build({"name": "landmark"}, DIM, Priors())
-    for first, second in ((one, bare), (bare, one)):
-        with pytest.raises(InputError, match=r"the presence of landmarks \((True|False) and (True|False)\)"):
-            first.merge(second)
-
-
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
-@pytest.mark.parametrize("given", [True, False], ids=["landmarks", "random keys"])
-def test_landmark_with_nearly_identical_images(spread: float, given: bool) -> None:
-    """There are more directions than images, and rounding to float32 makes the scatter indefinite."""
-    priors = Priors(landmarks=landmarks(DIM, neurons=400, directions=300)) if given else Priors()
-    learner = build({"name": "landmark", "directions": 300}, DIM, priors)
+def test_slda_with_nearly_identical_images(spread: float) -> None:
+    """Rounding to float32 makes the scatter indefinite."""
+    learner = build({"name": "slda"}, DIM, Priors())
     for rows in ((0, 1), (2, 3)):
         learner.learn(gaussians(dict.fromkeys(rows, 30), spread))
     test = gaussians(dict.fromkeys(range(4), 20), spread, seed=1)
@@ -365,3 +302,25 @@ def test_klda_approximates_a_gaussian_kernel_and_separates_what_no_line_can() ->
         accuracy[options["name"]] = float((learner.predict(vectors[2000:]) == labels[2000:]).double().mean())
     assert accuracy["slda"] < 0.6
     assert accuracy["klda"] > 0.9
+
+
+def test_slda_projects_an_embedding_that_exceeds_its_budget() -> None:
+    options = {"name": "slda", "budget_mb": 0.001, "budget_classes": 10}
+    learner = build(options, DIM, covariance_prior())
+    size = learner.feature_count()
+    assert 2 < size < DIM
+    learner.learn(gaussians(dict.fromkeys(range(10), 40)))
+    assert learner.memory_bytes() <= 1000
+    assert build({**options, "budget_mb": 9}, DIM, Priors()).feature_count() == DIM
+    torch.testing.assert_close(learner.projection.T @ learner.projection, torch.eye(size))
+    test = gaussians(dict.fromkeys(range(10), 40), seed=1)
+    assert float((learner.predict(test.embeddings) == test.labels).double().mean()) > 0.5
+    with pytest.raises(InputError, match=r"learner.budget_mb=0.0001 is too small for two features and 10 classes"):
+        build({**options, "budget_mb": 0.0001}, DIM, Priors())
+
+
+def test_slda_with_and_without_a_prior_cannot_be_merged() -> None:
+    one, bare = build({"name": "slda"}, DIM, covariance_prior()), build({"name": "slda"}, DIM, Priors())
+    for first, second in ((one, bare), (bare, one)):
+        with pytest.raises(InputError, match=r"the presence of a prior covariance \((True|False) and (True|False)\)"):
+            first.merge(second)

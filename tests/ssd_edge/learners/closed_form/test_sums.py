@@ -15,16 +15,13 @@ from torch import Tensor
 
 from ssd_edge.errors import InputError
 from ssd_edge.learners.closed_form.sums import (
-    LEAST_SIGNAL,
     RIDGE_GRID,
     ClassStatistics,
     discriminant,
     oas_shrinkage,
     pack_symmetric,
     ridge,
-    ridge_strength,
     shrink,
-    signal_scale,
     unpack_symmetric,
 )
 
@@ -455,25 +452,6 @@ def test_the_evidence_equals_the_marginal_likelihood() -> None:
 # ── the scale of the class means ─────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("times", [0.25, 1.0, 9.0])
-def test_the_signal_scale_is_halfway_to_the_observed_one(times: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    size, classes, count = 30, 400, 5.0
-    signal = torch.diag(torch.linspace(0.5, 2.0, size, dtype=torch.float64))
-    covariance = 3.0 * torch.eye(size, dtype=torch.float64)
-    spread = (times * signal + covariance / count).sqrt()  # variance of a mean of five samples
-    means = torch.randn(classes, size, generator=generator, dtype=torch.float64) @ spread + 7.0
-    counts = torch.full((classes,), count, dtype=torch.float64)
-    counts[0], means[0] = 0.0, 1e6  # a class without samples is ignored
-    assert signal_scale(means, counts, covariance, signal) == pytest.approx(times**0.5, rel=0.05)
-
-
-def test_the_signal_scale_of_one_class_and_of_equal_classes() -> None:
-    identity, counts = torch.eye(3, dtype=torch.float64), torch.tensor([4.0, 4.0], dtype=torch.float64)
-    assert signal_scale(torch.ones(1, 3).double(), counts[:1], identity, identity) == 1.0
-    assert signal_scale(torch.ones(2, 3).double(), counts, identity, identity) == pytest.approx(LEAST_SIGNAL**0.5)
-
-
 def test_float32_statistics_survive_a_restart_exactly() -> None:
     statistics = ClassStatistics(8, single=True)
     statistics.add(*(part for part in (torch.randn(50, 8), torch.arange(50) % 3)))
@@ -483,8 +461,3 @@ def test_float32_statistics_survive_a_restart_exactly() -> None:
     assert torch.equal(again.sums, statistics.sums)
     assert torch.equal(again.moments, statistics.moments)
     assert statistics.state()["second"].dtype == torch.float32
-
-
-def test_single_precision_gives_the_strength_that_ridge_chooses() -> None:
-    statistics = collect(*data())
-    assert ridge_strength(statistics) == pytest.approx(ridge(statistics)[2], rel=1e-5)
