@@ -209,7 +209,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.setattr(training, "JOINT", dataclasses.replace(training.JOINT, **training.ONE_PASS))
             data = ("backbone=tiny", f"data.path={shapes}", "data.exclude=triangle")
             # the cost of a learn grows with their cube; docs/python.md and the README are run with the default
-            run_here("train", *data, "learner.directions=150", f"run.out={out}", "run.threads=1")
+            run_here("train", *data, f"run.out={out}", "run.threads=1")
 
     return shared_folder(tmp_path_factory, "trained", train) / "1"
 

@@ -75,7 +75,7 @@ def test_manifest_describes_the_run(deployed, package):
     assert (manifest["name"], manifest["created"]) == ("robot", "2026-11-21T04:33:00Z")
     assert (manifest["target"], manifest["classes"]) == ("jetson", ["4", "3", "1"])
     assert manifest["learner"]["name"] == "slda"
-    assert manifest["learner"]["settings"]["directions"] == 60
+    assert manifest["learner"]["settings"]["budget_mb"] == 16
     assert manifest["run"]["argv"] == ["ssd-edge", "train", "data.path=digits"]
     assert manifest["metrics"]["panel"] == {"ncm": 0.71, "joint": 0.93}
     described = {key: manifest["backbone"][key] for key in ("id", "size", "dim", "precision", "opset")}

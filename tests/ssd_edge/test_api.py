@@ -34,7 +34,7 @@ def clusters(samples: int = 20, dim: int = 16) -> tuple[np.ndarray, list[str]]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> ssd_edge.Run:
     """A run on a part of the bundled digits."""
     out = tmp_path_factory.mktemp("runs")
-    few = {"stream": {"tasks": 2}, "data.max_per_class": 40, "learner.directions": 60}
+    few = {"stream": {"tasks": 2}, "data.max_per_class": 40}
     return ssd_edge.train("digits", out=out, **few, **QUICK)
 
 
@@ -186,8 +186,7 @@ def test_a_run_shows_as_a_table(run: ssd_edge.Run, trained: Path) -> None:
 @pytest.mark.parametrize("name", ["slda", "ncm", "ridge", "ssd"])
 def test_classifier(name: str, tmp_path: Path) -> None:
     features, labels = clusters()
-    small = {"directions": 60} if name == "slda" else {}
-    model = ssd_edge.Classifier(name, **small).learn(features[:40], labels[:40])
+    model = ssd_edge.Classifier(name).learn(features[:40], labels[:40])
     assert model.classes == ["gear", "bolt"]
     assert model.learn(features[40:], labels[40:]) is model
     assert model.classes == ["gear", "bolt", "nut"]

@@ -27,7 +27,6 @@ DIM, OLD, EACH = 24, 5, 80
 KNOWN = ("cup", "nut", "screw", "plug", "fuse")
 NEW = ("gear", "socket")
 NETWORK = {"epochs": 20, "neurons": 100}
-SMALL = {"directions": 60}
 LEARNERS = ({"name": "ncm"}, {"name": "slda"}, {"name": "finetune", **NETWORK})
 
 

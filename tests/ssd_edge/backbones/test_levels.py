@@ -203,7 +203,7 @@ def test_values_before_the_first_product_are_not_levels():
     net.conv(8, stride=2)
     net.conv(12, side=1)
     net.pool()
-    assert named(net.model()) == ["4@4"]
+    assert named(net.model()) == ["4@4", "8@2"]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_student_option_retrains_only_the_keys(pretrained: Path, shapes: Path, c
 
 def test_a_run_uses_the_package(pretrained: Path, shapes: Path, cli, tmp_path: Path) -> None:
     cli(
-        "train", f"data.path={shapes}", f"backbone=package:{pretrained}", "learner.directions=20",
+        "train", f"data.path={shapes}", f"backbone=package:{pretrained}",
         "run.panel=false", "run.baselines=false", f"run.out={tmp_path}",
     )  # fmt: skip
     backbone = json.loads((tmp_path / "1" / "backbone.json").read_text())

@@ -47,14 +47,14 @@ def test_files_of_a_run(trained: Path, shapes: Path) -> None:
 
 
 def test_train_prints_tasks_and_tables(shapes: Path, cli, tmp_path: Path) -> None:
-    done = cli("train", f"data.path={shapes}", *QUICK, "learner.directions=60", f"run.out={tmp_path}")
+    done = cli("train", f"data.path={shapes}", *QUICK, f"run.out={tmp_path}")
     output = done.stdout + done.stderr
     assert "2 tasks" in output
     assert "\x1b[" not in output  # no colours in a pipe
     for word in ("after task", "average", "BWT", "forgetting", "task 1/2", "task 2/2"):
         assert word in output
     assert "ssd-edge deploy --target jetson" in output
-    cli("train", f"data.path={shapes}", *QUICK, "learner.directions=60", f"run.out={tmp_path}")
+    cli("train", f"data.path={shapes}", *QUICK, f"run.out={tmp_path}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]  # every run gets a new folder
     assert read(tmp_path / "1")["accuracy_matrix"] == read(tmp_path / "2")["accuracy_matrix"]
 
@@ -180,10 +180,10 @@ def test_bad_data(defect: str, message: str, shapes: Path, refused, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["learner.direction=3"], "unknown key 'learner.direction'. Did you mean 'directions'?"),
+        (["learner.budget=3"], "unknown key 'learner.budget'. Did you mean 'budget_mb'?"),
         (["lerner.k=3"], "unknown section 'lerner'. Did you mean 'learner'?"),
-        (["learner.directions=-1"], "learner.directions must be at least 0, but is -1"),
-        (["learner.directions=many"], "learner.directions must be a whole number, but is 'many'"),
+        (["learner.budget_classes=1"], "learner.budget_classes must be at least 2, but is 1"),
+        (["learner.budget_classes=many"], "learner.budget_classes must be a whole number, but is 'many'"),
         (["learner.budget_mb=0.0001"], "is too small for two features"),
         (["learner.name=ssdd"], "Did you mean 'ssd'?"),
         (["learner.name=sdmlp", "learner.k=2000"], "learner.k must be at most learner.neurons, but is 2000 of 1000"),
@@ -243,6 +243,6 @@ def test_help_is_fast_and_the_printed_config_works(cli, shapes: Path, tmp_path: 
     for name in ("slda", "ssd", "finetune"):
         path = tmp_path / f"{name}.yaml"
         path.write_text(cli("config", "--learner", name).stdout)
-    own = (f"data.path={shapes}", f"run.out={tmp_path / 'runs'}", "learner.directions=60")
+    own = (f"data.path={shapes}", f"run.out={tmp_path / 'runs'}")
     cli("train", "--config", tmp_path / "slda.yaml", *QUICK, *own)
     assert read(tmp_path / "runs" / "1")["learner"] == "slda"

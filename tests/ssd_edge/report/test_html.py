@@ -14,7 +14,7 @@ from ssd_edge.run.metrics import summary
 CHEAP = {"seconds": 1.5, "state_bytes": 4100}
 RUN: dict[str, Any] = {
     "argv": ["ssd-edge", "train", "data.path=my photos"],
-    "config": {"data": {"path": "my photos", "classes": []}, "learner": {"name": "slda"}},
+    "config": {"data": {"path": "my photos", "classes": []}, "learner": {"name": "ridge"}},
     "versions": {"torch": "2.9.1"},
     "threads": 2,
     "git_sha": None,
@@ -40,7 +40,7 @@ def example_metrics(tasks: int, others: bool = True, names: list[str] | None = N
     names = names or [f"class {row}" for row in range(2 * tasks)]
     panel = {"slda": {**scores(tasks, 0.9, 0.99), **CHEAP}, "joint": {"accuracy_matrix": None, "seconds": None}}
     return {
-        "learner": "slda",
+        "learner": "ridge",
         "display": "SSD",
         "data": "digits",
         "classes": names,
@@ -117,7 +117,7 @@ def test_well_formed_and_self_contained(tasks: int, others: bool) -> None:
 def test_the_numbers_are_shown() -> None:
     metrics = example_metrics(5)
     source = render(metrics, RUN)
-    for text in ("80.1 %", "82.5 %", "−6.2", "1 min 24 s", "4.1 MB", "93.1 %", "SLDA is 8.2 points ahead of SSD"):
+    for text in ("80.1 %", "82.5 %", "−6.2", "1 min 24 s", "4.1 MB", "93.1 %", "SLDA is 8.2 points ahead of ridge"):
         assert text in source
     for text in ("SSD on digits", "10 classes in 5 tasks", "1,437 training", "fine-tuning", "seed 7", "Tiny-ImageNet"):
         assert text in source
