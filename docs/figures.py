@@ -262,6 +262,45 @@ def settings_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def heads_table(runs: list[dict]) -> str:
+    """Return the accuracy of each head with few and many images, for each set of levels."""
+    lines = []
+    for run in runs:
+        names = list(run["heads"][0]["accuracy"])
+        shown = [LEARNERS[name].display for name in names]
+        lines += [f"| {run['data'].split('.')[0]}, {sum(run['widths']):,} features | {' | '.join(shown)} |"]
+        lines += ["|---" * (len(names) + 1) + "|"]
+        for row in run["heads"]:
+            means = {name: statistics.fmean(values) for name, values in row["accuracy"].items()}
+            best = max(means.values())
+            cells = [f"**{percent(mean)}**" if mean == best else percent(mean) for mean in means.values()]
+            lines.append(f"| {row['images'] or 'all'} images a class | {' | '.join(cells)} |")
+        sizes = [size(run["heads"][-1]["state_bytes"][name]) for name in names]
+        lines += [f"| state with all images | {' | '.join(sizes)} |", ""]
+    return "\n".join(lines).rstrip()
+
+
+def curve_table(rows: list[dict]) -> str:
+    """Return accuracy with few images of each class, by number of features."""
+    shown = (1, 3, 5, 10, 20, 30)
+    lines = [f"| features | {' | '.join(f'{count} images' if count > 1 else '1 image' for count in shown)} | least step |"]
+    lines.append("|---" * (len(shown) + 2) + "|")
+    for row in rows:
+        by_count = dict(zip(row["images"], row["accuracy"], strict=True))
+        cells = " | ".join(percent(by_count[count]) for count in shown)
+        lines.append(f"| {row['features']:,} | {cells} | {points(row['least_step'], signed=True)} |")
+    return "\n".join(lines)
+
+
+def beside_table(rows: list[dict]) -> str:
+    """Return how well a class of few images is recognised beside all images of the others."""
+    lines = ["| images of one class | recognised | with all of its images | the others lose |", "|---|---|---|---|"]
+    for row in rows:
+        cells = f"{percent(row['with_few'])} | {percent(row['with_all'])} | {points(row['others_lose'])}"
+        lines.append(f"| {row['images']} | {cells} |")
+    return "\n".join(lines)
+
+
 def epoch_table(rows: list[dict]) -> str:
     """Return the time of one epoch in three implementations, and the speed-up over a whole task."""
     lines = [

@@ -49,11 +49,13 @@ CASES: dict[str, dict[str, Any]] = {
     "icarl": {**PERCEPTRON, "memory": 24, "layers": 2},
     "ncm": {},
     "slda": {},
+    "slda, projected": {"budget_mb": 0.001, "budget_classes": 4},
     "ridge": {},
     "ranpac": {"features": 30},
     "klda": {"features": 30},
     "fecam": {},
     "fecam, tukey": {"tukey": 0.5},
+    "fecam, projected": {"tukey": 0.5, "budget_mb": 0.002, "budget_classes": 4},
     "flymodel": {"neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
     "flymodel, all active": {"neurons": 50, "inputs_per_neuron": 4, "active": 1.0},
 }  # fmt: skip

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
-from ssd_edge.learners.closed_form.linear import BATCH, NEVER, statistics_schema
+from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec, check_drawn
+from ssd_edge.learners.closed_form.linear import BATCH, BUDGET_CLASSES, NEVER, features_within, random_directions, statistics_schema
 from ssd_edge.learners.closed_form.sums import ClassStatistics, check_seen
 from ssd_edge.learners.priors import Priors
 
@@ -37,6 +37,13 @@ class Settings:
         above=0.0,
         maximum=1.0,
     )
+
+    budget_mb: float = setting(
+        100.0,
+        "size limit of the state in MB at budget_classes; wider embeddings are projected at random; 0: no limit",
+        minimum=0.0,
+    )
+    budget_classes: int = setting(100, BUDGET_CLASSES, minimum=2)
 
     def __post_init__(self) -> None:
         """Check the shrinkage.
@@ -76,11 +83,16 @@ def correlation(covariance: Tensor) -> Tensor:
     return scaled.fill_diagonal_(1.0)
 
 
+def _schema_of(size: int) -> dict[str, TensorSpec]:
+    return statistics_schema(size, per_class=True)
+
+
 class FeCAM(Learner):
     """Nearest class mean with scores −(x − m_c)ᵀ R_c⁻¹ (x − m_c).
 
     x and m_c are the embedding and the class mean scaled to unit length, R_c is the correlation matrix of the shrunk
-    covariance of the class; for a class of one sample it is the identity.
+    covariance of the class; for a class of one sample it is the identity. An embedding whose state would exceed the
+    budget is projected on as many random directions as fit.
     """
 
     name: ClassVar[str] = "fecam"
@@ -92,13 +104,23 @@ class FeCAM(Learner):
     Settings: ClassVar[type] = Settings
 
     def _configure(self) -> None:
+        settings: Settings = self.settings
+        self.size = self.dim
+        if settings.budget_mb:
+            self.size = features_within(settings.budget_mb, settings.budget_classes, self.dim, _schema_of)
+        self.projection = torch.zeros(0, 0)
+        if self.size < self.dim:
+            check_drawn(self.dim * self.size, f"{self.size:,} random directions")
+            self.projection = random_directions(self.dim, self.size, self.seed).to(self.device)
         self._solved: dict[int, tuple[Tensor, Tensor]] = {}  # by row; a cache, not part of the state
 
     def _start(self, priors: Priors) -> None:
-        self.statistics = ClassStatistics(self.dim, per_class=True)
+        self.statistics = ClassStatistics(self.size, per_class=True)
 
     def _transform(self, embeddings: Tensor) -> Tensor:
         tukey: float = self.settings.tukey
+        if len(self.projection):
+            embeddings = embeddings.to(self.device) @ self.projection
         return embeddings if tukey == 1.0 else embeddings.sign() * embeddings.abs() ** tukey
 
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
@@ -117,7 +139,7 @@ class FeCAM(Learner):
         self._solved.clear()
 
     def _common(self) -> dict[str, Any]:
-        return self._shared_settings()
+        return {**self._shared_settings(), **({"the seed of the directions": self.seed} if len(self.projection) else {})}
 
     def _merge(self, other: FeCAM, rows: Tensor) -> None:
         self.statistics.merge(other.statistics, rows)
@@ -134,7 +156,7 @@ class FeCAM(Learner):
         The squared distance of x is |(x − m) L⁻ᵀ|².
         """
         if row not in self._solved:
-            settings, identity = self.settings, torch.eye(self.dim, dtype=torch.float64)
+            settings, identity = self.settings, torch.eye(self.size, dtype=torch.float64)
             covariance = self.statistics.covariance(row)
             shrunk = shrink_twice(covariance, settings.shrink_diagonal, settings.shrink_off_diagonal)
             factor = torch.linalg.cholesky(correlation(shrunk) + JITTER * identity)
@@ -157,12 +179,14 @@ class FeCAM(Learner):
         return scores
 
     def write_head(self, graph: HeadGraph, x: str) -> str:
+        if len(self.projection):
+            x = graph.matmul(x, "projection", self.projection)
         if self.settings.tukey != 1.0:
             power = graph.add("Pow", graph.add("Abs", x), graph.scalar(self.settings.tukey))
             x = graph.add("Mul", graph.add("Sign", x), power)
         # All classes at once: (x − m_c) L_c⁻ᵀ is one product of (C, N, D) and (C, D, D).
-        means = torch.zeros(graph.classes, 1, self.dim)
-        factors = torch.zeros(graph.classes, self.dim, self.dim)
+        means = torch.zeros(graph.classes, 1, self.size)
+        factors = torch.zeros(graph.classes, self.size, self.size)
         for row in self.statistics.counts.nonzero().flatten().tolist():
             means[row, 0], factors[row] = self.solve(row)
         away = graph.add("Sub", graph.unit(x), graph.weight("means", means))
@@ -170,7 +194,7 @@ class FeCAM(Learner):
         return graph.add("Neg", graph.add("Transpose", squares, perm=[1, 0]))
 
     def schema(self) -> dict[str, TensorSpec]:
-        return statistics_schema(self.dim, per_class=True)
+        return _schema_of(self.size)
 
     def _tensors(self) -> dict[str, Tensor]:
         return self.statistics.state()

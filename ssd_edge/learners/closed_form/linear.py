@@ -95,6 +95,20 @@ def features_within(
     return fitting + 1
 
 
+def random_directions(dim: int, count: int, seed: int) -> Tensor:
+    """Return orthonormal directions as columns, float32 ``(dim, count)``; the same on every machine up to rounding.
+
+    Args:
+        dim: dimension D of the embeddings.
+        count: number of directions, at most D.
+        seed: seed of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    axes, upper = torch.linalg.qr(torch.randn(dim, count, generator=generator))
+    directions: Tensor = axes * upper.diagonal().sign()  # the signs of a QR decomposition depend on the library
+    return directions
+
+
 class LinearLearner(Learner):
     """Base class of learners with scores x W + b, where x are features of the embedding.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.learners.base import LARGEST_COUNT, HeadGraph, TensorSpec, check_drawn
-from ssd_edge.learners.closed_form.linear import BUDGET_CLASSES, PER_CLASS, LinearLearner, features_within
+from ssd_edge.learners.closed_form.linear import BUDGET_CLASSES, PER_CLASS, LinearLearner, features_within, random_directions
 from ssd_edge.learners.closed_form.sums import check_covariance, discriminant, likeliest_weight, shrink
 from ssd_edge.learners.priors import Priors
 
@@ -70,14 +70,10 @@ class SLDA(LinearLearner):
         return self.feature_count() < self.dim
 
     def _draw(self) -> Tensor:
-        """Return orthonormal directions as columns ``(D, F)``, drawn from the seed; empty if there is no projection."""
+        """Return the directions as columns ``(D, F)``, drawn from the seed; empty if there is no projection."""
         if not self._projected():
             return torch.zeros(0, 0)
-        generator = torch.Generator().manual_seed(self.seed)
-        axes, upper = torch.linalg.qr(torch.randn(self.dim, self.feature_count(), generator=generator))
-        # the signs of a QR decomposition depend on the library
-        directions: Tensor = axes * upper.diagonal().sign()
-        return directions.to(self.device)
+        return random_directions(self.dim, self.feature_count(), self.seed).to(self.device)
 
     def features(self, embeddings: Tensor) -> Tensor:
         return embeddings @ self.projection if len(self.projection) else embeddings
