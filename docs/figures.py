@@ -283,7 +283,9 @@ def heads_table(runs: list[dict]) -> str:
 def curve_table(rows: list[dict]) -> str:
     """Return accuracy with few images of each class, by number of features."""
     shown = (1, 3, 5, 10, 20, 30)
-    lines = [f"| features | {' | '.join(f'{count} images' if count > 1 else '1 image' for count in shown)} | least step |"]
+    lines = [
+        f"| features | {' | '.join(f'{count} images' if count > 1 else '1 image' for count in shown)} | least step |"
+    ]
     lines.append("|---" * (len(shown) + 2) + "|")
     for row in rows:
         by_count = dict(zip(row["images"], row["accuracy"], strict=True))

@@ -144,7 +144,7 @@ def test_deploy(run: ssd_edge.Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"learner": "landmrk"}, "unknown learner.name 'landmrk'"),
+        ({"learner": "slad"}, "unknown learner.name 'slad'"),
         ({"learner": {"name": "ncm", "epochs": 3}}, "unknown key 'learner.epochs'"),
         ({"epochs": 3}, "unknown section 'epochs'"),
         ({"stream": 3}, "the section 'stream' must be a mapping"),
@@ -173,7 +173,7 @@ def test_configurations_of_every_kind(tmp_path: Path) -> None:
 
 def test_a_run_shows_as_a_table(run: ssd_edge.Run, trained: Path) -> None:
     lines = repr(run).splitlines()
-    assert lines[0] == f"Run('{run.folder}'): slda on digits, 10 classes in 2 tasks, class-incremental"
+    assert lines[0] == f"Run('{run.folder}'): SLDA on digits, 10 classes in 2 tasks, class-incremental"
     assert lines[1].split() == ["role", "average", "accuracy", "forgetting", "time", "state"]
     assert len(lines) == 3
     compared = ssd_edge.load_run(trained)

@@ -16,7 +16,14 @@ from torch import Tensor
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
 from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec, check_drawn
-from ssd_edge.learners.closed_form.linear import BATCH, BUDGET_CLASSES, NEVER, features_within, random_directions, statistics_schema
+from ssd_edge.learners.closed_form.linear import (
+    BATCH,
+    BUDGET_CLASSES,
+    NEVER,
+    features_within,
+    random_directions,
+    statistics_schema,
+)
 from ssd_edge.learners.closed_form.sums import ClassStatistics, check_seen
 from ssd_edge.learners.priors import Priors
 
@@ -108,14 +115,19 @@ class FeCAM(Learner):
         self.size = self.dim
         if settings.budget_mb:
             self.size = features_within(settings.budget_mb, settings.budget_classes, self.dim, _schema_of)
-        self.projection = torch.zeros(0, 0)
         if self.size < self.dim:
             check_drawn(self.dim * self.size, f"{self.size:,} random directions")
-            self.projection = random_directions(self.dim, self.size, self.seed).to(self.device)
         self._solved: dict[int, tuple[Tensor, Tensor]] = {}  # by row; a cache, not part of the state
 
     def _start(self, priors: Priors) -> None:
         self.statistics = ClassStatistics(self.size, per_class=True)
+        self.projection = self._draw()
+
+    def _draw(self) -> Tensor:
+        """Return the directions as columns ``(D, F)``, drawn from the seed; empty if there is no projection."""
+        if self.size == self.dim:
+            return torch.zeros(0, 0)
+        return random_directions(self.dim, self.size, self.seed).to(self.device)
 
     def _transform(self, embeddings: Tensor) -> Tensor:
         tukey: float = self.settings.tukey
@@ -139,7 +151,10 @@ class FeCAM(Learner):
         self._solved.clear()
 
     def _common(self) -> dict[str, Any]:
-        return {**self._shared_settings(), **({"the seed of the directions": self.seed} if len(self.projection) else {})}
+        return {
+            **self._shared_settings(),
+            **({"the seed of the directions": self.seed} if len(self.projection) else {}),
+        }
 
     def _merge(self, other: FeCAM, rows: Tensor) -> None:
         self.statistics.merge(other.statistics, rows)
@@ -204,4 +219,5 @@ class FeCAM(Learner):
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         self.statistics = ClassStatistics.from_state(tensors)
+        self.projection = self._draw()
         self._solved.clear()

@@ -6,6 +6,7 @@ docs/slda.md says what it was measured against, and what each part is worth.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +14,24 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.learners.base import LARGEST_COUNT, HeadGraph, TensorSpec, check_drawn
-from ssd_edge.learners.closed_form.linear import BUDGET_CLASSES, PER_CLASS, LinearLearner, features_within, random_directions
-from ssd_edge.learners.closed_form.sums import check_covariance, discriminant, likeliest_weight, shrink
+from ssd_edge.learners.closed_form.linear import (
+    BUDGET_CLASSES,
+    PER_CLASS,
+    LinearLearner,
+    features_within,
+    random_directions,
+)
+from ssd_edge.learners.closed_form.sums import (
+    ClassStatistics,
+    check_covariance,
+    discriminant,
+    likeliest_weight,
+    shrink,
+)
 from ssd_edge.learners.priors import Priors
+
+MIN_VARIANCE = 1e-12
+ROUNDING = 4e-7  # relative error of float32 second moments, per √D and sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +94,9 @@ class SLDA(LinearLearner):
     def features(self, embeddings: Tensor) -> Tensor:
         return embeddings @ self.projection if len(self.projection) else embeddings
 
+    def class_statistics(self) -> ClassStatistics | None:
+        return None if self._projected() else self.statistics
+
     def _write_features(self, graph: HeadGraph, x: str) -> str:
         return graph.matmul(x, "projection", self.projection) if len(self.projection) else x
 
@@ -90,6 +109,10 @@ class SLDA(LinearLearner):
                 weight = likeliest_weight(scatter, freedom, shrink(prior, float("inf")))
             scatter = scatter + weight * prior
         covariance = scatter / max(freedom + weight, 1.0)
+        # Rounding the second moments to float32 makes the scatter of nearly equal images indefinite by about this much.
+        size, square = len(covariance), float(statistics.second.diagonal().mean()) / max(statistics.total, 1.0)
+        rounding = max(ROUNDING * math.sqrt(size) * square, MIN_VARIANCE)
+        covariance = covariance + rounding * torch.eye(size, dtype=torch.float64)
         values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom + weight)
         return values, bias, {"prior_weight": weight}
 

@@ -175,7 +175,7 @@ def test_a_series_of_small_promised_is_refused() -> None:
     state, passed = world.state(), 0
     start = world.accuracies(state)[1]
     for _ in range(25):
-        images, rows = world.of(1, 10), torch.zeros(10, dtype=torch.int64)
+        images, rows = world.of(1, 20), torch.zeros(20, dtype=torch.int64)
         after, trial = world.taught(state, images, rows)
         # the images would be recognised, so that only forgetting is left to refuse them
         found = judge(state, after, images, rows, trial, Limits(min_recognised=0.0))
@@ -202,7 +202,7 @@ def test_mislabelled_images_that_stay_unrecognised_are_refused(world: World) -> 
 def test_unrecognised_images_of_a_new_class_are_refused(world: World) -> None:
     noise = world.draw(torch.arange(20) % OLD)
     with pytest.raises(GateRefusedError, match="held-out images of 'gear' would be recognised"):
-        world.teach(noise).check()
+        world.teach(noise, limits=Limits(min_recognised=0.8)).check()
 
 
 def test_catastrophic_forgetting_is_refused_with_the_reason(world: World) -> None:
@@ -233,7 +233,7 @@ def test_max_forgetting_outside_0_to_1_is_refused(value: float) -> None:
         Limits(max_forgetting=value)
 
 
-@pytest.mark.parametrize("options", LEARNERS[:3], ids=lambda options: options["name"])
+@pytest.mark.parametrize("options", LEARNERS[:2], ids=lambda options: options["name"])
 def test_clean_new_class_passes_without_warnings(world: World, options: dict[str, Any]) -> None:
     found = world.teach(world.of(OLD), **options)
     found.check()

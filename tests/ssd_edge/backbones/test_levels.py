@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
@@ -15,6 +14,7 @@ from ssd_edge.backbones import levels
 from ssd_edge.backbones import onnx as composing
 from ssd_edge.backbones.graph import NetworkGraph
 from ssd_edge.backbones.levels import Level, NoLevelsError
+from ssd_edge.backbones.onnx import open_session
 from ssd_edge.errors import InputError
 from ssd_edge.images import Pixels
 
@@ -103,7 +103,7 @@ def run(model: onnx.ModelProto, images: np.ndarray = PIXELS, outputs: list[str] 
     if outputs is not None:
         del copy.graph.output[:]
         copy.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
-    session = onnxruntime.InferenceSession(copy.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(copy.SerializeToString())
     if session.get_inputs()[0].type == "tensor(float16)":
         images = images.astype(np.float16)
     if session.get_inputs()[0].shape[-1] == 3:

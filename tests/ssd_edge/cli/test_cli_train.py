@@ -28,7 +28,7 @@ def test_files_of_a_run(trained: Path, shapes: Path) -> None:
     metrics, record = read(trained), read(trained, "run.json")
     assert metrics["learner"] == "slda"
     assert set(metrics["baselines"]) == {"ssd", "sdmlp", "finetune"}
-    assert set(metrics["panel"]) == {"ncm", "slda", "ridge", "ranpac", "klda", "fecam", "flymodel", "joint"}
+    assert set(metrics["panel"]) == {"ncm", "ridge", "ranpac", "klda", "fecam", "flymodel", "joint"}
     assert set(metrics["classes"]) == {"circle", "cross", "square", "stripes"}
     matrix = metrics["accuracy_matrix"]
     assert [len(row) for row in matrix] == [2, 2]

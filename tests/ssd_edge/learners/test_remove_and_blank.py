@@ -50,7 +50,7 @@ CLOSED: dict[str, dict[str, Any]] = {
             ("slda", {}),
             ("ridge", {}),
             ("ranpac", {"features": 30}),
-            ("slda", {}),
+            ("klda", {"features": 30}),
         )
         for per_class in (False, True)
     },

@@ -117,7 +117,7 @@ def test_well_formed_and_self_contained(tasks: int, others: bool) -> None:
 def test_the_numbers_are_shown() -> None:
     metrics = example_metrics(5)
     source = render(metrics, RUN)
-    for text in ("80.1 %", "82.5 %", "−6.2", "1 min 24 s", "4.1 MB", "93.1 %", "SLDA is 8.2 points ahead of ridge"):
+    for text in ("80.1 %", "82.5 %", "−6.2", "1 min 24 s", "4.1 MB", "93.1 %", "SLDA is 8.2 points ahead of SSD"):
         assert text in source
     for text in ("SSD on digits", "10 classes in 5 tasks", "1,437 training", "fine-tuning", "seed 7", "Tiny-ImageNet"):
         assert text in source

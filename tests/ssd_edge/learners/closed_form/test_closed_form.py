@@ -94,7 +94,7 @@ def test_slda_is_a_discriminant_with_a_prior_covariance(weight: float) -> None:
     wanted = test.double().numpy() @ inverse @ means.T - 0.5 * np.einsum("cd,de,ce->c", means, inverse, means)
     found = learner.scores(test).double().numpy()
     found, wanted = (scores - scores.mean(1, keepdims=True) for scores in (found, wanted))
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
 def test_slda_matches_the_scikit_learn_discriminant_with_oas_covariance() -> None:
