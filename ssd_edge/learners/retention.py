@@ -210,7 +210,7 @@ class TrackRecord:
         return TrackRecord(**{name: getattr(self, name)[kept] for name in SCHEMA})
 
     def after(self, drops: Tensor, rows: Tensor) -> TrackRecord:
-        """Return a record with further promised ``(n,)`` of the classes `rows`; gains make up for earlier promised."""
+        """Return a record with further losses ``(n,)`` of the classes `rows`; gains make up for earlier promised."""
         lost = self.lost.clone()
         lost[rows] = (lost[rows] + drops).clamp(0.0, 1.0)
         return dataclasses.replace(self, lost=lost)

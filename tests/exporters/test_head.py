@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "icarl": {**PERCEPTRON, "memory": 24, "layers": 2},
     "ncm": {},
     "slda": {},
-    "slda, projected": {"budget_mb": 0.001, "budget_classes": 4},
+    "slda, projected": {"budget_mb": 0.0006, "budget_classes": 4},
     "ridge": {},
     "ranpac": {"features": 30},
     "klda": {"features": 30},

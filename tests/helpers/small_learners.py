@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fecam": {"name": "fecam"},
     "flymodel": {"name": "flymodel", "neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
     "slda by class": {"name": "slda", "per_class": True},
-    "slda, projected": {"name": "slda", "budget_mb": 0.001, "budget_classes": 4},
+    "slda, projected": {"name": "slda", "budget_mb": 0.0006, "budget_classes": 4},
     "fecam, projected": {"name": "fecam", "budget_mb": 0.002, "budget_classes": 4},
 }  # fmt: skip
 OPTIONS |= {name: {"name": name} for name in LEARNERS if name not in OPTIONS}  # a new learner: with its defaults

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import store_standins
 from helpers.mutations import FLOATS, SHAPES, WHOLE
 
@@ -21,6 +22,7 @@ from ssd_edge import bundle as bundles
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, SSDEdgeError
 from ssd_edge.learners import LEARNERS
+from ssd_edge.learners.closed_form.sums import pack_symmetric, unpack_symmetric
 from ssd_edge.system import MIB, reset_peak, resident
 
 photos = vars(store_standins)["photos"]
@@ -66,8 +68,10 @@ def as_another_kind(arrays: Arrays, metadata: Any) -> None:
     """Name another learner, with a state that suits it."""
     metadata.update(learner="ridge", settings={})
     del arrays["prior_weight"]
-    # of float64 in ridge, with less room for rounding
-    arrays["sums"], arrays["second"] = arrays["sums"].astype(np.float64), 2 * arrays["second"].astype(np.float64)
+    # Of float64 in ridge, with less room for rounding; the shares of the mean are larger than those of rounding.
+    second = unpack_symmetric(torch.from_numpy(arrays["second"]).double(), arrays["sums"].shape[1])
+    second += 1e-3 * second.diagonal().mean() * torch.eye(len(second))
+    arrays["sums"], arrays["second"] = arrays["sums"].astype(np.float64), pack_symmetric(second).numpy()
 
 
 @pytest.fixture(scope="module")

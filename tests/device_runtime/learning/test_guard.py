@@ -169,9 +169,9 @@ def test_junk_taught_as_a_known_class_is_refused(world: World) -> None:
         judge(before, after, black, rows, trial).check()
 
 
-def test_a_series_of_small_promised_is_refused() -> None:
-    """Each learn of mislabelled images is small; the promised since the class was taught count together."""
-    world = World(seed=3, scale=0.45)
+def test_a_series_of_small_losses_is_refused() -> None:
+    """Each learn of mislabelled images is small; the losses since the class was taught count together."""
+    world = World(seed=3, scale=0.6)
     state, passed = world.state(), 0
     start = world.accuracies(state)[1]
     for _ in range(25):
