@@ -2,7 +2,7 @@
 
 Usage: SSD_EDGE_DATA=FOLDER python benchmarks/readers.py BUNDLE [--rounds N] [--json FILE]
 
-BUNDLE as for benchmarks/field.py. A reader is a thread that predicts one image (an array of 32 × 32 pixels) ten times
+BUNDLE of `ssd-edge deploy --target cpu`. A reader is a thread that predicts one image (32 × 32 pixels) ten times
 per second and sleeps in between; all share one `Device`. They run first without a learn, then while five new classes
 are taught four times each, back to back and with 20 new images each time: either on a thread of the same process
 (nice 10, one PyTorch thread), or by one process of `nice -n 10 ssd-edge device learn` each, while every reader calls

@@ -28,7 +28,7 @@ from ssd_edge.system import size
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
-ROWS = (*("device", "readers", "precision", "shift", "budget", "epoch", "few", "readout", "mlp-ewc"),)
+ROWS = (*("readers", "precision", "shift", "budget", "epoch", "few", "readout", "mlp-ewc"),)
 # docs/what-matters.md: experiments of `ssd-edge reproduce` at the reduced budget on Split CIFAR-10
 MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
@@ -59,18 +59,48 @@ def comparison_table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def device_table(rows: list[dict]) -> str:
-    """Return the results of learning a class on the device."""
+def taught_table(found: dict) -> str:
+    """Return the results of teaching new classes on a device, one at a time."""
     lines = [
-        "| images of the new class | new class | old classes | seconds |",
-        "|---|---|---|---|",
+        "| images of the new class | nearest to it | answered, not `unknown` | old classes, answered right | seconds |",
+        "|---|---|---|---|---|",
     ]
-    for row in rows:
-        old = row["old_accuracy"]
+    for row in found["taught"]:
+        before, after = row["before"]["answered"], row["old_answered"]
         lines.append(
-            f"| {row['images']} | {100 * row['new_accuracy']:.1f} % | {100 * old['before']:.1f} % → "
-            f"{100 * old['after']:.1f} % | {row['seconds']:.1f} |"
+            f"| {row['images'] or 'all'} | {percent(row['new_nearest'])} | {percent(row['new_answered'])} | "
+            f"{percent(before)} → {percent(after)} | {row['seconds']:.1f} |"
         )
+    return "\n".join(lines)
+
+
+def unknown_table(found: dict) -> str:
+    """Return how well images of classes that were not taught are told from the known ones."""
+    unseen = found["unseen"]
+    lines = [
+        "| | share |",
+        "|---|---|",
+        f"| AUROC against {len(found['new'])} classes of the same kind that were not taught | {unseen['auroc']:.3f} |",
+        f"| known test images that are answered | {percent(unseen['known_answered'])} |",
+        f"| images of untaught classes that are answered all the same | {percent(unseen['unseen_answered'])} |",
+    ]
+    for row in found["taught"]:
+        share = percent(row["new_passes"])
+        lines.append(
+            f"| own test images that a class taught with {row['images'] or 'all its'} images accepts | {share} |"
+        )
+    return "\n".join(lines)
+
+
+def bundles_table(found: dict) -> str:
+    """Return size and speed of the bundle in each precision."""
+    lines = ["| backbone | bundle | `deploy` | one image, from its file | peak memory |", "|---|---|---|---|---|"]
+    for name, row in found["bundles"].items():
+        if "refused" in row:
+            lines.append(f"| {name} | refused by the precision gate | | | |")
+            continue
+        cells = f"{row['deploy_seconds']:.0f} s | {row['milliseconds']:.0f} ms | {row['peak_mb']:.0f} MiB"
+        lines.append(f"| {name} | {size(row['bytes'])} | {cells} |")
     return "\n".join(lines)
 
 
@@ -164,31 +194,6 @@ def guard_table(results: list[dict]) -> str:
                 " / ".join("–" if share is None else percent(share[0]) for share in passes),
             )
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def field_table(results: dict) -> str:
-    """Return time, memory and accuracy for five new classes learned in sequence."""
-    lines = [
-        "| class | seconds, in process | as a command | with other work beside it | memory | its test images: right | "
-        "called `unknown` | the nine | drop |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    in_process = [one["company"] for one in results["processes"]]
-    for row in results["rows"]:
-        own, nine, company = row["own"]["then"], row["nine"]["right"], row["command_company"]
-        commands = list(zip(row["command_seconds"], company, strict=True))
-        alone, beside = ([s for s, cores in commands if (cores < QUIET) == quiet] for quiet in (True, False))
-        teaching = [s for s, cores in zip(row["seconds"], in_process, strict=True) if cores < QUIET]
-        cells = (
-            *(row["label"], f"{statistics.median(teaching):.1f}", f"{statistics.median(alone):.1f}"),
-            f"up to {max(beside):.1f}" if beside else "–",
-            f"{max(row['command_peak_mb'])} MiB",
-            *(percent(own["right"]), percent(own["unknown"])),
-            f"{percent(nine[0])} → {percent(nine[1])}",
-            points(nine[0] - nine[1], signed=True),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -395,16 +400,6 @@ def few_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def unknown_table(results: dict) -> str:
-    """Return how well each score separates unknown from known classes."""
-    lines = ["| score | another vehicle (truck): AUROC, FPR95 | CIFAR-100: AUROC, FPR95 |", "|---|---|---|"]
-    for name, row in results["scores"].items():
-        mark = "**" if name == "whitened cosine" else ""
-        cells = " | ".join(f"{row[kind]['auroc']:.3f}, {row[kind]['fpr95']:.3f}" for kind in ("near", "far"))
-        lines.append(f"| {mark}{name}{mark} | {cells} |")
-    return "\n".join(lines)
-
-
 def drift_table(results: dict) -> str:
     """Return the output of the drift monitor for changed images, by their number."""
     counts = next(iter(results["shifts"].values()))["images"]
@@ -445,19 +440,26 @@ def main() -> None:
         "digits, 10 classes": json.loads((DOCS / "results" / "digits.json").read_text()),
     }
     drift = json.loads((DOCS / "results" / "drift.json").read_text())
+    photos = json.loads((DOCS / "results" / "photos.json").read_text())
+    heads = json.loads((DOCS / "results" / "heads.json").read_text())
     read = {name: json.loads((DOCS / "results" / f"{name}.json").read_text())["rows"] for name in ROWS}
     tables = {
-        README: {"table": comparison_table(results), "device": device_table(read["device"])},
+        README: {"table": comparison_table(results), "taught": taught_table(photos)},
         DOCS / "backbone.md": {
             "backbones": backbones_table(json.loads((DOCS / "results" / "backbones.json").read_text())["rows"])
         },
         DOCS / "deploy.md": {"targets": targets_table(), "precision": precision_table(read["precision"])},
         DOCS / "device.md": {
-            "unknown": unknown_table(json.loads((DOCS / "results" / "unknown.json").read_text())),
+            "unknown": unknown_table(photos),
             "calibration": calibration_table(json.loads((DOCS / "results" / "calibration.json").read_text())),
             "guard": guard_table(json.loads((DOCS / "results" / "guard.json").read_text())),
-            "field": field_table(json.loads((DOCS / "results" / "field.json").read_text())),
+            "bundles": bundles_table(photos),
             "readers": readers_table(read["readers"]),
+        },
+        DOCS / "slda.md": {
+            "heads": heads_table(heads),
+            "curve": curve_table(heads[0]["curve"]),
+            "beside": beside_table(heads[0]["beside"]),
         },
         DOCS / "service.md": {"drift": drift_table(drift), "drift-alarms": alarms_table(drift)},
         DOCS / "method.md": {

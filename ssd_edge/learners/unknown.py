@@ -2,7 +2,7 @@
 
 The score of an embedding z for class c is the cosine between Wz and Wμ_c, where W whitens a shrunk within-class
 covariance and the origin is the mean of the pretraining data, since embeddings are standardised.
-``benchmarks/unknown.py`` chose it among Mahalanobis and relative Mahalanobis distances and the learner's own scores, on
+It was chosen among Mahalanobis and relative Mahalanobis distances and the learner's own scores, on
 classes held out of the training data. It ignores the length of z.
 
 The threshold of a class comes from the scores of its own images, each against a mean without it. They are used as

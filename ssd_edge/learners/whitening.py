@@ -15,7 +15,7 @@ from ssd_edge.errors import BundleRefusedError
 from ssd_edge.learners.base import TensorSpec
 from ssd_edge.learners.closed_form.sums import LEAST_SHRINKAGE, oas_shrinkage
 
-RANK = 128  # most axes; `unknown` is detected as well as with all of them, see benchmarks/unknown.py
+RANK = 128  # most axes; `unknown` is detected as well as with all of them, measured on groceries
 SPARE, ROUNDS = 16, 3  # of the subspace iteration
 SMALL = 512  # features up to which the exact decomposition takes no time
 HALF_ROUNDING = 2e-3  # of products of axes in float16

@@ -14,6 +14,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from ssd_edge.errors import InputError
+from ssd_edge.learners.closed_form import sums
 from ssd_edge.learners.closed_form.sums import (
     RIDGE_GRID,
     ClassStatistics,
@@ -463,3 +464,17 @@ def test_float32_statistics_survive_a_restart_exactly() -> None:
     assert torch.equal(again.sums, statistics.sums)
     assert torch.equal(again.moments, statistics.moments)
     assert statistics.state()["second"].dtype == torch.float32
+
+
+def test_the_trace_of_many_dimensions_is_estimated_within_a_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    size, count = 400, 600
+    vectors = torch.randn(count, size, generator=torch.Generator().manual_seed(0)).double() * torch.linspace(
+        0.1, 3, size
+    )
+    covariance = vectors.T @ vectors / count
+    means, counts = torch.zeros(2, size, dtype=torch.float64), torch.tensor([1.0, 10.0], dtype=torch.float64)
+    _, estimated = discriminant(means, counts, covariance, count)
+    monkeypatch.setattr(sums, "EXACT_TRACE", size)
+    _, exact = discriminant(means, counts, covariance, count)
+    assert not torch.equal(estimated, exact)
+    torch.testing.assert_close(estimated, exact, rtol=0.02, atol=0)
