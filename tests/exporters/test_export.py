@@ -15,6 +15,7 @@ from exporters import export as onnx_export
 from exporters import precision
 from exporters.parity import failures, measure
 from ssd_edge.backbones import package as packages
+from ssd_edge.backbones import torch_onnx
 from ssd_edge.backbones.embedder import TorchEmbedder, network
 from ssd_edge.backbones.package import BackbonePackage
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError
@@ -109,7 +110,7 @@ def test_export_is_reproducible_and_silent(package, exported, capfd, tmp_path, m
 
 
 def test_fallback_to_another_opset_is_refused(package, monkeypatch):
-    monkeypatch.setattr(onnx_export, "OPSET", 17)  # torch 2.13 exports 18 instead, without an error
+    monkeypatch.setattr(torch_onnx, "OPSET", 17)  # torch 2.13 exports 18 instead, without an error
     with pytest.raises(EnvironmentUnfitError, match=r"opsets \{'': 18\}, but opset 17 was requested"):
         onnx_export.export_package(package)
 
