@@ -107,12 +107,12 @@ class SLDA(LinearLearner):
             prior = self.features(self.features(self.prior).mT).mT.double().cpu()
             if weight < 0:
                 weight = likeliest_weight(scatter, freedom, shrink(prior, float("inf")))
-            scatter = scatter + weight * prior
-        covariance = scatter / max(freedom + weight, 1.0)
+            scatter.add_(prior, alpha=weight)
+        covariance = scatter.div_(max(freedom + weight, 1.0))  # in place: with many features, memory takes the time
         # Rounding the second moments to float32 makes the scatter of nearly equal images indefinite by about this much.
         size, square = len(covariance), float(statistics.second.diagonal().mean()) / max(statistics.total, 1.0)
         rounding = max(ROUNDING * math.sqrt(size) * square, MIN_VARIANCE)
-        covariance = covariance + rounding * torch.eye(size, dtype=torch.float64)
+        covariance.diagonal().add_(rounding)
         values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom + weight)
         return values, bias, {"prior_weight": weight}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ssd_edge.errors import BundleRefusedError, InputError
 
 PRIOR_GRID = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
+LEAST_SHARE = 1e-6  # weight of the identity in a covariance: it is then positive definite
 LEAST_SHRINKAGE = 0.5  # from 0.05 to 0.9 `unknown` is detected equally well (AUROC within 0.01); more overfits less
 EXACT_TRACE, SIGNS = 300, 64  # dimensions up to which a trace is exact, and random vectors beyond
 MOST_USED = 0.99  # of the samples' degrees of freedom: bounds a quotient, which would be infinite at 1
@@ -408,12 +409,12 @@ def oas_shrinkage(covariance: Tensor, samples: float) -> float:
     """
     size = covariance.shape[0]
     mean_variance = float(covariance.trace()) / size
-    mean_square = float(covariance.square().mean())
+    mean_square = (float(torch.linalg.vector_norm(covariance)) / size) ** 2  # without a matrix of squares
     denominator = (samples + 1.0) * (mean_square - mean_variance**2 / size)
     return 1.0 if denominator <= 0 else min(1.0, (mean_square + mean_variance**2) / denominator)
 
 
-def shrink(covariance: Tensor, samples: float, least: float = 1e-6) -> Tensor:
+def shrink(covariance: Tensor, samples: float, least: float = LEAST_SHARE) -> Tensor:
     """Return the covariance shrunk by `oas_shrinkage` towards a multiple of the identity: positive definite.
 
     Args:
@@ -421,12 +422,14 @@ def shrink(covariance: Tensor, samples: float, least: float = 1e-6) -> Tensor:
         samples: number of samples it was estimated from.
         least: smallest weight of the identity.
     """
-    size = covariance.shape[0]
-    variance = max(float(covariance.trace()) / size, 1e-12)
-    share = max(oas_shrinkage(covariance, samples), least)
-    shrunk = (1.0 - share) * covariance
-    shrunk.diagonal().add_(share * variance)
-    return shrunk
+    return _blend(covariance, max(oas_shrinkage(covariance, samples), least))
+
+
+def _blend(covariance: Tensor, share: float) -> Tensor:
+    """Return the covariance with a share of its mean variance on the diagonal instead."""
+    blended = (1.0 - share) * covariance
+    blended.diagonal().add_(share * max(float(covariance.trace()) / len(covariance), 1e-12))
+    return blended
 
 
 def likeliest_weight(scatter: Tensor, freedom: float, prior: Tensor) -> float:
@@ -474,10 +477,11 @@ def discriminant(means: Tensor, counts: Tensor, covariance: Tensor, samples: flo
     Returns:
         Values ``(D, C)`` and biases ``(C,)``, float64.
     """
-    factor = torch.linalg.cholesky(shrink(covariance, samples))
+    share = max(oas_shrinkage(covariance, samples), LEAST_SHARE)
+    factor = torch.linalg.cholesky(_blend(covariance, share))
     values = torch.cholesky_solve(means.T, factor)
     trace = _trace_of_quotient(covariance, factor)
-    used = (1.0 - oas_shrinkage(covariance, samples)) * trace / max(samples, 1.0)
+    used = (1.0 - share) * trace / max(samples, 1.0)
     noise = trace / (1.0 - min(used, MOST_USED))
     bias = (means.T * values).sum(0) - noise / counts.clamp_min(1)
     return values, (-0.5 * bias).masked_fill(counts == 0, -torch.inf)
