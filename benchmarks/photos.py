@@ -40,8 +40,9 @@ from ssd_edge.run.storage import environment
 SEQUENCE, FEW = 5, 20
 LATENCY = 60  # images, one at a time
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from device_runtime import Device
+from ssd_edge.system import MIB, resident
 device = Device.open(sys.argv[1])
 paths = sys.argv[3:]
 device.predict(paths[:3])
@@ -55,7 +56,7 @@ times.sort()
 print(json.dumps({
     "milliseconds": 1000 * times[len(times) // 2],
     "learn_seconds": learned and learned.seconds,
-    "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "peak_mb": resident("VmHWM") / MIB,
 }))
 """
 

@@ -24,6 +24,7 @@ from ssd_edge.targets import Target
 Log = Callable[[str], None]
 
 AUTO = "auto"
+TESTED = 50  # test images from which on answers decide about a precision, not embeddings
 SYNTHETIC_IMAGES = 32
 TEST_IMAGES = 1024  # of 32 × 32 pixels; fewer if they are larger
 MIN_TEST_IMAGES = 256
@@ -180,6 +181,7 @@ class _Ladder:
                 "source": self.images.source,
             }
         problems: list[str] = []
+        remarks: list[str] = []
         for kind, (pixels, rows) in self.images.judged.items():
 
             def known(_: np.ndarray, embeddings: np.ndarray = self.wanted[kind]) -> np.ndarray:
@@ -189,10 +191,18 @@ class _Ladder:
             report[kind] = measured
             # Rounding errors are larger on noise and say little about photographs, so prefer those if there are any.
             if kind != "synthetic" or name == precision.FP32.name or len(self.images.judged) == 1:
-                problems += [f"{problem} on {kind} images" for problem in parity.failures(measured, name)]
+                found = parity.failures(measured, name)
+                # What a device answers is what counts, if enough images with a known class say it.
+                tested = "accuracy" in measured and len(pixels) >= TESTED and name != precision.FP32.name
+                decisive = parity.failures(measured, name, answers_only=True) if tested else found
+                problems += [f"{problem} on {kind} images" for problem in decisive]
+                remarks += [f"{problem} on {kind} images" for problem in found if problem not in decisive]
             self.log(f"{name} on {measured['images']} {kind} images: {_summary(measured)}")
         if problems:
             raise GateRefusedError(f"the backbone in {name} does not compute what the run computed: {problems[0]}")
+        if remarks:
+            report["remarks"] = remarks
+            self.log(f"warning: {name}: {remarks[0]}; the answers on test images agree, so this is accepted")
         self.sound = True
         return Choice(graph, name, report)
 

@@ -37,7 +37,7 @@ def verdicts(monkeypatch):
 
     monkeypatch.setattr(ladder.precision, "convert", lambda onnx, name, images: f"{name} of {onnx.decode()}".encode())
     monkeypatch.setattr(ladder.parity, "measure", measure)
-    monkeypatch.setattr(ladder.parity, "failures", lambda report, name: failing.get(name, []))
+    monkeypatch.setattr(ladder.parity, "failures", lambda report, name, answers_only=False: failing.get(name, []))
     monkeypatch.setattr(ladder.onnx_file, "precision", lambda onnx: native[0])
     native = ["fp32"]
 
@@ -122,6 +122,30 @@ def test_synthetic_images_decide_only_without_test_images_or_in_fp32(verdicts, m
     imprecise.append("fp32")
     with pytest.raises(GateRefusedError, match="too far on synthetic images"):  # not explained by rounding
         chosen("fp32", judged={**noise, "test": (PIXELS, None)})
+
+
+def test_answers_on_enough_test_images_decide(verdicts, monkeypatch):
+    verdicts()
+    pixels, lines = np.ones((ladder.TESTED, 8, 8, 3), np.uint8), []
+
+    def measure(graph, known, images, learner, rows):
+        return {"images": len(images), "min_cosine": 1.0, "max_difference": 2.0, "accuracy": accuracy}
+
+    def failures(report, name, answers_only=False):
+        wrong = ["accuracy drops"] if report["accuracy"]["exported"] < 0.8 else []
+        return wrong if answers_only or name == "fp32" else ["too far", *wrong]
+
+    monkeypatch.setattr(ladder.parity, "measure", measure)
+    monkeypatch.setattr(ladder.parity, "failures", failures)
+    accuracy = {"reference": 0.8, "exported": 0.8}
+    found = chosen("int8", judged={"test": (pixels, np.zeros(len(pixels)))}, lines=lines)
+    assert found.report["remarks"] == ["too far on test images"]
+    assert any(line.startswith("warning: int8: too far on test images") for line in lines)
+    with pytest.raises(GateRefusedError, match="too far on test images"):
+        chosen("int8", judged={"test": (pixels[1:], np.zeros(len(pixels) - 1))})
+    accuracy["exported"] = 0.7
+    with pytest.raises(GateRefusedError, match="accuracy drops on test images"):
+        chosen("int8", judged={"test": (pixels, np.zeros(len(pixels)))})
 
 
 def test_int8_without_images_names_the_calibration_option(verdicts):
