@@ -1,6 +1,6 @@
 """Compare what the guard says about learns with the truth, over series of good, mislabelled and worthless learns.
 
-Usage: python benchmarks/guard.py DATA [--onnx FILE --size 224 --mean 0.5 --std 0.5] [--learner slda ...]
+Usage: python benchmarks/guard.py DATA [--backbone lite0] [--learner slda ...]
        [--series 4] [--learns 25] [--json FILE]
 
 DATA is what data.path accepts. Each series starts from half of the classes, in turn with 20, 60 and 10 training images
@@ -224,10 +224,7 @@ def main() -> None:
     """Print the results, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
-    parser.add_argument("--onnx", default="")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--mean", type=float, default=0.5)
-    parser.add_argument("--std", type=float, default=0.5)
+    parser.add_argument("--backbone", default="lite0", help="what backbone.name accepts")
     parser.add_argument("--learner", nargs="+", default=["slda"])
     parser.add_argument("--series", type=int, default=4)
     parser.add_argument("--learns", type=int, default=25)
@@ -235,8 +232,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    own = {"name": f"onnx:{args.onnx}", "size": args.size, "mean": (args.mean,) * 3, "std": (args.std,) * 3}
-    embedder = open_backbone(BackboneConfig(**(own if args.onnx else {"name": "tiny"})), torch.device("cpu"))
+    embedder = open_backbone(BackboneConfig(name=args.backbone), torch.device("cpu"))
     dataset = load(DataConfig(path=args.data, max_per_class=args.per_class), 0)
     vectors = embed(dataset, embedder, Console(), True)
     side = embedder.pixels.size
@@ -254,7 +250,7 @@ def main() -> None:
         print(json.dumps(found, indent=1))
     if args.json:
         command = f"python benchmarks/guard.py {Path(args.data).name} --series {args.series} --learns {args.learns}"
-        command += f" --onnx {Path(args.onnx).name}" if args.onnx else ""
+        command += f" --backbone {args.backbone}"
         earlier = json.loads(args.json.read_text()) if args.json.is_file() else []
         args.json.write_text(json.dumps([*earlier, {"command": command, **environment(), **written}], indent=2) + "\n")
 
