@@ -5,8 +5,9 @@ Usage: python benchmarks/heads.py DATA [--backbone lite0] [--levels auto] [--sho
 
 DATA is what data.path accepts. All heads see the same embeddings: levels standardised by the first task (five
 classes), as a run does. Each order draws the classes of the first task and, where --shots limits them (0: all), the
-images. Heads of adjustable size have no more state than --megabytes for all classes; ridge keeps float64 (twice that of
-slda), and FeCAM, with a covariance of each class, is left out. Settings are chosen on training images: a fifth of those of order 0 is held out, for each number of images
+images. Heads of adjustable size have no more state than --megabytes for all classes; ridge keeps float64 (twice that
+of slda), and FeCAM, with a covariance of each class, is left out. Settings are chosen on training images: a fifth of
+those of order 0 is held out, for each number of images
 (`CANDIDATES`). --curve adds accuracy with 1 to 30 images of each class for several numbers of features; --beside
 teaches eight classes with few images beside all images of the others, one at a time.
 """
