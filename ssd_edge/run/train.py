@@ -264,7 +264,7 @@ class Run:
         """Train a network on all tasks at once, as an upper bound."""
         if not self.progress.entry(JOINT_NAME).done:
             setup, data = self.setup, self.setup.data
-            settings = dataclasses.replace(JOINT, min_steps=JOINT_STEPS)
+            settings = dataclasses.replace(JOINT, min_steps=min(JOINT.min_steps, JOINT_STEPS))
             if "neurons" in self.config.learner:
                 settings = dataclasses.replace(settings, neurons=learners.settings_of(self.config.learner).neurons)
             learner = FineTune(setup.embedder.dim, settings, setup.embedder.priors, self.config.run.seed, setup.device)
