@@ -19,6 +19,7 @@ from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpe
 from ssd_edge.learners.closed_form.linear import (
     BATCH,
     BUDGET_CLASSES,
+    LIMIT,
     NEVER,
     features_within,
     random_directions,
@@ -45,11 +46,7 @@ class Settings:
         maximum=1.0,
     )
 
-    budget_mb: float = setting(
-        100.0,
-        "size limit of the state in MB at budget_classes; wider embeddings are projected at random; 0: no limit",
-        minimum=0.0,
-    )
+    budget_mb: float = setting(100.0, LIMIT, minimum=0.0)
     budget_classes: int = setting(100, BUDGET_CLASSES, minimum=2)
 
     def __post_init__(self) -> None:
@@ -124,9 +121,6 @@ class FeCAM(Learner):
         self.projection = self._draw()
 
     def _draw(self) -> Tensor:
-        """Return the directions as columns ``(D, F)``, drawn from the seed; empty if there is no projection."""
-        if self.size == self.dim:
-            return torch.zeros(0, 0)
         return random_directions(self.dim, self.size, self.seed).to(self.device)
 
     def _transform(self, embeddings: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ssd_edge.config import setting
 from ssd_edge.learners.base import HeadGraph
-from ssd_edge.learners.closed_form.linear import PER_CLASS
-from ssd_edge.learners.closed_form.ranpac import MOST_FEATURES, RanPAC
+from ssd_edge.learners.closed_form.linear import BUDGET_CLASSES, PER_CLASS
+from ssd_edge.learners.closed_form.ranpac import BUDGET, FEATURES, MOST_FEATURES, RanPAC
 from ssd_edge.learners.closed_form.sums import discriminant
 
 FARTHEST = 100.0  # phase: beyond, rounding of float32 would decide; those of real embeddings are below 1
@@ -22,19 +22,13 @@ FARTHEST = 100.0  # phase: beyond, rounding of float32 would decide; those of re
 class Settings:
     """Settings of KLDA."""
 
-    features: int = setting(
-        2000, "number of random features M; the state grows with M²/2", minimum=2, maximum=MOST_FEATURES
-    )
+    features: int = setting(2000, FEATURES, minimum=2, maximum=MOST_FEATURES)
     bandwidth: float = setting(
         0.2, "deviation of the frequencies, relative to 1/√D; smaller is closer to slda", above=0.0
     )
     per_class: bool = setting(False, PER_CLASS)
-    budget_mb: float = setting(
-        0.0,
-        "size limit of the state in MB at budget_classes, from which M follows; 0: use features",
-        minimum=0.0,
-    )
-    budget_classes: int = setting(100, "number of classes that the budget must hold", minimum=2)
+    budget_mb: float = setting(0.0, BUDGET, minimum=0.0)
+    budget_classes: int = setting(100, BUDGET_CLASSES, minimum=2)
 
 
 class KLDA(RanPAC):

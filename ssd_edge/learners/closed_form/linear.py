@@ -31,6 +31,7 @@ from ssd_edge.learners.priors import Priors
 NEVER = -1e30  # bias of a class without samples; −∞ is not allowed in a state
 BATCH = 4096
 PER_CLASS = "store second moments per class: classes can be removed exactly, at C times the memory"
+LIMIT = "size limit of the state in MB at budget_classes; wider embeddings are projected at random; 0: no limit"
 BUDGET_CLASSES = "number of classes that the budget must hold"
 
 COUNTS = TensorSpec(("C",), "float64", "number of samples of each class", least=0, most=LARGEST_COUNT, whole=True)
@@ -100,9 +101,11 @@ def random_directions(dim: int, count: int, seed: int) -> Tensor:
 
     Args:
         dim: dimension D of the embeddings.
-        count: number of directions, at most D.
+        count: number of directions, at most D. With D there is nothing to project: the result is empty.
         seed: seed of the draw.
     """
+    if count == dim:
+        return torch.zeros(0, 0)
     generator = torch.Generator().manual_seed(seed)
     axes, upper = torch.linalg.qr(torch.randn(dim, count, generator=generator))
     directions: Tensor = axes * upper.diagonal().sign()  # the signs of a QR decomposition depend on the library

@@ -16,22 +16,18 @@ from ssd_edge.learners.closed_form.ridge import STRENGTH, Ridge
 from ssd_edge.learners.priors import Priors
 
 MOST_FEATURES = 20000
+FEATURES = "number of random features M; the state grows with M²/2"
+BUDGET = "size limit of the state in MB at budget_classes, from which M follows; 0: use features"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of RanPAC."""
 
-    features: int = setting(
-        2000, "number of random features M; the state grows with M²/2", minimum=2, maximum=MOST_FEATURES
-    )
+    features: int = setting(2000, FEATURES, minimum=2, maximum=MOST_FEATURES)
     strength: float = setting(0.0, STRENGTH, minimum=0.0)
     per_class: bool = setting(False, PER_CLASS)
-    budget_mb: float = setting(
-        0.0,
-        "size limit of the state in MB at budget_classes, from which M follows; 0: use features",
-        minimum=0.0,
-    )
+    budget_mb: float = setting(0.0, BUDGET, minimum=0.0)
     budget_classes: int = setting(100, BUDGET_CLASSES, minimum=2)
 
 

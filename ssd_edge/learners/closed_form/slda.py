@@ -16,6 +16,7 @@ from ssd_edge.config import setting
 from ssd_edge.learners.base import LARGEST_COUNT, HeadGraph, TensorSpec, check_drawn
 from ssd_edge.learners.closed_form.linear import (
     BUDGET_CLASSES,
+    LIMIT,
     PER_CLASS,
     LinearLearner,
     features_within,
@@ -39,11 +40,7 @@ class Settings:
     """Settings of streaming LDA."""
 
     prior_weight: float = setting(-1.0, "weight of the prior covariance in samples; -1: the most likely", minimum=-1)
-    budget_mb: float = setting(
-        16.0,
-        "size limit of the state in MB at budget_classes; wider embeddings are projected at random; 0: no limit",
-        minimum=0.0,
-    )
+    budget_mb: float = setting(16.0, LIMIT, minimum=0.0)
     budget_classes: int = setting(100, BUDGET_CLASSES, minimum=2)
     per_class: bool = setting(False, PER_CLASS)
 
@@ -64,8 +61,12 @@ class SLDA(LinearLearner):
     single: ClassVar[bool] = True
 
     def _configure(self) -> None:
-        if self._projected():
-            check_drawn(self.dim * self.feature_count(), f"{self.feature_count():,} random directions")
+        settings: Settings = self.settings
+        self.size = self.dim
+        if settings.budget_mb:
+            self.size = features_within(settings.budget_mb, settings.budget_classes, self.dim, self._schema_of)
+        if self.size < self.dim:
+            check_drawn(self.dim * self.size, f"{self.size:,} random directions")
 
     def _start(self, priors: Priors) -> None:
         super()._start(priors)
@@ -77,25 +78,16 @@ class SLDA(LinearLearner):
             self.prior_weight = self.settings.prior_weight
 
     def feature_count(self) -> int:
-        settings: Settings = self.settings
-        if not settings.budget_mb:
-            return self.dim
-        return features_within(settings.budget_mb, settings.budget_classes, self.dim, self._schema_of)
-
-    def _projected(self) -> bool:
-        return self.feature_count() < self.dim
+        return self.size
 
     def _draw(self) -> Tensor:
-        """Return the directions as columns ``(D, F)``, drawn from the seed; empty if there is no projection."""
-        if not self._projected():
-            return torch.zeros(0, 0)
-        return random_directions(self.dim, self.feature_count(), self.seed).to(self.device)
+        return random_directions(self.dim, self.size, self.seed).to(self.device)
 
     def features(self, embeddings: Tensor) -> Tensor:
         return embeddings @ self.projection if len(self.projection) else embeddings
 
     def class_statistics(self) -> ClassStatistics | None:
-        return None if self._projected() else self.statistics
+        return self.statistics if self.size == self.dim else None
 
     def _write_features(self, graph: HeadGraph, x: str) -> str:
         return graph.matmul(x, "projection", self.projection) if len(self.projection) else x
@@ -122,7 +114,7 @@ class SLDA(LinearLearner):
             "the presence of a prior covariance": self.prior is not None,  # first: then both are compared
             **({} if self.prior is None else {"the prior covariance": self.prior}),
             "the weight of the prior covariance": self.prior_weight,
-            **({"the seed of the random directions": self.seed} if self._projected() else {}),
+            **({"the seed of the random directions": self.seed} if self.size < self.dim else {}),
         }
 
     def _schema_of(self, size: int) -> dict[str, TensorSpec]:
