@@ -23,14 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from guard import Embedded, Series
+from guard import Embedded, Series, read
 
-from ssd_edge.backbones.embedder import open_backbone
-from ssd_edge.config import BackboneConfig, DataConfig
-from ssd_edge.data import load
 from ssd_edge.errors import GateRefusedError, InputError
-from ssd_edge.report.terminal import Console
-from ssd_edge.run.embed import embed
 from ssd_edge.run.storage import environment
 
 BINS = 15
@@ -137,14 +132,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    embedder = open_backbone(BackboneConfig(name=args.backbone), torch.device("cpu"))
-    dataset = load(DataConfig(path=args.data, max_per_class=args.per_class), 0)
-    vectors = embed(dataset, embedder, Console(), True)
-    data = Embedded(
-        torch.from_numpy(vectors["train"]), dataset.train_labels, torch.from_numpy(vectors["test"]),
-        dataset.test_labels, torch.zeros(0, embedder.dim), list(dataset.classes), embedder.standardised,
-        embedder.widths,
-    )  # fmt: skip
+    data, dataset, embedder = read(args.data, args.backbone, args.per_class, 0)
     written: list[dict[str, Any]] = json.loads(args.json.read_text()) if args.json and args.json.is_file() else []
     command = f"python benchmarks/calibration.py {Path(args.data).name} --series {args.series} --learns {args.learns}"
     command += f" --per-class {args.per_class}" if args.per_class else ""

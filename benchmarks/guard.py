@@ -29,10 +29,10 @@ from device_runtime.learning.guard import Limits
 from device_runtime.learning.state import DeviceState, InstalledBundle
 from device_runtime.learning.teach import teach
 from ssd_edge import learners
-from ssd_edge.backbones.embedder import level_standardisation, open_backbone
+from ssd_edge.backbones.embedder import Embedder, level_standardisation, open_backbone
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import BackboneConfig, DataConfig
-from ssd_edge.data import load
+from ssd_edge.data import Dataset, load
 from ssd_edge.errors import GateRefusedError, InputError
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.retention import TrackRecord
@@ -62,6 +62,27 @@ class Embedded:
     classes: list[str]
     standardised: bool
     widths: tuple[int, ...]  # of levels
+
+
+def read(path: str, backbone: str, per_class: int, noise: int) -> tuple[Embedded, Dataset, Embedder]:
+    """Return a data set's embeddings and those of some images of noise, the data set and the backbone.
+
+    Args:
+        path: What data.path accepts.
+        backbone: What backbone.name accepts.
+        per_class: Training images of each class, at most; 0: all.
+        noise: Number of images of noise.
+    """
+    embedder = open_backbone(BackboneConfig(name=backbone), torch.device("cpu"))
+    dataset = load(DataConfig(path=path, max_per_class=per_class), 0)
+    vectors, side = embed(dataset, embedder, Console(), True), embedder.pixels.size
+    pixels = np.random.default_rng(0).integers(0, 256, (noise, side, side, 3)).astype(np.uint8)
+    data = Embedded(
+        torch.from_numpy(vectors["train"]), dataset.train_labels, torch.from_numpy(vectors["test"]),
+        dataset.test_labels, torch.from_numpy(embedder.embed(pixels)), list(dataset.classes), embedder.standardised,
+        embedder.widths,
+    )  # fmt: skip
+    return data, dataset, embedder
 
 
 class Series:
@@ -232,16 +253,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    embedder = open_backbone(BackboneConfig(name=args.backbone), torch.device("cpu"))
-    dataset = load(DataConfig(path=args.data, max_per_class=args.per_class), 0)
-    vectors = embed(dataset, embedder, Console(), True)
-    side = embedder.pixels.size
-    noise = np.random.default_rng(0).integers(0, 256, (NOISE * 2, side, side, 3)).astype(np.uint8)
-    data = Embedded(
-        torch.from_numpy(vectors["train"]), dataset.train_labels, torch.from_numpy(vectors["test"]),
-        dataset.test_labels, torch.from_numpy(embedder.embed(noise)), list(dataset.classes), embedder.standardised,
-        embedder.widths,
-    )  # fmt: skip
+    data, dataset, embedder = read(args.data, args.backbone, args.per_class, 2 * NOISE)
     written: dict[str, Any] = {"data": dataset.name, "features": embedder.dim, "learners": {}}
     for name in args.learner:
         print(f"{dataset.name}, {embedder.dim} features, {name}:")

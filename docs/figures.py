@@ -34,7 +34,6 @@ MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
     *("controls", "panel"),
 )
-QUIET = 0.1  # number of cores used by other processes below which the machine counts as idle
 TERMS = {
     "cross_entropy": "cross-entropy",
     "logit_distillation": "logits",
