@@ -10,7 +10,7 @@ import difflib
 import errno
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 # Of PyTorch, CUDA, ONNX Runtime and the loader of shared libraries, which have no exception for it.
@@ -33,6 +33,31 @@ class InputError(SSDEdgeError):
     """Bad input or usage: a missing file, a corrupt image, an unknown key, a value out of range."""
 
     exit_code = 2
+
+
+class BadFilesError(InputError):
+    """Files that cannot be used, all of them at once.
+
+    Args:
+        problems: A sentence for each, which begins with its name.
+        total: Number of files that were looked at.
+        lever: How to go on without them.
+    """
+
+    SHOWN = 3  # in the message
+
+    def __init__(self, problems: Sequence[str], total: int, lever: str = "--skip-bad") -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        if count == 1:
+            text = f"{self.problems[0]}. To go on without it: {lever}"
+        else:
+            more = f"; and {count - self.SHOWN:,} more" if count > self.SHOWN else ""
+            text = (
+                f"{count:,} of {total:,} files cannot be used: {'; '.join(self.problems[: self.SHOWN])}{more}. "
+                f"To go on without them: {lever}"
+            )
+        super().__init__(text)
 
 
 class EnvironmentUnfitError(SSDEdgeError):

@@ -1,19 +1,20 @@
 """Find, read and decode images into uint8 arrays, with limits on untrusted files (Pillow).
 
-Pixels are RGB, 0..255. Only JPEG, PNG, WebP and BMP are supported, to keep the number of decoders small. A file that
-cannot be read raises an `InputError` that names it, whatever its bytes. All functions are thread-safe.
+Pixels are RGB, 0..255. Only the formats in `FORMATS` and, with the package pillow-heif, HEIC are supported, to keep the
+number of decoders small. A file that cannot be read raises an `InputError` that names it, whatever its bytes. All
+functions are thread-safe.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import functools
 import io
 import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -21,11 +22,43 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ssd_edge import files
-from ssd_edge.errors import InputError
+from ssd_edge.errors import BadFilesError, EnvironmentUnfitError, InputError, require
+from ssd_edge.images.listing import (
+    SUFFIXES,
+    Found,
+    Kind,
+    image_files,
+    is_image_name,
+    kind_of,
+    refusal,
+    walk,
+    walk_images,
+)
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+__all__ = [
+    "FORMATS",
+    "SUFFIXES",
+    "Found",
+    "Kind",
+    "Pixels",
+    "Problems",
+    "check_embedded",
+    "decode",
+    "from_array",
+    "image_files",
+    "is_image_name",
+    "kind_of",
+    "listed",
+    "read",
+    "refusal",
+    "to_array",
+    "walk",
+    "walk_images",
+]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+HEIF = "HEIF"  # of pillow-heif, registered when the first such file is read
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_BYTES = 64 * 2**20  # per file; the largest photos have about 40 MB
 # Decompression bombs are refused before they are decoded. The limit is below the 89 million pixels at which Pillow
 # warns: suppressing its warning would change the filters of the whole process.
@@ -33,8 +66,7 @@ MAX_PIXELS = 80_000_000
 MAX_SIDE = 65_535  # the limit of JPEG; bounds the rows that are converted at a time
 MAX_DECODED = 4 * MAX_PIXELS  # bytes; Pillow stores an RGB pixel in four
 MAX_SCANS = 100  # of a progressive JPEG, usually ten. A scan of a few dozen bytes costs a pass over all pixels
-MAX_LINKED = 10_000  # folders behind links: thirty folders with two links each to the next make a billion paths
-PIXELS_VERSION = 1  # increase it when decoding changes: cached embeddings are then recomputed
+PIXELS_VERSION = 2  # increase it when decoding changes: cached embeddings are then recomputed
 MAX_EMBEDDED = 1e12  # largest value of an embedding: its squares, and sums of them, must not overflow float32
 _BAND = 2**21  # pixels converted at a time: copies of the whole image would take five times its memory
 _GAP = 3.0  # a large image is first reduced to about this multiple of its final size
@@ -51,6 +83,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
+_BITS = {bits: (1 << bits) - 1 for bits in (10, 12, 14)}  # largest values
 _MIRRORED = (2, 3, 7, 8), (3, 4, 6, 7)  # orientations in which stored columns, and stored rows, are mirrored
 _FILTERS = {
     "box": Image.Resampling.BOX,
@@ -151,79 +185,6 @@ class Pixels:
         return f"{self.size} × {self.size} pixels: {how[self.fit]}, {self.interpolation}"
 
 
-def is_image_name(name: str) -> bool:
-    """Return True if a file name has the extension of an image and is not hidden."""
-    path = Path(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-
-
-def walk_images(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and its subfolders, sorted by path. Hidden entries are skipped, links are followed.
-
-    Raises:
-        InputError: A folder cannot be read, a link points to one of its parents, or links lead to more than
-            `MAX_LINKED` folders.
-    """
-    linked = 0
-    left: list[tuple[Path, tuple[tuple[int, int], ...], bool]] = [(Path(folder), (), True)]  # a stack
-    while left:
-        path, above, is_folder = left.pop()
-        if not is_folder:
-            yield path
-            continue
-        name = str(path)
-        try:
-            found = os.stat(path)
-            with os.scandir(path) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name, reverse=True)
-        except OSError as error:
-            raise InputError(f"the folder {name} cannot be read ({error.strerror})") from error
-        own = (found.st_dev, found.st_ino)
-        if own in above:
-            raise InputError(f"{name} is a link to a folder that contains it; remove the link")
-        linked += bool(above) and os.path.islink(path)
-        if linked > MAX_LINKED:
-            raise InputError(f"links lead to more than {MAX_LINKED:,} folders, the last is {name}; remove some of them")
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if _is_folder(path / entry.name):
-                left.append((path / entry.name, (*above, own), True))
-            elif is_image_name(entry.name):
-                left.append((path / entry.name, (), False))
-
-
-def image_files(sources: Sequence[Path]) -> list[Path]:
-    """Return the paths of the images in files and folders.
-
-    Args:
-        sources: Files, accepted whatever their name, and folders (see `walk_images`).
-
-    Raises:
-        InputError: A source does not exist, or is a folder without images.
-    """
-    found: list[Path] = []
-    for source in map(Path, sources):
-        name = str(source)
-        if not files.exists(source):
-            raise InputError(f"{name} does not exist; check the path")
-        images = list(walk_images(source)) if files.is_folder(source) else [source]
-        if not images:
-            raise InputError(f"the folder {name} contains no images ({', '.join(sorted(SUFFIXES))})")
-        found += images
-    return found
-
-
-def _is_folder(path: Path) -> bool:
-    """Return True for a folder or a link to one; a folder that cannot be entered is an error, not a file."""
-    try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):  # a link to nothing, or a cycle of links
-            return False
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
-
-
 def read(path: str | Path) -> bytes:
     """Return the content of an image file.
 
@@ -263,7 +224,7 @@ def _check_file(found: os.stat_result, name: str) -> None:
 
 
 def decode(data: bytes | memoryview, name: str, pixels: Pixels) -> np.ndarray:
-    """Decode an image; of an animation, the first frame.
+    """Decode an image; of an animation, the first frame, and of several pages, the first.
 
     Args:
         data: Content of the file.
@@ -279,7 +240,10 @@ def decode(data: bytes | memoryview, name: str, pixels: Pixels) -> np.ndarray:
     """
     if not len(data):
         raise InputError(f"{name} is empty (0 bytes); remove it")
-    with _input_errors(name), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    formats = FORMATS
+    if bytes(data[4:8]) == b"ftyp" and bytes(data[8:12]) in _HEIF_BRANDS:
+        formats = _with_heif(name)
+    with _input_errors(name), Image.open(io.BytesIO(data), formats=formats) as image:
         _check_size(image, name)
         if "progressive" in image.info and (scans := bytes(data).count(b"\xff\xda")) > MAX_SCANS:
             raise InputError(f"{name} has {scans:,} scans, but a JPEG may have at most {MAX_SCANS}; save it again")
@@ -294,15 +258,30 @@ def decode(data: bytes | memoryview, name: str, pixels: Pixels) -> np.ndarray:
         return _to_array(image, name, pixels, stored, extent)
 
 
+def _with_heif(name: str) -> tuple[str, ...]:
+    """Return the formats with HEIC, which Pillow reads once a package is registered."""
+    try:
+        _register_heif()
+    except EnvironmentUnfitError as error:
+        raise InputError(f"{name} is a HEIC photograph; convert it to JPEG, or: {error}") from error
+    return (*FORMATS, HEIF)
+
+
+@functools.cache
+def _register_heif() -> None:
+    require("pillow_heif", "heic", "read it").register_heif_opener()
+
+
 def to_array(image: Image.Image, name: str, pixels: Pixels) -> np.ndarray:
     """Orient, convert and resize an open image to a uint8 RGB array of shape ``(size, size, 3)``.
 
-    Greyscale is repeated over the three channels, 16-bit greyscale is scaled to 8 bits, and transparent images are
-    composited on white, as image viewers do.
+    Greyscale is repeated over the three channels, greyscale of more than 8 bits is scaled to 8 (see `_white`), and
+    transparent images are composited on white, as image viewers do.
 
     Raises:
         InputError: The image has no pixels, more than 80 million pixels (WebP: 20 million, progressive JPEG: 32
-            million, which need 320 MB), a side over 65,535, floating-point pixels, or is corrupt.
+            million, which need 320 MB), a side over 65,535, floating-point pixels, more than 8 bits of which nothing
+            says how many are used, or is corrupt.
     """
     return _to_array(image, name, pixels, image.size, image.size)
 
@@ -315,9 +294,11 @@ def _to_array(
         _check_size(image, name)
         if image.mode == "F":
             raise InputError(f"{name} has floating-point pixels, but 8 bits are needed; convert it")
-        tag = image.getexif().get(ExifTags.Base.Orientation)
-        orientation = tag if isinstance(tag, int) and tag in _UPRIGHT else 1
+        deep = _is_deep(image)
         image.load()
+        tag = image.getexif().get(ExifTags.Base.Orientation)  # after loading: Pillow itself turns TIFF
+        orientation = tag if isinstance(tag, int) and tag in _UPRIGHT else 1
+        white = _white(image, name) if deep else 255
         # What a reduced image has beyond its extent is at its right and lower edge until it is turned.
         beyond = [
             whole - part if orientation in mirrored else 0.0
@@ -331,7 +312,7 @@ def _to_array(
             start, kept = (round((to - pixels.size) / 2), pixels.size) if to > pixels.size else (0, to)
             spans.append((first + side * start / to, first + side * (start + kept) / to))
             shape.append(kept)
-        small, box = _smaller(image, orientation, spans, shape)
+        small, box = _smaller(image, orientation, spans, shape, white)
         small = small.resize((shape[0], shape[1]), _FILTERS[pixels.interpolation], box)
         if min(shape) < pixels.size:
             whole = Image.new("RGB", (pixels.size, pixels.size), _NEUTRAL)
@@ -348,7 +329,7 @@ def _input_errors(name: str) -> Iterator[None]:
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is not a JPEG, PNG, WebP or BMP image; remove or convert it") from error
+        raise InputError(f"{name} is not a JPEG, PNG, WebP, BMP, GIF or TIFF image; remove or convert it") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise InputError(f"{name} has more than {MAX_PIXELS:,} pixels; make it smaller") from error
     except MemoryError as error:
@@ -391,7 +372,7 @@ def _turned(pair: Sequence[Number], orientation: int) -> tuple[Number, Number]:
 
 
 def _smaller(
-    image: Image.Image, orientation: int, spans: Sequence[tuple[float, float]], shape: Sequence[int]
+    image: Image.Image, orientation: int, spans: Sequence[tuple[float, float]], shape: Sequence[int], white: int
 ) -> tuple[Image.Image, tuple[float, float, float, float]]:
     """Return an upright RGB copy of a part of an image, reduced to about three times its final size.
 
@@ -403,6 +384,7 @@ def _smaller(
         orientation: EXIF orientation.
         spans: First and last column, and first and last row, of the part in the upright image; may lie within a pixel.
         shape: Columns and rows of the final image.
+        white: Value of white in greyscale of more than 8 bits.
 
     Returns:
         The copy, and the box of the part in it.
@@ -426,7 +408,8 @@ def _smaller(
         rows = max(1, _BAND // (right - left) // down) * down
         for row in range(top, bottom, rows):
             part = image.crop(_stored_box(image.size, orientation, (left, row, right, min(row + rows, bottom))))
-            part = _to_rgb(part if turn is None else part.transpose(turn))
+            part = _to_rgb(part, white)
+            part = part if turn is None else part.transpose(turn)
             small.paste(part.reduce((across, down)), (0, (row - top) // down))
     return small, (box[0][0], box[1][0], box[0][1], box[1][1])
 
@@ -444,12 +427,64 @@ def _stored_box(stored: tuple[int, int], orientation: int, box: tuple[int, int, 
     return left, top, right, bottom
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # only 16-bit PNG among the four formats; Pillow would clip at 255
-        deep = np.asarray(image)
-        if deep.min() < 0 or deep.max() > 65535:
-            raise ValueError(f"values from {deep.min()} to {deep.max()}, but 16-bit grey has 0 to 65535")
-        image = Image.fromarray(((deep.astype(np.uint32) + 128) // 257).astype(np.uint8))
+def _is_deep(image: Image.Image) -> bool:
+    """Return True if the channels of an image that is not loaded have more than 8 bits in its file."""
+    if image.mode.startswith("I"):
+        return True
+    tiles = getattr(image, "tile", None) or ()  # of Pillow's file readers: (decoder, box, offset, arguments)
+    stored = (tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0] for tile in tiles)
+    return any(isinstance(mode, str) and ";16" in mode for mode in stored)
+
+
+def _white(image: Image.Image, name: str) -> int:
+    """Return the value of white in a loaded image of more than 8 bits, from what the file says or its values show.
+
+    Factory cameras store 10, 12 or 14 bits in 16 without saying so. Values over a quarter of the range need all 16
+    bits; a maximum of exactly 10 or 14 bits is overexposure; a maximum between 10 and 12 bits has 12: in 16 bits all
+    of it would be nearly black. Anything else is refused rather than guessed.
+
+    Raises:
+        InputError: The values do not show how many bits are used, or are more than 16 bits.
+    """
+    if not image.mode.startswith("I"):  # colour, of which Pillow keeps the upper 8 bits
+        colours = sum(band != "A" for band in image.getbands())
+        extrema = np.reshape(np.asarray(image.getextrema()), (-1, 2))
+        top = int(extrema[:colours, 1].max())
+        if 0 < top < 64:
+            raise _unclear(name, top * 256 + 255)
+        return 255
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    bits = (tags.get(_BITS_PER_SAMPLE) or (16,))[0]
+    stated = (tags.get(_MAX_SAMPLE_VALUE) or ((1 << bits) - 1 if 8 < bits < 16 else 0,))[0]
+    rows = max(1, _BAND // image.width)
+    bands = [
+        np.asarray(image.crop((0, y, image.width, min(y + rows, image.height)))) for y in range(0, image.height, rows)
+    ]
+    low, top = min(int(band.min()) for band in bands), max(int(band.max()) for band in bands)
+    if low < 0 or top > 65535:
+        raise InputError(f"{name} has values from {low} to {top}, but 16-bit grey has 0 to 65535; convert it to 8 bits")
+    if 0 < top <= stated < 65535:
+        return int(stated)
+    if top == 0 or top > _BITS[14]:
+        return 65535
+    if top in (_BITS[10], _BITS[14]):
+        return top
+    if _BITS[10] < top <= _BITS[12]:
+        return _BITS[12]
+    raise _unclear(name, top)
+
+
+def _unclear(name: str, top: int) -> InputError:
+    return InputError(
+        f"{name} has 16-bit pixels with values up to {top} of 65,535: it may be dark, or use fewer bits; "
+        "save it with 8 bits, or scaled to 16"
+    )
+
+
+def _to_rgb(image: Image.Image, white: int) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow would clip at 255
+        deep = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((deep * 255 + white // 2) // white).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -510,3 +545,44 @@ def check_embedded(embeddings: np.ndarray, names: Sequence[str]) -> None:
         f"the backbone gives NaN or infinity for {some}; leave {'it' if len(bad) == 1 else 'them'} out, or use a "
         "backbone that does not divide by zero (for example by the norm of a black image)"
     )
+
+
+class Problems:
+    """Collects what is wrong with images, so that all bad ones are named at once and not only the first."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def __bool__(self) -> bool:
+        """Return True if a problem was found."""
+        return bool(self.found)
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep the message of an `InputError` and go on behind the ``with``."""
+        try:
+            yield
+        except InputError as error:
+            self.found.append(str(error))
+
+    def check(self, total: int, lever: str = "--skip-bad") -> None:
+        """Raise what was found.
+
+        Args:
+            total: Number of images that were looked at.
+            lever: How to go on without the bad ones.
+
+        Raises:
+            BadFilesError: A problem was found.
+        """
+        if self.found:
+            raise BadFilesError(self.found, total, lever)
+
+
+def listed(sources: object) -> list[Any]:
+    """Return several images as a list, and one (a path, a PIL image or an array ``(H, W[, C])``) as a list of one."""
+    if isinstance(sources, str | Path | Image.Image):
+        return [sources]
+    if isinstance(sources, np.ndarray) and (sources.ndim == 2 or (sources.ndim == 3 and sources.shape[-1] in (1, 3))):
+        return [sources]
+    return list(sources) if isinstance(sources, Iterable) else [sources]

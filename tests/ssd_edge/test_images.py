@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import os
@@ -18,11 +19,11 @@ import numpy as np
 import pytest
 from helpers import unprivileged
 from helpers.png_bytes import with_right_checksums
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from ssd_edge import images
 from ssd_edge.errors import InputError
-from ssd_edge.images import MAX_PIXELS, Pixels, decode, from_array, image_files, is_image_name
+from ssd_edge.images import MAX_PIXELS, Pixels, decode, from_array, image_files, is_image_name, listing
 
 RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90)
 
@@ -52,7 +53,7 @@ def png_of_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "MPO"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "MPO", "GIF", "TIFF"])
 def test_formats_and_shape(kind: str) -> None:
     pixels = decode(encoded(quadrants(48, 32), kind), "a", Pixels(16))
     assert pixels.shape == (16, 16, 3)
@@ -98,8 +99,104 @@ def test_sixteen_bit_grey_keeps_its_scale() -> None:
     pixels = decode(encoded(deep), "a", Pixels(4))
     assert pixels[::2, :, 0].tolist() == [[0, 0, 1, 1], [128, 255, 254, 1]]
     assert (pixels == pixels[..., :1]).all()
-    dark = decode(encoded(np.full((4, 4), 200, dtype=np.uint16)), "a", Pixels(4))
-    assert dark.max() == 1  # nearly black: dark 16-bit images are not mistaken for 8-bit ones
+
+
+def tiff(values: np.ndarray, **tags: int) -> bytes:
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        info[int(tag.removeprefix("t"))] = value
+    return encoded(values, "TIFF", tiffinfo=info)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize(("top", "white"), [(1023, 1023), (1024, 4095), (3000, 4095), (16383, 16383), (16384, 65535)])
+def test_the_range_of_sixteen_bit_grey_is_seen_in_its_values(kind: str, top: int, white: int) -> None:
+    """A factory camera's 12 bits in 16 were embedded as nearly black."""
+    deep = np.linspace(0, top, 64).astype(np.uint16).reshape(8, 8)
+    expected = np.rint(deep * (255 / white))
+    for turned in (deep, deep.astype(">u2")):
+        pixels = decode(encoded(turned, kind), "a", Pixels(8))[..., 0]
+        assert np.abs(pixels - expected).max() <= 1
+    assert not decode(encoded(deep * 0, kind), "a", Pixels(8)).any()  # black in any range
+
+
+@pytest.mark.parametrize("top", [1, 200, 1022, 4096, 16382])
+def test_sixteen_bits_of_unclear_range_are_refused(top: int) -> None:
+    deep = np.linspace(0, top, 64).astype(np.uint16).reshape(8, 8)
+    with pytest.raises(InputError, match=rf"^a has 16-bit pixels with values up to {top} of 65,535: .*save it with 8"):
+        decode(encoded(deep), "a", Pixels(8))
+    assert decode(tiff(deep, t281=16383), "a", Pixels(8)).max() == round(top * 255 / 16383)  # the file says it
+
+
+def test_colour_of_sixteen_bits() -> None:
+    """Pillow keeps the upper 8 bits of each channel: of 12 bits, nearly nothing."""
+
+    def png(top: int, alpha: bool = False) -> bytes:
+        kind, channels = (6, 4) if alpha else (2, 3)
+        rows = np.linspace(0, top, 8 * 8 * channels).astype(">u2").reshape(8, -1)
+        if alpha:
+            rows.reshape(8, 8, 4)[..., 3] = 65535
+        body = b"".join(b"\0" + row.tobytes() for row in rows)
+        parts = [
+            (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0)),
+            (b"IDAT", zlib.compress(body)),
+            (b"IEND", b""),
+        ]
+        chunks = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in parts)
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+    assert decode(png(65535), "a", Pixels(8)).max() == 255
+    for alpha in (False, True):
+        with pytest.raises(InputError, match=r"^a has 16-bit pixels with values up to 4095 of 65,535"):
+            decode(png(4095, alpha), "a", Pixels(8))
+
+
+def test_thirty_two_bits_are_refused() -> None:
+    with pytest.raises(InputError, match="values from 0 to 70000, but 16-bit grey has 0 to 65535"):
+        decode(encoded(np.array([[0, 70000]], np.int32), "TIFF"), "a", Pixels(8))
+    with pytest.raises(InputError, match="floating-point"):
+        decode(encoded(np.ones((4, 4), np.float32), "TIFF"), "a", Pixels(8))
+
+
+def test_first_frame_and_first_page() -> None:
+    frames = [Image.fromarray(np.full((9, 9, 3), colour, np.uint8)) for colour in (RED, GREEN)]
+    for kind in ("GIF", "TIFF", "WEBP", "PNG"):
+        pixels = decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:]), "a", Pixels(4))
+        assert np.abs(pixels.astype(int) - RED).max() < 12, kind
+
+
+def test_a_turned_tiff() -> None:
+    upright = quadrants(32, 24)
+    data = encoded(np.ascontiguousarray(np.rot90(upright, 1)), "TIFF", tiffinfo={0x0112: 6})
+    assert np.abs(decode(data, "a", Pixels(32)).astype(int) - decode(encoded(upright), "a", Pixels(32))).max() == 0
+
+
+HEIC = base64.b64decode(  # 16 × 16, red
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAXxtZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAA"
+    "ACJpbG9jAAAAAERAAAEAAQAAAAABoAABAAAAAAAAADQAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRt"
+    "AAAAAAABAAAA/GlwcnAAAADcaXBjbwAAAHVodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMA"
+    "AAMAHroCQGEAAQApQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbqrprm4CGgwIAAAAyAAAADAIRiAAEABkQBwXPBiQAAABNjb2xybmNs"
+    "eAABAA0ABoAAAAAUaXNwZQAAAAAAAABAAAAAQAAAAChjbGFwAAAAEAAAAAEAAAAQAAAAAf///9AAAAAC////0AAAAAIAAAAQcGl4"
+    "aQAAAAADCAgIAAAAGGlwbWEAAAAAAAAAAQABBYECAwWEAAAAPG1kYXQAAAAwKAGvEyFmY0D4EPdn/+u8Ff+Vaz/zN7HpzshHQMDS"
+    "IICbQEiTXVALFhCAh3alVtz4"
+)
+
+
+def test_heic_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    images._register_heif.cache_clear()
+    with pytest.raises(
+        InputError, match=r"^p/IMG_1\.HEIC is a HEIC photograph; convert .* pip install 'ssd-edge\[heic\]'$"
+    ):
+        decode(HEIC, "p/IMG_1.HEIC", Pixels(8))
+
+
+def test_heic() -> None:
+    pytest.importorskip("pillow_heif")
+    images._register_heif.cache_clear()
+    assert np.abs(decode(HEIC, "a", Pixels(8)).astype(int) - RED).max() < 12
+    with pytest.raises(InputError, match=r"^a is corrupt"):
+        decode(HEIC[:-40], "a", Pixels(8))
 
 
 def test_transparency_is_blended_onto_white() -> None:
@@ -166,8 +263,8 @@ def test_errors_name_the_file() -> None:
             decode(jpeg[:cut], "a/b.jpg", Pixels(32))
     with pytest.raises(InputError, match=r"^a/b\.jpg is empty \(0 bytes\)"):
         decode(b"", "a/b.jpg", Pixels(32))
-    for data in (b"this is text", *(encoded(quadrants(8, 8), kind) for kind in ("GIF", "TIFF", "ICO"))):
-        with pytest.raises(InputError, match=r"^a/b\.jpg is not a JPEG, PNG, WebP or BMP image"):
+    for data in (b"this is text", *(encoded(quadrants(8, 8), kind) for kind in ("ICO", "PPM"))):
+        with pytest.raises(InputError, match=r"^a/b\.jpg is not a JPEG, PNG, WebP, BMP, GIF or TIFF image"):
             decode(data, "a/b.jpg", Pixels(32))
 
 
@@ -222,8 +319,8 @@ def test_from_array() -> None:
 
 
 def test_is_image_name() -> None:
-    assert all(map(is_image_name, ["a.jpg", "B.JPEG", "x/y.png", "ü.WebP", "c.bmp"]))
-    others = ["a.txt", ".jpg", ".hidden.jpg", "x/._a.jpg", "a.jpg.part", "jpg", "a.gif"]
+    assert all(map(is_image_name, ["a.jpg", "B.JPEG", "x/y.png", "ü.WebP", "c.bmp", "a.gif", "a.TIF", "IMG_1.HEIC"]))
+    others = ["a.txt", ".jpg", ".hidden.jpg", "x/._a.jpg", "a.jpg.part", "jpg", "a.mp4"]
     assert not any(map(is_image_name, others))
 
 
@@ -242,7 +339,7 @@ def test_image_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere does not exist"):
         image_files([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty contains no images \(\.bmp, \.jpeg"):
+    with pytest.raises(InputError, match=r"empty contains no images \(\.bmp, \.gif"):
         image_files([tmp_path / "b", tmp_path / "empty"])
 
 
@@ -332,7 +429,7 @@ def test_unreadable_files_are_reported(tmp_path: Path) -> None:
 
 def test_recursive_links_and_deep_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirty folders with two links each to the next give 2 ** 30 paths; deep nesting exceeds the recursion limit."""
-    monkeypatch.setattr(images, "MAX_LINKED", 300)
+    monkeypatch.setattr(listing, "MAX_LINKED", 300)
     for number in range(30):
         (tmp_path / "twice" / str(number)).mkdir(parents=True)
         for name in "ab":

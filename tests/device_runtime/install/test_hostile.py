@@ -202,7 +202,9 @@ def test_ten_thousand_mutants(root, tmp_path):
 )
 def test_other_formats_are_refused_for_any_name(tmp_path, data):
     (tmp_path / "x.jpg").write_bytes(data)
-    with pytest.raises(InputError, match=r"x\.jpg is not a JPEG, PNG, WebP or BMP image; remove or convert it"):
+    with pytest.raises(
+        InputError, match=r"x\.jpg is not a JPEG, PNG, WebP, BMP, GIF or TIFF image; remove or convert it"
+    ):
         teach.decode(tmp_path / "x.jpg", "", Pixels(SIZE))
 
 

@@ -139,7 +139,7 @@ def test_damaged_file_is_given_up_with_one_warning(camera: Camera, caplog):
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
     assert "bad.jpg is skipped:" in told[0]
-    assert "is not a JPEG, PNG, WebP or BMP image" in told[0]
+    assert "is not a JPEG, PNG, WebP, BMP, GIF or TIFF image" in told[0]
     camera.put("bad.jpg")  # repaired
     assert camera.look() == ["bad.jpg"]
 

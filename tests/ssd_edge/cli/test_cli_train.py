@@ -163,7 +163,7 @@ def broken(tmp_path: Path, shapes: Path, defect: str) -> Path:
     ("defect", "message"),
     [
         ("corrupt", "000.png is corrupt"),
-        ("text", "note.jpg is not a JPEG, PNG, WebP or BMP image"),
+        ("text", "note.jpg is not a JPEG, PNG, WebP, BMP, GIF or TIFF image"),
         ("one-class", "at least two classes"),
         ("empty", "empty"),
         ("reserved", "is reserved"),

@@ -116,7 +116,7 @@ def test_a_class_without_test_images_can_be_excluded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", r"is empty \(0 bytes\)"), (b"text", "is not a JPEG, PNG, WebP or BMP"), (None, "does not exist")],
+    [(b"", r"is empty \(0 bytes\)"), (b"text", "is not a JPEG, PNG, WebP, BMP, GIF or TIFF"), (None, "does not exist")],
 )
 def test_errors_name_the_image_that_cannot_be_decoded(content: bytes | None, message: str, tmp_path: Path) -> None:
     tops = ["train/a", "train/b", "test/a", "test/b"]
