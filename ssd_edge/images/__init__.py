@@ -240,7 +240,7 @@ def decode(data: bytes | memoryview, name: str, pixels: Pixels) -> np.ndarray:
     """
     if not len(data):
         raise InputError(f"{name} is empty (0 bytes); remove it")
-    formats = FORMATS
+    formats: tuple[str, ...] = FORMATS
     if bytes(data[4:8]) == b"ftyp" and bytes(data[8:12]) in _HEIF_BRANDS:
         formats = _with_heif(name)
     with _input_errors(name), Image.open(io.BytesIO(data), formats=formats) as image:
@@ -279,8 +279,8 @@ def to_array(image: Image.Image, name: str, pixels: Pixels) -> np.ndarray:
     transparent images are composited on white, as image viewers do.
 
     Raises:
-        InputError: The image has no pixels, more than 80 million pixels (WebP: 20 million, progressive JPEG: 32
-            million, which need 320 MB), a side over 65,535, floating-point pixels, more than 8 bits of which nothing
+        InputError: The image has no pixels, more than 80 million pixels (WebP: 20 million, progressive JPEG and TIFF
+            in colour: 32 million, which need 320 MB), a side over 65,535, floating-point pixels, more than 8 bits of which nothing
             says how many are used, or is corrupt.
     """
     return _to_array(image, name, pixels, image.size, image.size)
@@ -349,6 +349,10 @@ def _check_size(image: Image.Image, name: str) -> None:
     held = 4  # bytes of memory per pixel
     if image.format == "WEBP":
         held = 16  # two canvases and two copies, animated or not
+    elif image.format == HEIF:
+        held = 6  # measured; phones take up to 50 million pixels
+    elif image.format == "TIFF" and len(image.getbands()) > 1:
+        held = 4 + len(image.getbands()) * (2 if _is_deep(image) else 1)  # all pixels may be in one strip
     elif "progressive" in image.info:
         held = 4 + 2 * len(image.getbands())  # all coefficients at once, whatever the scale of decoding
     most = min(MAX_PIXELS, MAX_DECODED // held)
