@@ -280,8 +280,8 @@ def to_array(image: Image.Image, name: str, pixels: Pixels) -> np.ndarray:
 
     Raises:
         InputError: The image has no pixels, more than 80 million pixels (WebP: 20 million, progressive JPEG and TIFF
-            in colour: 32 million, which need 320 MB), a side over 65,535, floating-point pixels, more than 8 bits of which nothing
-            says how many are used, or is corrupt.
+            in colour: 32 million, which need 320 MB), a side over 65,535, floating-point pixels, more than 8 bits of
+            which nothing says how many are used, or is corrupt.
     """
     return _to_array(image, name, pixels, image.size, image.size)
 
