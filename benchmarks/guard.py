@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from device_runtime.install.installed import InstalledBundle
 from device_runtime.learning.budget import Meter
 from device_runtime.learning.guard import Limits
-from device_runtime.learning.state import DeviceState, InstalledBundle
+from device_runtime.learning.state import DeviceState
 from device_runtime.learning.teach import teach
 from ssd_edge import learners
 from ssd_edge.backbones.embedder import Embedder, level_standardisation, open_backbone

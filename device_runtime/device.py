@@ -8,30 +8,26 @@ Example:
     ...     device.rollback()
 
 Every change commits a new generation as its last step; until then nothing changes. Images are file paths, PIL images,
-or uint8 arrays ``(H, W)`` or ``(H, W, 3)`` in RGB order (OpenCV returns BGR: reverse the last axis).
+or uint8 arrays ``(H, W)`` or ``(H, W, 3)`` in RGB order (OpenCV returns BGR: reverse the last axis). Only learning and
+what needs a learner import PyTorch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 
-from device_runtime.backbone.embedder import open_embedder
+from device_runtime.backbone import remembered
 from device_runtime.backbone.interface import DeviceEmbedder
-from device_runtime.install.trust import check_signature
-from device_runtime.learning import edit, exchange, teach
+from device_runtime.backbone.sources import ImageSource, decode, image_name
+from device_runtime.install.installed import InstalledBundle
 from device_runtime.learning.budget import Budget, Meter, Watcher
-from device_runtime.learning.guard import Limits
-from device_runtime.learning.state import DeviceState, InstalledBundle
-from device_runtime.learning.teach import ImageSource
 from device_runtime.machine.board import default_root
 from device_runtime.machine.vitals import vitals
 from device_runtime.results import (
@@ -46,17 +42,26 @@ from device_runtime.results import (
     RenameResult,
     RollbackResult,
     Status,
+    describe,
 )
 from device_runtime.store import watch_state
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
-from ssd_edge import bundle as bundles
-from ssd_edge import files, learners
-from ssd_edge.classes import ClassRegistry
-from ssd_edge.errors import InputError
+from ssd_edge import files
+from ssd_edge.answers.head import NAME as HEAD
+from ssd_edge.answers.head import Head, confidence
+from ssd_edge.answers.head import Limits as Unknown
+from ssd_edge.classes import UNKNOWN, ClassRegistry
+from ssd_edge.errors import BundleRefusedError, InputError, require
 from ssd_edge.images import check_embedded
-from ssd_edge.learners.closed_form.sums import ClassStatistics
-from ssd_edge.learners.unknown import UNKNOWN
+
+if TYPE_CHECKING:
+    import torch
+
+    from device_runtime.learning.guard import Limits
+    from device_runtime.learning.state import DeviceState
+    from ssd_edge.learners import Learner
+    from ssd_edge.learners.closed_form.sums import ClassStatistics
 
 C = TypeVar("C", bound=Change)
 
@@ -87,17 +92,69 @@ class Prediction:
     margin: float
 
 
-@dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A generation in memory."""
+    """A generation in memory: what answers, and, once it is needed, what learns.
 
-    generation: Generation
-    state: DeviceState
+    Args:
+        generation: The generation.
+        state: Its state, if it is in memory already.
 
-    @classmethod
-    def read(cls, generation: Generation) -> Snapshot:
-        """Load a generation; raises as `DeviceState.read`."""
-        return cls(generation, DeviceState.read(generation.read))
+    Attributes:
+        generation: The generation.
+        registry: The classes.
+        bundle: The installed bundle.
+        probe: Bytes of the bundle's probe, see `selftest`.
+        head: What gives the scores.
+        unknown: Thresholds for ``unknown``.
+    """
+
+    def __init__(self, generation: Generation, state: DeviceState | None = None) -> None:
+        self.generation = generation
+        self._state, self._loading = state, threading.Lock()
+        self.registry = generation.registry
+        self.bundle = InstalledBundle.from_json(files.parse_json(generation.read("device.json"), "device.json"))
+        self.probe = generation.read("probe.safetensors")
+        # a generation from before heads were kept has none
+        self.head = Head.parse(generation.read(HEAD)) if HEAD in generation.files else self.state.head()
+        self.unknown = Unknown.from_state(generation.tensors("unknown.safetensors")[0])
+        rows, limited = len(self.registry), len(self.unknown.thresholds)
+        dims = {self.bundle.dim, self.head.dim, self.unknown.axes.shape[1]}
+        if (self.head.classes, limited) != (rows, rows) or len(dims) > 1:
+            raise BundleRefusedError(
+                f"the registry has {rows} classes, but the head {self.head.classes} and the thresholds for 'unknown' "
+                f"{limited}; or their features differ: {dims}; install the bundle again"
+            )
+
+    @property
+    def state(self) -> DeviceState:
+        """Learner, statistics and all else, read on first use.
+
+        Raises:
+            BundleRefusedError: It is damaged, or was pruned in the meantime.
+            EnvironmentUnfitError: PyTorch is not installed.
+        """
+        with self._loading:
+            if self._state is None:
+                require("torch", "device", "learn", "'ssd-edge[device]', on a Jetson use that of JetPack")
+                from device_runtime.learning.state import DeviceState
+
+                self._state = DeviceState.read(self.generation.read)
+            return self._state
+
+    @property
+    def whole(self) -> bool:
+        """True once `state` is in memory."""
+        return self._state is not None
+
+    def scores(self, embeddings: np.ndarray) -> np.ndarray:
+        """Return the scores of embeddings ``(N, D)``, float32 ``(N, C)``."""
+        if not self.head.without:
+            return self.head.score(embeddings)
+        learner = self.state.learner  # imports PyTorch
+        import torch
+
+        scores: np.ndarray = learner.scores(torch.from_numpy(embeddings))[:, : len(self.registry)].numpy()
+        return scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +168,7 @@ class Observation:
     """
 
     predictions: list[Prediction]
-    embeddings: torch.Tensor
+    embeddings: np.ndarray
     snapshot: Snapshot
 
 
@@ -134,7 +191,7 @@ class Device:
         # before a commit could set the older generation after it.
         self._following = threading.Lock()
         self._embedders: dict[str, DeviceEmbedder] = {}  # by backbone; only that of `snapshot`
-        self._use(store.read_current(Snapshot.read))
+        self._use(store.read_current(Snapshot))
 
     @classmethod
     def open(cls, root: str | Path | None = None, strict: bool = False) -> Device:
@@ -164,12 +221,19 @@ class Device:
             BundleRefusedError: Every generation is damaged.
         """
         with self._following:
-            snapshot = self.store.read_current(
-                lambda generation: None if generation == self.generation else Snapshot.read(generation)
-            )
+            snapshot = self.store.read_current(self._newer)
             if snapshot is not None:
                 self._use(snapshot)
             return snapshot is not None
+
+    def _newer(self, generation: Generation) -> Snapshot | None:
+        """Return a generation in memory, like the current one with its state; None for the current one itself."""
+        if generation == self.generation:
+            return None
+        snapshot = Snapshot(generation)
+        if self.snapshot.whole:
+            _ = snapshot.state  # now, while `Generations.read_current` starts again if it is pruned
+        return snapshot
 
     @property
     def generation(self) -> Generation:
@@ -178,16 +242,21 @@ class Device:
 
     @property
     def state(self) -> DeviceState:
-        """Classes, learner and thresholds of the current generation."""
-        return self.snapshot.state
+        """Classes, learner and thresholds of the current generation; needs PyTorch."""
+        try:
+            return self.snapshot.state
+        except BundleRefusedError:
+            if not self.refresh():  # it was not pruned, but is damaged
+                raise
+            return self.snapshot.state
 
     @property
     def registry(self) -> ClassRegistry:
         """The classes."""
-        return self.state.registry
+        return self.snapshot.registry
 
     @property
-    def learner(self) -> learners.Learner:
+    def learner(self) -> Learner:
         """The learner. Do not teach it; use `learn`."""
         return self.state.learner
 
@@ -199,7 +268,7 @@ class Device:
     @property
     def bundle(self) -> InstalledBundle:
         """The installed bundle."""
-        return self.state.bundle
+        return self.snapshot.bundle
 
     @property
     def embedder(self) -> DeviceEmbedder:
@@ -212,12 +281,14 @@ class Device:
         return self.registry.names
 
     def embed(self, sources: Sequence[ImageSource]) -> torch.Tensor:
-        """Return standardised embeddings of images, float32 ``(N, D)``.
+        """Return standardised embeddings of images, float32 ``(N, D)``; needs PyTorch.
 
         Raises:
             InputError: An image cannot be read, or the backbone gives NaN for it; the message names it.
         """
-        return self._embed(self.snapshot, sources)
+        import torch
+
+        return torch.from_numpy(self._embed(self.snapshot, sources))
 
     def observe(
         self, sources: Sequence[ImageSource], reject: bool = True, names: Sequence[str] | None = None
@@ -233,28 +304,19 @@ class Device:
             InputError: An image cannot be read, the backbone gives NaN for it, or the device knows no class yet.
         """
         snapshot = self.snapshot  # read once: another thread may replace it
-        state = snapshot.state
-        classes = state.registry.names
+        classes = snapshot.registry.names
         if not classes:
             raise InputError("this device knows no class yet; teach it one: ssd-edge device learn --label NAME FOLDER")
         names = _names(sources) if names is None else names
         embeddings = self._embed(snapshot, sources, names=names)
-        scores = state.learner.scores(embeddings)[:, : len(classes)]
+        scores, found = snapshot.scores(embeddings), snapshot.head.temperatures
         rows = scores.argmax(1)
-        shares = state.record.confidence(scores)
-        best = [None] * len(rows) if shares is None else shares.tolist()
-        accepted, margins = state.rejector.accepts(embeddings, rows)
-        columns = zip(names, rows.tolist(), best, accepted.tolist(), margins.tolist(), strict=True)
+        shares = [None] * len(rows) if found is None else confidence(scores, found).tolist()
+        margins = snapshot.unknown.margins(embeddings, rows).tolist()
+        number = snapshot.generation.number
         predictions = [
-            Prediction(
-                name,
-                classes[row] if accept or not reject else UNKNOWN,
-                score,
-                snapshot.generation.number,
-                classes[row],
-                margin,
-            )
-            for name, row, score, accept, margin in columns
+            Prediction(name, classes[row] if margin >= 0 or not reject else UNKNOWN, best, number, classes[row], margin)
+            for name, row, best, margin in zip(names, rows.tolist(), shares, margins, strict=True)
         ]
         return Observation(predictions, embeddings, snapshot)
 
@@ -296,11 +358,17 @@ class Device:
         meter = Meter(budget, watcher)
         with self.store.writer():  # from reading to committing, so that no other process commits in between
             snapshot = self._latest()
-            embed = functools.partial(self._embed, snapshot)
+            state = snapshot.state
+            import torch
+
+            from device_runtime.learning import exchange, teach
+
+            def embed(sources: Sequence[ImageSource], progress: Callable[[float], object]) -> torch.Tensor:
+                return torch.from_numpy(self._embed(snapshot, sources, progress))
+
             taught = exchange.taught_sets(self.store, snapshot.generation)
             number = snapshot.generation.number
-            after, result = teach.teach(snapshot.state, images, embed, number, limits, meter, taught)
-            return self._commit(after, result)
+            return self._commit(*teach.teach(state, images, embed, number, limits, meter, taught))
 
     def rename(self, label: str, new: str) -> RenameResult:
         """Rename a class and commit a generation; the learner does not change.
@@ -309,11 +377,15 @@ class Device:
             InputError: There is no such class, or the new name is invalid or taken.
         """
         with self.store.writer():
-            state = self._latest().state
-            row = state.registry.row_of(label)
-            registry = state.registry.rename(label, new)
-            renamed = (state.registry.names[row], registry.names[row])
-            return self._commit(state.replace(registry=registry), RenameResult(renamed=renamed))
+            snapshot = self._latest()
+            row = snapshot.registry.row_of(label)
+            registry = snapshot.registry.rename(label, new)
+            contents = {name: snapshot.generation.read(name) for name in snapshot.generation.files}
+            contents["classes.json"] = files.json_bytes(registry.to_json())
+            state = snapshot.state.replace(registry=registry) if snapshot.whole else None
+            return self._commit_contents(
+                contents, state, RenameResult(renamed=(snapshot.registry.names[row], registry.names[row]))
+            )
 
     def forget(self, label: str, exactly: bool = False, limits: Limits | None = None) -> ForgetResult:
         """Remove a class and commit a generation. Older generations contain it until they are pruned
@@ -329,7 +401,10 @@ class Device:
             GateRefusedError: The other classes would be recognised less often than `limits` allow.
         """
         with self.store.writer():
-            return self._commit(*edit.forget(self._latest().state, label, exactly, limits))
+            state = self._latest().state
+            from device_runtime.learning import edit
+
+            return self._commit(*edit.forget(state, label, exactly, limits))
 
     def merge_labels(self, labels: Sequence[str], into: str, limits: Limits | None = None) -> MergeLabelsResult:
         """Merge several classes into one, as if they had been taught under one name, and commit a generation.
@@ -344,7 +419,10 @@ class Device:
             GateRefusedError: The classes would be recognised less often than `limits` allow.
         """
         with self.store.writer():
-            return self._commit(*edit.merge_labels(self._latest().state, labels, into, limits))
+            state = self._latest().state
+            from device_runtime.learning import edit
+
+            return self._commit(*edit.merge_labels(state, labels, into, limits))
 
     def export(self, path: str | Path, key: str | Path | None = None, history: bool = True) -> ExportResult:
         """Write the current generation as a bundle, for another device or as a backup.
@@ -357,7 +435,10 @@ class Device:
         Raises:
             InputError: The path is a folder, or there is no such key.
         """
-        return exchange.export(self.store, self.generation, self.state, Path(path), key, history)
+        state = self.state
+        from device_runtime.learning import exchange
+
+        return exchange.export(self.store, self.generation, state, Path(path), key, history)
 
     def merge(self, path: str | Path, limits: Limits | None = None) -> MergeResult:
         """Add what another device has learned since both installed one bundle, and commit a generation.
@@ -375,10 +456,15 @@ class Device:
             BundleRefusedError: The bundle is damaged, or not signed by a trusted key where there is one.
             GateRefusedError: The device would forget more than `limits` allow.
         """
+        from device_runtime.install.trust import check_signature
+        from ssd_edge import bundle as bundles
+
         opened = bundles.read(Path(path), allow_control_flow=True)  # its backbone is not run
         check_signature(self.store.root, opened)
         with self.store.writer():
             state = self._latest().state
+            from device_runtime.learning import exchange
+
             return self._commit(*exchange.merge(state, exchange.installed_state(self.store, state), opened, limits))
 
     def rollback(self, number: int | None = None) -> RollbackResult:
@@ -401,21 +487,23 @@ class Device:
             result = RollbackResult(previous=current.number)
             with self._following:
                 generation = self.store.set_current(number, "rollback", result.info())
-                self._use(Snapshot.read(generation))
+                self._use(Snapshot(generation))
             return self._completed(result)
 
     def status(self) -> Status:
         """Return classes, learner, bundle and machine, and the last report of ``watch``."""
-        bundle, entries = self.bundle, self.registry.entries
+        snapshot, head = self.snapshot, self.snapshot.head
+        bundle, entries = snapshot.bundle, snapshot.registry.entries
+        started = remembered.last(self.store.root, snapshot.generation.backbone)
         return Status(
-            generation=self.generation.number,
-            classes=self.classes,
+            generation=snapshot.generation.number,
+            classes=snapshot.registry.names,
             images={entry.name: entry.images for entry in entries},
             learned_here=[entry.name for entry in entries if entry.origin == "device"],
-            learner=self.learner.name,
-            replay=self.learner.replay,
-            state_bytes=self.learner.memory_bytes(),
-            provider=self.embedder.provider,
+            learner=head.learner,
+            replay=head.replay,
+            state_bytes=head.state_bytes,
+            provider=started.provider if started else None,
             bundle=bundle.name,
             release=bundle.release,
             signed_by=bundle.signed_by,
@@ -424,12 +512,14 @@ class Device:
             root=str(self.store.root),
             machine=vitals(self.store.root),
             watched=watch_state.last_report(self.store.root),
-            warning=self.generation.fallback,
+            warning=snapshot.generation.fallback,
+            note=started.note if started else "",
+            answers_with="NumPy" if not head.without else f"PyTorch: {head.without}",
         )
 
     def history(self) -> History:
         """Return all generations with the change that created each, and all events of the journal."""
-        generations = [HistoryEntry(**vars(entry), what=edit.describe(entry.info or {})) for entry in self.store.list()]
+        generations = [HistoryEntry(**vars(entry), what=describe(entry.info or {})) for entry in self.store.list()]
         return History(
             generation=self.generation.number,
             classes=self.classes,
@@ -443,27 +533,28 @@ class Device:
         sources: Sequence[ImageSource],
         progress: Callable[[float], object] = lambda share: None,
         names: Sequence[str] | None = None,
-    ) -> torch.Tensor:
-        bundle, embedder = snapshot.state.bundle, self._embedder_of(snapshot)
+    ) -> np.ndarray:
+        bundle, embedder = snapshot.bundle, self._embedder_of(snapshot)
         names = _names(sources) if names is None else names
         parts = []
         for start in range(0, len(sources), DECODE_BATCH):
             batch = zip(sources[start : start + DECODE_BATCH], names[start : start + DECODE_BATCH], strict=True)
-            pixels = [teach.decode(source, name, bundle.pixels) for source, name in batch]
+            pixels = [decode(source, name, bundle.pixels) for source, name in batch]
             parts.append(embedder.embed(np.stack(pixels)))
             progress((start + len(pixels)) / len(sources))
         embeddings = np.concatenate(parts) if parts else np.zeros((0, bundle.dim), np.float32)
         check_embedded(embeddings, names)
-        return torch.from_numpy(embeddings)
+        return embeddings
 
     def _embedder_of(self, snapshot: Snapshot) -> DeviceEmbedder:
         backbone = snapshot.generation.backbone
         with self._starting:
             if backbone not in self._embedders:
-                state = snapshot.state
-                probe = files.parse_tensors(state.probe, "probe.safetensors")
-                spec = state.bundle.backbone_spec(backbone)
-                embedder = open_embedder(self.store, spec, probe, log.warning, self.strict)
+                from device_runtime.backbone.embedder import open_embedder  # takes a tenth of a second
+
+                probe = files.parse_tensors(snapshot.probe, "probe.safetensors")
+                spec = snapshot.bundle.backbone_spec(backbone)
+                embedder = open_embedder(self.store, spec, probe, log.warning, self.strict, once=True)
                 self._embedders = {backbone: embedder}
             return self._embedders[backbone]
 
@@ -480,11 +571,14 @@ class Device:
 
     def _commit(self, state: DeviceState, change: C) -> C:
         """Commit a generation and predict with it from now on; call it inside `Generations.writer`."""
-        contents, restored = state.verified_contents()
+        return self._commit_contents(*state.verified_contents(), change)
+
+    def _commit_contents(self, contents: Mapping[str, bytes], state: DeviceState | None, change: C) -> C:
+        """Commit the files of a generation; `state` is what they hold, if it is in memory."""
         with self._following:
             generation = self.store.commit(contents, change.info(), parent=self.generation.number)
             self.store.tidy()
-            self._use(Snapshot(generation, restored))
+            self._use(Snapshot(generation, state))
         return self._completed(change)
 
     def _completed(self, change: C) -> C:
@@ -492,4 +586,4 @@ class Device:
 
 
 def _names(sources: Sequence[ImageSource]) -> list[str]:
-    return [teach.image_name(source, number) for number, source in enumerate(sources)]
+    return [image_name(source, number) for number, source in enumerate(sources)]

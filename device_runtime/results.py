@@ -282,7 +282,7 @@ class Status(Record):
         learner: Name of the learner.
         replay: True if the learner stores samples.
         state_bytes: Size of the learner's state.
-        provider: What runs the backbone.
+        provider: What ran the backbone when it was last started; None if it never was.
         bundle: Name of the installed bundle.
         release: Its release.
         signed_by: Id of the key that signed it; None if it is unsigned.
@@ -292,6 +292,8 @@ class Status(Record):
         machine: Memory, disk and temperatures.
         watched: See `device_runtime.store.watch_state.last_report`.
         warning: Why an older generation replaces the current one; empty if it does not.
+        note: Why `provider` is not what the target is prepared for, or not the fastest; empty if it is.
+        answers_with: ``NumPy``, or ``PyTorch`` and why.
     """
 
     generation: int
@@ -301,7 +303,7 @@ class Status(Record):
     learner: str
     replay: bool
     state_bytes: int
-    provider: str
+    provider: str | None
     bundle: str
     release: int
     signed_by: str | None
@@ -311,6 +313,8 @@ class Status(Record):
     machine: Vitals
     watched: Mapping[str, Any] | None
     warning: str
+    note: str
+    answers_with: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,3 +343,21 @@ class History(Record):
     classes: list[str]
     generations: list[HistoryEntry]
     events: list[Mapping[str, Any]]
+
+
+def describe(info: Mapping[str, Any]) -> str:
+    """Return the change that created a generation in a few words, or an empty string if it is unknown.
+
+    Args:
+        info: The information that was committed with the generation, see `Change.info`.
+    """
+    if "renamed" in info:
+        return "rename '{}' to '{}'".format(*info["renamed"])
+    if "forgot" in info:
+        return f"forget '{info['forgot']}'{'' if info['exact'] else ', not exactly'}"
+    if "merged_labels" in info:
+        return f"merge {', '.join(map(repr, info['merged_labels']))} into '{info['into']}'"
+    taught = ", ".join(f"'{one['label']}' ({one['images']} images)" for one in info.get("taught", ()))
+    if "merged" in info:
+        return f"merge with installation {info['merged']}: {taught}"
+    return f"learn {taught}" if taught else f"install {info['bundle']}" if "bundle" in info else ""

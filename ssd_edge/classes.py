@@ -17,7 +17,8 @@ from ssd_edge.errors import BundleRefusedError, InputError, did_you_mean
 MAX_NAME_LENGTH = 64
 MAX_COUNT = 2**53  # of images and ids: every JSON reader holds such a number exactly
 ORIGINS = frozenset({"base", "device"})
-RESERVED_NAMES = frozenset({"unknown"})
+UNKNOWN = "unknown"  # answer for an image of no known class
+RESERVED_NAMES = frozenset({UNKNOWN})
 
 # Letters that look like one of "unknown", after compatibility decomposition and case folding; the common ones of
 # Unicode's confusables.txt.

@@ -18,6 +18,8 @@ PACKAGES = ("ssd_edge", "exporters", "device_runtime")
 
 # Everything of the workstation package that runs on a device. A new module is closed to the device until it is listed.
 DEVICE_MAY_IMPORT = {
+    "ssd_edge.answers.graph",
+    "ssd_edge.answers.head",
     "ssd_edge.bundle",
     "ssd_edge.bundle.card",
     "ssd_edge.bundle.signing",
@@ -73,6 +75,7 @@ ROOMS_MAY_IMPORT = {
         "ssd_edge.targets",
     },
     "exporters": {
+        "ssd_edge.answers",
         "device_runtime",  # the engine builder, the self-test and the estimate of memory
         "ssd_edge.backbones",
         "ssd_edge.bundle",
@@ -93,7 +96,8 @@ ROOMS_MAY_IMPORT = {
     "ssd_edge.backbones": {"ssd_edge.data", "ssd_edge.learners"},
     "ssd_edge.bundle": {"ssd_edge.learners", "ssd_edge.targets"},
     "ssd_edge.data": set(),
-    "ssd_edge.learners": set(),
+    "ssd_edge.learners": {"ssd_edge.answers"},
+    "ssd_edge.answers": set(),
     "ssd_edge.targets": set(),
     "ssd_edge.classes": set(),
     "ssd_edge.config": set(),

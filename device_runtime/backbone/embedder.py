@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from device_runtime.backbone import selftest
+from device_runtime.backbone import remembered, selftest
 from device_runtime.backbone.interface import BackboneSpec, DeviceEmbedder, EngineRecord, check_embeddings
 from device_runtime.backbone.selftest import Probe
 from device_runtime.backbone.tensorrt import api, engines
@@ -109,29 +109,31 @@ def open_embedder(
     store: Generations,
     spec: BackboneSpec,
     probe: Probe,
-    say: Say = lambda text: None,
+    say: Say | None = None,
     strict: bool = False,
+    once: bool = False,
 ) -> DeviceEmbedder:
     """Open a root's backbone with the fastest runtime that passes the self-test on this machine.
 
     TensorRT engines come from the root's cache or are built, which takes minutes on a small board. If a runtime fails,
-    the next one is tried and the reason is reported.
+    the next one is tried and the reason is reported. What runs the backbone is recorded in the root.
 
     Args:
         store: Store of the root.
         spec: Facts of the backbone.
         probe: Arrays and limits of the self-test.
-        say: Called with messages for the user.
+        say: Called with messages for the user; None if nobody reads them.
         strict: Refuse a runtime that is slower than the target's; otherwise a warning is reported.
+        once: Do not report why this runtime is used if that was reported in this root before.
 
     Raises:
         BundleRefusedError: The backbone's file is missing or damaged.
         EnvironmentUnfitError: No runtime of this machine can run it.
         SlowerProviderError: The runtime is slower than the target's and `strict` is set.
     """
-    path = store.backbone_path(spec.sha256)
+    path, tell = store.backbone_path(spec.sha256), say or _nothing
     failed: dict[str, str] = {}
-    for name, start in _ladder(store.root / ENGINES, path, spec, probe, say):
+    for name, start in _ladder(store.root / ENGINES, path, spec, probe, tell):
         try:
             embedder = start()
             break
@@ -140,17 +142,24 @@ def open_embedder(
                 raise
             failed[name] = str(error)  # the traceback of the error would keep the memory of the runtime
     reason = "; ".join(f"{name}: {error}" if name in LADDER else error for name, error in failed.items())
-    wanted = _prepared_for(spec.target)
+    wanted, note = _prepared_for(spec.target), ""
     if _speed(embedder.provider) < _speed(wanted):
         message = f"{embedder.provider} runs the backbone, slower than {wanted}, which the target {spec.target} expects"
         message += f": {reason}" if reason else ""
         if strict:
             raise SlowerProviderError(f"{message}; see ssd-edge doctor, or omit --strict")
-        say(f"warning: {message}")
+        note = f"warning: {message}"
     elif reason:
         verb = "is" if len(failed) == 1 else "are"
-        say(f"{' and '.join(failed)} {verb} not used, {embedder.provider} is: {reason}")
+        note = f"{' and '.join(failed)} {verb} not used, {embedder.provider} is: {reason}"
+    reported = remembered.remember(store.root, spec.sha256, embedder.provider, note, say is not None)
+    if note and not (once and reported):
+        tell(note)
     return embedder
+
+
+def _nothing(text: str) -> None:
+    """Drop a message."""
 
 
 def _prepared_for(target: str) -> str:

@@ -37,7 +37,7 @@ def install(
     allow_downgrade: bool = False,
     allow_control_flow: bool = False,
     strict: bool = False,
-    say: Say = lambda text: None,
+    say: Say | None = None,
 ) -> Generation:
     """Verify a bundle, test it on this machine and make it the current generation of a root.
 
@@ -47,7 +47,8 @@ def install(
         allow_downgrade: Accept a release that is lower than the highest installed one.
         allow_control_flow: Accept a backbone with loops and branches, which may never end.
         strict: Refuse a runtime that is slower than the one its target expects.
-        say: Called with messages for the user: the build of an engine, the runtime, the result of the self-test.
+        say: Called with messages for the user (the build of an engine, the runtime, the result of the self-test); None
+            if nobody reads them.
 
     Raises:
         InputError: The bundle does not exist.
@@ -73,10 +74,11 @@ def install(
         embedder = open_embedder(store, spec, (arrays, limits), say, strict)
         tested = selftest.run(embedder.embed, arrays, limits)
         agreement = check_answers(state.learner, embedder.embed(arrays["images"]), arrays["rows"])
-        say(
-            f"self-test on {tested.images} images with {embedder.provider}: cosine {tested.min_cosine:.6f}, "
-            f"largest difference {tested.max_difference:.1e} σ, {agreement:.0%} of the decisions agree"
-        )
+        if say is not None:
+            say(
+                f"self-test on {tested.images} images with {embedder.provider}: cosine {tested.min_cosine:.6f}, "
+                f"largest difference {tested.max_difference:.1e} σ, {agreement:.0%} of the decisions agree"
+            )
         info = {
             "bundle": printable(Path(bundle).name),  # a file name may be any bytes, but the record is UTF-8
             "bundle_sha256": opened.sha256,

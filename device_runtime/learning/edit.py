@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from device_runtime.learning.guard import Limits, judge_edit
 from device_runtime.learning.state import DeviceState, copy_learner
@@ -105,21 +104,3 @@ def _without_rows(state: DeviceState, rows: Sequence[int]) -> DeviceState:
         rejector=state.rejector.without_rows(rows),
         record=state.record.without_rows(rows),
     )
-
-
-def describe(info: Mapping[str, Any]) -> str:
-    """Return the change that created a generation in a few words, or an empty string if it is unknown.
-
-    Args:
-        info: The information that was committed with the generation, see `Change.info`.
-    """
-    if "renamed" in info:
-        return "rename '{}' to '{}'".format(*info["renamed"])
-    if "forgot" in info:
-        return f"forget '{info['forgot']}'{'' if info['exact'] else ', not exactly'}"
-    if "merged_labels" in info:
-        return f"merge {', '.join(map(repr, info['merged_labels']))} into '{info['into']}'"
-    taught = ", ".join(f"'{one['label']}' ({one['images']} images)" for one in info.get("taught", ()))
-    if "merged" in info:
-        return f"merge with installation {info['merged']}: {taught}"
-    return f"learn {taught}" if taught else f"install {info['bundle']}" if "bundle" in info else ""

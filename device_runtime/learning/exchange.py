@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from device_runtime.learning.edit import describe, estimate_cost
+from device_runtime.learning.edit import estimate_cost
 from device_runtime.learning.guard import Limits
 from device_runtime.learning.state import DeviceState, copy_learner
-from device_runtime.results import ExportResult, MergeResult, TaughtClass
+from device_runtime.results import ExportResult, MergeResult, TaughtClass, describe
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
 from ssd_edge import bundle as bundles

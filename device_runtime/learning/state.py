@@ -4,103 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from device_runtime.backbone.interface import BackboneSpec
+from device_runtime.install.installed import InstalledBundle
 from ssd_edge import bundle as bundles
 from ssd_edge import files, learners
+from ssd_edge.answers.graph import EMBEDDINGS, HeadGraph
+from ssd_edge.answers.head import MOST_BYTES, NAME, Head
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError, printable
-from ssd_edge.images import Pixels
 from ssd_edge.learners.closed_form.linear import restore_statistics
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.retention import TrackRecord
 from ssd_edge.learners.unknown import Rejector
 
-_NOT_KEPT = ("format", "version", "files", "device")  # keys of a bundle's manifest
-
-
-@dataclasses.dataclass(frozen=True)
-class InstalledBundle:
-    """Facts about the bundle that was installed, the content of ``device.json``.
-
-    Attributes:
-        name: Name of the bundle.
-        release: Its release.
-        target: The target it was prepared for.
-        size: Side of the backbone's input in pixels.
-        dim: Number of features of an embedding.
-        precision: Precision of the backbone.
-        bundle_sha256: SHA-256 of the bundle.
-        signed_by: Id of the key that signed it; None if it is unsigned.
-        installation: Random id of this installation.
-        merged: Ids of the installations that were merged into this one.
-        manifest: Manifest of the bundle, without its list of files.
-    """
-
-    name: str
-    release: int
-    target: str
-    size: int
-    dim: int
-    precision: str
-    bundle_sha256: str
-    signed_by: str | None
-    installation: str
-    merged: tuple[str, ...]
-    manifest: Mapping[str, Any]
-
-    @property
-    def pixels(self) -> Pixels:
-        """How images become the input of the backbone."""
-        return Pixels.from_dict(self.manifest["backbone"])
-
-    def backbone_spec(self, sha256: str) -> BackboneSpec:
-        """Return the specification of the backbone with this digest."""
-        return BackboneSpec(sha256, self.size, self.dim, self.precision, self.target)
-
-    @classmethod
-    def of(cls, opened: bundles.Bundle, signed_by: str | None) -> InstalledBundle:
-        """Return what a device keeps about a bundle, with a new installation id."""
-        manifest = opened.manifest
-        backbone = manifest["backbone"]
-        return cls(
-            name=manifest["name"],
-            release=manifest["release"],
-            target=manifest["target"],
-            size=backbone["size"],
-            dim=backbone["dim"],
-            precision=backbone["precision"],
-            bundle_sha256=opened.sha256,
-            signed_by=signed_by,
-            installation=secrets.token_hex(8),
-            merged=(),
-            manifest={key: value for key, value in manifest.items() if key not in _NOT_KEPT},
-        )
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> InstalledBundle:
-        """Restore from the content of ``device.json``.
-
-        Raises:
-            BundleRefusedError: A field is missing, unknown or wrong.
-        """
-        try:
-            bundle = cls(**{**value, "merged": tuple(value["merged"])})
-            if bundle.pixels.size != bundle.size:
-                raise ValueError(f"size is {bundle.size!r:.20}, but the manifest says {bundle.pixels.size}")
-        except (TypeError, KeyError, ValueError, InputError) as error:
-            raise BundleRefusedError(f"device.json is damaged ({error}); install the bundle again") from error
-        return bundle
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of ``device.json``."""
-        return {**vars(self), "merged": list(self.merged)}
+ROUNDING = 1e-4  # of the largest score: sums of float32 in another order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +101,43 @@ class DeviceState:
                 f"held-out results have {dims[0]}, {dims[1]}, {dims[2]} and {dims[3]}; deploy the bundle again"
             )
 
+    def head(self) -> Head:
+        """Return what answers instead of the learner, where PyTorch is not needed or not installed.
+
+        Raises:
+            GateRefusedError: It gives other scores than the learner.
+        """
+        learner, classes, found = self.learner, len(self.registry), self.record.temperatures()
+        temperatures = None if found is None else found.numpy()
+        size = learner.memory_bytes()
+        head = Head(learner.name, learner.replay, size, classes, learner.dim, temperatures)
+        if not classes:
+            return head
+        graph, scores = HeadGraph(learner.display, classes, MOST_BYTES), None
+        try:
+            with torch.no_grad():
+                scores = learner.write_head(graph, EMBEDDINGS)
+        except InputError as error:  # too large, or not finite, which `verified_contents` refuses
+            return dataclasses.replace(head, without=str(error))
+        if scores is None:
+            return dataclasses.replace(head, without=f"the scores of '{learner.name}' cannot be written as a graph")
+        head = head.with_graph(graph, scores)
+        self._check_head(head)
+        return head
+
+    def _check_head(self, head: Head) -> None:
+        """Compare the scores of a head with those of the learner on the probe images."""
+        vectors = files.parse_tensors(self.probe, "probe.safetensors")[0]["embeddings"]
+        wanted = self.learner.scores(torch.from_numpy(vectors)).numpy()[:, : head.classes]
+        found = head.score(vectors)
+        away = np.abs(found - wanted).max(1, initial=0.0) > ROUNDING * np.abs(wanted).max(initial=1.0)
+        # Of neurons that are equally active, another may be among the K strongest.
+        if bool((away & (found.argmax(1) != wanted.argmax(1))).any()):
+            raise GateRefusedError(
+                "the learner would answer otherwise without PyTorch; nothing was changed. This is a bug in ssd-edge, "
+                "please report it"
+            )
+
     def contents(self) -> dict[str, bytes]:
         """Return file name → bytes for `Generations.commit`; `read` restores them bit for bit."""
         counted = {}
@@ -190,6 +149,7 @@ class DeviceState:
             **counted,
             "unknown.safetensors": files.tensor_bytes(self.rejector.state()),
             "record.safetensors": files.tensor_bytes(self.record.state()),
+            NAME: self.head().to_bytes(),
             "classes.json": files.json_bytes(self.registry.to_json()),
             "device.json": files.json_bytes(self.bundle.to_json()),
             "probe.safetensors": self.probe,

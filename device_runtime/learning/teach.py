@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
+from device_runtime.backbone.sources import ImageSource, decode, image_name
+from device_runtime.install.installed import InstalledBundle
 from device_runtime.learning import budget as budgets
 from device_runtime.learning.budget import Meter
 from device_runtime.learning.guard import Limits, Trial, judge
-from device_runtime.learning.state import DeviceState, InstalledBundle, copy_learner
+from device_runtime.learning.state import DeviceState, copy_learner
 from device_runtime.results import NO_OLD_CLASSES, HeldOut, LearnResult, TaughtClass
 from ssd_edge import images as image_files
 from ssd_edge.classes import ClassRegistry, normalise_name
@@ -35,7 +36,6 @@ SAME_IMAGE = 0.02
 EQUAL = 1e-6  # rounding of such a distance between equal images
 COPIES = 2  # of the learner's state in memory besides the current one: the taught learner and its serialised tensors
 
-ImageSource = str | Path | np.ndarray | Image.Image
 Embed = Callable[[Sequence[ImageSource], Callable[[float], object]], torch.Tensor]
 
 
@@ -287,31 +287,6 @@ def try_held_out(
             answers[held_out] = copy.predict(embeddings[held_out])
             promised[held_out] = promises_of(copy, embeddings[held_out])
     return Trial(answers, promised)
-
-
-def image_name(source: ImageSource, number: int) -> str:
-    """Return the path of an image, or ``image NUMBER`` for one without a path."""
-    return str(source) if isinstance(source, str | Path) else f"image {number}"
-
-
-def decode(source: ImageSource, name: str, pixels: image_files.Pixels) -> np.ndarray:
-    """Return an image as uint8 RGB ``(size, size, 3)``.
-
-    Args:
-        source: The image.
-        name: Name in error messages for an image without a path.
-        pixels: How it becomes the input of the backbone.
-
-    Raises:
-        InputError: The image cannot be read or has an unsupported type.
-    """
-    if isinstance(source, np.ndarray):
-        return image_files.from_array(source, pixels, name)
-    if isinstance(source, Image.Image):
-        return image_files.to_array(source, name, pixels)
-    if not isinstance(source, str | Path):
-        raise InputError(f"{name} is a {type(source).__name__}, but a path, a PIL image or a uint8 array is needed")
-    return image_files.decode(image_files.read(source), str(source), pixels)
 
 
 def _with_answers(

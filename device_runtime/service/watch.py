@@ -21,9 +21,9 @@ from device_runtime.service.drift import Monitor, Reference
 from device_runtime.service.frames import Folder, Newest, RateLimitedWarning, mjpeg
 from device_runtime.store import watch_state
 from ssd_edge import images
+from ssd_edge.classes import UNKNOWN
 from ssd_edge.errors import InputError, SSDEdgeError
 from ssd_edge.images import Pixels
-from ssd_edge.learners.unknown import UNKNOWN
 
 log = logging.getLogger(__name__)
 

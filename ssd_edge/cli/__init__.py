@@ -103,13 +103,13 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     logging.lastResort = _LogLines(logging.WARNING)
     warnings.showwarning = lambda message, category, *_: log(f"warning: {message} ({category.__name__})")
-    code = _run()
+    code = run()
     if (error := _flush()) and code == 0:
         code = _refuse(error)
     sys.exit(code)
 
 
-def _run() -> int:
+def run() -> int:
     """Run the command line and return the exit code, after a sentence on standard error if it is not 0."""
     try:
         try:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.priors import Priors
 
@@ -119,54 +120,6 @@ BASE_SCHEMA = {
 }
 
 
-class HeadGraph(Protocol):
-    """ONNX graph that a learner writes its scores into (`Learner.write_head`).
-
-    Values are referred to by name. ``add`` and the methods built on it append an operator and return the name of its
-    first output; ``weight`` and ``indices`` add a constant. `exporters.head` has the implementation, so that learners
-    import neither it nor onnx.
-
-    Attributes:
-        classes: C, the number of columns that the scores must have.
-    """
-
-    @property
-    def classes(self) -> int: ...
-
-    def add(self, operator: str, *inputs: str, output: str = "", outputs: int = 1, **attributes: Any) -> str:
-        """Append an operator; output i > 0 is named ``<first output>/i``."""
-
-    def weight(self, name: str, tensor: Tensor) -> str:
-        """Add a float32 constant, which must be finite."""
-
-    def indices(self, *values: int) -> str:
-        """Add a constant int64 ``(n,)``."""
-
-    def scalar(self, value: float) -> str:
-        """Add a float32 constant without dimensions."""
-
-    def reduce(self, operator: str, x: str) -> str:
-        """Reduce the last axis, keeping it with size 1."""
-
-    def divide(self, x: str, by: str, least: float) -> str:
-        """Divide by ``max(by, least)``."""
-
-    def unit(self, x: str) -> str:
-        """Scale rows to unit length; a zero row stays zero."""
-
-    def matmul(self, x: str, name: str, matrix: Tensor) -> str:
-        """Multiply ``(N, n)`` by a constant ``(n, m)``."""
-
-    def affine(self, x: str, name: str, weight: Tensor, bias: Tensor) -> str:
-        """Compute x Wᵀ + b with constants W ``(m, n)`` and b ``(m,)``."""
-
-    def top(self, x: str, count: int, of: int, setting: str) -> str:
-        """Select the `count` largest of the `of` values per row, descending; their indices are ``<output>/1``."""
-
-    def column(self, x: str, index: int) -> str:
-        """Select one column of ``(N, n)``, as ``(N, 1)``."""
-
-
 class Learner(abc.ABC):
     """Base class of all learners.
 
@@ -257,7 +210,7 @@ class Learner(abc.ABC):
         """
 
     def write_head(self, graph: HeadGraph, x: str) -> str | None:
-        """Write the operators that compute `scores` into an ONNX graph.
+        """Write the operators that compute `scores` into a graph: that of a device, or of an ONNX file.
 
         Args:
             graph: to write into.

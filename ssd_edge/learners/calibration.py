@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssd_edge.answers import head
+
 LEAST, MOST, STEPS = -16, 14, 2  # powers of two: scores may lie in 0..1, or differ by thousands
 TEMPERATURES = 2.0 ** (torch.arange(LEAST * STEPS, MOST * STEPS + 1, dtype=torch.float64) / STEPS)
-COMPARED = 5  # classes with the best scores
 PRIOR = 20.0  # images that the mean of all classes counts as within a group
 
 
@@ -78,10 +79,10 @@ def confidence(scores: Tensor, found: Tensor) -> Tensor:
         scores: Scores of the learned classes, ``(N, C)``.
         found: From `temperatures`, ``(C,)``.
     """
-    return (-(_below(scores) / found[scores.argmax(1), None]).logsumexp(1)).exp()
+    return torch.from_numpy(head.confidence(scores.numpy(), found.numpy()))
 
 
 def _below(scores: Tensor) -> Tensor:
-    """Return how far the best scores are below the best one, float64 ``(N, min(C, COMPARED))``."""
-    best = scores.double().topk(min(COMPARED, scores.shape[1]), dim=1).values
+    """Return how far the best scores are below the best one, float64 ``(N, min(C, head.COMPARED))``."""
+    best = scores.double().topk(min(head.COMPARED, scores.shape[1]), dim=1).values
     return best - best[:, :1]

@@ -200,8 +200,12 @@ class TrackRecord:
         Args:
             scores: Scores of all classes, ``(N, C)``.
         """
-        found = calibration.temperatures(self.promised, self.nearest, self.tested, self.taught == 1)
+        found = self.temperatures()
         return None if found is None else calibration.confidence(scores, found)
+
+    def temperatures(self) -> Tensor | None:
+        """Return the temperature of answers with each class, float64 ``(C,)``; None if nothing is known."""
+        return calibration.temperatures(self.promised, self.nearest, self.tested, self.taught == 1)
 
     def without_rows(self, rows: Iterable[int]) -> TrackRecord:
         """Return a record without some rows; later rows move up."""

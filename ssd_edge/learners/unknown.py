@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssd_edge.classes import UNKNOWN
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.base import LARGEST_COUNT, TensorSpec, check_state, check_unit
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.whitening import SCHEMA as WHITENING
 from ssd_edge.learners.whitening import Whitening
 
-UNKNOWN = "unknown"
 RATE = 0.95
 PRIOR = 20.0  # images that the typical deviation counts as
 DEVIATION = 0.4  # of s in a class if nothing was held out; measured: groceries 0.24, CIFAR-10 0.1 (EfficientNet-Lite0)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from device_runtime import Device
 from device_runtime.install.bundle import install
-from device_runtime.learning.state import InstalledBundle
+from device_runtime.install.installed import InstalledBundle
 from device_runtime.service.frames import take
 from ssd_edge.data import Images
 from ssd_edge.errors import BundleRefusedError

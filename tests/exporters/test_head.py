@@ -15,6 +15,8 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from exporters.head import MAX_TOP_K, export_head
+from ssd_edge.answers.graph import HeadGraph
+from ssd_edge.answers.head import Head
 from ssd_edge.backbones.onnx import open_session
 from ssd_edge.bundle import onnx_scan
 from ssd_edge.errors import InputError
@@ -144,6 +146,23 @@ def test_scores_agree_with_the_learner(heads, case):
     assert predicted <= set(TAUGHT)
     assert len(predicted) > 1  # otherwise the comparison would be trivial
     assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numpy_gives_the_same_scores(heads, case):
+    """Devices without PyTorch run the same graph with NumPy, from a file."""
+    learner, _ = heads[case]
+    graph = HeadGraph(learner.display, ROWS, 2**20)
+    with torch.no_grad():
+        scores = learner.write_head(graph, "embeddings")
+    head = Head(learner.name, learner.replay, learner.memory_bytes(), ROWS, DIM, None).with_graph(graph, scores)
+    restored = Head.parse(head.to_bytes())
+    known = learner.seen.numpy() == 1
+    for embeddings in (samples(150, TAUGHT, seed=3).embeddings, samples(1, TAUGHT).embeddings, torch.zeros(2, DIM)):
+        found, expected = restored.score(embeddings.numpy()), learner.scores(embeddings)[:, :ROWS].numpy()
+        assert (found == head.score(embeddings.numpy())).all()
+        largest = np.abs(expected[:, known]).max()
+        np.testing.assert_allclose(found[:, known], expected[:, known], rtol=0, atol=ROUNDING * largest)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec, check_drawn
+from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec, check_drawn
 from ssd_edge.learners.closed_form.linear import (
     BATCH,
     BUDGET_CLASSES,

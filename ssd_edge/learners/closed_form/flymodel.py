@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.config import setting
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec, check_drawn
+from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec, check_drawn
 from ssd_edge.learners.closed_form.linear import BATCH
 from ssd_edge.learners.priors import Priors
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.config import setting
-from ssd_edge.learners.base import HeadGraph
 from ssd_edge.learners.closed_form.linear import BUDGET_CLASSES, PER_CLASS
 from ssd_edge.learners.closed_form.ranpac import BUDGET, FEATURES, MOST_FEATURES, RanPAC
 from ssd_edge.learners.closed_form.sums import discriminant

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # PyTorch does not list it
 
+from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.errors import InputError, first_line
 from ssd_edge.learners.base import (
     BASE_SCHEMA,
     DTYPES,
     LARGEST_COUNT,
-    HeadGraph,
     Learner,
     Progress,
     Task,

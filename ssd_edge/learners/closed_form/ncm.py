@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
+from ssd_edge.answers.graph import HeadGraph
+from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
 from ssd_edge.learners.closed_form.linear import COUNTS
 from ssd_edge.learners.closed_form.sums import check_seen, check_sums, counts_without
 from ssd_edge.learners.priors import Priors

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.config import setting
-from ssd_edge.learners.base import HeadGraph, check_drawn
+from ssd_edge.learners.base import check_drawn
 from ssd_edge.learners.closed_form.linear import BUDGET_CLASSES, PER_CLASS, features_within
 from ssd_edge.learners.closed_form.ridge import STRENGTH, Ridge
 from ssd_edge.learners.priors import Priors

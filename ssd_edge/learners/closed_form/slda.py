@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.config import setting
-from ssd_edge.learners.base import LARGEST_COUNT, HeadGraph, TensorSpec, check_drawn
+from ssd_edge.learners.base import LARGEST_COUNT, TensorSpec, check_drawn
 from ssd_edge.learners.closed_form.linear import (
     BUDGET_CLASSES,
     LIMIT,

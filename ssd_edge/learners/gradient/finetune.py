@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.config import setting
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import HeadGraph, Learner, Progress, Task, TensorSpec
+from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
 from ssd_edge.learners.gradient.network import ANNOUNCED, check_announced, layer_name
 from ssd_edge.learners.gradient.penalties import DISPLAY, Penalty, PenaltySettings, Slot
 from ssd_edge.learners.priors import Priors

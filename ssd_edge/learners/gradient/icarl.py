@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.config import setting
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.learners.base import LARGEST_COUNT, HeadGraph, Progress, Task, TensorSpec
+from ssd_edge.learners.base import LARGEST_COUNT, Progress, Task, TensorSpec
 from ssd_edge.learners.closed_form.linear import NEVER
 from ssd_edge.learners.gradient import finetune
 from ssd_edge.learners.gradient.finetune import FineTune

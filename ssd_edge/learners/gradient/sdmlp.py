@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import LARGEST_COUNT, HeadGraph, Learner, Progress, Task, TensorSpec, check_unit
+from ssd_edge.learners.base import LARGEST_COUNT, Learner, Progress, Task, TensorSpec, check_unit
 from ssd_edge.learners.gradient.network import (
     ANNOUNCED,
     SDMLP,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from device_runtime.install.installed import InstalledBundle
 from device_runtime.learning.guard import Judgement, Limits, Trial, judge
-from device_runtime.learning.state import DeviceState, InstalledBundle
+from device_runtime.learning.state import DeviceState
 from device_runtime.learning.teach import try_held_out
 from device_runtime.results import Suspects
 from ssd_edge import learners

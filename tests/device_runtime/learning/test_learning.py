@@ -166,6 +166,10 @@ def test_strict_refuses_a_slower_provider_than_the_target_expects(root, tiny_bun
     install(root, path)
     assert Device.open(root).predict(photos("cup", 1))
     assert "warning: CPUExecutionProvider runs the backbone" in caplog.text
+    caplog.clear()
+    assert Device.open(root).predict(photos("cup", 1))  # said once
+    assert not caplog.text
+    assert "CPUExecutionProvider runs the backbone" in Device.open(root).status().note
     with pytest.raises(SlowerProviderError):
         Device.open(root, strict=True).predict(photos("cup", 1))
 

@@ -9,10 +9,10 @@ from helpers import store_standins
 
 from device_runtime.device import Device
 from device_runtime.install import bundle
-from device_runtime.learning.state import DeviceState
 from device_runtime.store import generations
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
+from ssd_edge.answers.head import Head
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError
 
 STORE = vars(store_standins)
@@ -91,17 +91,17 @@ def test_device_reads_while_another_process_prunes(tiny_bundle, tmp_path, monkey
     bundle.install(root, tmp_path / "tiny.ssdedge")
     writer, reader = Device.open(root), Device.open(root)
     writer.rename("cup", "mug")
-    real, overtaken = DeviceState.read, []
+    real, overtaken = Head.parse, []
 
-    def read(source):
+    def parse(data):
         if not overtaken:
             overtaken.append(True)
             writer.rename("mug", "cup")
             writer.rename("cup", "beaker")
             assert not writer.store.folder(2).exists()
-        return real(source)
+        return real(data)
 
-    monkeypatch.setattr(DeviceState, "read", read)
+    monkeypatch.setattr(Head, "parse", parse)  # read before the thresholds
     if refresh:
         assert reader.refresh()
     else:

@@ -177,7 +177,7 @@ def test_too_little_memory_to_load_a_library_is_no_missing_package(monkeypatch: 
 def test_too_little_memory_for_pytorch(tmp_path: Path) -> None:
     limit = 300 << 20
     done = subprocess.run(
-        [sys.executable, "-m", "ssd_edge", "device", "status", "--root", str(tmp_path)],
+        [sys.executable, "-m", "ssd_edge", "device", "forget", "x", "--root", str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
