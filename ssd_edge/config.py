@@ -60,6 +60,7 @@ class DataConfig:
     )
     exclude: tuple[str, ...] = setting((), "classes to leave out: names or positions as for data.classes")
     max_per_class: int = setting(0, "maximum number of training images per class (seeded choice); 0: all", minimum=0)
+    skip_bad: bool = setting(False, "go on without files that cannot be used, and list them; false: refuse them")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,22 +42,25 @@ class BadFilesError(InputError):
         problems: A sentence for each, which begins with its name.
         total: Number of files that were looked at.
         lever: How to go on without them.
+
+    Attributes:
+        problems: See above.
+        summary: The message without the sentences, for those who have shown them all.
     """
 
     SHOWN = 3  # in the message
 
     def __init__(self, problems: Sequence[str], total: int, lever: str = "--skip-bad") -> None:
         self.problems = tuple(problems)
-        count = len(self.problems)
+        count, shown = len(self.problems), "; ".join(self.problems[: self.SHOWN])
+        more = f"; and {count - self.SHOWN:,} more" if count > self.SHOWN else ""
+        self.summary = f"{count:,} of {total:,} files cannot be used. To go on without them: {lever}"
         if count == 1:
-            text = f"{self.problems[0]}. To go on without it: {lever}"
+            super().__init__(f"{shown}. To go on without it: {lever}")
         else:
-            more = f"; and {count - self.SHOWN:,} more" if count > self.SHOWN else ""
-            text = (
-                f"{count:,} of {total:,} files cannot be used: {'; '.join(self.problems[: self.SHOWN])}{more}. "
-                f"To go on without them: {lever}"
+            super().__init__(
+                f"{count:,} of {total:,} files cannot be used: {shown}{more}. To go on without them: {lever}"
             )
-        super().__init__(text)
 
 
 class EnvironmentUnfitError(SSDEdgeError):

@@ -32,7 +32,7 @@ from ssd_edge.cli.push import push
 from ssd_edge.cli.reproduce import reproduce
 from ssd_edge.cli.train import train
 from ssd_edge.cli.verify import verify
-from ssd_edge.errors import EnvironmentUnfitError, InputError, SSDEdgeError, meaning_of, system_problem
+from ssd_edge.errors import BadFilesError, EnvironmentUnfitError, InputError, SSDEdgeError, meaning_of, system_problem
 from ssd_edge.system import VERSION
 
 INTERRUPTED = 130
@@ -51,7 +51,7 @@ def cli() -> None:
     """Continual learning for edge devices: train, deploy, learn on the device, undo.
 
     \b
-    On a workstation:  ssd-edge train data.path=FOLDER
+    On a workstation:  ssd-edge train FOLDER
                        ssd-edge deploy --target jetson runs/1 -o robot.ssdedge
                        ssd-edge push robot.ssdedge user@camera-3
     On the device:     ssd-edge device install robot.ssdedge
@@ -137,6 +137,11 @@ def run() -> int:
 
 
 def _refuse(error: SSDEdgeError) -> int:
+    if isinstance(error, BadFilesError) and len(error.problems) > error.SHOWN:
+        for problem in error.problems:
+            log(f"  {problem}")
+        log(f"error: {error.summary}")
+        return error.exit_code
     log(f"error: {error}")
     return error.exit_code
 

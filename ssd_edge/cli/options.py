@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssd_edge.errors import printable
+from ssd_edge.errors import InputError, printable
 
 if TYPE_CHECKING:
     from device_runtime.device import Device
@@ -55,6 +56,29 @@ def read_tree(config_file: Path | None, overrides: tuple[str, ...]) -> dict[str,
     from ssd_edge.config import merge, read_yaml
 
     return merge(read_yaml(config_file) if config_file else {}, overrides)
+
+
+def with_folder(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Return overrides in which a word that names a data set is ``data.path=WORD``.
+
+    Raises:
+        InputError: Two data sets are named, or a word is neither a setting nor the path of anything.
+    """
+    from ssd_edge.data import find
+
+    settings = [word for word in words if re.match(r"[a-z_]+(\.\w+)?=", word)]
+    folders = [word for word in words if word not in settings]
+    for word in folders:
+        try:
+            _ = word == "digits" or find(word)
+        except InputError as error:
+            raise InputError(
+                f"'{word}' is neither of the form section.key=value nor the path of images: {error}"
+            ) from error
+    named = [*folders, *(word.partition("=")[2] for word in settings if word.startswith("data.path="))]
+    if folders and len(named) > 1:
+        raise InputError(f"one data set is needed, but {len(named)} are named: {', '.join(named)}")
+    return (*settings, *(f"data.path={word}" for word in folders))
 
 
 def echo(text: str = "", mark: str = "", colour: str | None = None) -> None:

@@ -7,21 +7,23 @@ from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import CONFIG, OVERRIDES, read_tree
+from ssd_edge.cli.options import CONFIG, read_tree, with_folder
 
 
 @click.command()
 @CONFIG
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue an interrupted run.")
-@OVERRIDES
-def train(config_file: Path | None, resume: Path | None, overrides: tuple[str, ...]) -> None:
-    """Train a learner task by task.
+@click.option("--skip-bad", is_flag=True, help="Go on without files that cannot be used, and list them.")
+@click.argument("words", nargs=-1, metavar="[FOLDER] [SECTION.KEY=VALUE]...")
+def train(config_file: Path | None, resume: Path | None, skip_bad: bool, words: tuple[str, ...]) -> None:
+    """Train a learner task by task, on the images in FOLDER or an archive.
 
     The baselines and the panel learn the same stream.
 
     \b
     ssd-edge train                                  digits of scikit-learn, no download
-    ssd-edge train data.path=FOLDER                 FOLDER/<class>/*.jpg, or FOLDER/train and FOLDER/test
+    ssd-edge train FOLDER                           FOLDER/<class>/*.jpg, or FOLDER/train and FOLDER/test
+    ssd-edge train photos.zip --skip-bad            go on without damaged images and videos
     ssd-edge train --config F.yaml learner.name=sdmlp learner.k=10
     ssd-edge train learner.name=auto                choose a closed-form learner on held-out training images
     ssd-edge train --resume runs/3
@@ -33,6 +35,7 @@ def train(config_file: Path | None, resume: Path | None, overrides: tuple[str, .
     from ssd_edge.report.terminal import Console
 
     console = Console()
+    overrides = (*with_folder(words), *(["data.skip_bad=true"] if skip_bad else []))
     if resume is not None and (overrides or config_file):
         raise InputError("--resume keeps the configuration of the run; leave out --config and the other settings")
     tree = read_tree(config_file, overrides)

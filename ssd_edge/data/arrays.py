@@ -9,17 +9,19 @@ import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ssd_edge import images
+from ssd_edge.data.accounts import Accounts
 from ssd_edge.errors import InputError, require
 from ssd_edge.images import Pixels, decode, from_array
 from ssd_edge.system import usable_cores
 
 MAX_BYTES = 2 << 30  # limit of what is read into memory at once: an archive or an .npz
+_TRIED = Pixels(32)  # the smaller, the faster a JPEG is decoded
 _CHUNK = 16  # images per unit of work: few, so that one batch uses many cores
 
 
@@ -101,8 +103,11 @@ class Images:
             return Images(self._items[indices], names)
         return Images([self._items[index] for index in indices], names)
 
-    def digest(self) -> bytes:
+    def digest(self, digests: Sequence[bytes] = ()) -> bytes:
         """Return the SHA-256 digest of all images in order. Files are read, but not decoded.
+
+        Args:
+            digests: What `digests` returned, if it was called.
 
         Raises:
             InputError: A file does not exist or cannot be read.
@@ -111,13 +116,36 @@ class Images:
             digest = hashlib.sha256(f"{self._items.dtype.str} {self._items.shape}".encode())
             digest.update(np.ascontiguousarray(self._items).data)
             return digest.digest()
+        return hashlib.sha256(b"".join(digests or self.digests())).digest()
+
+    def digests(self) -> list[bytes]:
+        """Return the SHA-256 digest of each encoded image; of images that are arrays, none.
+
+        Raises:
+            InputError: A file does not exist or cannot be read.
+        """
+        if isinstance(self._items, np.ndarray):
+            return []
         parts = [b""] * len(self)
 
         def hash_one(index: int) -> None:
             parts[index] = hashlib.sha256(self._encoded(index)).digest()
 
         _in_threads(hash_one, len(self))
-        return hashlib.sha256(b"".join(parts)).digest()
+        return parts
+
+    def problems(self) -> list[str | None]:
+        """Decode every image, and return what is wrong with each, or None."""
+        found: list[str | None] = [None] * len(self)
+
+        def try_one(index: int) -> None:
+            try:
+                self._decode(index, _TRIED)
+            except InputError as error:
+                found[index] = str(error)
+
+        _in_threads(try_one, len(self))
+        return found
 
     def _encoded(self, index: int) -> bytes | memoryview:
         item = self._items[index]
@@ -149,6 +177,8 @@ class Source:
     train: Labelled
     test: Labelled | None
     split: str = "official train/test split"
+    accounts: Accounts = field(default_factory=Accounts)
+    refused: tuple[str, ...] = ()  # a sentence for each file that a user may take for an image, but is none
 
 
 def labelled_array(pixels: np.ndarray, labels: np.ndarray, kind: str) -> Labelled:

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ import numpy as np
 from ssd_edge.classes import normalise_name
 from ssd_edge.config import DataConfig
 from ssd_edge.data import folders
+from ssd_edge.data.accounts import Accounts
 from ssd_edge.data.arrays import Images, Labelled, Source, read_digits, read_npz
-from ssd_edge.errors import InputError, did_you_mean, printable
-from ssd_edge.files import exists, is_folder, json_bytes
+from ssd_edge.errors import BadFilesError, InputError, did_you_mean, printable
+from ssd_edge.files import exists, is_folder, json_bytes, list_folder
 from ssd_edge.images import PIXELS_VERSION
 
 
@@ -37,6 +39,15 @@ class Dataset:
     fingerprint: str  # SHA-256 of the selected images, their order and labels; part of the cache key
     split: str  # origin of the test images, in words
     own_split: bool  # True if the data has its own test images, False if they were held out
+    accounts: Accounts = field(default_factory=Accounts)  # what was found beside these images
+
+    def check(self) -> None:
+        """Decode all images, and name every one that cannot be used.
+
+        Raises:
+            BadFilesError: There is one.
+        """
+        _refuse_bad((self.train, self.test))
 
 
 def load(config: DataConfig, seed: int) -> Dataset:
@@ -50,28 +61,86 @@ def load(config: DataConfig, seed: int) -> Dataset:
 
     Raises:
         InputError: The path does not exist, the data is damaged, a class is unknown or has no training or test images,
-            or fewer than two classes remain. Damaged images are detected when they are decoded.
+            or fewer than two classes remain. Damaged images are detected when they are decoded, with `skip_bad` here.
+        BadFilesError: A file cannot be read, or is a video or a picture of another kind, and `skip_bad` is not set.
         EnvironmentUnfitError: scikit-learn is not installed, but ``digits`` needs it.
     """
     name, source = _read(config.path)
     classes = _choose(source.classes, config, name)
     train = _relabel(source.train, source.classes, classes)
-    if source.test is None:
+    own_test = source.test and _relabel(source.test, source.classes, classes)
+    skipped = list(source.refused)
+    if config.skip_bad:
+        train, own_test = _without_bad(train, skipped), own_test and _without_bad(own_test, skipped)
+    elif skipped:
+        _refuse_bad([part.images for part in (train, own_test) if part], skipped)
+    if own_test is None:
         train, test = _hold_out(train, classes, config.test_fraction, seed)
         split = f"a seeded {100 * config.test_fraction:g} % of each class held out"
     else:
-        test = _relabel(source.test, source.classes, classes)
-        split = source.split
+        test, split = own_test, source.split
         _check_every_class(train, "training", classes, name)
         _check_every_class(test, "test", classes, name)
     if config.max_per_class:
         train = _at_most(train, classes, config.max_per_class, seed)
-    fingerprint = _fingerprint(classes, train, test)
-    own = source.test is not None
-    return Dataset(name, classes, train.images, train.labels, test.images, test.labels, fingerprint, split, own)
+    try:
+        digests = [part.images.digests() for part in (train, test)]
+    except InputError:
+        _refuse_bad((train.images, test.images))
+        raise
+    fingerprint = _fingerprint(classes, (train, test), digests)
+    accounts = _with_copies(source.accounts, (train.images, test.images), digests)
+    accounts = dataclasses.replace(accounts, skipped=tuple(skipped))
+    return Dataset(
+        name,
+        classes,
+        train.images,
+        train.labels,
+        test.images,
+        test.labels,
+        fingerprint,
+        split,
+        source.test is not None,
+        accounts,
+    )
 
 
-def _find(path: str) -> Path:
+def _refuse_bad(parts: Sequence[Images], known: Sequence[str] = ()) -> None:
+    """Raise a `BadFilesError` that names every image that cannot be decoded, and what is `known` to be bad."""
+    problems = [*known, *(problem for part in parts for problem in part.problems() if problem is not None)]
+    if problems:
+        total = sum(map(len, parts)) + len(known)
+        raise BadFilesError(sorted(problems), total, "--skip-bad (data.skip_bad=true)")
+
+
+def _without_bad(part: Labelled, skipped: list[str]) -> Labelled:
+    """Return the images that can be decoded, and append a sentence to `skipped` for each of the others."""
+    problems = part.images.problems()
+    skipped += [problem for problem in problems if problem is not None]
+    return part.take(np.array([index for index, problem in enumerate(problems) if problem is None], dtype=np.int64))
+
+
+def _with_copies(accounts: Accounts, parts: Sequence[Images], digests: Sequence[Sequence[bytes]]) -> Accounts:
+    """Add groups of identical files, and the pairs of them in training and test images."""
+    groups: dict[bytes, list[tuple[int, str]]] = {}
+    for number, (part, own) in enumerate(zip(parts, digests, strict=True)):
+        for name, digest in zip(part.names, own, strict=False):
+            groups.setdefault(digest, []).append((number, name))
+    copies = [group for group in groups.values() if len(group) > 1]
+    alike = []
+    for group in copies:
+        first = next((name for number, name in group if number == 0), None)
+        alike += [(first, name) for number, name in group if number == 1 and first is not None]
+    identical = tuple(tuple(name for _, name in group) for group in copies)
+    return dataclasses.replace(accounts, identical=identical, alike=tuple(alike))
+
+
+def find(path: str) -> Path:
+    """Return the data set at a path, which may be relative to ``$SSD_EDGE_DATA``.
+
+    Raises:
+        InputError: There is nothing.
+    """
     if not path:
         raise InputError("data.path is empty; name a folder, an archive, an .npz, or 'digits'")
     tried = [Path(os.path.expanduser(path)).absolute()]
@@ -83,14 +152,15 @@ def _find(path: str) -> Path:
             return candidate
     places = " nor at ".join(str(candidate) for candidate in dict.fromkeys(tried))
     advice = "check data.path" + ("" if root else ", or set SSD_EDGE_DATA to the folder of your data sets")
-    raise InputError(f"there is no data set at {places}; {advice}.{did_you_mean(path, ['digits'])}")
+    near = did_you_mean(tried[0].name, ["digits", *(entry.name for entry in list_folder(tried[0].parent))])
+    raise InputError(f"there is no data set at {places}; {advice}.{near}")
 
 
 def _read(path: str) -> tuple[str, Source]:
     """Return the short name and the content of the data set at `path`."""
     if path == "digits":
         return path, read_digits()
-    found = _find(path)
+    found = find(path)
     if is_folder(found):
         return printable(found.resolve().name), folders.read_folder(found)  # a link may lead to any bytes
     if found.suffix.lower() == ".npz":
@@ -168,8 +238,9 @@ def _hold_out(part: Labelled, classes: Sequence[str], fraction: float, seed: int
     test = []
     for name, positions in zip(classes, _shuffled(part.labels, classes, seed, 0), strict=True):
         if len(positions) < 2:
+            number = "only one" if len(positions) else "no usable"
             raise InputError(
-                f"the class '{name}' has only one image, but one to train and one to test with are needed; "
+                f"the class '{name}' has {number} image, but one to train and one to test with are needed; "
                 "add images, or set data.exclude"
             )
         test.append(positions[: min(max(1, round(fraction * len(positions))), len(positions) - 1)])
@@ -183,9 +254,9 @@ def _at_most(part: Labelled, classes: Sequence[str], count: int, seed: int) -> L
     return part.take(np.sort(np.concatenate(chosen)))
 
 
-def _fingerprint(classes: Sequence[str], train: Labelled, test: Labelled) -> str:
+def _fingerprint(classes: Sequence[str], parts: Sequence[Labelled], digests: Sequence[Sequence[bytes]]) -> str:
     digest = hashlib.sha256(json_bytes({"classes": list(classes), "pixels": PIXELS_VERSION}))
-    for part in (train, test):
-        digest.update(part.images.digest())
+    for part, own in zip(parts, digests, strict=True):
+        digest.update(part.images.digest(own))
         digest.update(hashlib.sha256(part.labels.astype("<i8").tobytes()).digest())
     return digest.hexdigest()

@@ -49,6 +49,7 @@ def render(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         ),
         _comparison_section(metrics),
         _section("Class by class", "Final test accuracy, the worst first.", _class_bars(metrics)),
+        _files_section(run.get("accounts") or {}),
         _setup(run),
     ]
     return (
@@ -196,6 +197,17 @@ def _class_bars(metrics: Mapping[str, Any]) -> str:
         return bars
     span = f"from {percent(rest[0][1])} to {percent(rest[-1][1])}"
     return bars + tag("p", f"and {len(rest)} more, {span}", class_="caption")
+
+
+def _files_section(accounts: Mapping[str, Any]) -> str:
+    """Return what the data set holds besides the images that were used, see `ssd_edge.data.accounts`."""
+    lines = [*accounts.get("warnings", ()), *(f"not looked at: {text}" for text in [accounts.get("ignored")] if text)]
+    if not lines:
+        return ""
+    listed = tag("ul", *(tag("li", escape(line)) for line in lines))
+    every = [tag("li", escape(problem)) for problem in accounts.get("skipped", ())]
+    more = tag("details", tag("summary", f"All {len(every):,} left out"), tag("ul", *every)) if len(every) > 1 else ""
+    return _section("Files", "What was found besides the images that were used.", listed, more)
 
 
 def _setup(run: Mapping[str, Any]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
 from ssd_edge.backbones.embedder import Embedder
-from ssd_edge.data import Dataset, cache
+from ssd_edge.data import Dataset, Images, cache
+from ssd_edge.errors import InputError
 from ssd_edge.images import check_embedded
 from ssd_edge.report import events
 from ssd_edge.report.events import Listener, Message
@@ -33,7 +36,7 @@ def embed(dataset: Dataset, embedder: Embedder, listener: Listener, use_cache: b
         with events.progress(listener, "embedding") as update:
             for part, images in (("train", dataset.train), ("test", dataset.test)):
                 arrays = []
-                for pixels in images.batches(embedder.pixels, EMBED_BATCH):
+                for pixels in _batches(dataset, images, embedder):
                     arrays.append(embedder.embed(pixels))
                     done += len(pixels)
                     update(0, done / total, f"{done:,} images")
@@ -43,3 +46,12 @@ def embed(dataset: Dataset, embedder: Embedder, listener: Listener, use_cache: b
 
     key = {"backbone": embedder.identity, "data": dataset.fingerprint, "torch": torch.__version__}
     return cache.embeddings(key, compute, enabled=use_cache)
+
+
+def _batches(dataset: Dataset, images: Images, embedder: Embedder) -> Iterator[np.ndarray]:
+    """Yield the decoded images; if one is bad, name every bad one of the data set."""
+    try:
+        yield from images.batches(embedder.pixels, EMBED_BATCH)
+    except InputError:
+        dataset.check()
+        raise

@@ -118,6 +118,10 @@ class Setup:
         undecided = auto.wanted(config.learner)
         self.device = pick_device(config.run.device)
         self.dataset = load(config.data, config.run.seed)
+        for warning in self.dataset.accounts.warnings():
+            listener(Message(f"warning: {warning}"))
+        if ignored := self.dataset.accounts.ignored():
+            listener(Message(f"not looked at: {ignored}"))
         self.embedder = open_backbone(config.backbone, self.device, folder, lambda text: listener(Message(text)))
         if not undecided:
             self._check_learner()
@@ -411,6 +415,7 @@ def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
         "identity": setup.identity(),
         "config": to_tree(config),
         "backbone": {"identity": embedder.identity, "provenance": embedder.provenance},
+        "accounts": setup.dataset.accounts.to_dict(),
         **choice,
         **storage.environment(),
     }

@@ -59,6 +59,53 @@ def test_train_prints_tasks_and_tables(shapes: Path, cli, tmp_path: Path) -> Non
     assert read(tmp_path / "1")["accuracy_matrix"] == read(tmp_path / "2")["accuracy_matrix"]
 
 
+def test_a_folder_with_bad_files(shapes: Path, cli, tmp_path: Path) -> None:
+    folder = tmp_path / "my photos"
+    for shape in ("circle", "square"):
+        (folder / shape).mkdir(parents=True)
+        for source in sorted((shapes / "train" / shape).iterdir())[:5]:
+            (folder / shape / source.name).write_bytes(source.read_bytes())
+        (folder / shape / "clip.mp4").touch()
+        (folder / shape / "empty.jpg").touch()
+    quick, out = (*QUICK, f"run.out={tmp_path / 'runs'}"), tmp_path / "runs" / "1"
+    error = cli("train", folder, *quick, code=2).stderr
+    assert all(
+        f"  {folder / shape / name}" in error for shape in ("circle", "square") for name in ("clip.mp4", "empty.jpg")
+    )
+    last = "error: 4 of 14 files cannot be used. To go on without them: --skip-bad (data.skip_bad=true)"
+    assert error.strip().splitlines()[-1] == last
+    assert not out.exists()
+    done = cli("train", *quick, folder, "--skip-bad")
+    assert "warning: 4 files left out, as they cannot be used: " in done.stdout + done.stderr
+    assert len(read(out, "run.json")["accounts"]["skipped"]) == 4
+    assert read(out)["train_images"] + read(out)["test_images"] == 10
+    report = (out / "report.html").read_text()
+    assert "4 files left out" in report
+    assert report.count("clip.mp4 is a video") == 4  # in the sentence and in the list
+    assert json.loads(cli("evaluate", out, "--json").stdout)["images"] == 2  # without them, too
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a", "b"], "one data set is needed, but 2 are named: a, b"),
+        (["a", "data.path=b"], "one data set is needed, but 2 are named: a, b"),
+        (["c"], "'c' is neither of the form section.key=value nor the path of images: there is no data set at"),
+        (["learner.name"], "'learner.name' is neither of the form section.key=value nor"),
+        (["--resume", "a", "b"], "--resume keeps the configuration of the run"),
+    ],
+)
+def test_bad_words(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from ssd_edge.cli.train import train
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert message in str(CliRunner().invoke(train, words).exception)
+
+
 def test_evaluate(trained: Path, shapes: Path, cli) -> None:
     own = json.loads(cli("evaluate", trained, "--json").stdout)
     metrics = read(trained)
