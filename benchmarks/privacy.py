@@ -24,7 +24,8 @@ from torch import Tensor
 from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.config import BackboneConfig, DataConfig
 from ssd_edge.data import load
-from ssd_edge.learners.closed_form.sums import ClassStatistics, discriminant
+from ssd_edge.learners.closed_form.discriminant import Discriminant
+from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.run.storage import environment
 
 KNOWN, TRAIN, TEST, CLASSES = 100, 260, 100, 10
@@ -113,7 +114,9 @@ def accuracy(statistics: ClassStatistics, test: Tensor, rows: Tensor) -> float:
     """Return the accuracy of the linear discriminant of the statistics; noise may make the covariance indefinite."""
     values, vectors = torch.linalg.eigh(statistics.within_covariance())
     covariance = vectors * values.clamp_min(1e-6 * float(values.max())) @ vectors.T
-    weights, bias = discriminant(statistics.means, statistics.counts, covariance, statistics.degrees_of_freedom)
+    weights, bias = Discriminant.fit(covariance, statistics.degrees_of_freedom).weights(
+        statistics.means, statistics.counts
+    )
     return float(((test @ weights + bias).argmax(1) == rows).double().mean())
 
 

@@ -21,7 +21,8 @@ from split import TASKS, embeddings, protocol
 from ssd_edge import learners
 from ssd_edge.backbones.embedder import open_backbone
 from ssd_edge.config import BackboneConfig
-from ssd_edge.learners.closed_form.sums import ClassStatistics, discriminant
+from ssd_edge.learners.closed_form.discriminant import Discriminant
+from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.run.storage import environment
 
 JOINT = "SDMLP, all classes at once"
@@ -45,7 +46,7 @@ def readout(learner: learners.Learner, train: tuple, test: tuple) -> float:
     for part, truth in zip(vectors.split(4096), rows.split(4096), strict=True):
         statistics.add(code(part), truth)
     covariance, freedom = statistics.within_covariance(), statistics.degrees_of_freedom
-    values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom)
+    values, bias = Discriminant.fit(covariance, freedom).weights(statistics.means, statistics.counts)
     vectors, rows = test
     return float(((code(vectors).double() @ values + bias).argmax(1) == rows).double().mean())
 

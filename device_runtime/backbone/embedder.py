@@ -30,6 +30,7 @@ from ssd_edge.errors import (
 from ssd_edge.system import EXACT_INT8, usable_cores
 
 BATCH = 32
+CPU_PIXELS = 4 * 224 * 224  # per batch on the CPU: larger ones take as long per image, and far more memory
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 LADDER = (CUDA, CPU)  # providers of ONNX Runtime, fastest first
 ENGINES = "engines"  # folder in a root
@@ -81,7 +82,8 @@ class OnnxRuntimeEmbedder:
             )
         image = self._session.get_inputs()[0]
         self._input = image.name
-        self._batch = image.shape[0] if isinstance(image.shape[0], int) else BATCH  # the batch may be fixed
+        largest = max(1, CPU_PIXELS // size**2) if self.provider == "CPUExecutionProvider" else BATCH
+        self._batch = image.shape[0] if isinstance(image.shape[0], int) else min(BATCH, largest)  # it may be fixed
         self.size, self.dim = size, dim
 
     def embed(self, images: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from ssd_edge.system import MIB, reset_peak, resident
 
 log = logging.getLogger(__name__)
 
-TRIAL = 0.4  # of the time that remains after embedding; the rest is for learning from all images and for the guard
-RESERVE = 0.8  # of the remaining time; learning stops there to leave time for the guard and the commit
+LEARNING = 0.5  # of the time that remains after embedding; the rest is for the trial and for the guard
+TRIAL = 0.8  # of the remaining time; trying stops there to leave time for the guard and the commit
 
 # Called with the stage, the share of it that is done, 0..1, and the seconds it will still take (None if unknown yet).
 Watcher = Callable[[str, float, float | None], None]

@@ -22,13 +22,14 @@ from ssd_edge.classes import ClassRegistry, normalise_name
 from ssd_edge.errors import InputError
 from ssd_edge.learners import Learner, Task
 from ssd_edge.learners.base import Progress
-from ssd_edge.learners.calibration import TEMPERATURES
+from ssd_edge.learners.calibration import TEMPERATURES, promises
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.retention import promises_of
 from ssd_edge.learners.whitening import Whitening
 
 MIN_IMAGES = 3  # different ones, of any class: the sum of one image is its embedding, see docs/privacy.md
-FOLDS = 3  # in which all images of a class are held out from a closed-form learner
+PARTS = 10  # in which all images of a class are held out from a learner that can tell what it would answer without them
+FOLDS = 3  # in which they are held out from another closed-form learner
 HELD_OUT = 5  # one image in five is held out from a learner trained by gradient descent
 # Squared distance below which two images count once, as a share of that of two images of a class. With
 # EfficientNet-Lite0 an image saved again as JPEG of quality 90 is at 0.01, the nearest of 1,883 photographs at 0.05.
@@ -124,11 +125,12 @@ def teach(
         )
     kept = different.nonzero().flatten()
     embeddings, labels, names = embeddings[kept], labels[kept], [names[i] for i in kept.tolist()]
-    meter.stage("trying", budgets.TRIAL)
-    trial = try_held_out(state.learner, embeddings, labels, seed, meter.tick)
-    meter.stage("learning", budgets.RESERVE)
+    task = Task(embeddings, labels)
+    meter.stage("learning", budgets.LEARNING)
     learner = copy_learner(state.learner)
-    measured = learner.learn(Task(embeddings, labels), meter.tick)
+    measured = learner.learn(task, meter.tick)
+    meter.stage("trying", budgets.TRIAL)
+    trial = try_held_out(state.learner, learner, task, seed, meter.tick)
     meter.stage("checking")
     after = state.with_learner(learner, lambda statistics: statistics.add(embeddings, labels))
     after = _with_answers(state, after.replace(registry=registry), batches, embeddings, labels, trial)
@@ -254,39 +256,58 @@ def find_different(
     return different
 
 
-def try_held_out(
-    learner: Learner, embeddings: torch.Tensor, labels: torch.Tensor, seed: int, progress: Progress | None = None
-) -> Trial:
-    """Hold out parts of the new images, teach copies of a learner the rest, and return what they answer.
+def try_held_out(before: Learner, after: Learner, task: Task, seed: int, progress: Progress | None = None) -> Trial:
+    """Hold out parts of the new images, and return what a learner that has learned the others answers to each.
 
-    For a closed-form learner every image is held out once, in `FOLDS` parts; a learner trained by gradient descent, for
-    which that takes long, is tried on one part of `HELD_OUT` only.
+    In `PARTS`, if the taught learner can tell; otherwise copies are taught the others. For a closed-form learner every
+    image is then held out once, in `FOLDS` parts; a learner trained by gradient descent, for which that takes long, is
+    tried on one part of `HELD_OUT` only.
 
     Args:
-        learner: The learner before; it is not changed.
-        embeddings: ``(N, D)``.
-        labels: Rows, int64 ``(N,)``.
+        before: The learner before; it is not changed.
+        after: The learner that has learned the task.
+        task: The new images.
         seed: Seed of the choice.
         progress: Progress callback of the learner.
     """
+    labels, learned = task.labels, after.seen.nonzero().flatten()
+    answers = torch.full_like(labels, -1)
+    promised = torch.zeros(len(labels), len(TEMPERATURES), dtype=torch.float64)
+    part = _parts(labels, PARTS, seed)
+    scores = after.held_out_scores(task, part)
+    if scores is not None:
+        tested = part >= 0
+        answers[tested] = scores[tested].argmax(1)
+        promised[tested] = promises(scores[tested][:, learned])
+        return Trial(answers, promised)
+    folds, tries = (FOLDS, FOLDS) if before.family == "closed form" else (HELD_OUT, 1)
+    part = _parts(labels, folds, seed)
+    for number in range(tries):
+        held_out = part == number
+        if bool(held_out.any()):
+            copy = copy_learner(before)
+            copy.learn(Task(task.embeddings[~held_out], labels[~held_out]), progress)
+            answers[held_out] = copy.predict(task.embeddings[held_out])
+            promised[held_out] = promises_of(copy, task.embeddings[held_out])
+    return Trial(answers, promised)
+
+
+def _parts(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Return the number of the part in which each image is held out, int64 ``(N,)``; −1 if it never is.
+
+    Args:
+        labels: Rows of the images, int64 ``(N,)``.
+        count: Number of parts; fewer for a class with fewer images.
+        seed: Seed of the choice.
+    """
     generator = torch.Generator().manual_seed(seed)
-    folds, tries = (FOLDS, FOLDS) if learner.family == "closed form" else (HELD_OUT, 1)
     part = torch.full_like(labels, -1)
     for row in torch.unique(labels).tolist():
         own = (labels == row).nonzero().flatten()
         if len(own) >= MIN_IMAGES:
             order = own[torch.randperm(len(own), generator=generator)]
-            part[order] = torch.arange(len(own)) % min(folds, len(own))
-    answers = torch.full_like(labels, -1)
-    promised = torch.zeros(len(labels), len(TEMPERATURES), dtype=torch.float64)
-    for number in range(tries):
-        held_out = part == number
-        if bool(held_out.any()):
-            copy = copy_learner(learner)
-            copy.learn(Task(embeddings[~held_out], labels[~held_out]), progress)
-            answers[held_out] = copy.predict(embeddings[held_out])
-            promised[held_out] = promises_of(copy, embeddings[held_out])
-    return Trial(answers, promised)
+            part[order] = torch.arange(len(own)) % min(count, len(own))
+    return part
 
 
 def _with_answers(

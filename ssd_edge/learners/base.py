@@ -249,6 +249,18 @@ class Learner(abc.ABC):
         self.tasks_learned += 1
         return measured
 
+    def held_out_scores(self, task: Task, part: Tensor) -> Tensor | None:
+        """Return scores of samples just learned, each as if those of its part of the task had not been.
+
+        Args:
+            task: The last task learned.
+            part: Number of the part of each sample, int64 ``(N,)``; negative: it is never held out.
+
+        Returns:
+            ``(N, C)``, −∞ for samples that are never held out; None if telling would take as long as learning again.
+        """
+        return None
+
     def remove(self, row: int, approximately: bool = False) -> bool:
         """Remove a class as if it had never been learned. The other classes keep their rows.
 

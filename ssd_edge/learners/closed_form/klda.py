@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.config import setting
+from ssd_edge.learners.closed_form.discriminant import Discriminant
 from ssd_edge.learners.closed_form.linear import BUDGET_CLASSES, PER_CLASS
 from ssd_edge.learners.closed_form.ranpac import BUDGET, FEATURES, MOST_FEATURES, RanPAC
-from ssd_edge.learners.closed_form.sums import discriminant
 
 FARTHEST = 100.0  # phase: beyond, rounding of float32 would decide; those of real embeddings are below 1
 
@@ -70,6 +70,5 @@ class KLDA(RanPAC):
 
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         statistics = self.statistics
-        freedom = statistics.degrees_of_freedom
-        values, bias = discriminant(statistics.means, statistics.counts, statistics.within_covariance(), freedom)
-        return values, bias, {}
+        found = Discriminant.fit(statistics.within_covariance(), statistics.degrees_of_freedom)
+        return *found.weights(statistics.means, statistics.counts), {}

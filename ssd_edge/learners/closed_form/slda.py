@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.config import setting
-from ssd_edge.learners.base import LARGEST_COUNT, TensorSpec, check_drawn
+from ssd_edge.learners.base import LARGEST_COUNT, Task, TensorSpec, check_drawn
+from ssd_edge.learners.closed_form.discriminant import Discriminant
 from ssd_edge.learners.closed_form.linear import (
     BUDGET_CLASSES,
     LIMIT,
@@ -26,7 +27,6 @@ from ssd_edge.learners.closed_form.linear import (
 from ssd_edge.learners.closed_form.sums import (
     ClassStatistics,
     check_covariance,
-    discriminant,
     likeliest_weight,
     shrink,
 )
@@ -94,7 +94,17 @@ class SLDA(LinearLearner):
         return graph.matmul(x, "projection", self.projection) if len(self.projection) else x
 
     def solve(self) -> tuple[Tensor, Tensor, dict[str, float]]:
-        statistics, weight, prior = self.statistics, self.prior_weight, None
+        found, weight = self._discriminant()
+        return *found.weights(self.statistics.means, self.statistics.counts), {"prior_weight": weight}
+
+    def held_out_scores(self, task: Task, part: Tensor) -> Tensor:
+        means, counts = self.statistics.means, self.statistics.counts
+        vectors = self.features(task.embeddings.to(self.device)).cpu()
+        return self._discriminant()[0].held_out(means, counts, vectors, task.labels, part)
+
+    def _discriminant(self) -> tuple[Discriminant, float]:
+        """Return the discriminant, and the weight of the prior covariance in samples."""
+        statistics, weight = self.statistics, self.prior_weight
         scatter, freedom = statistics.scatter_within(), statistics.degrees_of_freedom
         if self.prior is not None:
             prior = self.features(self.features(self.prior).mT).mT.double().cpu()
@@ -106,8 +116,7 @@ class SLDA(LinearLearner):
         size, square = len(covariance), float(statistics.second.diagonal().mean()) / max(statistics.total, 1.0)
         rounding = max(ROUNDING * math.sqrt(size) * square, MIN_VARIANCE)
         covariance.diagonal().add_(rounding)
-        values, bias = discriminant(statistics.means, statistics.counts, covariance, freedom + weight)
-        return values, bias, {"prior_weight": weight}
+        return Discriminant.fit(covariance, freedom + weight), weight
 
     def _common(self) -> dict[str, Any]:
         return {

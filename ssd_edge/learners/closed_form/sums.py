@@ -17,8 +17,6 @@ from ssd_edge.errors import BundleRefusedError, InputError
 PRIOR_GRID = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 LEAST_SHARE = 1e-6  # weight of the identity in a covariance: it is then positive definite
 LEAST_SHRINKAGE = 0.5  # from 0.05 to 0.9 `unknown` is detected equally well (AUROC within 0.01); more overfits less
-EXACT_TRACE, SIGNS = 300, 64  # dimensions up to which a trace is exact, and random vectors beyond
-MOST_USED = 0.99  # of the samples' degrees of freedom: bounds a quotient, which would be infinite at 1
 RIDGE_GRID = tuple(10.0 ** (e / 2) for e in range(-12, 9))  # λ relative to the mean eigenvalue
 NO_VARIANCE = 1e-12  # relative to the mean square: smaller variances are rounding errors of equal samples
 # A sum of D² products that is stored after every change is indefinite by at most these shares of √D times its largest
@@ -422,11 +420,7 @@ def shrink(covariance: Tensor, samples: float, least: float = LEAST_SHARE) -> Te
         samples: number of samples it was estimated from.
         least: smallest weight of the identity.
     """
-    return _blend(covariance, max(oas_shrinkage(covariance, samples), least))
-
-
-def _blend(covariance: Tensor, share: float) -> Tensor:
-    """Return the covariance with a share of its mean variance on the diagonal instead."""
+    share = max(oas_shrinkage(covariance, samples), least)
     blended = (1.0 - share) * covariance
     blended.diagonal().add_(share * max(float(covariance.trace()) / len(covariance), 1e-12))
     return blended
@@ -458,51 +452,6 @@ def likeliest_weight(scatter: Tensor, freedom: float, prior: Tensor) -> float:
         if float(evidence) > best:
             best, chosen = float(evidence), weight
     return chosen
-
-
-def discriminant(means: Tensor, counts: Tensor, covariance: Tensor, samples: float) -> tuple[Tensor, Tensor]:
-    """Solve the linear discriminant with equal class priors: w_c = Λ⁻¹ μ_c, b_c = −½ μ_cᵀ Λ⁻¹ μ_c.
-
-    The mean of n_c samples makes μᵀΛ⁻¹μ too large by tr(Λ⁻¹Σ)/n_c, so a class with few samples would rarely be
-    predicted next to classes with many; this is subtracted. Λ is solved from the same samples as Σ, which makes the
-    trace t too small as well: of one sample that is left out, xᵀΛ⁻¹x is larger by the factor 1/(1 − (1 − s) t/N)
-    (Sherman & Morrison), with s the weight of the identity in Λ and N the number of samples.
-
-    Args:
-        means: class means, ``(C, D)``.
-        counts: number of samples, ``(C,)``; a class without samples gets a bias of −∞.
-        covariance: within-class covariance Σ, ``(D, D)``; shrunk here to Λ.
-        samples: number of samples that the covariance was estimated from.
-
-    Returns:
-        Values ``(D, C)`` and biases ``(C,)``, float64.
-    """
-    share = max(oas_shrinkage(covariance, samples), LEAST_SHARE)
-    factor = torch.linalg.cholesky(_blend(covariance, share))
-    values = torch.cholesky_solve(means.T, factor)
-    trace = _trace_of_quotient(covariance, factor)
-    used = (1.0 - share) * trace / max(samples, 1.0)
-    noise = trace / (1.0 - min(used, MOST_USED))
-    bias = (means.T * values).sum(0) - noise / counts.clamp_min(1)
-    return values, (-0.5 * bias).masked_fill(counts == 0, -torch.inf)
-
-
-def _trace_of_quotient(covariance: Tensor, factor: Tensor) -> float:
-    """Return tr(Λ⁻¹Σ) for Λ = LLᵀ: exactly for few dimensions, otherwise within about one percent.
-
-    The estimate is the mean of vᵀΛ⁻¹Σv over random signs v (Hutchinson 1989), always the same ones. An inverse would
-    take as long as everything else that `discriminant` does.
-
-    Args:
-        covariance: Σ, ``(D, D)``.
-        factor: L, ``(D, D)``.
-    """
-    size = len(covariance)
-    if size <= EXACT_TRACE:
-        return float((torch.cholesky_inverse(factor) * covariance).sum())
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(2, (size, SIGNS), generator=generator).to(covariance) * 2 - 1
-    return float((signs * torch.cholesky_solve(covariance @ signs, factor)).sum()) / SIGNS
 
 
 def ridge(statistics: ClassStatistics, strength: float = 0.0) -> tuple[Tensor, Tensor, float]:

@@ -149,7 +149,7 @@ def test_result_and_history_contain_time_and_peak_memory(device):
     result = device.learn("wedge", photos(5), watcher=lambda stage, share, left: stages.append(stage))
     assert result.seconds > 0
     assert result.peak_mb is None or 50 < result.peak_mb < 10_000
-    assert list(dict.fromkeys(stages)) == ["embedding", "trying", "learning", "checking"]
+    assert list(dict.fromkeys(stages)) == ["embedding", "learning", "trying", "checking"]
     info = device.history().generations[-1].info
     assert (info["seconds"], info["peak_mb"]) == (result.seconds, result.peak_mb)
 

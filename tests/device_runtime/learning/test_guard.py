@@ -67,9 +67,11 @@ class World:
         self, before: DeviceState, images: torch.Tensor, rows: torch.Tensor, learn: bool = True
     ) -> tuple[DeviceState, Trial]:
         """Return the state after teaching images, and the answers while they were held out."""
-        learner = learners.restore(*learners.pack(before.learner))
+        task = learners.Task(images, rows)
+        learner, tried = (learners.restore(*learners.pack(before.learner)) for _ in range(2))
+        tried.learn(task)
         if learn:
-            learner.learn(learners.Task(images, rows))
+            learner.learn(task)
         statistics, rejector, record, registry = (
             before.statistics.copy(),
             before.rejector,
@@ -77,7 +79,7 @@ class World:
             before.registry,
         )
         statistics.add(images, rows)
-        trial = try_held_out(before.learner, images, rows, 0)
+        trial = try_held_out(before.learner, tried, task, 0)
         for row in torch.unique(rows).tolist():
             own = rows == row
             if row >= len(registry):

@@ -9,16 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.covariance import oas
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from ssd_edge.errors import InputError
-from ssd_edge.learners.closed_form import sums
 from ssd_edge.learners.closed_form.sums import (
     RIDGE_GRID,
     ClassStatistics,
-    discriminant,
     oas_shrinkage,
     pack_symmetric,
     ridge,
@@ -297,37 +294,6 @@ def test_an_unknown_covariance_becomes_an_invertible_one(samples: float) -> None
     assert bool(torch.isfinite(torch.linalg.cholesky(shrunk)).all())
 
 
-class Fixed:
-    """Covariance estimator that returns a fixed matrix."""
-
-    def __init__(self, covariance: NDArray) -> None:
-        self.covariance_ = covariance
-
-    def fit(self, _: NDArray) -> Fixed:
-        return self
-
-
-def test_discriminant_matches_scikit_learn() -> None:
-    vectors, labels = data()
-    statistics = collect(vectors, labels)
-    covariance = statistics.scatter_within() / (statistics.total - 4)
-    values, bias = discriminant(statistics.means, statistics.counts, covariance, statistics.total)
-    reference = LinearDiscriminantAnalysis(
-        solver="lsqr", covariance_estimator=Fixed(shrink(covariance, statistics.total).numpy()), priors=[0.25] * 4
-    ).fit(vectors.double().numpy(), labels.numpy())
-    np.testing.assert_allclose(values, reference.coef_.T, rtol=1e-5, atol=1e-8)
-    noise = bias.numpy() - reference.intercept_ + np.log(0.25)  # of the means: in proportion to 1/n
-    np.testing.assert_allclose(noise * statistics.counts.numpy(), np.full(4, noise[0] * float(statistics.counts[0])))
-    assert noise[0] > 0
-
-
-def test_discriminant_never_predicts_a_class_without_samples() -> None:
-    means = torch.zeros(2, 3, dtype=torch.float64)
-    _, bias = discriminant(means, torch.tensor([4.0, 0.0]).double(), torch.eye(3).double(), 3.0)
-    assert bias[1] == -torch.inf
-    assert torch.isfinite(bias[0])
-
-
 # ── ridge ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -464,17 +430,3 @@ def test_float32_statistics_survive_a_restart_exactly() -> None:
     assert torch.equal(again.sums, statistics.sums)
     assert torch.equal(again.moments, statistics.moments)
     assert statistics.state()["second"].dtype == torch.float32
-
-
-def test_the_trace_of_many_dimensions_is_estimated_within_a_percent(monkeypatch: pytest.MonkeyPatch) -> None:
-    size, count = 400, 600
-    vectors = torch.randn(count, size, generator=torch.Generator().manual_seed(0)).double() * torch.linspace(
-        0.1, 3, size
-    )
-    covariance = vectors.T @ vectors / count
-    means, counts = torch.zeros(2, size, dtype=torch.float64), torch.tensor([1.0, 10.0], dtype=torch.float64)
-    _, estimated = discriminant(means, counts, covariance, count)
-    monkeypatch.setattr(sums, "EXACT_TRACE", size)
-    _, exact = discriminant(means, counts, covariance, count)
-    assert not torch.equal(estimated, exact)
-    torch.testing.assert_close(estimated, exact, rtol=0.02, atol=0)
