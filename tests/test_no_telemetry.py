@@ -140,6 +140,7 @@ def _key(at: Ground) -> Path:
 TINY = ("train.epochs=1", "train.batch=32", "student.neurons=64", "student.epochs=1")
 SCENARIOS: dict[str, Callable[[Ground], object]] = {
     "train": lambda at: at.ssd_edge("train", "backbone=tiny", f"data.path={at.shapes}", f"run.out={at.work / 'runs'}"),
+    "compare": lambda at: at.ssd_edge("compare", at.run),
     "evaluate": lambda at: at.ssd_edge("evaluate", at.run),
     "deploy": lambda at: at.ssd_edge("deploy", "--target", "cpu", at.run, "-o", at.work / "its.ssdedge", "--head"),
     "push": _push,

@@ -30,7 +30,7 @@ from ssd_edge.cli.pretrain import pretrain
 from ssd_edge.cli.profile import profile
 from ssd_edge.cli.push import push
 from ssd_edge.cli.reproduce import reproduce
-from ssd_edge.cli.train import train
+from ssd_edge.cli.train import compare, train
 from ssd_edge.cli.verify import verify
 from ssd_edge.errors import BadFilesError, EnvironmentUnfitError, InputError, SSDEdgeError, meaning_of, system_problem
 from ssd_edge.system import VERSION
@@ -62,7 +62,7 @@ def cli() -> None:
 
 
 for command in (
-    *(train, evaluate, deploy, push, device, inspect, verify, profile, bench, doctor, keys),
+    *(train, compare, evaluate, deploy, push, device, inspect, verify, profile, bench, doctor, keys),
     *(pretrain, reproduce, config),
 ):
     cli.add_command(command)

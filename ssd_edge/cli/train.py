@@ -1,24 +1,33 @@
-"""Command ``ssd-edge train``."""
+"""Commands ``ssd-edge train`` and ``ssd-edge compare``."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ssd_edge.cli.options import CONFIG, read_tree, with_folder
+
+if TYPE_CHECKING:
+    from ssd_edge.report.terminal import Console
+    from ssd_edge.run.train import Run
 
 
 @click.command()
 @CONFIG
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue an interrupted run.")
 @click.option("--skip-bad", is_flag=True, help="Go on without files that cannot be used, and list them.")
+@click.option("--no-panel", is_flag=True, help="Train the model only; `ssd-edge compare` trains the others later.")
 @click.argument("words", nargs=-1, metavar="[FOLDER] [SECTION.KEY=VALUE]...")
-def train(config_file: Path | None, resume: Path | None, skip_bad: bool, words: tuple[str, ...]) -> None:
-    """Train a learner task by task, on the images in FOLDER or an archive.
+def train(
+    config_file: Path | None, resume: Path | None, skip_bad: bool, no_panel: bool, words: tuple[str, ...]
+) -> None:
+    """Train a learner task by task on the images in FOLDER or an archive, then others to compare it with.
 
-    The baselines and the panel learn the same stream.
+    The model can be deployed before the others are trained; Ctrl-C then stops the comparison only.
 
     \b
     ssd-edge train                                  digits of scikit-learn, no download
@@ -33,6 +42,7 @@ def train(config_file: Path | None, resume: Path | None, skip_bad: bool, words: 
     from ssd_edge.config import TrainConfig, parse
     from ssd_edge.errors import InputError
     from ssd_edge.report.terminal import Console
+    from ssd_edge.report.wording import percent
 
     console = Console()
     overrides = (*with_folder(words), *(["data.skip_bad=true"] if skip_bad else []))
@@ -46,9 +56,53 @@ def train(config_file: Path | None, resume: Path | None, skip_bad: bool, words: 
     run = train.resume(resume, console) if resume else train.start(config, argv, console)
     console.print(f"{run.folder}: {'resumed' if resume else 'started'}")
     try:
-        result = run.execute()
+        trained = run.train_model()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with: ssd-edge train --resume {run.folder}") from None
+    settings = run.config.run
+    if no_panel or not (settings.panel or settings.baselines):
+        console.table(trained.to_dict())
+        console.print(f"report:  {run.folder / 'report.html'}")
+        console.print(f"compare: ssd-edge compare {run.folder}")
+        console.print(f"deploy:  {_deploying(run.folder)}")
+        return
+    console.print(
+        f"the model is ready: {percent(trained.main.average_accuracy)} of the test images, averaged over the tasks; "
+        f"deploy it now, in another terminal, with: {_deploying(run.folder)}"
+    )
+    _compare(run, console, settings.baselines, settings.panel)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def compare(run: Path) -> None:
+    """Train other learners on the stream of a finished RUN, and add them to its report.
+
+    It continues where an earlier comparison was stopped.
+    """
+    from ssd_edge.report.terminal import Console
+    from ssd_edge.run import finished
+    from ssd_edge.run import train as training
+
+    console = Console()
+    finished.read(run)
+    _compare(training.resume(run, console), console)
+
+
+def _compare(run: Run, console: Console, baselines: bool = True, panel: bool = True) -> None:
+    """Train the learners to compare with, and print the tables."""
+    console.print("comparing it with other learners; Ctrl-C stops that and keeps the model")
+    try:
+        result = run.compare(baselines, panel)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"the model in {run.folder} is complete; continue the comparison with: ssd-edge compare {run.folder}"
+        ) from None
     console.table(result.to_dict())
     console.print(f"report: {run.folder / 'report.html'}")
-    console.print(f"next:   ssd-edge deploy --target jetson {run.folder} -o robot.ssdedge")
+    console.print(f"deploy: {_deploying(run.folder)}")
+
+
+def _deploying(folder: Path) -> str:
+    """Return the command that deploys a run."""
+    return f"ssd-edge deploy --target jetson {shlex.quote(str(folder))} -o robot.ssdedge"

@@ -35,7 +35,7 @@ from ssd_edge.report import events
 from ssd_edge.report.compare import DISPLAY
 from ssd_edge.report.events import Listener, Message, TaskLearned
 from ssd_edge.report.html import render
-from ssd_edge.report.wording import extent, step_name, stream_name
+from ssd_edge.report.wording import extent, percent, step_name, stream_name
 from ssd_edge.run import metrics, storage
 from ssd_edge.run.embed import embed
 from ssd_edge.run.metrics import Summary
@@ -177,8 +177,14 @@ class Run:
         self.progress = storage.ProgressStore(folder)
 
     def execute(self) -> RunResult:
-        """Train all learners, write all results, and return them."""
-        config, data, main = self.config, self.setup.data, self.config.learner["name"]
+        """Train the learner and then those that it is compared with; return all results."""
+        self.train_model()
+        run = self.config.run
+        return self.compare(run.baselines, run.panel)
+
+    def train_model(self) -> RunResult:
+        """Train the learner, and write all that a deployment needs; return its results."""
+        config, data = self.config, self.setup.data
         self.listener(
             Message(
                 f"{self.setup.dataset.name}: {len(data.train):,} training and {len(data.test):,} test images, "
@@ -186,16 +192,30 @@ class Run:
                 f"{stream_name(config.stream.kind, config.stream.online)}, order {config.stream.order}"
             )
         )
-        results = {main: self._train(config.learner, is_main=True)}
-        others = [*(BASELINES if config.run.baselines else ()), *(PANEL if config.run.panel else ())]
-        for name in others:
-            if name not in results:
-                results[name] = self._train(options_for(name, config.learner), is_main=False)
-        if config.run.panel:
-            results[JOINT_NAME] = self._train_joint()
-        return self._finish(results)
+        self._train(config.learner, is_main=True)
+        return self._finish()
 
-    def _train(self, options: Mapping[str, Any], is_main: bool) -> LearnerResult:
+    def compare(self, baselines: bool = True, panel: bool = True) -> RunResult:
+        """Train other learners on the same stream, after `train_model`; return all results.
+
+        If it is interrupted, the run has the results of those that finished, and another call continues.
+
+        Args:
+            baselines: Train the baselines.
+            panel: Train the heads of the panel, and joint training.
+        """
+        main = self.config.learner["name"]
+        others = [name for name in (*(BASELINES if baselines else ()), *(PANEL if panel else ())) if name != main]
+        try:
+            for name in dict.fromkeys(others):
+                self._train(options_for(name, self.config.learner), is_main=False)
+            if panel:
+                self._train_joint()
+        finally:
+            result = self._finish()
+        return result
+
+    def _train(self, options: Mapping[str, Any], is_main: bool) -> None:
         """Train one learner on the remaining experiences."""
         options = limit_epochs(options, self.config.stream.online)
         name, data = options["name"], self.setup.data
@@ -217,8 +237,7 @@ class Run:
                         self.listener(TaskLearned(step, steps, classes, mean, seen, seconds, noun))
             if not is_main:
                 result = self._result(name)
-                self.listener(Message(f"{result.display}: average accuracy {result.average_accuracy:.3f}"))
-        return self._result(name)
+                self.listener(Message(f"{result.display}: average accuracy {percent(result.average_accuracy)}"))
 
     def _start_or_restore(self, name: str, options: Mapping[str, Any]) -> learners.Learner:
         """Build a learner, or restore it from its last checkpoint."""
@@ -264,7 +283,7 @@ class Run:
         right = (learner.predict(data.test) == data.test_rows).double()
         return {name: float(right[data.test_rows == row].mean()) for row, name in enumerate(data.names)}
 
-    def _train_joint(self) -> LearnerResult:
+    def _train_joint(self) -> None:
         """Train a network on all tasks at once, as an upper bound."""
         if not self.progress.entry(JOINT_NAME).done:
             setup, data = self.setup, self.setup.data
@@ -280,8 +299,7 @@ class Run:
             progress = LearnerProgress(rows=(row,), seconds=seconds, done=True, state_bytes=size)
             self.progress.commit(JOINT_NAME, progress, None)
             result = self._result(JOINT_NAME)
-            self.listener(Message(f"{JOINT_NAME}: average accuracy {result.average_accuracy:.3f}"))
-        return self._result(JOINT_NAME)
+            self.listener(Message(f"{JOINT_NAME}: average accuracy {percent(result.average_accuracy)}"))
 
     def _write_state(self, learner: learners.Learner, state: storage.State) -> None:
         """Write the files that a deployment and an evaluation need."""
@@ -305,10 +323,11 @@ class Run:
             mu, sigma = data.standardisation
             files.write_tensors(folder / "standardisation.safetensors", {"mu": mu, "sigma": sigma})
 
-    def _finish(self, results: Mapping[str, LearnerResult]) -> RunResult:
+    def _finish(self) -> RunResult:
         """Write metrics, report and record, in this order: the record marks the run as finished."""
         record = files.read_json(self.folder / "run.json")
-        result = self._collect(results, record.get("choice"))
+        done = [name for name in self.progress.learners if self.progress.entry(name).done]
+        result = self._collect({name: self._result(name) for name in done}, record.get("choice"))
         files.write_json(self.folder / "metrics.json", result.to_dict())
         record.update(status="finished", finished=record.get("finished") or utc_now())
         files.write_text(self.folder / "report.html", render(result.to_dict(), record))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,10 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from ssd_edge import files
+from ssd_edge.cli import cli as command_line
+from ssd_edge.learners.closed_form.ranpac import RanPAC
+from ssd_edge.run import train as training
 
 QUICK = ("backbone=tiny", "run.panel=false", "run.baselines=false", "stream.order=sorted")
 
@@ -162,6 +168,52 @@ def test_a_killed_run_resumes_to_identical_weights(how: signal.Signals, shapes: 
     for name in ("learner.safetensors", "statistics.safetensors"):
         assert (cut / "1" / name).read_bytes() == (complete / "1" / name).read_bytes()
     assert os.listdir(cut / "1" / "checkpoints") == []
+
+
+def test_the_model_is_complete_before_the_comparison(shapes: Path, tmp_path: Path, monkeypatch, cli) -> None:
+    """An interrupted comparison leaves a run that can be deployed and evaluated, and continues where it stopped."""
+    learn, learned = RanPAC._learn, []
+
+    def interrupted(self: RanPAC, *args: object) -> dict:
+        learned.append(self.name)
+        if len(learned) == 2:  # in its second task
+            raise KeyboardInterrupt
+        return learn(self, *args)
+
+    folder = tmp_path / "1"
+    monkeypatch.setattr(training, "JOINT", dataclasses.replace(training.JOINT, **training.ONE_PASS))
+    with monkeypatch.context() as patch:
+        patch.setattr(RanPAC, "_learn", interrupted)
+        words = ["train", *QUICK, f"data.path={shapes}", f"run.out={tmp_path}", "run.panel=true"]
+        done = CliRunner().invoke(command_line, words, standalone_mode=False)
+    assert isinstance(done.exception, click.Abort)
+    said = str(done.exception.__cause__ or done.exception.__context__)
+    assert said.endswith(f"is complete; continue the comparison with: ssd-edge compare {folder}")
+    assert "deploy it now, in another terminal, with: ssd-edge deploy --target jetson" in done.output
+    assert set(read(folder)["panel"]) == {"ncm", "ridge"}
+    accuracy = json.loads(cli("evaluate", folder, "--json").stdout)["accuracy"]
+    state = (folder / "learner.safetensors").read_bytes()
+
+    done = CliRunner().invoke(command_line, ["compare", str(folder)], catch_exceptions=False)
+    assert "NCM: average accuracy" not in done.output  # not again
+    metrics = read(folder)
+    assert set(metrics["panel"]) == {"ncm", "ridge", "ranpac", "klda", "fecam", "flymodel", "joint"}
+    assert set(metrics["baselines"]) == {"ssd", "sdmlp", "finetune"}  # compare trains all
+    assert accuracy == pytest.approx(np.mean(list(metrics["class_accuracy"].values())))
+    assert (folder / "learner.safetensors").read_bytes() == state
+    assert "RanPAC" in (folder / "report.html").read_text()
+
+
+def test_no_panel_trains_the_model_only(shapes: Path, tmp_path: Path, cli) -> None:
+    printed = cli("train", "--no-panel", "backbone=tiny", f"data.path={shapes}", f"run.out={tmp_path}").stdout
+    assert f"compare: ssd-edge compare {tmp_path / '1'}" in printed
+    assert f"deploy:  ssd-edge deploy --target jetson {tmp_path / '1'} -o robot.ssdedge" in printed
+    metrics = read(tmp_path / "1")
+    assert (metrics["panel"], metrics["baselines"]) == ({}, {})
+
+
+def test_compare_refuses_an_unfinished_run(tmp_path: Path, cli) -> None:
+    assert "does not exist" in cli("compare", tmp_path / "1", code=2).stderr
 
 
 def test_resume_of_a_finished_run_changes_nothing(trained: Path, cli) -> None:
