@@ -116,7 +116,8 @@ def choose(
         learner: Learner of the run, whose decisions are compared. None: skip this comparison.
         images: Result of `samples`.
         target: Target of the bundle.
-        wanted: `AUTO` for the fastest precision that passes, or the name of one. Empty: the target's default.
+        wanted: `AUTO` for the fastest precision that passes, or the name of one. Empty: the target's default, or the
+            fastest slower one that passes.
         log: Receives the measurements.
 
     Raises:
@@ -129,24 +130,27 @@ def choose(
         if wanted not in ("", AUTO, native):
             raise InputError(f"the backbone is {native} itself and cannot be made {wanted}; leave --precision out")
         return ladder.step(native)
-    if wanted != AUTO:
-        wanted = wanted or target.default_precision
+    if wanted not in ("", AUTO):
         targets.check_precision(target, wanted)
         try:
             return ladder.step(wanted)
         except GateRefusedError as error:
-            others = [name for name in target.precisions if name != wanted]
-            passing = [name for name in others if ladder.passes(name)]
-            advice = f"--precision {passing[0]} would pass" if passing else "no other precision passes"
+            slower = target.precisions[target.precisions.index(wanted) + 1 :]
+            passing = [name for name in slower if ladder.passes(name)]
+            advice = f"--precision {passing[0]} would pass" if passing else "no slower precision passes"
             raise GateRefusedError(f"{error}; {advice}; nothing was written") from error
-    refused = {}
-    for name in target.precisions:
+    # By default nothing faster than the target's default is tried: int8 is converted and measured only if asked for.
+    first = 0 if wanted == AUTO else target.precisions.index(target.default_precision)
+    refused: dict[str, str] = {}
+    for name in target.precisions[first:]:
         try:
             choice = ladder.step(name)
         except (GateRefusedError, InputError) as error:
             refused[name] = str(error)
             log(f"{name}: refused: {error}")
         else:
+            if refused:
+                log(f"the bundle is {name} instead of {next(iter(refused))}")
             return dataclasses.replace(choice, report={**choice.report, "refused": refused})
     raise GateRefusedError(f"no precision passes: {refused[target.precisions[-1]]}; nothing was written")
 
@@ -159,12 +163,23 @@ class _Ladder:
     ) -> None:
         self.onnx, self.learner, self.images, self.log = onnx, learner, images, log
         self.wanted = {kind: reference(pixels) for kind, (pixels, _) in images.judged.items()}
-        self.sound = False  # True once the unconverted graph has passed
+        self._found: dict[str, Choice | SSDEdgeError] = {}
 
     def step(self, name: str) -> Choice:
-        """Return the graph in one precision, or raise as `choose` does."""
+        """Return the graph in one precision, or raise as `choose` does; it is measured once."""
+        if name not in self._found:
+            try:
+                self._found[name] = self._measured(name)
+            except (GateRefusedError, InputError) as error:
+                self._found[name] = error
+        found = self._found[name]
+        if isinstance(found, SSDEdgeError):
+            raise found
+        return found
+
+    def _measured(self, name: str) -> Choice:
         native = onnx_file.precision(self.onnx)
-        if name != native and not self.sound:
+        if name != native:
             # an export error smaller than the rounding of int8 would be invisible there
             self.step(precision.FP32.name)
         calibration = self.images.calibration if precision.get(name).calibrated else None
@@ -203,7 +218,6 @@ class _Ladder:
         if remarks:
             report["remarks"] = remarks
             self.log(f"warning: {name}: {remarks[0]}; the answers on test images agree, so this is accepted")
-        self.sound = True
         return Choice(graph, name, report)
 
     def passes(self, name: str) -> bool:

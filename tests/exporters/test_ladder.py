@@ -102,10 +102,26 @@ def test_refused_precision_suggests_one_that_passes(verdicts):
     with pytest.raises(GateRefusedError, match=r"in int8 does not.* too far.*; --precision fp16 would pass; nothing"):
         chosen("int8")
     verdicts(fp16=["too far"], fp32=["too far"])
-    with pytest.raises(GateRefusedError, match="no other precision passes; nothing was written"):
+    with pytest.raises(GateRefusedError, match="no slower precision passes; nothing was written"):
         chosen("int8")
     with pytest.raises(GateRefusedError, match="no precision passes: the backbone in fp32"):
         chosen("auto")
+
+
+def test_the_default_falls_back_to_a_slower_precision_and_says_so(verdicts):
+    """int8 is not converted or measured unless asked for, and fp32 is measured once."""
+    lines, measured = [], verdicts(fp16=["too far"])
+    choice = chosen(lines=lines)
+    assert choice.precision == "fp32"
+    assert list(choice.report["refused"]) == ["fp16"]
+    assert lines[-2:] == [
+        "fp16: refused: the backbone in fp16 does not compute what the run computed: too far on test images",
+        "the bundle is fp32 instead of fp16",
+    ]
+    assert [graph for graph, _ in measured] == [b"fp32 of graph"] * 2 + [b"fp16 of graph"] * 2
+    with pytest.raises(GateRefusedError, match="--precision fp32 would pass"):  # one that was named is not replaced
+        chosen("fp16")
+    assert b"int8 of graph" not in [graph for graph, _ in measured]
 
 
 def test_synthetic_images_decide_only_without_test_images_or_in_fp32(verdicts, monkeypatch):
