@@ -19,6 +19,7 @@ import click
 
 from ssd_edge.cli.bench import bench
 from ssd_edge.cli.config import config
+from ssd_edge.cli.data import data
 from ssd_edge.cli.deploy import deploy
 from ssd_edge.cli.device import device
 from ssd_edge.cli.doctor import doctor
@@ -51,7 +52,8 @@ def cli() -> None:
     """Continual learning for edge devices: train, deploy, learn on the device, undo.
 
     \b
-    On a workstation:  ssd-edge train FOLDER
+    On a workstation:  ssd-edge data check FOLDER
+                       ssd-edge train FOLDER
                        ssd-edge deploy --target jetson runs/1 -o robot.ssdedge
                        ssd-edge push robot.ssdedge user@camera-3
     On the device:     ssd-edge device install robot.ssdedge
@@ -62,7 +64,7 @@ def cli() -> None:
 
 
 for command in (
-    *(train, compare, evaluate, deploy, push, device, inspect, verify, profile, bench, doctor, keys),
+    *(data, train, compare, evaluate, deploy, push, device, inspect, verify, profile, bench, doctor, keys),
     *(pretrain, reproduce, config),
 ):
     cli.add_command(command)

@@ -136,16 +136,39 @@ class Images:
 
     def problems(self) -> list[str | None]:
         """Decode every image, and return what is wrong with each, or None."""
+        return self.each(lambda index, pixels: None, _TRIED)
+
+    def each(self, see: Callable[[int, np.ndarray], object], form: Pixels) -> list[str | None]:
+        """Decode every image that can be, on all cores.
+
+        Args:
+            see: Called with the position of an image and its pixels.
+            form: What the pixels are.
+
+        Returns:
+            What is wrong with each image, or None.
+        """
         found: list[str | None] = [None] * len(self)
 
         def try_one(index: int) -> None:
             try:
-                self._decode(index, _TRIED)
+                see(index, self._decode(index, form))
             except InputError as error:
                 found[index] = str(error)
 
         _in_threads(try_one, len(self))
         return found
+
+    def header(self, index: int) -> tuple[str, int, int]:
+        """Return format, width and height of an image.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        if isinstance(self._items, np.ndarray):
+            height, width = self._items.shape[1:3]
+            return "array", int(width), int(height)
+        return images.header(self._encoded(index), self.names[index])
 
     def _encoded(self, index: int) -> bytes | memoryview:
         item = self._items[index]

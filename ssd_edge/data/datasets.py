@@ -65,7 +65,12 @@ def load(config: DataConfig, seed: int) -> Dataset:
         BadFilesError: A file cannot be read, or is a video or a picture of another kind, and `skip_bad` is not set.
         EnvironmentUnfitError: scikit-learn is not installed, but ``digits`` needs it.
     """
-    name, source = _read(config.path)
+    name, source = read_source(config.path)
+    return arrange(name, source, config, seed)
+
+
+def arrange(name: str, source: Source, config: DataConfig, seed: int) -> Dataset:
+    """Select from a source and split it; arguments and errors as for `load`."""
     classes = _choose(source.classes, config, name)
     train = _relabel(source.train, source.classes, classes)
     own_test = source.test and _relabel(source.test, source.classes, classes)
@@ -156,8 +161,8 @@ def find(path: str) -> Path:
     raise InputError(f"there is no data set at {places}; {advice}.{near}")
 
 
-def _read(path: str) -> tuple[str, Source]:
-    """Return the short name and the content of the data set at `path`."""
+def read_source(path: str) -> tuple[str, Source]:
+    """Return the short name and the content of the data set at `path`; raises as `load`."""
     if path == "digits":
         return path, read_digits()
     found = find(path)

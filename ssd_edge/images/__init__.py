@@ -45,6 +45,7 @@ __all__ = [
     "check_embedded",
     "decode",
     "from_array",
+    "header",
     "image_files",
     "is_image_name",
     "kind_of",
@@ -240,10 +241,7 @@ def decode(data: bytes | memoryview, name: str, pixels: Pixels) -> np.ndarray:
     """
     if not len(data):
         raise InputError(f"{name} is empty (0 bytes); remove it")
-    formats: tuple[str, ...] = FORMATS
-    if bytes(data[4:8]) == b"ftyp" and bytes(data[8:12]) in _HEIF_BRANDS:
-        formats = _with_heif(name)
-    with _input_errors(name), Image.open(io.BytesIO(data), formats=formats) as image:
+    with _opened(data, name) as image:
         _check_size(image, name)
         if "progressive" in image.info and (scans := bytes(data).count(b"\xff\xda")) > MAX_SCANS:
             raise InputError(f"{name} has {scans:,} scans, but a JPEG may have at most {MAX_SCANS}; save it again")
@@ -256,6 +254,22 @@ def decode(data: bytes | memoryview, name: str, pixels: Pixels) -> np.ndarray:
             # The last column and row are often partly empty. Cached embeddings of the whole image count them in full.
             extent = drafted[1][2:] if drafted and pixels.fit != "squash" else image.size
         return _to_array(image, name, pixels, stored, extent)
+
+
+def header(data: bytes | memoryview, name: str) -> tuple[str, int, int]:
+    """Return format, width and height of an image, as stored; raises an `InputError` as `decode` for a bad header."""
+    with _opened(data, name) as image:
+        return image.format or "", *image.size
+
+
+@contextlib.contextmanager
+def _opened(data: bytes | memoryview, name: str) -> Iterator[Image.Image]:
+    """Open an image, and name it in what its decoder raises."""
+    formats: tuple[str, ...] = FORMATS
+    if bytes(data[4:8]) == b"ftyp" and bytes(data[8:12]) in _HEIF_BRANDS:
+        formats = _with_heif(name)
+    with _input_errors(name), Image.open(io.BytesIO(data), formats=formats) as image:
+        yield image
 
 
 def _with_heif(name: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -41,21 +41,32 @@ def render(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         tag("p", escape(note), class_="note") if note else "",
         _cards(metrics),
         _curves_section(metrics) if steps > 1 else "",
-        _section(
+        section(
             "What is remembered",
             f"Test accuracy in percent: each row is the state after one more {step}, each column one task’s images. "
             "A column begins where its classes, named beside it, are learned; downwards it shows what becomes of them.",
             tag("div", heat_map(metrics), class_="scroll"),
         ),
         _comparison_section(metrics),
-        _section("Class by class", "Final test accuracy, the worst first.", _class_bars(metrics)),
+        section("Class by class", "Final test accuracy, the worst first.", _class_bars(metrics)),
         _files_section(run.get("accounts") or {}),
         _setup(run),
     ]
+    return document(heading, body)
+
+
+def document(heading: str, body: Sequence[str], style: str = "") -> str:
+    """Return a complete HTML document that needs no other file.
+
+    Args:
+        heading: Text of its title.
+        body: Markup; empty parts are left out.
+        style: Further rules.
+    """
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(heading)} · SSD-Edge</title><style>{_STYLE}</style></head>\n"
+        f"<title>{escape(heading)} · SSD-Edge</title><style>{_STYLE}{style}</style></head>\n"
         f"<body><main>\n{chr(10).join(filter(None, body))}\n</main></body></html>\n"
     )
 
@@ -95,7 +106,8 @@ def _bar(share: float, title: str, limit: float | None = None) -> str:
     return tag("svg", tag("title", escape(title)), track, fill, mark, width="100%", height=26, role="img")
 
 
-def _section(heading: str, caption: str, *content: str) -> str:
+def section(heading: str, caption: str, *content: str) -> str:
+    """Return a section of the page; heading and caption are escaped here."""
     return tag("section", tag("h2", escape(heading)), tag("p", escape(caption), class_="caption"), *content)
 
 
@@ -119,7 +131,7 @@ def _cards(metrics: Mapping[str, Any]) -> str:
 
 
 def _curves_section(metrics: Mapping[str, Any]) -> str:
-    return _section(
+    return section(
         "Accuracy while classes arrive",
         "Mean accuracy on all tasks learned so far. It falls as the choice grows and as tasks are forgotten.",
         tag("div", curves(metrics, wide=True), class_="wide"),
@@ -130,8 +142,8 @@ def _curves_section(metrics: Mapping[str, Any]) -> str:
 def _comparison_section(metrics: Mapping[str, Any]) -> str:
     heading = "Against everything else"
     if len(compared(metrics)) == 1:
-        return _section(heading, "Neither baselines nor the panel were run: nothing says how good these numbers are.")
-    return _section(
+        return section(heading, "Neither baselines nor the panel were run: nothing says how good these numbers are.")
+    return section(
         heading,
         "Final average accuracy on the same embeddings and the same stream. "
         "Joint training sees all classes at once: the usual upper bound.",
@@ -207,7 +219,7 @@ def _files_section(accounts: Mapping[str, Any]) -> str:
     listed = tag("ul", *(tag("li", escape(line)) for line in lines))
     every = [tag("li", escape(problem)) for problem in accounts.get("skipped", ())]
     more = tag("details", tag("summary", f"All {len(every):,} left out"), tag("ul", *every)) if len(every) > 1 else ""
-    return _section("Files", "What was found besides the images that were used.", listed, more)
+    return section("Files", "What was found besides the images that were used.", listed, more)
 
 
 def _setup(run: Mapping[str, Any]) -> str:
