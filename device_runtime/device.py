@@ -67,6 +67,7 @@ C = TypeVar("C", bound=Change)
 
 log = logging.getLogger(__name__)
 
+NAMED = 5  # classes that `history` names of one learn
 DECODE_BATCH = 64  # images that are decoded before they are embedded: 10 MB at 224 × 224 pixels
 
 
@@ -519,7 +520,9 @@ class Device:
 
     def history(self) -> History:
         """Return all generations with the change that created each, and all events of the journal."""
-        generations = [HistoryEntry(**vars(entry), what=describe(entry.info or {})) for entry in self.store.list()]
+        generations = [
+            HistoryEntry(**vars(entry), what=describe(entry.info or {}, NAMED)) for entry in self.store.list()
+        ]
         return History(
             generation=self.generation.number,
             classes=self.classes,

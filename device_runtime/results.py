@@ -345,11 +345,12 @@ class History(Record):
     events: list[Mapping[str, Any]]
 
 
-def describe(info: Mapping[str, Any]) -> str:
+def describe(info: Mapping[str, Any], most: int | None = None) -> str:
     """Return the change that created a generation in a few words, or an empty string if it is unknown.
 
     Args:
         info: The information that was committed with the generation, see `Change.info`.
+        most: Number of taught classes to name; more of them are only counted. None: name all.
     """
     if "renamed" in info:
         return "rename '{}' to '{}'".format(*info["renamed"])
@@ -357,7 +358,10 @@ def describe(info: Mapping[str, Any]) -> str:
         return f"forget '{info['forgot']}'{'' if info['exact'] else ', not exactly'}"
     if "merged_labels" in info:
         return f"merge {', '.join(map(repr, info['merged_labels']))} into '{info['into']}'"
-    taught = ", ".join(f"'{one['label']}' ({one['images']} images)" for one in info.get("taught", ()))
+    classes = info.get("taught", ())
+    taught = ", ".join(f"'{one['label']}' ({one['images']} images)" for one in classes)
+    if most is not None and len(classes) > most:
+        taught = f"{len(classes)} classes ({sum(one['images'] for one in classes):,} images)"
     if "merged" in info:
         return f"merge with installation {info['merged']}: {taught}"
     return f"learn {taught}" if taught else f"install {info['bundle']}" if "bundle" in info else ""

@@ -144,19 +144,19 @@ def open_embedder(
                 raise
             failed[name] = str(error)  # the traceback of the error would keep the memory of the runtime
     reason = "; ".join(f"{name}: {error}" if name in LADDER else error for name, error in failed.items())
-    wanted, note = _prepared_for(spec.target), ""
+    wanted, note, kind = _prepared_for(spec.target), "", ""
     if _speed(embedder.provider) < _speed(wanted):
         message = f"{embedder.provider} runs the backbone, slower than {wanted}, which the target {spec.target} expects"
         message += f": {reason}" if reason else ""
         if strict:
             raise SlowerProviderError(f"{message}; see ssd-edge doctor, or omit --strict")
-        note = f"warning: {message}"
+        note, kind = message, "warning: "
     elif reason:
         verb = "is" if len(failed) == 1 else "are"
         note = f"{' and '.join(failed)} {verb} not used, {embedder.provider} is: {reason}"
     reported = remembered.remember(store.root, spec.sha256, embedder.provider, note, say is not None)
     if note and not (once and reported):
-        tell(note)
+        tell(kind + note)
     return embedder
 
 

@@ -6,6 +6,7 @@
     ROOT/generations/000001/       generation.json and the files that it lists; never changed
     ROOT/CURRENT                   "000001", a space, a checksum of it, and a newline
     ROOT/journal.jsonl             one event per line: install, learn, rollback, pruned, recovered, repaired
+    ROOT/spare                     space that a rollback uses when the disk is full
     ROOT/.lock                     held by the only writer; readers do not lock
 
 A commit writes a temporary folder, renames it, then replaces CURRENT: that atomic rename is the commit. A crash before
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -49,6 +51,7 @@ _TRIES = 5  # of a reader; for each retry, another process must commit ten times
 _NUMBER = re.compile(r"[0-9]{6}|[1-9][0-9]{6,11}")  # more than `journal.MAX_NUMBER` has
 _BACKBONE = re.compile(r"[0-9a-f]{64}\.onnx")
 _TRACES = (watch_state.NAME, "incoming")  # uploads of ssd-edge push
+SPARE, SPARE_BYTES = "spare", 2**16  # enough for CURRENT, a line of the journal and the blocks of their folder
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 T = TypeVar("T")
@@ -178,7 +181,8 @@ class Generations:
             pruned = [event.get("generations") for event in self.journal() if event.get("event") == "pruned"]
             was_pruned = any(number in numbers for numbers in pruned if isinstance(numbers, list))
             was_pruned |= any(type(highest) is int and number <= highest for highest in self._highest())
-            problem = f"generation {number} was pruned" if was_pruned and number not in self.numbers() else error
+            missing = f"generation {number} was pruned" if was_pruned else f"there is no generation {number}"
+            problem = error if number in self.numbers() else missing
             raise InputError(f"{problem}; available generations: {self._intact_numbers()}") from error
 
     def list(self) -> Sequence[GenerationSummary]:
@@ -328,7 +332,7 @@ class Generations:
         """
         self._check_writing()
         generation = self.get(number)
-        self.switch(number, event, info=info or {})
+        self._even_if_full(lambda: self.switch(number, event, info=info or {}))
         return generation
 
     def prune(self, keep: int = 5, budget_bytes: int | None = None) -> Pruned:
@@ -410,6 +414,30 @@ class Generations:
             self._journal.shorten(EVENTS)
         except EnvironmentUnfitError as error:  # the commit has happened; the next one tries again
             log.warning("old generations were not deleted: %s", error)
+        self.reserve()
+
+    def reserve(self) -> None:
+        """Write the spare file if it is missing and there is room."""
+        self._check_writing()
+        with contextlib.suppress(EnvironmentUnfitError):
+            if self.tree.status(self.root / SPARE) is None:
+                # random bytes, which no file system compresses or leaves out
+                self.tree.write(self.root / SPARE, os.urandom(SPARE_BYTES))
+
+    def _even_if_full(self, act: Callable[[], None]) -> None:
+        """Do something that needs little space; if the disk is full, delete the spare file and do it again."""
+        try:
+            act()
+        except EnvironmentUnfitError as error:
+            full = isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not full or self.tree.status(self.root / SPARE) is None:
+                raise
+            self.tree.remove(self.root / SPARE)
+            self.tree.sync(self.root)
+            log.warning(
+                "the disk is full, so the spare space of %s is used; free some: ssd-edge device prune", self.root
+            )
+            act()
 
     def intact(self) -> dict[int, Generation]:
         """Return the intact generations by number, ascending."""

@@ -26,14 +26,22 @@ from ssd_edge.cli.doctor import doctor
 from ssd_edge.cli.evaluate import evaluate
 from ssd_edge.cli.inspect import inspect
 from ssd_edge.cli.keys import keys
-from ssd_edge.cli.options import log
+from ssd_edge.cli.options import Results, log, print_json
 from ssd_edge.cli.pretrain import pretrain
 from ssd_edge.cli.profile import profile
 from ssd_edge.cli.push import push
 from ssd_edge.cli.reproduce import reproduce
 from ssd_edge.cli.train import compare, train
 from ssd_edge.cli.verify import verify
-from ssd_edge.errors import BadFilesError, EnvironmentUnfitError, InputError, SSDEdgeError, meaning_of, system_problem
+from ssd_edge.errors import (
+    BadFilesError,
+    EnvironmentUnfitError,
+    InputError,
+    SSDEdgeError,
+    meaning_of,
+    printable,
+    system_problem,
+)
 from ssd_edge.system import VERSION
 
 INTERRUPTED = 130
@@ -112,10 +120,14 @@ def main() -> NoReturn:
 
 
 def run() -> int:
-    """Run the command line and return the exit code, after a sentence on standard error if it is not 0."""
+    """Run the command line and return the exit code, after a sentence on standard error if it is not 0.
+
+    With ``--json`` it is on standard output as well, as an object with ``error`` and ``code``, unless a result is.
+    """
+    results = Results()
     try:
         try:
-            cli.main(standalone_mode=False)
+            cli.main(standalone_mode=False, obj=results)
         except Exception as error:
             if not isinstance(error, click.Abort) and _comes_from_interrupt(error):
                 raise KeyboardInterrupt from None
@@ -125,17 +137,27 @@ def run() -> int:
         error.show(shown)
         for line in shown.getvalue().splitlines():
             log(line)
-        return InputError.exit_code
+        return _failed(error.format_message(), InputError.exit_code, results)
     except (KeyboardInterrupt, click.Abort) as error:
         hint = str(error.__cause__ or error)  # click replaces KeyboardInterrupt by Abort without its text
-        log(f"interrupted{': ' + hint if hint else ''}")
-        return INTERRUPTED
+        log(said := f"interrupted{': ' + hint if hint else ''}")
+        return _failed(said, INTERRUPTED, results)
     except BrokenPipeError:  # `ssd-edge … | head`
         return 1
     except Exception as error:
         meaning = _missing_package(error) or meaning_of(error) or _of_system(error)
-        return _report_bug() if meaning is None else _refuse(meaning)
+        if meaning is None:
+            return _failed(f"internal error: {type(error).__name__}: {error}", _report_bug(), results)
+        return _failed(str(meaning), _refuse(meaning), results)
     return 0
+
+
+def _failed(message: str, code: int, results: Results) -> int:
+    """Print what went wrong as JSON if that was asked for, and return the exit code."""
+    if "--json" in sys.argv and not results.printed:
+        with contextlib.suppress(OSError):
+            print_json({"error": printable(message), "code": code})
+    return code
 
 
 def _refuse(error: SSDEdgeError) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -33,6 +34,7 @@ ROOT = click.option(
     envvar="SSD_EDGE_ROOT",
     help="Folder of the device's state [default: $SSD_EDGE_ROOT, else a folder in the user's data directory].",
 )
+CLASSES = click.option("--classes", "list_classes", is_flag=True, help="List the classes.")
 STRICT = click.option(
     "--strict", is_flag=True, help="Fail with exit code 6 if the backbone would run slower than its target allows."
 )
@@ -98,9 +100,23 @@ def log(text: str) -> None:
         click.echo(printable(text), err=True)
 
 
+@dataclasses.dataclass
+class Results:
+    """What a verb has printed.
+
+    Attributes:
+        printed: True once a result is on standard output as JSON.
+    """
+
+    printed: bool = False
+
+
 def print_json(value: Any) -> None:
     """Print one JSON object on standard output, in ASCII: control codes and names that are not UTF-8 are escaped."""
     echo(json.dumps(value, allow_nan=False))
+    context = click.get_current_context(silent=True)
+    if context is not None and isinstance(context.obj, Results):
+        context.obj.printed = True
 
 
 def root_or_default(root: Path | None) -> Path:
@@ -121,10 +137,16 @@ def open_device(root: Path | None, strict: bool = False) -> Device:
 
 
 def describe_classes(names: Sequence[str]) -> str:
-    """Format the classes of a device for people."""
+    """Return the number of classes for people."""
     if not names:
         return "no classes yet; learn one with: ssd-edge device learn"
-    return f"{len(names)} classes: {', '.join(names)}"
+    return "1 class" if len(names) == 1 else f"{len(names):,} classes"
+
+
+def print_classes(names: Sequence[str]) -> None:
+    """Print classes, one per line."""
+    for name in names:
+        echo(f"  {name}")
 
 
 def raw_stdin() -> io.FileIO:

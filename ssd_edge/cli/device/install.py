@@ -8,12 +8,14 @@ import click
 
 from ssd_edge.cli.options import (
     ALLOW_CONTROL_FLOW,
+    CLASSES,
     JSON,
     ROOT,
     STRICT,
     describe_classes,
     echo,
     log,
+    print_classes,
     print_json,
     root_or_default,
 )
@@ -24,10 +26,17 @@ from ssd_edge.cli.options import (
 @click.option("--allow-downgrade", is_flag=True, help="Allow a lower release than the highest that was installed.")
 @ALLOW_CONTROL_FLOW
 @STRICT
+@CLASSES
 @ROOT
 @JSON
 def install(
-    bundle: Path, allow_downgrade: bool, allow_control_flow: bool, strict: bool, root: Path | None, as_json: bool
+    bundle: Path,
+    allow_downgrade: bool,
+    allow_control_flow: bool,
+    strict: bool,
+    list_classes: bool,
+    root: Path | None,
+    as_json: bool,
 ) -> None:
     """Verify and test BUNDLE, and switch to it."""
     from device_runtime.install.bundle import install as run
@@ -41,3 +50,4 @@ def install(
         print_json({"generation": generation.number, "classes": names, "root": str(root), **generation.info})
     else:
         echo(f"generation {generation.number} in {root}: {describe_classes(names)}")
+        print_classes(names if list_classes else [])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ssd_edge.cli.options import (
+    CLASSES,
     JSON,
     MAX_FORGETTING,
     ROOT,
     STRICT,
+    describe_classes,
     echo,
     open_device,
     print_cost,
@@ -21,6 +23,11 @@ from ssd_edge.cli.options import (
     raw_stdin,
 )
 from ssd_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from device_runtime.results import TaughtClass
+
+SHOWN = 5  # classes that are printed
 
 
 @click.command()
@@ -50,6 +57,7 @@ from ssd_edge.errors import InputError
     help="Memory limit in MiB for the whole process; a learn that would exceed it is refused.",
 )
 @STRICT
+@CLASSES
 @ROOT
 @JSON
 def learn(
@@ -62,6 +70,7 @@ def learn(
     budget_seconds: float | None,
     budget_mb: float | None,
     strict: bool,
+    list_classes: bool,
     root: Path | None,
     as_json: bool,
 ) -> None:
@@ -103,15 +112,23 @@ def learn(
         return
     memory = "" if result.peak_mb is None else f", {result.peak_mb} MiB of memory at most"
     took = f"{result.seconds:.1f} s{memory}"
-    echo(f"generation {result.generation}: learned {result.images} images in {took}")
-    for taught in result.taught:
-        held = taught.held_out
-        accuracy = ""
+    now = describe_classes(result.classes)
+    echo(f"generation {result.generation}: {now}; learned {result.images:,} images in {took}")
+    taught = result.taught
+    if len(taught) > SHOWN and not list_classes:
+        new, tested = sum(one.new for one in taught), [one for one in taught if _accuracy(one) is not None]
+        taught = sorted(tested, key=lambda one: _accuracy(one) or 0.0)[:SHOWN]
+        echo(f"  taught {len(result.taught)} classes, {new} of them new; --classes lists them; least recognised:")
+    for one in taught:
+        held, accuracy = one.held_out, ""
         if held is not None and held.accuracy is not None:
             accuracy = f"; {held.accuracy:.3f} of {held.images} held out recognised"
-        kind = "new" if taught.new else "known before"
-        echo(f"  {taught.label}: {taught.images} images, {kind}{accuracy}")
+        echo(f"  {one.label}: {one.images} images, {'new' if one.new else 'known before'}{accuracy}")
     print_cost(result.old_classes, "old classes")
+
+
+def _accuracy(taught: TaughtClass) -> float | None:
+    return None if taught.held_out is None else taught.held_out.accuracy
 
 
 def _class_folders(sources: tuple[Path, ...]) -> dict[str, list[Path]]:

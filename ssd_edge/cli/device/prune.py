@@ -35,6 +35,7 @@ def prune(keep: int | None, all_but_current: bool, keep_installed: bool, root: P
     store = Generations(root_or_default(root))
     with store.writer():
         pruned = store.prune(keep) if keep is not None else store.keep_only_current(keep_installed)
+        store.reserve()
         left = store.numbers()
     if as_json:
         print_json({**dataclasses.asdict(pruned), "left": list(left)})

@@ -16,7 +16,7 @@ import pytest
 from helpers import store_standins
 
 from device_runtime.store import fsck
-from device_runtime.store.generations import Generations
+from device_runtime.store.generations import SPARE, Generations
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, InputError
 
@@ -170,11 +170,24 @@ def test_full_tmpfs(small_disk):
     for call in (lambda: install(store, 50.0, b"b" * 9000), lambda: roll_back(store, 1)):
         with pytest.raises(EnvironmentUnfitError, match=r"the disk is full|bytes of free disk"):
             call()
+    with store.writer():
+        store.reserve()  # no room
+    assert not (store.root / SPARE).exists()
     assert contents(store.current()) == state(float(now))
     assert not [one for one in fsck.check(store) if one.severity == "damage"]
     assert len(prune(store, keep=2).generations) == now - 3
     assert (store.current().number, len(store.numbers())) == (now, 3)
     assert learn(store, 60.0).number == now + 1
+    with store.writer():
+        store.reserve()
+    (small_disk / "ballast").unlink()
+    with contextlib.suppress(OSError), open(small_disk / "ballast", "wb") as stream:
+        while True:
+            stream.write(b"\0" * 4096)
+            stream.flush()
+    assert roll_back(store, 1).number == 1  # with the space of the spare file
+    assert not (store.root / SPARE).exists()
+    roll_back(store, now + 1)
     assert fsck.repair(store) == []
     assert subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=False).returncode == 0
     for call in (lambda: learn(store, 70.0), lambda: prune(store), lambda: fsck.repair(store)):
