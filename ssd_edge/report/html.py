@@ -1,343 +1,329 @@
-"""The report of a run: one HTML page that needs no network and no script."""
+"""The report of a model: one HTML page that needs no network and shows everything without a script.
+
+`page.html` is its template; `page.css` and `page.js` become part of it. The script only adds to it: looking up cells of
+the confusion matrix, sorting and searching.
+"""
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
 
+import numpy as np
+
+from ssd_edge.report import findings
 from ssd_edge.report.compare import ROLES, compared, lead_note, ranked
-from ssd_edge.report.figures import curves, heat_map
-from ssd_edge.report.wording import describe_stream, percent, points, step_name
-from ssd_edge.system import duration, size
+from ssd_edge.report.findings import Pair, Threshold
+from ssd_edge.report.photographs import EXAMPLES, Album, album
+from ssd_edge.report.results import LearningPoint, Results
+from ssd_edge.report.template import fill
+from ssd_edge.report.wording import (
+    describe_choice,
+    describe_stream,
+    development,
+    forgets_nothing,
+    percent,
+    points,
+    step_name,
+)
 
-MOST_CLASSES = 40  # a longer list of bars is scrolled past, not read
+SHOWN_PAIRS = 12
+SHOWN_MISTAKES = 24
+LISTED_PAIRS = 200  # in the table of the matrix
+TERMS = (  # of the field, with what they mean; keys of metrics.json
+    ("Average accuracy", "average_accuracy", percent, "mean over the tasks of the accuracy at the end"),
+    (
+        "Average incremental accuracy",
+        "average_incremental_accuracy",
+        percent,
+        "mean of the accuracies after each step, on all that was learned so far",
+    ),
+    (
+        "Backward transfer",
+        "backward_transfer",
+        lambda value: f"{points(value, signed=True)} points",
+        "how the accuracy of earlier tasks changed since they were learned, on average; negative if it fell",
+    ),
+    (
+        "Forgetting",
+        "forgetting",
+        lambda value: f"{points(value)} points",
+        "how far earlier tasks are below the best accuracy that they ever had, on average, whatever the reason",
+    ),
+    (
+        "Learning accuracy",
+        "learning_accuracy",
+        percent,
+        "mean accuracy of the tasks right after they were learned",
+    ),
+)
 
 
-def render(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """The page.
+def render(results: Results) -> str:
+    """Return the page as a complete HTML document.
 
-    Args:
-        metrics: Content of metrics.json; `baselines` and `panel` may be empty.
-        run: Content of run.json.
-
-    Returns:
-        A complete HTML document.
+    Raises:
+        EnvironmentUnfitError: Jinja2 is not installed; PyTorch brings it.
     """
-    name, data, steps = compared(metrics)[0].display, str(metrics["data"]), len(metrics["accuracy_matrix"])
-    heading, step = f"{name} on {data}", step_name(len(metrics["tasks"]), steps)
-    facts = [
-        describe_stream(metrics),
-        f"{metrics['train_images']:,} training and {metrics['test_images']:,} test images ({metrics['split']})",
-        f"seed {run.get('seed')}",
-    ]
-    note = lead_note(metrics)
-    body = [
-        tag("p", "SSD-Edge · training report", class_="eyebrow"),
-        tag("h1", escape(heading)),
-        tag("p", escape(" · ".join(facts)), class_="facts"),
-        tag("p", escape(_choice(metrics["choice"])), class_="facts") if "choice" in metrics else "",
-        tag("p", escape(note), class_="note") if note else "",
-        _cards(metrics),
-        _curves_section(metrics) if steps > 1 else "",
-        section(
-            "What is remembered",
-            f"Test accuracy in percent: each row is the state after one more {step}, each column one task’s images. "
-            "A column begins where its classes, named beside it, are learned; downwards it shows what becomes of them.",
-            tag("div", heat_map(metrics), class_="scroll"),
-        ),
-        _comparison_section(metrics),
-        section("Class by class", "Final test accuracy, the worst first.", _class_bars(metrics)),
-        _files_section(run.get("accounts") or {}),
-        _setup(run),
-    ]
-    return document(heading, body)
+    return fill("page.html", _content(results))
 
 
-def document(heading: str, body: Sequence[str], style: str = "") -> str:
-    """Return a complete HTML document that needs no other file.
-
-    Args:
-        heading: Text of its title.
-        body: Markup; empty parts are left out.
-        style: Further rules.
-    """
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(heading)} · SSD-Edge</title><style>{_STYLE}{style}</style></head>\n"
-        f"<body><main>\n{chr(10).join(filter(None, body))}\n</main></body></html>\n"
-    )
-
-
-def _choice(choice: Mapping[str, Any]) -> str:
-    """Describe the choice of ``learner.name=auto`` and its candidates."""
-
-    def one(row: Mapping[str, Any]) -> str:
-        accuracy = "" if row["accuracy"] is None else f" {row['accuracy']:.3f}"
-        return f"{row['name']}{accuracy} ({size(row['state_bytes'])})"
-
-    return f"Chosen by learner.name=auto: {choice['sentence']}. Candidates: {', '.join(map(one, choice['rows']))}."
-
-
-def tag(name: str, *content: str, **attributes: object) -> str:
-    """Return an element.
-
-    Args:
-        name: of the element.
-        content: markup; text in it must be escaped already.
-        attributes: escaped here. ``class_`` is written ``class`` and ``text_anchor`` ``text-anchor``; an attribute
-            that is None is left out.
-    """
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{round(value, 1) if isinstance(value, float) else escape(str(value))}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
-    return f"<{name}{written}>{''.join(content)}</{name}>"
-
-
-def _bar(share: float, title: str, limit: float | None = None) -> str:
-    """Return a bar over the full width, 0 to 100 %, with a mark at `limit`; it grows with the page."""
-    mark = "" if limit is None else tag("line", x1=f"{100 * limit:.1f}%", x2=f"{100 * limit:.1f}%", y1=0, y2=26)
-    track = tag("rect", y=6, width="100%", height=14, rx=3, class_="track")
-    fill = tag("rect", y=6, width=f"{100 * share:.1f}%", height=14, rx=3, class_="fill")
-    return tag("svg", tag("title", escape(title)), track, fill, mark, width="100%", height=26, role="img")
-
-
-def section(heading: str, caption: str, *content: str) -> str:
-    """Return a section of the page; heading and caption are escaped here."""
-    return tag("section", tag("h2", escape(heading)), tag("p", escape(caption), class_="caption"), *content)
-
-
-def _cards(metrics: Mapping[str, Any]) -> str:
-    cards = [
-        ("Average accuracy", percent(metrics["average_accuracy"]), "over all tasks, at the end"),
-        ("Average incremental accuracy", percent(metrics["average_incremental_accuracy"]), "over the whole stream"),
-        ("Backward transfer", points(metrics["backward_transfer"], signed=True), "points; below zero is forgetting"),
-        ("Forgetting", points(metrics["forgetting"]), "points below the best before"),
-        ("Time", duration(metrics.get("seconds")), f"{metrics['train_images']:,} training images"),
-        ("State", size(metrics.get("state_bytes")), "all that is learned, without the backbone"),
-    ]
-    return tag(
-        "div",
-        *(
-            tag("div", tag("h3", label), tag("p", escape(value), class_="value"), tag("p", escape(hint)), class_="card")
-            for label, value, hint in cards
-        ),
-        class_="cards",
-    )
-
-
-def _curves_section(metrics: Mapping[str, Any]) -> str:
-    return section(
-        "Accuracy while classes arrive",
-        "Mean accuracy on all tasks learned so far. It falls as the choice grows and as tasks are forgotten.",
-        tag("div", curves(metrics, wide=True), class_="wide"),
-        tag("div", curves(metrics, wide=False), class_="narrow"),
-    )
-
-
-def _comparison_section(metrics: Mapping[str, Any]) -> str:
-    heading = "Against everything else"
-    if len(compared(metrics)) == 1:
-        return section(heading, "Neither baselines nor the panel were run: nothing says how good these numbers are.")
-    return section(
-        heading,
-        "Final average accuracy on the same embeddings and the same stream. "
-        "Joint training sees all classes at once: the usual upper bound.",
-        _bars(metrics),
-        tag("div", _table(metrics), class_="scroll"),
-    )
-
-
-def _bars(metrics: Mapping[str, Any]) -> str:
-    """Return bars of the final average accuracy, best first; joint training is a vertical line."""
-    methods = ranked(metrics)
-    limit = next((method.values["average_accuracy"] for method in methods if method.role == "joint"), None)
-    rows = []
-    if limit is not None:
-        said, at = f"joint training {percent(limit)}", {"x": f"{100 * limit:.1f}%", "y": 15}
-        if limit > 0.5:
-            label = tag("text", f"{said} ▾", **at, dx=4, text_anchor="end")
-        else:
-            label = tag("text", f"▾ {said}", **at, dx=-4)
-        rows.append(tag("span") + tag("svg", label, width="100%", height=20, class_="limit") + tag("span"))
-    for method in methods:
-        if method.role != "joint":
-            accuracy = method.values["average_accuracy"]
-            drawn = _bar(accuracy, f"{method.display}: {percent(accuracy)}", limit)
-            rows.append(_bar_row(method.display, drawn, percent(accuracy), method.role))
-    return tag("div", *rows, class_="bars")
-
-
-def _bar_row(name: str, drawn: str, number: str, role: str = "") -> str:
-    return (
-        tag("span", escape(name), class_=f"label {role}", title=name)
-        + tag("span", drawn, class_=f"bar {role}")
-        + tag("span", number, class_=f"amount {role}")
-    )
-
-
-def _table(metrics: Mapping[str, Any]) -> str:
-    """Return the table below the bars."""
-    heads = ("Average accuracy", "Average incremental", "Backward transfer", "Forgetting", "Time", "State")
-    rows = [tag("tr", *(tag("th", head, scope="col") for head in ("Method", "", *heads)))]
-    for method in ranked(metrics):
-        values = method.values
-        cells = [
-            ROLES[method.role],
-            percent(values["average_accuracy"]),
-            percent(values.get("average_incremental_accuracy")),
-            points(values.get("backward_transfer"), signed=True),
-            points(values.get("forgetting")),
-            duration(values.get("seconds")),
-            size(values.get("state_bytes")),
-        ]
-        name = tag("th", escape(method.display), scope="row")
-        rows.append(tag("tr", name, *(tag("td", cell) for cell in cells), class_=method.role))
-    return tag("table", *rows)
-
-
-def _class_bars(metrics: Mapping[str, Any]) -> str:
-    ordered = sorted(metrics["class_accuracy"].items(), key=lambda item: item[1])
-    shown, rest = ordered[:MOST_CLASSES], ordered[MOST_CLASSES:]
-    rows = [_bar_row(name, _bar(value, f"{name}: {percent(value)}"), percent(value)) for name, value in shown]
-    bars = tag("div", *(tag("div", row) for row in rows), class_="classes")
-    if not rest:
-        return bars
-    span = f"from {percent(rest[0][1])} to {percent(rest[-1][1])}"
-    return bars + tag("p", f"and {len(rest)} more, {span}", class_="caption")
-
-
-def _files_section(accounts: Mapping[str, Any]) -> str:
-    """Return what the data set holds besides the images that were used, see `ssd_edge.data.accounts`."""
-    lines = [*accounts.get("warnings", ()), *(f"not looked at: {text}" for text in [accounts.get("ignored")] if text)]
-    if not lines:
-        return ""
-    listed = tag("ul", *(tag("li", escape(line)) for line in lines))
-    every = [tag("li", escape(problem)) for problem in accounts.get("skipped", ())]
-    more = tag("details", tag("summary", f"All {len(every):,} left out"), tag("ul", *every)) if len(every) > 1 else ""
-    return section("Files", "What was found besides the images that were used.", listed, more)
-
-
-def _setup(run: Mapping[str, Any]) -> str:
-    """Return the command, versions and configuration of the run."""
-    keys = ("machine", "threads", "seed", "git_sha", "started", "finished")
-    parts = {
-        "Run": {key.replace("_", " "): run.get(key) for key in keys},
-        "Versions": run.get("versions"),
-        "Backbone": run.get("backbone"),
-        "Configuration": run.get("config"),
+def _content(results: Results) -> dict[str, Any]:
+    """Return the variables of the template."""
+    answers, metrics = results.answers, results.metrics
+    pairs, wrong, shown = findings.confused(answers), findings.mistakes(answers), album(results)
+    right, images = int(answers.right.sum()), len(answers.truth)
+    heading = f"{results.model} on {results.data}"
+    return {
+        "title": heading,
+        "results": results,
+        "answers": answers,
+        "headline": _headline(answers.accuracy),
+        "right": right,
+        "images": images,
+        "interval": findings.interval(right, images),
+        "chance": 1 / len(results.classes),
+        "facts": _facts(results),
+        "steps": findings.steps(results),
+        "album": shown,
+        "mistakes": wrong[:SHOWN_MISTAKES] if shown.pictures else [],
+        "wrong": len(wrong),
+        "pairs": _pairs(results, pairs, shown),
+        "listed": pairs[:LISTED_PAIRS],
+        "unlisted": max(0, len(pairs) - LISTED_PAIRS),
+        "cells": _cells(results),
+        "order": findings.alike(answers, len(results.classes)),
+        "classes": _classes(results, shown),
+        "data": _data(results, shown),
+        "images_chart": _images_chart(results),
+        "doubling": findings.last_doubling(results.fewer),
+        "threshold": findings.threshold(answers),
+        "strict": _thresholds(findings.thresholds(answers)),
+        "unknown_chart": _unknown_chart(findings.thresholds(answers), findings.threshold(answers)),
+        "setup": {key: _tree(value) for key, value in _setup(results.record).items() if value},
+        "command": shlex.join(map(str, results.record.get("argv", ()))),
+        "accounts": {"warnings": (), "ignored": "", "skipped": (), **(results.record.get("accounts") or {})},
+        "stream": _stream(metrics) if metrics is not None else None,
     }
-    blocks = [tag("div", tag("h3", heading), _tree(value)) for heading, value in parts.items() if value]
-    command = tag("pre", escape(shlex.join(map(str, run.get("argv", ())))))
-    return tag("details", tag("summary", "Setup"), command, tag("div", *blocks, class_="setup"))
 
 
-def _tree(value: Any) -> str:
-    """Return nested values as nested lists."""
+def _headline(accuracy: float) -> str:
+    """Return the answer that the page gives first."""
+    return f"{percent(accuracy)} of the test images are named correctly"
+
+
+def _facts(results: Results) -> list[str]:
+    metrics = results.metrics
+    stream = [] if metrics is None else [describe_stream(metrics)]
+    learned = f"{sum(results.learned):,} training and {len(results.answers.truth):,} test images ({results.which})"
+    seed = results.record.get("seed")
+    return [f"{results.model} on {results.data}", *stream, learned, *([] if seed is None else [f"seed {seed}"])]
+
+
+def _pairs(results: Results, pairs: Sequence[Pair], shown: Album) -> list[dict[str, Any]]:
+    """Return the most confused pairs with their photographs."""
+    found = []
+    for number, pair in enumerate(pairs[:SHOWN_PAIRS]):
+        if len(pair.wrong) < 2 and number >= 3:
+            break
+        found.append(
+            {
+                "pair": pair,
+                "names": [results.classes[row] for row in pair.rows],
+                "examples": [[i for i in shown.examples[row] if i in shown.pictures][:3] for row in pair.rows],
+                "wrong": [index for index in pair.wrong if index in shown.pictures][:EXAMPLES],
+            }
+        )
+    return found
+
+
+def _cells(results: Results) -> list[tuple[int, int, int, float]]:
+    """Return the cells of the confusion matrix that are not empty: row, answer, count, and share of the row."""
+    answers, classes = results.answers, len(results.classes)
+    codes, counts = np.unique(answers.truth * classes + answers.given, return_counts=True)
+    tested = np.bincount(answers.truth, minlength=classes)
+    rows, columns = codes // classes, codes % classes
+    shares = counts / tested[rows]
+    return list(zip(rows.tolist(), columns.tolist(), counts.tolist(), shares.tolist(), strict=True))
+
+
+def _classes(results: Results, shown: Album) -> list[dict[str, Any]]:
+    """Return what the list of classes shows, the worst first."""
+    answers, found = results.answers, []
+    wrong = findings.mistakes(answers)
+    missed: dict[int, list[int]] = {}
+    taken: dict[int, dict[int, int]] = {}
+    for index in wrong:
+        truth, given = int(answers.truth[index]), int(answers.given[index])
+        missed.setdefault(truth, []).append(index)
+        counts = taken.setdefault(truth, {})
+        counts[given] = counts.get(given, 0) + 1
+    tested = np.bincount(answers.truth, minlength=len(results.classes))
+    for row, name in enumerate(results.classes):
+        images, misses = int(tested[row]), missed.get(row, [])
+        others = sorted(taken.get(row, {}).items(), key=lambda item: -item[1])
+        found.append(
+            {
+                "row": row,
+                "name": name,
+                "images": images,
+                "right": images - len(misses),
+                "accuracy": (images - len(misses)) / images if images else None,
+                "learned": results.learned[row],
+                "examples": [index for index in shown.examples[row] if index in shown.pictures],
+                "wrong": [index for index in misses if index in shown.pictures],
+                "taken": [(results.classes[other], count) for other, count in others],
+            }
+        )
+    return sorted(found, key=lambda one: (one["accuracy"] is None, one["accuracy"], one["name"]))
+
+
+def _data(results: Results, shown: Album) -> dict[str, Any]:
+    """Return what the script needs to look up a cell of the matrix."""
+    cells: dict[str, tuple[int, list[int]]] = {}
+    answers = results.answers
+    for index in findings.mistakes(answers):
+        key = f"{answers.truth[index]},{answers.given[index]}"
+        count, pictured = cells.get(key, (0, []))
+        cells[key] = count + 1, [*pictured, *([index] if index in shown.pictures else [])]
+    tested = np.bincount(answers.truth, minlength=len(results.classes))
+    by_name = sorted(range(len(results.classes)), key=lambda row: results.classes[row].casefold())
+    return {
+        "classes": results.classes,
+        "tested": tested.tolist(),
+        "examples": [[index for index in some if index in shown.pictures] for some in shown.examples],
+        "cells": cells,
+        "orders": {
+            "alike": findings.alike(answers, len(results.classes)),
+            "learned": list(range(len(results.classes))),
+            "name": by_name,
+        },
+    }
+
+
+def _images_chart(results: Results) -> dict[str, Any] | None:
+    """Return accuracy by number of training images: a point per class, and the curve of learning from fewer."""
+    found = results.answers.by_class(results.classes)
+    spots = [
+        (count, found[name], f"{name}: {percent(found[name])}, {count} training images")
+        for name, count in zip(results.classes, results.learned, strict=True)
+        if name in found and count
+    ]
+    if not spots:
+        return None
+    numbers = [count for count, *_ in spots] + [point.images for point in results.fewer]
+    low, high = min(numbers), max(numbers)
+    base, span = math.log(low) - 0.15, math.log(high / low) + 0.3
+
+    def across(count: int) -> float:
+        return (math.log(count) - base) / span
+
+    steps = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
+    ticks = [count for count in steps if 0 <= across(count) <= 1] or sorted({low, high})
+    return {
+        "ticks": [(across(count), f"{count:,}") for count in ticks],
+        "line": [(across(p.images), p.accuracy, _fewer_title(p)) for p in results.fewer],
+        "spots": [(across(count), accuracy, title) for count, accuracy, title in spots],
+    }
+
+
+def _fewer_title(point: LearningPoint) -> str:
+    return f"at most {point.images:,} training images per class: {percent(point.accuracy)}"
+
+
+def _unknown_chart(found: Sequence[Threshold], own: Threshold) -> dict[str, Any]:
+    """Return the share of unseen images that is rejected by the share of known ones that is answered."""
+
+    def spot(one: Threshold) -> tuple[float, float, str]:
+        return one.answered, one.rejected, _threshold_title(one)
+
+    return {
+        "ticks": [(tenth / 4, f"{25 * tenth} %") for tenth in range(5)],
+        "line": [spot(one) for one in found],
+        "spots": [spot(own)],
+    }
+
+
+def _threshold_title(one: Threshold) -> str:
+    return (
+        f"{percent(one.answered)} of known classes answered, {percent(one.right)} correctly; "
+        f"{percent(one.rejected)} of unseen ones called unknown"
+    )
+
+
+def _thresholds(found: Sequence[Threshold]) -> list[Threshold]:
+    """Return thresholds at about 99, 95, 90, 80 and 70 % of answers."""
+    wanted = (0.99, 0.95, 0.9, 0.8, 0.7)
+    return [min(found, key=lambda one: abs(one.answered - share)) for share in wanted] if len(found) > 10 else []
+
+
+def _stream(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a run developed over its tasks, and the comparison with other learners."""
+    from ssd_edge.report.figures import curves, heat_map
+
+    steps, tasks = len(metrics["accuracy_matrix"]), metrics["tasks"]
+    own, *others = compared(metrics)
+    limit = next((m.values["average_accuracy"] for m in others if m.role == "joint"), None)
+    return {
+        "step": step_name(len(tasks), steps),
+        "development": development(metrics),
+        "curves": [curves(metrics, wide=True), curves(metrics, wide=False)] if steps > 1 else [],
+        "heat_map": heat_map(metrics),
+        "rows": _task_rows(metrics),
+        "metrics": metrics,
+        "forgets": not forgets_nothing(metrics["learner"]),
+        "methods": ranked(metrics) if others else [],
+        "own": own,
+        "limit": limit,
+        "roles": ROLES,
+        "lead": lead_note(metrics),
+        "choice": describe_choice(metrics["choice"]) if "choice" in metrics else "",
+        "terms": [(term, form(metrics.get(key)), meaning) for term, key, form, meaning in TERMS],
+    }
+
+
+def _task_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per step: the classes that came, and how many were named correctly then and are now."""
+    matrix, curve, tasks = metrics["accuracy_matrix"], metrics["accuracy_curve"], metrics["tasks"]
+    introduced, rows, known = metrics.get("introduced", range(len(tasks))), [], 0
+    for step, accuracy in enumerate(curve):
+        new = [number for number, when in enumerate(introduced) if when == step]
+        names = [str(name) for number in new for name in tasks[number]["classes"]]
+        known += len(names)
+        now = [matrix[-1][number] for number in new]
+        then = [matrix[step][number] for number in new]
+        rows.append(
+            {
+                "number": step + 1,
+                "names": names,
+                "known": known,
+                "accuracy": accuracy,
+                "then": sum(then) / len(then) if then else None,
+                "now": sum(now) / len(now) if now else None,
+            }
+        )
+    return rows
+
+
+def _setup(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known about how the model was made, by heading."""
+    if "argv" not in record:
+        return {"Model": record}
+    keys = ("machine", "threads", "seed", "git_sha", "started", "finished")
+    return {
+        "Run": {key.replace("_", " "): record.get(key) for key in keys},
+        "Versions": record.get("versions"),
+        "Backbone": record.get("backbone"),
+        "Configuration": record.get("config"),
+    }
+
+
+def _tree(value: Any) -> Any:
+    """Return nested values as pairs of keys and values, and lists as text."""
     if isinstance(value, Mapping):
-        rows = (tag("dt", escape(str(key))) + tag("dd", _tree(inner)) for key, inner in value.items())
-        return tag("dl", *rows)
+        return [(str(key), _tree(inner)) for key, inner in value.items()]
     if isinstance(value, Iterable) and not isinstance(value, str):
-        return escape(", ".join(map(str, value))) or "–"
-    return "–" if value is None or value == "" else escape(str(value))
-
-
-# The colours of lines and cells are in `figures`. Dark is for screens only: paper stays white.
-_STYLE = """
-:root { color-scheme: light dark;
-  --page: #f5f6f8; --card: #fff; --edge: #dde2e8; --ink: #17202b; --soft: #56616f; --accent: #0a56c4; --tint: #e8f0fc;
-  --warn: #8a5300; --warn-tint: #fdf3e0; --track: #eceff3; --bar: #8291a4; }
-@media screen and (prefers-color-scheme: dark) { :root {
-  --page: #0d1117; --card: #161b22; --edge: #2b333e; --ink: #e6ebf1; --soft: #9aa7b5; --accent: #6cb2ff;
-  --tint: #14263d; --warn: #f0bb62; --warn-tint: #2b2314; --track: #222a34; --bar: #67788b; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
-  Roboto, "Noto Sans", sans-serif; -webkit-text-size-adjust: 100%; }
-main { max-width: 1080px; margin: 0 auto; padding: 48px 24px 64px; }
-h1, h2, h3, p { margin: 0; }
-h1 { font-size: clamp(28px, 5vw, 40px); line-height: 1.15; letter-spacing: -.02em; overflow-wrap: anywhere; }
-h2 { font-size: 20px; letter-spacing: -.01em; }
-h3 { font-size: 13px; font-weight: 600; color: var(--soft); }
-.eyebrow { color: var(--accent); font-size: 13px; font-weight: 600; margin-bottom: 8px; }
-.facts { color: var(--soft); margin-top: 10px; overflow-wrap: anywhere; }
-.note { margin-top: 20px; padding: 10px 16px; border-left: 4px solid var(--warn); border-radius: 4px;
-  background: var(--warn-tint); color: var(--warn); font-weight: 600; }
-.cards { display: grid; grid-template-columns: repeat(6, 1fr); gap: 12px; margin: 24px 0; }
-.card, section, details { background: var(--card); border: 1px solid var(--edge); border-radius: 12px; }
-.card { padding: 14px 16px; display: grid; grid-row: span 3; grid-template-rows: subgrid; row-gap: 0; }
-.card h3 { line-height: 1.3; }
-.card p { color: var(--soft); font-size: 12.5px; line-height: 1.35; }
-.card .value { color: var(--ink); font-size: 25px; font-weight: 650; letter-spacing: -.02em; line-height: 1.3;
-  margin: 2px 0 6px; white-space: nowrap; }
-.card:first-child { background: var(--tint); border-color: var(--accent); }
-.card:first-child .value { color: var(--accent); }
-section, details { padding: 24px; margin-top: 16px; }
-.caption { color: var(--soft); max-width: 96ch; margin: 4px 0 18px; }
-svg { display: block; color: var(--soft); font: 13px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans",
-  sans-serif; font-variant-numeric: tabular-nums; }
-svg text { fill: currentColor; }
-svg .learner, svg .number { color: var(--ink); }
-.scroll { overflow-x: auto; }
-.narrow { display: none; }
-.cells use:hover { stroke: var(--ink); stroke-width: 1.5; }
-.bars, .classes > div { display: grid; grid-template-columns: 128px 1fr 64px; column-gap: 12px;
-  align-items: center; }
-.label { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-.amount { text-align: right; font-variant-numeric: tabular-nums; }
-.bars .baseline, .bars .panel { color: var(--soft); }
-.label.learner, .amount.learner { color: var(--accent); font-weight: 700; }
-.track { fill: var(--track); }
-.fill { fill: var(--bar); }
-.learner .fill, .classes .fill { fill: var(--accent); }
-.limit { overflow: visible; }
-.bar line { stroke: var(--ink); stroke-dasharray: 4 3; }
-.classes { columns: 2; column-gap: 40px; }
-.classes > div { break-inside: avoid; }
-.classes + .caption { margin: 12px 0 0; }
-table { border-collapse: collapse; width: 100%; margin-top: 24px; font-size: 14px;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 10px; text-align: right; white-space: nowrap; border-top: 1px solid var(--edge);
-  font-weight: 400; }
-tr:first-child th { color: var(--soft); border-top: 0; white-space: normal; vertical-align: bottom; line-height: 1.25; }
-th:first-child, td:nth-child(2) { text-align: left; }
-td:nth-child(2) { color: var(--soft); }
-tr.learner > * { background: var(--tint); font-weight: 650; }
-summary { font-size: 20px; font-weight: 700; letter-spacing: -.01em; cursor: pointer; }
-pre { background: var(--track); border-radius: 8px; padding: 12px 16px; font-size: 13px; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-.setup { columns: 2; column-gap: 40px; font-size: 14px; }
-.setup > div { margin-bottom: 20px; }
-.setup > div:last-child { break-before: column; }
-dl { display: grid; grid-template-columns: auto 1fr; gap: 2px 16px; margin: 6px 0 0; }
-dl dl { margin: 0 0 6px; grid-column: 1 / -1; }
-dt { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-@media (max-width: 960px) { .cards { grid-template-columns: repeat(3, 1fr); } }
-@media (max-width: 640px) {
-  main { padding: 28px 12px 40px; }
-  section, details { padding: 18px 14px; }
-  .cards { grid-template-columns: repeat(2, 1fr); }
-  .classes, .setup { columns: 1; }
-  .bars, .classes > div { grid-template-columns: 96px 1fr 60px; column-gap: 8px; }
-  th:nth-child(2), td:nth-child(2) { display: none; }
-  .wide { display: none; } .narrow { display: block; }
-}
-@media print {
-  body { background: #fff; font-size: 12px; }
-  main { padding: 0; max-width: none; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  h2, summary { font-size: 16px; }
-  section, details { padding: 14px 16px; }
-  section, .card, tr { break-inside: avoid; }
-  .cards { grid-template-columns: repeat(6, 1fr); gap: 8px; }
-  .card { padding: 10px; } .card h3, .card p { font-size: 10px; } .card .value { font-size: 16px; }
-  .scroll { overflow: visible; }
-  table, .setup, pre { font-size: 10.5px; }
-  th, td { padding: 3px 6px; }
-  details::details-content { content-visibility: visible; height: auto; }
-}
-"""
+        return ", ".join(map(str, value)) or "–"
+    return "–" if value is None or value == "" else str(value)

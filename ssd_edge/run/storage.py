@@ -8,6 +8,7 @@ runs/<n>/config.yaml              resolved configuration
          classes.json             class registry by learner row
          progress.json            for each learner: accuracies so far, seconds, name of the matching checkpoint
          checkpoints/             latest state of each unfinished learner
+         answers.safetensors      answers to the test images, for the report
          metrics.json report.html learner.safetensors unknown.safetensors record.safetensors
          statistics.safetensors   of the embeddings of each class, unless they are part of the learner's state
          standardisation.safetensors   mean and deviation of the first task, unless the backbone is a package

@@ -36,7 +36,7 @@ from ssd_edge.report.compare import DISPLAY
 from ssd_edge.report.events import Listener, Message, TaskLearned
 from ssd_edge.report.html import render
 from ssd_edge.report.wording import extent, percent, step_name, stream_name
-from ssd_edge.run import metrics, storage
+from ssd_edge.run import answers, metrics, storage
 from ssd_edge.run.embed import embed
 from ssd_edge.run.metrics import Summary
 from ssd_edge.run.results import LearnerResult, RunResult, TaskInfo
@@ -330,9 +330,34 @@ class Run:
         result = self._collect({name: self._result(name) for name in done}, record.get("choice"))
         files.write_json(self.folder / "metrics.json", result.to_dict())
         record.update(status="finished", finished=record.get("finished") or utc_now())
-        files.write_text(self.folder / "report.html", render(result.to_dict(), record))
+        self._keep_answers()
+        report = answers.of_run(self.folder, result.to_dict(), record, self.setup.dataset.test)
+        files.write_text(self.folder / "report.html", render(report))
         files.write_json(self.folder / "run.json", record)
         return result
+
+    def _keep_answers(self) -> None:
+        """Write the answers to the test images, and the accuracy after learning from fewer images, for the report."""
+        if files.exists(self.folder / answers.FILE):
+            return
+        setup, data = self.setup, self.setup.data
+        learner, rejector, record = answers.restore(self.folder)
+        found = answers.answer(learner, rejector, record, data.test, data.test_rows, setup.dataset.test.names)
+        fewer = []
+        seconds = self.progress.entry(learner.name).seconds / len(data.train_tasks)
+        if learner.family == "closed form" and seconds <= answers.LONGEST:
+            self.listener(Message("learning again from fewer images, for the report"))
+            build = functools.partial(
+                learners.build,
+                self.config.learner,
+                setup.embedder.dim,
+                setup.embedder.priors,
+                self.config.run.seed,
+                setup.device,
+            )
+            samples = data.train, data.train_rows, data.test, data.test_rows
+            fewer = answers.from_fewer(build, *samples, self.config.run.seed)
+        answers.write(self.folder, found, fewer)
 
     def _collect(self, results: Mapping[str, LearnerResult], choice: Mapping[str, Any] | None) -> RunResult:
         config, data, dataset, stream = self.config, self.setup.data, self.setup.dataset, self.setup.stream

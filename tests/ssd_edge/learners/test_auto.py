@@ -19,7 +19,7 @@ from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners import AUTO, LEARNERS, auto, build, pack, restore, settings_of
 from ssd_edge.learners.auto import CANDIDATES, DEFAULT, decide, split
 from ssd_edge.learners.priors import Priors
-from ssd_edge.report import html
+from ssd_edge.report.wording import describe_choice
 from ssd_edge.run import finished, storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,7 +102,7 @@ def test_with_single_images_there_is_nothing_to_compare(quickly: None) -> None:
     assert choice.sentence == "slda: the default, for no class has a second training image that could be held out"
     assert [row.accuracy for row in choice.rows] == [None] * len(auto.CANDIDATES)
     assert json.loads(json.dumps(choice.to_json()))["held_out"] == 0
-    assert "Candidates: slda (" in html._choice(choice.to_json())
+    assert "Candidates: slda (" in describe_choice(choice.to_json())
 
 
 def test_two_images_per_class_are_enough(quickly: None) -> None:
@@ -234,7 +234,7 @@ def test_a_run_keeps_the_choice_and_resumes_with_it(tmp_path: Path, monkeypatch:
     assert yaml.safe_load((folder / "config.yaml").read_text())["learner"] == {"name": choice["name"]}
     page = (folder / "report.html").read_text()
     assert f"Chosen by learner.name=auto: {choice['sentence']}. Candidates: " in page
-    assert all(re.search(rf"\b{name} [01]\.\d\d\d \([\d.]+ [kM]?B\)", page) for name in auto.CANDIDATES)
+    assert all(re.search(rf"\b{name} [\d.]+ % \([\d.]+ [kM]?B\)", page) for name in auto.CANDIDATES)
 
 
 def test_a_run_of_another_than_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
