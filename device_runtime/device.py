@@ -25,7 +25,7 @@ import numpy as np
 
 from device_runtime.backbone import remembered
 from device_runtime.backbone.interface import DeviceEmbedder
-from device_runtime.backbone.sources import ImageSource, decode, image_name
+from device_runtime.backbone.sources import ImageSource, decode, image_name, refuse_bad
 from device_runtime.install.installed import InstalledBundle
 from device_runtime.learning.budget import Budget, Meter, Watcher
 from device_runtime.machine.board import default_root
@@ -52,8 +52,8 @@ from ssd_edge.answers.head import NAME as HEAD
 from ssd_edge.answers.head import Head, confidence
 from ssd_edge.answers.head import Limits as Unknown
 from ssd_edge.classes import UNKNOWN, ClassRegistry
-from ssd_edge.errors import BundleRefusedError, InputError, require
-from ssd_edge.images import check_embedded
+from ssd_edge.errors import BadFilesError, BundleRefusedError, InputError, require
+from ssd_edge.images import check_embedded, listed
 
 if TYPE_CHECKING:
     import torch
@@ -281,7 +281,7 @@ class Device:
         """Class names by row."""
         return self.registry.names
 
-    def embed(self, sources: Sequence[ImageSource]) -> torch.Tensor:
+    def embed(self, sources: ImageSource | Sequence[ImageSource]) -> torch.Tensor:
         """Return standardised embeddings of images, float32 ``(N, D)``; needs PyTorch.
 
         Raises:
@@ -289,21 +289,26 @@ class Device:
         """
         import torch
 
-        return torch.from_numpy(self._embed(self.snapshot, sources))
+        return torch.from_numpy(self._embed(self.snapshot, listed(sources)))
 
     def observe(
-        self, sources: Sequence[ImageSource], reject: bool = True, names: Sequence[str] | None = None
+        self,
+        sources: ImageSource | Sequence[ImageSource],
+        reject: bool = True,
+        names: Sequence[str] | None = None,
     ) -> Observation:
         """Predict the class of each image and return the embeddings as well, all by one generation.
 
         Args:
-            sources: The images.
+            sources: The images, or one.
             reject: Predict `UNKNOWN` for images that are too far from every class.
             names: Names of the images for results and messages; None for their paths, or ``image 0``, … for arrays.
 
         Raises:
-            InputError: An image cannot be read, the backbone gives NaN for it, or the device knows no class yet.
+            InputError: Images cannot be read (the message names all), the backbone gives NaN for one, or the device
+                knows no class yet.
         """
+        sources = listed(sources)
         snapshot = self.snapshot  # read once: another thread may replace it
         classes = snapshot.registry.names
         if not classes:
@@ -321,14 +326,14 @@ class Device:
         ]
         return Observation(predictions, embeddings, snapshot)
 
-    def predict(self, sources: Sequence[ImageSource], reject: bool = True) -> list[Prediction]:
-        """Predict the class of each image, or `UNKNOWN`; see `observe`."""
+    def predict(self, sources: ImageSource | Sequence[ImageSource], reject: bool = True) -> list[Prediction]:
+        """Predict the class of each image, or of one, or `UNKNOWN`; see `observe`."""
         return self.observe(sources, reject).predictions
 
     def learn(
         self,
         label: str,
-        sources: Sequence[ImageSource],
+        sources: ImageSource | Sequence[ImageSource],
         limits: Limits | None = None,
         budget: Budget | None = None,
         watcher: Watcher | None = None,
@@ -338,7 +343,7 @@ class Device:
 
     def learn_all(
         self,
-        images: Mapping[str, Sequence[ImageSource]],
+        images: Mapping[str, ImageSource | Sequence[ImageSource]],
         limits: Limits | None = None,
         budget: Budget | None = None,
         watcher: Watcher | None = None,
@@ -352,7 +357,8 @@ class Device:
             watcher: Called with the progress.
 
         Raises:
-            InputError: A name is invalid, there are too few images, or one cannot be read; nothing is changed.
+            InputError: A name is invalid, there are too few images, or some cannot be read (the message names all);
+                nothing is changed.
             GateRefusedError: The device would forget more than `limits` allow, would not recognise the new images, the
                 learner would give NaN, or the budget is too small; nothing is changed.
         """
@@ -369,7 +375,16 @@ class Device:
 
             taught = exchange.taught_sets(self.store, snapshot.generation)
             number = snapshot.generation.number
-            return self._commit(*teach.teach(state, images, embed, number, limits, meter, taught))
+            given = {label: listed(sources) for label, sources in images.items()}
+            try:
+                change = teach.teach(state, given, embed, number, limits, meter, taught)
+            except BadFilesError:
+                raise
+            except InputError:
+                every = [source for sources in given.values() for source in sources]
+                refuse_bad(every, _names(every), snapshot.bundle.pixels)
+                raise
+            return self._commit(*change)
 
     def rename(self, label: str, new: str) -> RenameResult:
         """Rename a class and commit a generation; the learner does not change.
@@ -542,7 +557,11 @@ class Device:
         parts = []
         for start in range(0, len(sources), DECODE_BATCH):
             batch = zip(sources[start : start + DECODE_BATCH], names[start : start + DECODE_BATCH], strict=True)
-            pixels = [decode(source, name, bundle.pixels) for source, name in batch]
+            try:
+                pixels = [decode(source, name, bundle.pixels) for source, name in batch]
+            except InputError:
+                refuse_bad(sources, names, bundle.pixels)
+                raise
             parts.append(embedder.embed(np.stack(pixels)))
             progress((start + len(pixels)) / len(sources))
         embeddings = np.concatenate(parts) if parts else np.zeros((0, bundle.dim), np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -624,17 +624,20 @@ def _words(tree: Mapping[str, Any]) -> list[str]:
 
 def _batches(sources: ImageLike | Iterable[ImageLike], form: Pixels) -> Iterator[tuple[np.ndarray, list[str]]]:
     """Yield images as uint8 arrays ``(N, size, size, 3)``, with their names."""
-    single = isinstance(sources, str | Path | Image.Image) or (
-        isinstance(sources, np.ndarray) and (sources.ndim == 2 or (sources.ndim == 3 and sources.shape[-1] == 3))
-    )
-    listed: Sequence[Any] = [sources] if single else list(sources)  # type: ignore[arg-type]  # mypy cannot narrow it
     items: list[Any] = []
-    for item in listed:
+    for item in images.listed(sources):
         items += images.image_files([Path(item)]) if isinstance(item, str | Path) else [item]
+    problems = images.Problems()
     for start in range(0, len(items), EMBED_BATCH):
         batch = items[start : start + EMBED_BATCH]
         names = [str(item) if isinstance(item, Path) else f"image {start + n}" for n, item in enumerate(batch)]
-        yield np.stack([_decode(item, name, form) for item, name in zip(batch, names, strict=True)]), names
+        pixels = []
+        for item, name in zip(batch, names, strict=True):
+            with problems.collect():
+                pixels.append(_decode(item, name, form))
+        if not problems:  # behind a bad one, only others are looked for
+            yield np.stack(pixels), names
+    problems.check(len(items), "leave them out")
 
 
 def _decode(item: Path | Image.Image | np.ndarray, name: str, form: Pixels) -> np.ndarray:

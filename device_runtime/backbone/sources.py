@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +37,16 @@ def decode(source: ImageSource, name: str, pixels: image_files.Pixels) -> np.nda
     if not isinstance(source, str | Path):
         raise InputError(f"{name} is a {type(source).__name__}, but a path, a PIL image or a uint8 array is needed")
     return image_files.decode(image_files.read(source), str(source), pixels)
+
+
+def refuse_bad(sources: Sequence[ImageSource], names: Sequence[str], pixels: image_files.Pixels) -> None:
+    """Decode all images again, after one of them could not be, to name every bad one.
+
+    Raises:
+        BadFilesError: There is one.
+    """
+    problems = image_files.Problems()
+    for source, name in zip(sources, names, strict=True):
+        with problems.collect():
+            decode(source, name, pixels)
+    problems.check(len(sources))

@@ -338,7 +338,7 @@ class Folder:
         """Yield the name and `_file_state` of every image file."""
         with os.scandir(self.path) as listing:
             for entry in listing:
-                if images.is_image_name(entry.name):
+                if images.kind_of(entry.name) in ("image", "video", "picture"):  # the last two are named once
                     with contextlib.suppress(OSError):  # removed meanwhile
                         if entry.is_file():
                             yield entry.name, *_file_state(entry)
@@ -350,6 +350,10 @@ class Folder:
         state = None
         try:
             state = _file_state(path)
+            if (refused := images.refusal(str(path), images.kind_of(name))) is not None:
+                log.warning("%s", refused)
+                self._recent[name] = state
+                return None
             if before is not None and before.state == state:
                 problem = before.problem
             else:

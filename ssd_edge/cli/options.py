@@ -8,13 +8,13 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssd_edge.errors import InputError, printable
+from ssd_edge.errors import BadFilesError, InputError, printable
 
 if TYPE_CHECKING:
     from device_runtime.device import Device
@@ -37,6 +37,9 @@ ROOT = click.option(
 CLASSES = click.option("--classes", "list_classes", is_flag=True, help="List the classes.")
 STRICT = click.option(
     "--strict", is_flag=True, help="Fail with exit code 6 if the backbone would run slower than its target allows."
+)
+SKIP_BAD = click.option(
+    "--skip-bad", is_flag=True, help="Go on without files that cannot be used; without it, all of them are named."
 )
 ALLOW_CONTROL_FLOW = click.option(
     "--allow-control-flow",
@@ -147,6 +150,32 @@ def print_classes(names: Sequence[str]) -> None:
     """Print classes, one per line."""
     for name in names:
         echo(f"  {name}")
+
+
+def choose_images(groups: Mapping[str, Sequence[Path]], skip_bad: bool) -> tuple[dict[str, list[Path]], list[str]]:
+    """Return the images in files and folders by group, and a sentence for each file that is left out.
+
+    Args:
+        groups: Name → files and folders.
+        skip_bad: Leave out what cannot be used, and log it.
+
+    Raises:
+        BadFilesError: A file cannot be used by its name or is missing, and is not to be left out, or nothing is left;
+            all are named, also those that only decoding shows.
+    """
+    from ssd_edge.images import find, usable
+
+    found = {name: find(sources) for name, sources in groups.items()}
+    if not skip_bad and not any(problems for _, problems in found.values()):
+        return {name: paths for name, (paths, _) in found.items()}, []  # decoding them shows the rest
+    tried = {name: usable(paths) for name, (paths, _) in found.items()}
+    bad = [problem for both in (found, tried) for _, problems in both.values() for problem in problems]
+    good = {name: paths for name, (paths, _) in tried.items()}
+    if bad and not (skip_bad and any(good.values())):
+        raise BadFilesError(bad, sum(len(paths) + len(problems) for paths, problems in found.values()))
+    for problem in bad:
+        log(f"left out: {problem}")
+    return good, bad
 
 
 def raw_stdin() -> io.FileIO:

@@ -27,6 +27,7 @@ from ssd_edge.images.listing import (
     SUFFIXES,
     Found,
     Kind,
+    find,
     image_files,
     is_image_name,
     kind_of,
@@ -44,6 +45,7 @@ __all__ = [
     "Problems",
     "check_embedded",
     "decode",
+    "find",
     "from_array",
     "header",
     "image_files",
@@ -53,6 +55,7 @@ __all__ = [
     "read",
     "refusal",
     "to_array",
+    "usable",
     "walk",
     "walk_images",
 ]
@@ -222,6 +225,9 @@ def _check_file(found: os.stat_result, name: str) -> None:
         raise InputError(
             f"{name} has {found.st_size:,} bytes, but an image may have at most {MAX_BYTES:,}; make it smaller"
         )
+
+
+_TRIED = Pixels(32)  # to find damage: the smaller, the faster a JPEG is decoded
 
 
 def decode(data: bytes | memoryview, name: str, pixels: Pixels) -> np.ndarray:
@@ -604,3 +610,13 @@ def listed(sources: object) -> list[Any]:
     if isinstance(sources, np.ndarray) and (sources.ndim == 2 or (sources.ndim == 3 and sources.shape[-1] in (1, 3))):
         return [sources]
     return list(sources) if isinstance(sources, Iterable) else [sources]
+
+
+def usable(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """Decode image files once, and return those that can be, and a sentence for each of the others."""
+    good, problems = [], Problems()
+    for path in paths:
+        with problems.collect():
+            decode(read(path), str(path), _TRIED)
+            good.append(path)
+    return good, problems.found

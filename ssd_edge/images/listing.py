@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ssd_edge import files
-from ssd_edge.errors import InputError
+from ssd_edge.errors import BadFilesError, InputError
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif"}
@@ -55,7 +55,7 @@ def is_image_name(name: str) -> bool:
     return kind_of(name) == "image"
 
 
-def refusal(name: str, kind: Kind) -> str | None:
+def refusal(name: str, kind: str) -> str | None:
     """Return why a file that a user may take for an image cannot be used, or None for any other kind."""
     if kind == "video":
         return f"{name} is a video; take images from it, e.g. two per second: ffmpeg -i VIDEO -vf fps=2 %04d.jpg"
@@ -108,24 +108,49 @@ def walk_images(folder: Path) -> Iterator[Path]:
     return (path for path, kind in walk(folder) if kind == "image")
 
 
-def image_files(sources: Sequence[Path]) -> list[Path]:
-    """Return the paths of the images in files and folders.
+def find(sources: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Return the images in files and folders, and a sentence for each source or file in a folder that is none.
 
     Args:
-        sources: Files, accepted whatever their name, and folders (see `walk_images`).
+        sources: Files, accepted unless they are videos or the like, and folders (see `walk_images`).
 
     Raises:
-        InputError: A source does not exist, or is a folder without images.
+        InputError: See `walk`.
     """
     found: list[Path] = []
+    problems: list[str] = []
     for source in map(Path, sources):
         name = str(source)
         if not files.exists(source):
-            raise InputError(f"{name} does not exist; check the path")
-        images = list(walk_images(source)) if files.is_folder(source) else [source]
-        if not images:
-            raise InputError(f"the folder {name} contains no images ({', '.join(sorted(SUFFIXES))})")
-        found += images
+            problems.append(f"{name} does not exist; check the path")
+        elif not files.is_folder(source):
+            if sentence := refusal(name, kind_of(name)):
+                problems.append(sentence)
+            else:
+                found.append(source)
+        else:
+            inside = list(walk(source))
+            images = [path for path, kind in inside if kind == "image"]
+            refused = [refusal(str(path), kind) for path, kind in inside if kind in ("video", "picture")]
+            if not images:
+                problems.append(f"the folder {name} contains no images ({', '.join(sorted(SUFFIXES))})")
+            problems += filter(None, refused)
+            found += images
+    return found, problems
+
+
+def image_files(sources: Sequence[Path]) -> list[Path]:
+    """Return the images in files and folders, all of them; see `find`.
+
+    Raises:
+        InputError: A source does not exist or is a folder without images, or a file in a folder is a video or a picture
+            of a kind that is not read; the message names all of them.
+    """
+    found, problems = find(sources)
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    if problems:
+        raise BadFilesError(problems, len(found) + len(problems), "leave them out")
     return found
 
 

@@ -15,7 +15,7 @@ from device_runtime import Device
 from device_runtime.install.bundle import install
 from device_runtime.results import NO_OLD_CLASSES, ForgetResult
 from ssd_edge import files, learners
-from ssd_edge.errors import BundleRefusedError, InputError
+from ssd_edge.errors import BadFilesError, BundleRefusedError, InputError
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
 from ssd_edge.learners.retention import TrackRecord, cost
@@ -103,6 +103,36 @@ def test_corrupt_image_is_named_and_changes_nothing(root: Path, shapes: Path, tm
     with pytest.raises(InputError, match=r"bad\.jpg is not a JPEG"):
         device.learn("new", [*image_paths(shapes, "triangle"), bad])
     assert Device.open(root).generation.number == 1
+
+
+def test_all_bad_images_are_named_at_once(root: Path, shapes: Path, tmp_path: Path) -> None:
+    good, black = image_paths(shapes, "triangle"), np.zeros((9, 9, 2), np.uint8)
+    (tmp_path / "text.jpg").write_text("this is no image")
+    (tmp_path / "empty.png").touch()
+    bad = [tmp_path / "text.jpg", tmp_path / "gone.jpg", black, tmp_path / "empty.png"]
+    said = ["text.jpg is not a JPEG", "gone.jpg does not", "must have 1 or 3 channels, but has 2", "empty.png is empty"]
+    device = Device.open(root)
+    sources = [*bad[:2], *good * 5, *bad[2:]]  # in the first and the last batch that are decoded
+    for attempt in (device.predict, lambda sources: device.learn_all({"new": sources, "other": good})):
+        with pytest.raises(BadFilesError, match=r"^4 of (79|94) files cannot be used: ") as refused:
+            attempt(sources)
+        assert all(text in problem for text, problem in zip(said, refused.value.problems, strict=True))
+    assert Device.open(root).generation.number == 1
+
+
+def test_one_image_is_as_good_as_a_list(root: Path, shapes: Path) -> None:
+    path = image_paths(shapes, "circle")[0]
+    device = Device.open(root)
+    (expected,) = device.predict([path])
+    array = np.asarray(Image.open(path))
+    for one in (path, str(path), Image.open(path), array):
+        (answer,) = device.predict(one)
+        assert (answer.label, answer.score) == (expected.label, expected.score)
+    assert len(device.predict(array[..., 0])) == 1
+    assert len(device.predict(np.stack([array, array]))) == 2
+    assert device.embed(path).shape == device.embed([path]).shape
+    with pytest.raises(InputError, match="needs at least 3 different images, but 'new' has 1"):
+        device.learn("new", path)
 
 
 @pytest.mark.slow  # test_killed.py tests the same on smaller states by default

@@ -12,7 +12,9 @@ from ssd_edge.cli.options import (
     JSON,
     MAX_FORGETTING,
     ROOT,
+    SKIP_BAD,
     STRICT,
+    choose_images,
     describe_classes,
     echo,
     open_device,
@@ -56,6 +58,7 @@ SHOWN = 5  # classes that are printed
     type=float,
     help="Memory limit in MiB for the whole process; a learn that would exceed it is refused.",
 )
+@SKIP_BAD
 @STRICT
 @CLASSES
 @ROOT
@@ -69,6 +72,7 @@ def learn(
     force: bool,
     budget_seconds: float | None,
     budget_mb: float | None,
+    skip_bad: bool,
     strict: bool,
     list_classes: bool,
     root: Path | None,
@@ -86,12 +90,12 @@ def learn(
     from device_runtime.learning.budget import Budget
     from device_runtime.learning.guard import Limits
     from ssd_edge.classes import normalise_name
-    from ssd_edge.images import image_files
 
     budget = Budget(budget_seconds, budget_mb)
 
     opened = open_device(root, strict)
     images: dict[str, Any]
+    skipped: list[str] = []
     if "-" in map(str, sources):
         if label is None or len(sources) > 1:
             raise click.UsageError(
@@ -101,14 +105,14 @@ def learn(
 
         images = {normalise_name(label): take(raw_stdin(), frames, every, opened.bundle.pixels)}
     elif label is not None:
-        images = {normalise_name(label): image_files(sources)}
+        images, skipped = choose_images({normalise_name(label): sources}, skip_bad)
     else:
-        images = {name: image_files(folders) for name, folders in _class_folders(sources).items()}
+        images, skipped = choose_images(_class_folders(sources), skip_bad)
     with progress_line() as watcher:
         result = opened.learn_all(images, Limits(max_forgetting, force=force), budget, watcher)
     print_warnings(result.warnings)
     if as_json:
-        print_json(result.to_dict())
+        print_json({**result.to_dict(), "skipped": skipped})
         return
     memory = "" if result.peak_mb is None else f", {result.peak_mb} MiB of memory at most"
     took = f"{result.seconds:.1f} s{memory}"

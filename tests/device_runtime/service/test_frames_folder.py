@@ -144,6 +144,19 @@ def test_damaged_file_is_given_up_with_one_warning(camera: Camera, caplog):
     assert camera.look() == ["bad.jpg"]
 
 
+def test_videos_and_unread_pictures_are_named_once(camera: Camera, caplog):
+    for name in ("clip.mp4", "raw.CR2", "notes.txt", ".hidden.mp4"):
+        camera.put(name, b"\0")
+    for _ in range(4):
+        camera.put(f"good-{camera.now}.jpg")
+        assert camera.look() == [f"good-{camera.now}.jpg"]
+        camera.now += 1.0
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert "clip.mp4 is a video" in told[0]
+    assert "raw.CR2 is a picture of a kind that is not read" in told[1]
+
+
 def test_file_removed_before_reading(camera: Camera, caplog):
     caplog.set_level(logging.INFO)
     camera.put("a.jpg")

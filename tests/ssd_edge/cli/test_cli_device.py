@@ -98,6 +98,31 @@ def test_fsck_reports_what_is_damaged(root: Path, refused, tmp_path: Path) -> No
     assert "damaged parts in" in refused("device", "fsck", "--root", copy, code=5)
 
 
+def test_bad_files_are_named_at_once_or_left_out(root: Path, shapes: Path, refused, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(root, tmp_path / "root"))
+    photos = tmp_path / "photos"
+    for shape in ("circle", "triangle"):
+        (photos / shape).mkdir(parents=True)
+        for path in sorted((shapes / "train" / shape).iterdir())[:6]:
+            (photos / shape / path.name).write_bytes(path.read_bytes())
+        (photos / shape / "empty.jpg").touch()
+        (photos / shape / "clip.mp4").touch()
+    said = [f"{photos / shape / name} is" for shape in ("circle", "triangle") for name in ("empty.jpg", "clip.mp4")]
+    at = ["--root", str(own)]
+    for verb in (["predict", str(photos)], ["learn", str(photos)]):
+        error = refused("device", *verb, *at, code=2)
+        assert all(text in error for text in said)
+        assert error.endswith("error: 4 of 16 files cannot be used. To go on without them: --skip-bad\n")
+        done = CliRunner().invoke(device, [*verb, *at, "--skip-bad", "--json"], catch_exceptions=False)
+        values = json.loads(done.stdout)
+        assert all(any(text in problem for problem in values["skipped"]) for text in said)
+        assert done.stderr.count("left out: ") == 4
+        assert len(values["predictions"]) == 12 if verb[0] == "predict" else values["images"] == 12
+    error = refused("device", "predict", tmp_path / "a.jpg", photos / "circle" / "clip.mp4", *at, "--skip-bad", code=2)
+    assert "2 of 2 files cannot be used: " in error
+    assert f"{tmp_path / 'a.jpg'} does not exist" in error
+
+
 def test_folders_with_the_same_name_are_one_class(tmp_path: Path) -> None:
     for place in ("one/gear", "one/nut", "two/gear"):
         (tmp_path / place).mkdir(parents=True)
