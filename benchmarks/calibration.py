@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from guard import Embedded, Series, read
+from guard import Series
+from shared import Embedded, read
 
 from ssd_edge.errors import GateRefusedError, InputError
 from ssd_edge.run.storage import environment

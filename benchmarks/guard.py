@@ -14,7 +14,6 @@ A learn that the guard refuses is not kept. Embeddings are computed once; one th
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from shared import Embedded, read
 from torch import Tensor
 
 from device_runtime.install.installed import InstalledBundle
@@ -30,16 +30,12 @@ from device_runtime.learning.guard import Limits
 from device_runtime.learning.state import DeviceState
 from device_runtime.learning.teach import teach
 from ssd_edge import learners
-from ssd_edge.backbones.embedder import Embedder, level_standardisation, open_backbone
+from ssd_edge.backbones.embedder import level_standardisation
 from ssd_edge.classes import ClassRegistry
-from ssd_edge.config import BackboneConfig, DataConfig
-from ssd_edge.data import Dataset, load
 from ssd_edge.errors import GateRefusedError, InputError
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.retention import TrackRecord
 from ssd_edge.learners.unknown import Rejector
-from ssd_edge.report.terminal import Console
-from ssd_edge.run.embed import embed
 from ssd_edge.run.storage import environment
 
 PER_CLASS = (20, 60, 10)  # training images of each class of the bundle, by series
@@ -49,41 +45,6 @@ KINDS = {  # share of the learns, in percent
     "second name": 6,
 }  # fmt: skip
 NOISE, TEN, THIRTY = 20, 10, 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Embedded:
-    """Embeddings of a data set, standardised unless they depend on the classes of a series."""
-
-    train: Tensor
-    train_labels: np.ndarray
-    test: Tensor
-    test_labels: np.ndarray
-    noise: Tensor
-    classes: list[str]
-    standardised: bool
-    widths: tuple[int, ...]  # of levels
-
-
-def read(path: str, backbone: str, per_class: int, noise: int) -> tuple[Embedded, Dataset, Embedder]:
-    """Return a data set's embeddings and those of some images of noise, the data set and the backbone.
-
-    Args:
-        path: What data.path accepts.
-        backbone: What backbone.name accepts.
-        per_class: Training images of each class, at most; 0: all.
-        noise: Number of images of noise.
-    """
-    embedder = open_backbone(BackboneConfig(name=backbone), torch.device("cpu"))
-    dataset = load(DataConfig(path=path, max_per_class=per_class), 0)
-    vectors, side = embed(dataset, embedder, Console(), True), embedder.pixels.size
-    pixels = np.random.default_rng(0).integers(0, 256, (noise, side, side, 3)).astype(np.uint8)
-    data = Embedded(
-        torch.from_numpy(vectors["train"]), dataset.train_labels, torch.from_numpy(vectors["test"]),
-        dataset.test_labels, torch.from_numpy(embedder.embed(pixels)), list(dataset.classes), embedder.standardised,
-        embedder.widths,
-    )  # fmt: skip
-    return data, dataset, embedder
 
 
 class Series:
@@ -234,8 +195,8 @@ def run(data: Embedded, options: dict[str, Any], priors: Any, series: int, learn
         "cannot_be_estimated": unestimated,
         "level_error_mean": float(np.abs(levels).mean()) if levels else None,
         "level_error_worst": float(np.abs(levels).max()) if levels else None,
-        "drop_error_mean": float(np.abs(drops).mean()),
-        "drop_underestimated_most": float(-min(drops)),
+        "drop_error_mean": float(np.abs(drops).mean()) if drops else None,
+        "drop_underestimated_most": float(-min(drops)) if drops else None,
         "lost_by_series": losses,
         "lost_most_by_a_class": classes,
         "new_class_passes": {kind: [float(np.mean(found)), len(found)] for kind, found in passes.items()},

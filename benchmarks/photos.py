@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from shared import auroc
 
 import ssd_edge
 from device_runtime.device import Device
@@ -59,12 +60,6 @@ print(json.dumps({
     "peak_mb": resident("VmHWM") / MIB,
 }))
 """
-
-
-def auroc(known: np.ndarray, unknown: np.ndarray) -> float:
-    """Return the probability that a known image scores higher than an unknown one."""
-    order = np.concatenate([known, unknown]).argsort().argsort() + 1
-    return float((order[: len(known)].sum() - len(known) * (len(known) + 1) / 2) / (len(known) * len(unknown)))
 
 
 class Photos:

@@ -1,45 +1,41 @@
 """Attack the sums that a device keeps: reconstruct embeddings, and test whether an image was learned.
 
-Usage: SSD_EDGE_DATA=FOLDER python benchmarks/privacy.py [--repeats N] [--json FILE]
+Usage: python benchmarks/privacy.py DATA [--backbone lite0] [--cases 4] [--json FILE]
 
-The bundled backbone embeds 260 training and 100 test images of each class of CIFAR-10. A device knows all ten classes
-with `KNOWN` images each and is then taught k more images of one of them. The attacker has the
-class statistics (counts, sums, second moments) of one generation or of two, and, for the membership tests,
-the candidate images: those that were taught, and as many others of the same class. Figures are means over classes and
-repeats. The accuracy is that of the linear discriminant of the (disturbed) statistics on the test images.
+DATA is what data.path accepts; training and test images are pooled and shuffled. A device knows the ten classes with
+the most images, `KNOWN` images of each, and is then taught k more images of one of them. The attacker has the class
+statistics (counts, sums, second moments) of one generation or of two, and, for the membership tests, the candidate
+images: those that were taught, and as many others of the same class. Figures of two generations are means over --cases
+of the classes. The accuracy is that of the linear discriminant of the (disturbed) statistics on the other images of the
+ten classes. One thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import eigsh
+from shared import auroc, read
 from torch import Tensor
 
-from ssd_edge.backbones.embedder import open_backbone
-from ssd_edge.config import BackboneConfig, DataConfig
-from ssd_edge.data import load
+from ssd_edge.backbones.embedder import level_standardisation
 from ssd_edge.learners.closed_form.discriminant import Discriminant
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.run.storage import environment
 
-KNOWN, TRAIN, TEST, CLASSES = 100, 260, 100, 10
+KNOWN, CLASSES = 20, 10
 NEW = (1, 2, 3, 5, 10)
-TESTED = 40
-SIZES = (3, 5, 10, 20, 50, 100, 200)
+TESTED = 30
 NOISES = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)
-PER_CLASS_SIZES = (5, 20, 100)
-
-
-def auroc(members: Tensor, others: Tensor) -> float:
-    """Return the probability that a member scores higher than another image."""
-    greater = (members[:, None] > others[None, :]).double() + 0.5 * (members[:, None] == others[None, :])
-    return float(greater.mean())
+# one generation: number of classes, images of each; 0: all but `LEFT`
+STATES = ((10, 5), (10, 20), (10, 40), (50, 20), (50, 0))
+LEFT = 10
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -73,10 +69,16 @@ def difference(before: ClassStatistics, after: ClassStatistics, row: int) -> tup
     return after.sums[row] - before.sums[row], after.second - before.second
 
 
+def largest(moment: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues of a moment, ascending, and their vectors ``(D, count)``."""
+    values, vectors = eigsh(moment.numpy(), count, which="LA", v0=np.ones(len(moment)))
+    return torch.from_numpy(values), torch.from_numpy(vectors.copy())
+
+
 def reconstruct(total: Tensor, moment: Tensor, count: int) -> Tensor:
     """Return the embeddings ``(k, D)`` with this sum and second moment; exact for one and two, else one of many."""
-    values, vectors = torch.linalg.eigh(moment)
-    root = vectors[:, -count:] * values[-count:].clamp_min(1e-300).sqrt()  # Z = root Qᵀ with an orthogonal Q
+    values, vectors = largest(moment, count)
+    root = vectors * values.clamp_min(1e-300).sqrt()  # Z = root Qᵀ with an orthogonal Q
     # Z 1 = total: Q maps 1/√k to root⁻¹ total/√k; the rest of Q is free, and for k = 2 only a sign
     target = torch.linalg.lstsq(root, total[:, None]).solution[:, 0]
     first = torch.nn.functional.normalize(torch.ones(count, dtype=torch.float64), dim=0)
@@ -98,78 +100,64 @@ def matched(found: Tensor, true: Tensor) -> tuple[float, float]:
 
 def in_span(moment: Tensor, count: int, candidates: Tensor) -> Tensor:
     """Return the share of each candidate that lies in the span of the added embeddings, for ``count`` < D."""
-    vectors = torch.linalg.eigh(moment).eigenvectors[:, -count:]
+    _, vectors = largest(moment, count)
     return (candidates @ vectors).square().sum(1) / candidates.square().sum(1)
 
 
-def closeness(statistics: ClassStatistics, row: int, candidates: Tensor) -> Tensor:
-    """Return how close each candidate is to the mean of its class, in the metric of all second moments."""
+def metric(statistics: ClassStatistics) -> Tensor:
+    """Return the inverse of all second moments."""
     size = statistics.sums.shape[1]
-    moment = statistics.second + 1e-6 * statistics.second.trace() / size * torch.eye(size, dtype=torch.float64)
-    centred = candidates - statistics.means[row]
-    return -(centred * torch.linalg.solve(moment, centred.T).T).sum(1)
+    identity = torch.eye(size, dtype=torch.float64)
+    return torch.linalg.inv(statistics.second + 1e-6 * statistics.second.trace() / size * identity)
 
 
-def accuracy(statistics: ClassStatistics, test: Tensor, rows: Tensor) -> float:
+def accuracy(statistics: ClassStatistics, test: Tensor, rows: Tensor, noise: float) -> float:
     """Return the accuracy of the linear discriminant of the statistics; noise may make the covariance indefinite."""
-    values, vectors = torch.linalg.eigh(statistics.within_covariance())
-    covariance = vectors * values.clamp_min(1e-6 * float(values.max())) @ vectors.T
-    weights, bias = Discriminant.fit(covariance, statistics.degrees_of_freedom).weights(
-        statistics.means, statistics.counts
-    )
+    covariance = statistics.within_covariance()
+    if noise:
+        values, vectors = torch.linalg.eigh(covariance)
+        covariance = vectors * values.clamp_min(1e-6 * float(values.max())) @ vectors.T
+    solved = Discriminant.fit(covariance, statistics.degrees_of_freedom)
+    weights, bias = solved.weights(statistics.means, statistics.counts)
     return float(((test @ weights + bias).argmax(1) == rows).double().mean())
 
 
 class Pool:
-    """Embeddings of a part of CIFAR-10.
+    """Embeddings of a data set by class, the largest first, in random order; float64 ``(n, D)`` each."""
 
-    Attributes:
-        train: float64 ``(CLASSES, TRAIN, D)``.
-        test, rows: float64 ``(CLASSES * TEST, D)`` and the class of each.
-    """
+    def __init__(self, path: str, backbone: str) -> None:
+        data, dataset, _ = read(path, backbone, 0, 0)
+        self.name, vectors = dataset.name, torch.cat([data.train, data.test])
+        if not data.standardised:
+            mu, sigma = map(torch.from_numpy, level_standardisation(data.train.numpy(), data.widths))
+            vectors = (vectors - mu) / sigma
+        labels, rng = np.concatenate([data.train_labels, data.test_labels]), np.random.default_rng(0)
+        parts = [vectors[rng.permutation(np.flatnonzero(labels == label))].double() for label in np.unique(labels)]
+        self.parts = sorted(parts, key=len, reverse=True)
+        self.dim = vectors.shape[1]
 
-    def __init__(self) -> None:
-        embedder = open_backbone(BackboneConfig(name="tiny"), torch.device("cpu"))
-        dataset = load(DataConfig(path="cifar10-jpg.tar.xz"), 0)
-
-        def some(images: Any, labels: np.ndarray, count: int) -> Tensor:
-            chosen = [np.flatnonzero(labels == label)[:count] for label in range(CLASSES)]
-            pixels = images.load(np.concatenate(chosen), embedder.pixels)
-            return torch.from_numpy(embedder.embed(pixels)).double().view(CLASSES, count, -1)
-
-        self.train = some(dataset.train, dataset.train_labels, TRAIN)
-        self.test = some(dataset.test, dataset.test_labels, TEST).flatten(0, 1)
-        self.rows = torch.arange(CLASSES).repeat_interleave(TEST)
-
-    def known(self, count: int, order: Tensor, per_class: bool = False) -> ClassStatistics:
-        """Return the statistics of the first `count` images of each class."""
-        statistics = ClassStatistics(self.train.shape[2], per_class)
-        for row in range(CLASSES):
-            statistics.add(self.train[row, order[:count]], torch.full((count,), row))
+    def known(self, counts: Sequence[int], per_class: bool = False) -> ClassStatistics:
+        """Return the statistics of the first images of each class."""
+        statistics = ClassStatistics(self.dim, per_class)
+        for row, count in enumerate(counts):
+            statistics.add(self.parts[row][:count], torch.full((count,), row))
         return statistics
-
-
-def cases(repeats: int) -> Iterator[tuple[int, Tensor, torch.Generator]]:
-    """Yield a class, an order of its images and a generator for each repeat and class."""
-    for repeat in range(repeats):
-        for row in range(CLASSES):
-            generator = torch.Generator().manual_seed(100 * repeat + row)
-            yield row, torch.randperm(TRAIN, generator=generator), generator
 
 
 def mean(values: Sequence[float]) -> float:
     return round(float(np.mean(values)), 4)
 
 
-def two_generations(pool: Pool, repeats: int, noise: float = 0.0, kind: str = "float64") -> dict[str, Any]:
+def two_generations(pool: Pool, cases: int, noise: float = 0.0, kind: str = "float64") -> dict[str, Any]:
     """Attack the difference of two neighbouring generations."""
     similar: dict[int, list[float]] = {count: [] for count in NEW}
     means: dict[int, list[float]] = {count: [] for count in NEW}
     wrong = dict.fromkeys(NEW, 0.0)
     member, errors, right = [], [], []
-    for row, order, generator in cases(repeats):
-        before = pool.known(KNOWN, order)
-        fresh, others = pool.train[row, order[KNOWN : KNOWN + TESTED]], pool.train[row, order[KNOWN + TESTED :]]
+    before = pool.known([KNOWN] * CLASSES)
+    for row in range(cases):
+        generator = torch.Generator().manual_seed(row)
+        _, fresh, others, _ = pool.parts[row].tensor_split([KNOWN, KNOWN + TESTED, KNOWN + 2 * TESTED])
         kept = stored(before, noise, generator, kind)
         for count in NEW:
             after = stored(taught(before, fresh[:count], row), noise, generator, kind)
@@ -180,11 +168,13 @@ def two_generations(pool: Pool, repeats: int, noise: float = 0.0, kind: str = "f
             means[count].append(cosine(total, fresh[:count].sum(0)))
         after = stored(taught(before, fresh, row), noise, generator, kind)
         _, moment = difference(kept, after, row)
-        inside, outside = in_span(moment, TESTED, fresh), in_span(moment, TESTED, others[:TESTED])
+        inside, outside = in_span(moment, TESTED, fresh), in_span(moment, TESTED, others)
         member.append(auroc(inside, outside))
         limits = torch.cat([inside, outside])
         errors.append(min(float((inside < t).double().mean() + (outside >= t).double().mean()) / 2 for t in limits))
-        right.append(accuracy(after, pool.test, pool.rows))
+        tests = [part[KNOWN + TESTED * (row == own) :] for own, part in enumerate(pool.parts[:CLASSES])]
+        rows = torch.cat([torch.full((len(part),), own) for own, part in enumerate(tests)])
+        right.append(accuracy(after, torch.cat(tests), rows, noise))
     return {
         "noise": noise,
         "kind": kind,
@@ -196,20 +186,25 @@ def two_generations(pool: Pool, repeats: int, noise: float = 0.0, kind: str = "f
     }
 
 
-def one_generation(pool: Pool, repeats: int) -> list[dict[str, Any]]:
-    """Test membership with one generation in which every class has n images."""
+def one_generation(pool: Pool) -> list[dict[str, Any]]:
+    """Test membership with one generation: closeness to the class mean in the metric of all second moments."""
     rows = []
-    for size in SIZES:
-        found, separate = [], []
-        for row, order, _ in cases(repeats):
-            statistics = pool.known(size, order)
-            members, others = pool.train[row, order[:size]], pool.train[row, order[size : size + max(size, 40)]]
-            found.append(auroc(closeness(statistics, row, members), closeness(statistics, row, others)))
-            if size in PER_CLASS_SIZES:
-                own = pool.known(size, order, per_class=True).moments[row]
-                span = [in_span(own, size, candidates) for candidates in (members, others)]
-                separate.append(auroc(*span))
-        entry = {"images": size, "auroc": mean(found), **({"auroc_per_class": mean(separate)} if separate else {})}
+    for classes, images in STATES:
+        if classes > len(pool.parts):
+            continue
+        counts = [images or len(part) - LEFT for part in pool.parts[:classes]]
+        statistics = pool.known(counts)
+        inverse, found = metric(statistics), []
+        for row, count in enumerate(counts):
+            members, others = (
+                -(centred @ inverse * centred).sum(1)
+                for centred in (part - statistics.means[row] for part in pool.parts[row].tensor_split([count]))
+            )
+            found.append(auroc(members, others))
+        entry = {"classes": classes, "images": images, "total": sum(counts), "auroc": mean(found)}
+        if images:
+            own, both = pool.known(counts[:1], per_class=True).moments[0], pool.parts[0].tensor_split([images])
+            entry["auroc_per_class"] = auroc(*(in_span(own, images, candidates) for candidates in both))
         rows.append(entry)
         print(entry, flush=True)
     return rows
@@ -218,22 +213,27 @@ def one_generation(pool: Pool, repeats: int) -> list[dict[str, Any]]:
 def main() -> None:
     """Print the figures, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("data")
+    parser.add_argument("--backbone", default="lite0", help="what backbone.name accepts")
+    parser.add_argument("--cases", type=int, default=4)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pool = Pool()
+    pool = Pool(args.data, args.backbone)
+    one = one_generation(pool)
     neighbours = []
     for noise, kind in (*((noise, "float64") for noise in NOISES), (0.0, "float32"), (0.0, "bfloat16")):
-        neighbours.append(two_generations(pool, args.repeats, noise, kind))
+        neighbours.append(two_generations(pool, args.cases, noise, kind))
         print(neighbours[-1], flush=True)
     result = {
-        "command": f"python benchmarks/privacy.py --repeats {args.repeats}",
+        "command": f"python benchmarks/privacy.py {Path(args.data).name} --cases {args.cases}",
         **environment(),
+        "data": pool.name,
+        "backbone": args.backbone,
         "known": KNOWN,
-        "dim": pool.train.shape[2],
+        "dim": pool.dim,
         "two": neighbours,
-        "one": one_generation(pool, args.repeats),
+        "one": one,
     }
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

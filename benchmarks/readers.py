@@ -1,23 +1,27 @@
-"""Measure the latency of eight readers while twenty learns run, and check every prediction.
+"""Measure the latency of readers while twenty learns run, and check every prediction.
 
-Usage: SSD_EDGE_DATA=FOLDER python benchmarks/readers.py BUNDLE [--rounds N] [--json FILE]
+Usage: python benchmarks/readers.py BUNDLE DATA [--readers 4] [--rate 5] [--rounds 2] [--json FILE]
 
-BUNDLE of `ssd-edge deploy --target cpu`. A reader is a thread that predicts one image (32 × 32 pixels) ten times
-per second and sleeps in between; all share one `Device`. They run first without a learn, then while five new classes
-are taught four times each, back to back and with 20 new images each time: either on a thread of the same process
-(nice 10, one PyTorch thread), or by one process of `nice -n 10 ssd-edge device learn` each, while every reader calls
-`refresh` every five seconds. The milliseconds are those of `predict` alone, while learns were running. Afterwards every
-generation is restored and opened, and a single thread predicts every image again: label, score, margin and nearest
-class must be identical, bit for bit.
+BUNDLE of `ssd-edge deploy --target cpu`; DATA is what data.path accepts, with at least five classes that the bundle
+does not know. A reader is a thread that predicts one test image, as an array, --rate times per second and sleeps in
+between; all share one `Device`. They run first without a learn, then while five new classes are taught four times each,
+back to back and with other images each time: either on a thread of the same process (nice 10, one PyTorch thread), or
+by one process of `nice -n 10 ssd-edge device learn` each, while every reader calls `refresh` every five seconds. The
+milliseconds are those of `predict` alone, while learns were running. Afterwards every generation is restored and
+opened, and a single thread predicts every image again: label, score, margin and nearest class must be identical, bit
+for bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -27,18 +31,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from field import COMMAND, IMAGES, NEW, SIDE, busy_seconds, datasets, measured, new_images, wait_for_quiet, write_images
+from PIL import Image
+from shared import busy_seconds, wait_for_quiet
 
 from device_runtime.device import Device, Prediction
 from device_runtime.install.bundle import install
+from device_runtime.learning.guard import Limits
+from ssd_edge import bundle
+from ssd_edge.config import DataConfig
+from ssd_edge.data import Dataset, load
 from ssd_edge.images import Pixels
 from ssd_edge.run.storage import environment
 
-READERS, PERIOD, REFRESH = 8, 0.1, 5.0  # seconds
-ROUNDS = 4  # each teaches every class once
+REFRESH = 5.0  # seconds
+NEW, ROUNDS, IMAGES = 5, 4, 6  # each round teaches every class once, with so many images
 BASELINE = 20.0  # seconds without a learn
 NICE = 10
-POOL = 100  # number of different images to predict
+POOL = 40  # number of different images to predict
+LIMITS = Limits(force=True)  # speed is measured; six images of one occasion after the other may be refused
 
 
 class Reader(threading.Thread):
@@ -47,7 +57,8 @@ class Reader(threading.Thread):
     Args:
         device: device shared by all readers.
         images: uint8 ``(N, H, W, 3)``.
-        number: index of this reader, which determines its first image and its start time.
+        start: share of the images and of the period after which this reader starts.
+        period: seconds from one prediction to the next.
         refreshes: whether to load commits of other processes.
 
     Attributes:
@@ -57,9 +68,9 @@ class Reader(threading.Thread):
         over: event that ends the thread.
     """
 
-    def __init__(self, device: Device, images: np.ndarray, number: int, refreshes: bool) -> None:
+    def __init__(self, device: Device, images: np.ndarray, start: float, period: float, refreshes: bool) -> None:
         super().__init__(daemon=True)
-        self.device, self.images, self.number, self.refreshes = device, images, number, refreshes
+        self.device, self.images, self.start_at, self.period, self.refreshes = device, images, start, period, refreshes
         self.answers: list[tuple[float, float, int, Prediction]] = []
         self.refreshing: list[float] = []
         self.failure: BaseException | None = None
@@ -67,9 +78,9 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         """Predict, record and sleep until `over` is set."""
-        index = self.number * len(self.images) // READERS
-        due = time.monotonic() + self.number * PERIOD / READERS
-        refresh = due + self.number * REFRESH / READERS
+        index = int(self.start_at * len(self.images))
+        due = time.monotonic() + self.start_at * self.period
+        refresh = due + self.start_at * REFRESH
         try:
             while not self.over.wait(max(0.0, due - time.monotonic())):
                 began = time.monotonic()
@@ -81,14 +92,24 @@ class Reader(threading.Thread):
                     self.refreshing.append(time.monotonic() - now)
                     refresh = now + REFRESH
                 index = (index + 1) % len(self.images)
-                due = max(due + PERIOD, time.monotonic())  # missed frames are skipped
+                due = max(due + self.period, time.monotonic())  # missed frames are skipped
         except BaseException as error:  # reported by `read_while`
             self.failure = error
 
 
-def read_while(device: Device, images: np.ndarray, refreshes: bool, work: Callable[[], None]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is predicted: how many readers, seconds from one prediction of a reader to the next, and images."""
+
+    readers: int
+    period: float
+    images: np.ndarray
+
+
+def read_while(device: Device, asked: Load, refreshes: bool, work: Callable[[], None]) -> dict[str, Any]:
     """Run the readers during `work`, and return their latencies, failures and predictions."""
-    readers = [Reader(device, images, number, refreshes) for number in range(READERS)]
+    starts = [number / asked.readers for number in range(asked.readers)]
+    readers = [Reader(device, asked.images, start, asked.period, refreshes) for start in starts]
     for reader in readers:
         reader.start()
     time.sleep(1.0)  # let thread pools and all readers start
@@ -151,7 +172,7 @@ def in_a_thread(device: Device, taught: Sequence[tuple[str, np.ndarray]], kept: 
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # on Linux, for this thread only
         torch.set_num_threads(1)  # for this thread and those that have not used PyTorch yet
         for label, images in taught:
-            keep(device.store.root, device.learn(label, list(images)).generation, kept)
+            keep(device.store.root, device.learn(label, list(images), LIMITS).generation, kept)
 
     learner = threading.Thread(target=work)
     learner.start()
@@ -161,31 +182,45 @@ def in_a_thread(device: Device, taught: Sequence[tuple[str, np.ndarray]], kept: 
 def by_command(root: Path, taught: Sequence[tuple[str, Path]], kept: Path) -> None:
     """Run each learn in its own process."""
     for label, folder in taught:
-        learn = [COMMAND, "device", "learn", "--root", root, "--json", "--label", label, folder]
-        _, lines = measured([shutil.which("nice") or "nice", "-n", str(NICE), *learn])
-        keep(root, json.loads("".join(lines))["generation"], kept)
+        learn = [sys.executable, "-m", "ssd_edge", "device", "learn", "--root", root, "--json", "--force"]
+        command = [shutil.which("nice") or "nice", "-n", str(NICE), *map(str, [*learn, "--label", label, folder])]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        keep(root, json.loads(done.stdout)["generation"], kept)
 
 
-def one_round(bundle: Path, scratch: Path, images: np.ndarray, kind: str) -> dict[str, Any]:
+def new_images(dataset: Dataset, label: str, form: Pixels) -> list[np.ndarray]:
+    """Return training images of a class, as many for each round."""
+    own = np.flatnonzero(dataset.train_labels == dataset.classes.index(label))
+    return np.split(dataset.train.load(np.random.default_rng(0).permutation(own)[: ROUNDS * IMAGES], form), ROUNDS)
+
+
+def write_images(folder: Path, images: np.ndarray) -> Path:
+    """Write images as PNG files to a new folder, and return the folder."""
+    folder.mkdir(parents=True)
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+    return folder
+
+
+def one_round(path: Path, scratch: Path, asked: Load, new: dict[str, list[np.ndarray]], kind: str) -> dict[str, Any]:
     """Measure without a learn, then with learns by ``thread`` or ``process``."""
     root, kept = scratch / "root", scratch / "kept"
-    install(root, bundle)
+    install(root, path)
     keep(root, 1, kept)
-    parts = {label: np.split(new_images(label, IMAGES * ROUNDS), ROUNDS) for label in NEW}
-    batches = [(label, parts[label][number]) for number in range(ROUNDS) for label in NEW]
+    batches = [(label, parts[number]) for number in range(ROUNDS) for label, parts in new.items()]
     by_files = kind == "process"
     written = [(label, write_images(scratch / str(n), some)) for n, (label, some) in enumerate(batches) if by_files]
     with Device.open(root) as device:
-        device.predict([images[0]])
-        wait_for_quiet(120)
+        device.predict([asked.images[0]])
+        wait_for_quiet(20)
         load_before = os.getloadavg()[0]
-        found = {"without": read_while(device, images, by_files, lambda: time.sleep(BASELINE))}
+        found = {"without": read_while(device, asked, by_files, lambda: time.sleep(BASELINE))}
         learn = (lambda: by_command(root, written, kept)) if by_files else (lambda: in_a_thread(device, batches, kept))
-        found["learning"] = read_while(device, images, by_files, learn)
+        found["learning"] = read_while(device, asked, by_files, learn)
     result: dict[str, Any] = {"load_average": round(load_before, 2)}
     for name, one in found.items():
         answers = one.pop("checked")
-        result[name] = {**one, "wrong": count_wrong(root, kept, images, answers), "compared": len(answers)}
+        result[name] = {**one, "wrong": count_wrong(root, kept, asked.images, answers), "compared": len(answers)}
     return {**result, "ratio": result["learning"]["p99"] / result["without"]["p99"]}
 
 
@@ -193,17 +228,24 @@ def main() -> None:
     """Print the table, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("data")
+    parser.add_argument("--readers", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=5, help="predictions of each reader per second")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    test = datasets()[10].test
-    images = test.load(np.random.default_rng(0).permutation(len(test))[:POOL], Pixels(SIDE))
+    dataset, opened = load(DataConfig(path=args.data), 0), bundle.read(args.bundle)
+    form, known = Pixels.from_dict(opened.manifest["backbone"]), opened.registry.names
+    images = dataset.test.load(np.random.default_rng(0).permutation(len(dataset.test))[:POOL], form)
+    asked = Load(args.readers, 1 / args.rate, images)
+    new = {name: new_images(dataset, name, form) for name in dataset.classes if name not in known}
+    new = dict(list(new.items())[:NEW])
     rows = []
     for kind in ("thread", "process"):
         rounds = []
         for _ in range(args.rounds):
             with tempfile.TemporaryDirectory() as scratch:
-                rounds.append(one_round(args.bundle, Path(scratch), images, kind))
+                rounds.append(one_round(args.bundle, Path(scratch), asked, new, kind))
             for name in ("without", "learning"):
                 one = rounds[-1][name]
                 print(
@@ -217,11 +259,12 @@ def main() -> None:
         rows.append({"learner": kind, "ratio": ratio, "rounds": rounds})
     if args.json:
         written = {
-            "command": "python benchmarks/readers.py robot.ssdedge (ssd-edge deploy --target cpu RUN -o robot.ssdedge)",
+            "command": f"python benchmarks/readers.py BUNDLE {Path(args.data).name} (ssd-edge deploy --target cpu RUN)",
             **environment(),
-            "readers": READERS,
-            "frames_per_second": 1 / PERIOD,
-            "learns": ROUNDS * len(NEW),
+            "features": opened.manifest["backbone"]["dim"],
+            "readers": args.readers,
+            "per_second": args.rate,
+            "learns": ROUNDS * len(new),
             "images": IMAGES,
             "nice": NICE,
             "rows": rows,

@@ -28,7 +28,7 @@ from ssd_edge.system import size
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
-ROWS = (*("readers", "precision", "shift", "budget", "epoch", "few", "readout", "mlp-ewc"),)
+ROWS = (*("precision", "shift", "budget", "epoch", "few", "readout", "mlp-ewc"),)
 # docs/what-matters.md: experiments of `ssd-edge reproduce` at the reduced budget on Split CIFAR-10
 MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
@@ -106,22 +106,23 @@ def bundles_table(found: dict) -> str:
 def precision_table(rows: list[dict]) -> str:
     """Return the effect of each backbone precision."""
     lines = [
-        "| | backbone | engine | smallest cosine | p99 of the difference | shift of a mean | same prediction | "
-        "accuracy | one image |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | bundle | backbone | engine | smallest cosine | p99 of the difference | shift of a mean | "
+        "same prediction | accuracy | one image |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         accuracy = row["accuracy"]
         cells = (
             row["precision"],
+            "refused" if "refused" in row else size(row["bundle_bytes"]),
             size(row["backbone_bytes"]),
             size(row["engine_bytes"]),
             f"{row['min_cosine']:.6f}",
-            f"{row['p99_difference']:.1e} σ",
-            f"{row['drift']['mean_shift']:.1e} σ",
+            f"{row['p99_difference']:.2g} σ",
+            f"{row['drift']['mean_shift']:.2g} σ",
             f"{100 * row['agreement']:.2f} %",
             f"{100 * accuracy['reference']:.2f} % → {100 * accuracy['exported']:.2f} %",
-            f"{row['milliseconds']:.2f} ms",
+            f"{row['milliseconds']:.1f} ms",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -130,14 +131,15 @@ def precision_table(rows: list[dict]) -> str:
 def backbones_table(rows: list[dict]) -> str:
     """Return which networks were exported and built."""
     lines = [
-        "| name | side | features | ONNX file | largest difference to PyTorch | TensorRT-RTX engine |",
-        "|---|---|---|---|---|---|",
+        "| name | side | features | levels | ONNX file | largest difference to PyTorch | TensorRT-RTX engine |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         engine = f"{row['engine_megabytes']} MB" if "engine_megabytes" in row else f"refused: {row['refused']}"
+        difference = "–" if row["difference"] is None else f"{row['difference']:.0e} of a deviation"
         lines.append(
-            f"| `{row['name']}` | {row['size']} | {row['features']:,} | {row['megabytes']} MB | "
-            f"{row['difference']:.0e} of a deviation | {engine} |"
+            f"| `{row['name']}` | {row['size']} | {row['features']:,} | {row['levels']} | {row['megabytes']} MB | "
+            f"{difference} | {engine} |"
         )
     return "\n".join(lines)
 
@@ -188,7 +190,9 @@ def guard_table(results: list[dict]) -> str:
                 f"{accepted} of {found['learns']}",
                 "–" if None in errors else " / ".join(map(points, errors)) + " points",
                 f"{found['cannot_be_estimated']} of {accepted}",
-                f"{points(found['drop_underestimated_most'])} points",
+                "–"
+                if found["drop_underestimated_most"] is None
+                else f"{points(found['drop_underestimated_most'])} points",
                 f"{points(max(found['lost_by_series']))} points",
                 " / ".join("–" if share is None else percent(share[0]) for share in passes),
             )
@@ -213,19 +217,20 @@ def privacy_tables(results: dict) -> dict[str, str]:
         lines.append(
             f"| {name} | {' | '.join(cells)} | {percent(row['membership']['error'])} | {percent(row['accuracy'])} |"
         )
-    one = ["| images per class | AUROC | with `learner.per_class=true` |", "|---|---|---|"]
+    one = ["| classes | images of each | all images | AUROC | with `learner.per_class=true` |", "|---|---|---|---|---|"]
     for row in results["one"]:
         separate = f"{row['auroc_per_class']:.2f}" if "auroc_per_class" in row else "–"
-        one.append(f"| {row['images']} | {row['auroc']:.2f} | {separate} |")
+        images = row["images"] or "all but ten"
+        one.append(f"| {row['classes']} | {images} | {row['total']:,} | {row['auroc']:.2f} | {separate} |")
     return {"privacy-two": "\n".join(lines), "privacy-one": "\n".join(one)}
 
 
-def readers_table(rows: list[dict]) -> str:
+def readers_table(results: dict) -> str:
     """Return prediction latency during learning and the number of wrong predictions; medians over rounds."""
     lines = ["| | predictions | p50 | p99 | slowest | wrong or failed | other work |", "|---" * 7 + "|"]
     where = {"thread": "a thread of the same process", "process": "processes of their own"}
-    for row in rows:
-        for name, title in (("without", "no learn"), ("learning", "20 learns")):
+    for row in results["rows"]:
+        for name, title in (("without", "no learn"), ("learning", f"{results['learns']} learns")):
             rounds = [one[name] for one in row["rounds"]]
             p50, p99, slowest = (statistics.median(one[key] for one in rounds) for key in ("p50", "p99", "max"))
             ratio = f" ({row['ratio']:.1f}×)" if name == "learning" else ""
@@ -406,12 +411,17 @@ def drift_table(results: dict) -> str:
     lines = [f"| change | {' | '.join(heads)} | directions alone, from the start | `unknown` |"]
     lines.append("|---" * (len(heads) + 3) + "|")
     for name, row in results["shifts"].items():
-        cells = []
-        for one in row["images"].values():
+        cells, alone = [], None
+        for count in counts:
+            one = row["images"].get(count)
+            if one is None:
+                cells.append("–")
+                continue
             level, share = max(one["levels"].items(), key=lambda item: item[1])
             cells.append(f"{one['psi']:.2f} {level}" + (f" ({percent(share)})" if share < 1 else ""))
-        alone = one["psi_directions_from_start"]  # after the most images
-        lines.append(f"| {name} | {' | '.join(cells)} | {alone:.2f} | {percent(row['unknown'])} |")
+            alone = one["psi_directions_from_start"]  # after the most images
+        shown = "–" if alone is None else f"{alone:.2f}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {shown} | {percent(row['unknown'])} |")
     return "\n".join(lines)
 
 
@@ -420,12 +430,11 @@ def alarms_table(results: dict) -> str:
     lines = ["| unchanged images | compared with | moderate | drifted | mean, largest index |", "|---|---|---|---|---|"]
     kinds = {"from_start": "the bundle", "after_first_window": "the bundle and the first 1,000"}
     for count, by_kind in results["false_alarms"].items():
-        for kind, reference in kinds.items():
-            one = by_kind[kind]
+        for kind, one in by_kind.items():
             alarms = " | ".join(f"{100 * one[level]:.2f} %" for level in ("moderate", "drifted"))
-            lines.append(
-                f"| {int(count):,} | {reference} | {alarms} | {one['mean_psi']:.3f}, {one['largest_psi']:.3f} |"
-            )
+            most = [one[key] for key in ("mean_psi", "largest_psi")]
+            indices = "no figure yet" if None in most else ", ".join(f"{index:.3f}" for index in most)
+            lines.append(f"| {int(count):,} | {kinds[kind]} | {alarms} | {indices} |")
     return "\n".join(lines)
 
 
@@ -452,7 +461,7 @@ def main() -> None:
             "calibration": calibration_table(json.loads((DOCS / "results" / "calibration.json").read_text())),
             "guard": guard_table(json.loads((DOCS / "results" / "guard.json").read_text())),
             "bundles": bundles_table(photos),
-            "readers": readers_table(read["readers"]),
+            "readers": readers_table(json.loads((DOCS / "results" / "readers.json").read_text())),
         },
         DOCS / "slda.md": {
             "heads": heads_table(heads),
