@@ -37,7 +37,6 @@ NAMES = (
     "timm/mobilenetv4_conv_medium.e500_r224_in1k",
     "timm/repvit_m0_9.dist_450e_in1k",
     "timm/convnext_tiny.in12k_ft_in1k",
-    "timm/tf_efficientnet_lite0.in1k",
     "timm/efficientnet_b0.ra_in1k",
     "timm/resnet50.a1_in1k",
     "timm/vit_small_patch16_224.augreg_in21k_ft_in1k",

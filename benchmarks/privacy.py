@@ -13,6 +13,7 @@ ten classes. One thread.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from ssd_edge.backbones.embedder import level_standardisation
 from ssd_edge.learners.closed_form.discriminant import Discriminant
+from ssd_edge.learners.closed_form.linear import random_directions
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.run.storage import environment
 
@@ -33,8 +35,8 @@ KNOWN, CLASSES = 20, 10
 NEW = (1, 2, 3, 5, 10)
 TESTED = 30
 NOISES = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)
-# one generation: number of classes, images of each; 0: all but `LEFT`
-STATES = ((10, 5), (10, 20), (10, 40), (50, 20), (50, 0))
+# one generation: features, 0: all; number of classes; images of each, 0: all but `LEFT`
+STATES = ((0, 10, 5), (0, 10, 40), (0, 50, 20), (0, 50, 0), (512, 50, 20), (512, 50, 0), (256, 50, 20), (256, 50, 0))
 LEFT = 10
 
 
@@ -111,10 +113,10 @@ def metric(statistics: ClassStatistics) -> Tensor:
     return torch.linalg.inv(statistics.second + 1e-6 * statistics.second.trace() / size * identity)
 
 
-def accuracy(statistics: ClassStatistics, test: Tensor, rows: Tensor, noise: float) -> float:
-    """Return the accuracy of the linear discriminant of the statistics; noise may make the covariance indefinite."""
+def accuracy(statistics: ClassStatistics, test: Tensor, rows: Tensor, disturbed: bool) -> float:
+    """Return the accuracy of the linear discriminant; noise and rounding may make the covariance indefinite."""
     covariance = statistics.within_covariance()
-    if noise:
+    if disturbed:
         values, vectors = torch.linalg.eigh(covariance)
         covariance = vectors * values.clamp_min(1e-6 * float(values.max())) @ vectors.T
     solved = Discriminant.fit(covariance, statistics.degrees_of_freedom)
@@ -122,19 +124,34 @@ def accuracy(statistics: ClassStatistics, test: Tensor, rows: Tensor, noise: flo
     return float(((test @ weights + bias).argmax(1) == rows).double().mean())
 
 
+@dataclasses.dataclass(frozen=True)
 class Pool:
     """Embeddings of a data set by class, the largest first, in random order; float64 ``(n, D)`` each."""
 
-    def __init__(self, path: str, backbone: str) -> None:
+    name: str
+    parts: list[Tensor]
+
+    @classmethod
+    def of(cls, path: str, backbone: str) -> Pool:
+        """Return the embeddings of training and test images."""
         data, dataset, _ = read(path, backbone, 0, 0)
-        self.name, vectors = dataset.name, torch.cat([data.train, data.test])
+        vectors = torch.cat([data.train, data.test])
         if not data.standardised:
             mu, sigma = map(torch.from_numpy, level_standardisation(data.train.numpy(), data.widths))
             vectors = (vectors - mu) / sigma
         labels, rng = np.concatenate([data.train_labels, data.test_labels]), np.random.default_rng(0)
         parts = [vectors[rng.permutation(np.flatnonzero(labels == label))].double() for label in np.unique(labels)]
-        self.parts = sorted(parts, key=len, reverse=True)
-        self.dim = vectors.shape[1]
+        return cls(dataset.name, sorted(parts, key=len, reverse=True))
+
+    @property
+    def dim(self) -> int:
+        """Number of features."""
+        return self.parts[0].shape[1]
+
+    def narrowed(self, size: int) -> Pool:
+        """Return projections on random directions, which `slda` takes of an embedding beyond its budget."""
+        directions = random_directions(self.dim, size, 0).double()
+        return Pool(self.name, [part @ directions for part in self.parts])
 
     def known(self, counts: Sequence[int], per_class: bool = False) -> ClassStatistics:
         """Return the statistics of the first images of each class."""
@@ -174,7 +191,7 @@ def two_generations(pool: Pool, cases: int, noise: float = 0.0, kind: str = "flo
         errors.append(min(float((inside < t).double().mean() + (outside >= t).double().mean()) / 2 for t in limits))
         tests = [part[KNOWN + TESTED * (row == own) :] for own, part in enumerate(pool.parts[:CLASSES])]
         rows = torch.cat([torch.full((len(part),), own) for own, part in enumerate(tests)])
-        right.append(accuracy(after, torch.cat(tests), rows, noise))
+        right.append(accuracy(after, torch.cat(tests), rows, bool(noise) or kind == "bfloat16"))
     return {
         "noise": noise,
         "kind": kind,
@@ -186,12 +203,13 @@ def two_generations(pool: Pool, cases: int, noise: float = 0.0, kind: str = "flo
     }
 
 
-def one_generation(pool: Pool) -> list[dict[str, Any]]:
+def one_generation(whole: Pool) -> list[dict[str, Any]]:
     """Test membership with one generation: closeness to the class mean in the metric of all second moments."""
     rows = []
-    for classes, images in STATES:
-        if classes > len(pool.parts):
+    for features, classes, images in STATES:
+        if classes > len(whole.parts):
             continue
+        pool = whole.narrowed(features) if features else whole
         counts = [images or len(part) - LEFT for part in pool.parts[:classes]]
         statistics = pool.known(counts)
         inverse, found = metric(statistics), []
@@ -201,7 +219,7 @@ def one_generation(pool: Pool) -> list[dict[str, Any]]:
                 for centred in (part - statistics.means[row] for part in pool.parts[row].tensor_split([count]))
             )
             found.append(auroc(members, others))
-        entry = {"classes": classes, "images": images, "total": sum(counts), "auroc": mean(found)}
+        entry = {"features": pool.dim, "classes": classes, "images": images, "total": sum(counts), "auroc": mean(found)}
         if images:
             own, both = pool.known(counts[:1], per_class=True).moments[0], pool.parts[0].tensor_split([images])
             entry["auroc_per_class"] = auroc(*(in_span(own, images, candidates) for candidates in both))
@@ -219,7 +237,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pool = Pool(args.data, args.backbone)
+    pool = Pool.of(args.data, args.backbone)
     one = one_generation(pool)
     neighbours = []
     for noise, kind in (*((noise, "float64") for noise in NOISES), (0.0, "float32"), (0.0, "bfloat16")):

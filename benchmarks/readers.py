@@ -1,10 +1,10 @@
-"""Measure the latency of readers while twenty learns run, and check every prediction.
+"""Measure the latency of readers while ten learns run, and check every prediction.
 
 Usage: python benchmarks/readers.py BUNDLE DATA [--readers 4] [--rate 5] [--rounds 2] [--json FILE]
 
 BUNDLE of `ssd-edge deploy --target cpu`; DATA is what data.path accepts, with at least five classes that the bundle
 does not know. A reader is a thread that predicts one test image, as an array, --rate times per second and sleeps in
-between; all share one `Device`. They run first without a learn, then while five new classes are taught four times each,
+between; all share one `Device`. They run first without a learn, then while five new classes are taught twice each,
 back to back and with other images each time: either on a thread of the same process (nice 10, one PyTorch thread), or
 by one process of `nice -n 10 ssd-edge device learn` each, while every reader calls `refresh` every five seconds. The
 milliseconds are those of `predict` alone, while learns were running. Afterwards every generation is restored and
@@ -44,11 +44,11 @@ from ssd_edge.images import Pixels
 from ssd_edge.run.storage import environment
 
 REFRESH = 5.0  # seconds
-NEW, ROUNDS, IMAGES = 5, 4, 6  # each round teaches every class once, with so many images
-BASELINE = 20.0  # seconds without a learn
+NEW, ROUNDS, IMAGES = 5, 2, 10  # each round teaches every class once, with so many images
+BASELINE = 15.0  # seconds without a learn
 NICE = 10
 POOL = 40  # number of different images to predict
-LIMITS = Limits(force=True)  # speed is measured; six images of one occasion after the other may be refused
+LIMITS = Limits(force=True)  # speed is measured; images of one occasion after those of another may be refused
 
 
 class Reader(threading.Thread):

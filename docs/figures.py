@@ -217,11 +217,15 @@ def privacy_tables(results: dict) -> dict[str, str]:
         lines.append(
             f"| {name} | {' | '.join(cells)} | {percent(row['membership']['error'])} | {percent(row['accuracy'])} |"
         )
-    one = ["| classes | images of each | all images | AUROC | with `learner.per_class=true` |", "|---|---|---|---|---|"]
+    one = [
+        "| features | classes | images of each | all images | AUROC | with `learner.per_class=true` |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in results["one"]:
         separate = f"{row['auroc_per_class']:.2f}" if "auroc_per_class" in row else "–"
         images = row["images"] or "all but ten"
-        one.append(f"| {row['classes']} | {images} | {row['total']:,} | {row['auroc']:.2f} | {separate} |")
+        cells = (f"{row['features']:,}", row["classes"], images, f"{row['total']:,}", f"{row['auroc']:.2f}", separate)
+        one.append(f"| {' | '.join(map(str, cells))} |")
     return {"privacy-two": "\n".join(lines), "privacy-one": "\n".join(one)}
 
 

@@ -9,7 +9,7 @@ frequencies is not drift:
   Gaussian with the same covariance, so the reference is the device's own first `WINDOW` images.
 
 Scores and rejects are reported too, but do not affect the level, because they also depend on the class frequencies. The
-memory is fixed, and no image or embedding is stored. docs/service.md has figures on CIFAR-10.
+memory is fixed, and no image or embedding is stored. docs/service.md has figures on photographs.
 """
 
 from __future__ import annotations
