@@ -295,6 +295,15 @@ def _mean_accuracy(results: Results, wanted: Callable[[int], bool]) -> float | N
 def _doubts(results: Results) -> list[Step]:
     """Return reasons to doubt the figures: images that may be in the wrong folder, and too few of them."""
     answers, found = results.answers, []
+    twice = len((results.record.get("accounts") or {}).get("alike", ()))
+    if twice:
+        found.append(
+            Step(
+                "Take test images out that are also training images: they make the accuracy look better than it is.",
+                f"{twice} of the {len(answers.truth)} test images have the content of a training image.",
+                see="files",
+            )
+        )
     certain = int((answers.sure[~answers.right] >= CERTAIN).sum())
     if certain:
         images = "image is" if certain == 1 else "images are"

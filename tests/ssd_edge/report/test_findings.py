@@ -121,6 +121,12 @@ def test_doubts() -> None:
     assert "59.6 % and 98.2 %" in second.why
 
 
+def test_test_images_that_are_training_images_are_a_reason_to_doubt() -> None:
+    record = {"accounts": {"alike": [["a", "b"], ["c", "d"]]}}
+    (step,) = findings.steps(results_of([[20, 0], [0, 20]], record=record))
+    assert "2 of the 40 test images" in step.why
+
+
 @pytest.mark.parametrize(
     ("name", "setting"), [("tiny", "backbone=lite0"), ("package:mine", "backbone=lite0"), ("lite0", "backbone=lite2")]
 )

@@ -270,6 +270,15 @@ def test_a_page_without_mistakes() -> None:
     assert 'id="mistakes"' not in source
 
 
+def test_files_that_were_not_used_are_accounted_for() -> None:
+    skipped = ["a is empty", "b is a film"]
+    accounts = {"warnings": ["2 files left out: <a>"], "ignored": "3 hidden files", "skipped": skipped}
+    page = Page(report(example_metrics(2), record=RUN | {"accounts": accounts}))
+    for text in ("2 files left out: <a>", "not looked at: 3 hidden files", "All 2 left out", "b is a film"):
+        assert text in page.text
+    assert "Files" not in Page(report(example_metrics(2))).text
+
+
 def test_a_run_without_comparison_states_it() -> None:
     source = report(example_metrics(5, others=False))
     assert "Not compared yet" in source
