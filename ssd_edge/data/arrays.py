@@ -103,6 +103,13 @@ class Images:
             return Images(self._items[indices], names)
         return Images([self._items[index] for index in indices], names)
 
+    def joined(self, other: Images) -> Images:
+        """Return these images followed by others of the same kind."""
+        names = [*self.names, *other.names]
+        if isinstance(self._items, np.ndarray) and isinstance(other._items, np.ndarray):
+            return Images(np.concatenate([self._items, other._items]), names)
+        return Images([*self._items, *other._items], names)
+
     def digest(self, digests: Sequence[bytes] = ()) -> bytes:
         """Return the SHA-256 digest of all images in order. Files are read, but not decoded.
 

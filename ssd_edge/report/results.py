@@ -6,7 +6,7 @@ A run, the evaluation of a run or a bundle, and a device fill the same `Results`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
@@ -42,6 +42,36 @@ class Answers:
     sure: np.ndarray
     margin: np.ndarray
     unseen: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        names: Sequence[str],
+        truth: np.ndarray,
+        scores: np.ndarray,
+        sure: np.ndarray | None,
+        margins: Callable[[np.ndarray], np.ndarray],
+    ) -> Answers:
+        """Return the answers of a model.
+
+        Args:
+            names: Names of the images.
+            truth: Rows of their classes, int64 ``(M,)``.
+            scores: Scores of all classes, ``(M, C)``.
+            sure: Probabilities of the best answers ``(M,)``; None if they are not known.
+            margins: Returns the cosines above the thresholds of the classes in the given rows, ``(M,)``.
+        """
+        given = scores.argmax(1)
+        others = np.array(scores, dtype=np.float64)
+        others[np.arange(len(truth)), truth] = -np.inf
+        return cls(
+            names=tuple(map(image_name, names)),
+            truth=truth,
+            given=given,
+            sure=np.full(len(truth), np.nan) if sure is None else sure,
+            margin=margins(given).astype(np.float64),
+            unseen=margins(others.argmax(1)).astype(np.float64),
+        )
 
     @property
     def right(self) -> np.ndarray:

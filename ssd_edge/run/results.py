@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ssd_edge.report.results import Results
 from ssd_edge.run.metrics import Summary
 
 
@@ -123,24 +124,42 @@ class RunResult:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Accuracy of a finished run on a data set.
+    """Accuracy of a finished run, a bundle or a device on a data set.
 
     Attributes:
-        run: Folder of the run.
-        data: Name of the data set.
-        images: Number of images scored.
-        which: Which of its images were scored.
-        accuracy: Share of correct answers.
-        class_accuracy: The same by class name, for classes with images.
+        run: Folder of the run, file of the bundle, or root of the device.
+        results: All answers, as a report shows them.
     """
 
     run: str
-    data: str
-    images: int
-    which: str
-    accuracy: float
-    class_accuracy: Mapping[str, float]
+    results: Results
+
+    @property
+    def data(self) -> str:
+        """Name of the data set."""
+        return self.results.data
+
+    @property
+    def images(self) -> int:
+        """Number of images scored."""
+        return len(self.results.answers.truth)
+
+    @property
+    def which(self) -> str:
+        """Which images of the data set were scored."""
+        return self.results.which
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct answers."""
+        return self.results.answers.accuracy
+
+    @property
+    def class_accuracy(self) -> dict[str, float]:
+        """The same by class name, for classes with images."""
+        return self.results.answers.by_class(self.results.classes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {**dataclasses.asdict(self), "class_accuracy": dict(self.class_accuracy)}
+        keys = ("run", "data", "images", "which", "accuracy", "class_accuracy")
+        return {key: getattr(self, key) for key in keys}

@@ -36,7 +36,7 @@ from ssd_edge.report.compare import DISPLAY
 from ssd_edge.report.events import Listener, Message, TaskLearned
 from ssd_edge.report.html import render
 from ssd_edge.report.wording import extent, percent, step_name, stream_name
-from ssd_edge.run import answers, metrics, storage
+from ssd_edge.run import metrics, report, storage
 from ssd_edge.run.embed import embed
 from ssd_edge.run.metrics import Summary
 from ssd_edge.run.results import LearnerResult, RunResult, TaskInfo
@@ -331,21 +331,21 @@ class Run:
         files.write_json(self.folder / "metrics.json", result.to_dict())
         record.update(status="finished", finished=record.get("finished") or utc_now())
         self._keep_answers()
-        report = answers.of_run(self.folder, result.to_dict(), record, self.setup.dataset.test)
-        files.write_text(self.folder / "report.html", render(report))
+        results = report.of_run(self.folder, result.to_dict(), record, self.setup.dataset.test)
+        files.write_text(self.folder / "report.html", render(results))
         files.write_json(self.folder / "run.json", record)
         return result
 
     def _keep_answers(self) -> None:
         """Write the answers to the test images, and the accuracy after learning from fewer images, for the report."""
-        if files.exists(self.folder / answers.FILE):
+        if files.exists(self.folder / report.FILE):
             return
         setup, data = self.setup, self.setup.data
-        learner, rejector, record = answers.restore(self.folder)
-        found = answers.answer(learner, rejector, record, data.test, data.test_rows, setup.dataset.test.names)
+        learner, rejector, record = report.restore(self.folder)
+        found = report.answer(learner, rejector, record, data.test, data.test_rows, setup.dataset.test.names)
         fewer = []
         seconds = self.progress.entry(learner.name).seconds / len(data.train_tasks)
-        if learner.family == "closed form" and seconds <= answers.LONGEST:
+        if learner.family == "closed form" and seconds <= report.LONGEST:
             self.listener(Message("learning again from fewer images, for the report"))
             build = functools.partial(
                 learners.build,
@@ -356,8 +356,8 @@ class Run:
                 setup.device,
             )
             samples = data.train, data.train_rows, data.test, data.test_rows
-            fewer = answers.from_fewer(build, *samples, self.config.run.seed)
-        answers.write(self.folder, found, fewer)
+            fewer = report.from_fewer(build, *samples, self.config.run.seed)
+        report.write(self.folder, found, fewer)
 
     def _collect(self, results: Mapping[str, LearnerResult], choice: Mapping[str, Any] | None) -> RunResult:
         config, data, dataset, stream = self.config, self.setup.data, self.setup.dataset, self.setup.stream

@@ -1,4 +1,4 @@
-"""The answers of a finished run to its test images, as a report needs them; kept in its folder for the next report."""
+"""What the report of a run is made of: its answers to test images, kept in its folder for the next report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ssd_edge.errors import BundleRefusedError
 from ssd_edge.learners import Learner, Task
 from ssd_edge.learners.retention import TrackRecord, scores_of
 from ssd_edge.learners.unknown import Rejector
-from ssd_edge.report.results import Answers, LearningPoint, Photographs, Results, image_name
+from ssd_edge.report.results import Answers, LearningPoint, Photographs, Results
 
 FILE = "answers.safetensors"
 CAPS = (1, 2, 3, 6, 12, 25, 50, 100, 200, 400)  # images per class to learn again from, about twice as many each time
@@ -39,18 +39,13 @@ def answer(
         names: Names of the images.
     """
     scores = scores_of(learner, embeddings, torch.arange(len(rejector.thresholds)))
-    given = scores.argmax(1)
     sure = record.confidence(scores)
-    others = scores.scatter(1, rows[:, None], -torch.inf).argmax(1)  # as if the class were not known
-    margin, unseen = (rejector.accepts(embeddings, best)[1].double().numpy() for best in (given, others))
-    return Answers(
-        names=tuple(map(image_name, names)),
-        truth=rows.numpy(),
-        given=given.numpy(),
-        sure=np.full(len(rows), np.nan) if sure is None else sure.numpy(),
-        margin=margin,
-        unseen=unseen,
-    )
+
+    def margins(answered: np.ndarray) -> np.ndarray:
+        found: np.ndarray = rejector.accepts(embeddings, torch.from_numpy(answered))[1].numpy()
+        return found
+
+    return Answers.of(names, rows.numpy(), scores.numpy(), None if sure is None else sure.numpy(), margins)
 
 
 def from_fewer(
@@ -135,16 +130,42 @@ def of_run(
         fewer = [_point(count, part, len(answers.truth)) for count, part in again]
     except (KeyError, TypeError, ValueError) as error:
         raise BundleRefusedError(f"{folder / FILE} is damaged ({error!r}); delete it and evaluate the run") from error
+    return results_of(folder, metrics, record, answers, photographs, missing, tuple(fewer))
+
+
+def files_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the content of metrics.json and run.json of a finished run."""
+    return files.read_json(folder / "metrics.json"), files.read_json(folder / "run.json")
+
+
+def again(folder: Path, answers: Answers, photographs: Photographs) -> Results:
+    """Return the results of a run whose own test images were answered again, with what it has kept of fewer images."""
+    metrics, record = files_of(folder)
+    fewer = of_run(folder, metrics, record, None).fewer if files.exists(folder / FILE) else ()
+    return results_of(folder, metrics, record, answers, photographs, fewer=fewer)
+
+
+def results_of(
+    folder: Path,
+    metrics: Mapping[str, Any],
+    record: Mapping[str, Any],
+    answers: Answers,
+    photographs: Photographs | None,
+    missing: str = "",
+    fewer: tuple[LearningPoint, ...] = (),
+) -> Results:
+    """Return the results of a run with these answers to its own test images; other arguments as for `of_run`."""
+    entries = ClassRegistry.from_json(files.read_json(folder / "classes.json")).entries
     return Results(
         model=str(metrics.get("display") or metrics["learner"]),
         data=str(metrics["data"]),
         which=str(metrics["split"]),
-        classes=tuple(registry.names),
-        learned=learned,
+        classes=tuple(entry.name for entry in entries),
+        learned=tuple(entry.images for entry in entries),
         answers=answers,
         photographs=photographs,
         missing=missing,
-        fewer=tuple(fewer),
+        fewer=fewer,
         next=_next(folder, metrics),
         metrics=metrics,
         record=record,

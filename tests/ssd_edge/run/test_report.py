@@ -14,7 +14,7 @@ from ssd_edge import files, learners
 from ssd_edge.errors import BundleRefusedError
 from ssd_edge.learners.priors import Priors
 from ssd_edge.report.html import render
-from ssd_edge.run import answers
+from ssd_edge.run import report
 
 
 def blobs(each: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +41,7 @@ def test_learning_from_fewer_images_uses_at_most_so_many_per_class() -> None:
         learner.learn = recorded  # type: ignore[method-assign]
         return learner
 
-    found = answers.from_fewer(build, train, rows, test, test_rows, seed=0)
+    found = report.from_fewer(build, train, rows, test, test_rows, seed=0)
     assert [point.images for point in found] == [3, 6, 12, 25]
     assert [counts.tolist() for counts in seen] == [[3] * 4, [6] * 4, [12] * 4, [25] * 4]
     for point in found:
@@ -51,7 +51,7 @@ def test_learning_from_fewer_images_uses_at_most_so_many_per_class() -> None:
 
 def test_answers_of_a_run(trained: Path) -> None:
     metrics, record = files.read_json(trained / "metrics.json"), files.read_json(trained / "run.json")
-    results = answers.of_run(trained, metrics, record, None, "the folder is gone")
+    results = report.of_run(trained, metrics, record, None, "the folder is gone")
     found = results.answers
     assert found.by_class(results.classes) == metrics["class_accuracy"]
     assert len(found.truth) == metrics["test_images"]
@@ -64,11 +64,11 @@ def test_answers_of_a_run(trained: Path) -> None:
 
 
 def test_a_class_is_never_answered_as_unseen_with_itself(trained: Path) -> None:
-    learner, rejector, record = answers.restore(trained)
+    learner, rejector, record = report.restore(trained)
     statistics = learner.class_statistics()
     means = statistics.means.float()
     rows = torch.arange(len(means))
-    found = answers.answer(learner, rejector, record, means, rows, [f"{row}" for row in rows])
+    found = report.answer(learner, rejector, record, means, rows, [f"{row}" for row in rows])
     assert found.right.all()
     assert (found.margin > 0).all()  # the mean of a class is its most typical image
     assert (found.unseen < found.margin).all()
@@ -83,9 +83,9 @@ def test_the_report_shows_photographs(trained: Path) -> None:
 def test_damaged_answers_are_named(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    arrays, metadata = files.read_tensors(run / answers.FILE)
+    arrays, metadata = files.read_tensors(run / report.FILE)
     arrays.pop("given")
-    files.write_tensors(run / answers.FILE, arrays, metadata)
+    files.write_tensors(run / report.FILE, arrays, metadata)
     metrics = json.loads((run / "metrics.json").read_text())
     with pytest.raises(BundleRefusedError, match=r"answers\.safetensors is damaged"):
-        answers.of_run(run, metrics, {}, None)
+        report.of_run(run, metrics, {}, None)
