@@ -26,6 +26,7 @@ import numpy as np
 from device_runtime.backbone import remembered
 from device_runtime.backbone.interface import DeviceEmbedder
 from device_runtime.backbone.sources import ImageSource, decode, image_name, refuse_bad
+from device_runtime.install.answering import Answering
 from device_runtime.install.installed import InstalledBundle
 from device_runtime.learning.budget import Budget, Meter, Watcher
 from device_runtime.machine.board import default_root
@@ -49,8 +50,7 @@ from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
 from ssd_edge import files
 from ssd_edge.answers.head import NAME as HEAD
-from ssd_edge.answers.head import Head, confidence
-from ssd_edge.answers.head import Limits as Unknown
+from ssd_edge.answers.head import confidence
 from ssd_edge.classes import UNKNOWN, ClassRegistry
 from ssd_edge.errors import BadFilesError, BundleRefusedError, InputError, require
 from ssd_edge.images import check_embedded, listed
@@ -112,19 +112,10 @@ class Snapshot:
     def __init__(self, generation: Generation, state: DeviceState | None = None) -> None:
         self.generation = generation
         self._state, self._loading = state, threading.Lock()
-        self.registry = generation.registry
-        self.bundle = InstalledBundle.from_json(files.parse_json(generation.read("device.json"), "device.json"))
-        self.probe = generation.read("probe.safetensors")
         # a generation from before heads were kept has none
-        self.head = Head.parse(generation.read(HEAD)) if HEAD in generation.files else self.state.head()
-        self.unknown = Unknown.from_state(generation.tensors("unknown.safetensors")[0])
-        rows, limited = len(self.registry), len(self.unknown.thresholds)
-        dims = {self.bundle.dim, self.head.dim, self.unknown.axes.shape[1]}
-        if (self.head.classes, limited) != (rows, rows) or len(dims) > 1:
-            raise BundleRefusedError(
-                f"the registry has {rows} classes, but the head {self.head.classes} and the thresholds for 'unknown' "
-                f"{limited}; or their features differ: {dims}; install the bundle again"
-            )
+        found = Answering.read(generation.read, None if HEAD in generation.files else self.state.head())
+        self.registry, self.bundle, self.probe = found.registry, found.bundle, found.probe
+        self.head, self.unknown = found.head, found.unknown
 
     @property
     def state(self) -> DeviceState:
@@ -151,11 +142,7 @@ class Snapshot:
         """Return the scores of embeddings ``(N, D)``, float32 ``(N, C)``."""
         if not self.head.without:
             return self.head.score(embeddings)
-        learner = self.state.learner  # imports PyTorch
-        import torch
-
-        scores: np.ndarray = learner.scores(torch.from_numpy(embeddings))[:, : len(self.registry)].numpy()
-        return scores
+        return self.state.scores(embeddings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from device_runtime.learning.state import DeviceState
 from device_runtime.machine import profile
 from exporters import ladder, precision
 from exporters.export import export_package
@@ -153,8 +154,11 @@ def deploy(folder: Path, options: Options, output: Path, log: Log) -> DeployResu
     }
     if head is not None:
         roles["head"] = head
-    packed = bundle.pack(manifest, {bundle.ROLES[role]: (role, content) for role, content in roles.items()}, sign)
-    opened = bundle.parse(packed, allow_control_flow=True)  # allowed in the configuration, or refused before
+    # control flow was allowed in the configuration, or refused before
+    whole = bundle.parse(_packed(manifest, roles, None), allow_control_flow=True)
+    roles["answers"] = DeviceState.of_bundle(whole).head().to_bytes()
+    packed = _packed(manifest, roles, sign)
+    opened = bundle.parse(packed, allow_control_flow=True)
     _check_memory(opened, target, log)
     bundle.write(output, packed)
     return DeployResult(
@@ -170,6 +174,10 @@ def deploy(folder: Path, options: Options, output: Path, log: Log) -> DeployResu
         tensorrt=checked,
         seconds=round(time.monotonic() - began, 2),
     )
+
+
+def _packed(manifest: dict[str, Any], roles: dict[str, bytes], sign: Callable[[bytes], bytes] | None) -> bytes:
+    return bundle.pack(manifest, {bundle.ROLES[role]: (role, content) for role, content in roles.items()}, sign)
 
 
 def _check_options(options: Options, target: Target) -> None:

@@ -60,7 +60,7 @@ def remember(root: Path, backbone: str, provider: str, note: str, reported: bool
     """
     before = last(root, backbone)
     told = before is not None and before.reported and before.note == note
-    started = Started(backbone, provider, note, reported or told)
+    started = Started(backbone, provider, note, bool(note) and (reported or told))
     if started != before:
         with contextlib.suppress(SSDEdgeError):  # a full or read-only disk; or a writer that starts, and tidies up
             files.Tree(root).write(root / NAME, files.json_bytes(dataclasses.asdict(started)))

@@ -11,6 +11,7 @@ import numpy as np
 from device_runtime.backbone.embedder import OnnxRuntimeEmbedder
 from device_runtime.backbone.selftest import Embed
 from ssd_edge import ort, targets
+from ssd_edge.answers.head import Head
 from ssd_edge.bundle import ROLES, Bundle
 from ssd_edge.errors import BundleRefusedError
 from ssd_edge.ort import apart
@@ -49,6 +50,27 @@ def run(opened: Bundle) -> Embed:
         _passed[key] = _run(opened)
     found = _passed[key]
     return lambda images: found[len(images)]
+
+
+def check_head(head: bytes, embeddings: np.ndarray) -> None:
+    """Score embeddings with a head of an unknown author, in a process with limits.
+
+    Raises:
+        BundleRefusedError: It takes too long, needs too much memory, or is damaged.
+    """
+    arrays = {"head": np.frombuffer(head, np.uint8), "embeddings": embeddings}
+    try:
+        apart.call(f"{__name__}:_score", arrays, {}, len(head), apart.memory_limit())
+    except apart.Stopped as error:
+        raise BundleRefusedError(
+            f"the bundle's {ROLES['answers']} {error} when it was tried; deploy it again"
+        ) from error
+
+
+def _score(arrays: apart.Arrays, options: Mapping[str, Any]) -> apart.Arrays:
+    """Score the embeddings of `check_head` in the child."""
+    Head.parse(arrays["head"].tobytes()).score(arrays["embeddings"])
+    return {}
 
 
 def _run(opened: Bundle) -> Mapping[int, np.ndarray]:

@@ -7,25 +7,29 @@ old generation stays current. Other processes can change the device until the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from device_runtime.backbone import selftest, trial
 from device_runtime.backbone.embedder import open_embedder
+from device_runtime.install.answering import Answering
+from device_runtime.install.installed import InstalledBundle
 from device_runtime.install.trust import check_signature
-from device_runtime.learning.state import DeviceState
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
 from ssd_edge import bundle as bundles
-from ssd_edge import files, learners
-from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError, printable
+from ssd_edge import files
+from ssd_edge.answers.head import NAME as HEAD
+from ssd_edge.errors import BundleRefusedError, EnvironmentUnfitError, GateRefusedError, InputError, printable
 
 # The probe images belong to no class, so near-ties may be decided differently. A wrong learner disagrees on most of
 # them.
 MIN_AGREEMENT = 0.75
+_NEEDED = ("answers", "unknown", "record")  # roles that PyTorch derives if a bundle lacks them
 
 Say = Callable[[str], None]
 
@@ -56,14 +60,14 @@ def install(
             takes too long or needs too much memory.
         GateRefusedError: The backbone or learner gives other results on this machine than in the bundle.
         SlowerProviderError: The runtime is slower than the target's and `strict` is set.
-        EnvironmentUnfitError: The backbone cannot run on this machine, or a key is trusted but `cryptography` is not
-            installed.
+        EnvironmentUnfitError: The backbone cannot run on this machine, a key is trusted but `cryptography` is not
+            installed, or the bundle needs PyTorch, which is not.
     """
     opened = bundles.read(Path(bundle), allow_control_flow)
     store = Generations(root)
     signed_by = check_signature(store.root, opened)
-    state = DeviceState.of_bundle(opened, signed_by)
-    installed = state.bundle
+    parts = _parts(opened, signed_by)
+    installed = parts.answering.bundle
     trial.check(opened)
     with store.writer():
         if not allow_downgrade:
@@ -73,7 +77,7 @@ def install(
         spec = installed.backbone_spec(backbone)
         embedder = open_embedder(store, spec, (arrays, limits), say, strict)
         tested = selftest.run(embedder.embed, arrays, limits)
-        agreement = check_answers(state.learner, embedder.embed(arrays["images"]), arrays["rows"])
+        agreement = check_answers(parts.score, embedder.embed(arrays["images"]), arrays["rows"])
         if say is not None:
             say(
                 f"self-test on {tested.images} images with {embedder.provider}: cosine {tested.min_cosine:.6f}, "
@@ -89,7 +93,7 @@ def install(
             "self_test": {**tested.to_dict(), "agreement": agreement},
             **({"engine": embedder.engine.to_dict()} if embedder.engine else {}),
         }
-        generation = store.commit(state.contents(), info, parent=None, backbone=backbone)
+        generation = store.commit(parts.contents, info, parent=None, backbone=backbone)
         store.tidy()
         return generation
 
@@ -116,23 +120,75 @@ def _check_release(store: Generations, release: int, name: str | Path) -> None:
         )
 
 
-def check_answers(learner: learners.Learner, embeddings: np.ndarray, rows: np.ndarray) -> float:
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a bundle becomes on a device.
+
+    Attributes:
+        contents: File name → bytes of the generation.
+        answering: What they answer with.
+        score: Returns scores ``(N, C)`` of embeddings ``(N, D)``.
+    """
+
+    contents: Mapping[str, bytes]
+    answering: Answering
+    score: Callable[[np.ndarray], np.ndarray]
+
+
+def _parts(opened: bundles.Bundle, signed_by: str | None) -> _Parts:
+    """Return what a bundle becomes; raises as `install`.
+
+    With PyTorch everything follows from its learner, which is checked. Without, its head answers, and its learner is
+    checked when it is first taught.
+    """
+    if importlib.util.find_spec("torch") is not None:
+        from device_runtime.learning.state import DeviceState
+
+        state = DeviceState.of_bundle(opened, signed_by)
+        contents = state.contents()
+        return _Parts(contents, Answering.read(contents.__getitem__), state.scores)
+    missing = [path for role, path in bundles.ROLES.items() if role in _NEEDED and role not in opened.roles]
+    if missing:
+        raise EnvironmentUnfitError(
+            f"the package 'torch' is needed to install a bundle without {' and '.join(missing)}; deploy it again, or "
+            "install PyTorch: pip install 'ssd-edge[device]', on a Jetson use that of JetPack"
+        )
+    contents = {path: opened.read(role) for role, path in bundles.ROLES.items() if role in opened.roles}
+    for left in ("backbone", "head"):
+        contents.pop(bundles.ROLES[left], None)
+    contents["device.json"] = files.json_bytes(InstalledBundle.of(opened, signed_by).to_json())
+    answering = Answering.read(contents.__getitem__)
+    if answering.head.without:
+        raise EnvironmentUnfitError(
+            f"the package 'torch' is needed to answer with this bundle ({answering.head.without}); install it with: "
+            "pip install 'ssd-edge[device]', on a Jetson use that of JetPack"
+        )
+    if answering.head.learner != opened.manifest["learner"]["name"]:
+        raise BundleRefusedError(
+            f"the bundle's head is of the learner '{printable(answering.head.learner)[:40]}', but its manifest says "
+            f"'{printable(opened.manifest['learner']['name'])[:40]}'; deploy it again"
+        )
+    if answering.head.classes:
+        trial.check_head(contents[HEAD], opened.tensors("probe")[0]["embeddings"])
+    return _Parts(contents, answering, answering.head.score)
+
+
+def check_answers(score: Callable[[np.ndarray], np.ndarray], embeddings: np.ndarray, rows: np.ndarray) -> float:
     """Return the share of the probe images for which the learner's decision agrees with the bundle.
 
     Args:
-        learner: The learner of a bundle.
+        score: Returns scores ``(N, C)`` of embeddings ``(N, D)``; C is 0 for a bundle without classes.
         embeddings: Embeddings of the probe images, ``(P, D)``.
         rows: What the bundle says that it decides, ``(P,)``.
 
     Raises:
         GateRefusedError: They agree on too few, or a score is not finite.
     """
-    if not len(learner.seen):  # deployed without classes, so there are no decisions
+    scores = score(embeddings)
+    if not scores.shape[1]:  # deployed without classes, so there are no decisions
         return 1.0
-    vectors = torch.from_numpy(embeddings)
-    scores = learner.scores(vectors)
-    agreement = float((learner.predict(vectors).numpy() == rows).mean())
-    if not bool(torch.isfinite(scores).all()) or agreement < MIN_AGREEMENT:
+    agreement = float((scores.argmax(1) == rows).mean())
+    if not np.isfinite(scores).all() or agreement < MIN_AGREEMENT:
         raise GateRefusedError(
             f"the learner's decisions agree with the bundle on {agreement:.0%} of the probe images, but at least "
             f"{MIN_AGREEMENT:.0%} are required; nothing was changed. Deploy the run again"

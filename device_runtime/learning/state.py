@@ -72,6 +72,11 @@ class DeviceState:
             change(counted)
         return dataclasses.replace(self, learner=learner, counted=counted)
 
+    def scores(self, embeddings: np.ndarray) -> np.ndarray:
+        """Return the scores that the learner gives embeddings ``(N, D)``, float32 ``(N, C)``."""
+        scores: np.ndarray = self.learner.scores(torch.from_numpy(embeddings))[:, : len(self.registry)].numpy()
+        return scores
+
     def check(self) -> None:
         """Check that all parts are about the same classes and features.
 
@@ -128,8 +133,7 @@ class DeviceState:
     def _check_head(self, head: Head) -> None:
         """Compare the scores of a head with those of the learner on the probe images."""
         vectors = files.parse_tensors(self.probe, "probe.safetensors")[0]["embeddings"]
-        wanted = self.learner.scores(torch.from_numpy(vectors)).numpy()[:, : head.classes]
-        found = head.score(vectors)
+        wanted, found = self.scores(vectors), head.score(vectors)
         away = np.abs(found - wanted).max(1, initial=0.0) > ROUNDING * np.abs(wanted).max(initial=1.0)
         # Of neurons that are equally active, another may be among the K strongest.
         if bool((away & (found.argmax(1) != wanted.argmax(1))).any()):

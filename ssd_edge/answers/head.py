@@ -61,8 +61,8 @@ class Head:
         Raises:
             BundleRefusedError: The graph is damaged.
         """
-        if not len(embeddings):
-            return np.zeros((0, self.classes), np.float32)
+        if not len(embeddings) or not self.classes:
+            return np.zeros((len(embeddings), self.classes), np.float32)
         found = run(self.operators, self.constants, self.scores, embeddings)
         if found.shape != (len(embeddings), self.classes) or found.dtype != np.float32:
             raise BundleRefusedError(

@@ -34,11 +34,12 @@ ROLES = {  # role → name of its entry
     "probe": "probe.safetensors",
     "unknown": "unknown.safetensors",
     "record": "record.safetensors",
+    "answers": "head.safetensors",
     "head": "head.onnx",
     "classes": "classes.json",
     "card": "MODEL_CARD.md",
 }
-OPTIONAL_ROLES = frozenset({"head", "statistics", "unknown", "record"})
+OPTIONAL_ROLES = frozenset({"answers", "head", "statistics", "unknown", "record"})
 
 # docs/bundle.md gives the reason for each limit.
 MAX_JSON_BYTES = 2 * 2**20

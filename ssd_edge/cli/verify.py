@@ -104,12 +104,12 @@ def _learner(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:
     from device_runtime.install.bundle import check_answers
     from device_runtime.learning.state import DeviceState
 
-    learner, (probe, _) = DeviceState.of_bundle(opened).learner, opened.tensors("probe")
+    state, (probe, _) = DeviceState.of_bundle(opened), opened.tensors("probe")
     try:
-        agreement = check_answers(learner, probe["embeddings"], probe["rows"])
+        agreement = check_answers(state.scores, probe["embeddings"], probe["rows"])
     except GateRefusedError as error:
         raise BundleRefusedError(str(error)) from error
-    return {"name": learner.name, "classes": len(opened.registry), "agreement": agreement}, None
+    return {"name": state.learner.name, "classes": len(opened.registry), "agreement": agreement}, None
 
 
 def _probe(opened: Bundle) -> tuple[dict[str, Any] | None, str | None]:

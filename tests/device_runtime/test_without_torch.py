@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from PIL import Image
 from device_runtime import Device
 from device_runtime.install.bundle import install
 from device_runtime.learning.state import DeviceState
+from ssd_edge import bundle as bundles
 from ssd_edge.answers import head as heads
+from ssd_edge.answers.graph import Operator
 from ssd_edge.answers.head import Head
-from ssd_edge.errors import BundleRefusedError, GateRefusedError
+from ssd_edge.errors import BundleRefusedError, GateRefusedError, SSDEdgeError
 from ssd_edge.learners import LEARNERS, Learner
+from ssd_edge.ort import apart
+from ssd_edge.system import MIB
 
 ROOT = Path(__file__).resolve().parents[2]
 BIG = ("flymodel", "ranpac", "klda", "finetune")  # by default; tests/exporters/test_head.py has small ones
@@ -184,3 +189,67 @@ def test_the_state_is_read_while_it_exists(root: Path) -> None:
     assert late.classes[1] == "nut"
     assert late.state.registry.names[1] == "bolt"  # its own generation is gone
     assert late.generation.number == 3
+
+
+def test_a_bundle_with_a_head_is_installed_without_pytorch(root: Path, tmp_path: Path) -> None:
+    device = Device.open(root)
+    device.learn("wedge", photos("wedge", 6))
+    device.export(tmp_path / "whole.ssdedge")
+    image = str(tmp_path / "x.png")
+    Image.fromarray(photos("wedge", 1)[0]).save(image)
+    (wanted,) = device.predict([image])
+    installed, predicted = without_torch(
+        tmp_path / "other", ["install", str(tmp_path / "whole.ssdedge")], ["predict", image, "--json"]
+    )
+    assert installed[0] == 0, installed
+    assert "self-test on" in installed[2]
+    (found,) = json.loads(predicted[1])["predictions"]
+    assert found == {**dataclasses.asdict(wanted), "generation": 1}
+    assert Device.open(tmp_path / "other").state.registry.names == device.classes  # and with PyTorch it can learn
+    (code, _, said), *_ = without_torch(tmp_path / "third", ["install", str(tmp_path / "tiny.ssdedge")])
+    assert (code, len(said.splitlines())) == (3, 1)
+    assert "without unknown.safetensors and record.safetensors and head.safetensors; deploy it again" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda head: dataclasses.replace(head, learner="ridge"), "head is of the learner 'ridge', but its manifest"),
+        (lambda head: dataclasses.replace(head, classes=2), "has 3 classes, but the head 2"),
+        (lambda head: dataclasses.replace(head, scores="nothing"), "the head of the learner is damaged"),
+        (
+            lambda head: dataclasses.replace(
+                head,
+                operators=[
+                    *head.operators,
+                    Operator("Transpose", (head.scores,), ("t0",), {"perm": [1, 0]}),
+                    Operator("Concat", ("t0",) * 4000, ("t1",), {"axis": 0}),
+                    Operator("Concat", ("t1",) * 4000, ("t2",), {"axis": 0}),
+                    Operator("Concat", ("t2",) * 4000, ("t3",), {"axis": 0}),
+                ],
+            ),
+            r"head\.safetensors needs more than .* of memory and was stopped",
+        ),
+        (
+            lambda head: dataclasses.replace(
+                head,
+                constants={name: -value for name, value in head.constants.items()},
+            ),
+            "the learner's decisions agree with the bundle on",
+        ),
+    ],
+)
+def test_a_head_that_lies_is_refused_without_pytorch(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Head], Head], message: str
+) -> None:
+    Device.open(root).export(tmp_path / "whole.ssdedge")
+    opened = bundles.read(tmp_path / "whole.ssdedge")
+    entries = {path: (role, opened.entries[path]) for role, path in opened.roles.items()}
+    entries[heads.NAME] = "answers", change(Head.parse(opened.read("answers"))).to_bytes()
+    (tmp_path / "lies.ssdedge").write_bytes(bundles.pack(opened.manifest, entries))
+    install(tmp_path / "with", tmp_path / "lies.ssdedge")  # with PyTorch, the head follows from the learner
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(apart, "memory_limit", lambda most=None: 600 * MIB)
+    with pytest.raises(SSDEdgeError, match=message):
+        install(tmp_path / "without", tmp_path / "lies.ssdedge")
+    assert not (tmp_path / "without" / "CURRENT").exists()

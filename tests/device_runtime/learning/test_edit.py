@@ -208,8 +208,7 @@ def test_export_predicts_the_same_after_install(device, tmp_path):
 
 def test_everything_that_answers_is_exported(device):
     """A file of a generation that is not exported would be lost with a backup."""
-    # a device that installs it has its own facts, and derives the head from the learner
-    assert device.state.contents().keys() - bundles.ROLES.values() == {"device.json", "head.safetensors"}
+    assert device.state.contents().keys() - bundles.ROLES.values() == {"device.json"}
 
 
 def test_thresholds_survive_a_backup(device, tmp_path):
