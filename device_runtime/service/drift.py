@@ -258,11 +258,14 @@ class Monitor:
         if set(state) != set(KEYS) or any(
             state[name].shape != array.shape or state[name].dtype != array.dtype for name, array in fresh.items()
         ):
-            log.warning("the drift counts are damaged; counting starts anew")
+            log.warning("the drift counts are damaged; counting starts anew", extra={"code": "drift_reset"})
         elif not np.array_equal(state["reference"], reference.digest):
-            log.info("the classes have changed since the drift counts were stored; counting starts anew")
+            log.info(
+                "the classes have changed since the drift counts were stored; counting starts anew",
+                extra={"code": "drift_reset"},
+            )
         elif not _plausible(state):
-            log.warning("the drift counts are inconsistent; counting starts anew")
+            log.warning("the drift counts are inconsistent; counting starts anew", extra={"code": "drift_reset"})
         else:
             monitor._counts, monitor._images, monitor._rejected, monitor._windows = (
                 np.array(state[name]) for name in KEYS[:-1]

@@ -48,13 +48,13 @@ class RateLimitedWarning:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._next, self._suppressed = clock, -float("inf"), 0
 
-    def warn(self, text: str) -> None:
-        """Log a warning, or count it if the last one is less than a minute old."""
+    def warn(self, text: str, code: str) -> None:
+        """Log a warning with its code, or count it if the last one is less than a minute old."""
         if self._clock() < self._next:
             self._suppressed += 1
             return
         more = f" ({self._suppressed} more since the last time)" if self._suppressed else ""
-        log.warning("%s%s", text, more)
+        log.warning("%s%s", text, more, extra={"code": code})
         self._next, self._suppressed = self._clock() + WARNING_PERIOD, 0
 
 
@@ -124,7 +124,7 @@ def mjpeg(stream: BinaryIO, limit: int = FRAME_LIMIT) -> Iterator[bytes]:
         try:
             block = read(BLOCK)
         except OSError as error:
-            log.warning("the stream of frames cannot be read (%s)", error)
+            log.warning("the stream of frames cannot be read (%s)", error, extra={"code": "stream_lost"})
             return False
         data.extend(block or b"")
         return bool(block)
@@ -140,14 +140,16 @@ def mjpeg(stream: BinaryIO, limit: int = FRAME_LIMIT) -> Iterator[bytes]:
         frame = _Frame()
         while (verdict := frame.parse(data)) is _MORE and max(frame.at, len(data)) <= limit:
             if not more():
-                log.warning("the stream ended within a frame; its first %d bytes were dropped", len(data))
+                text = "the stream ended within a frame; its first %d bytes were dropped"
+                log.warning(text, len(data), extra={"code": "bad_frame"})
                 return
         if verdict is _COMPLETE and frame.at <= limit:
             yield bytes(data[: frame.at])
         elif verdict is _BROKEN:
-            dropped.warn(f"a frame of the stream is broken after {frame.at} bytes and was dropped")
+            dropped.warn(f"a frame of the stream is broken after {frame.at} bytes and was dropped", "bad_frame")
         else:
-            dropped.warn(f"a frame of the stream is larger than {limit} bytes and was dropped; lower the resolution")
+            text = f"a frame of the stream is larger than {limit} bytes and was dropped; lower the resolution"
+            dropped.warn(text, "bad_frame")
         del data[: frame.at]
 
 
@@ -180,7 +182,7 @@ def take(
         try:
             taken.append(images.decode(frame, f"frame {number}", form))
         except InputError as error:
-            log.warning("%s; taking the next frame instead", error)
+            log.warning("%s; taking the next frame instead", error, extra={"code": "bad_frame"})
             continue
         if len(taken) == count:
             return taken
@@ -249,16 +251,23 @@ class Folder:
     system are only compared with each other, never with the clock of this process.
 
     Args:
-        path: The folder, without its subfolders.
+        path: The folder.
         existing: Include the images that exist at the first scan.
+        recursive: Include its subfolders, also those that are created later; links to folders are not followed.
         clock: Monotonic clock in seconds.
 
     Raises:
         InputError: The path is not a folder.
     """
 
-    def __init__(self, path: str | Path, existing: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
-        self.path, self._clock = Path(path), clock
+    def __init__(
+        self,
+        path: str | Path,
+        existing: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        recursive: bool = False,
+    ) -> None:
+        self.path, self._clock, self._recursive = Path(path), clock, recursive
         if not files.is_folder(self.path):
             raise InputError(f"{self.path} is not a folder; create it, or use the folder that the camera writes to")
         self._skip = not existing
@@ -295,18 +304,22 @@ class Folder:
 
     def _scan(self) -> list[str]:
         """Return the names of up to `AT_ONCE` new files, which then count as done."""
-        folder = os.stat(self.path).st_ctime_ns  # read before the names: files that arrive later have a later time
+        # read before the names: files that arrive later have a later time
+        folders = list(self._folders())
+        folder = max(when for _, when in folders)
         back = self._folder is not None and folder < self._folder
         if back:
             log.warning(
-                "the clock was set back, or %s was replaced by another folder; old images may appear again", self.path
+                "the clock was set back, or %s was replaced by another folder; old images may appear again",
+                self.path,
+                extra={"code": "clock"},
             )
         if back or self._skip:
             self._low = (folder - WINDOW, "")
         present: dict[str, tuple[int, _Identity]] = {}
 
         def arrived() -> Iterator[tuple[int, str, _Identity]]:
-            for name, when, identity in self._files():
+            for name, when, identity in self._files(name for name, _ in folders):
                 if (when, name) <= self._low or name in self._unfinished:
                     continue
                 if self._skip or (back and when > folder) or self._recent.get(name, (0, None))[1] == identity:
@@ -334,14 +347,30 @@ class Folder:
             if key <= self._low:
                 del names[key[1]]
 
-    def _files(self) -> Iterator[tuple[str, int, _Identity]]:
-        """Yield the name and `_file_state` of every image file."""
-        with os.scandir(self.path) as listing:
-            for entry in listing:
-                if images.kind_of(entry.name) in ("image", "video", "picture"):  # the last two are named once
-                    with contextlib.suppress(OSError):  # removed meanwhile
-                        if entry.is_file():
-                            yield entry.name, *_file_state(entry)
+    def _folders(self) -> Iterator[tuple[str, int]]:
+        """Yield the name of each folder, relative to `path`, and its ctime in ns; the first one is `path` itself."""
+        yield "", os.stat(self.path).st_ctime_ns
+        waiting = [""] if self._recursive else []
+        while waiting:
+            above = waiting.pop()
+            with contextlib.suppress(OSError), os.scandir(self.path / above) as listing:  # removed meanwhile
+                for entry in listing:
+                    if entry.is_dir(follow_symlinks=False):
+                        name = os.path.join(above, entry.name)
+                        yield name, entry.stat(follow_symlinks=False).st_ctime_ns
+                        waiting.append(name)
+
+    def _files(self, folders: Iterable[str]) -> Iterator[tuple[str, int, _Identity]]:
+        """Yield the name, relative to `path`, and `_file_state` of every image file in some folders."""
+        for number, folder in enumerate(folders):
+            # a subfolder may be removed meanwhile; the loss of the folder itself is an error
+            lenient = contextlib.suppress(OSError) if number else contextlib.nullcontext()
+            with lenient, os.scandir(self.path / folder) as listing:
+                for entry in listing:
+                    if images.kind_of(entry.name) in ("image", "video", "picture"):  # the last two are named once
+                        with contextlib.suppress(OSError):  # removed meanwhile
+                            if entry.is_file():
+                                yield os.path.join(folder, entry.name), *_file_state(entry)
 
     def _read(self, name: str, form: Pixels) -> np.ndarray | None:
         """Read an image; return None if the file is gone, unfinished or given up."""
@@ -351,7 +380,7 @@ class Folder:
         try:
             state = _file_state(path)
             if (refused := images.refusal(str(path), images.kind_of(name))) is not None:
-                log.warning("%s", refused)
+                log.warning("%s", refused, extra={"code": "bad_image"})
                 self._recent[name] = state
                 return None
             if before is not None and before.state == state:
@@ -361,7 +390,7 @@ class Folder:
                 self._recent[name] = state
                 return pixels
         except FileNotFoundError:
-            log.info("%s was removed before it was read", path)
+            log.info("%s was removed before it was read", path, extra={"code": "removed"})
             return None
         except (InputError, OSError) as error:
             problem = str(error)
@@ -369,7 +398,7 @@ class Folder:
         if now - since <= PATIENCE and len(self._unfinished) < UNFINISHED:
             self._unfinished[name] = _Unfinished(state, since, problem)
         else:
-            log.warning("%s is skipped: %s", path, problem)
+            log.warning("%s is skipped: %s", path, problem, extra={"code": "bad_image"})
             if state is not None:
                 self._recent[name] = state
         return None

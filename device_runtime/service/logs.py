@@ -19,8 +19,9 @@ class JsonLines(logging.Formatter):
     """Formatter of log records as one JSON object per line, in ASCII without control characters.
 
     Keys: ``monotonic`` (seconds since boot), ``untrusted_time`` (UTC; a device without a clock battery starts in 1970),
-    ``level``, ``source`` (name of the logger), ``event`` (message), ``fields`` (of
-    ``log.info("…", extra={"fields": {…}})``) and ``error`` (traceback), the last two only if present.
+    ``level``, ``source`` (name of the logger), ``code`` (a word that stays the same when the message is rewritten, of
+    ``extra={"code": …}``), ``event`` (message), ``fields`` (of
+    ``extra={"fields": {…}}``) and ``error`` (traceback); code, fields and error only if present.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -30,6 +31,7 @@ class JsonLines(logging.Formatter):
             "untrusted_time": utc_now(),
             "level": record.levelname.lower(),
             "source": record.name,
+            **({"code": record.code} if hasattr(record, "code") else {}),
             "event": record.getMessage()[:LONGEST],
         }
         fields = getattr(record, "fields", None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from device_runtime.device import Device, Prediction
 from device_runtime.service import systemd
+from device_runtime.service.camera import Camera
 from device_runtime.service.consensus import Consensus
 from device_runtime.service.drift import Monitor, Reference
 from device_runtime.service.frames import Folder, Newest, RateLimitedWarning, mjpeg
@@ -67,10 +68,11 @@ class Answer:
 
 def watch(
     device: Device,
-    source: Path | BinaryIO,
+    source: Path | Camera | BinaryIO,
     answer: Callable[[Answer], object],
     *,
     existing: bool = False,
+    recursive: bool = False,
     every: float | None = None,
     ready: Callable[[], object] = lambda: None,
     stopped: Callable[[], bool] = lambda: False,
@@ -83,10 +85,11 @@ def watch(
 
     Args:
         device: An open device, used by no other thread meanwhile.
-        source: A folder of images, see `frames.Folder`, or a stream of JPEGs, see `frames.mjpeg`. Frames of a stream
-            that arrive during a prediction are skipped except for the newest.
+        source: A folder of images, see `frames.Folder`, a camera, or a stream of JPEGs, see `frames.mjpeg`. Frames that
+            arrive during a prediction are skipped except for the newest.
         answer: Called with the answer for each image.
         existing: Include the images that are in the folder at the start.
+        recursive: Include the subfolders of the folder.
         every: Seconds between two scans of the folder, or between two frames; None for `SCAN`, or for every frame.
         ready: Called when the backbone has run for the first time. Before that, an engine may be built for minutes.
         stopped: Called after every image and several times per second.
@@ -101,9 +104,11 @@ def watch(
     """
     feed: _Files | _Stream
     if isinstance(source, str | Path):
-        feed = _Files(Path(source), existing, every, clock)
+        feed = _Files(Path(source), existing, recursive, every, clock)
+    elif isinstance(source, Camera):
+        feed = _Stream(source.name, source.frames(), every, clock, source.close)
     else:
-        feed = _Stream(source, every, clock)
+        feed = _Stream("a stream", mjpeg(source), every, clock)
     loop = _Loop(device, feed, answer, clock)
     loop.start()
     ready()
@@ -122,6 +127,7 @@ def watch(
                 time.sleep(loop.heart.pause(min(NAP, max(until - clock(), 0))))
                 loop.upkeep()
     finally:
+        feed.close()
         loop.close()
     return loop.named
 
@@ -131,8 +137,10 @@ class _Files:
 
     ended = False
 
-    def __init__(self, path: Path, existing: bool, every: float | None, clock: Callable[[], float]) -> None:
-        self.name, self._folder = str(path), Folder(path, existing, clock)
+    def __init__(
+        self, path: Path, existing: bool, recursive: bool, every: float | None, clock: Callable[[], float]
+    ) -> None:
+        self.name, self._folder = str(path), Folder(path, existing, clock, recursive)
         self._every = SCAN if every is None else every
         self._warning = RateLimitedWarning(clock)
 
@@ -140,7 +148,10 @@ class _Files:
         try:
             yield from self._folder.images(form)
         except OSError as error:  # e.g. a removed card or a lost network share
-            self._warning.warn(f"{self.name} cannot be read ({error}); retrying")
+            self._warning.warn(f"{self.name} cannot be read ({error}); retrying", "folder_lost")
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to end."""
 
     def skip(self) -> None:
         """Do nothing: images that arrive before the first class are predicted later."""
@@ -157,10 +168,15 @@ class _Files:
 class _Stream:
     """A stream as a source of images."""
 
-    name = "a stream"
-
-    def __init__(self, stream: BinaryIO, every: float | None, clock: Callable[[], float]) -> None:
-        self._newest, self._every = Newest(mjpeg(stream)), every or 0.0
+    def __init__(
+        self,
+        name: str,
+        frames: Iterable[bytes],
+        every: float | None,
+        clock: Callable[[], float],
+        close: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.name, self.close, self._newest, self._every = name, close, Newest(frames), every or 0.0
         self._consensus = Consensus(gap=max(2.0, 3 * self._every))
         self._warning = RateLimitedWarning(clock)
         self._generation, self._stable = 0, ""
@@ -176,7 +192,7 @@ class _Stream:
         try:
             pixels = images.decode(taken[1], f"frame {taken[0]}", form())
         except InputError as error:
-            self._warning.warn(str(error))
+            self._warning.warn(str(error), "bad_frame")
             return
         yield taken[0], pixels
 
@@ -227,6 +243,10 @@ class _Loop:
         self._count_with(found[0] if found else None)
         self._due |= {period: self._clock() + period for period in (STATUS, SAVE)}
         systemd.notify("READY=1", f"watching {self._feed.name}")
+        device = self._device
+        text = "ready: watching %s with generation %d, %d classes, on %s"
+        known = device.generation.number, len(device.classes), device.embedder.provider
+        log.info(text, self._feed.name, *known, extra={"code": "ready"})
 
     def knows_classes(self) -> bool:
         """Return True if the device has classes; otherwise log it once."""
@@ -235,7 +255,7 @@ class _Loop:
             return True
         if not self._idle:
             text = "this device has no classes yet and waits; teach it one: ssd-edge device learn --label NAME FOLDER"
-            log.warning(text)
+            log.warning(text, extra={"code": "no_classes"})
             systemd.notify("", text)
         self._idle = True
         self._feed.skip()
@@ -248,7 +268,7 @@ class _Loop:
             seen = self._device.observe([pixels], names=[name if isinstance(name, str) else f"frame {name}"])
         except InputError as error:
             self._skipped += 1
-            self._skips.warn(f"no prediction: {error}")
+            self._skips.warn(f"no prediction: {error}", "no_prediction")
             return
         (found,) = seen.predictions
         stable, event = self._feed.settle(found, at)
@@ -281,7 +301,8 @@ class _Loop:
         """Notify systemd that the service stops, report what was skipped, and save the counts."""
         systemd.notify("STOPPING=1", "stopping")
         if self._skipped:
-            log.warning("%d of %d images had no prediction", self._skipped, self._skipped + self.named)
+            text = "%d of %d images had no prediction"
+            log.warning(text, self._skipped, self._skipped + self.named, extra={"code": "no_prediction"})
         self._save()
 
     def _refresh(self) -> None:
@@ -292,11 +313,14 @@ class _Loop:
             changed = self._device.refresh()
         except (SSDEdgeError, OSError) as error:
             number = self._device.generation.number
-            self._warning.warn(f"generation {number} stays in use: the current one cannot be read ({error})")
+            text = f"generation {number} stays in use: the current one cannot be read ({error})"
+            self._warning.warn(text, "generation_lost")
             return
         self._current = current
         if changed:
-            log.info("generation %d is in use now: %s", self._device.generation.number, ", ".join(self._device.classes))
+            text = "generation %d is in use now, with %d classes"
+            code = {"code": "generation"}
+            log.info(text, self._device.generation.number, len(self._device.classes), extra=code)
             self._count_with(None if self._monitor is None else self._monitor.state())
 
     def _mark(self) -> tuple[int, ...]:
@@ -329,7 +353,10 @@ class _Loop:
         report = self._monitor.report()
         if report.level != self._level and report.level in ("moderate", "drifted"):
             log.warning(
-                "the images have drifted from those that were learned (drift: %s, index %s)", report.level, report.psi
+                "the images have drifted from those that were learned (drift: %s, index %s)",
+                report.level,
+                report.psi,
+                extra={"code": "drift"},
             )
         self._level = report.level
         fields = {
@@ -341,6 +368,6 @@ class _Loop:
         try:
             watch_state.save(self._device.store.root, self._monitor.state(), fields, self._clock())
         except (SSDEdgeError, OSError) as error:
-            log.warning("the drift counts were not saved: %s", error)
+            log.warning("the drift counts were not saved: %s", error, extra={"code": "not_saved"})
             return
         self._saved = self.named + self._skipped

@@ -202,7 +202,7 @@ def test_repeated_warnings_are_counted(caplog):
     now = [0.0]
     sparingly = RateLimitedWarning(lambda: now[0])
     for _ in range(200):
-        sparingly.warn("broken")
+        sparingly.warn("broken", "bad_frame")
         now[0] += 1.0
     assert [record.getMessage() for record in caplog.records] == [
         "broken", "broken (59 more since the last time)", "broken (59 more since the last time)",

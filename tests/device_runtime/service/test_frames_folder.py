@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -65,6 +66,24 @@ def test_only_new_images_are_yielded(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".hidden.jpg", "a.PNG", "b.jpg", "below.jpg", "note.txt", "old.jpg",
     ]  # fmt: skip
+
+
+def test_subfolders_on_request(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "before.jpg").write_bytes(PLAIN)
+    (tmp_path / "link").symlink_to(tmp_path / "old")
+    plain, deep = Folder(tmp_path), Folder(tmp_path, recursive=True)
+    assert not list(deep.images(lambda: Pixels(8)))
+    (tmp_path / "2026" / "12").mkdir(parents=True)
+    for name in ("2026/12/a.jpg", "old/b.jpg", "c.jpg"):
+        (tmp_path / "x.part").write_bytes(PLAIN)
+        (tmp_path / "x.part").rename(tmp_path / name)
+    assert [Path(path).name for path, _ in plain.images(lambda: Pixels(8))] == ["c.jpg"]
+    assert [path for path, _ in deep.images(lambda: Pixels(8))] == [
+        str(tmp_path / name) for name in ("2026/12/a.jpg", "old/b.jpg", "c.jpg")
+    ]
+    shutil.rmtree(tmp_path / "2026")
+    assert not list(deep.images(lambda: Pixels(8)))
 
 
 def test_existing_images_on_request(tmp_path: Path):
@@ -213,7 +232,7 @@ class Drawn(Folder):
         self.files: dict[str, int] = {}
         super().__init__(path, existing)
 
-    def _files(self):
+    def _files(self, folders):
         return ((name, when, (hash(name), when, 1)) for name, when in list(self.files.items()))
 
 

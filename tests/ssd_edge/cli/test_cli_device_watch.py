@@ -31,10 +31,11 @@ def _restore_handlers() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "Missing argument 'FOLDER|-'"),
+        ([], "Missing argument 'FOLDER|CAMERA|-'"),
         (["FOLDER", "--every", "-1"], "-1.0 is not in the range"),
         (["FOLDER", "--every", "soon"], "'soon' is not a valid float"),
         (["-", "--existing"], "--existing applies to a folder"),
+        (["rtsp://camera/1", "--recursive"], "--recursive applies to a folder"),
     ],
 )
 def test_bad_arguments(args: list[str], message: str, tmp_path: Path) -> None:
