@@ -36,7 +36,7 @@ from ssd_edge.report.compare import DISPLAY
 from ssd_edge.report.events import Listener, Message, TaskLearned
 from ssd_edge.report.html import render
 from ssd_edge.report.wording import extent, percent, step_name, stream_name
-from ssd_edge.run import metrics, report, storage
+from ssd_edge.run import metrics, preprocessing, report, storage
 from ssd_edge.run.embed import embed
 from ssd_edge.run.metrics import Summary
 from ssd_edge.run.results import LearnerResult, RunResult, TaskInfo
@@ -135,8 +135,15 @@ class Setup:
     @functools.cached_property
     def data(self) -> StreamData:
         """Embeddings and tasks of the stream; computed on first use."""
-        started = time.monotonic()
-        embedded = embed(self.dataset, self.embedder, self.listener, self.config.backbone.cache)
+        started, config = time.monotonic(), self.config.backbone
+        if not preprocessing.stated(config):
+
+            def say(text: str) -> None:
+                self.listener(Message(text))
+
+            if (doubt := preprocessing.doubt(self.dataset, self.embedder, config.cache, say)) is not None:
+                say(f"warning: {doubt}")
+        embedded = embed(self.dataset, self.embedder, self.listener, config.cache)
         data = prepare(self.dataset, self.stream, self.embedder.standardised, embedded, self.embedder.widths)
         return dataclasses.replace(data, embed_seconds=time.monotonic() - started)
 
