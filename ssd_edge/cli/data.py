@@ -74,7 +74,7 @@ def _print(found: DataCheck, folder: str, html: Path | None) -> None:
     echo(f"  sizes    {least} to {most} pixels, median {median}")
     if ignored := found.accounts.ignored():
         echo(f"  besides  {ignored}")
-    width = max(len(one.name) for one in found.classes)
+    width = max(len("class"), *(len(one.name) for one in found.classes))
     echo(f"  {'class'.ljust(width)}  {'train':>6}  {'test':>6}")
     for one in found.classes:
         echo(f"  {one.name.ljust(width)}  {one.train:>6,}  {one.test:>6,}")

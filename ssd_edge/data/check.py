@@ -25,6 +25,7 @@ from ssd_edge.images import Pixels
 SIMILAR = 0.98  # correlation
 MOST_COMPARED = 20_000  # images; the comparison of all pairs takes ten seconds then
 FEW = 10  # training images of a class
+LEAST = 48  # pixels of the shorter side; smaller images look alike without being so, such as digits
 _SIDE, _GRID = 32, 16
 _BLOCK = 1024
 _FLAT = 1.0  # deviation in levels of 255, below which an image shows nothing
@@ -54,7 +55,7 @@ class DataCheck:
         accounts: What was found beside the images.
         similar: Pairs of nearly identical images.
         leaked: Pairs of those in which the first is a training and the second a test image.
-        compared: True if all pairs were compared.
+        compared: True if all pairs were compared for similarity.
     """
 
     name: str
@@ -94,7 +95,10 @@ class DataCheck:
                 f"{', '.join(few[:10])}{' …' if len(few) > 10 else ''}"
             )
         if not self.compared:
-            found.append(f"more than {MOST_COMPARED:,} images: only identical files were looked for, not similar ones")
+            found.append(
+                f"similar images were not looked for, as there are more than {MOST_COMPARED:,}, or some are smaller "
+                f"than {LEAST} pixels"
+            )
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,7 +142,7 @@ def check(path: str) -> Checked:
     except InputError as error:
         obstacle = str(error)
     vectors = {key: vector for look in looks for key, vector in look.vectors.items()}
-    compared = len(vectors) <= MOST_COMPARED
+    compared = len(vectors) <= MOST_COMPARED and not any(look.small for look in looks)
     similar, leaked = _similar(vectors, dataset) if compared else ([], [])
     sizes = sorted((size for look in looks for size in look.sizes), key=lambda size: (size[0] * size[1], size))
     place = {key: (part.images, index) for part in good for index, key in enumerate(part.images.names)}
@@ -176,6 +180,7 @@ class _Look:
         problems: A sentence for each of the others.
         formats: Number of images by format.
         sizes: Width and height of each.
+        small: True if one is smaller than `LEAST`.
         vectors: What `_similar` compares, by name; without images that show nothing.
     """
 
@@ -189,6 +194,7 @@ class _Look:
         headers = [images.header(index) for index in kept]
         self.formats = Counter(kind for kind, *_ in headers)
         self.sizes = [(width, height) for _, width, height in headers]
+        self.small = any(min(size) < LEAST for size in self.sizes)
         vectors = zip(images.names, self._vectors, strict=True)
         self.vectors = {key: vector for key, vector in vectors if vector is not None}
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from PIL import Image, ImageEnhance
 
 from ssd_edge.cli.data import check as command
+from ssd_edge.data import check as data_check
 from ssd_edge.data.check import check
 from ssd_edge.errors import BadFilesError, InputError
 from ssd_edge.report import pictures
@@ -24,7 +25,7 @@ SCENE = np.random.default_rng(0)
 def scene() -> Image.Image:
     """Return a picture of coarse patches, which differs from all others."""
     coarse = SCENE.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((90, 60), Image.Resampling.BICUBIC)
+    return Image.fromarray(coarse).resize((180, 120), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def again(image: Image.Image, **options: object) -> bytes:
 def test_a_clean_folder(folder: Path) -> None:
     found = check(str(folder)).result
     assert [(one.name, one.train, one.test) for one in found.classes] == [("gear", 12, 4), ("nut", 12, 4)]
-    assert (found.formats, found.sizes) == ({"PNG": 32}, ((90, 60),) * 3)
+    assert (found.formats, found.sizes) == ({"PNG": 32}, ((180, 120),) * 3)
     assert (found.bad, found.warnings(), found.split) == (False, [], "the data's own train/ and test/")
 
 
@@ -55,7 +56,7 @@ def test_a_clean_folder(folder: Path) -> None:
     "change",
     [
         lambda image: again(image, quality=30),
-        lambda image: again(image.resize((45, 30))),
+        lambda image: again(image.resize((90, 60))),
         lambda image: again(ImageEnhance.Brightness(image).enhance(0.8)),
         lambda image: again(ImageEnhance.Contrast(image).enhance(0.8)),
     ],
@@ -79,9 +80,21 @@ def relative(folder: Path, pair: tuple[str, str]) -> tuple[str, ...]:
     return tuple(str(Path(name).relative_to(folder)) for name in pair)
 
 
+def test_small_images_are_not_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "test/nut/copy.png").write_bytes((folder / "train/gear/3.png").read_bytes())
+    assert len(check(str(folder)).result.leaked) == 1
+    for name in ("LEAST", "MOST_COMPARED"):
+        with monkeypatch.context() as patch:
+            patch.setattr(data_check, name, 121 if name == "LEAST" else 20)
+            found = check(str(folder)).result
+            assert (found.similar, found.leaked) == ((), ())
+            assert found.warnings()[0].startswith("1 test image identical to training images")
+            assert found.warnings()[-1].startswith("similar images were not looked for")
+
+
 def test_blank_images_are_not_called_similar(folder: Path) -> None:
     for level in range(4):
-        Image.new("RGB", (90, 60), (level, level, level)).save(folder / f"train/gear/blank{level}.png")
+        Image.new("RGB", (180, 120), (level, level, level)).save(folder / f"train/gear/blank{level}.png")
     assert check(str(folder)).result.similar == ()
 
 
