@@ -246,6 +246,16 @@ def readers_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def start_table(found: dict) -> str:
+    """Return what verbs of a device take from the start of a process to its end."""
+    lines = ["| verb | PyTorch | seconds | of a processor | peak memory |", "|---|---|---|---|---|"]
+    for row in found["rows"]:
+        needed = "needed" if row["torch"] else "out of reach"
+        cells = f"{row['seconds']:.2f} | {row['cpu']:.2f} | {row['peak_bytes'] / 2**20:.0f} MiB"
+        lines.append(f"| `{row['verb']}` | {needed} | {cells} |")
+    return "\n".join(lines)
+
+
 def targets_table() -> str:
     """Return the table of targets from their files."""
     lines = ["| target | | TensorRT | precisions, fastest first | default | memory |", "|---|---|---|---|---|---|"]
@@ -465,6 +475,7 @@ def main() -> None:
             "calibration": calibration_table(json.loads((DOCS / "results" / "calibration.json").read_text())),
             "guard": guard_table(json.loads((DOCS / "results" / "guard.json").read_text())),
             "bundles": bundles_table(photos),
+            "start": start_table(json.loads((DOCS / "results" / "start.json").read_text())),
             "readers": readers_table(json.loads((DOCS / "results" / "readers.json").read_text())),
         },
         DOCS / "slda.md": {

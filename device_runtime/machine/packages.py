@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import io
 from types import ModuleType
 from typing import Any
@@ -40,6 +40,11 @@ def check_packages(at: Situation) -> Examined:
 def check_torch(at: Situation) -> Examined:
     """Check that PyTorch computes on the CPU and shares memory with NumPy."""
     torch, problem = _import("torch")
+    answers = at.bundle is None or "answers" in at.bundle.roles  # see `install.bundle`
+    if torch is None and answers and importlib.util.find_spec("torch") is None:
+        finding = "PyTorch is not installed: this machine can predict, but not learn"
+        yield Check("torch", "warning", finding, at.fix("torch"))
+        return
     if torch is None:
         finding = f"PyTorch, which the learner requires, cannot be imported ({problem})"
         yield Check("torch", "unfit", finding, at.fix("torch"))
