@@ -47,7 +47,7 @@ def test_the_wheel_contains_only_the_three_packages(wheel: Path) -> None:
     assert {shipped + name for name in ("backbone.safetensors", "priors.safetensors", "card.json")} <= set(names)
     for package in ("ssd_edge", "exporters", "device_runtime"):
         assert f"{package}/py.typed" in names
-        for suffix in (".py", ".yaml"):
+        for suffix in (".py", ".yaml", ".html", ".css", ".js"):
             present = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob(f"*{suffix}")}
             assert {name for name in names if name.startswith(f"{package}/") and name.endswith(suffix)} == present
     assert wheel.name == f"ssd_edge-{VERSION}-py3-none-any.whl"

@@ -13,6 +13,7 @@ import click
 from ssd_edge.cli.options import JSON, echo, log, print_json, progress_line, with_folder
 
 if TYPE_CHECKING:
+    from device_runtime.device import Observation
     from ssd_edge.config import DataConfig
     from ssd_edge.run.results import Evaluation
 
@@ -118,7 +119,7 @@ def _on_device(root: Path, model: Path, data: DataConfig) -> Evaluation:
     with Device.open(root) as device:
         entries = device.registry.entries
         truth = rows_of(dataset, device.classes, "device")[dataset.test_labels]
-        seen = []
+        seen: list[Observation] = []
         with progress_line() as watcher:
             for batch in dataset.test.batches(device.bundle.pixels, BATCH):
                 done = BATCH * len(seen)

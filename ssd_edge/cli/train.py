@@ -13,6 +13,7 @@ from ssd_edge.cli.options import CONFIG, read_tree, with_folder
 
 if TYPE_CHECKING:
     from ssd_edge.report.terminal import Console
+    from ssd_edge.run.results import RunResult
     from ssd_edge.run.train import Run
 
 
@@ -61,10 +62,8 @@ def train(
         raise KeyboardInterrupt(f"continue with: ssd-edge train --resume {run.folder}") from None
     settings = run.config.run
     if no_panel or not (settings.panel or settings.baselines):
-        console.table(trained.to_dict())
-        console.print(f"report:  {run.folder / 'report.html'}")
+        _conclude(run, trained, console)
         console.print(f"compare: ssd-edge compare {run.folder}")
-        console.print(f"deploy:  {_deploying(run.folder)}")
         return
     console.print(
         f"the model is ready: {percent(trained.main.average_accuracy)} of the test images, averaged over the tasks; "
@@ -98,9 +97,25 @@ def _compare(run: Run, console: Console, baselines: bool = True, panel: bool = T
         raise KeyboardInterrupt(
             f"the model in {run.folder} is complete; continue the comparison with: ssd-edge compare {run.folder}"
         ) from None
+    _conclude(run, result, console)
+
+
+def _conclude(run: Run, result: RunResult, console: Console) -> None:
+    """Print the tables, what helps most if the result is poor, and what to do next."""
+    from ssd_edge.report.findings import levers
+    from ssd_edge.report.wording import percent
+    from ssd_edge.run import report
+
     console.table(result.to_dict())
-    console.print(f"report: {run.folder / 'report.html'}")
-    console.print(f"deploy: {_deploying(run.folder)}")
+    found = report.of_run(run.folder, *report.files_of(run.folder), None)
+    answers = found.answers
+    console.print(f"{percent(answers.accuracy)} of the {len(answers.truth):,} test images are named correctly")
+    for step in levers(found):
+        console.print(f"- {step.do} {step.why}")
+        if step.command:
+            console.print(f"  {step.command}")
+    console.print(f"report:  {run.folder / 'report.html'}, with mistakes and look-alikes as photographs")
+    console.print(f"deploy:  {_deploying(run.folder)}")
 
 
 def _deploying(folder: Path) -> str:

@@ -132,8 +132,7 @@ def thresholds(answers: Answers, count: int = 60) -> list[Threshold]:
 
 def steps(results: Results) -> list[Step]:
     """Return what to do now, the most important first."""
-    levers = _levers(results) if results.answers.accuracy < POOR else []
-    return [*levers, *_alike_steps(results), *_image_steps(results), *_doubts(results)]
+    return [*levers(results), *_alike_steps(results), *_image_steps(results), *_doubts(results)]
 
 
 def last_doubling(fewer: Sequence[LearningPoint]) -> tuple[LearningPoint, LearningPoint] | None:
@@ -142,8 +141,10 @@ def last_doubling(fewer: Sequence[LearningPoint]) -> tuple[LearningPoint, Learni
     return (smaller[-1], fewer[-1]) if smaller else None
 
 
-def _levers(results: Results) -> list[Step]:
-    """Return what most likely makes a poor result better."""
+def levers(results: Results) -> list[Step]:
+    """Return what most likely makes a poor result better; nothing for a good one."""
+    if results.answers.accuracy >= POOR:
+        return []
     found: list[Step] = []
     config: Mapping[str, Any] = results.record.get("config") or {}
     name = str((config.get("backbone") or {}).get("name", ""))

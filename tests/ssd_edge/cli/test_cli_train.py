@@ -57,7 +57,7 @@ def test_train_prints_tasks_and_tables(shapes: Path, cli, tmp_path: Path) -> Non
     output = done.stdout + done.stderr
     assert "2 tasks" in output
     assert "\x1b[" not in output  # no colours in a pipe
-    for word in ("after task", "average", "BWT", "forgetting", "task 1/2", "task 2/2"):
+    for word in ("after task", "accuracy", "on the way", "drop", "task 1/2", "task 2/2"):
         assert word in output
     assert "ssd-edge deploy --target jetson" in output
     cli("train", f"data.path={shapes}", *QUICK, f"run.out={tmp_path}")
