@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ssd_edge.errors import printable
+
 SHOWN = 3  # names in a sentence
 
 
@@ -73,13 +75,20 @@ class Accounts:
         return " and ".join(filter(None, parts))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values and the sentences about them as a JSON object."""
+        """Return the values and the sentences about them as a JSON object; a file name may be any bytes."""
         return {
-            **asdict(self),
+            **{key: _shown(value) for key, value in asdict(self).items()},
             "others": dict(self.others),
-            "warnings": self.warnings(),
-            "ignored": self.ignored(),
+            "warnings": _shown(self.warnings()),
+            "ignored": printable(self.ignored()),
         }
+
+
+def _shown(value: Any) -> Any:
+    """Return a value with `printable` texts."""
+    if isinstance(value, str):
+        return printable(value)
+    return list(map(_shown, value)) if isinstance(value, list | tuple) else value
 
 
 def _count(found: Sequence[object], noun: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ssd_edge.errors import printable
 from ssd_edge.images import Pixels
 
 
@@ -147,4 +148,4 @@ class Results:
 
 def image_name(name: str) -> str:
     """Return folder and file of an image, without the path or the archive that they are in."""
-    return "/".join(PurePosixPath(name.rpartition(": ")[2]).parts[-2:])
+    return printable("/".join(PurePosixPath(name.rpartition(": ")[2]).parts[-2:]))

@@ -6,18 +6,24 @@ codes.
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ssd_edge.errors import printable
-from ssd_edge.report.compare import ROLES, lead_note, ranked
+from ssd_edge.errors import printable, require
+from ssd_edge.files import write_text
+from ssd_edge.report.compare import ROLES, compared, lead_note, ranked
 from ssd_edge.report.events import Event, Message, Progress, TaskLearned
-from ssd_edge.report.wording import development, percent, points, step_name
+from ssd_edge.report.wording import describe_stream, development, percent, points, step_name
 from ssd_edge.system import duration, size
 
 if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.console import RenderableType
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
     from rich.table import Table
@@ -76,10 +82,101 @@ class Console:
         self._job, self._printed = event.description, time.monotonic()
         if not self._rich.is_interactive:
             return
+        from rich import progress
 
-        columns = "accuracy: at the end · on the way: after each step, on average · drop: points lost since the best"
+        columns = (
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[note]}", markup=False),
+        )
+        bar = progress.Progress(*columns, console=self._rich, transient=True)
+        bar.start()
+        self._live = bar, bar.add_task(event.description, total=event.steps, note="")
 
-    parts += ["", Text(columns, style="dim")]
+    def _end_job(self) -> None:
+        """Remove the progress bar of the running job, if any."""
+        if self._live is not None:
+            self._live[0].stop()
+        self._job = self._live = None
+
+    def _task_line(self, event: TaskLearned) -> None:
+        """Print one line on a learned task."""
+        from rich.cells import set_cell_size
+
+        shown = [f"{100 * accuracy:.0f}" for accuracy in event.accuracies]
+        each = " ".join(shown[i] if i is not None else "…" for i in _elided(len(shown), 10))
+        number = f"{event.step_name} {event.step + 1:>{len(str(event.steps))}}/{event.steps}"
+        names = set_cell_size(_shorten(", ".join(event.classes), 24), 24)
+        line = f"{number}  {names}  {duration(event.seconds):>11}  mean {percent(event.mean_accuracy):>7} of {each}"
+        self._rich.print(line, no_wrap=True, overflow="ellipsis")
+
+    def table(self, metrics: Mapping[str, Any]) -> None:
+        """Print the accuracy matrix, the comparison with other learners, and a note if one of them is better."""
+        for part in _summary(metrics, self._rich.width):
+            self._rich.print(part)
+
+
+def export_svg(metrics: Mapping[str, Any], path: Path) -> None:
+    """Write the output of `Console.table` as an SVG image.
+
+    Raises:
+        EnvironmentUnfitError: If rich is not installed or the file cannot be written.
+    """
+    recorder = _rich(io.StringIO(), True, record=True)
+    for part in _summary(metrics, recorder.width):
+        recorder.print(part)
+    title = printable(f"{compared(metrics)[0].display} on {metrics['data']}")
+    svg = recorder.export_svg(title=title, unique_id="ssd-edge")
+    # Remove the font that rich's style sheet would fetch from the network; the fallback is monospace.
+    write_text(path, re.sub(r"@font-face\s*\{.*?\}", "", svg, flags=re.DOTALL))
+
+
+def _rich(stream: TextIO, terminal: bool, record: bool = False) -> RichConsole:
+    """Return a rich console without markup, because a class may be called ``[red]`` or ``:smile:``."""
+    require("rich", "train", "write to the terminal")
+    from rich.console import Console as RichConsole
+
+    options: dict[str, Any] = {} if terminal and not record else {"width": WIDTH}
+    if record:  # the image must not depend on the environment
+        options |= {"record": True, "color_system": "truecolor", "no_color": False}
+    # force_terminal: FORCE_COLOR must not put control codes into a log. force_jupyter: notebooks get plain lines too.
+    return RichConsole(
+        file=stream,
+        force_terminal=terminal,
+        force_jupyter=False,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        **options,
+    )
+
+
+def _clean(value: Any) -> Any:
+    """Return a value with `printable` texts: rich passes control codes on, and names may come from anywhere."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    return type(value)(map(_clean, value)) if isinstance(value, list | tuple) else value
+
+
+def _summary(metrics: Mapping[str, Any], width: int) -> list[RenderableType]:
+    """Return heading, accuracy matrix, comparison and note."""
+    from rich.text import Text
+
+    metrics = _clean(metrics)
+    heading = f"{compared(metrics)[0].display} on {metrics['data']}: {describe_stream(metrics)}"
+    parts: list[RenderableType] = [
+        Text(heading, style="bold"),
+        "",
+        _matrix(metrics, width),
+        "",
+        _comparison(metrics, width),
+    ]
+    legend = "accuracy: at the end · on the way: after each step, on average · drop: points lost since the best"
+    parts += ["", Text(legend, style="dim")]
     if told := development(metrics):
         parts += ["", told]
     note = lead_note(metrics)
