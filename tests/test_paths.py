@@ -19,7 +19,7 @@ ALLOWED = {
     "ssd_edge/images/listing.py": {"scandir"},  # its errors are handled there
     "ssd_edge/targets/__init__.py": {"iterdir"},  # files of this package
     "ssd_edge/data/folders.py": {"is_dir", "isdir", "isfile"},  # members of an archive
-    "device_runtime/service/frames.py": {"scandir", "is_file"},  # an image that cannot be read is tried again
+    "device_runtime/service/frames.py": {"scandir", "is_file", "is_dir"},  # an image that cannot be read is tried again
 }
 
 

@@ -74,6 +74,14 @@ class Accounts:
         ]
         return " and ".join(filter(None, parts))
 
+    def sentences(self) -> list[str]:
+        """Return all there is to say, as lines for people."""
+        ignored = self.ignored()
+        return [
+            *(f"warning: {warning}" for warning in self.warnings()),
+            *([f"not looked at: {ignored}"] if ignored else []),
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the values and the sentences about them as a JSON object; a file name may be any bytes."""
         return {

@@ -15,7 +15,7 @@ from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import TrainConfig, parse, to_tree
 from ssd_edge.data import Dataset, load
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.report.events import Listener
+from ssd_edge.report.events import Listener, Message
 from ssd_edge.report.results import Results
 from ssd_edge.run import report, storage
 from ssd_edge.run.embed import embed
@@ -107,6 +107,8 @@ def evaluate(folder: Path, config: TrainConfig, listener: Listener) -> Evaluatio
     learner, rejector, track = report.restore(folder)
     entries = ClassRegistry.from_json(files.read_json(folder / "classes.json")).entries
     dataset = load(config.data, config.run.seed)
+    for sentence in dataset.accounts.sentences():
+        listener(Message(sentence))
     rows = rows_of(dataset, [entry.name for entry in entries], "run")
     embedder = open_embedder(folder, config)
     embedded = embed(dataset, embedder, listener, config.backbone.cache)

@@ -118,10 +118,8 @@ class Setup:
         undecided = auto.wanted(config.learner)
         self.device = pick_device(config.run.device)
         self.dataset = load(config.data, config.run.seed)
-        for warning in self.dataset.accounts.warnings():
-            listener(Message(f"warning: {warning}"))
-        if ignored := self.dataset.accounts.ignored():
-            listener(Message(f"not looked at: {ignored}"))
+        for sentence in self.dataset.accounts.sentences():
+            listener(Message(sentence))
         self.embedder = open_backbone(config.backbone, self.device, folder, lambda text: listener(Message(text)))
         if not undecided:
             self._check_learner()

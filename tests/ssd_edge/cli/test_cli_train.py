@@ -88,7 +88,9 @@ def test_a_folder_with_bad_files(shapes: Path, cli, tmp_path: Path) -> None:
     report = (out / "report.html").read_text()
     assert "4 files left out" in report
     assert report.count("clip.mp4 is a video") == 4  # in the sentence and in the list
-    assert json.loads(cli("evaluate", out, "--json").stdout)["images"] == 2  # without them, too
+    evaluated = cli("evaluate", out, "--json")
+    assert json.loads(evaluated.stdout)["images"] == 2  # without them, too
+    assert "warning: 4 files left out" in evaluated.stderr
 
 
 @pytest.mark.parametrize(
