@@ -139,14 +139,16 @@ def _pairs(results: Results, pairs: Sequence[Pair], shown: Album) -> list[dict[s
     return found
 
 
-def _cells(results: Results) -> list[tuple[int, int, int, float]]:
-    """Return the cells of the confusion matrix that are not empty: row, answer, count, and share of the row."""
+def _cells(results: Results) -> list[tuple[int, int, float]]:
+    """Return the cells of the confusion matrix that are not empty: row, answer, and opacity by share of the row."""
     answers, classes = results.answers, len(results.classes)
     codes, counts = np.unique(answers.truth * classes + answers.given, return_counts=True)
     tested = np.bincount(answers.truth, minlength=classes)
     rows, columns = codes // classes, codes % classes
-    shares = counts / tested[rows]
-    return list(zip(rows.tolist(), columns.tolist(), counts.tolist(), shares.tolist(), strict=True))
+    shares, wrong = counts / tested[rows], rows != columns
+    shares[wrong] /= shares[wrong].max(initial=0.2)  # mistakes are rare: compared with each other
+    shades = 0.15 + 0.85 * np.where(wrong, shares**0.7, shares**1.5)
+    return list(zip(rows.tolist(), columns.tolist(), shades.tolist(), strict=True))
 
 
 def _classes(results: Results, shown: Album) -> list[dict[str, Any]]:

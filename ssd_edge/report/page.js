@@ -56,7 +56,8 @@
     const parts = strip(data.classes[truth], data.examples[truth]);
     if (truth !== given) {
       parts.push(...strip(data.classes[given], data.examples[given]));
-      if (wrong) parts.push(...strip(`${data.classes[truth]}, called ${data.classes[given]}`, wrong[1]));
+      const some = wrong && wrong[1].length < wrong[0] ? ` (${wrong[1].length} of ${wrong[0]})` : "";
+      if (wrong) parts.push(...strip(`${data.classes[truth]}, called ${data.classes[given]}${some}`, wrong[1]));
     }
     shown.replaceChildren(...parts);
   }
