@@ -102,6 +102,7 @@ class Snapshot:
 
     Attributes:
         generation: The generation.
+        answering: What answers; the following are its parts.
         registry: The classes.
         bundle: The installed bundle.
         probe: Bytes of the bundle's probe, see `selftest`.
@@ -113,9 +114,9 @@ class Snapshot:
         self.generation = generation
         self._state, self._loading = state, threading.Lock()
         # a generation from before heads were kept has none
-        found = Answering.read(generation.read, None if HEAD in generation.files else self.state.head())
-        self.registry, self.bundle, self.probe = found.registry, found.bundle, found.probe
-        self.head, self.unknown = found.head, found.unknown
+        self.answering = Answering.read(generation.read, None if HEAD in generation.files else self.state.head())
+        self.registry, self.bundle, self.probe = self.answering.registry, self.answering.bundle, self.answering.probe
+        self.head, self.unknown = self.answering.head, self.answering.unknown
 
     @property
     def state(self) -> DeviceState:
@@ -438,10 +439,17 @@ class Device:
         Raises:
             InputError: The path is a folder, or there is no such key.
         """
-        state = self.state
-        from device_runtime.learning import exchange
+        from device_runtime.learning.export import export
 
-        return exchange.export(self.store, self.generation, state, Path(path), key, history)
+        snapshot = self.snapshot
+        try:
+            return export(
+                self.store, snapshot.generation, snapshot.answering, snapshot.scores, Path(path), key, history
+            )
+        except BundleRefusedError:
+            if not self.refresh():  # it was not pruned, but is damaged
+                raise
+            return self.export(path, key, history)
 
     def merge(self, path: str | Path, limits: Limits | None = None) -> MergeResult:
         """Add what another device has learned since both installed one bundle, and commit a generation.

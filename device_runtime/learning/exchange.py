@@ -1,4 +1,4 @@
-"""Export a device's state as a bundle, and merge what two devices have learned since they installed one bundle.
+"""Merge what two devices have learned since they installed one bundle.
 
 A merge is A + B − their common bundle, in the sums of a closed-form learner: exactly the state of one device that had
 been taught everything. It is refused wherever that does not hold.
@@ -7,26 +7,22 @@ been taught everything. It is refused wherever that does not hold.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from device_runtime.learning.edit import estimate_cost
+from device_runtime.learning.export import lineage
 from device_runtime.learning.guard import Limits
 from device_runtime.learning.state import DeviceState, copy_learner
-from device_runtime.results import ExportResult, MergeResult, TaughtClass, describe
+from device_runtime.results import MergeResult, TaughtClass
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
 from ssd_edge import bundle as bundles
-from ssd_edge import files, learners
-from ssd_edge.bundle import card
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.closed_form.sums import ClassStatistics
-from ssd_edge.system import utc_now
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,60 +36,6 @@ class Origin:
 
     installation: str
     merged: tuple[str, ...]
-
-
-def export(
-    store: Generations,
-    generation: Generation,
-    state: DeviceState,
-    path: Path,
-    key: str | Path | None,
-    history: bool = True,
-) -> ExportResult:
-    """Write a generation as a bundle; arguments, result and errors as `Device.export`."""
-    sign = None
-    if key is not None:
-        from ssd_edge.bundle import signing
-
-        sign = signing.signer(Path(key))
-    backbone = files.read_bytes(store.backbone_path(generation.backbone))
-    changes = changes_since_install(store, generation)
-    if changes and not history:
-        changes = ["not listed, because it was exported without history"]
-    packed = pack(state, generation.number if history else 1, backbone, changes, path.stem, sign)
-    opened = bundles.parse(packed, allow_control_flow=True)  # what is installed has been allowed
-    bundles.write(path, packed)
-    return ExportResult(
-        bundle=str(path),
-        bytes=len(packed),
-        sha256=opened.sha256,
-        generation=generation.number,
-        classes=state.registry.names,
-        signed_by=opened.signature.key if opened.signature else None,
-    )
-
-
-def changes_since_install(store: Generations, generation: Generation) -> list[str]:
-    """Return the changes between the installed generation and this one, oldest first, as far as the journal goes."""
-    journal = store.journal()
-    events = lineage(journal, generation)
-    changes = [describe(event.get("info") or {}) for event in events]
-    first = events[-1].get("parent") if events else generation.parent
-    installed = {event["generation"] for event in journal if event.get("event") == "install"}
-    if generation.parent is not None and first not in installed:
-        changes.append("earlier changes, which the journal no longer lists")
-    return changes[::-1]
-
-
-def lineage(journal: Iterable[Mapping[str, Any]], generation: Generation) -> list[Mapping[str, Any]]:
-    """Return the events of a journal that led to a generation, newest first, as far as it goes."""
-    learned = {event["generation"]: event for event in journal if event.get("event") == "learn"}
-    events: list[Mapping[str, Any]] = []
-    number: int | None = generation.number
-    while number in learned:
-        events.append(learned.pop(number))
-        number = events[-1].get("parent")
-    return events
 
 
 def taught_sets(store: Generations, generation: Generation) -> dict[str, str]:
@@ -117,58 +59,6 @@ def installed_state(store: Generations, state: DeviceState) -> DeviceState:
         f"a merge needs the generation that was installed from the bundle {sha256[:12]}…, but it is gone or damaged; "
         "install one bundle on both devices"
     )
-
-
-def pack(
-    state: DeviceState,
-    generation: int,
-    backbone: bytes,
-    changes: Sequence[str],
-    name: str,
-    sign: Callable[[bytes], bytes] | None,
-) -> bytes:
-    """Return the bytes of a bundle with the state of a device.
-
-    Args:
-        state: The state.
-        generation: Its number.
-        backbone: Bytes of the ONNX file.
-        changes: Changes since the bundle was deployed, for the model card.
-        name: Name of the bundle.
-        sign: See `bundle.pack`.
-    """
-    bundle = state.bundle
-    manifest = dict(bundle.manifest)
-    _, learner = learners.pack(state.learner)
-    contents = state.contents()
-    entries = {role: contents[path] for role, path in bundles.ROLES.items() if path in contents}
-    manifest.update(
-        name=name[: bundles.MAX_TITLE_LENGTH],
-        created=utc_now(),
-        learner={"name": learner["learner"], "settings": learner["settings"]},
-        classes=state.registry.names,
-        device={
-            "generation": generation,
-            "installation": bundle.installation,
-            "merged": list(bundle.merged),
-            "bundle_sha256": bundle.bundle_sha256,
-        },
-    )
-    if changes:
-        manifest["metrics"] = {}  # they were measured before the changes
-        entries["card"] = card.amend(state.card.decode(), state.registry, changes).encode()
-    entries |= {"backbone": backbone, "probe": _probe(state)}
-    packed = {bundles.ROLES[role]: (role, data) for role, data in entries.items()}
-    return bundles.pack(manifest, packed, sign)
-
-
-def _probe(state: DeviceState) -> bytes:
-    """Return the bundle's probe with the predictions of the current learner."""
-    arrays, limits = files.parse_tensors(state.probe, "probe.safetensors")
-    rows = np.full(len(arrays["images"]), -1)
-    if len(state.registry):
-        rows = state.learner.predict(torch.from_numpy(arrays["embeddings"])).numpy()
-    return files.tensor_bytes({**arrays, "rows": rows}, limits)
 
 
 def merge(

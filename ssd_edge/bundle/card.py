@@ -14,7 +14,6 @@ from typing import Any
 from ssd_edge import targets
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.images import Pixels
-from ssd_edge.learners import LEARNERS
 
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}  # some renderers treat a backslash-escaped tag as HTML
 # Characters with a meaning in Markdown; the last two alternatives turn bare URLs into links.
@@ -212,6 +211,8 @@ def _export(parity: Mapping[str, Any]) -> str:
 
 
 def _limits(learner: Mapping[str, Any]) -> str:
+    from ssd_edge.learners import LEARNERS  # imports PyTorch
+
     if LEARNERS[learner["name"]].replay:
         stored = (
             "- **Replay**: it stores embeddings of individual training images, and of images that it is taught later. "

@@ -86,17 +86,22 @@ def test_a_device_without_pytorch_does_everything_but_learn(root: Path, tmp_path
         ["prune", "--keep", "2"],
         ["fsck"],
         ["status", "--json"],
-        ["learn", "--label", "new", *paths],
         ["export", str(tmp_path / "out.ssdedge")],
+        ["learn", "--label", "new", *paths],
+        ["forget", "cup"],
     )
-    assert [code for code, _, _ in answers] == [0] * 8 + [3, 3], answers
+    assert [code for code, _, _ in answers] == [0] * 9 + [3, 3], answers
     assert json.loads(answers[0][1])["predictions"] == wanted  # bit for bit: one implementation answers
     status = json.loads(answers[1][1])
     assert (status["learner"], status["answers_with"]) == ("ncm", "NumPy")
     assert status == {**device.status().to_dict(), "machine": status["machine"]}
     assert "rename 'cup' to 'mug'" in answers[3][1]
     assert json.loads(answers[7][1])["classes"] == ["cup", "nut", "screw", "wedge"]
-    for _, _, said in answers[8:]:
+    device.refresh()
+    device.export(tmp_path / "with.ssdedge")
+    one, other = (bundles.read(tmp_path / f"{name}.ssdedge") for name in ("out", "with"))
+    assert {**one.entries, "manifest.json": b""} == {**other.entries, "manifest.json": b""}
+    for _, _, said in answers[9:]:
         assert "'torch' is needed" in said
         assert "ssd-edge[device]" in said
         assert len(said.splitlines()) == 1
