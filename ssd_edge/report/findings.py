@@ -21,6 +21,7 @@ POOR = 0.8  # accuracy below which the report says what most likely helps
 CERTAIN = 0.98  # a wrong answer as sure as this may be an image in the wrong folder
 MATTERS = 0.01  # of accuracy: a smaller difference is not worth photographs
 LIKENESS = 3, 0.1  # images of a pair taken for each other from which on it is advised to merge: number and share
+HELPED = 2, 0.05  # test images of a class that more images must have made right: number and share
 SHOWN_STEPS = 3  # of one kind
 QUANTILE = 1.96  # of the normal distribution, two-sided 95 %
 
@@ -263,9 +264,10 @@ def _scarcity(results: Results, row: int, right: int, typical: int) -> tuple[int
     if results.fewer:
         every = results.fewer[-1]
         smaller = [p for p in results.fewer[:-1] if p.images <= count and every.accuracy - p.accuracy >= MATTERS]
-        helped = [point for point in smaller if 2 * point.images <= count and point.right[row] < right]
-        if helped:
-            few = helped[-1]
+        half = [point for point in smaller if 2 * point.images <= count]
+        tested = int((results.answers.truth == row).sum())
+        if half and right - half[-1].right[row] >= max(HELPED[0], HELPED[1] * tested):
+            few = half[-1]
             return more, (
                 f"Images help it: learned from {few.images}, {few.right[row]} were right, from {count} it is {right}."
             )

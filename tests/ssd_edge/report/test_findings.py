@@ -100,6 +100,10 @@ def test_more_photographs_only_with_evidence() -> None:
     (step,) = findings.steps(rising)
     assert "learned from 4, 2 were right, from 8 it is 20" in step.why
 
+    hardly = dataclasses.replace(few, fewer=(LearningPoint(4, 0.7, (19, 31, 31, 31)), every))
+    (step,) = findings.steps(hardly)
+    assert "It was learned from 8, half of the classes from 20 or more" in step.why  # one image more is chance
+
     others = dataclasses.replace(few, fewer=(LearningPoint(6, 0.7, (22, 30, 30, 30)), every))
     (step,) = findings.steps(others)
     assert "with at most 6 of each class accuracy was 70.0 %, with all it is 87.5 %" in step.why
