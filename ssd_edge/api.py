@@ -163,6 +163,21 @@ class Run:
         """The learner after the last task. It takes standardised embeddings as tensors."""
         return self._state.learner
 
+    def compare(self, progress: bool | Listener = True) -> Run:
+        """Train the baselines, the panel and joint training on the stream of this run, as ``ssd-edge compare`` does.
+
+        Args:
+            progress: As in `train`.
+
+        Returns:
+            The run with their results in its metrics and report; those that were trained before are kept.
+
+        Raises:
+            InputError: If the data has changed or is gone.
+        """
+        training.resume(self.folder, _listener(progress)).compare()
+        return load_run(self.folder)
+
     @functools.cached_property
     def _embedder(self) -> Embedder:
         return evaluation.open_embedder(self.folder, self.config)

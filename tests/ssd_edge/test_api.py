@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import ssd_edge
 from ssd_edge import files
 from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.report.events import Event, Message, TaskLearned
+from ssd_edge.run import train as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,6 +97,18 @@ def test_resume_continues_an_interrupted_run(shapes: Path, tmp_path: Path) -> No
     resumed = ssd_edge.resume(tmp_path / "1", progress=False)
     whole = ssd_edge.train(shapes, progress=False, **options)
     assert resumed.metrics["accuracy_matrix"] == whole.metrics["accuracy_matrix"]
+
+
+def test_compare_adds_others_later(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "BASELINES", ())
+    monkeypatch.setattr(training, "PANEL", ("ncm", "slda"))
+    monkeypatch.setattr(training, "JOINT", dataclasses.replace(training.JOINT, **training.ONE_PASS))
+    options = {"learner": "ncm", "backbone": "tiny", "out": tmp_path, "panel": False, "baselines": False}
+    alone = ssd_edge.train(shapes, progress=False, **options)
+    assert alone.metrics["panel"] == {}
+    compared = alone.compare(progress=False)
+    assert set(compared.metrics["panel"]) == {"slda", "joint"}
+    assert compared.accuracy == alone.accuracy
 
 
 def test_evaluate(run: ssd_edge.Run) -> None:
