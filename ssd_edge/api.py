@@ -174,6 +174,10 @@ class Run:
 
         Raises:
             InputError: If the data has changed or is gone.
+
+        Example:
+            >>> run.compare().metrics["panel"]["ridge"]
+            0.859
         """
         training.resume(self.folder, _listener(progress)).compare()
         return load_run(self.folder)
