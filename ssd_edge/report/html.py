@@ -23,6 +23,7 @@ from ssd_edge.report.wording import (
     describe_choice,
     describe_stream,
     development,
+    extent,
     forgets_nothing,
     percent,
     points,
@@ -116,7 +117,9 @@ def _headline(accuracy: float) -> str:
 
 def _facts(results: Results) -> list[str]:
     metrics = results.metrics
-    stream = [] if metrics is None else [describe_stream(metrics)]
+    stream = []
+    if metrics is not None:
+        stream = [extent(len(metrics["classes"]), len(metrics["tasks"]), len(metrics["accuracy_matrix"]))]
     learned = f"{sum(results.learned):,} training and {len(results.answers.truth):,} test images ({results.which})"
     seed = results.record.get("seed")
     return [f"{results.model} on {results.data}", *stream, learned, *([] if seed is None else [f"seed {seed}"])]
@@ -270,6 +273,7 @@ def _stream(metrics: Mapping[str, Any]) -> dict[str, Any]:
     limit = next((m.values["average_accuracy"] for m in others if m.role == "joint"), None)
     return {
         "step": step_name(len(tasks), steps),
+        "described": describe_stream(metrics),
         "development": development(metrics),
         "curves": [curves(metrics, wide=True), curves(metrics, wide=False)] if steps > 1 else [],
         "heat_map": heat_map(metrics),
