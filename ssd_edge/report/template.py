@@ -24,7 +24,7 @@ def fill(name: str, content: Mapping[str, Any]) -> str:
     Raises:
         EnvironmentUnfitError: Jinja2 is not installed; PyTorch brings it.
     """
-    jinja2 = require("jinja2", "train", "write a report")
+    jinja2 = require("jinja2", "train", "write a report", "jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
