@@ -1,0 +1,121 @@
+"""The tutorials: their commands, in order, with small pictures in place of photographs, print what the pages show.
+
+The tiny backbone replaces the default one, except in the slow test: its export alone takes longer than all of this.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import run_here
+from PIL import Image
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+SETUP = ("pip ", "python3 -m venv ", "sudo ", "systemctl ", "apt ")  # not run: they change the machine
+MASKED = (  # numbers, times and what depends on the images
+    (r"\d{4}-\d\d-\d\dT[\d:]+Z", "#"), (r"nearest: [^)]+", "nearest: #"), (r"\d[\d.,]*( [kM]i?B)?", "#"), (r"\s+", " "),
+)  # fmt: skip
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Return (language, text) of the examples of a page, in order."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> Iterator[str]:
+    """Yield the command lines of a shell block that belong to SSD-Edge, without comments."""
+    for line in text.replace("\\\n", " ").splitlines():
+        line = line.split(" #")[0].strip()
+        if line and not line.startswith(("#", *SETUP)):
+            yield line
+
+
+def masked(line: str) -> str:
+    """Return a line of output without what differs from one computer to another."""
+    for pattern, replacement in MASKED:
+        line = re.sub(pattern, replacement, line)
+    return line.strip()
+
+
+class Reader:
+    """Follows a page: types its commands, within this process, and compares what they print with what the page shows."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capfd = monkeypatch, capfd
+        self.typed: list[str] = []
+
+    def follow(self, page: str, change: Callable[[str], str] = str) -> None:
+        """Run the examples of a page; `change` may replace a part of a command."""
+        printed: set[str] = set()
+        names: dict[str, object] = {}
+        for language, text in blocks(page):
+            if language == "python":
+                exec(compile(text, page, "exec"), names)
+            elif language in ("text", "json"):
+                for line in text.splitlines():
+                    assert masked(line) in printed, f"{page} shows what is not printed: {line}\n" + "\n".join(printed)
+            elif language == "bash":
+                for line in commands(text):
+                    self._type(change(line))
+                    output = self._capfd.readouterr()
+                    printed |= {masked(one) for one in (output.out + output.err).splitlines()}
+
+    def _type(self, line: str) -> None:
+        self.typed.append(line)
+        *before, last = line.split(" | ")
+        if before:  # what another program writes to our standard input
+            wrote = subprocess.run(before[0], shell=True, stdout=subprocess.PIPE, check=False).stdout
+            Path("stdin").write_bytes(wrote)
+        program, *words = shlex.split(last)
+        assert program == "ssd-edge", line
+        with open("stdin" if before else os.devnull, "rb") as stdin:
+            self._patch.setattr(sys, "stdin", io.TextIOWrapper(stdin))
+            run_here(*words)
+
+
+@pytest.fixture
+def reader(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, exported_once: None
+) -> Reader:
+    """Someone who follows a page in an empty folder, with a device of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSD_EDGE_ROOT", str(tmp_path / "device"))
+    return Reader(monkeypatch, capfd)
+
+
+def photograph(shapes: Path, names: dict[str, str], count: int) -> None:
+    """Write ``products/`` with pictures of shapes that are called as the products of a page, and others in test/."""
+    for shape, name in names.items():
+        (Path("products") / name).mkdir(parents=True)
+        for source in sorted((shapes / "train" / shape).iterdir())[:count]:
+            shutil.copy(source, Path("products") / name)
+
+
+def first_product(reader: Reader, shapes: Path, change: Callable[[str], str] = str) -> None:
+    photograph(shapes, {"circle": "Banana", "cross": "Kiwi", "square": "Lemon"}, 20)
+    shutil.copytree(shapes / "train" / "stripes", "carrots", ignore=lambda _, names: sorted(names)[20:])
+    shutil.copy(shapes / "test" / "circle" / "001.png", "banana.jpg")
+    shutil.copy(shapes / "test" / "stripes" / "002.png", "photo.jpg")
+    reader.follow("first-product.md", change)
+    asked = [line for line in reader.typed if " predict " in line]
+    assert reader.typed.index(asked[0]) + 1 == 5  # the fifth command names a photograph
+
+
+def test_first_product(reader: Reader, shapes: Path) -> None:
+    first_product(reader, shapes, lambda line: line.replace("train products", "train products backbone=tiny"))
+
+
+@pytest.mark.slow
+def test_first_product_as_written(reader: Reader, shapes: Path) -> None:
+    first_product(reader, shapes)
