@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -20,6 +22,8 @@ from pathlib import Path
 import pytest
 from conftest import run_here
 from PIL import Image
+
+import ssd_edge
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SETUP = ("pip ", "python3 -m venv ", "sudo ", "systemctl ", "apt ")  # not run: they change the machine
@@ -49,7 +53,7 @@ def masked(line: str) -> str:
 
 
 class Reader:
-    """Follows a page: types its commands, within this process, and compares what they print with what the page shows."""
+    """Follows a page: types its commands, within this process, and compares their output with the page."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self._patch, self._capfd = monkeypatch, capfd
@@ -57,19 +61,22 @@ class Reader:
 
     def follow(self, page: str, change: Callable[[str], str] = str) -> None:
         """Run the examples of a page; `change` may replace a part of a command."""
-        printed: set[str] = set()
+        printed: list[str] = []
         names: dict[str, object] = {}
         for language, text in blocks(page):
             if language == "python":
                 exec(compile(text, page, "exec"), names)
-            elif language in ("text", "json"):
+            elif language == "json":
+                assert list(json.loads(text)) in [list(json.loads(line)) for line in printed if line.startswith("{")]
+            elif language == "text":
+                said = set(map(masked, printed))
                 for line in text.splitlines():
-                    assert masked(line) in printed, f"{page} shows what is not printed: {line}\n" + "\n".join(printed)
+                    assert masked(line) in said, f"{page} shows what is not printed: {line}\n" + "\n".join(printed)
             elif language == "bash":
                 for line in commands(text):
                     self._type(change(line))
                     output = self._capfd.readouterr()
-                    printed |= {masked(one) for one in (output.out + output.err).splitlines()}
+                    printed += (output.out + output.err).splitlines()
 
     def _type(self, line: str) -> None:
         self.typed.append(line)
@@ -87,11 +94,17 @@ class Reader:
 @pytest.fixture
 def reader(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, exported_once: None
-) -> Reader:
+) -> Iterator[Reader]:
     """Someone who follows a page in an empty folder, with a device of their own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SSD_EDGE_ROOT", str(tmp_path / "device"))
-    return Reader(monkeypatch, capfd)
+    root, caught = logging.getLogger(), (signal.SIGTERM, signal.SIGINT)
+    handlers, level, before = list(root.handlers), root.level, [signal.getsignal(number) for number in caught]
+    yield Reader(monkeypatch, capfd)
+    root.handlers[:] = handlers  # `device watch` replaces all of these
+    root.setLevel(level)
+    for number, handler in zip(caught, before, strict=True):
+        signal.signal(number, handler)
 
 
 def photograph(shapes: Path, names: dict[str, str], count: int) -> None:
@@ -119,3 +132,42 @@ def test_first_product(reader: Reader, shapes: Path) -> None:
 @pytest.mark.slow
 def test_first_product_as_written(reader: Reader, shapes: Path) -> None:
     first_product(reader, shapes)
+
+
+def small_network(name: str, pretrained: bool, num_classes: int) -> object:
+    """Return a convolutional network that is exported in little time; in place of `timm.create_model`."""
+    import torch
+
+    torch.manual_seed(0)
+    stages = torch.nn.Conv2d(3, 16, 7, 8), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 3, 2), torch.nn.ReLU()
+    return torch.nn.Sequential(*stages, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
+def test_own_backbone(reader: Reader, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = types.ModuleType("timm")
+    monkeypatch.setattr(timm, "create_model", small_network, raising=False)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    photograph(shapes, {"circle": "Banana", "stripes": "Kiwi"}, 8)
+    reader.follow("own-backbone.md")
+    with_levels, last = (ssd_edge.load_run(f"runs/{run}").learner.dim for run in (1, 2))
+    assert with_levels > last == 32
+
+
+FFMPEG = """#!/bin/sh
+cat {frames}
+"""
+
+
+def test_camera(reader: Reader, shapes: Path, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(installed, tmp_path / "device")
+    with open("frames", "wb") as frames:
+        for source in sorted((shapes / "train" / "triangle").iterdir())[:20]:
+            Image.open(source).save(frames, "JPEG", quality=95)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ffmpeg").write_text(FFMPEG.format(frames=tmp_path / "frames"))
+    (tmp_path / "bin" / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    change = {"watch /dev/video0": "watch file:///dev/video0", "--every 0.5": "--every 0"}  # it ends; no waiting
+    reader.follow("camera.md", lambda line: re.sub("|".join(change), lambda found: change[found[0]], line))
+    journal = (tmp_path / "device" / "journal.jsonl").read_text()
+    assert re.findall("learn|rollback", journal) == ["learn", "rollback"]
