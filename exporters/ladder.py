@@ -149,8 +149,9 @@ def choose(
             refused[name] = str(error)
             log(f"{name}: refused: {error}")
         else:
-            if refused:
-                log(f"the bundle is {name} instead of {next(iter(refused))}")
+            if not refused:
+                return choice
+            log(f"the bundle is {name} instead of {next(iter(refused))}")
             return dataclasses.replace(choice, report={**choice.report, "refused": refused})
     raise GateRefusedError(f"no precision passes: {refused[target.precisions[-1]]}; nothing was written")
 

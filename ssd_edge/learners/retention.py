@@ -2,9 +2,12 @@
 
 When a class is taught, some of its images are held out and the number that is answered correctly is stored: the only
 honest figure about it, since its images are gone afterwards. What a change costs is estimated with stand-ins: Gaussian
-embeddings around the class mean. With the covariance of the training images they would all be recognised, because the
-learner was solved from the same images; their noise is therefore scaled, for each class by itself, until as many are
-recognised as held-out images were (`TrackRecord.measured`).
+embeddings around the class mean, with the covariance of the training images. Nearly all of them are recognised, because
+the learner was solved from the same images; real errors gather on hard images. A share of the stand-ins is therefore
+hard: their noise is scaled, for each class by itself, until only few are recognised. The share is such that of all as
+many are recognised as held-out images were (`TrackRecord.measured`). Were the noise of all scaled instead, a new class
+would seem to take images from old ones that it leaves alone: it mostly takes hard ones, which were answered wrongly
+before.
 
 Stand-ins of a class lie around its first images (`TrackRecord.anchors`): images taught later under the same name count
 only if they were recognised as it, so that a series of mislabelled images cannot move what is to be remembered.
@@ -31,6 +34,8 @@ SAMPLES = 60  # stand-ins per class: a standard error of at most 6.5 points for 
 NARROWEST, WIDEST, STEPS = 0.25, 32.0, 8  # of the bisection for the scale of the noise
 SPREAD = 1.3  # while there is nothing to match: Gaussians are easier to classify than real embeddings
 MOST = 1 - 0.5 / SAMPLES  # highest share that can be matched
+EASY = 1.15  # scale of the noise of the other stand-ins: new images vary more than those it was measured on
+HARD = 0.3  # share of hard stand-ins that is recognised
 ROUNDING = 1e-6  # of sums of probabilities
 PRIOR = 20.0  # images that the mean of all classes counts as: images of one occasion tell less than their number
 SCHEMA = {
@@ -45,7 +50,8 @@ SCHEMA = {
         most=LARGEST_COUNT,
     ),
     "taught": TensorSpec(("C",), "uint8", "1 for a class that a device was taught and tested", most=1),
-    "spread": TensorSpec(("C",), "float64", "scale of the noise of stand-ins", least=NARROWEST, most=WIDEST),
+    "spread": TensorSpec(("C",), "float64", "scale of the noise of hard stand-ins", least=NARROWEST, most=WIDEST),
+    "hard": TensorSpec(("C",), "float64", "share of the stand-ins that is hard", least=0, most=1),
     "lost": TensorSpec(("C",), "float64", "estimated loss of accuracy since it was taught", least=0, most=1),
     "anchors": TensorSpec(("C", "D"), "float32", "mean of the images of each class that are to be remembered"),
     "anchored": TensorSpec(("C",), "float64", "number of these images", least=0, most=LARGEST_COUNT, whole=True),
@@ -62,7 +68,8 @@ class TrackRecord:
         right: How many of these were answered with it, not with ``unknown``, float64 ``(C,)``.
         promised: Sums of the `calibration.promises` of the answers to them, float64 ``(C, G)``.
         taught: 1 for a class that was tested by a device, when it was taught there, uint8 ``(C,)``.
-        spread: Scale of the noise at which as many stand-ins are recognised, float64 ``(C,)``.
+        spread: Scale of the noise of hard stand-ins, float64 ``(C,)``.
+        hard: Share of the stand-ins that is hard, 0..1, float64 ``(C,)``.
         lost: Estimated loss of accuracy by all later changes, 0..1, float64 ``(C,)``.
         anchors: Mean of the images that are to be remembered, float32 ``(C, D)``.
         anchored: Number of these images, float64 ``(C,)``.
@@ -74,6 +81,7 @@ class TrackRecord:
     promised: Tensor
     taught: Tensor
     spread: Tensor
+    hard: Tensor
     lost: Tensor
     anchors: Tensor
     anchored: Tensor
@@ -103,7 +111,15 @@ class TrackRecord:
         anchors = statistics.means.float(), statistics.counts.clone()
         promised = torch.zeros(classes, len(calibration.TEMPERATURES)).double() if promised is None else promised
         counted = cls(
-            tested.double(), nearest.double(), right.double(), promised, zeros.byte(), zeros + 1.0, zeros, *anchors
+            tested.double(),
+            nearest.double(),
+            right.double(),
+            promised,
+            zeros.byte(),
+            zeros + 1.0,
+            zeros,
+            zeros,
+            *anchors,
         )
         return counted._matched(learner, statistics, range(classes))
 
@@ -261,32 +277,38 @@ class TrackRecord:
             taught=torch.cat([self.taught, zeros.byte()]),
             promised=torch.cat([self.promised, zeros[:, None].expand(-1, self.promised.shape[1])]),
             spread=torch.cat([self.spread, zeros + 1.0]),
+            hard=torch.cat([self.hard, zeros]),
             lost=torch.cat([self.lost, zeros]),
             anchors=torch.cat([self.anchors, torch.zeros(missing, self.anchors.shape[1])]),
             anchored=torch.cat([self.anchored, zeros]),
         )
 
     def _matched(self, learner: Learner, statistics: ClassStatistics, rows: Iterable[int]) -> TrackRecord:
-        """Return a record with the noise of some classes scaled by bisection, on a logarithmic scale."""
+        """Return a record with the noise of the hard stand-ins of some classes, by bisection, and their share anew."""
         index = torch.tensor([row for row in rows if float(statistics.counts[row])], dtype=torch.int64)
         if not len(index):
             return self
-        spread = self.spread.clone()
+        spread, hard = self.spread.clone(), self.hard.clone()
         if not float(self.tested.sum()) or int(learner.seen.sum()) < 2:  # a single class is always recognised
-            spread[index] = SPREAD
-            return dataclasses.replace(self, spread=spread)
-        expected = self.expected(index)
-        noise, target = _noise(statistics), expected.clamp_max(MOST)
+            spread[index], hard[index] = SPREAD, 1.0
+            return dataclasses.replace(self, spread=spread, hard=hard)
+        noise, anchors = _noise(statistics), self.anchors[index].double()
+
+        def recognised(scale: Tensor) -> Tensor:
+            return _share(learner.predict(_stand_ins(anchors, scale, noise)), index)
+
+        expected, easy = self.expected(index), recognised(torch.full((len(index),), EASY).double())
+        wide = easy < expected  # for such a learner the noise is too wide as it is: all stand-ins get less
+        target = torch.where(wide, expected.clamp_max(MOST), HARD)
         low, high = (torch.full((len(index),), value).double() for value in (NARROWEST, WIDEST))
         for _ in range(STEPS):
             middle = (low * high).sqrt()
-            vectors = _stand_ins(self.anchors[index].double(), middle, noise)
-            enough = _share(learner.predict(vectors), index) > target
+            enough = recognised(middle) > target
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-        widest = (low * high).sqrt()
-        # Without an error on record, the scale is between that of the statistics and the widest without an error.
-        spread[index] = torch.where((expected > MOST) & (widest > 1), widest.sqrt(), widest)
-        return dataclasses.replace(self, spread=spread)
+        spread[index] = (low * high).sqrt()
+        share = (easy - expected) / (easy - recognised(spread[index])).clamp_min(1e-6)
+        hard[index] = torch.where(wide, 1.0, share.clamp(0.0, 1.0))
+        return dataclasses.replace(self, spread=spread, hard=hard)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,11 +341,16 @@ def cost(
         same: Row → row that counts as the same class, int64 ``(C',)``; None if each row is a class.
     """
     rows, learned = (statistics.counts > 0).nonzero().flatten(), after.seen.nonzero().flatten()
-    vectors = _stand_ins(record.anchors[rows].double(), record.spread[rows], _noise(statistics))
-    scores = scores_of(after, vectors, learned)
     same = torch.arange(max(len(before.seen), len(after.seen))) if same is None else same
-    shares = [_share(same[answers], same[rows]) for answers in (before.predict(vectors), learned[scores.argmax(1)])]
-    return Cost(rows, shares[0], shares[1], bool(scores.isfinite().all()))
+    noise, anchors, hard = _noise(statistics), record.anchors[rows].double(), record.hard[rows]
+    shares, finite = [torch.zeros(len(rows), dtype=torch.float64) for _ in range(2)], True
+    for scale, weight in ((torch.full_like(hard, EASY), 1 - hard), (record.spread[rows], hard)):
+        vectors = _stand_ins(anchors, scale, noise)
+        scores = scores_of(after, vectors, learned)
+        finite &= bool(scores.isfinite().all())
+        for total, answers in zip(shares, (before.predict(vectors), learned[scores.argmax(1)]), strict=True):
+            total += weight * _share(same[answers], same[rows])
+    return Cost(rows, shares[0], shares[1], finite)
 
 
 def _shrunk(part: Tensor, whole: Tensor) -> Tensor:
@@ -344,7 +371,7 @@ def promises_of(learner: Learner, images: Tensor) -> Tensor:
 
 def _noise(statistics: ClassStatistics) -> Tensor:
     """Return the noise of stand-ins ``(SAMPLES, D)``, float64, the same for every class and every call."""
-    factor = torch.linalg.cholesky(statistics.regular_covariance().float())  # shrunk enough for float32
+    factor = torch.linalg.cholesky(statistics.shrunk_covariance()).float()
     generator = torch.Generator().manual_seed(0)
     half = torch.randn(SAMPLES // 2, len(factor), generator=generator, dtype=torch.float64).float() @ factor.T
     noise: Tensor = torch.cat([half, -half]).double()
