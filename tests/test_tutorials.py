@@ -5,6 +5,8 @@ The tiny backbone replaces the default one, except in the slow test: its export 
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import io
 import json
 import logging
@@ -18,6 +20,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import run_here
@@ -171,3 +174,30 @@ def test_camera(reader: Reader, shapes: Path, installed: Path, tmp_path: Path, m
     reader.follow("camera.md", lambda line: re.sub("|".join(change), lambda found: change[found[0]], line))
     journal = (tmp_path / "device" / "journal.jsonl").read_text()
     assert re.findall("learn|rollback", journal) == ["learn", "rollback"]
+
+
+def stored_output(cell: dict[str, Any]) -> list[str]:
+    """Return the lines that a notebook keeps of a cell's output."""
+    texts = (one["text"] if one["output_type"] == "stream" else one["data"]["text/plain"] for one in cell["outputs"])
+    return [line for text in texts for line in "".join(text).splitlines()]
+
+
+def test_the_notebook(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, exported_once: None) -> None:
+    """Each cell runs, and prints what is stored, numbers aside."""
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((DOCS.parent / "examples" / "tour.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, object] = {}
+    for cell in cells:
+        *statements, last = ast.parse("".join(cell["source"])).body
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(ast.Module(statements, []), "tour.ipynb", "exec"), names)
+            if isinstance(last, ast.Expr):
+                value = eval(compile(ast.Expression(last.value), "tour.ipynb", "eval"), names)
+                print("" if value is None else repr(value))
+            else:
+                exec(compile(ast.Module([last], []), "tour.ipynb", "exec"), names)
+        shown = [masked(line) for line in printed.getvalue().splitlines() if line]
+        assert shown == [masked(line) for line in stored_output(cell)]
+    assert len(cells) >= 8
