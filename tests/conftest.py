@@ -199,6 +199,17 @@ def run_here(*args: str | Path) -> None:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Limit PyTorch to one thread: for small tensors on busy cores, a second thread only adds waiting."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Finished run of the default learner on four of the five shapes, with all baselines and the panel."""

@@ -28,11 +28,16 @@ from PIL import Image
 
 import ssd_edge
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SETUP = ("pip ", "python3 -m venv ", "sudo ", "systemctl ", "apt ")  # not run: they change the machine
-MASKED = (  # numbers, times and what depends on the images
-    (r"\d{4}-\d\d-\d\dT[\d:]+Z", "#"), (r"nearest: [^)]+", "nearest: #"), (r"\d[\d.,]*( [kM]i?B)?", "#"), (r"\s+", " "),
-)  # fmt: skip
+MASKED = (  # numbers with their units, times and what depends on the images
+    (r"\d{4}-\d\d-\d\dT[\d:]+Z", "#"),
+    (r"nearest: [^)]+", "nearest: #"),
+    (r"\d[\d.,]*( (s|ms|min|B|[kMG]i?B)\b)?", "#"),
+    (r"\s+", " "),
+)
 
 
 def blocks(page: str) -> list[tuple[str, str]]:

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from ssd_edge import bundle
 from ssd_edge.errors import BundleRefusedError
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Limit PyTorch to one thread: for small tensors on busy cores, a second thread only adds waiting."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
