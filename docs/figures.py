@@ -452,6 +452,23 @@ def alarms_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def arm64_tables(results: dict) -> dict[str, str]:
+    """Return how an emulated ARM64 machine answers, and the installed size of what a device needs."""
+    lines = ["| after | same answers | scores within | margins within |", "|---|---|---|---|"]
+    for step, row in results["steps"].items():
+        lines.append(f"| {step} | {row['same']} of {row['answers']} | {row['score']:.1e} | {row['margin']:.1e} |")
+    times = ["| verb | x86-64 | ARM64, emulated |", "|---|---|---|"]
+    first = {row["verb"]: row for row in reversed(results["verbs"])}
+    for verb in dict.fromkeys(row["verb"] for row in results["verbs"]):
+        times.append(f"| `{verb}` | {first[verb]['x86_64'][1]:.1f} s | {first[verb]['arm64'][1]:.0f} s |")
+    predict, torch = (results["sizes"][name] for name in ("predict", "torch"))
+    sizes = ["| installed, without compiled Python | x86-64 | ARM64 |", "|---|---|---|"]
+    for name, parts in (("predicts: `[predict]`", [predict]), ("learns: with PyTorch for the CPU", [predict, torch])):
+        cells = (size(sum(part[machine] for part in parts)) for machine in ("x86_64", "arm64"))
+        sizes.append(f"| {name} | {' | '.join(cells)} |")
+    return {"arm64": "\n".join(lines), "arm64-times": "\n".join(times), "sizes": "\n".join(sizes)}
+
+
 def main() -> None:
     """Write the figures and tables, or check that they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -478,6 +495,7 @@ def main() -> None:
             "bundles": bundles_table(photos),
             "start": start_table(json.loads((DOCS / "results" / "start.json").read_text())),
             "readers": readers_table(json.loads((DOCS / "results" / "readers.json").read_text())),
+            **arm64_tables(json.loads((DOCS / "results" / "arm64.json").read_text())),
         },
         DOCS / "slda.md": {
             "heads": heads_table(heads),
