@@ -35,6 +35,7 @@ NARROWEST, WIDEST, STEPS = 0.25, 32.0, 8  # of the bisection for the scale of th
 SPREAD = 1.3  # while there is nothing to match: Gaussians are easier to classify than real embeddings
 MOST = 1 - 0.5 / SAMPLES  # highest share that can be matched
 EASY = 1.15  # scale of the noise of the other stand-ins: new images vary more than those it was measured on
+FEW = 0.25  # samples per feature below which all stand-ins are scaled alike: safer, and more good classes are refused
 HARD = 0.3  # share of hard stand-ins that is recognised
 ROUNDING = 1e-6  # of sums of probabilities
 PRIOR = 20.0  # images that the mean of all classes counts as: images of one occasion tell less than their number
@@ -299,6 +300,8 @@ class TrackRecord:
 
         expected, easy = self.expected(index), recognised(torch.full((len(index),), EASY).double())
         wide = easy < expected  # for such a learner the noise is too wide as it is: all stand-ins get less
+        if statistics.degrees_of_freedom < FEW * self.anchors.shape[1]:
+            wide = torch.ones_like(wide)  # the covariance says too little about what is easy: all stand-ins get more
         target = torch.where(wide, expected.clamp_max(MOST), HARD)
         low, high = (torch.full((len(index),), value).double() for value in (NARROWEST, WIDEST))
         for _ in range(STEPS):
