@@ -35,7 +35,7 @@ NARROWEST, WIDEST, STEPS = 0.25, 32.0, 8  # of the bisection for the scale of th
 SPREAD = 1.3  # while there is nothing to match: Gaussians are easier to classify than real embeddings
 MOST = 1 - 0.5 / SAMPLES  # highest share that can be matched
 EASY = 1.15  # scale of the noise of the other stand-ins: new images vary more than those it was measured on
-FEW = 0.25  # samples per feature below which all stand-ins are scaled alike: safer, and more good classes are refused
+FEW = 0.5  # samples per feature below which all stand-ins are scaled alike: safer, and more good classes are refused
 HARD = 0.3  # share of hard stand-ins that is recognised
 ROUNDING = 1e-6  # of sums of probabilities
 PRIOR = 20.0  # images that the mean of all classes counts as: images of one occasion tell less than their number
@@ -293,12 +293,12 @@ class TrackRecord:
         if not float(self.tested.sum()) or int(learner.seen.sum()) < 2:  # a single class is always recognised
             spread[index], hard[index] = SPREAD, 1.0
             return dataclasses.replace(self, spread=spread, hard=hard)
-        noise, anchors = _noise(statistics), self.anchors[index].double()
+        anchors, wider = self.anchors[index].double(), _noise(statistics, wide=True)
 
-        def recognised(scale: Tensor) -> Tensor:
+        def recognised(scale: Tensor, noise: Tensor = wider) -> Tensor:
             return _share(learner.predict(_stand_ins(anchors, scale, noise)), index)
 
-        expected, easy = self.expected(index), recognised(torch.full((len(index),), EASY).double())
+        expected, easy = self.expected(index), recognised(torch.full((len(index),), EASY).double(), _noise(statistics))
         wide = easy < expected  # for such a learner the noise is too wide as it is: all stand-ins get less
         if statistics.degrees_of_freedom < FEW * self.anchors.shape[1]:
             wide = torch.ones_like(wide)  # the covariance says too little about what is easy: all stand-ins get more
@@ -345,10 +345,12 @@ def cost(
     """
     rows, learned = (statistics.counts > 0).nonzero().flatten(), after.seen.nonzero().flatten()
     same = torch.arange(max(len(before.seen), len(after.seen))) if same is None else same
-    noise, anchors, hard = _noise(statistics), record.anchors[rows].double(), record.hard[rows]
+    anchors, hard = record.anchors[rows].double(), record.hard[rows]
     shares, finite = [torch.zeros(len(rows), dtype=torch.float64) for _ in range(2)], True
-    for scale, weight in ((torch.full_like(hard, EASY), 1 - hard), (record.spread[rows], hard)):
-        vectors = _stand_ins(anchors, scale, noise)
+    for wide, scale, weight in ((False, torch.full_like(hard, EASY), 1 - hard), (True, record.spread[rows], hard)):
+        if not bool(weight.any()):
+            continue
+        vectors = _stand_ins(anchors, scale, _noise(statistics, wide))
         scores = scores_of(after, vectors, learned)
         finite &= bool(scores.isfinite().all())
         for total, answers in zip(shares, (before.predict(vectors), learned[scores.argmax(1)]), strict=True):
@@ -372,9 +374,17 @@ def promises_of(learner: Learner, images: Tensor) -> Tensor:
     return calibration.promises(scores_of(learner, images, learner.seen.nonzero().flatten()))
 
 
-def _noise(statistics: ClassStatistics) -> Tensor:
-    """Return the noise of stand-ins ``(SAMPLES, D)``, float64, the same for every class and every call."""
-    factor = torch.linalg.cholesky(statistics.shrunk_covariance()).float()
+def _noise(statistics: ClassStatistics, wide: bool = False) -> Tensor:
+    """Return the noise of stand-ins ``(SAMPLES, D)``, float64, the same for every class and every call.
+
+    Args:
+        statistics: Class statistics, whose covariance it has.
+        wide: Shrink the covariance more, towards equal variances, as for hard stand-ins.
+    """
+    if wide:
+        factor = torch.linalg.cholesky(statistics.regular_covariance().float())  # shrunk enough for float32
+    else:
+        factor = torch.linalg.cholesky(statistics.shrunk_covariance()).float()
     generator = torch.Generator().manual_seed(0)
     half = torch.randn(SAMPLES // 2, len(factor), generator=generator, dtype=torch.float64).float() @ factor.T
     noise: Tensor = torch.cat([half, -half]).double()
