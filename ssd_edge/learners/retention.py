@@ -298,10 +298,11 @@ class TrackRecord:
         def recognised(scale: Tensor, noise: Tensor = wider) -> Tensor:
             return _share(learner.predict(_stand_ins(anchors, scale, noise)), index)
 
-        expected, easy = self.expected(index), recognised(torch.full((len(index),), EASY).double(), _noise(statistics))
-        wide = easy < expected  # for such a learner the noise is too wide as it is: all stand-ins get less
-        if statistics.degrees_of_freedom < FEW * self.anchors.shape[1]:
-            wide = torch.ones_like(wide)  # the covariance says too little about what is easy: all stand-ins get more
+        expected, few = self.expected(index), statistics.degrees_of_freedom < FEW * self.anchors.shape[1]
+        easy = expected  # not looked at where the covariance says too little about what is easy
+        if not few:
+            easy = recognised(torch.full((len(index),), EASY).double(), _noise(statistics))
+        wide = (easy < expected) | few  # all stand-ins are scaled; for some learners the noise is too wide as it is
         target = torch.where(wide, expected.clamp_max(MOST), HARD)
         low, high = (torch.full((len(index),), value).double() for value in (NARROWEST, WIDEST))
         for _ in range(STEPS):
