@@ -82,7 +82,7 @@ class OnnxRuntimeEmbedder:
             )
         image = self._session.get_inputs()[0]
         self._input = image.name
-        largest = max(1, CPU_PIXELS // size**2) if self.provider == "CPUExecutionProvider" else BATCH
+        largest = max(1, CPU_PIXELS // size**2) if self.provider == CPU else BATCH
         self._batch = image.shape[0] if isinstance(image.shape[0], int) else min(BATCH, largest)  # it may be fixed
         self.size, self.dim = size, dim
 

@@ -18,7 +18,7 @@ NAME = "provider.json"
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-    """How a backbone was started.
+    """Start of a backbone: its provider, and why it is that one.
 
     Attributes:
         backbone: SHA-256 of the backbone.

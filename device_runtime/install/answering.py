@@ -14,7 +14,7 @@ from ssd_edge.errors import BundleRefusedError
 
 @dataclasses.dataclass(frozen=True)
 class Answering:
-    """What turns embeddings into answers. All parts refer to the same classes, in the same rows.
+    """Parts that turn embeddings into answers. All parts refer to the same classes, in the same rows.
 
     Attributes:
         registry: The classes.

@@ -122,7 +122,7 @@ def _check_release(store: Generations, release: int, name: str | Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """What a bundle becomes on a device.
+    """Generation that a bundle becomes.
 
     Attributes:
         contents: File name → bytes of the generation.

@@ -49,7 +49,7 @@ class InstalledBundle:
 
     @property
     def pixels(self) -> Pixels:
-        """How images become the input of the backbone."""
+        """Preprocessing that makes images the input of the backbone."""
         return Pixels.from_dict(self.manifest["backbone"])
 
     def backbone_spec(self, sha256: str) -> BackboneSpec:

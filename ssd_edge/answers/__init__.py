@@ -1,1 +1,1 @@
-"""What answering needs, without PyTorch: scores as a graph, probabilities and ``unknown``, in NumPy."""
+"""Answering without PyTorch: scores as a graph, probabilities and ``unknown``, in NumPy."""

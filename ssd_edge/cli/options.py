@@ -105,7 +105,7 @@ def log(text: str) -> None:
 
 @dataclasses.dataclass
 class Results:
-    """What a verb has printed.
+    """Record of what a verb has printed.
 
     Attributes:
         printed: True once a result is on standard output as JSON.

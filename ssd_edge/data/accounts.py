@@ -1,4 +1,4 @@
-"""What a data set holds besides the images that are used: every file is accounted for."""
+"""Account of a data set: every file besides the images that are used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHOWN = 3  # names in a sentence
 
 @dataclass(frozen=True)
 class Accounts:
-    """What was found beside the images that are used. Names are those of error messages.
+    """Files and folders beside the images that are used. Names are those of error messages.
 
     Attributes:
         skipped: A sentence for each file that cannot be used, if they are left out (``data.skip_bad``).

@@ -1,4 +1,4 @@
-"""What the answers of a model show: what is mixed up, the worst mistakes, what a threshold costs, and what to do now.
+"""Findings from the answers of a model: what is mixed up, the worst mistakes, what a threshold costs, and what to do now.
 
 Every step of `steps` carries the counts that it follows from; without them it is not given.
 """
@@ -43,7 +43,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """What a threshold for ``unknown`` does.
+    """Effect of a threshold for ``unknown``.
 
     Attributes:
         answered: Share of images of known classes that get an answer.

@@ -1,4 +1,4 @@
-"""What the report of a run is made of: its answers to test images, kept in its folder for the next report."""
+"""Contents of the report of a run: its answers to test images, kept in its folder for the next report."""
 
 from __future__ import annotations
 

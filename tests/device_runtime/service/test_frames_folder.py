@@ -48,6 +48,13 @@ class Camera:
         assert all(pixels.shape == (size, size, 3) for _, pixels in found)
         return [Path(path).name for path, _ in found]
 
+    def look_every_second(self, times: int) -> None:
+        """Put a good image before each look, and check that it is yielded alone."""
+        for _ in range(times):
+            self.put(f"good-{self.now}.jpg")
+            assert self.look() == [f"good-{self.now}.jpg"]
+            self.now += 1.0
+
 
 @pytest.fixture
 def camera(tmp_path: Path) -> Camera:
@@ -151,10 +158,7 @@ def test_slowly_written_file_is_yielded_when_complete(camera: Camera, caplog):
 def test_damaged_file_is_given_up_with_one_warning(camera: Camera, caplog):
     camera.put("bad.jpg", b"no image")
     camera.put("empty.jpg", b"")
-    for _ in range(8):
-        camera.put(f"good-{camera.now}.jpg")
-        assert camera.look() == [f"good-{camera.now}.jpg"]
-        camera.now += 1.0
+    camera.look_every_second(8)
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
     assert "bad.jpg is skipped:" in told[0]
@@ -166,10 +170,7 @@ def test_damaged_file_is_given_up_with_one_warning(camera: Camera, caplog):
 def test_videos_and_unread_pictures_are_named_once(camera: Camera, caplog):
     for name in ("clip.mp4", "raw.CR2", "notes.txt", ".hidden.mp4"):
         camera.put(name, b"\0")
-    for _ in range(4):
-        camera.put(f"good-{camera.now}.jpg")
-        assert camera.look() == [f"good-{camera.now}.jpg"]
-        camera.now += 1.0
+    camera.look_every_second(4)
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
     assert "clip.mp4 is a video" in told[0]
