@@ -1,4 +1,4 @@
-"""Findings from the answers of a model: what is mixed up, the worst mistakes, what a threshold costs, and what to do now.
+"""Findings from the answers of a model: pairs mixed up, the worst mistakes, the cost of a threshold, what to do now.
 
 Every step of `steps` carries the counts that it follows from; without them it is not given.
 """
