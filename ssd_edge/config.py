@@ -143,26 +143,55 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainingConfig:
-    """Training schedule of a backbone; the defaults take less than an hour on a CPU."""
+class ScheduleConfig:
+    """Training schedule of a backbone, whatever it is trained towards; the defaults take less than an hour on a CPU."""
 
-    arch: Literal["resnet9", "convmixer"] = setting(
-        "resnet9", "network; convmixer (256/8, as in the paper) needs a GPU"
-    )
     epochs: int = setting(14, "passes over the training set", minimum=1)
     batch: int = setting(512, "images per step", minimum=2)
     optimiser: Literal["auto", "sgd", "adamw"] = setting("auto", "auto: sgd for resnet9, adamw for convmixer")
     lr: float = setting(0.0, "peak of the one-cycle schedule; 0: 0.4 for sgd, 0.01 for adamw", minimum=0.0)
     weight_decay: float = setting(0.0, "0: 5e-4 for sgd, 5e-3 for adamw", minimum=0.0)
-    label_smoothing: float = setting(0.1, "label smoothing of the cross-entropy", minimum=0.0, maximum=0.9)
-    crop: int = setting(3, "pixels of reflection padding for random crops", minimum=0, maximum=16)
+    crop: int = setting(3, "pixels of reflection padding for random crops", minimum=0, maximum=32)
     cutout: int = setting(0, "side of the grey square that covers a part of each image; 0: none", minimum=0, maximum=32)
     size: int = setting(32, "side of the square input in pixels", minimum=8, maximum=256)
     seed: int = setting(0, "seed of initialisation, sample order and augmentation", minimum=0, maximum=2**31)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA if a CUDA kernel runs, else the CPU")
     threads: int = setting(0, "number of PyTorch threads; 0: one per core", minimum=0, maximum=1024)
     amp: bool = setting(True, "bfloat16 autocast, where the processor has it")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingConfig(ScheduleConfig):
+    """Training of a backbone on labels (`train.*` of `ssd-edge pretrain`)."""
+
+    arch: Literal["resnet9", "convmixer"] = setting(
+        "resnet9", "network; convmixer (256/8, as in the paper) needs a GPU"
+    )
+    label_smoothing: float = setting(0.1, "label smoothing of the cross-entropy", minimum=0.0, maximum=0.9)
     terms: str = setting("not stated", "terms of use of the images, for the card")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig(ScheduleConfig):
+    """Training of a student towards its teachers (`train.*` of `ssd-edge distill`)."""
+
+    epochs: int = setting(12, "passes over the photographs", minimum=1)
+    batch: int = setting(64, "images per step", minimum=2)
+    optimiser: Literal["auto", "sgd", "adamw"] = setting("adamw", "optimiser; auto: adamw")
+    lr: float = setting(2e-3, "peak of the one-cycle schedule", minimum=0.0)
+    weight_decay: float = setting(0.0, "0: 5e-4 for sgd, 5e-3 for adamw", minimum=0.0)
+    crop: int = setting(8, "pixels of reflection padding for random crops", minimum=0, maximum=32)
+    size: int = setting(
+        0, "side of the student's square input in pixels; 0: its own, 64 for resnet9", minimum=0, maximum=256
+    )
+    student: str = setting("resnet9", "network to train: resnet9, lite0, lite2, timm/…, torchvision/…, package:FOLDER")
+    weights: str = setting("", "local file of weights that a student of a library starts from; empty: its own")
+    minutes: float = setting(
+        0.0, "time for the training; the epochs that fit in; 0: as many as epochs says", minimum=0.0
+    )
+    temperature: float = setting(4.0, "T that softens class scores of runs", above=0.0, maximum=100.0)
+    features: float = setting(1.0, "weight of matching the teachers' features", minimum=0.0)
+    scores: float = setting(1.0, "weight of matching the class scores of runs", minimum=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +214,13 @@ class PretrainConfig:
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(path=""))
     train: PretrainingConfig = dataclasses.field(default_factory=PretrainingConfig)
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Configuration of `ssd-edge distill`."""
+
+    train: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
 
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as in YAML

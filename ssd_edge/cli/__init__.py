@@ -22,6 +22,7 @@ from ssd_edge.cli.config import config
 from ssd_edge.cli.data import data
 from ssd_edge.cli.deploy import deploy
 from ssd_edge.cli.device import device
+from ssd_edge.cli.distill import distill
 from ssd_edge.cli.doctor import doctor
 from ssd_edge.cli.evaluate import evaluate
 from ssd_edge.cli.inspect import inspect
@@ -73,7 +74,7 @@ def cli() -> None:
 
 for command in (
     *(data, train, compare, evaluate, deploy, push, device, inspect, verify, profile, bench, doctor, keys),
-    *(pretrain, reproduce, config),
+    *(pretrain, distill, reproduce, config),
 ):
     cli.add_command(command)
 

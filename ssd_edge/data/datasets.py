@@ -23,7 +23,8 @@ from ssd_edge.data.accounts import Accounts
 from ssd_edge.data.arrays import Images, Labelled, Source, read_digits, read_npz
 from ssd_edge.errors import BadFilesError, InputError, did_you_mean, printable
 from ssd_edge.files import exists, is_folder, json_bytes, list_folder
-from ssd_edge.images import PIXELS_VERSION
+from ssd_edge.images import PIXELS_VERSION, is_image_name
+from ssd_edge.images import find as find_images
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,35 @@ def read_source(path: str) -> tuple[str, Source]:
     if found.suffix.lower() == ".npz":
         return found.name, read_npz(found)
     return found.name, folders.read_archive(found)
+
+
+def photographs(path: str, skip_bad: bool) -> tuple[str, Images, tuple[str, ...]]:
+    """Return the images at a path without labels: all in a folder of images, the training images of a data set.
+
+    Args:
+        path: Folder of images, possibly with subfolders, or what `load` accepts.
+        skip_bad: Leave out what cannot be used.
+
+    Returns:
+        Short name, images, and a sentence for each file that was left out.
+
+    Raises:
+        InputError: There is nothing, or no image.
+        BadFilesError: A file cannot be used, and `skip_bad` is not set.
+    """
+    found = None if path == "digits" else find(path)
+    if found is not None and is_folder(found) and any(is_image_name(entry.name) for entry in list_folder(found)):
+        name, (paths, refused) = printable(found.resolve().name), find_images([found])
+        part = Labelled(Images(paths, [str(path) for path in paths]), np.zeros(len(paths), dtype=np.int64))
+    else:
+        name, source = read_source(path)
+        part, refused = source.train, list(source.refused)
+    if not skip_bad:
+        if refused or any(part.images.problems()):
+            _refuse_bad([part.images], refused)
+        return name, part.images, ()
+    skipped = list(refused)
+    return name, _without_bad(part, skipped).images, tuple(skipped)
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ssd_edge import files, learners
-from ssd_edge.backbones import graph, names
-from ssd_edge.backbones.embedder import Embedder, open_backbone
+from ssd_edge.backbones import names
+from ssd_edge.backbones.embedder import open_backbone, write_backbone
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.config import TrainConfig, parse, to_tree
 from ssd_edge.data import load
@@ -412,25 +412,6 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     path = config.data.path
     data = dataclasses.replace(config.data, path=path if path == "digits" else absolute(path))
     return parse(TrainConfig, to_tree(dataclasses.replace(config, backbone=backbone, data=data)))
-
-
-def write_backbone(folder: Path, name: str, embedder: Embedder) -> None:
-    """Write backbone.json and, unless the backbone is a package, its network: what follows needs no library for it."""
-    network = embedder.graph
-    if network is not None:
-        files.write_bytes(folder / graph.MODEL, network.model)
-    files.write_json(
-        folder / graph.DESCRIPTION,
-        {
-            "name": name,
-            "identity": embedder.identity,
-            **embedder.pixels.to_dict(),
-            "dim": embedder.dim,
-            "standardised": embedder.standardised,
-            "provenance": embedder.provenance,
-            "graph": network and network.to_dict(),
-        },
-    )
 
 
 def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:

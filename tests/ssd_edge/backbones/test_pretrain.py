@@ -133,14 +133,15 @@ def test_architectures_give_256_features(name: str) -> None:
 
 def test_augmentation_moves_flips_and_keeps_pixels() -> None:
     ramp = torch.arange(64.0).view(1, 1, 8, 8).repeat(200, 3, 1, 1)
-    moved = augment(ramp, crop=2, cutout=0, generator=torch.Generator().manual_seed(0))
+    moved, flipped = augment(ramp, crop=2, cutout=0, generator=torch.Generator().manual_seed(0))
     assert moved.shape == ramp.shape
     assert set(moved.unique().tolist()) <= set(range(64))
     rising = moved[:, 0, 4, 4] < moved[:, 0, 4, 5]
     assert 40 < int(rising.sum()) < 160  # about half are flipped
-    same = augment(ramp, crop=0, cutout=0, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(~rising, flipped)
+    same, _ = augment(ramp, crop=0, cutout=0, generator=torch.Generator().manual_seed(1))
     assert all(torch.equal(each, ramp[0]) or torch.equal(each, ramp[0].flip(-1)) for each in same)
-    holes = augment(ramp + 1, crop=0, cutout=4, generator=torch.Generator().manual_seed(2))
+    holes, _ = augment(ramp + 1, crop=0, cutout=4, generator=torch.Generator().manual_seed(2))
     assert (holes == 0).any()
 
 
