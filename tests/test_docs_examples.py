@@ -69,7 +69,7 @@ def test_commands_within_sentences_exist() -> None:
 )
 def test_a_command_line_is_valid(page: str, arguments: list[str]) -> None:
     """Options, number of arguments, and `section.key=value` words are accepted; nothing is run."""
-    from ssd_edge.config import PretrainConfig, TrainConfig, merge, parse
+    from ssd_edge.config import DistillConfig, PretrainConfig, TrainConfig, merge, parse
     from ssd_edge.learners import AUTO, settings_of
 
     command, rest = resolve(arguments)
@@ -77,6 +77,8 @@ def test_a_command_line_is_valid(page: str, arguments: list[str]) -> None:
     overrides = context.params.get("overrides", ())
     if command.name == "pretrain":
         parse(PretrainConfig, merge({}, overrides))
+    elif command.name == "distill":
+        parse(DistillConfig, merge({}, overrides))
     elif command.name == "train":
         config = parse(TrainConfig, merge({}, overrides))
         if config.learner["name"] != AUTO:

@@ -169,6 +169,9 @@ SCENARIOS: dict[str, Callable[[Ground], object]] = {
     "keys new": _key,
     "keys show": lambda at: at.ssd_edge("keys", "show", _key(at)),
     "pretrain": lambda at: at.ssd_edge("pretrain", at.work / "package", f"data.path={at.shapes}", *TINY),
+    "distill": lambda at: at.ssd_edge(
+        "distill", at.shapes, "--teacher", "tiny", "--size", "16", "--epochs", "1", "-o", at.work / "student"
+    ),
     "reproduce": lambda at: at.ssd_edge("reproduce", "t1", "--budget", "smoke", "--workers", "1", "--out", at.work),
     "data check": lambda at: at.ssd_edge("data", "check", at.shapes, "--html", at.work / "pictures.html"),
     "config": lambda at: at.ssd_edge("config"),

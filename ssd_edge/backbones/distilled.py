@@ -139,7 +139,7 @@ def distil(
     widths = [part.shape[2] for part in answers.features]
     classes = 0 if answers.scores is None else answers.scores.shape[2]
     model = nn.Sequential(body, nn.Linear(width, sum(widths) + classes))
-    loss, last = _loss(answers, config, device), [0.0]
+    loss, last = loss_of(answers, config, device), [0.0]
 
     def train(trained: nn.Module, on: Tensor, schedule: DistillationConfig, told: Report) -> None:
         torch.manual_seed(config.seed)  # of dropout
@@ -170,7 +170,7 @@ def as_graph(network: Network, body: nn.Module, card: Mapping[str, Any]) -> Netw
     return NetworkGraph(network.arch, model, network.pixels, network.mean, network.std, levels="auto", card=card)
 
 
-def _loss(answers: Answers, config: DistillationConfig, device: torch.device) -> Loss:
+def loss_of(answers: Answers, config: DistillationConfig, device: torch.device) -> Loss:
     """Return the loss of a student: mean squared error of each teacher's features, and T²·KL of the class scores."""
     features = [torch.from_numpy(part).to(device) for part in answers.features]
     scores = None if answers.scores is None else torch.from_numpy(answers.scores).to(device)

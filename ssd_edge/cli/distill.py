@@ -25,7 +25,7 @@ from ssd_edge.cli.options import CONFIG, JSON, OVERRIDES, SKIP_BAD, echo, log, p
 @click.option("--epochs", type=int, help="Passes over the photographs; short for train.epochs.")
 @click.option("--minutes", type=float, help="Time to train, instead of --epochs; short for train.minutes.")
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the student; must not exist."
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the student; must not exist."
 )
 @SKIP_BAD
 @JSON
@@ -39,7 +39,7 @@ def distill(
     size: int | None,
     epochs: int | None,
     minutes: float | None,
-    out: Path,
+    output: Path,
     skip_bad: bool,
     as_json: bool,
     config_file: Path | None,
@@ -65,8 +65,8 @@ def distill(
     config = parse(DistillConfig, merge(read_tree(config_file, overrides), short)).train
     if epochs is not None and minutes is not None:
         raise InputError(f"--epochs is {epochs} and --minutes is {minutes:g}; leave one of them out")
-    if exists(out) and not (is_folder(out) and not list_folder(out)):
-        raise InputError(f"{out} exists already and is not replaced; choose another folder, or remove it")
+    if exists(output) and not (is_folder(output) and not list_folder(output)):
+        raise InputError(f"{output} exists already and is not replaced; choose another folder, or remove it")
     from ssd_edge import data
     from ssd_edge.backbones.distilled import FEWEST, distil, open_student
     from ssd_edge.backbones.embedder import write_backbone
@@ -93,14 +93,14 @@ def distill(
         log(f"left out: {sentence}")
     if len(images) < FEWEST:
         raise InputError(f"{name} has {len(images)} photographs, but at least {FEWEST} are needed; add some")
-    make_directory(out)  # before the training, so that an unusable folder is reported at once
+    make_directory(output)  # before the training, so that an unusable folder is reported at once
     answers = ask(teachers, specialists, images, device, console)
     say(f"training {config.student} on {len(images):,} photographs at {network.pixels.describe()}")
     made = distil(network, images, answers, config, device, say, report)
     embedder = OnnxEmbedder(made.graph)
-    write_backbone(out, f"package:{out.resolve().name}", embedder)
+    write_backbone(output, f"package:{output.resolve().name}", embedder)
     result = {
-        "folder": str(out),
+        "folder": str(output),
         "identity": embedder.identity,
         "photographs": len(images),
         "size": network.pixels.size,
@@ -114,6 +114,6 @@ def distill(
     if as_json:
         print_json(result)
         return
-    echo(f"{out}: {len(made.graph.model) / 1e6:.1f} MB, {embedder.dim:,} features, identity {embedder.identity}")
+    echo(f"{output}: {len(made.graph.model) / 1e6:.1f} MB, {embedder.dim:,} features, identity {embedder.identity}")
     echo(f"licence: {made.graph.card['terms']}")
-    echo(f"next: ssd-edge train FOLDER backbone=package:{shlex.quote(str(out))}")
+    echo(f"next: ssd-edge train FOLDER backbone=package:{shlex.quote(str(output))}")

@@ -8,6 +8,7 @@ this one diverges least from the generalist's (as section 5 of Hinton, Vinyals &
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,19 @@ from ssd_edge.run.finished import FinishedRun
 
 BATCH = 256
 LEAST = -1e4  # of a logarithm in float16: a probability of zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Opinion:
+    """What a run says about photographs and their mirror images.
+
+    Attributes:
+        classes: Names of its classes.
+        logarithms: Of their probabilities, float64 ``(2, N, C)``.
+    """
+
+    classes: Sequence[str]
+    logarithms: np.ndarray
 
 
 def ask(
@@ -59,25 +73,30 @@ def ask(
     opened = [_open(name, device, listener) for name in teachers]
     experts = [_open_run(name) for name in specialists]
     generalists = [run for _, run in opened if run is not None]
-    _check_classes(generalists, [run for _, run in experts])
+    check_classes(_classes_by_folder(generalists), _classes_by_folder([run for _, run in experts]))
     asked: dict[str, np.ndarray] = {}
     standard: dict[str, np.ndarray] = {}
-    cards: list[dict[str, Any]] = []
-    general: list[tuple[FinishedRun, np.ndarray]] = []
-    special: list[tuple[FinishedRun, np.ndarray]] = []
-    for (embedder, run), name in zip([*opened, *experts], [*teachers, *specialists], strict=True):
-        key = embedder.identity
+    opinions: tuple[list[Opinion], list[Opinion]] = [], []
+    for number, ((embedder, run), name) in enumerate(zip([*opened, *experts], [*teachers, *specialists], strict=True)):
+        key, special = embedder.identity, number >= len(opened)
         if key not in asked:
             asked[key] = _features(embedder, name, photographs, listener, use_cache)
-        cards.append(_card(name, embedder, run))
         if run is not None:
-            found = _log_probabilities(run, embedder, asked[key])
-            (general if len(cards) <= len(opened) else special).append((run, found))
-        if len(cards) <= len(opened):
+            opinions[special].append(Opinion(_classes(run), _log_probabilities(run, embedder, asked[key])))
+        if not special:
             mu, sigma = level_standardisation(asked[key][0], embedder.widths)
             standard[key] = ((asked[key] - mu) / sigma).astype(np.float16)
-    scores = _combined(general, special) if general else None
+    scores = combined(*opinions) if generalists else None
+    cards = [_card(name, *each) for name, each in zip([*teachers, *specialists], [*opened, *experts], strict=True)]
     return Answers(tuple(standard.values()), scores, tuple(cards))
+
+
+def _classes(run: FinishedRun) -> tuple[str, ...]:
+    return tuple(entry.name for entry in run.registry.entries)
+
+
+def _classes_by_folder(runs: Sequence[FinishedRun]) -> dict[str, Sequence[str]]:
+    return {str(run.folder): _classes(run) for run in runs}
 
 
 def _open(name: str, device: torch.device, listener: Listener) -> tuple[Embedder, FinishedRun | None]:
@@ -92,37 +111,38 @@ def _open_run(name: str) -> tuple[Embedder, FinishedRun]:
     return open_embedder(run.folder, run.config), run
 
 
-def _names(run: FinishedRun) -> list[str]:
-    return [entry.name for entry in run.registry.entries]
+def check_classes(generalists: Mapping[str, Sequence[str]], specialists: Mapping[str, Sequence[str]]) -> None:
+    """Check that all generalists have the same classes, and each specialist at least two of them.
 
-
-def _check_classes(generalists: Sequence[FinishedRun], specialists: Sequence[FinishedRun]) -> None:
-    """Check that all generalists have the same classes, and the specialists some of them.
+    Args:
+        generalists: Names of the classes of each run, by its folder.
+        specialists: As well.
 
     Raises:
         InputError: They do not, or there are specialists alone.
     """
-    if specialists and not generalists:
-        raise InputError(
-            "a specialist tells classes apart that a generalist confuses, but no teacher has classes; add a run of all "
-            "classes: --teacher RUN"
-        )
-    known = set(_names(generalists[0])) if generalists else set()
-    for run in generalists[1:]:
-        if (other := set(_names(run))) != known:
-            differing = ", ".join(sorted(other ^ known)[:5])
+    if not generalists:
+        if specialists:
             raise InputError(
-                f"{generalists[0].folder} and {run.folder} differ in their classes ({differing}), so their scores "
-                "cannot be averaged; give a run of some of the classes as --specialist"
+                "a specialist tells classes apart that a generalist confuses, but no teacher has classes; add a run of "
+                "all classes: --teacher RUN"
             )
-    for run in specialists:
-        if unknown := sorted(set(_names(run)) - known):
+        return
+    (first, own), *others = generalists.items()
+    for folder, classes in others:
+        if differing := sorted(set(classes) ^ set(own)):
             raise InputError(
-                f"the specialist {run.folder} has classes that {generalists[0].folder} did not learn: "
-                f"{', '.join(unknown[:5])}; train it on some of the generalist's classes"
+                f"{first} and {folder} differ in their classes ({', '.join(differing[:5])}), so their scores cannot be "
+                "averaged; give a run of some of the classes as --specialist"
             )
-        if len(_names(run)) < 2:
-            raise InputError(f"the specialist {run.folder} has one class, but tells classes apart; leave it out")
+    for folder, classes in specialists.items():
+        if unknown := sorted(set(classes) - set(own)):
+            raise InputError(
+                f"the specialist {folder} has classes that {first} did not learn: {', '.join(unknown[:5])}; train it "
+                "on some of the generalist's classes"
+            )
+        if len(classes) < 2:
+            raise InputError(f"the specialist {folder} has one class, but tells classes apart; leave it out")
 
 
 def _features(embedder: Embedder, name: str, photographs: Images, listener: Listener, use_cache: bool) -> np.ndarray:
@@ -163,18 +183,19 @@ def _log_probabilities(run: FinishedRun, embedder: Embedder, features: np.ndarra
     return np.stack(found)
 
 
-def _combined(
-    general: Sequence[tuple[FinishedRun, np.ndarray]], special: Sequence[tuple[FinishedRun, np.ndarray]]
-) -> np.ndarray:
-    """Return the logarithms of the probabilities of all teachers together, float16 ``(2, N, C)``."""
-    order = _names(general[0][0])
-    together = np.zeros_like(general[0][1])
-    for run, found in general:
-        rows = {name: row for row, name in enumerate(_names(run))}
-        together += np.exp(found[..., [rows[name] for name in order]]) / len(general)
-    for run, found in special:
-        columns = [order.index(name) for name in _names(run)]
-        together[..., columns] = together[..., columns].sum(-1, keepdims=True) * np.exp(found)
+def combined(general: Sequence[Opinion], special: Sequence[Opinion]) -> np.ndarray:
+    """Return the logarithms of the probabilities of all teachers together, float16 ``(2, N, C)``.
+
+    The classes are in the order of the first teacher. Specialists come one after the other, if they share classes.
+    """
+    order = list(general[0].classes)
+    together = np.zeros_like(general[0].logarithms)
+    for each in general:
+        columns = [list(each.classes).index(name) for name in order]
+        together += np.exp(each.logarithms[..., columns]) / len(general)
+    for each in special:
+        columns = [order.index(name) for name in each.classes]
+        together[..., columns] = together[..., columns].sum(-1, keepdims=True) * np.exp(each.logarithms)
     with np.errstate(divide="ignore"):
         logarithms: np.ndarray = np.maximum(np.log(together), LEAST).astype(np.float16)
     return logarithms

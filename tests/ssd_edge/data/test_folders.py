@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from ssd_edge.config import DataConfig
-from ssd_edge.data import load
-from ssd_edge.errors import InputError
+from ssd_edge.data import load, photographs
+from ssd_edge.errors import BadFilesError, InputError
 from ssd_edge.images import Pixels
 
 
@@ -138,3 +138,22 @@ def test_a_broken_link_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(InputError, match=r"a/gone\.png does not exist"):
         read(tmp_path)
+
+
+def test_photographs_without_labels(tmp_path: Path) -> None:
+    """All images of a folder of images, the training images of a data set."""
+    flat = fill(tmp_path / "flat", "2.png", "1.png", "more/3.png", "test/4.png")
+    name, images, skipped = photographs(str(flat), False)
+    assert (name, names(images, flat), skipped) == ("flat", ["1.png", "2.png", "more/3.png", "test/4.png"], ())
+    split = fill(tmp_path / "split", "train/cat/a.png", "train/dog/b.png", "test/cat/c.png", "test/dog/d.png")
+    assert names(photographs(str(split), False)[1], split) == ["train/cat/a.png", "train/dog/b.png"]
+    one = fill(tmp_path / "one", "cat/a.png", "cat/b.png")  # no labels, so one class is enough
+    assert len(photographs(str(one), False)[1]) == 2
+    (flat / "bad.jpg").write_bytes(b"no image")
+    (flat / "film.mp4").write_bytes(b"")
+    with pytest.raises(BadFilesError, match=r"(?s)bad\.jpg.*film\.mp4"):
+        photographs(str(flat), False)
+    _, images, skipped = photographs(str(flat), True)
+    assert (len(images), len(skipped)) == (4, 2)
+    with pytest.raises(InputError, match="there is no data set at"):
+        photographs(str(tmp_path / "nowhere"), False)
