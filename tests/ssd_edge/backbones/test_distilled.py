@@ -22,7 +22,7 @@ from ssd_edge.errors import InputError
 from ssd_edge.images import Pixels
 
 CPU = torch.device("cpu")
-SETTINGS = DistillationConfig(epochs=30, batch=16, lr=0.02, crop=0)
+SETTINGS = DistillationConfig(epochs=15, batch=16, lr=0.03, crop=0)
 
 
 def silent(*told: object) -> None:

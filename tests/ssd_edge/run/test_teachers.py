@@ -31,7 +31,7 @@ def test_an_ensemble_is_the_mean_whatever_the_order_of_classes() -> None:
 
 
 def test_a_specialist_answers_within_its_classes_only() -> None:
-    general = opinion("abcd", [0.4, 0.1, 0.3, 0.2], [0.0, 0.0, 1.0, 0.0])
+    general = opinion("abcd", [0.4, 0.1, 0.3, 0.2], [1e-9, 1e-9, 1.0, 1e-9])
     found = combined([general], [opinion("ba", [0.8, 0.2], [0.9, 0.1])])
     np.testing.assert_allclose(np.exp(found[0, 0].astype(float)), [0.1, 0.4, 0.3, 0.2], atol=1e-3)
     np.testing.assert_allclose(np.exp(found[0, 1].astype(float)), [0.0, 0.0, 1.0, 0.0], atol=1e-3)
