@@ -93,6 +93,7 @@ ROOMS_MAY_IMPORT = {
     },
     "ssd_edge.run": {"ssd_edge.backbones", "ssd_edge.bundle", "ssd_edge.data", "ssd_edge.learners", "ssd_edge.report"},
     "ssd_edge.report": {"ssd_edge.learners"},
+    "ssd_edge.adaptation": {"ssd_edge.backbones"},
     "ssd_edge.backbones": {"ssd_edge.data", "ssd_edge.learners"},
     "ssd_edge.bundle": {"ssd_edge.learners", "ssd_edge.targets"},
     "ssd_edge.data": set(),
