@@ -410,11 +410,20 @@ def filled(text: str, name: str, content: str) -> str:
 
 
 def few_table(rows: list[dict]) -> str:
-    """Return accuracy and time by number of epochs over few images."""
-    lines = ["| epochs | seconds | accuracy |", "|---|---|---|"]
-    for row in rows:
-        accuracies = " / ".join(percent(one) for one in row["accuracy"])
-        lines.append(f"| {row['epochs']:,} | {max(row['seconds']):.2f} | {accuracies} |")
+    """Return accuracy of a class taught by few images, and what the old ones lose, by schedule."""
+    counts = list(dict.fromkeys(row["images"] for row in rows))
+    lines = [
+        f"| steps | {' | '.join(f'{count} images: new, old' for count in counts)} |",
+        "|---" * (len(counts) + 1) + "|",
+    ]
+    for schedule in dict.fromkeys(row["schedule"] for row in rows):
+        by_count = {row["images"]: row for row in rows if row["schedule"] == schedule}
+        cells = []
+        for count in counts:
+            row = by_count[count]
+            lost = f"{points(-row['old_loses'], signed=True)} ({points(-row['old_loses_most'], signed=True)})"
+            cells.append(f"{percent(row['new'])} ({percent(row['new_least'])}), {lost}")
+        lines.append(f"| {schedule} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -506,11 +515,11 @@ def main() -> None:
         DOCS / "method.md": {
             "shift": settings_table(read["shift"]),
             "budget": settings_table(read["budget"]),
+            "few": few_table(read["few"]),
         },
         DOCS / "speed.md": {
             "epoch": epoch_table(read["epoch"]),
             "growth": growth_table(json.loads((DOCS / "results" / "epoch.json").read_text())["curve"]),
-            "few": few_table(read["few"]),
         },
         DOCS / "privacy.md": privacy_tables(json.loads((DOCS / "results" / "privacy.json").read_text())),
         DOCS / "what-matters.md": {

@@ -180,7 +180,8 @@ def start(
     reason = unfit(net, settings, loss)
     if settings.engine == "compiled" and reason:
         raise InputError(f"learner.engine is compiled, but {reason}; set learner.engine=auto")
-    work = math.inf if settings.engine == "compiled" else net.keys.numel() * len(labels) * settings.epochs
+    passes = settings.epochs_of(len(labels))
+    work = math.inf if settings.engine == "compiled" else net.keys.numel() * len(labels) * passes
     compiled = None if reason or work < MIN_WORK else kernels(settings.engine)
     if compiled is None or loss is None or (work < MIN_WORK_UNCACHED and not compiled.CACHED):
         return None
@@ -259,9 +260,10 @@ class CompiledEpochs:
         numbers = (settings.lr, settings.clip, *weights, loss.temperature, net.switch, width)
         totals = np.zeros(compiled.TOTALS)
         before = caches.path.copy()
+        frozen = np.zeros(self.neurons, np.bool_) if net.frozen is None else net.frozen[0].numpy()
         compiled.epoch(
             *(self.x, self.labels, order.numpy(), min(settings.batch, self.samples)),
-            *(layer.keys.numpy(), net.values.numpy(), layer.counters.numpy()),
+            *(layer.keys.numpy(), net.values.numpy(), layer.counters.numpy(), frozen),
             *(tuple(caches), tuple(lanes), tuple(self.teacher)),
             *(np.array([*numbers, self.rank, subtracts, self.limit], np.float64), totals),
         )

@@ -351,6 +351,7 @@ def _epoch(
     keys: Array,
     values: Array,
     counters: Array,
+    frozen: Array,
     state: tuple[Array, ...],
     lanes: tuple[Array, ...],
     loss: tuple[Array, ...],
@@ -365,6 +366,7 @@ def _epoch(
         order: int64 ``(N,)``.
         batch: samples per step.
         keys: ``(r, D)``; changed, like `values` ``(r, C)`` and `counters` ``(r,)``.
+        frozen: bool ``(r,)``, neurons whose keys and values stay.
         state: fields of `epoch.Caches`; scores are reduced by the distance that the key had moved when cached.
         lanes: fields of `epoch.Lanes`.
         loss: fields of `epoch.TeacherArrays`.
@@ -455,6 +457,8 @@ def _epoch(
                     value_slope[at, :] = 0
                     reached += 1
                 active_count[at] += 1
+                if frozen[neuron]:
+                    continue
                 pull = to_active[e]
                 for c in range(classes):
                     pull += slope[c] * values[neuron, c]
@@ -477,6 +481,8 @@ def _epoch(
             neuron = touched[at]
             slot[neuron] = -1
             counters[neuron] += active_count[at]
+            if frozen[neuron]:
+                continue
             for c in range(classes):
                 values[neuron, c] = max(values[neuron, c] - rate * value_slope[at, c], kind(0))
             moved, finite = _move(keys[neuron], key_slope[at], rate, fresh)

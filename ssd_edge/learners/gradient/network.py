@@ -31,6 +31,8 @@ ANNOUNCED = TensorSpec((1,), "int64", "number of classes that the stream has ann
 
 Inhibition = Literal["gaba", "subtract", "mask"]
 Engine = Literal["auto", "torch", "compiled"]
+EPOCHS = 40
+FEW_STEPS = 300  # chosen on held-out training images (docs/method.md, benchmarks/few.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,14 @@ class NetworkSettings:
     k: int = setting(10, "neurons that stay active", minimum=1)
     shift: float = setting(0.0, "s of the input step ReLU(z - s); the keys belong to one s (docs/method.md)")
     epochs: int = setting(
-        40, "passes over a task; with this lr a fifth of the published schedule", minimum=1, maximum=1_000_000
+        EPOCHS, "passes over a task; with this lr a fifth of the published schedule", minimum=1, maximum=1_000_000
+    )
+    min_steps: int = setting(
+        0, f"repeat few images until a task has so many steps; 0: {FEW_STEPS} with {EPOCHS} epochs, none with others",
+        minimum=0, maximum=1_000_000_000,
+    )  # fmt: skip
+    memory_rows: int = setting(
+        0, "neurons that a task after the first may change, by TF-IDF of their activations; 0: all", minimum=0
     )
     lr: float = setting(0.5, "plain SGD; 0.05 as published needs the published 2,000 epochs", above=0.0)
     batch: int = setting(128, "samples per step, as published", minimum=1)
@@ -66,6 +75,11 @@ class NetworkSettings:
         """
         if self.k > self.neurons:
             raise InputError(f"learner.k must be at most learner.neurons, but is {self.k} of {self.neurons}")
+
+    def epochs_of(self, samples: int) -> int:
+        """Return the number of passes over a task: `epochs`, or more if it has too few samples for `min_steps`."""
+        least = self.min_steps or (FEW_STEPS if self.epochs == EPOCHS else 0)
+        return max(self.epochs, -(-least // -(-samples // self.batch)))
 
 
 def layer_name(tensor: str, layer: int) -> str:
@@ -176,6 +190,18 @@ class Gradients:
         """Return the global L2 norm."""
         return math.sqrt(sum(float(part.square().sum()) for part in (*self.keys, self.values)))
 
+    def without(self, masks: Sequence[Tensor]) -> Gradients:
+        """Return the gradients without some rows.
+
+        Args:
+            masks: per layer, bool ``(r,)``, the rows to leave out.
+        """
+        kept = [~mask[rows] for mask, rows in zip(masks, self.rows, strict=True)]
+        rows = [part[chosen] for part, chosen in zip(self.rows, kept, strict=True)]
+        return Gradients(
+            rows, [part[chosen] for part, chosen in zip(self.keys, kept, strict=True)], self.values[kept[-1]]
+        )
+
     def widened(self, masks: Sequence[Tensor]) -> Gradients:
         """Return the same gradients with zeros for further rows.
 
@@ -213,6 +239,7 @@ class SDMLP:
         k: number of neurons that stay active in each layer.
         switch: C of the GABA switch.
         inhibition: ``gaba`` (subtraction behind a switch), ``subtract`` (switch closed from the start), or ``mask``.
+        frozen: per layer, neurons that no step changes, bool ``(r,)``; None: every neuron may change.
     """
 
     def __init__(
@@ -224,6 +251,7 @@ class SDMLP:
         self.k = k
         self.switch = switch
         self.inhibition = inhibition
+        self.frozen: list[Tensor] | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -363,6 +391,8 @@ class SDMLP:
         Returns:
             The norm before clipping.
         """
+        if self.frozen is not None:
+            gradients = gradients.without(self.frozen)
         norm = gradients.norm()
         rate = lr * min(1.0, clip / (norm + 1e-6))
         top = gradients.rows[-1]

@@ -15,6 +15,7 @@ from torch import Tensor
 from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.errors import InputError
 from ssd_edge.learners.base import LARGEST_COUNT, Learner, Progress, Task, TensorSpec, check_unit
+from ssd_edge.learners.gradient.distillation import count_activations
 from ssd_edge.learners.gradient.network import (
     ANNOUNCED,
     SDMLP,
@@ -113,22 +114,24 @@ class SDMLPLearner(Learner):
         """
         settings, net = self.settings, self.net
         if not self.switch:
-            self.switch = max(1.0, min(MAX_SWITCH, 0.5 * len(task.labels) * settings.epochs))
+            self.switch = max(1.0, min(MAX_SWITCH, 0.5 * len(task.labels) * settings.epochs_of(len(task.labels))))
             net.switch = self.switch
         inputs, labels = self.prepared(task.embeddings), task.labels.to(self.device)
         # another purpose than in `expect`: columns drawn later must not repeat the first ones
         net.grow(max(self.announced, int(labels.max()) + 1), self.generator(purpose=5 if net.values.numel() else 2))
         loss = self._task_loss(inputs, labels)
         self.penalty.begin(self.parameters())
+        net.frozen = self._frozen(inputs)
         return Trainer(net, settings, self.penalty, loss, inputs, labels, self.observer)
 
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
         settings, generator = self.settings, self.generator()
         trainer = self.trainer(task)
         measured: dict[str, float] = {}
-        for epoch in range(settings.epochs):
+        epochs = settings.epochs_of(len(task.labels))
+        for epoch in range(epochs):
             order = torch.randperm(len(task.labels), generator=generator).to(self.device)
-            if epoch in (0, settings.epochs - 1):
+            if epoch in (0, epochs - 1):
                 when = "first" if epoch == 0 else "last"
                 norms = trainer.gradient_norms(order[: settings.batch])
                 measured.update({f"{name}_gradient_{when}": norm for name, norm in norms.items()})
@@ -139,12 +142,30 @@ class SDMLPLearner(Learner):
                 totals["penalty"] = float(self.penalty.value(self.parameters()))
             measured.update(totals)
             measured["epochs"] = float(epoch + 1)
-            if progress((epoch + 1) / settings.epochs):
+            if progress((epoch + 1) / epochs):
                 break
         self._end(trainer.inputs)
         generator = self.generator(purpose=6)
         self.penalty.consolidate(self.parameters(), trainer.inputs, self.net.linearise, generator=generator)
         return measured
+
+    def _frozen(self, inputs: Tensor) -> list[Tensor] | None:
+        """Return, per layer, the neurons that the task must not change, bool ``(r,)``; None if it may change all.
+
+        Sparse memory finetuning (Lin et al. 2025): those may change that the task activates often (term frequency) and
+        that were rarely active before (inverse document frequency, from the counters).
+        """
+        count = self.settings.memory_rows
+        if not count or not self.tasks_learned:
+            return None
+        frozen = []
+        for layer, active in zip(self.net.layers, count_activations(self.net, inputs), strict=True):
+            samples = layer.counters.double().sum() / self.settings.k  # about as many have been counted
+            score = active / active.sum() * ((samples + 1) / (layer.counters.double() + 1)).log()
+            mask = torch.ones_like(active, dtype=torch.bool)
+            mask[score.topk(min(count, len(mask))).indices] = False
+            frozen.append(mask)
+        return frozen
 
     def _task_loss(self, inputs: Tensor, labels: Tensor) -> TaskLoss:
         """Return the loss of a task, before its first step.

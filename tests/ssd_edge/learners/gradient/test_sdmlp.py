@@ -10,6 +10,7 @@ import torch
 
 from ssd_edge.errors import InputError
 from ssd_edge.learners import Task, build
+from ssd_edge.learners.gradient.distillation import count_activations
 from ssd_edge.learners.gradient.sdmlp import SDMLPLearner, Settings
 from ssd_edge.learners.priors import Priors
 
@@ -162,3 +163,57 @@ def test_gradient_norm_of_each_loss_term_is_measured() -> None:
     assert 0 <= second["clipped"] <= 1
     assert 0 < second["active_neurons"] <= 4
     assert learner.display == "SDMLP+L2"
+
+
+# ── few images ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "epochs"),
+    [
+        ({}, 20, 300),  # one step per epoch
+        ({}, 300, 100),
+        ({}, 10_000, 40),
+        ({"epochs": 41}, 20, 41),  # a schedule in epochs is left alone
+        ({"epochs": 2000}, 20, 2000),
+        ({"min_steps": 1}, 20, 40),
+        ({"epochs": 3, "min_steps": 7}, 200, 4),  # two steps per epoch
+        ({"epochs": 3, "min_steps": 7, "batch": 10}, 200, 3),
+    ],
+    ids=str,
+)
+def test_few_images_are_repeated(options: dict[str, int], samples: int, epochs: int) -> None:
+    assert Settings(**options).epochs_of(samples) == epochs
+
+
+def test_repeated_images_are_learned() -> None:
+    """A few images of a class after many of others: only with enough steps is the loss on them low."""
+    few, losses = Task(task((0, 1), seed=4).embeddings[:8], torch.full((8,), 2)), []
+    for min_steps in (1, 0):
+        learner, shares = make(priors(), epochs=40, min_steps=min_steps, lr=1.0), []
+        learner.expect(3)
+        learner.learn(task((0, 1)))
+        measured = learner.learn(few, shares.append)
+        assert measured["epochs"] == len(shares) == (300 if not min_steps else 40)
+        assert shares[-1] == 1.0
+        losses.append(measured["cross_entropy"])
+    assert losses[1] < 0.5 * losses[0]
+
+
+def test_sparse_memory_finetuning_changes_only_unusual_neurons() -> None:
+    """After the first task, those change that the task activates often and earlier counts do not."""
+    for engine in ("torch", "compiled"):
+        learner = make(priors(), memory_rows=6, inhibition="subtract", engine=engine)
+        learner.expect(4)
+        first = learner.net.copy()
+        learner.learn(task((0, 1)))
+        before = learner.net.copy()
+        assert int((before.keys != first.keys).any(1).sum()) > 6
+        learner.learn(task((2, 3), seed=7))
+        after = learner.net
+        changed = ((before.keys != after.keys) | (before.values[:, :1] != after.values[:, :1])).any(1)
+        assert 0 < int(changed.sum()) <= 6
+        assert float((after.counters - before.counters).sum()) > 6  # frozen neurons are counted too
+        counts = count_activations(before, learner.prepared(task((2, 3), seed=7).embeddings))[0]
+        frequency, rarity = counts / counts.sum(), (before.counters.sum() / 4 + 1) / (before.counters + 1)
+        assert set(changed.nonzero().flatten().tolist()) <= set((frequency * rarity.log()).topk(6).indices.tolist())
