@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,6 @@ def summary(schedule: int | str, images: int, found: list[dict[str, Any]]) -> di
         "new_least": min(new),
         "old_loses": statistics.mean(lost),
         "old_loses_most": max(lost),
-        "seconds": max(one.get("seconds", 0.0) for one in found),
     }
 
 
@@ -125,15 +123,13 @@ def main() -> None:
                     learner.load_state_dict(state)
                     old = accuracy(learner, *test)[0]
                     if args.test:
-                        began = time.perf_counter()
                         epochs = learner.learn(task)["epochs"]
-                        seconds = time.perf_counter() - began
                         steps = int(epochs) * -(-images // learner.settings.batch)
                         results: dict[int | str, tuple] = {name: (steps, *accuracy(learner, *test))}
                     else:
-                        results, seconds = by_steps(learner, task, test), 0.0
+                        results = by_steps(learner, task, test)
                     for schedule, (steps, after, new) in results.items():
-                        one = {"steps": steps, "new": new, "lost": old - after, "seconds": seconds}
+                        one = {"steps": steps, "new": new, "lost": old - after}
                         found.setdefault((schedule, images), []).append(one)
         print(f"order {order}", flush=True)
     rows = [summary(schedule, images, ones) for (schedule, images), ones in found.items()]

@@ -427,6 +427,18 @@ def few_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def variants_table(rows: list[dict]) -> str:
+    """Return the effect of changing fewer neurons."""
+    lines = ["| | class orders | accuracy | BWT | just learned | neurons changed |", "|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        ones = [row for row in rows if row["variant"] == name]
+        keys = ("average_accuracy", "learning_accuracy", "changed")
+        accuracy, learned, changed = (percent(mean([row[key] for row in ones])) for key in keys)
+        transfer = points(mean([row["backward_transfer"] for row in ones]), signed=True)
+        lines.append(f"| {name} | {len(ones)} | {accuracy} | {transfer} | {learned} | {changed} |")
+    return "\n".join(lines)
+
+
 def drift_table(results: dict) -> str:
     """Return the output of the drift monitor for changed images, by their number."""
     counts = next(iter(results["shifts"].values()))["images"]
@@ -516,6 +528,8 @@ def main() -> None:
             "shift": settings_table(read["shift"]),
             "budget": settings_table(read["budget"]),
             "few": few_table(read["few"]),
+            "few-test": few_table(json.loads((DOCS / "results" / "few.json").read_text())["test"]),
+            "variants": variants_table(json.loads((DOCS / "results" / "variants.json").read_text())["rows"]),
         },
         DOCS / "speed.md": {
             "epoch": epoch_table(read["epoch"]),
