@@ -199,9 +199,9 @@ def main() -> None:
         for name in args.names:
             rows.append(run(name, embedder.priors, vectors, labels, order))
             print(rows[-1], flush=True)
-    if args.json:
-        found = {"command": "python benchmarks/variants.py", **environment(), "rows": rows}
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+            if args.json:
+                found = {"command": "python benchmarks/variants.py", **environment(), "rows": rows}
+                args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -428,14 +428,20 @@ def few_table(rows: list[dict]) -> str:
 
 
 def variants_table(rows: list[dict]) -> str:
-    """Return the effect of changing fewer neurons."""
-    lines = ["| | class orders | accuracy | BWT | just learned | neurons changed |", "|---|---|---|---|---|---|"]
+    """Return accuracy by class order, the neurons that a task changes, and the memory for targets."""
+    lines = [
+        "| | accuracy, by class order | BWT | just learned | neurons changed | targets of a task |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in dict.fromkeys(row["variant"] for row in rows):
         ones = [row for row in rows if row["variant"] == name]
-        keys = ("average_accuracy", "learning_accuracy", "changed")
-        accuracy, learned, changed = (percent(mean([row[key] for row in ones])) for key in keys)
-        transfer = points(mean([row["backward_transfer"] for row in ones]), signed=True)
-        lines.append(f"| {name} | {len(ones)} | {accuracy} | {transfer} | {learned} | {changed} |")
+        accuracy, learned = (
+            " / ".join(percent(row[key]) for row in ones) for key in ("average_accuracy", "learning_accuracy")
+        )
+        transfer = " / ".join(points(row["backward_transfer"], signed=True) for row in ones)
+        targets_of = size(ones[0]["bytes_during"]) if ones[0]["bytes_during"] else "–"
+        changed = percent(mean([row["changed"] for row in ones]))
+        lines.append(f"| {name} | {accuracy} | {transfer} | {learned} | {changed} | {targets_of} |")
     return "\n".join(lines)
 
 
