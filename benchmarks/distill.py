@@ -75,11 +75,15 @@ class Photographs:
     """Photographs to learn from and to be tested on.
 
     Attributes:
+        everything: All training images, also those that are held out: teachers are asked once.
+        kept: Positions of `train` among them.
         train, test: The images.
         labels, truth: Their classes.
         half: True for the classes of one half.
     """
 
+    everything: Images
+    kept: np.ndarray
     train: Images
     labels: np.ndarray
     test: Images
@@ -93,12 +97,13 @@ class Photographs:
         half = np.zeros(len(data.classes), dtype=bool)
         half[np.random.default_rng(0).permutation(len(half))[: len(half) // 2]] = True
         if not validate:
-            return cls(data.train, data.train_labels, data.test, data.test_labels, half)
+            kept = np.arange(len(data.train))
+            return cls(data.train, kept, data.train, data.train_labels, data.test, data.test_labels, half)
         members = [np.flatnonzero(data.train_labels == label) for label in range(len(data.classes))]
         held = np.sort(np.concatenate([part[len(part) - len(part) // 4 :] for part in members]))
         kept = np.setdiff1d(np.arange(len(data.train)), held)
         labels = data.train_labels
-        return cls(data.train.take(kept), labels[kept], data.train.take(held), labels[held], half)
+        return cls(data.train, kept, data.train.take(kept), labels[kept], data.train.take(held), labels[held], half)
 
     def judge(self, embedder: Embedder) -> dict[str, Any]:
         """Return the accuracies of a head on a backbone, by default on all classes."""
@@ -126,6 +131,14 @@ class Photographs:
         return {**rounded, "features": embedder.dim, "size": embedder.pixels.size}
 
 
+def subset(answers: distilled.Answers, kept: np.ndarray) -> distilled.Answers:
+    """Return the answers to some photographs, their features centred anew."""
+    chosen = (part[:, kept].astype(np.float32) for part in answers.features)
+    features = tuple((part - part[0].mean(0)).astype(np.float16) for part in chosen)
+    scores = None if answers.scores is None else answers.scores[:, kept]
+    return dataclasses.replace(answers, features=features, scores=scores)
+
+
 def run(case: Case, photographs: Photographs, config: DistillationConfig) -> dict[str, Any]:
     """Return what one case gives."""
     if not case.teachers and case.own_size:
@@ -136,8 +149,8 @@ def run(case: Case, photographs: Photographs, config: DistillationConfig) -> dic
     if not case.teachers:
         return photographs.judge(OnnxEmbedder(distilled.as_graph(network, network.build(), {})))
     chosen = np.flatnonzero(photographs.half[photographs.labels] | (not case.half))
+    answers = subset(ask(case.teachers, (), photographs.everything, CPU, console), photographs.kept[chosen])
     images = photographs.train.take(chosen)
-    answers = ask(case.teachers, (), images, CPU, console)
     began = time.monotonic()
 
     def report(epoch: int, epochs: int, loss: float, seconds: float) -> None:

@@ -128,6 +128,21 @@ def precision_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def distill_table(rows: dict[str, dict]) -> str:
+    """Return the accuracy of heads on students and on what they are compared with."""
+    lines = [
+        "| network | side | taught by | on photographs | epochs | all classes | five images of each | the half of the "
+        "classes that was seen | the other half |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        student, _, taught = name.removesuffix(", half").partition(" < ")
+        trained = (taught, f"{row['photographs']:,}", str(row["epochs"])) if taught else ("–", "", "")
+        shares = (percent(row[key]) for key in ("accuracy", "five", "half", "other"))
+        lines.append(f"| {student.partition(',')[0]} | {row['size']} | {' | '.join([*trained, *shares])} |")
+    return "\n".join(lines)
+
+
 def backbones_table(rows: list[dict]) -> str:
     """Return which networks were exported and built."""
     lines = [

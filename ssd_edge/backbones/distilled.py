@@ -58,7 +58,7 @@ class Distilled:
     Attributes:
         graph: The student as a backbone.
         epochs: Passes over the photographs.
-        loss: Mean loss of the last one; 1 is a student that knows the teachers' means alone.
+        loss: Mean loss of the last one. Of features alone, it is about 1 for a student that sees nothing.
     """
 
     graph: NetworkGraph
@@ -128,8 +128,12 @@ def distil(
         report: Called after each epoch.
 
     Raises:
-        InputError: The loss is not finite, or the student cannot be exported.
+        InputError: Nothing is to be matched, or the loss is not finite.
     """
+    if not (config.features or (config.scores and answers.scores is not None)):
+        raise InputError(
+            "train.features is 0 and no teacher has classes, so nothing is matched; add a run as a teacher"
+        )
     torch.manual_seed(config.seed)
     images = as_tensor(photographs.load(np.arange(len(photographs)), network.pixels))
     body = network.build()
@@ -204,7 +208,11 @@ def _card(
         "terms": "; ".join(dict.fromkeys(terms)),
         "start": {**network.card, "weights": network.weights},
         "teachers": [dict(card) for card in answers.teachers],
-        "config": {**dataclasses.asdict(config), "weights": Path(config.weights).name if config.weights else ""},
+        "config": {
+            **dataclasses.asdict(config),
+            "student": names.public(config.student),
+            "weights": Path(config.weights).name if config.weights else "",
+        },
         "loss": round(loss, 6),
         "versions": torch_onnx.require_exporter(),
     }

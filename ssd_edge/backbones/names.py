@@ -197,15 +197,15 @@ def _graph(
         layout=layout,
         allow_control_flow=config.allow_control_flow,
         levels=config.levels,
-        card={"name": _public(config.name), **card},
+        card={"name": public(config.name), **card},
     )
 
 
-def _public(name: str) -> str:
+def public(name: str) -> str:
     """Return a name without the folders of a local path, for cards that leave this machine."""
-    for prefix in (ONNX, "hf/"):
+    for prefix in (ONNX, PACKAGE, "hf/"):
         path = name.removeprefix(prefix)
-        if name.startswith(prefix) and (prefix == ONNX or files.exists(Path(path))):
+        if name.startswith(prefix) and (prefix != "hf/" or files.exists(Path(path))):
             return prefix + Path(path).name
     return name
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ssd_edge import files
+from ssd_edge.backbones import names
 from ssd_edge.backbones.distilled import Answers
 from ssd_edge.backbones.embedder import Embedder, level_standardisation, open_backbone
 from ssd_edge.config import BackboneConfig
@@ -205,11 +206,8 @@ def _card(name: str, embedder: Embedder, run: FinishedRun | None) -> dict[str, A
     """Return what a teacher is, without the folders of a local path."""
     provenance: Mapping[str, Any] = embedder.provenance
     kept = {key: provenance[key] for key in ("arch", "source", "sha256", "data", "terms") if key in provenance}
-    prefix, _, path = name.rpartition(":")
-    shown = f"{prefix}:{Path(path).name}" if prefix else name
-    card = {"name": shown, "identity": embedder.identity, **kept}
+    card = {"name": names.public(name), "identity": embedder.identity, **kept}
     if run is not None:
-        backbone = str(run.backbone["provenance"].get("name", run.config.backbone.name))
-        card |= {"name": f"run {run.folder.resolve().name}", "backbone": backbone}
+        card |= {"name": f"run {run.folder.resolve().name}", "backbone": names.public(run.config.backbone.name)}
         card |= {"learner": run.learner.display, "classes": len(run.registry)}
     return card

@@ -126,6 +126,11 @@ def test_the_loss_is_that_of_the_view_and_softened() -> None:
     assert float(got) == pytest.approx(expected, rel=1e-4)
 
 
+def test_something_must_be_matched(photographs: Images, answers: Answers) -> None:
+    with pytest.raises(InputError, match=r"train\.features is 0 and no teacher has classes"):
+        made(photographs, answers, features=0.0)
+
+
 def test_a_distilled_folder_is_a_backbone(student: Distilled, photographs: Images, tmp_path: Path) -> None:
     own = OnnxEmbedder(student.graph)
     write_backbone(tmp_path, "package:small", own)
@@ -146,6 +151,7 @@ def test_students_by_name(tmp_path: Path) -> None:
     packages.save(packages.load(), tmp_path)
     own = open_student(DistillationConfig(student=f"package:{tmp_path}"), silent)
     assert (own.weights, own.pixels) == (packages.load().identity, Pixels(32))
+    assert names.public(f"package:{tmp_path}") == f"package:{tmp_path.name}"  # cards leave this machine
     for name in ("mobilenet-v3-small", "onnx:own.onnx", "resnet8"):
         with pytest.raises(InputError, match=rf"'{name}' is no network that can be trained here; students: resnet9"):
             open_student(DistillationConfig(student=name), silent)
