@@ -7,7 +7,8 @@ DATA is what data.path accepts. Students see its training images without labels;
 learns all training images and is tested on the test images: the mean of five orders, whose first five classes
 standardise. --validate holds out the last quarter of each class's training images in the order of their files, in which
 neighbours show one scene, and uses no test image: settings were chosen so. The cases of half learn from 25 of the
-classes, and are also tested on the others. A case that is in the file already is not run again. One thread.
+classes, and are also tested on the others. A case that is in the file already, at this size, is not run again. One
+thread.
 """
 
 from __future__ import annotations
@@ -178,15 +179,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse_section(DistillationConfig, {"epochs": args.epochs, "size": args.size, **given}, "train")
     photographs = Photographs.read(args.data, args.validate)
     command = f"python benchmarks/distill.py {Path(args.data).name} --epochs {args.epochs} --size {args.size}"
-    result: dict[str, Any] = {"command": command, **environment(), "rows": {}}
+    command += f" --set {' '.join(args.set)}" if args.set else ""
+    result: dict[str, Any] = {**environment(), "rows": []}
     if args.json and args.json.exists():
         result = json.loads(args.json.read_text(encoding="utf-8"))
     for name in args.cases:
-        if name in result["rows"]:
+        case = CASES[name]
+        about = {"case": name, "asked": 0 if case.own_size else args.size}
+        if any((row["case"], row["asked"]) == tuple(about.values()) for row in result["rows"]):
             continue
-        row = run(CASES[name], photographs, config)
-        print(json.dumps({"name": name, **row}), flush=True)
-        result["rows"][name] = row
+        about |= {"student": case.student, "teachers": list(case.teachers), "half_only": case.half}
+        row = {**about, **run(case, photographs, config), "command": command}
+        print(json.dumps(row), flush=True)
+        result["rows"].append(row)
         if args.json:
             files.write_json(args.json, result)
 

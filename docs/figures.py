@@ -128,18 +128,20 @@ def precision_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def distill_table(rows: dict[str, dict]) -> str:
+def distill_table(rows: list[dict]) -> str:
     """Return the accuracy of heads on students and on what they are compared with."""
     lines = [
-        "| network | side | taught by | on photographs | epochs | all classes | five images of each | the half of the "
-        "classes that was seen | the other half |",
+        "| network | side | taught by | photographs | epochs | all classes | half A | half B | 5 images |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in rows.items():
-        student, _, taught = name.removesuffix(", half").partition(" < ")
-        trained = (taught, f"{row['photographs']:,}", str(row["epochs"])) if taught else ("–", "", "")
-        shares = (percent(row[key]) for key in ("accuracy", "five", "half", "other"))
-        lines.append(f"| {student.partition(',')[0]} | {row['size']} | {' | '.join([*trained, *shares])} |")
+    for row in rows:
+        trained = ["–", "", ""]
+        if row["teachers"]:
+            half = " of half A" if row["half_only"] else ""
+            trained = [" + ".join(row["teachers"]), f"{row['photographs']:,}{half}", str(row["epochs"])]
+        shares = [percent(row[key]) for key in ("accuracy", "half", "other", "five")]
+        levels = " without levels" if row["features"] == 256 else ""
+        lines.append(f"| {row['student']}{levels} | {row['size']} | {' | '.join([*trained, *shares])} |")
     return "\n".join(lines)
 
 
@@ -528,6 +530,9 @@ def main() -> None:
         DOCS / "learners.md": {"table": comparison_table(results)},
         DOCS / "backbone.md": {
             "backbones": backbones_table(json.loads((DOCS / "results" / "backbones.json").read_text())["rows"])
+        },
+        DOCS / "own-backbone.md": {
+            "distill": distill_table(json.loads((DOCS / "results" / "distill.json").read_text())["rows"])
         },
         DOCS / "deploy.md": {"targets": targets_table(), "precision": precision_table(read["precision"])},
         DOCS / "device.md": {

@@ -176,11 +176,11 @@ class DistillationConfig(ScheduleConfig):
     """Training of a student towards its teachers (`train.*` of `ssd-edge distill`)."""
 
     epochs: int = setting(12, "passes over the photographs", minimum=1)
-    batch: int = setting(64, "images per step", minimum=2)
+    batch: int = setting(32, "images per step", minimum=2)
     optimiser: Literal["auto", "sgd", "adamw"] = setting("adamw", "optimiser; auto: adamw")
-    lr: float = setting(2e-3, "peak of the one-cycle schedule", minimum=0.0)
+    lr: float = setting(1e-3, "peak of the one-cycle schedule", minimum=0.0)
     weight_decay: float = setting(0.0, "0: 5e-4 for sgd, 5e-3 for adamw", minimum=0.0)
-    crop: int = setting(8, "pixels of reflection padding for random crops", minimum=0, maximum=32)
+    crop: int = setting(6, "pixels of reflection padding for random crops", minimum=0, maximum=32)
     size: int = setting(
         0, "side of the student's square input in pixels; 0: its own, 64 for resnet9", minimum=0, maximum=256
     )
