@@ -54,6 +54,7 @@ from ssd_edge.answers.head import confidence
 from ssd_edge.classes import UNKNOWN, ClassRegistry
 from ssd_edge.errors import BadFilesError, BundleRefusedError, InputError, require
 from ssd_edge.images import check_embedded, listed
+from ssd_edge.images.second import second_view
 
 if TYPE_CHECKING:
     import torch
@@ -358,8 +359,10 @@ class Device:
 
             from device_runtime.learning import exchange, teach
 
-            def embed(sources: Sequence[ImageSource], progress: Callable[[float], object]) -> torch.Tensor:
-                return torch.from_numpy(self._embed(snapshot, sources, progress))
+            def embed(
+                sources: Sequence[ImageSource], progress: Callable[[float], object], second: bool
+            ) -> torch.Tensor:
+                return torch.from_numpy(self._embed(snapshot, sources, progress, second=second))
 
             taught = exchange.taught_sets(self.store, snapshot.generation)
             number = snapshot.generation.number
@@ -546,6 +549,7 @@ class Device:
         sources: Sequence[ImageSource],
         progress: Callable[[float], object] = lambda share: None,
         names: Sequence[str] | None = None,
+        second: bool = False,
     ) -> np.ndarray:
         bundle, embedder = snapshot.bundle, self._embedder_of(snapshot)
         names = _names(sources) if names is None else names
@@ -557,7 +561,8 @@ class Device:
             except InputError:
                 refuse_bad(sources, names, bundle.pixels)
                 raise
-            parts.append(embedder.embed(np.stack(pixels)))
+            stacked = np.stack(pixels)
+            parts.append(embedder.embed(second_view(stacked) if second else stacked))
             progress((start + len(pixels)) / len(sources))
         embeddings = np.concatenate(parts) if parts else np.zeros((0, bundle.dim), np.float32)
         check_embedded(embeddings, names)

@@ -320,6 +320,23 @@ def heads_table(runs: list[dict]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def views_table(runs: list[dict]) -> str:
+    """Return what a second view of each image is worth, by data set and number of images."""
+    counts = [row["images"] for row in runs[0]["rows"]]
+    lines = [
+        f"| images a class | {' | '.join(str(count or 'all') for count in counts)} |",
+        "|---" * (len(counts) + 1) + "|",
+    ]
+    for run in runs:
+        cells = []
+        for row in run["rows"]:
+            one, two = (statistics.fmean(row[name]) for name in ("one", "two"))
+            cells.append(f"{percent(one)}, {100 * (two - one):+.1f}")
+        limit = ", 50 images a class at most" if "--per-class 50" in run["command"] else ""
+        lines.append(f"| {run['data'].split('.')[0]}, {run['backbone']}{limit} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def curve_table(rows: list[dict]) -> str:
     """Return accuracy with few images of each class, by number of features."""
     shown = (1, 3, 5, 10, 20, 30)
@@ -548,6 +565,7 @@ def main() -> None:
             "heads": heads_table(heads),
             "curve": curve_table(heads[0]["curve"]),
             "beside": beside_table(heads[0]["beside"]),
+            "views": views_table(json.loads((DOCS / "results" / "views.json").read_text())),
         },
         DOCS / "service.md": {"drift": drift_table(drift), "drift-alarms": alarms_table(drift)},
         DOCS / "method.md": {

@@ -27,6 +27,7 @@ DEVICE_MAY_IMPORT = {
     "ssd_edge.errors",
     "ssd_edge.files",
     "ssd_edge.images",
+    "ssd_edge.images.second",
     "ssd_edge.learners",
     "ssd_edge.learners.base",
     "ssd_edge.learners.calibration",

@@ -37,7 +37,8 @@ SAME_IMAGE = 0.02
 EQUAL = 1e-6  # rounding of such a distance between equal images
 COPIES = 2  # of the learner's state in memory besides the current one: the taught learner and its serialised tensors
 
-Embed = Callable[[Sequence[ImageSource], Callable[[float], object]], torch.Tensor]
+# Gets images, a progress callback, and True for their second views.
+Embed = Callable[[Sequence[ImageSource], Callable[[float], object], bool], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def teach(
     Args:
         state: The state before; it is not changed.
         images: Class name → images.
-        embed: Computes embeddings ``(N, D)`` of images; its second argument is called with the share done, 0..1.
+        embed: Computes embeddings ``(N, D)`` of images, or of their second views.
         seed: Seed of the choice of held-out images.
         limits: Limits on forgetting; None for the defaults.
         meter: Measures time and memory.
@@ -113,7 +114,7 @@ def teach(
     sources = [source for batch in batches for source in batch.sources]
     meter.check_memory(COPIES * state.learner.memory_bytes() + 2 * len(sources) * state.learner.dim * 4)
     meter.stage("embedding")
-    embeddings = embed(sources, meter.check_embedding)
+    embeddings = embed(sources, meter.check_embedding, False)
     labels = torch.cat([torch.full((len(batch.sources),), batch.row) for batch in batches])
     names = [image_name(source, number) for number, source in enumerate(sources)]
     different = find_different(embeddings, labels, state.rejector.whitening, state.statistics)
@@ -125,7 +126,10 @@ def teach(
         )
     kept = different.nonzero().flatten()
     embeddings, labels, names = embeddings[kept], labels[kept], [names[i] for i in kept.tolist()]
-    task = Task(embeddings, labels)
+    second = None
+    if state.learner.wants_second_view:
+        second = embed([sources[i] for i in kept.tolist()], meter.check_embedding, True)
+    task = Task(embeddings, labels, second)
     meter.stage("learning", budgets.LEARNING)
     learner = copy_learner(state.learner)
     measured = learner.learn(task, meter.tick)
@@ -286,7 +290,7 @@ def try_held_out(before: Learner, after: Learner, task: Task, seed: int, progres
         held_out = part == number
         if bool(held_out.any()):
             copy = copy_learner(before)
-            copy.learn(Task(task.embeddings[~held_out], labels[~held_out]), progress)
+            copy.learn(task.of(~held_out), progress)
             answers[held_out] = copy.predict(task.embeddings[held_out])
             promised[held_out] = promises_of(copy, task.embeddings[held_out])
     return Trial(answers, promised)

@@ -48,10 +48,13 @@ class Task:
     Attributes:
         embeddings: standardised embeddings, float32 ``(N, D)``.
         labels: class rows, int64 ``(N,)``.
+        second: embeddings of the second views of the images, ``(N, D)``; None without. Learners that cannot use them
+            ignore them.
     """
 
     embeddings: Tensor
     labels: Tensor
+    second: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check shapes, types and values.
@@ -74,7 +77,13 @@ class Task:
             raise InputError("a task must contain at least one sample")
         if int(self.labels.min()) < 0:
             raise InputError(f"labels must be class rows of at least 0, but the smallest is {int(self.labels.min())}")
-        if not bool(torch.isfinite(self.embeddings).all()):
+        second = self.embeddings if self.second is None else self.second
+        if (second.shape, second.dtype) != (self.embeddings.shape, self.embeddings.dtype):
+            raise InputError(
+                f"second views need embeddings like those of the images, {tuple(self.embeddings.shape)} and "
+                f"{self.embeddings.dtype}, but got {tuple(second.shape)} and {second.dtype}"
+            )
+        if not bool(torch.isfinite(self.embeddings).all() and torch.isfinite(second).all()):
             raise InputError("an embedding contains NaN or infinity; check the backbone and the images")
 
     @property
@@ -82,6 +91,11 @@ class Task:
         """Distinct class rows, ascending."""
         rows: Tensor = torch.unique(self.labels)
         return rows
+
+    def of(self, chosen: Tensor) -> Task:
+        """Return the chosen samples; a mask, bool ``(N,)``, or indices."""
+        second = None if self.second is None else self.second[chosen]
+        return Task(self.embeddings[chosen], self.labels[chosen], second)
 
 
 # Symbols for axes that are indexed by class row: C all rows, S rows up to the last one learned.
@@ -223,6 +237,11 @@ class Learner(abc.ABC):
             InputError: the settings or the state of this learner rule out a graph.
         """
         return None
+
+    @property
+    def wants_second_view(self) -> bool:
+        """True if the learner learns from a second view of each image, see `Task`."""
+        return bool(getattr(self.settings, "second_view", False))
 
     def expect(self, classes: int) -> None:  # noqa: B027  most learners ignore it
         """Announce the number of classes of the stream; a learner must also accept unannounced classes."""

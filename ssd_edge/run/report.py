@@ -49,26 +49,26 @@ def answer(
 
 
 def from_fewer(
-    build: Callable[[], Learner], train: Tensor, train_rows: Tensor, test: Tensor, test_rows: Tensor, seed: int
+    build: Callable[[], Learner], train: Task, test: Tensor, test_rows: Tensor, seed: int
 ) -> list[LearningPoint]:
     """Learn again from fewer images, all classes at once, and return the accuracies on the test images.
 
     Args:
         build: Returns a new learner.
-        train: Training embeddings ``(N, D)``.
-        train_rows: Their rows, int64 ``(N,)``.
+        train: All training data.
         test: Test embeddings ``(M, D)``.
         test_rows: Their rows, int64 ``(M,)``.
         seed: Seed of the choice of images; more images contain fewer ones.
     """
-    shuffled = torch.from_numpy(np.random.default_rng([seed, 0]).permutation(len(train)))
-    place, found = torch.zeros(len(train), dtype=torch.int64), []
-    for row in range(int(train_rows.max()) + 1):  # place[i]: how many images of its class come before image i
-        members = shuffled[train_rows[shuffled] == row]
+    rows = train.labels
+    shuffled = torch.from_numpy(np.random.default_rng([seed, 0]).permutation(len(rows)))
+    place, found = torch.zeros(len(rows), dtype=torch.int64), []
+    for row in range(int(rows.max()) + 1):  # place[i]: how many images of its class come before image i
+        members = shuffled[rows[shuffled] == row]
         place[members] = torch.arange(len(members))
     for cap in [cap for cap in CAPS if cap <= int(place.max())][-POINTS:]:
         learner, kept = build(), place < cap
-        learner.learn(Task(train[kept], train_rows[kept]))
+        learner.learn(train.of(kept))
         right = torch.bincount(test_rows[learner.predict(test) == test_rows], minlength=len(learner.seen))
         found.append(_point(cap, right.numpy(), len(test)))
     return found

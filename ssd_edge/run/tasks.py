@@ -29,6 +29,7 @@ class StreamData:
         introduced: For each group, the experience that introduces it.
         names: Class names by row.
         standardisation: Mean and scale of the first task, if the backbone does not standardise; else None.
+        second: Standardised embeddings of the second views of the training images, ``(N, D)``; None without.
         embed_seconds: Time spent on the embeddings.
     """
 
@@ -41,12 +42,17 @@ class StreamData:
     introduced: tuple[int, ...]
     names: tuple[str, ...]
     standardisation: tuple[np.ndarray, np.ndarray] | None
+    second: Tensor | None = None
     embed_seconds: float = 0.0
+
+    @property
+    def whole(self) -> learners.Task:
+        """All training data as one task."""
+        return learners.Task(self.train, self.train_rows, self.second)
 
     def task(self, number: int) -> learners.Task:
         """Return the training data of one experience."""
-        index = self.train_tasks[number]
-        return learners.Task(self.train[index], self.train_rows[index])
+        return self.whole.of(self.train_tasks[number])
 
 
 def prepare(
@@ -62,26 +68,28 @@ def prepare(
         dataset: Labels and class names.
         stream: Order of classes and samples.
         standardised: True if the embeddings are standardised already.
-        embedded: Embeddings ``train`` ``(N, D)`` and ``test`` ``(M, D)``.
+        embedded: Embeddings ``train`` ``(N, D)`` and ``test`` ``(M, D)``; also ``second`` ``(N, D)``, of second views.
         widths: Widths of their levels, if they are not standardised; empty: one level.
     """
-    train, test, standardisation = embedded["train"], embedded["test"], None
+    standardisation = None
     train_tasks = stream.experiences(dataset.train_labels)
     if not standardised:  # by the first task only: later ones are not known yet
-        first = train[train_tasks[0]]
+        first = embedded["train"][train_tasks[0]]
         mu, sigma = (part.astype(np.float32) for part in level_standardisation(first, widths or first.shape[1:]))
         standardisation = (mu, sigma)
-        train, test = ((part - mu) / sigma for part in (train, test))
+        embedded = {name: (part - mu) / sigma for name, part in embedded.items()}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(part, np.float32)) for name, part in embedded.items()}
     return StreamData(
-        train=torch.from_numpy(np.ascontiguousarray(train, dtype=np.float32)),
+        train=tensors["train"],
         train_rows=torch.from_numpy(stream.rows(dataset.train_labels)),
-        test=torch.from_numpy(np.ascontiguousarray(test, dtype=np.float32)),
+        test=tensors["test"],
         test_rows=torch.from_numpy(stream.rows(dataset.test_labels)),
         train_tasks=tuple(torch.from_numpy(index) for index in train_tasks),
         test_tasks=tuple(torch.from_numpy(index) for index in stream.groups(dataset.test_labels)),
         introduced=stream.introduced,
         names=tuple(dataset.classes[label] for label in stream.order),
         standardisation=standardisation,
+        second=tensors.get("second"),
     )
 
 

@@ -141,7 +141,9 @@ class Setup:
 
             if (doubt := preprocessing.doubt(self.dataset, self.embedder, config.cache, say)) is not None:
                 say(f"warning: {doubt}")
-        embedded = embed(self.dataset, self.embedder, self.listener, config.cache)
+        learner = self.config.learner
+        second = not auto.wanted(learner) and getattr(learners.settings_of(learner), "second_view", False)
+        embedded = embed(self.dataset, self.embedder, self.listener, config.cache, second)
         data = prepare(self.dataset, self.stream, self.embedder.standardised, embedded, self.embedder.widths)
         return dataclasses.replace(data, embed_seconds=time.monotonic() - started)
 
@@ -298,7 +300,7 @@ class Run:
             learner = FineTune(setup.embedder.dim, settings, setup.embedder.priors, self.config.run.seed, setup.device)
             began = time.monotonic()
             with events.progress(self.listener, JOINT_NAME) as update:
-                learner.learn(learners.Task(data.train, data.train_rows), functools.partial(update, 0))
+                learner.learn(data.whole, functools.partial(update, 0))
             row = tuple(accuracies(learner, data, len(data.train_tasks) - 1))
             seconds, size = time.monotonic() - began, learner.memory_bytes()
             progress = LearnerProgress(rows=(row,), seconds=seconds, done=True, state_bytes=size)
@@ -360,8 +362,7 @@ class Run:
                 self.config.run.seed,
                 setup.device,
             )
-            samples = data.train, data.train_rows, data.test, data.test_rows
-            fewer = report.from_fewer(build, *samples, self.config.run.seed)
+            fewer = report.from_fewer(build, data.whole, data.test, data.test_rows, self.config.run.seed)
         report.write(self.folder, found, fewer)
 
     def _collect(self, results: Mapping[str, LearnerResult], choice: Mapping[str, Any] | None) -> RunResult:

@@ -69,8 +69,8 @@ def tiny_bundle() -> TinyBundle:
     """Return a function that makes the bytes of a bundle.
 
     Its defaults are ``tiny_bundle(release=1, sign=None, shift=0.0, roll=0, target="cpu", learner="ncm",
-    normalised=False)``. `shift` corrupts the embeddings of the probe, `roll` its predictions; `fitted` is what the
-    manifest says of its pixels beside their size; see `tiny_backbone`.
+    settings=None, normalised=False)``. `shift` corrupts the embeddings of the probe, `roll` its predictions; `fitted`
+    is what the manifest says of its pixels beside their size; see `tiny_backbone`.
     """
     rng = np.random.default_rng(0)
     colours = np.array([(220, 30, 30), (30, 220, 30), (30, 30, 220)])
@@ -79,10 +79,12 @@ def tiny_bundle() -> TinyBundle:
     probe = pixels[:4].astype(np.uint8)
 
     @functools.cache
-    def train(name: str, normalised: bool = False) -> tuple[learners.Learner, ClassStatistics, np.ndarray, np.ndarray]:
+    def train(
+        name: str, normalised: bool = False, settings: tuple[tuple[str, Any], ...] = ()
+    ) -> tuple[learners.Learner, ClassStatistics, np.ndarray, np.ndarray]:
         """Return a trained learner, its statistics, and the embeddings and predicted rows of the probe."""
         vectors = torch.from_numpy(tiny_embed(pixels.astype(np.uint8), normalised))
-        learner = learners.build({"name": name}, DIM, Priors())
+        learner = learners.build({"name": name, **dict(settings)}, DIM, Priors())
         learner.learn(learners.Task(vectors, labels))
         statistics = ClassStatistics(DIM)
         statistics.add(vectors, labels)
@@ -105,13 +107,14 @@ def tiny_bundle() -> TinyBundle:
         roll: int = 0,
         target: str = "cpu",
         learner: str = "ncm",
+        settings: dict[str, Any] | None = None,
         normalised: bool = False,
         backbone: bytes = b"",
         fitted: dict[str, Any] | None = None,
         **changes: Any,
     ) -> bytes:
         backbone = backbone or tiny_backbone(normalised)
-        learned, statistics, probe_embeddings, rows = train(learner, normalised)
+        learned, statistics, probe_embeddings, rows = train(learner, normalised, tuple((settings or {}).items()))
         arrays = {"images": probe, "embeddings": probe_embeddings + np.float32(shift), "rows": np.roll(rows, roll)}
         entries = {
             "backbone": backbone,
@@ -129,7 +132,7 @@ def tiny_bundle() -> TinyBundle:
             "target": target,
             "producer": {"ssd_edge": "0.1.0", "git": "unknown", "packages": {}},
             "backbone": {"file": "backbone.onnx", "sha256": files.sha256(backbone), **described},
-            "learner": {"name": learner, "settings": {}},
+            "learner": {"name": learner, "settings": settings or {}},
             "classes": registry.names,
             "metrics": {},
             "parity": {},

@@ -24,6 +24,7 @@ from PIL import Image, TiffImagePlugin
 from ssd_edge import images
 from ssd_edge.errors import InputError
 from ssd_edge.images import MAX_PIXELS, Pixels, decode, from_array, image_files, is_image_name, listing
+from ssd_edge.images.second import second_view
 
 RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90)
 
@@ -502,3 +503,15 @@ def test_a_folder_that_cannot_be_entered_is_an_error_and_not_skipped() -> None:
         ):
             list(images.walk_images(folder))
         folder.chmod(0o755)
+
+
+def test_a_second_view_is_the_middle_enlarged_and_mirrored() -> None:
+    image = np.zeros((50, 50, 3), np.uint8)
+    image[5:45, 5:25] = 200  # the left half of the middle
+    image[:5] = image[45:] = 90  # a frame above and below, which goes
+    (view,) = second_view(image[None])
+    assert view.shape == image.shape
+    assert view.dtype == np.uint8
+    assert (view[:, :23] < 20).all()
+    assert (view[:, 27:] > 180).all()
+    assert second_view(image[None][:0]).shape == (0, 50, 50, 3)

@@ -27,20 +27,23 @@ class Discriminant:
         share: s.
         trace: t = tr(Λ⁻¹Σ).
         samples: N.
+        views: Number of views of each sample in Σ, which then has this many times the rank.
     """
 
     factor: Tensor
     share: float
     trace: float
     samples: float
+    views: int = 1
 
     @classmethod
-    def fit(cls, covariance: Tensor, samples: float) -> Discriminant:
+    def fit(cls, covariance: Tensor, samples: float, views: int = 1) -> Discriminant:
         """Solve the discriminant of a covariance.
 
         Args:
             covariance: Σ, float64 ``(D, D)``; overwritten, because with many features new memory takes the time.
             samples: Number of samples that it was estimated from.
+            views: Number of views of each.
         """
         size, signs = len(covariance), _signs(len(covariance)).to(covariance)
         share, mean = max(oas_shrinkage(covariance, samples), LEAST_SHARE), float(covariance.trace()) / size
@@ -48,7 +51,7 @@ class Discriminant:
         covariance.mul_(1.0 - share).diagonal().add_(share * max(mean, 1e-12))
         factor = torch.linalg.cholesky(covariance, out=covariance)
         trace = float((signs * torch.cholesky_solve(along, factor)).sum()) * size / float(signs.square().sum())
-        return cls(factor, share, trace, samples)
+        return cls(factor, share, trace, samples, views)
 
     def weights(self, means: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Return values ``(D, C)`` and biases ``(C,)`` of the scores, float64.
@@ -61,7 +64,9 @@ class Discriminant:
         bias = (means.T * values).sum(0) - self._noise(self.samples) / counts.clamp_min(1)
         return values, (-0.5 * bias).masked_fill(counts == 0, -torch.inf)
 
-    def held_out(self, means: Tensor, counts: Tensor, vectors: Tensor, labels: Tensor, part: Tensor) -> Tensor:
+    def held_out(
+        self, means: Tensor, counts: Tensor, vectors: Tensor, labels: Tensor, part: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
         """Return scores of samples, each by the discriminant of all samples but those of its part.
 
         Removing the samples f of a class, k of its n, from the scatter removes U (I + 11ᵀ/(n − k)) Uᵀ with
@@ -75,34 +80,38 @@ class Discriminant:
             vectors: The samples, ``(N, D)``; they count in all of the above.
             labels: Their classes, int64 ``(N,)``.
             part: Number of the part of each, int64 ``(N,)``; negative: it is never held out.
+            seen: What is scored of each sample, ``(N, D)``, if it is not what was learned of it.
 
         Returns:
             float64 ``(N, C)``; −∞ for a class of which nothing is left, and for samples that are never held out.
         """
         classes, rest = len(counts), max(1.0 - self.share, LEAST_SHARE)
-        white = torch.linalg.solve_triangular(self.factor, torch.cat([means, vectors.to(means)]).T, upper=False)
-        products = white.T @ white  # Q, (C + N, C + N)
+        rows = torch.cat([means, vectors.to(means), *([] if seen is None else [seen.to(means)])])
+        white = torch.linalg.solve_triangular(self.factor, rows.T, upper=False)
+        products = white.T @ white[:, : classes + len(vectors)]  # Q, (C + N, C + N), or (C + 2N, C + N)
         scores = torch.full((len(labels), classes), -torch.inf, dtype=torch.float64)
         for number in torch.unique(part[part >= 0]).tolist():
             held = (part == number).nonzero().flatten()
             own, columns = labels[held], torch.cat([torch.arange(classes), classes + held])
-            spread = products[columns][:, classes + held] - products[columns][:, own]  # QU
+            shown = columns if seen is None else torch.cat([columns, classes + len(labels) + held])
+            spread = products[shown][:, classes + held] - products[shown][:, own]  # QU
+            within = spread[: len(columns)]
             inner = torch.eye(len(held)) - (own[:, None] == own) / counts[own]
-            inner = inner * (self.samples / rest) - (spread[classes:] - spread[own])
+            inner = inner * (self.samples / rest) - (within[classes:] - within[own])
             left = self.samples - len(held)
-            changed = products[columns][:, columns] + spread @ torch.linalg.solve(inner, spread.T)
+            changed = products[shown][:, columns] + spread @ torch.linalg.solve(inner, within.T)
             changed *= left / self.samples
             remaining = counts - torch.bincount(own, minlength=classes)
             kept = remaining.clamp_min(1)
             into = torch.cat([(counts / kept).diag(), -torch.nn.functional.one_hot(own, classes) / kept])
             new = changed @ into
-            lengths = (into * new).sum(0) - self._noise(left) / kept
-            scores[held] = (new[classes:] - 0.5 * lengths).masked_fill(remaining == 0, -torch.inf)
+            lengths = (into * new[: len(columns)]).sum(0) - self._noise(left) / kept
+            scores[held] = (new[-len(held) :] - 0.5 * lengths).masked_fill(remaining == 0, -torch.inf)
         return scores
 
     def _noise(self, samples: float) -> float:
         """Return what one sample adds to the squared length of its class mean, see `Discriminant`."""
-        used = (1.0 - self.share) * self.trace / max(samples, 1.0)
+        used = (1.0 - self.share) * self.trace / max(self.views * samples, 1.0)
         return self.trace / (1.0 - min(used, MOST_USED))
 
 

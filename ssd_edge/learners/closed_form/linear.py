@@ -154,7 +154,10 @@ class LinearLearner(Learner):
         for start in range(0, len(task.labels), BATCH):
             part = slice(start, start + BATCH)
             features = self.features(task.embeddings[part].to(self.device))
-            self.statistics.add(features, task.labels[part])
+            second = None
+            if self.wants_second_view and task.second is not None:
+                second = self.features(task.second[part].to(self.device))
+            self.statistics.add(features, task.labels[part], second)
             progress(0.9 * start / len(task.labels))
         measured = self._update()
         progress(1.0)

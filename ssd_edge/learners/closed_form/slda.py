@@ -44,6 +44,9 @@ class Settings:
     budget_mb: float = setting(16.0, LIMIT, minimum=0.0)
     budget_classes: int = setting(100, BUDGET_CLASSES, minimum=2)
     per_class: bool = setting(False, PER_CLASS)
+    second_view: bool = setting(
+        False, "learn each image also with its middle enlarged and mirrored; better with few photographs, not for text"
+    )
 
 
 class SLDA(LinearLearner):
@@ -63,6 +66,8 @@ class SLDA(LinearLearner):
 
     def _configure(self) -> None:
         settings: Settings = self.settings
+        if settings.second_view:
+            self.display = "SLDA, two views"
         self.size = self.dim
         if settings.budget_mb:
             self.size = features_within(settings.budget_mb, settings.budget_classes, self.dim, self._schema_of)
@@ -99,8 +104,10 @@ class SLDA(LinearLearner):
 
     def held_out_scores(self, task: Task, part: Tensor) -> Tensor:
         means, counts = self.statistics.means, self.statistics.counts
-        vectors = self.features(task.embeddings.to(self.device)).cpu()
-        return self._discriminant()[0].held_out(means, counts, vectors, task.labels, part)
+        vectors, seen = self.features(task.embeddings.to(self.device)).cpu(), None
+        if self.wants_second_view and task.second is not None:
+            vectors, seen = (vectors + self.features(task.second.to(self.device)).cpu()) / 2, vectors
+        return self._discriminant()[0].held_out(means, counts, vectors, task.labels, part, seen)
 
     def _discriminant(self) -> tuple[Discriminant, float]:
         """Return the discriminant, and the weight of the prior covariance in samples."""
@@ -116,7 +123,7 @@ class SLDA(LinearLearner):
         size, square = len(covariance), float(statistics.second.diagonal().mean()) / max(statistics.total, 1.0)
         rounding = max(ROUNDING * math.sqrt(size) * square, MIN_VARIANCE)
         covariance.diagonal().add_(rounding)
-        return Discriminant.fit(covariance, freedom + weight), weight
+        return Discriminant.fit(covariance, freedom + weight, 2 if self.wants_second_view else 1), weight
 
     def _common(self) -> dict[str, Any]:
         return {

@@ -61,15 +61,27 @@ class ClassStatistics:
             if self.per_class:
                 self.moments = torch.cat([self.moments, self.moments.new_zeros(missing, *self.moments.shape[1:])])
 
-    def add(self, vectors: Tensor, labels: Tensor) -> None:
+    def add(self, vectors: Tensor, labels: Tensor, second: Tensor | None = None) -> None:
         """Add samples.
 
         Args:
             vectors: ``(N, D)``.
             labels: class rows, int64 ``(N,)``.
+            second: a second view of each sample, ``(N, D)``: both views then count half.
         """
         self.grow(int(labels.max()) + 1)
         labels = labels.cpu()
+        if second is not None:  # ½(xxᵀ + yyᵀ) = mmᵀ + ddᵀ with the mean m and half the difference d
+            middle, apart = (vectors.double() + second.double()) / 2, (vectors.double() - second.double()) / 2
+            self._add(middle, labels)
+            counts, sums = self.counts.clone(), self.sums.clone()
+            self._add(apart, labels)
+            self.counts, self.sums = counts, sums
+        else:
+            self._add(vectors, labels)
+
+    def _add(self, vectors: Tensor, labels: Tensor) -> None:
+        """Add samples of classes that have rows."""
         for part, rows in zip(torch.split(vectors, 4096), torch.split(labels, 4096), strict=True):
             wide = part.cpu().double()
             self.counts.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))

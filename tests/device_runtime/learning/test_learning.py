@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from helpers import store_standins
 
 from device_runtime import Device
@@ -13,6 +15,8 @@ from device_runtime.install.bundle import install
 from device_runtime.learning.guard import Limits
 from device_runtime.store.generations import Generations
 from ssd_edge.errors import EnvironmentUnfitError, GateRefusedError, InputError, SlowerProviderError
+from ssd_edge.images.second import second_view
+from tests.device_runtime.conftest import tiny_embed
 
 STORE = vars(store_standins)
 COLOURS = ("cup", "wedge", "bolt")
@@ -69,6 +73,21 @@ def test_more_images_of_a_known_class_update_it(root):
     assert device.status().learned_here == []
     device.rollback()
     assert device.learner.state_dict()["sums"][0].equal(before)
+
+
+def test_a_learner_that_wants_second_views_learns_the_mean_of_both_and_answers_for_one(tiny_bundle, tmp_path):
+    (tmp_path / "tiny.ssdedge").write_bytes(tiny_bundle(learner="slda", settings={"second_view": True}))
+    install(tmp_path / "root", tmp_path / "tiny.ssdedge")
+    device, images = Device.open(tmp_path / "root"), photos("wedge", 6)
+    result = device.learn("wedge", images)
+    assert result.held_out.to_dict() == {"images": 6, "accuracy": 1.0}
+    pixels = np.stack([np.asarray(image) for image in images])
+    first, second = device.embed(images).double(), torch.from_numpy(tiny_embed(second_view(pixels))).double()
+    assert not torch.allclose(first, second, atol=1e-3)
+    learned = Device.open(tmp_path / "root").learner.state_dict()
+    torch.testing.assert_close(learned["sums"][3].double(), (first + second).sum(0) / 2, rtol=1e-5, atol=1e-5)
+    assert learned["counts"][3] == 6
+    assert labels(device, "wedge") == {"wedge"}
 
 
 def test_new_and_known_classes_can_be_learned_together(root):

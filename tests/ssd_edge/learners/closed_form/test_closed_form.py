@@ -290,3 +290,22 @@ def test_slda_with_and_without_a_prior_cannot_be_merged() -> None:
     for first, second in ((one, bare), (bare, one)):
         with pytest.raises(InputError, match=r"the presence of a prior covariance \((True|False) and (True|False)\)"):
             first.merge(second)
+
+
+def test_slda_tells_classes_of_few_and_many_images_apart_by_two_views_of_them() -> None:
+    generator, dim = torch.Generator().manual_seed(0), 200
+    spread = 1 / (1 + torch.arange(dim) / 4)  # so uneven that hardly anything is shrunk
+    means = 1.5 * torch.randn(4, dim, generator=generator) * spread
+
+    def noise(count: int) -> torch.Tensor:
+        return torch.randn(count, dim, generator=generator) * spread
+
+    labels, tested = torch.repeat_interleave(torch.arange(4), torch.tensor([5, 10, 30, 60])), torch.arange(400) % 4
+    first = means[labels] + noise(len(labels))
+    task = Task(first, labels, first + 0.7 * noise(len(labels)))
+    learner = build({"name": "slda", "second_view": True}, dim, Priors())
+    learner.learn(task)
+    assert float((learner.predict(means[tested] + noise(400)) == tested).double().mean()) > 0.9
+    scores = learner.held_out_scores(task, torch.arange(len(labels)) % 10)
+    assert scores is not None
+    assert float((scores.argmax(1) == labels).double().mean()) > 0.9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -137,3 +139,29 @@ def test_held_out_scores_are_no_better_than_a_guess_where_labels_mean_nothing() 
     assert float(((vectors.double() @ values + bias).argmax(1) == labels).double().mean()) > 0.9
     scores = found.held_out(statistics.means, statistics.counts, vectors, labels, torch.arange(60) // 2)
     assert 0.3 < float((scores.argmax(1) == labels).double().mean()) < 0.7
+
+
+def test_what_is_scored_can_differ_from_what_was_learned() -> None:
+    vectors, labels = world([9, 7, 8])
+    statistics = ClassStatistics(12)
+    statistics.add(vectors, labels)
+    found = Discriminant.fit(statistics.within_covariance(), statistics.degrees_of_freedom)
+    means, counts, part = statistics.means, statistics.counts, torch.arange(len(labels)) % 4
+    own = found.held_out(means, counts, vectors, labels, part)
+    torch.testing.assert_close(found.held_out(means, counts, vectors, labels, part, vectors), own, rtol=1e-9, atol=1e-9)
+    # scores are affine in what is scored
+    zero, twice = (found.held_out(means, counts, vectors, labels, part, seen) for seen in (0 * vectors, 2 * vectors))
+    torch.testing.assert_close(twice - own, own - zero, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(zero, own)
+
+
+def test_two_views_of_each_sample_double_the_rank_that_they_explain() -> None:
+    """With the rank of one view, covariances of more dimensions than samples would make any mean look like noise."""
+    covariance = torch.diag((1.0 + torch.arange(60, dtype=torch.float64)) ** -1.5)
+    found = Discriminant.fit(covariance, 20, views=2)
+    explained = (1 - found.share) * found.trace
+    assert 20 < explained < 40
+    noise = 2 * float(found.weights(torch.zeros(1, 60, dtype=torch.float64), torch.ones(1))[1])
+    assert noise == pytest.approx(found.trace / (1 - explained / 40))
+    one = dataclasses.replace(found, views=1).weights(torch.zeros(1, 60, dtype=torch.float64), torch.ones(1))[1]
+    assert noise < 0.05 * 2 * float(one)

@@ -430,3 +430,16 @@ def test_float32_statistics_survive_a_restart_exactly() -> None:
     assert torch.equal(again.sums, statistics.sums)
     assert torch.equal(again.moments, statistics.moments)
     assert statistics.state()["second"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_two_views_of_a_sample_count_half_each(per_class: bool) -> None:
+    vectors, labels = data(40)
+    second = vectors + data(40, seed=1)[0] / 3
+    found = ClassStatistics(33, per_class)
+    found.add(vectors, labels, second)
+    apart = collect(torch.cat([vectors, second]), torch.cat([labels, labels]), per_class)
+    assert torch.equal(found.counts, apart.counts / 2)
+    assert torch.allclose(found.sums, apart.sums / 2, atol=1e-9)
+    assert torch.allclose(found.moments, apart.moments / 2, atol=1e-9)
+    found.check()
