@@ -145,8 +145,8 @@ def test_joint_training_has_the_configured_size(shapes: Path, tmp_path: Path, mo
         ({"name": "finetune"}, False, {}),
         ({"name": "finetune", "epochs": 7}, False, {"epochs": 7}),
         ({"name": "finetune"}, True, {"epochs": 1, "min_steps": 0}),
-        ({"name": "sdmlp", "k": 5}, True, {"k": 5, "epochs": 1}),
-        ({"name": "ssd", "epochs": "1"}, True, {"epochs": 1}),
+        ({"name": "sdmlp", "k": 5}, True, {"k": 5, "epochs": 1, "min_steps": 0}),
+        ({"name": "ssd", "epochs": "1"}, True, {"epochs": 1, "min_steps": 0}),
         ({"name": "ncm"}, True, {}),
     ],
 )
