@@ -462,20 +462,22 @@ def few_table(rows: list[dict]) -> str:
 
 
 def variants_table(rows: list[dict]) -> str:
-    """Return accuracy by class order, the neurons that a task changes, and the memory for targets."""
+    """Return means over class orders, the worst accuracy, the neurons that a task changes, and memory for targets."""
+    orders = len({row["order"] for row in rows})
     lines = [
-        "| | accuracy, by class order | BWT | just learned | neurons changed | targets of a task |",
+        f"| {orders} class orders | accuracy (worst) | BWT | just learned | neurons changed | targets: task, between |",
         "|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["variant"] for row in rows):
         ones = [row for row in rows if row["variant"] == name]
-        accuracy, learned = (
-            " / ".join(percent(row[key]) for row in ones) for key in ("average_accuracy", "learning_accuracy")
+        means = {key: mean([row[key] for row in ones]) for key in ("average_accuracy", "backward_transfer")}
+        worst = min(row["average_accuracy"] for row in ones)
+        learned, changed = (percent(mean([row[key] for row in ones])) for key in ("learning_accuracy", "changed"))
+        held = [size(ones[0][key]) if ones[0][key] else "–" for key in ("bytes_during", "bytes_between")]
+        lines.append(
+            f"| {name} | {percent(means['average_accuracy'])} ({percent(worst)}) | "
+            f"{points(means['backward_transfer'], signed=True)} | {learned} | {changed} | {', '.join(held)} |"
         )
-        transfer = " / ".join(points(row["backward_transfer"], signed=True) for row in ones)
-        targets_of = size(ones[0]["bytes_during"]) if ones[0]["bytes_during"] else "–"
-        changed = percent(mean([row["changed"] for row in ones]))
-        lines.append(f"| {name} | {accuracy} | {transfer} | {learned} | {changed} | {targets_of} |")
     return "\n".join(lines)
 
 
