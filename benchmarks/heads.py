@@ -51,13 +51,13 @@ BESIDE = (5, 20)
 class Data:
     """Raw features of a data set."""
 
-    def __init__(self, path: str, backbone: str, levels: str) -> None:
+    def __init__(self, path: str, backbone: str, levels: str, per_class: int = 0, second: bool = False) -> None:
         config = BackboneConfig(name=backbone, levels=levels)  # type: ignore[arg-type]
         embedder = open_backbone(config, torch.device("cpu"))
-        dataset = load(DataConfig(path=path), 0)
-        vectors = embed(dataset, embedder, Console(), True)
+        dataset = load(DataConfig(path=path, max_per_class=per_class), 0)
+        vectors = embed(dataset, embedder, Console(), True, second)
         self.name, self.widths, self.standardised = dataset.name, embedder.widths, embedder.standardised
-        self.train, self.test = vectors["train"], vectors["test"]
+        self.train, self.test, self.second = vectors["train"], vectors["test"], vectors.get("second")
         self.labels, self.test_labels = dataset.train_labels, torch.from_numpy(dataset.test_labels)
         self.classes, self.priors = len(dataset.classes), embedder.priors
 

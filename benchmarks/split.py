@@ -56,6 +56,12 @@ def protocol(labels: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tens
     return shuffled[len(labels) // 5 :], shuffled[: len(labels) // 5], row
 
 
+def accuracies(learner: learners.Learner, vectors: torch.Tensor, row: torch.Tensor, task: int) -> list[float | None]:
+    """Return the accuracy on held-out samples of each task after learning `task`; None for later ones."""
+    right, of = learner.predict(vectors) == row, row // 2
+    return [float(right[of == other].double().mean()) if other <= task else None for other in range(TASKS)]
+
+
 def run(options: dict[str, Any], priors: Priors, vectors: torch.Tensor, labels: torch.Tensor, order: int) -> dict:
     """Train one learner on the five tasks and return its metrics."""
     train, held_out, row = protocol(labels, order)
@@ -65,9 +71,7 @@ def run(options: dict[str, Any], priors: Priors, vectors: torch.Tensor, labels: 
     for task in range(TASKS):
         index = train[row[train] // 2 == task]
         learner.learn(learners.Task(vectors[index], row[index]))
-        right = learner.predict(vectors[held_out]) == row[held_out]
-        of = row[held_out] // 2
-        matrix.append([float(right[of == other].double().mean()) if other <= task else None for other in range(TASKS)])
+        matrix.append(accuracies(learner, vectors[held_out], row[held_out], task))
     return {**metrics.summary(matrix).to_dict(), "seconds": time.perf_counter() - began}
 
 

@@ -6,9 +6,9 @@ Rows: SDMLP updates the rows (keys and values of neurons) that a batch reaches. 
 2025) updates only those that a task activates unusually often: `learner.memory_rows`.
 Targets: SSD distils the answers of its previous self to each image of the task. Without a previous self, the targets
 are the mean of these answers over each class of the task (*class means*); the answers of the network itself, at the
-same step, to the image with half of its features missing (*other view*); or the mean logits of each old class, stored
-with its mean embedding and deviations, for embeddings drawn from these (*statistics*). "Bytes" is what the targets need
-beside the network, while a task of 8,000 images is learned and between tasks.
+same step, to the image with half of its features missing (*other view*); or, for embeddings drawn from the mean and the
+deviations of each old class, that class (*statistics*) and also its mean logits (*soft statistics*). "Bytes" is what
+the targets need beside the network, while a task of 8,000 images is learned and between tasks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from split import TASKS, embeddings, protocol
+from split import TASKS, accuracies, embeddings, protocol
 from torch import Tensor
 
 from ssd_edge.backbones.embedder import open_backbone
@@ -94,7 +94,7 @@ class OtherView(Snapshot):
 
 
 class Statistics(SDMLPLearner):
-    """Embeddings drawn from statistics of old classes are learned with each task; their targets are own mean logits."""
+    """Embeddings drawn from statistics of old classes are learned with each task."""
 
     during = 0
 
@@ -169,9 +169,7 @@ def run(name: str, priors: Priors, vectors: Tensor, labels: Tensor, order: int) 
         if task:
             moved = [(part != before[key]).any(1) for key, part in learner.net.parameters().items()]
             changed.append(float(torch.stack(moved).any(0).double().mean()))
-        right = learner.predict(vectors[held_out]) == row[held_out]
-        of = row[held_out] // 2
-        matrix.append([float(right[of == other].double().mean()) if other <= task else None for other in range(TASKS)])
+        matrix.append(accuracies(learner, vectors[held_out], row[held_out], task))
     found = metrics.summary(matrix).to_dict()
     return {
         "variant": name,
