@@ -56,7 +56,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Description:
-    """What a tail computes.
+    """Operators and shapes of a tail.
 
     Attributes:
         parts: Name and shape, without the batch, of each value in the vectors, in their order: levels that the tail

@@ -38,7 +38,7 @@ _NOT_STATED = "not stated"
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What teachers say about photographs (first) and their mirror images (second).
+    """Answers of teachers to photographs (first) and their mirror images (second).
 
     Attributes:
         features: Standardised features of each teacher, float16 ``(2, N, D)``.

@@ -37,7 +37,7 @@ LEAST = -1e4  # of a logarithm in float16: a probability of zero
 
 @dataclasses.dataclass(frozen=True)
 class Opinion:
-    """What a run says about photographs and their mirror images.
+    """Answers of a run to photographs and their mirror images.
 
     Attributes:
         classes: Names of its classes.
