@@ -71,33 +71,32 @@ class ClassStatistics:
         """
         self.grow(int(labels.max()) + 1)
         labels = labels.cpu()
+        apart = None
         if second is not None:  # ½(xxᵀ + yyᵀ) = mmᵀ + ddᵀ with the mean m and half the difference d
-            middle, apart = (vectors.double() + second.double()) / 2, (vectors.double() - second.double()) / 2
-            self._add(middle, labels)
-            counts, sums = self.counts.clone(), self.sums.clone()
-            self._add(apart, labels)
-            self.counts, self.sums = counts, sums
-        else:
-            self._add(vectors, labels)
-
-    def _add(self, vectors: Tensor, labels: Tensor) -> None:
-        """Add samples of classes that have rows."""
+            vectors, second = vectors.double(), second.double()
+            vectors, apart = (vectors + second) / 2, (vectors - second) / 2
         for part, rows in zip(torch.split(vectors, 4096), torch.split(labels, 4096), strict=True):
             wide = part.cpu().double()
             self.counts.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
             self.sums.index_add_(0, rows, wide)
-            if self.per_class:
-                for row in torch.unique(rows):
-                    own = wide[rows == row]
-                    self.moments[row] += own.T @ own
-            else:
-                self.moments += wide.T @ wide
+            self._add_squares(wide, rows)
+        if apart is not None:
+            self._add_squares(apart.cpu(), labels)
         # XᵀX may be asymmetric by an ulp, but only a triangle is stored and a restart must not change any bit.
         if self.per_class:
             changed = torch.unique(labels)
             self.moments[changed] = (self.moments[changed] + self.moments[changed].mT) / 2
         else:
             self.moments.add_(self.moments.mT.contiguous()).div_(2)
+
+    def _add_squares(self, vectors: Tensor, labels: Tensor) -> None:
+        """Add the products of float64 vectors ``(N, D)`` to the second moments."""
+        if not self.per_class:
+            self.moments += vectors.T @ vectors
+            return
+        for row in torch.unique(labels):
+            own = vectors[labels == row]
+            self.moments[row] += own.T @ own
 
     def remove(self, row: int, approximately: bool = False) -> bool:
         """Remove the samples of a class, leaving its row empty.
