@@ -17,17 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ssd_edge.adaptation.tail import (
-    OPERATORS,
-    PRODUCTS,
-    SCHEMA,
-    VECTORS,
-    Attribute,
-    Description,
-    Node,
-    Tail,
-    TailState,
-)
+from ssd_edge.adaptation.operators import OPERATORS, PRODUCTS, Attribute, Node
+from ssd_edge.adaptation.tail import SCHEMA, VECTORS, Description, Tail, TailState
 from ssd_edge.backbones import onnx_file
 from ssd_edge.backbones.levels import PREFIX, trunk
 from ssd_edge.backbones.onnx import INPUT, LEVELS, compose_apart, finish, open_session

@@ -14,7 +14,8 @@ import torch
 from ssd_edge import files
 from ssd_edge.adaptation import tail as tails
 from ssd_edge.adaptation.cut import tail_onnx
-from ssd_edge.adaptation.tail import OPERATORS, SCHEMA, VECTORS, Description, Node, Tail, TailState
+from ssd_edge.adaptation.operators import OPERATORS, Node
+from ssd_edge.adaptation.tail import SCHEMA, VECTORS, Description, Tail, TailState
 from ssd_edge.backbones.onnx import open_session
 from ssd_edge.errors import BundleRefusedError
 
