@@ -1,4 +1,4 @@
-"""A stable answer for a stream of frames: the majority vote of the last frames.
+"""A stable answer for a stream of frames: the majority vote of the last frames, of one generation.
 
 Example:
     >>> consensus = Consensus()
@@ -85,3 +85,32 @@ class Consensus:
         """Drop all frames, e.g. for another camera position or generation."""
         self._votes.clear()
         self._last, self.score = None, 0.0
+
+
+class StableAnswer:
+    """The stable answer of a camera while generations replace each other: frames of one do not vote with another's.
+
+    Args:
+        every: Seconds between two frames at least.
+
+    Attributes:
+        last: The last answer that was stable; an empty string before the first.
+    """
+
+    def __init__(self, every: float = 0.0) -> None:
+        self._consensus = Consensus(gap=max(2.0, 3 * every))
+        self._generation, self.last = 0, ""
+
+    def add(self, label: str, score: float | None, generation: int, at: float) -> tuple[str | None, bool]:
+        """Count a frame, as `Consensus.add`.
+
+        Returns:
+            The stable answer or None, and True if it is another one than `last` was.
+        """
+        if generation != self._generation:
+            self._consensus.reset()
+            self._generation = generation
+        stable = self._consensus.add(label, score or 0.0, at)
+        changed = stable is not None and stable != self.last
+        self.last = self.last if stable is None else stable
+        return stable, changed

@@ -1,14 +1,11 @@
-"""The loop of the camera service: predictions, new generations and drift counts.
-
-`watch` runs until it is stopped or the stream ends; `watch_state` stores its counts and its last report.
-"""
+"""The loop of the camera service, which predicts until it is stopped or the stream ends."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,13 +14,11 @@ import numpy as np
 from device_runtime.device import Device, Prediction
 from device_runtime.service import systemd
 from device_runtime.service.camera import Camera
-from device_runtime.service.consensus import Consensus
-from device_runtime.service.drift import Monitor, Reference
+from device_runtime.service.consensus import StableAnswer
 from device_runtime.service.frames import Folder, Newest, RateLimitedWarning, mjpeg
-from device_runtime.store import watch_state
+from device_runtime.service.upkeep import Upkeep
 from ssd_edge import images
-from ssd_edge.classes import UNKNOWN
-from ssd_edge.errors import InputError, SSDEdgeError
+from ssd_edge.errors import InputError
 from ssd_edge.images import Pixels
 
 log = logging.getLogger(__name__)
@@ -31,7 +26,6 @@ log = logging.getLogger(__name__)
 SCAN = 0.5  # seconds between two scans of a folder
 SHARE = 0.2  # largest share of the time that is spent on scanning a folder
 NAP = 0.1  # seconds; a signal does not end a sleep
-REFRESH, STATUS, SAVE = 1.0, 10.0, 60.0  # periods in seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +104,7 @@ def watch(
     else:
         feed = _Stream("a stream", mjpeg(source), every, clock)
     loop = _Loop(device, feed, answer, clock)
+    upkeep = loop.upkeep
     loop.start()
     ready()
     try:
@@ -118,18 +113,18 @@ def watch(
             if known := loop.knows_classes():
                 for name, pixels in feed.images(lambda: device.bundle.pixels):
                     loop.predict(name, pixels)
-                    loop.upkeep()
+                    upkeep.work()
                     if stopped():
                         break
             until = begun + (feed.pause() if known else SCAN)
-            loop.upkeep()
+            upkeep.work()
             while clock() < until and not stopped():
-                time.sleep(loop.heart.pause(min(NAP, max(until - clock(), 0))))
-                loop.upkeep()
+                time.sleep(upkeep.heart.pause(min(NAP, max(until - clock(), 0))))
+                upkeep.work()
     finally:
         feed.close()
-        loop.close()
-    return loop.named
+        upkeep.close()
+    return upkeep.named
 
 
 class _Files:
@@ -177,9 +172,8 @@ class _Stream:
         close: Callable[[], object] = lambda: None,
     ) -> None:
         self.name, self.close, self._newest, self._every = name, close, Newest(frames), every or 0.0
-        self._consensus = Consensus(gap=max(2.0, 3 * self._every))
+        self._stable = StableAnswer(self._every)
         self._warning = RateLimitedWarning(clock)
-        self._generation, self._stable = 0, ""
 
     @property
     def ended(self) -> bool:
@@ -205,17 +199,11 @@ class _Stream:
 
     def settle(self, prediction: Prediction, at: float) -> tuple[str | None, bool]:
         """Return the stable answer and whether the frame counts for drift, which is when that answer changes."""
-        if prediction.generation != self._generation:
-            self._consensus.reset()
-            self._generation = prediction.generation
-        stable = self._consensus.add(prediction.label, prediction.score or 0.0, at)
-        event = stable is not None and stable != self._stable
-        self._stable = self._stable if stable is None else stable
-        return stable, event
+        return self._stable.add(prediction.label, prediction.score, prediction.generation, at)
 
 
 class _Loop:
-    """Predictions and periodic work of `watch`."""
+    """Predictions of `watch`."""
 
     def __init__(
         self,
@@ -225,23 +213,13 @@ class _Loop:
         clock: Callable[[], float],
     ) -> None:
         self._device, self._feed, self._answer, self._clock = device, feed, answer, clock
-        self.heart = systemd.Heartbeat(clock)
-        self.named = self._skipped = 0
-        self._saved = 0  # number of images when the counts were last saved
-        self._monitor: Monitor | None = None
-        self._current: tuple[int, ...] | None = None  # see `_mark`
-        self._level = self._last = ""
+        self.upkeep = Upkeep(device, clock)
         self._idle = False
-        self._warning, self._skips = RateLimitedWarning(clock), RateLimitedWarning(clock)
-        self._due = dict.fromkeys((REFRESH, STATUS, SAVE), clock())
 
     def start(self) -> None:
         """Run the backbone once, which may build an engine, and continue with the stored drift counts."""
-        size = self._device.bundle.size
-        self._device.embedder.embed(np.zeros((1, size, size, 3), np.uint8))  # whatever it gives for a black image
-        found = watch_state.load(self._device.store.root)
-        self._count_with(found[0] if found else None)
-        self._due |= {period: self._clock() + period for period in (STATUS, SAVE)}
+        self.upkeep.warm_up()
+        self.upkeep.start()
         systemd.notify("READY=1", f"watching {self._feed.name}")
         device = self._device
         text = "ready: watching %s with generation %d, %d classes, on %s"
@@ -267,14 +245,11 @@ class _Loop:
         try:
             seen = self._device.observe([pixels], names=[name if isinstance(name, str) else f"frame {name}"])
         except InputError as error:
-            self._skipped += 1
-            self._skips.warn(f"no prediction: {error}", "no_prediction")
+            self.upkeep.skip(error)
             return
         (found,) = seen.predictions
         stable, event = self._feed.settle(found, at)
-        if event and self._monitor is not None:
-            self._monitor.add(seen.embeddings, [found.score or 0.0], [found.label != UNKNOWN])
-        self.named, self._last = self.named + 1, found.label
+        self.upkeep.count(found, seen.embeddings, event)
         self._answer(
             Answer(
                 image=name if isinstance(name, str) else None,
@@ -287,87 +262,3 @@ class _Loop:
                 monotonic=round(at, 3),
             )
         )
-
-    def upkeep(self) -> None:
-        """Do the work that is due: send a heartbeat, check for a new generation, send the status, save the counts."""
-        self.heart.beat()
-        now = self._clock()
-        for period, work in ((REFRESH, self._refresh), (STATUS, self._send_status), (SAVE, self._save)):
-            if now >= self._due[period]:
-                self._due[period] = now + period
-                work()
-
-    def close(self) -> None:
-        """Notify systemd that the service stops, report what was skipped, and save the counts."""
-        systemd.notify("STOPPING=1", "stopping")
-        if self._skipped:
-            text = "%d of %d images had no prediction"
-            log.warning(text, self._skipped, self._skipped + self.named, extra={"code": "no_prediction"})
-        self._save()
-
-    def _refresh(self) -> None:
-        current = self._mark()
-        if current == self._current:  # `Device.refresh` reads and verifies several megabytes
-            return
-        try:
-            changed = self._device.refresh()
-        except (SSDEdgeError, OSError) as error:
-            number = self._device.generation.number
-            text = f"generation {number} stays in use: the current one cannot be read ({error})"
-            self._warning.warn(text, "generation_lost")
-            return
-        self._current = current
-        if changed:
-            text = "generation %d is in use now, with %d classes"
-            code = {"code": "generation"}
-            log.info(text, self._device.generation.number, len(self._device.classes), extra=code)
-            self._count_with(None if self._monitor is None else self._monitor.state())
-
-    def _mark(self) -> tuple[int, ...]:
-        """Return a value that changes with every commit, which replaces the file CURRENT."""
-        try:
-            about = (self._device.store.root / "CURRENT").stat()
-        except OSError:
-            return ()
-        return about.st_ino, about.st_mtime_ns, about.st_ctime_ns
-
-    def _count_with(self, counts: Mapping[str, np.ndarray] | None) -> None:
-        """Create a monitor for the current generation, with the given counts if they belong to its classes."""
-        try:
-            reference = Reference(self._device.statistics)
-        except InputError:  # no classes yet
-            self._monitor = None
-            return
-        self._monitor = Monitor(reference) if counts is None else Monitor.from_state(reference, counts)
-
-    def _send_status(self) -> None:
-        level = "collecting" if self._monitor is None else self._monitor.report().level
-        last = f", last: {self._last}" if self._last else ""
-        skipped = f", {self._skipped} without a prediction" if self._skipped else ""
-        number = self._device.generation.number
-        systemd.notify("", f"generation {number}: {self.named} images{skipped}{last}; drift: {level}")
-
-    def _save(self) -> None:
-        if self._monitor is None or self._saved == self.named + self._skipped:
-            return
-        report = self._monitor.report()
-        if report.level != self._level and report.level in ("moderate", "drifted"):
-            log.warning(
-                "the images have drifted from those that were learned (drift: %s, index %s)",
-                report.level,
-                report.psi,
-                extra={"code": "drift"},
-            )
-        self._level = report.level
-        fields = {
-            "report": report.to_dict(),
-            "named": self.named,
-            "skipped": self._skipped,
-            "generation": self._device.generation.number,
-        }
-        try:
-            watch_state.save(self._device.store.root, self._monitor.state(), fields, self._clock())
-        except (SSDEdgeError, OSError) as error:
-            log.warning("the drift counts were not saved: %s", error, extra={"code": "not_saved"})
-            return
-        self._saved = self.named + self._skipped

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_runtime.service.consensus import Consensus
+from device_runtime.service.consensus import Consensus, StableAnswer
 from ssd_edge.errors import InputError
 
 LABELS = st.sampled_from(["cup", "nut", "screw", "unknown"])
@@ -129,3 +129,14 @@ def test_invalid_frame_is_refused_and_not_counted(frame):
     with pytest.raises(InputError):
         consensus.add(*frame)
     assert consensus.add("cup") == "cup"
+
+
+def test_a_stable_answer_changes_once_and_generations_do_not_vote_together() -> None:
+    stable = StableAnswer()
+    frames = [("cup", 1)] * 4 + [("cup", 2)] * 3 + [("nut", 2)] * 3
+    seen = [stable.add(label, None, generation, float(at)) for at, (label, generation) in enumerate(frames)]
+    assert seen == [
+        (None, False), (None, False), ("cup", True), ("cup", False), (None, False), (None, False), ("cup", False),
+        ("cup", False), ("cup", False), ("nut", True),
+    ]  # fmt: skip
+    assert stable.last == "nut"

@@ -9,6 +9,7 @@ import json
 import logging
 import queue
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -337,6 +338,17 @@ def test_loop_ends_with_the_stream(root: Path, caplog):
 
 def test_loop_without_classes_ends_with_the_stream(empty: Path):
     assert watch(Device.open(empty), stream(frame("cup"), frame("nut")), pytest.fail) == 0
+
+
+def test_without_pytorch_it_predicts_and_measures_no_drift(root: Path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    device = Device.open(root)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    lines: list[Answer] = []
+    assert watch(device, stream(frame("cup")), lines.append) == 1
+    assert [line.label for line in lines] == ["cup"]
+    assert "drift is not measured: the package 'torch' is needed to measure drift" in caplog.text
+    assert last_report(root) is None
 
 
 def fill(camera: Path, count: int) -> None:
