@@ -15,8 +15,9 @@ from device_runtime.device import Device, Prediction
 from device_runtime.service import systemd
 from device_runtime.service.camera import Camera
 from device_runtime.service.consensus import StableAnswer
+from device_runtime.service.counts import SAVE, Counts
+from device_runtime.service.follower import REFRESH, Follower
 from device_runtime.service.frames import Folder, Newest, RateLimitedWarning, mjpeg
-from device_runtime.service.upkeep import Upkeep
 from ssd_edge import images
 from ssd_edge.errors import InputError
 from ssd_edge.images import Pixels
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SCAN = 0.5  # seconds between two scans of a folder
 SHARE = 0.2  # largest share of the time that is spent on scanning a folder
+STATUS = 10.0  # seconds between two status lines for systemd
 NAP = 0.1  # seconds; a signal does not end a sleep
 
 
@@ -104,7 +106,6 @@ def watch(
     else:
         feed = _Stream("a stream", mjpeg(source), every, clock)
     loop = _Loop(device, feed, answer, clock)
-    upkeep = loop.upkeep
     loop.start()
     ready()
     try:
@@ -113,18 +114,18 @@ def watch(
             if known := loop.knows_classes():
                 for name, pixels in feed.images(lambda: device.bundle.pixels):
                     loop.predict(name, pixels)
-                    upkeep.work()
+                    loop.upkeep()
                     if stopped():
                         break
             until = begun + (feed.pause() if known else SCAN)
-            upkeep.work()
+            loop.upkeep()
             while clock() < until and not stopped():
-                time.sleep(upkeep.heart.pause(min(NAP, max(until - clock(), 0))))
-                upkeep.work()
+                time.sleep(loop.heart.pause(min(NAP, max(until - clock(), 0))))
+                loop.upkeep()
     finally:
         feed.close()
-        upkeep.close()
-    return upkeep.named
+        loop.close()
+    return loop.counts.named
 
 
 class _Files:
@@ -203,7 +204,7 @@ class _Stream:
 
 
 class _Loop:
-    """Predictions of `watch`."""
+    """Predictions and periodic work of `watch`."""
 
     def __init__(
         self,
@@ -213,13 +214,18 @@ class _Loop:
         clock: Callable[[], float],
     ) -> None:
         self._device, self._feed, self._answer, self._clock = device, feed, answer, clock
-        self.upkeep = Upkeep(device, clock)
+        self.heart = systemd.Heartbeat(clock)
+        self.counts = Counts(device, clock=clock)
+        self._follower = Follower(device, self.counts.follow, clock)
+        self._due = dict.fromkeys((REFRESH, STATUS, SAVE), clock())
         self._idle = False
 
     def start(self) -> None:
         """Run the backbone once, which may build an engine, and continue with the stored drift counts."""
-        self.upkeep.warm_up()
-        self.upkeep.start()
+        size = self._device.bundle.size
+        self._device.embedder.embed(np.zeros((1, size, size, 3), np.uint8))  # whatever it gives for a black image
+        self.counts.start()
+        self._due |= {period: self._clock() + period for period in (STATUS, SAVE)}
         systemd.notify("READY=1", f"watching {self._feed.name}")
         device = self._device
         text = "ready: watching %s with generation %d, %d classes, on %s"
@@ -245,11 +251,11 @@ class _Loop:
         try:
             seen = self._device.observe([pixels], names=[name if isinstance(name, str) else f"frame {name}"])
         except InputError as error:
-            self.upkeep.skip(error)
+            self.counts.skip(error)
             return
         (found,) = seen.predictions
         stable, event = self._feed.settle(found, at)
-        self.upkeep.count(found, seen.embeddings, event)
+        self.counts.add(found, seen.embeddings, event)
         self._answer(
             Answer(
                 image=name if isinstance(name, str) else None,
@@ -262,3 +268,20 @@ class _Loop:
                 monotonic=round(at, 3),
             )
         )
+
+    def upkeep(self) -> None:
+        """Do the work that is due: send a heartbeat, check for a new generation, send the status, save the counts."""
+        self.heart.beat()
+        now = self._clock()
+        for period, work in ((REFRESH, self._follower.look), (STATUS, self._send_status), (SAVE, self.counts.save)):
+            if now >= self._due[period]:
+                self._due[period] = now + period
+                work()
+
+    def close(self) -> None:
+        """Notify systemd that the service stops, and save the counts."""
+        systemd.notify("STOPPING=1", "stopping")
+        self.counts.close()
+
+    def _send_status(self) -> None:
+        systemd.notify("", self.counts.look())

@@ -168,6 +168,14 @@ class Generations:
             f"ssd-edge device rollback, or run: {self._install}"
         )
 
+    def mark(self) -> tuple[int, ...]:
+        """Return a value that changes with every commit and rollback, at the cost of asking for one file's status."""
+        try:
+            about = (self.root / "CURRENT").stat()
+        except OSError:
+            return ()
+        return about.st_ino, about.st_mtime_ns, about.st_ctime_ns
+
     def get(self, number: int) -> Generation:
         """Return one generation after verifying it.
 
