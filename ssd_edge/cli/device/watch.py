@@ -42,7 +42,8 @@ class _Stop:
 def watch(source: str, existing: bool, recursive: bool, every: float | None, strict: bool, root: Path | None) -> None:
     """Classify new images in FOLDER, of a CAMERA, or from a stream of JPEGs (-).
 
-    Prints one JSON object per image. CAMERA is read with ffmpeg, and opened again if it is lost.
+    Prints one JSON object per image. CAMERA is read with ffmpeg, or GStreamer if it is gst:PIPELINE, and
+    opened again if it is lost.
 
     \b
     ssd-edge device watch /srv/camera

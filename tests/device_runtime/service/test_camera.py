@@ -7,15 +7,17 @@ import json
 import logging
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from device_runtime.service import camera as module
 from device_runtime.service import logs
 from device_runtime.service.camera import Camera, command, is_camera, shown
-from ssd_edge.errors import EnvironmentUnfitError
+from ssd_edge.errors import EnvironmentUnfitError, InputError
 
 FAKE = """#!/bin/sh
 echo run >> {log}
@@ -46,7 +48,7 @@ def ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("source", "camera"),
     [
         ("/dev/video0", True), ("rtsp://h/1", True), ("RTSP://h", True), ("http://h/mjpg", True), ("-", False),
-        ("/srv/camera", False), ("/dev/video", False), ("folder", False), ("C:/photos", False),
+        ("/srv/camera", False), ("/dev/video", False), ("folder", False), ("C:/photos", False), ("gst:v4l2src", True),
     ],
 )  # fmt: skip
 def test_what_is_a_camera(source: str, camera: bool) -> None:
@@ -57,6 +59,10 @@ def test_the_command_fits_the_source() -> None:
     assert command("/dev/video2")[:7] == ["ffmpeg", "-nostdin", "-loglevel", "error", "-f", "v4l2", "-i"]
     assert "-rtsp_transport tcp -i rtsp://h/1 " in " ".join(command("rtsp://h/1"))
     assert "rtsp" not in " ".join(command("http://h/1"))
+    assert " -re -stream_loop -1 -i file:a: b.mp4 " in " ".join(command("a: b.mp4", looped=True))
+    assert command("gst:v4l2src device='/dev/my camera' ! jpegenc") == [
+        "gst-launch-1.0", "-q", "v4l2src", "device=/dev/my camera", "!", "jpegenc", "!", "fdsink", "fd=1",
+    ]  # fmt: skip
 
 
 def test_passwords_are_not_shown() -> None:
@@ -80,13 +86,51 @@ def test_a_lost_camera_is_opened_again(ffmpeg: Path, caplog: pytest.LogCaptureFi
     assert "secret" not in caplog.text
     line = json.loads(logs.JsonLines().format(caplog.records[1]))
     assert line["code"] == "camera_lost"
-    assert line["event"] == "rtsp://me:…@there/1 is gone (ffmpeg ended without a message); trying again"
+    assert line["event"] == "rtsp://me:…@there/1 is gone (it ended without a message); trying again"
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    """Put a shell script in place of ffmpeg."""
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / "ffmpeg").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "bin" / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
+
+
+def test_a_camera_that_complains_all_the_time_is_not_blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "frame").write_bytes(jpeg(10))
+    lines = "seq -f 'error while decoding MB %.0f' 20000 >&2"  # 600 KB, more than a pipe holds
+    stand_in(monkeypatch, tmp_path, f"{lines}; cat {tmp_path / 'frame'}; {lines}; exit 1")
+    lost: list[str] = []
+    camera = Camera("rtsp://there/1", lambda seconds: camera.close(), lost=lost.append)
+    assert list(camera.frames()) == [jpeg(10)]
+    assert lost == ["error while decoding MB 20000"]
+
+
+def test_a_camera_from_which_nothing_comes_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    (tmp_path / "frame").write_bytes(jpeg(10))
+    stand_in(monkeypatch, tmp_path, f"cat {tmp_path / 'frame'}; exec sleep 60")
+    lost: list[str] = []
+    camera = Camera("rtsp://there/1", lambda seconds: None, lost=lost.append)
+    frames = camera.frames()
+    assert [next(frames), next(frames)] == [jpeg(10)] * 2
+    assert lost == ["nothing came from it for 0.3 seconds"]
+    camera.close()
+    assert list(frames) == []
+
+
+def test_a_pipeline_with_an_open_quote_is_refused() -> None:
+    with pytest.raises(InputError, match=r"is no pipeline \(No closing quotation\); close its quotes"):
+        Camera("gst:v4l2src device='/dev/video0 ! jpegenc")
 
 
 def test_without_ffmpeg_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EnvironmentUnfitError, match=r"ffmpeg, which is not installed; install it, e\.g\. apt install"):
         Camera("/dev/video0")
+    with pytest.raises(EnvironmentUnfitError, match=r"gst-launch-1\.0, which .* apt install gstreamer1\.0-tools"):
+        Camera("gst:v4l2src ! jpegenc")
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
@@ -102,3 +146,26 @@ def test_the_frames_of_a_video(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert all(mean[2] > 200 > 60 > mean[0] for mean in means[2:])
     assert list(Camera(f"file://{tmp_path / 'none.mkv'}").frames()) == []  # a file does not come back
     assert "No such file" in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reason="GStreamer is not installed")
+def test_the_frames_of_a_pipeline() -> None:
+    camera = Camera("gst:videotestsrc num-buffers=2 ! video/x-raw,width=64,height=48 ! jpegenc", lambda wait: None)
+    frames = camera.frames()
+    found = [np.asarray(Image.open(io.BytesIO(next(frames)))) for _ in range(3)]  # the third: it was opened again
+    camera.close()
+    assert [frame.shape for frame in found] == [(48, 64, 3)] * 3
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_a_looped_video_goes_on(tmp_path: Path) -> None:
+    video = tmp_path / "50% of: a loop.mp4"
+    made = ["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i", "testsrc=s=64x48:d=0.4:r=10", f"file:{video}"]
+    subprocess.run(made, check=True)
+    camera = Camera(str(video), looped=True)
+    frames = camera.frames()
+    begun = time.monotonic()
+    found = [next(frames) for _ in range(9)]
+    camera.close()
+    assert found[0] == found[4] == found[8] != found[1]
+    assert time.monotonic() - begun > 0.5  # at its own speed
