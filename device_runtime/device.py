@@ -152,7 +152,7 @@ class Observation:
     """Result of `Device.observe`.
 
     Attributes:
-        predictions: One per image.
+        predictions: One per image; none while the device knows no class.
         embeddings: float32 ``(N, D)``.
         snapshot: The generation that predicted.
     """
@@ -225,6 +225,23 @@ class Device:
             _ = snapshot.state  # now, while `Generations.read_current` starts again if it is pruned
         return snapshot
 
+    def at(self, number: int) -> Snapshot:
+        """Return a generation in memory, which `observe` can predict with; the current one is not replaced.
+
+        Raises:
+            InputError: It does not exist, was pruned or is damaged, or its backbone is not that of the current one.
+        """
+        current = self.snapshot
+        if number == current.generation.number:
+            return current
+        generation = self.store.get(number)
+        if generation.backbone != current.generation.backbone:
+            raise InputError(
+                f"generation {number} has another backbone than the current one, {current.generation.number}; to "
+                f"predict with it, return to it: ssd-edge device rollback {number}"
+            )
+        return Snapshot(generation)
+
     @property
     def generation(self) -> Generation:
         """The current generation."""
@@ -285,6 +302,7 @@ class Device:
         sources: ImageSource | Sequence[ImageSource],
         reject: bool = True,
         names: Sequence[str] | None = None,
+        snapshot: Snapshot | None = None,
     ) -> Observation:
         """Predict the class of each image and return the embeddings as well, all by one generation.
 
@@ -292,18 +310,18 @@ class Device:
             sources: The images, or one.
             reject: Predict `UNKNOWN` for images that are too far from every class.
             names: Names of the images for results and messages; None for their paths, or ``image 0``, … for arrays.
+            snapshot: The generation that predicts, see `at`; None for the current one.
 
         Raises:
-            InputError: Images cannot be read (the message names all), the backbone gives NaN for one, or the device
-                knows no class yet.
+            InputError: Images cannot be read (the message names all), or the backbone gives NaN for one.
         """
         sources = listed(sources)
-        snapshot = self.snapshot  # read once: another thread may replace it
+        snapshot = self.snapshot if snapshot is None else snapshot  # read once: another thread may replace it
         classes = snapshot.registry.names
-        if not classes:
-            raise InputError("this device knows no class yet; teach it one: ssd-edge device learn --label NAME FOLDER")
         names = _names(sources) if names is None else names
         embeddings = self._embed(snapshot, sources, names=names)
+        if not classes:
+            return Observation([], embeddings, snapshot)
         scores, found = snapshot.scores(embeddings), snapshot.head.temperatures
         rows = scores.argmax(1)
         shares = [None] * len(rows) if found is None else confidence(scores, found).tolist()
@@ -316,8 +334,15 @@ class Device:
         return Observation(predictions, embeddings, snapshot)
 
     def predict(self, sources: ImageSource | Sequence[ImageSource], reject: bool = True) -> list[Prediction]:
-        """Predict the class of each image, or of one, or `UNKNOWN`; see `observe`."""
-        return self.observe(sources, reject).predictions
+        """Predict the class of each image, or of one, or `UNKNOWN`; see `observe`.
+
+        Raises:
+            InputError: As `observe`, or the device knows no class yet.
+        """
+        sources, snapshot = listed(sources), self.snapshot
+        if not snapshot.registry.names:
+            raise InputError("this device knows no class yet; teach it one: ssd-edge device learn --label NAME FOLDER")
+        return self.observe(sources, reject, snapshot=snapshot).predictions
 
     def learn(
         self,

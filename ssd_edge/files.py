@@ -173,7 +173,7 @@ class Tree:
             with self.folder(path, _PASS):  # not a file or a link
                 pass
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, data: bytes, mode: int = 0o644) -> None:
         """Replace a regular file atomically and durably; see `write_bytes`."""
         with _clear_errors(path), self.folder(path.parent) as at:
             if about := _status_at(path.name, at):
@@ -186,7 +186,7 @@ class Tree:
                     _step("write", path)
                     stream.write(data)
                     stream.flush()
-                    os.fchmod(handle, 0o644)
+                    os.fchmod(handle, mode)
                     _step("fsync", path)
                     os.fsync(handle)
                 _step("rename", path)

@@ -122,6 +122,13 @@ def _watch(at: Ground) -> None:
     assert printed.count('"label"') == 2
 
 
+def _serve(at: Ground) -> None:
+    """Serve for as long as ONNX Runtime waits before it sends, and end by a signal."""
+    serve = shlex.join([sys.executable, "-m", "ssd_edge", "device", "serve", "--root", str(at.root), "--port", "0"])
+    printed = at.trapped("sh", "-c", f"{serve} & pid=$!; sleep {SEND_AFTER}; kill -TERM $pid; wait $pid")
+    assert "http://127.0.0.1:" in printed
+
+
 def _push(at: Ground) -> None:
     ssh, sftp = at.work / "ssh", at.work / "sftp.py"
     ssh.write_text(SSH)
@@ -158,6 +165,7 @@ SCENARIOS: dict[str, Callable[[Ground], object]] = {
     "device prune": lambda at: at.device("prune", "--all-but-current"),
     "device rename": lambda at: at.device("rename", "circle", "ring"),
     "device rollback": _rollback,
+    "device serve": _serve,
     "device status": lambda at: at.device("status"),
     "device trust": lambda at: at.device("trust", _key(at)),
     "device watch": _watch,

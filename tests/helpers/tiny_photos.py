@@ -1,0 +1,23 @@
+"""Images for the bundles of tests/device_runtime/conftest.py: 8 × 8 pixels in the colour of a class."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {"cup": (220, 30, 30), "nut": (30, 220, 30), "screw": (30, 30, 220), "wedge": (220, 220, 30)}
+
+
+def pixels(name: str, seed: int = 0) -> np.ndarray:
+    """Return an image of a class, uint8 ``(8, 8, 3)``."""
+    noise = np.random.default_rng([seed, *name.encode()]).normal(0, 20, (8, 8, 3))
+    return np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
+
+
+def picture(name: str, seed: int = 0, kind: str = "PNG") -> bytes:
+    """Return the file of such an image."""
+    out = io.BytesIO()
+    Image.fromarray(pixels(name, seed)).save(out, kind)
+    return out.getvalue()
