@@ -32,9 +32,10 @@ const find = (history, number) => history?.generations.find((one) => one.number 
 export function Undo() {
   const history = useStore((state) => state.history);
   const last = useStore((state) => state.change);
+  const told = useStore((state) => state.teach.phase === "ended"); // the result has a button of its own
   const [busy, setBusy] = useState(false);
   const now = find(history, history?.generation);
-  if (!now) return null;
+  if (!now || (told && last?.generation === now.number)) return null;
   const run = async (generation) => {
     setBusy(true);
     await goBack(generation);

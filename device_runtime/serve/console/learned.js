@@ -3,7 +3,7 @@ import { goBack } from "./changes.js";
 import { Icon, Share } from "./parts.js";
 import { set, useStore } from "./store.js";
 import * as teaching from "./teaching.js";
-import { html, useEffect } from "./vendor.js";
+import { html, useEffect, useRef } from "./vendor.js";
 import { count, duration, list } from "./words.js";
 
 const FEW = 10; // pictures; with fewer, more of them help most
@@ -13,7 +13,9 @@ const WEAK = 0.8; // share recognised below which more views are asked for
 export function Learned({ field }) {
   const teach = useStore((state) => state.teach);
   const job = useStore((state) => state.jobs[state.teach.job]);
+  const box = useRef();
   useEffect(() => {
+    box.current?.scrollIntoView({ block: "nearest" });
     if (job?.state === "done" && job.result) set({ change: { generation: job.result.generation, back: null } });
   }, [job?.state]);
 
@@ -33,7 +35,7 @@ export function Learned({ field }) {
     field.current?.focus();
   };
   return html`
-    <div class="job" role="status">
+    <div class="job" role="status" ref=${box}>
       ${job.state === "done" && html`<${Done} job=${job} more=${more} bad=${teach.bad ?? []} />`}
       ${job.state === "refused" && html`<${Refused} job=${job} />`}
       ${job.state === "failed" && html`<p class="problem"><b>It could not be learned.</b> ${job.error?.error}</p>`}

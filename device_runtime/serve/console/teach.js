@@ -25,6 +25,7 @@ export function Teach({ source, grab, ready }) {
   const known = classes.find((one) => one.name === label);
   const collecting = teach.phase === "collecting";
   const busy = ["sending", "learning"].includes(teach.phase);
+  const ended = teach.phase === "ended";
 
   const typed = (value) => {
     setProblem("");
@@ -98,7 +99,7 @@ export function Teach({ source, grab, ready }) {
         >
           ${collecting ? (tap ? "Stop" : "Turn it slowly …") : tap ? "Start" : "Hold to teach"}
         </${HoldButton}>
-        <${Progress} />
+        <${ended || busy ? Learned : Progress} field=${field} />
       </div>
       <label class="check">
         <input
@@ -111,7 +112,6 @@ export function Teach({ source, grab, ready }) {
         />
         Press to start and to stop, without holding
       </label>
-      <${Learned} field=${field} />
       <div class="files">
         <${Choose} icon="pictures" disabled=${busy || collecting} chosen=${chosen} accept="image/*">Choose pictures</${Choose}>
         <${Choose} icon="folder" disabled=${busy || collecting} chosen=${chosen} webkitdirectory>Choose a folder</${Choose}>
@@ -151,7 +151,7 @@ function Progress() {
   return html`
     <div class="progress">
       <${Ring} different=${different} needed=${needed} />
-      <p><b>${different === 1 ? "different view" : "different views"}</b><br /><span class=${capture?.hint ? "turn" : ""}>${text}</span></p>
+      <p><b>${different === 1 ? "different view" : "different views"}</b><br /><span class=${capture?.hint && teach.phase === "collecting" ? "turn" : ""}>${text}</span></p>
       <${Spoken} live>${teach.phase === "collecting" || teach.phase === "held" ? text : ""}</${Spoken}>
     </div>
   `;
