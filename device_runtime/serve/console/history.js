@@ -50,6 +50,7 @@ export function History() {
 }
 
 function Step({ step, used, ask }) {
+  const does = used ? "Go back to here" : "Use this again";
   const when = moment(step.created_utc);
   const more = [details(step), when].filter(Boolean).join(" · ");
   return html`
@@ -62,7 +63,7 @@ function Step({ step, used, ask }) {
       </div>
       ${step.current
         ? html`<span class="badge">now</span>`
-        : html`<button type="button" class="quiet" disabled=${!step.intact} aria-label=${`${used ? "Go back to" : "Use again"} step ${step.number}, ${changed(step)}`} onClick=${ask}>${used ? "Go back to here" : "Use this again"}</button>`}
+        : html`<button type="button" class="quiet" disabled=${!step.intact} aria-label=${`${does}: step ${step.number}, ${changed(step)}`} onClick=${ask}>${does}</button>`}
     </li>
   `;
 }

@@ -25,8 +25,12 @@ export function Dialog({ title, close, children }) {
   const id = useId();
   useEffect(() => {
     const dialog = box.current;
+    const opener = document.activeElement;
     dialog.showModal();
-    return () => dialog.close();
+    return () => {
+      dialog.close();
+      (opener.isConnected ? opener : document.querySelector("h1")).focus({ preventScroll: true });
+    };
   }, []);
   const outside = (event) => event.target === box.current && close();
   return html`
