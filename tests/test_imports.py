@@ -28,6 +28,7 @@ DEVICE_MAY_IMPORT = {
     "ssd_edge.files",
     "ssd_edge.images",
     "ssd_edge.images.second",
+    "ssd_edge.images.whole",
     "ssd_edge.learners",
     "ssd_edge.learners.base",
     "ssd_edge.learners.calibration",

@@ -11,13 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from ssd_edge import files, images
 from ssd_edge.errors import InputError
 from ssd_edge.images import Pixels
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +50,19 @@ class RateLimitedWarning:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._next, self._suppressed = clock, -float("inf"), 0
 
-    def warn(self, text: str, code: str) -> None:
-        """Log a warning with its code, or count it if the last one is less than a minute old."""
+    def warn(self, text: str, code: str, error: BaseException | None = None) -> None:
+        """Log a warning with its code, or count it if the last one is less than a minute old.
+
+        Args:
+            text: A sentence.
+            code: See docs/service.md.
+            error: An unexpected exception, whose traceback is logged.
+        """
         if self._clock() < self._next:
             self._suppressed += 1
             return
         more = f" ({self._suppressed} more since the last time)" if self._suppressed else ""
-        log.warning("%s%s", text, more, extra={"code": code})
+        log.warning("%s%s", text, more, extra={"code": code}, exc_info=error)
         self._next, self._suppressed = self._clock() + WARNING_PERIOD, 0
 
 
@@ -190,29 +198,34 @@ def take(
     raise InputError(f"the stream ended after {len(taken)} of {count} frames; let it run longer, or take fewer")
 
 
-class Newest:
+class Newest(Generic[T]):
     """The newest frame of a stream, which a thread reads; frames that are not taken in time are dropped.
 
     Args:
-        frames: Frames of `mjpeg`.
+        frames: Frames, e.g. of `mjpeg`.
+        changed: Notified when there is a new frame, and at the end; several streams may share it.
+        every: Drop none: the next one is read once this one has been taken.
     """
 
-    def __init__(self, frames: Iterable[bytes]) -> None:
-        self._changed = threading.Condition()
-        self._waiting: tuple[int, bytes] | None = None
+    def __init__(self, frames: Iterable[T], changed: threading.Condition | None = None, every: bool = False) -> None:
+        self._changed = threading.Condition() if changed is None else changed
+        self._every = every
+        self._waiting: tuple[int, T] | None = None
         self._over = False
         threading.Thread(target=self._read, args=(frames,), name="frames", daemon=True).start()
 
-    def _read(self, frames: Iterable[bytes]) -> None:
+    def _read(self, frames: Iterable[T]) -> None:
         try:
             for numbered in enumerate(frames, 1):
                 with self._changed:
                     self._waiting = numbered
-                    self._changed.notify()
+                    self._changed.notify_all()
+                    if self._every:
+                        self._changed.wait_for(lambda: self._waiting is None)
         finally:
             with self._changed:
                 self._over = True
-                self._changed.notify()
+                self._changed.notify_all()
 
     @property
     def ended(self) -> bool:
@@ -220,7 +233,13 @@ class Newest:
         with self._changed:
             return self._over and self._waiting is None
 
-    def take(self, timeout: float) -> tuple[int, bytes] | None:
+    @property
+    def waits(self) -> bool:
+        """True if there is a new frame."""
+        with self._changed:
+            return self._waiting is not None
+
+    def take(self, timeout: float) -> tuple[int, T] | None:
         """Wait up to `timeout` seconds for a new frame.
 
         Returns:
@@ -229,6 +248,7 @@ class Newest:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting is not None or self._over, timeout)
             taken, self._waiting = self._waiting, None
+            self._changed.notify_all()
             return taken
 
 
@@ -280,16 +300,24 @@ class Folder:
             self._scan()
 
     def images(self, form: Callable[[], Pixels]) -> Iterator[tuple[str, np.ndarray]]:
+        """Scan the folder once and yield its new images as uint8 RGB ``(size, size, 3)``; see `read`.
+
+        Args:
+            form: Returns how the next image becomes its result.
+        """
+        return self.read(lambda data, name: images.decode(data, name, form()))
+
+    def read(self, decode: Callable[[bytes, str], T]) -> Iterator[tuple[str, T]]:
         """Scan the folder once and yield its new images, which are read one by one.
 
         A file that is not a valid image is read again at later scans if it has changed, and given up with a warning if
         it has not changed for `PATIENCE` seconds.
 
         Args:
-            form: Returns how the next image becomes its result.
+            decode: Gets the content of a file and its path; raises an `InputError` if it is not a valid image.
 
         Yields:
-            Path and uint8 RGB image ``(size, size, 3)``.
+            Path and decoded image.
 
         Raises:
             OSError: The folder cannot be read.
@@ -298,9 +326,9 @@ class Folder:
         waiting, arrived = list(self._unfinished), self._scan()
         self.seconds = self._clock() - begun
         for name in waiting + arrived:
-            pixels = self._read(name, form())
-            if pixels is not None:
-                yield str(self.path / name), pixels
+            image = self._read(name, decode)
+            if image is not None:
+                yield str(self.path / name), image
 
     def _scan(self) -> list[str]:
         """Return the names of up to `AT_ONCE` new files, which then count as done."""
@@ -372,7 +400,7 @@ class Folder:
                             if entry.is_file():
                                 yield os.path.join(folder, entry.name), *_file_state(entry)
 
-    def _read(self, name: str, form: Pixels) -> np.ndarray | None:
+    def _read(self, name: str, decode: Callable[[bytes, str], T]) -> T | None:
         """Read an image; return None if the file is gone, unfinished or given up."""
         path, now = self.path / name, self._clock()
         before = self._unfinished.pop(name, None)
@@ -386,9 +414,9 @@ class Folder:
             if before is not None and before.state == state:
                 problem = before.problem
             else:
-                pixels = images.decode(images.read(path), str(path), form)
+                image = decode(images.read(path), str(path))
                 self._recent[name] = state
-                return pixels
+                return image
         except FileNotFoundError:
             log.info("%s was removed before it was read", path, extra={"code": "removed"})
             return None

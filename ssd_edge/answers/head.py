@@ -155,6 +155,13 @@ class Limits:
         return limits
 
     @np.errstate(all="ignore")
+    def whiten(self, embeddings: np.ndarray) -> np.ndarray:
+        """Return embeddings in the space in which `directions` are, float32 ``(N, D)``."""
+        rest = self.factors[-1]
+        white: np.ndarray = rest * embeddings + (embeddings @ self.axes.T * (self.factors[:-1] - rest)) @ self.axes
+        return white
+
+    @np.errstate(all="ignore")
     def margins(self, embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return by how much the cosine of each embedding exceeds the threshold of a class, float32 ``(N,)``.
 
@@ -162,8 +169,7 @@ class Limits:
             embeddings: float32 ``(N, D)``.
             rows: Row of the class of each, int64 ``(N,)``.
         """
-        rest = self.factors[-1]
-        white = rest * embeddings + (embeddings @ self.axes.T * (self.factors[:-1] - rest)) @ self.axes
+        white = self.whiten(embeddings)
         lengths = np.maximum(np.sqrt(np.square(white).sum(1)), np.finfo(np.float32).tiny)
         margins: np.ndarray = (white * self.directions[rows]).sum(1) / lengths - self.thresholds[rows]
         return margins
