@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from device_runtime.install.bundle import install
 from ssd_edge import bundle, files, learners
 from ssd_edge.classes import ClassRegistry
 from ssd_edge.learners.closed_form.sums import ClassStatistics
@@ -142,3 +144,22 @@ def tiny_bundle() -> TinyBundle:
 
     train("ncm")  # train it now, because a test may replace PyTorch
     return make
+
+
+@pytest.fixture
+def empty(tiny_bundle: TinyBundle, tmp_path: Path) -> Path:
+    """Return a root with a bundle that was deployed without classes."""
+    full = bundle.parse(tiny_bundle())
+    dim = full.manifest["backbone"]["dim"]
+    learner, statistics = learners.build({"name": "ncm"}, dim, Priors()), ClassStatistics(dim)
+    entries = {bundle.ROLES[role]: (role, full.read(role)) for role in ("backbone", "probe", "card")}
+    entries |= {
+        "learner.safetensors": ("learner", files.tensor_bytes(*learners.pack(learner))),
+        "statistics.safetensors": (
+            "statistics", files.tensor_bytes({name: t.numpy() for name, t in statistics.state().items()}),
+        ),
+        "classes.json": ("classes", files.json_bytes(ClassRegistry().to_json())),
+    }  # fmt: skip
+    (tmp_path / "empty.ssdedge").write_bytes(bundle.pack({**full.manifest, "classes": []}, entries))
+    install(tmp_path / "empty", tmp_path / "empty.ssdedge")
+    return tmp_path / "empty"

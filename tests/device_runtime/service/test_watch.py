@@ -26,11 +26,8 @@ from device_runtime.service.drift import MINIMUM
 from device_runtime.service.watch import Answer, watch
 from device_runtime.store import watch_state
 from device_runtime.store.watch_state import last_report
-from ssd_edge import bundle, files, learners
-from ssd_edge.classes import ClassRegistry
+from ssd_edge import files
 from ssd_edge.errors import EnvironmentUnfitError, SlowerProviderError
-from ssd_edge.learners.closed_form.sums import ClassStatistics
-from ssd_edge.learners.priors import Priors
 
 COLOURS = {"cup": (220, 30, 30), "nut": (30, 220, 30), "screw": (30, 30, 220), "wedge": (220, 220, 30)}
 
@@ -241,25 +238,6 @@ def test_unreadable_generation_leaves_the_old_one_in_use(root, camera, monkeypat
     driven = Driven(monkeypatch, *[nothing] * 8, commit, *[nothing] * 20)
     assert [line["label"] for line in driven.run(device, camera)] == ["cup"]
     assert caplog.text.count("generation 1 stays in use") == 1
-
-
-@pytest.fixture
-def empty(tiny_bundle, tmp_path: Path) -> Path:
-    """Return a root with a bundle that was deployed without classes."""
-    full = bundle.parse(tiny_bundle())
-    dim = full.manifest["backbone"]["dim"]
-    learner, statistics = learners.build({"name": "ncm"}, dim, Priors()), ClassStatistics(dim)
-    entries = {bundle.ROLES[role]: (role, full.read(role)) for role in ("backbone", "probe", "card")}
-    entries |= {
-        "learner.safetensors": ("learner", files.tensor_bytes(*learners.pack(learner))),
-        "statistics.safetensors": (
-            "statistics", files.tensor_bytes({name: t.numpy() for name, t in statistics.state().items()}),
-        ),
-        "classes.json": ("classes", files.json_bytes(ClassRegistry().to_json())),
-    }  # fmt: skip
-    (tmp_path / "empty.ssdedge").write_bytes(bundle.pack({**full.manifest, "classes": []}, entries))
-    install(tmp_path / "empty", tmp_path / "empty.ssdedge")
-    return tmp_path / "empty"
 
 
 def test_device_without_classes_waits_for_the_first(empty: Path, camera, monkeypatch, caplog):
