@@ -4,12 +4,13 @@
 #   make lint       ruff: rules and format          make format   apply them
 #   make types      mypy --strict
 #   make docs       build the documentation into site/ (make docs-serve: preview it)
+#   make console    build what the page of `device serve` takes from npm again (needs Node.js 20 and npm)
 #   make check      lint, types, docs and test, as in CI
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 .DELETE_ON_ERROR:
-.PHONY: train test test-slow lint format types docs docs-serve check
+.PHONY: train test test-slow lint format types docs docs-serve console check
 
 # The stamp is written last, so that an interrupted installation is taken up again.
 .venv/.installed: pyproject.toml constraints.txt
@@ -46,5 +47,16 @@ docs: .venv/.installed-docs
 
 docs-serve: .venv/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# The results are committed, so that nobody needs npm to use them; the lock says what they are made from.
+CONSOLE := device_runtime/serve/console
+VENDORED ?= $(CONSOLE)
+AXE ?= tests/device_runtime/serve
+console:
+	mkdir -p .cache/console
+	cp $(CONSOLE)/vendor/package.json $(CONSOLE)/vendor/package-lock.json $(CONSOLE)/vendor/build.mjs .cache/console/
+	cd .cache/console && npm ci --ignore-scripts --no-audit --no-fund && npm run --silent build
+	cp .cache/console/vendor.js $(VENDORED)/
+	cp .cache/console/node_modules/axe-core/axe.min.js $(AXE)/
 
 check: lint types docs test
