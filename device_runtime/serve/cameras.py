@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import logging
 import re
 import threading
@@ -38,6 +39,7 @@ MOST_FRAMES, MOST_BYTES = 64, 32 * 2**20  # of the recent frames of a camera
 EVERY = 0.1  # seconds between two answers of a camera: the device also answers others, and learns
 NAP = 0.2  # seconds; the longest wait for a frame
 LOOK = 1.0  # seconds between two looks at the generation
+ENDING = 25.0  # seconds that the threads get to end; a process must not end in the middle of PyTorch
 DRIFT = 10.0  # seconds between two looks at the drift
 RATE = 20  # answers of which the rate is the mean
 QUIET = 3.0  # seconds without an answer after which the rate is 0
@@ -301,26 +303,32 @@ class Cameras:
             if name in self._feeds:
                 raise InputError(f"two cameras have the name '{name}'; name them --camera NAME=SOURCE")
             self._feeds[name] = CameraFeed(name, source, self._changed, self._tell_state, every)
-        self._closed = False
+        self._closed, self._answered = threading.Event(), threading.Event()
         self._busy_since: float | None = None
         self._failures = RateLimitedWarning()
-        self._thread = threading.Thread(target=self._run, name="cameras", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, name="cameras", daemon=True),
+            threading.Thread(target=self._keep_counts, name="drift", daemon=True),
+        ]
 
     def start(self) -> None:
         """Open the cameras, and answer from now on."""
         for feed in self._feeds.values():
             feed.start()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """End all cameras, and save the drift counts."""
-        self._closed = True
+        self._closed.set()
         for feed in self._feeds.values():
             feed.close()
         with self._changed:
             self._changed.notify_all()
-        if self._thread.is_alive():
-            self._thread.join(10.0)
+        end = time.monotonic() + ENDING
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(max(end - time.monotonic(), 0.0))
 
     def list(self) -> list[CameraFeed]:
         """Return all cameras."""
@@ -340,20 +348,23 @@ class Cameras:
         return since is not None and time.monotonic() - since > seconds
 
     def _run(self) -> None:
-        begun = time.monotonic()
-        work = {LOOK: self._counts.follow, DRIFT: self._counts.look, SAVE: self._counts.save}
-        due: dict[float, float] = {}
-        while not self._closed:
-            answered = sum(self._answer_next(feed) for feed in self._feeds.values() if feed.due <= time.monotonic())
-            if not due and (answered or time.monotonic() > begun + LOOK):
-                due = {period: time.monotonic() + period for period in work}
-                self._try(self._counts.start)  # loads PyTorch, for which the first answer does not wait
-            for period, last in due.items():
-                if time.monotonic() >= last:
-                    due[period] = time.monotonic() + period
-                    self._try(work[period])
-            if not answered:
+        """Answer the newest frames of all cameras in turn."""
+        while not self._closed.is_set():
+            if not sum(self._answer_next(feed) for feed in self._feeds.values() if feed.due <= time.monotonic()):
                 self._wait()
+
+    def _keep_counts(self) -> None:
+        """Follow the generations and save the counts, beside the answers: a reference for drift takes seconds."""
+        self._answered.wait(LOOK)  # loads PyTorch, for which the first answer does not wait
+        self._try(self._counts.start)
+        rounds = itertools.count(1)
+        while not self._closed.wait(LOOK):
+            self._try(self._counts.follow)
+            number = next(rounds)
+            for every, act in ((DRIFT, self._counts.look), (SAVE, self._counts.save)):
+                if number % round(every / LOOK) == 0:
+                    self._try(act)
+        self._threads[0].join()
         self._try(self._counts.close)
 
     def _try(self, work: Callable[[], object]) -> None:
@@ -367,13 +378,13 @@ class Cameras:
         with self._changed:
             waiting = [feed.due for feed in self._feeds.values() if feed.waits()]
             pause = min([NAP, *(due - time.monotonic() for due in waiting)])
-            if pause > 0 and not self._closed:
+            if pause > 0 and not self._closed.is_set():
                 self._changed.wait(pause)
 
     def _answer_next(self, feed: CameraFeed) -> bool:
         """Answer the newest frame of a camera; return True if there was one."""
         frame = feed.take()
-        if frame is None or self._closed:
+        if frame is None or self._closed.is_set():
             return False
         self._busy_since = time.monotonic()
         try:
@@ -412,6 +423,7 @@ class Cameras:
             "latency_ms": round(1000 * (now - frame.at), 1),
         }
         feed.answered(frame, answer)
+        self._answered.set()
         self._events.publish("answer", **answer)
         feed.hear(frame, pixels, seen.embeddings[0])
         if found is not None:

@@ -26,7 +26,7 @@ SAVE = 60.0  # seconds between two times that the counts are saved
 class Counts:
     """Images with and without a prediction, and drift counts of the current generation's classes.
 
-    One thread counts; `report` may be called by any.
+    One thread calls `add` and `skip`, the same or another one the rest; `report` may be called by any.
 
     Args:
         device: An open device.
@@ -70,8 +70,9 @@ class Counts:
             embeddings: Its embedding, float32 ``(1, D)``.
             event: True if it also counts for drift.
         """
-        if event and self._monitor is not None and self._monitor.reference.dim == embeddings.shape[1]:
-            self._monitor.add(embeddings, [prediction.score or 0.0], [prediction.label != UNKNOWN])
+        monitor = self._monitor  # read once: another thread may replace it
+        if event and monitor is not None and monitor.reference.dim == embeddings.shape[1]:
+            monitor.add(embeddings, [prediction.score or 0.0], [prediction.label != UNKNOWN])
         self.named, self._last = self.named + 1, prediction.label
 
     def skip(self, error: InputError) -> None:
@@ -94,10 +95,9 @@ class Counts:
 
     def save(self) -> None:
         """Save the counts, if there are others than were saved before; a failure is logged."""
-        if self._monitor is None or self._saved == self.named + self.skipped:
+        monitor, report = self._monitor, self._look()
+        if monitor is None or report is None or self._saved == self.named + self.skipped:
             return
-        report = self._look()
-        assert report is not None
         fields = {
             "report": report.to_dict(),
             "named": self.named,
@@ -105,7 +105,7 @@ class Counts:
             "generation": self._device.generation.number,
         }
         try:
-            watch_state.save(self._device.store.root, self._monitor.state(), fields, self._clock())
+            watch_state.save(self._device.store.root, monitor.state(), fields, self._clock())
         except (SSDEdgeError, OSError) as error:
             log.warning("the drift counts were not saved: %s", error, extra={"code": "not_saved"})
             return

@@ -306,4 +306,4 @@ def test_without_a_camera_the_thread_waits_and_ends(serve: Serve) -> None:
     begun = time.monotonic()
     service.cameras.close()
     assert time.monotonic() - begun < 5
-    assert not service.cameras._thread.is_alive()
+    assert not any(thread.is_alive() for thread in service.cameras._threads)
