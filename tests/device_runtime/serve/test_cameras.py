@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.tiny_photos import COLOURS, picture, pixels
+from PIL import Image
 
 from device_runtime.device import Device
 from device_runtime.serve import cameras as module
@@ -307,3 +309,26 @@ def test_without_a_camera_the_thread_waits_and_ends(serve: Serve) -> None:
     service.cameras.close()
     assert time.monotonic() - begun < 5
     assert not any(thread.is_alive() for thread in service.cameras._threads)
+
+
+@pytest.mark.slow
+def test_memory_is_flat(serve: Serve, stand_in) -> None:
+    """Two cameras with thousands of different frames in doubt, 100 KB each: rings and tray are full after seconds."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 150, 200, 3), np.uint8)
+    frames = {f"frame{number}": as_jpeg(png(one), "a") for number, one in enumerate(noise)}
+    stand_in("while :; do for f in frame*; do cat $f; sleep 0.002; done; done", **frames)
+    service = serve("rtsp://a", "rtsp://b", every=0.0)
+    used: list[int] = []
+    for _ in range(8):
+        time.sleep(5)
+        service.all("answer")
+        service.seen.clear()
+        used.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20)
+    assert service.cameras.list()[0].to_dict()["frames"] > 1000
+    assert used[-1] - used[2] < 10, used
+
+
+def png(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, "PNG")
+    return out.getvalue()
