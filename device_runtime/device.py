@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
     from device_runtime.learning.guard import Limits
     from device_runtime.learning.state import DeviceState
+    from ssd_edge.bundle import Bundle
     from ssd_edge.learners import Learner
     from ssd_edge.learners.closed_form.sums import ClassStatistics
 
@@ -467,26 +468,48 @@ class Device:
         Raises:
             InputError: The path is a folder, or there is no such key.
         """
+        from ssd_edge import bundle as bundles
+
+        packed, opened, generation = self._packed(Path(path).stem, key, history)
+        bundles.write(Path(path), packed)
+        return ExportResult(
+            bundle=str(path),
+            bytes=len(packed),
+            sha256=opened.sha256,
+            generation=generation.number,
+            classes=opened.registry.names,
+            signed_by=opened.signature.key if opened.signature else None,
+        )
+
+    def exported(self, name: str, history: bool = True) -> bytes:
+        """Return the current generation as the bytes of an unsigned bundle; see `export`.
+
+        Args:
+            name: Name of the bundle.
+            history: As for `export`.
+        """
+        return self._packed(name, None, history)[0]
+
+    def _packed(self, name: str, key: str | Path | None, history: bool) -> tuple[bytes, Bundle, Generation]:
         from device_runtime.learning.export import export
 
         snapshot = self.snapshot
         try:
-            return export(
-                self.store, snapshot.generation, snapshot.answering, snapshot.scores, Path(path), key, history
-            )
+            packed = export(self.store, snapshot.generation, snapshot.answering, snapshot.scores, name, key, history)
         except BundleRefusedError:
             if not self.refresh():  # it was not pruned, but is damaged
                 raise
-            return self.export(path, key, history)
+            return self._packed(name, key, history)
+        return *packed, snapshot.generation
 
-    def merge(self, path: str | Path, limits: Limits | None = None) -> MergeResult:
+    def merge(self, bundle: str | Path | bytes, limits: Limits | None = None) -> MergeResult:
         """Add what another device has learned since both installed one bundle, and commit a generation.
 
         The result is the state of one device that had been taught everything; classes with the same name become one.
         To continue from the merged state on both devices, export it and install it on both.
 
         Args:
-            path: Path of the bundle that the other device has exported.
+            bundle: Path of the bundle that the other device has exported, or its bytes.
             limits: Limits on forgetting the classes of this device; None for the defaults of `guard.Limits`.
 
         Raises:
@@ -498,7 +521,11 @@ class Device:
         from device_runtime.install.trust import check_signature
         from ssd_edge import bundle as bundles
 
-        opened = bundles.read(Path(path), allow_control_flow=True)  # its backbone is not run
+        # its backbone is not run
+        if isinstance(bundle, bytes):
+            opened = bundles.parse(bundle, allow_control_flow=True)
+        else:
+            opened = bundles.read(bundle, allow_control_flow=True)
         check_signature(self.store.root, opened)
         with self.store.writer():
             state = self._latest().state

@@ -60,6 +60,8 @@ class TaughtClass(Record):
         images: Number of images it was taught with.
         new: True if the device did not know the class before.
         held_out: Accuracy on its held-out images; None after a merge.
+        confused: Name of another class → number of its held-out images that were answered with it, most first; None
+            after a merge, or if none was held out.
         digest: Digest of the set of images, by which it is known if it is taught again; None after a merge.
     """
 
@@ -67,6 +69,7 @@ class TaughtClass(Record):
     images: int
     new: bool
     held_out: HeldOut | None = dataclasses.field(default=None, metadata=_OPTIONAL)
+    confused: Mapping[str, int] | None = dataclasses.field(default=None, metadata=_OPTIONAL)
     digest: str | None = dataclasses.field(default=None, metadata=_OPTIONAL)
 
 

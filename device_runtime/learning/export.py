@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from device_runtime.install.answering import Answering
-from device_runtime.results import ExportResult, describe
+from device_runtime.results import describe
 from device_runtime.store.generations import Generations
 from device_runtime.store.record import Generation
 from ssd_edge import bundle as bundles
@@ -23,18 +23,18 @@ def export(
     generation: Generation,
     answering: Answering,
     score: Callable[[np.ndarray], np.ndarray],
-    path: Path,
+    name: str,
     key: str | Path | None,
     history: bool = True,
-) -> ExportResult:
-    """Write a generation as a bundle; result and errors as `Device.export`.
+) -> tuple[bytes, bundles.Bundle]:
+    """Return a generation as the bytes of a bundle, and what they hold; errors as `Device.export`.
 
     Args:
         store: The store of the generation.
         generation: The generation.
         answering: What it answers with.
         score: Returns the scores ``(N, C)`` of embeddings ``(N, D)``.
-        path: As for `Device.export`.
+        name: Name of the bundle.
         key: As for `Device.export`.
         history: As for `Device.export`.
     """
@@ -53,7 +53,7 @@ def export(
     _, learner = files.parse_tensors(entries["learner"], roles["learner"])
     manifest = {
         **bundle.manifest,
-        "name": path.stem[: bundles.MAX_TITLE_LENGTH],
+        "name": name[: bundles.MAX_TITLE_LENGTH],
         "created": utc_now(),
         "learner": {"name": learner["learner"], "settings": learner["settings"]},
         "classes": registry.names,
@@ -69,16 +69,7 @@ def export(
         entries["card"] = card.amend(entries["card"].decode(), registry, changes).encode()
     entries |= {"backbone": backbone, "probe": _probe(answering, score)}
     packed = bundles.pack(manifest, {bundles.ROLES[role]: (role, data) for role, data in entries.items()}, sign)
-    opened = bundles.parse(packed, allow_control_flow=True)  # what is installed has been allowed
-    bundles.write(path, packed)
-    return ExportResult(
-        bundle=str(path),
-        bytes=len(packed),
-        sha256=opened.sha256,
-        generation=generation.number,
-        classes=registry.names,
-        signed_by=opened.signature.key if opened.signature else None,
-    )
+    return packed, bundles.parse(packed, allow_control_flow=True)  # what is installed has been allowed
 
 
 def _probe(answering: Answering, score: Callable[[np.ndarray], np.ndarray]) -> bytes:

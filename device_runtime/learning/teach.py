@@ -153,6 +153,7 @@ def teach(
                 batch.count,
                 batch.new,
                 _held_out(trial.of(labels == batch.row) == batch.row),
+                _confused(trial.of(labels == batch.row), batch.row, registry.names),
                 batch.digest,
             )
             for batch in batches
@@ -243,21 +244,37 @@ def find_different(
         whitening: What whitens the within-class covariance.
         statistics: Class statistics, which say how far apart two images of a class are.
     """
-    white, expected = whitening.of(embeddings), 2 * whitening.variance(statistics.within_covariance())
+    white, expected = whitening.of(embeddings), expected_distance(whitening, statistics)
     different = torch.zeros(len(labels), dtype=torch.bool)
     for row in torch.unique(labels).tolist():
         own = (labels == row).nonzero().flatten()
-        squared = torch.cdist(white[own], white[own]).square()
-        first, second = torch.triu_indices(len(own), len(own), 1)
-        pairs = squared[first, second]
-        typical = float(pairs.median()) if len(pairs) else 0.0
-        nearest = SAME_IMAGE * (min(expected, typical) if expected else typical) + EQUAL
-        kept: list[int] = []
-        for number in range(len(own)):
-            if not bool((squared[number, kept] <= nearest).any()):
-                kept.append(number)
-        different[own[kept]] = True
+        different[own[different_views(white[own], expected)]] = True
     return different
+
+
+def expected_distance(whitening: Whitening, statistics: ClassStatistics) -> float:
+    """Return the expected squared distance of two whitened images of a class; 0 while nothing is known about it."""
+    return 2 * whitening.variance(statistics.within_covariance())
+
+
+def different_views(white: torch.Tensor, expected: float) -> list[int]:
+    """Return the indices of the images of a class that are neither the same as an earlier one nor nearly so.
+
+    Args:
+        white: Whitened embeddings of the class, ``(N, D)``.
+        expected: See `expected_distance`.
+    """
+    squared = torch.cdist(white, white).square()
+    first, second = torch.triu_indices(len(white), len(white), 1)
+    pairs = squared[first, second]
+    typical = float(pairs.median()) if len(pairs) else 0.0
+    nearest = SAME_IMAGE * (min(expected, typical) if expected else typical) + EQUAL
+    near = (squared <= nearest).numpy()
+    kept: list[int] = []
+    for number in range(len(white)):
+        if not near[number, kept].any():
+            kept.append(number)
+    return kept
 
 
 def try_held_out(before: Learner, after: Learner, task: Task, seed: int, progress: Progress | None = None) -> Trial:
@@ -355,6 +372,15 @@ def _copies(batches: Sequence[ClassImages]) -> list[str]:
         for batch in batches
         if batch.count < len(batch.sources)
     ]
+
+
+def _confused(answers: torch.Tensor, row: int, names: Sequence[str]) -> dict[str, int] | None:
+    """Return how many answers to held-out images of a class are which other class, most frequent first."""
+    if not len(answers):
+        return None
+    rows, counts = torch.unique(answers[answers != row], return_counts=True)
+    found = sorted(zip(counts.tolist(), rows.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))
+    return {names[other]: count for count, other in found}
 
 
 def _held_out(correct: torch.Tensor) -> HeldOut:

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from device_runtime.serve.asked import BusyError
 from device_runtime.serve.errors import TooLargeError, UnsupportedError
 from ssd_edge.errors import InputError
 
 MOST_JSON = 2**20  # bytes
+MOST_HELD = 256 * 2**20  # bytes of the bodies of all requests that are being answered
+_HELD = "ssd_edge.held"  # key of a request's scope: bytes of its body that are in memory
+
+
+class Memory:
+    """Memory of the bodies of all requests; used in the event loop only."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    def take(self, scope: MutableMapping[str, Any], count: int) -> None:
+        """Count bytes of a request.
+
+        Raises:
+            BusyError: All requests together would hold more than `MOST_HELD`.
+        """
+        if self.held + count > MOST_HELD:
+            raise BusyError("too much is being uploaded at once; try again in a moment")
+        self.held += count
+        scope[_HELD] = scope.get(_HELD, 0) + count
+
+    def release(self, scope: MutableMapping[str, Any]) -> None:
+        """Forget a request that was answered."""
+        self.held -= scope.pop(_HELD, 0)
 
 
 class Json(Response):
@@ -29,8 +55,8 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def read_body(request: Request, most: int) -> bytearray:
-    """Return the body of a request.
+async def parts_of(request: Request, most: int) -> AsyncIterator[bytes]:
+    """Yield the body of a request as it arrives.
 
     Args:
         request: The request.
@@ -38,17 +64,23 @@ async def read_body(request: Request, most: int) -> bytearray:
 
     Raises:
         TooLargeError: It is longer, or says so.
+        BusyError: The bodies of all requests are too long together.
     """
     too_large = TooLargeError(f"a request of this kind may have at most {most:,} bytes; send less at once")
-    stated = request.headers.get("content-length", "")
+    stated, memory, got = request.headers.get("content-length", ""), request.app.state.memory, 0
     if stated.isdecimal() and int(stated) > most:
         raise too_large
-    body = bytearray()
     async for part in request.stream():
-        if len(body) + len(part) > most:
+        got += len(part)
+        if got > most:
             raise too_large
-        body += part
-    return body
+        memory.take(request.scope, len(part))
+        yield part
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """Return the body of a request; see `parts_of`."""
+    return b"".join([part async for part in parts_of(request, most)])
 
 
 async def read_json(request: Request, most: int = MOST_JSON) -> dict[str, Any]:

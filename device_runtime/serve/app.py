@@ -11,11 +11,15 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from device_runtime.serve.answers import Json, only, read_json, take
+from device_runtime.serve.answers import Json, Memory, only, read_json, take
+from device_runtime.serve.asked import UnknownError
+from device_runtime.serve.collecting import Collecting
 from device_runtime.serve.errors import on_error
 from device_runtime.serve.inference import Inference
 from device_runtime.serve.security import COOKIE_AGE, Access, Doorman, Guard
-from device_runtime.serve.station import Station, UnknownError
+from device_runtime.serve.station import Station
+from device_runtime.serve.streams import Streams
+from device_runtime.serve.teaching import Teaching
 from ssd_edge.errors import SSDEdgeError
 from ssd_edge.system import VERSION
 
@@ -143,7 +147,12 @@ def build(station: Station, access: Access) -> ASGIApp:
         *Session(station, doorman).routes(),
         *About(station).routes(),
         *Inference(station).routes(),
+        *Teaching(station).routes(),
+        *Collecting(station).routes(),
+        *Streams(station).routes(),
         Mount("/console", Console(directory=CONSOLE, check_dir=False)),
     ]
     errors = {404: _missing, 405: _wrong_method, SSDEdgeError: on_error, Exception: on_error}
-    return Guard(Starlette(routes=routes, exception_handlers=errors), doorman)
+    app = Starlette(routes=routes, exception_handlers=errors)
+    app.state.memory = memory = Memory()
+    return Guard(app, doorman, memory)

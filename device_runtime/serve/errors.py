@@ -7,15 +7,13 @@ import logging
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from device_runtime.serve.station import BusyError, UnknownError
+from device_runtime.serve.asked import BusyError, UnknownError, meaning
 from ssd_edge.errors import (
     BundleRefusedError,
     EnvironmentUnfitError,
     GateRefusedError,
     InputError,
     SSDEdgeError,
-    meaning_of,
-    system_problem,
 )
 
 log = logging.getLogger(__name__)
@@ -56,20 +54,18 @@ STATUS: dict[type[SSDEdgeError], int] = {
 
 def answer_to(error: Exception) -> Response:
     """Return the answer for an error; one that is a bug is logged with its traceback."""
-    meaning = meaning_of(error)
-    if meaning is None and isinstance(error, OSError):
-        meaning = EnvironmentUnfitError(f"the operating system refused: {system_problem(error)}")
-    if meaning is None:
+    known = meaning(error)
+    if known is None:
         log.error("internal error: %s", error, exc_info=error, extra={"code": "internal_error"})
         body = {"error": "internal error: this is a bug in ssd-edge; its log says more", "code": SSDEdgeError.exit_code}
         return JSONResponse(body, 500)
-    status = next((status for kind, status in STATUS.items() if isinstance(meaning, kind)), 503)
+    status = next((status for kind, status in STATUS.items() if isinstance(known, kind)), 503)
     headers = {}
-    if isinstance(meaning, BusyError):
+    if isinstance(known, BusyError):
         headers["retry-after"] = str(RETRY)
     if status == 401:
         headers["www-authenticate"] = 'Bearer realm="ssd-edge"'
-    return JSONResponse({"error": str(meaning), "code": meaning.exit_code}, status, headers)
+    return JSONResponse({"error": str(known), "code": known.exit_code}, status, headers)
 
 
 async def on_error(request: Request, error: Exception) -> Response:

@@ -110,7 +110,7 @@ class Events:
         """True once the service ends."""
         return self._closed
 
-    def publish(self, kind: str, **fields: Any) -> None:
+    def publish(self, kind: str, /, **fields: Any) -> None:
         """Send an event to every subscriber.
 
         Args:

@@ -25,6 +25,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from device_runtime.serve.answers import Memory
 from device_runtime.serve.errors import ForbiddenError, UnauthorisedError, answer_to
 from device_runtime.service.frames import RateLimitedWarning
 from ssd_edge import files
@@ -220,10 +221,11 @@ class Guard:
     Args:
         app: The application.
         doorman: What checks tokens.
+        memory: Memory of the bodies of all requests.
     """
 
-    def __init__(self, app: ASGIApp, doorman: Doorman) -> None:
-        self._app, self._doorman = app, doorman
+    def __init__(self, app: ASGIApp, doorman: Doorman, memory: Memory) -> None:
+        self._app, self._doorman, self._memory = app, doorman, memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -244,7 +246,10 @@ class Guard:
         except (ForbiddenError, UnauthorisedError) as error:
             await answer_to(error)(scope, receive, send_with_headers)
             return
-        await self._app(scope, receive, send_with_headers)
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            self._memory.release(scope)
 
     def _check_origin(self, scope: Scope, headers: Headers) -> None:
         """Refuse a request for another host, or one that another page started.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from device_runtime.serve.answers import media_type, read_body
+from device_runtime.serve.answers import media_type, parts_of
 from device_runtime.serve.errors import TooLargeError, UnsupportedError
 from ssd_edge.errors import InputError
 
@@ -100,19 +101,46 @@ async def read_form(request: Request, most: int = MOST_BODY) -> list[Part]:
     boundary = options.get(b"boundary", b"")
     if not boundary:
         raise InputError("the type multipart/form-data has no boundary; send the form with a library that makes one")
-    return parse_form(await read_body(request, most), boundary)
-
-
-def parse_form(body: bytes | bytearray, boundary: bytes) -> list[Part]:
-    """Return the parts of a multipart form; raises as `read_form`."""
     reader = _Reader()
     callbacks = {name: getattr(reader, name) for name in dir(reader) if name.startswith("on_")}
     try:
         parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
-        parser.write(bytes(body))
+        async for data in parts_of(request, most):
+            parser.write(data)
         parser.finalize()
     except FormParserError as error:
         raise InputError(f"the form is not valid ({' '.join(str(error).split())[:200]})") from error
     if not reader.ended:
         raise InputError("the form is cut short: its last boundary is missing; send it again")
     return reader.parts
+
+
+def images_of(parts: Sequence[Part], *others: str) -> list[tuple[str, bytes]]:
+    """Return name and content of the images of a form.
+
+    Args:
+        parts: The parts.
+        others: Names of further fields that may be there.
+
+    Raises:
+        InputError: A field has another name, or there is no image.
+    """
+    for part in parts:
+        if part.name not in ("image", *others):
+            raise InputError(f"the field '{part.name[:40]}' is not known here; known: {', '.join(('image', *others))}")
+    found = [part for part in parts if part.name == "image"]
+    if not found:
+        raise InputError("the form has no field 'image'; send at least one")
+    return [(part.filename or f"image {number}", bytes(part.data)) for number, part in enumerate(found)]
+
+
+def text_of(parts: Sequence[Part], name: str) -> str | None:
+    """Return the text of a field, or None if there is none.
+
+    Raises:
+        InputError: It is there twice.
+    """
+    found = [part for part in parts if part.name == name]
+    if len(found) > 1:
+        raise InputError(f"the field '{name}' is there {len(found)} times, but may be once; send one request for each")
+    return found[0].text if found else None
