@@ -71,6 +71,19 @@ def test_index_follows_its_formula():
     ]  # fmt: skip
 
 
+def test_bins_are_the_deciles_of_whole_embeddings(world: World):
+    """The reference samples products of embeddings only; here are the embeddings themselves."""
+    statistics = ClassStatistics(DIM)
+    statistics.add(*world.draw(400))
+    reference = Reference(statistics)
+    factor = torch.linalg.cholesky(statistics.shrunk_covariance())
+    noise = torch.randn(40_000, DIM, generator=torch.Generator().manual_seed(7), dtype=torch.float64) @ factor.T
+    offsets = reference.measure(statistics.means.double()[torch.arange(40_000) % CLASSES] + noise)[0]
+    for column, edges in zip(offsets.T, reference.edges, strict=True):
+        shares = np.bincount(np.searchsorted(edges, column), minlength=BINS) / len(column)
+        assert np.abs(shares - 0.1).max() < 0.012  # four standard deviations of both samples
+
+
 def test_too_few_images_give_no_level(world: World, reference: Reference):
     monitor = Monitor(reference)
     assert monitor.report().level == "collecting"
