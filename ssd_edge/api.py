@@ -377,7 +377,7 @@ class Classifier:
 
     def __init__(self, learner: str = "slda", *, standardise: bool = True, seed: int = 0, **settings: Any) -> None:
         self._options = {"name": learner, **settings}
-        if getattr(learners.settings_of(self._options), "second_view", False):  # raises for a wrong name or setting
+        if learners.wants_second_view(self._options):  # raises for a wrong name or setting
             raise InputError(
                 "learner.second_view looks at images, but a Classifier gets features; leave it out, or use train()"
             )

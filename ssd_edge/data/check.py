@@ -42,7 +42,7 @@ class ClassCount:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What a data set holds.
+    """Content of a data set.
 
     Attributes:
         name: Name of the data set.

@@ -106,7 +106,7 @@ LARGEST_INPUT = 4096  # pixels per side of a backbone's input: a bundle must not
 
 @dataclass(frozen=True)
 class Pixels:
-    """How any image becomes the square input of a backbone: uint8 RGB ``(size, size, 3)``.
+    """Description of how any image becomes the square input of a backbone: uint8 RGB ``(size, size, 3)``.
 
     Workstation, ONNX file, bundle and device share this description; the normalisation is in the graph.
 

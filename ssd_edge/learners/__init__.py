@@ -9,6 +9,7 @@ from ssd_edge.learners.registry import (
     restore,
     settings_class,
     settings_of,
+    wants_second_view,
 )
 from ssd_edge.learners.removal import without_rows
 
@@ -23,5 +24,6 @@ __all__ = [
     "restore",
     "settings_class",
     "settings_of",
+    "wants_second_view",
     "without_rows",
 ]

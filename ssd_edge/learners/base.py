@@ -147,6 +147,7 @@ class Learner(abc.ABC):
         baseline: True if a run with ``run.baselines`` trains it beside the main learner.
         candidate: True if ``learner.name=auto`` tries it.
         replay: True if its state stores samples of earlier tasks; reports and cards say so.
+        second_views: True if it can learn from a second view of each image, with the setting `second_view`.
         removal: how completely `remove` takes out a class. ``exact``: as if it had never been taught; ``with
             per_class``: exact if ``learner.per_class`` is set, otherwise the pooled second moment keeps the class's
             share of the within-class covariance; ``output only``: the class is never predicted again, but shared
@@ -169,6 +170,7 @@ class Learner(abc.ABC):
     baseline: ClassVar[bool] = False
     candidate: ClassVar[bool] = False
     replay: ClassVar[bool] = False
+    second_views: ClassVar[bool] = False
     removal: ClassVar[Literal["exact", "with per_class", "output only"]]
     Settings: ClassVar[type]
 
@@ -241,7 +243,7 @@ class Learner(abc.ABC):
     @property
     def wants_second_view(self) -> bool:
         """True if the learner learns from a second view of each image, see `Task`."""
-        return bool(getattr(self.settings, "second_view", False))
+        return self.second_views and bool(self.settings.second_view)
 
     def expect(self, classes: int) -> None:  # noqa: B027  most learners ignore it
         """Announce the number of classes of the stream; a learner must also accept unannounced classes."""

@@ -65,6 +65,12 @@ def settings_class(name: str) -> type:
     return _kind(name).Settings
 
 
+def wants_second_view(options: Mapping[str, Any]) -> bool:
+    """Return True if a learner with these options learns from a second view of each image; raises as `settings_of`."""
+    settings = settings_of(options)
+    return LEARNERS[options["name"]].second_views and bool(settings.second_view)
+
+
 def settings_of(options: Mapping[str, Any]) -> Any:
     """Parse and check the settings of a learner.
 

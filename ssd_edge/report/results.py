@@ -1,4 +1,4 @@
-"""What a report is made of: the answers of a model to test images, and what is known about how it was made.
+"""Results for a report: the answers of a model to test images, and what is known about how it was made.
 
 A run, the evaluation of a run or a bundle, and a device fill the same `Results`; `html.render` makes one page of them.
 """

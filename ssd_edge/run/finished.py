@@ -75,7 +75,7 @@ class FinishedRun:
 
     @property
     def pixels(self) -> Pixels:
-        """How images become the backbone's input."""
+        """Description of how images become the backbone's input."""
         return Pixels.from_dict(self.backbone)
 
     def standardisation(self, dim: int) -> tuple[np.ndarray, np.ndarray]:

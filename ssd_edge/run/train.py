@@ -141,8 +141,7 @@ class Setup:
 
             if (doubt := preprocessing.doubt(self.dataset, self.embedder, config.cache, say)) is not None:
                 say(f"warning: {doubt}")
-        learner = self.config.learner
-        second = not auto.wanted(learner) and getattr(learners.settings_of(learner), "second_view", False)
+        second = not auto.wanted(self.config.learner) and learners.wants_second_view(self.config.learner)
         embedded = embed(self.dataset, self.embedder, self.listener, config.cache, second)
         data = prepare(self.dataset, self.stream, self.embedder.standardised, embedded, self.embedder.widths)
         return dataclasses.replace(data, embed_seconds=time.monotonic() - started)

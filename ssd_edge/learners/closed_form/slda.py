@@ -61,6 +61,7 @@ class SLDA(LinearLearner):
     display: str = "SLDA"
     panel = True
     candidate = True
+    second_views = True
     Settings: ClassVar[type] = Settings
     single: ClassVar[bool] = True
 
