@@ -63,6 +63,7 @@ class Limits:
             if its true share is below with 95 % confidence. 0 also accepts images of a known class under the name of
             another.
         force: Allow everything but NaN.
+        hints: Let messages name the options that allow a refused change; False where there are none.
     """
 
     max_forgetting: float = 0.1
@@ -70,6 +71,7 @@ class Limits:
     class_warning: float = 0.25
     min_recognised: float = 0.3
     force: bool = False
+    hints: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -162,7 +164,7 @@ def judge(
     if not refusals:
         messages = _unrecognised(rows, trial, registry, limits)
         if limits.min_recognised:
-            messages += _mislabelled(before, answers, rows, registry)
+            messages += _mislabelled(before, answers, rows, registry, limits)
         (warnings if limits.force else refusals).extend(messages)
         if before.statistics.total:
             found = cost(before.learner, after.learner, before.statistics, before.record)
@@ -246,19 +248,20 @@ def _unrecognised(rows: Tensor, trial: Trial, registry: ClassRegistry, limits: L
         messages.append(
             f"{right} of {count} held-out images of '{registry.names[row]}' would be recognised, and {wrong} taken for "
             f"'{registry.names[other]}'. Check that they show what it says; if they do, take more and different "
-            "images, or allow it with --force"
+            f"images{', or allow it with --force' if limits.hints else ''}"
         )
     return messages
 
 
 def _mislabelled(
-    before: DeviceState, answers: tuple[Tensor, Tensor], rows: Tensor, registry: ClassRegistry
+    before: DeviceState, answers: tuple[Tensor, Tensor], rows: Tensor, registry: ClassRegistry, limits: Limits
 ) -> list[str]:
     """Return a message for each known class whose new images are clearly those of another known class.
 
     They would be recognised afterwards, at the cost of the other class, which stand-ins do not always show.
     """
     messages = []
+    allowed = "; if it is right, allow it with --force" if limits.hints else ""
     nearest, accepted = answers
     answered = nearest.masked_fill(~accepted, -1)
     for row in torch.unique(rows).tolist():
@@ -270,7 +273,7 @@ def _mislabelled(
         if other not in (row, -1) and count >= CLEAR * len(own):
             messages.append(
                 f"{count} of {len(own)} images taught as '{registry.names[row]}' are recognised as "
-                f"'{registry.names[other]}'. Check the label; if it is right, allow it with --force"
+                f"'{registry.names[other]}'. Check the label{allowed}"
             )
     return messages
 
@@ -333,8 +336,8 @@ def _check_forgetting(
             messages.append(
                 f"{group} would lose {total - past:.3f} of their accuracy, after {past:.3f} by earlier changes, where "
                 f"max_forgetting allows {limits.max_forgetting:g} in all; '{label}' loses most ({old:.0%} to "
-                f"{new:.0%}). Check that the new images show no old class, use a learner that forgets less (slda), "
-                "or raise max_forgetting"
+                f"{new:.0%}). Check that the new images show no old class"
+                f"{', use a learner that forgets less (slda), or raise max_forgetting' if limits.hints else ''}"
             )
             break
     gone = [registry.names[int(row)] for row in rows[(lost > limits.max_class_forgetting) & (drops > NOTICEABLE)]]

@@ -61,17 +61,17 @@ class ClassImages:
     count: int
     digest: str
 
-    def of(self, count: int, force: bool) -> ClassImages:
+    def of(self, count: int, limits: Limits) -> ClassImages:
         """Return the same with `count` different images.
 
         Raises:
             InputError: These are too few. From the sums before and after, a single image of a known class could be
                 recovered; of a new class its sum alone would be the image.
         """
-        needed = MIN_IMAGES if self.new or not force else 1
+        needed = MIN_IMAGES if self.new or not limits.force else 1
         if count < needed:
             kind = "new" if self.new else "known"
-            hint = "" if self.new else "; --force allows it"
+            hint = "" if self.new or not limits.hints else "; --force allows it"
             images = f"{len(self.sources)}" if count == len(self.sources) else f"only {count} among {len(self.sources)}"
             raise InputError(
                 f"a {kind} class needs at least {needed} different images, but '{self.name}' has {images}{hint}"
@@ -110,7 +110,7 @@ def teach(
         GateRefusedError: As `Device.learn_all`.
     """
     limits = limits or Limits()
-    batches, repeated = plan_classes(state.registry, images, taught, state.bundle, limits.force)
+    batches, repeated = plan_classes(state.registry, images, taught, state.bundle, limits)
     sources = [source for batch in batches for source in batch.sources]
     meter.check_memory(COPIES * state.learner.memory_bytes() + 2 * len(sources) * state.learner.dim * 4)
     meter.stage("embedding")
@@ -118,7 +118,7 @@ def teach(
     labels = torch.cat([torch.full((len(batch.sources),), batch.row) for batch in batches])
     names = [image_name(source, number) for number, source in enumerate(sources)]
     different = find_different(embeddings, labels, state.rejector.whitening, state.statistics)
-    batches = [batch.of(int((different & (labels == batch.row)).sum()), limits.force) for batch in batches]
+    batches = [batch.of(int((different & (labels == batch.row)).sum()), limits) for batch in batches]
     registry = state.registry
     for batch in batches:
         registry = (
@@ -172,7 +172,7 @@ def plan_classes(
     images: Mapping[str, Sequence[ImageSource]],
     taught: Mapping[str, str],
     bundle: InstalledBundle,
-    force: bool = False,
+    limits: Limits,
 ) -> tuple[list[ClassImages], list[str]]:
     """Return the images by class, and a warning for each folder that was taught before and is left out.
 
@@ -181,7 +181,7 @@ def plan_classes(
         images: Class name → images.
         taught: Digest → label of every set of images that led to the current state.
         bundle: The installed bundle; its installation is part of the digests.
-        force: Accept few images of a known class, and sets that were taught before.
+        limits: With `force`, few images of a known class are accepted, and sets that were taught before.
 
     Raises:
         InputError: No class is given, a name is invalid or given twice, a class has too few images, or all of the
@@ -199,13 +199,14 @@ def plan_classes(
             normalise_name(label) if row is None else registry.names[row], rows if row is None else row, new, sources,
             len(sources), digest_of(sources, bundle),
         )  # fmt: skip
-        batch.of(len(sources), force)
+        batch.of(len(sources), limits)
         if any(batch.name == other.name for other in batches):
             raise InputError(f"the class '{label}' is given twice; give all of its images at once")
-        if batch.digest in taught and not force:
+        if batch.digest in taught and not limits.force:
+            again = " (--force counts them again)" if limits.hints else ""
             repeated.append(
                 f"the {len(sources)} images of '{batch.name}' were taught before, as '{taught[batch.digest]}'; they "
-                "count once and are left out (--force counts them again)"
+                f"count once and are left out{again}"
             )
             continue
         rows += int(new)

@@ -36,6 +36,13 @@ WAITING, RUNNING, DONE, REFUSED, FAILED, CANCELLED = "waiting", "running", "done
 Gather = Callable[[Callable[[float], object]], Mapping[str, Sequence[np.ndarray]]]
 
 
+def default_limits() -> Limits:
+    """Return the default limits, with refusals that name no options of commands; imports PyTorch."""
+    from device_runtime.learning.guard import Limits
+
+    return Limits(hints=False)
+
+
 class CancelledError(Exception):
     """A job was cancelled before it changed anything."""
 
@@ -190,8 +197,9 @@ class Jobs:
             job.state = RUNNING
             assert job.gather is not None
             images = job.gather(lambda share: clock.watch(COLLECTING, share, None))
+            limits = job.limits or default_limits()
             with self._changing:
-                job.result = self._device.learn_all(images, job.limits, None, clock.watch)
+                job.result = self._device.learn_all(images, limits, None, clock.watch)
             job.state, job.share = DONE, 1.0
             self._shares = clock.measured()
         except CancelledError:

@@ -27,7 +27,7 @@ from device_runtime.results import (
 from device_runtime.serve.asked import BusyError, UnknownError
 from device_runtime.serve.captures import COLLECTING, DONE, HELD, LEARNING, Capture, Captures
 from device_runtime.serve.events import Events
-from device_runtime.serve.jobs import Job, Jobs
+from device_runtime.serve.jobs import Job, Jobs, default_limits
 from device_runtime.serve.recognition import Recognition
 from device_runtime.service.follower import Follower
 from ssd_edge import images
@@ -263,15 +263,17 @@ class Station:
 
     def forget(self, label: str, exactly: bool = False, max_forgetting: float | None = None) -> ForgetResult:
         """Remove a class; see `Device.forget`."""
-        return self._changed(lambda: self.device.forget(label, exactly, limits_of(max_forgetting)))
+        return self._changed(lambda: self.device.forget(label, exactly, limits_of(max_forgetting) or default_limits()))
 
     def merge_labels(self, labels: Sequence[str], into: str, max_forgetting: float | None = None) -> MergeLabelsResult:
         """Merge classes into one; see `Device.merge_labels`."""
-        return self._changed(lambda: self.device.merge_labels(labels, into, limits_of(max_forgetting)))
+        return self._changed(
+            lambda: self.device.merge_labels(labels, into, limits_of(max_forgetting) or default_limits())
+        )
 
     def merge(self, bundle: bytes, max_forgetting: float | None = None) -> MergeResult:
         """Add what another device has learned; see `Device.merge`."""
-        return self._changed(lambda: self.device.merge(bundle, limits_of(max_forgetting)))
+        return self._changed(lambda: self.device.merge(bundle, limits_of(max_forgetting) or default_limits()))
 
     def rollback(self, number: int | None = None) -> RollbackResult:
         """Return to an earlier generation; see `Device.rollback`."""
@@ -459,7 +461,7 @@ def limits_of(max_forgetting: float | None) -> Limits | None:
             f"max_forgetting may be at most {most} here, but is {max_forgetting}; only a command on the device itself "
             "may allow more"
         )
-    return Limits(max_forgetting)
+    return Limits(max_forgetting, hints=False)
 
 
 @contextlib.contextmanager

@@ -84,6 +84,7 @@ def test_the_guard_refuses_and_nothing_is_changed(client):
     job = finished(client, client.post("/v1/learn", files=form("cup", 12), data={"label": "screw"}).json())
     assert (job["state"], job["error"]["code"], job["result"]) == ("refused", 4, None)
     assert "nothing was changed" in job["error"]["error"]
+    assert "--force" not in job["error"]["error"]  # which only a command has
     assert client.get("/v1/status").json()["generation"] == 1
 
 
