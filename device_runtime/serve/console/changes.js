@@ -10,7 +10,8 @@ import { changed } from "./words.js";
 export async function change(path, body) {
   const result = await attempt(() => post(path, body));
   if (result) {
-    set({ change: { generation: result.generation, back: null } });
+    const said = [result.left, ...(result.warnings ?? [])].filter(Boolean);
+    set({ change: { generation: result.generation, back: null, said } });
     await attempt(refreshMemory);
   }
   return result;
@@ -29,13 +30,13 @@ export async function goBack(generation = null) {
 const find = (history, number) => history?.generations.find((one) => one.number === number);
 
 /** The last change with the button that takes it back: large after a change of this visit, small otherwise. */
-export function Undo() {
+export function Undo({ besideResult }) {
   const history = useStore((state) => state.history);
   const last = useStore((state) => state.change);
   const told = useStore((state) => state.teach.phase === "ended"); // the result has a button of its own
   const [busy, setBusy] = useState(false);
   const now = find(history, history?.generation);
-  if (!now || (told && last?.generation === now.number)) return null;
+  if (!now || (besideResult && told && last?.generation === now.number)) return null;
   const run = async (generation) => {
     setBusy(true);
     await goBack(generation);
@@ -58,6 +59,7 @@ export function Undo() {
       <button type="button" class=${fresh ? "primary" : "quiet"} disabled=${busy} onClick=${() => run(null)}>
         <${Icon} name="undo" /> Undo
       </button>
+      ${fresh && (last.said ?? []).map((sentence) => html`<p class="small said">${sentence}</p>`)}
     </section>
   `;
 }

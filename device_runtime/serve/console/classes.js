@@ -120,7 +120,7 @@ function Forget({ one, close }) {
   return html`
     <${Dialog} title="Forget ${one.name}?" close=${close}>
       <form>
-        <p>The device will no longer answer <b>${one.name}</b>. What it learned from ${count(one.images, "picture")} is taken out; everything else stays as it is.</p>
+        <p>The device will no longer answer <b>${one.name}</b>. What it learned from ${count(one.images, "picture")} is taken out. The other things stay; some answers may become a little more or less certain.</p>
         <p>You can undo it: the earlier steps in the history still contain ${one.name} until they are deleted.</p>
         <${Buttons} does="Forget ${one.name}" danger close=${close} action=${() => change("v1/forget", { label: one.name })} />
       </form>

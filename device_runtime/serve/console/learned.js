@@ -1,7 +1,7 @@
 // How far learning is, and what came of it.
 import { goBack } from "./changes.js";
 import { Icon, Share } from "./parts.js";
-import { set, useStore } from "./store.js";
+import { current, set, useStore } from "./store.js";
 import * as teaching from "./teaching.js";
 import { html, useEffect, useRef } from "./vendor.js";
 import { count, duration, list } from "./words.js";
@@ -16,7 +16,9 @@ export function Learned({ field }) {
   const box = useRef();
   useEffect(() => {
     box.current?.scrollIntoView({ block: "nearest" });
-    if (job?.state === "done" && job.result) set({ change: { generation: job.result.generation, back: null } });
+    if (job?.state !== "done") return;
+    set({ change: { generation: job.result.generation, back: null } });
+    if (current().name.trim() === job.label) set({ name: "" }); // what comes next is something else
   }, [job?.state]);
 
   if (teach.phase === "sending") {
@@ -36,7 +38,7 @@ export function Learned({ field }) {
   };
   return html`
     <div class="job" role="status" ref=${box}>
-      ${job.state === "done" && html`<${Done} job=${job} more=${more} bad=${teach.bad ?? []} />`}
+      ${job.state === "done" && html`<${Done} job=${job} more=${more} bad=${teach.bad ?? []} left_out=${teach.left_out ?? 0} />`}
       ${job.state === "refused" && html`<${Refused} job=${job} />`}
       ${job.state === "failed" && html`<p class="problem"><b>It could not be learned.</b> ${job.error?.error}</p>`}
       ${job.state === "cancelled" && html`<p>Stopped. Nothing was changed.</p>`}
@@ -47,12 +49,21 @@ export function Learned({ field }) {
   `;
 }
 
+const STAGES = {
+  embedding: "Looking at the pictures",
+  learning: "Learning",
+  trying: "Trying out what was learned",
+  checking: "Checking that nothing was forgotten",
+  saving: "Saving",
+};
+
 function Running({ job }) {
   const left = job.seconds_left;
   return html`
     <div class="job" role="status">
       <p>
-        Learning <b>${job.label}</b> … <span class="small">${left ? `about ${duration(left)} left` : ""}</span>
+        Learning <b>${job.label}</b><br />
+        <span class="small">${STAGES[job.stage] ?? "Waiting"} … ${left ? `about ${duration(left)} left` : ""}</span>
       </p>
       <progress max="1" value=${job.share || null} aria-label="Learned"></progress>
       <button type="button" class="quiet" onClick=${() => teaching.cancel(job.id)}>Stop</button>
@@ -60,7 +71,7 @@ function Running({ job }) {
   `;
 }
 
-function Done({ job, more, bad }) {
+function Done({ job, more, bad, left_out }) {
   const { result } = job;
   const taught = result.taught?.[0];
   const images = taught?.held_out?.images ?? 0;
@@ -75,20 +86,18 @@ function Done({ job, more, bad }) {
       <p><${Share} right=${right} images=${images} /> recognised in a test with pictures kept out of learning</p>
       <p class="hint">They are from the same occasion, so other days will be harder.</p>
     `}
+    ${left_out > 0 && html`<p class="hint">${count(left_out, "picture")} of the folder were left out: more would not have fitted.</p>`}
     ${others.length > 0 && html`<p>Mixed up with <b>${list(others)}</b>.</p>`}
     ${(result.warnings ?? []).map((warning) => html`<p class="warning">${warning}</p>`)}
     ${bad.length > 0 &&
     html`<p class="warning">${count(bad.length, "file")} could not be used: ${list(bad.map((one) => one.name))}. ${bad[0].reason}</p>`}
     <button type="button" class="primary large" onClick=${() => goBack()}><${Icon} name="undo" /> Undo</button>
-    ${(weak || others.length > 0) &&
-    html`
-      <p>What would help:</p>
-      <div class="buttons">
-        ${[job.label, ...others.slice(0, 2)].map(
-          (name) => html`<button type="button" class="quiet" onClick=${() => more(name)}>Show more of ${name}</button>`,
-        )}
-      </div>
-    `}
+    ${(weak || others.length > 0) && html`<p>What would help:</p>`}
+    <div class="buttons">
+      ${[job.label, ...others.slice(0, 2)].map(
+        (name) => html`<button type="button" class="quiet" onClick=${() => more(name)}>Show more of ${name}</button>`,
+      )}
+    </div>
   `;
 }
 

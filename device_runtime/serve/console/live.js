@@ -25,7 +25,7 @@ export function Live() {
         <${Answer} source=${source} />
       </div>
       <div class="side">
-        <${Undo} />
+        <${Undo} besideResult />
         <${Teach} source=${source} grab=${own.grab} ready=${source !== OWN || own.running} />
       </div>
     </div>

@@ -46,16 +46,13 @@ export function Teach({ source, grab, ready }) {
   const take = (found) => {
     const folders = Object.keys(found);
     if (!folders.length) return tell("There is no picture among these files.", "error");
-    if (folders.length > 1) return setGroups(found);
-    const [files] = Object.values(found);
-    const called = label || folders[0];
-    if (!called) {
+    if (folders.length > 1 || folders[0]) return setGroups(found); // folders have names of their own
+    if (!label) {
       setProblem("First type what these pictures show.");
       field.current.focus();
       return undefined;
     }
-    set({ name: called });
-    return teaching.teachFiles([{ label: called, files }]);
+    return teaching.teachFiles([{ label, files: found[""] }]);
   };
   const drop = async (event) => {
     event.preventDefault();
@@ -117,7 +114,7 @@ export function Teach({ source, grab, ready }) {
         <${Choose} icon="folder" disabled=${busy || collecting} chosen=${chosen} webkitdirectory>Choose a folder</${Choose}>
         <p class="hint wide">or drop pictures and folders here</p>
       </div>
-      ${groups && html`<${Several} groups=${groups} close=${() => setGroups(null)} />`}
+      ${groups && html`<${Folders} groups=${groups} close=${() => setGroups(null)} />`}
     </section>
   `;
 }
@@ -140,10 +137,13 @@ function Progress() {
   const different = capture?.different ?? 0;
   const needed = capture?.needed ?? 3;
   let text = `${needed} different views are enough to begin, about ${GOOD} are good.`;
-  if (teach.phase === "held" && different < needed) {
+  if (teach.phase === "held" && capture?.hint === "preparing") text = "One moment: the views are being counted.";
+  else if (teach.phase === "held" && different < needed) {
     text = `${count(different, "different view")} so far, ${needed} are needed. Hold again and turn it.`;
   } else if (["collecting", "held"].includes(teach.phase)) {
-    if (capture?.hint === "turn") text = "Turn it: these views are all alike.";
+    if (capture?.hint === "preparing") text = "Getting ready. Go on showing it.";
+    else if (capture?.hint === "full") text = "That is as much as fits. Let go.";
+    else if (capture?.hint === "turn") text = "Turn it: these views are all alike.";
     else if (different >= GOOD) text = "Very good. Let go.";
     else if (different >= needed) text = "Enough to learn. More views make it better.";
     else text = "Show it from all sides.";
@@ -151,14 +151,14 @@ function Progress() {
   return html`
     <div class="progress">
       <${Ring} different=${different} needed=${needed} />
-      <p><b>${different === 1 ? "different view" : "different views"}</b><br /><span class=${capture?.hint && teach.phase === "collecting" ? "turn" : ""}>${text}</span></p>
+      <p><b>${different === 1 ? "different view" : "different views"}</b><br /><span class=${capture?.hint === "turn" && teach.phase === "collecting" ? "turn" : ""}>${text}</span></p>
       <${Spoken} live>${teach.phase === "collecting" || teach.phase === "held" ? text : ""}</${Spoken}>
     </div>
   `;
 }
 
-/** Ask before several folders are taught. */
-function Several({ groups, close }) {
+/** Ask what folders show before they are taught. */
+function Folders({ groups, close }) {
   const [names, setNames] = useState(Object.keys(groups));
   const files = Object.values(groups);
   const rename = (at, value) => setNames(names.map((name, index) => (index === at ? value : name)));
@@ -167,13 +167,13 @@ function Several({ groups, close }) {
     teaching.teachFiles(files.map((group, index) => ({ label: names[index].trim(), files: group })).filter((one) => one.label));
   };
   return html`
-    <${Dialog} title="Teach ${files.length} folders?" close=${close}>
-      <p>Each folder becomes a thing of its own. Leave a name empty to leave its folder out.</p>
+    <${Dialog} title=${files.length === 1 ? "Teach this folder?" : `Teach ${files.length} folders?`} close=${close}>
+      ${files.length > 1 && html`<p>Each folder becomes a thing of its own. Leave a name empty to leave its folder out.</p>`}
       <div class="folders">
         ${files.map(
           (group, index) => html`
             <${NameField}
-              label=${`Folder ${Object.keys(groups)[index] || "without a name"}`}
+              label=${`What does the folder ${Object.keys(groups)[index] || "without a name"} show?`}
               value=${names[index]}
               change=${(value) => rename(index, value)}
               hint=${count(group.length, "picture")}
@@ -182,7 +182,7 @@ function Several({ groups, close }) {
         )}
       </div>
       <div class="buttons">
-        <button type="button" class="primary" onClick=${teachAll}>Teach them</button>
+        <button type="button" class="primary" disabled=${!names.some((name) => name.trim())} onClick=${teachAll}>Teach</button>
         <button type="button" class="quiet" onClick=${close}>Cancel</button>
       </div>
     </${Dialog}>

@@ -58,10 +58,14 @@ export function letGo(interrupted) {
     const { capture: id } = current().teach;
     if (!id) return;
     if (current().captures[id]?.camera != null) keep(await post(`v1/captures/${id}/hold`));
-    const capture = current().captures[id];
+    const capture = await counted(id);
     if (!interrupted && capture.different >= capture.needed) await learn(id);
   });
 }
+
+/** Return a capture once its different views are counted: the first time, the device prepares that for some seconds. */
+const counted = (id) =>
+  until(({ captures, connection }) => (captures[id]?.hint !== "preparing" || connection !== "open") && captures[id]);
 
 /** Learn what a capture has collected. Returns the job. */
 export async function learn(id) {
@@ -104,6 +108,10 @@ export function batches(files, most = BATCH, bytes = BATCH_BYTES) {
   return found;
 }
 
+/** Return at most `most` of the files, evenly spread: neighbours resemble each other. */
+export const spread = (files, most = files.length) =>
+  files.length <= most ? files : Array.from({ length: most }, (_, at) => files[Math.floor((at * files.length) / most)]);
+
 /** Teach things from files, one after the other: `groups` is a list of {label, files}. */
 export async function teachFiles(groups) {
   for (const [index, { label, files }] of groups.entries()) {
@@ -117,14 +125,18 @@ export async function teachFiles(groups) {
   return undefined;
 }
 
-async function fromFiles(label, files) {
-  const { id } = await post("v1/captures", { label });
+async function fromFiles(label, all) {
+  const opened = await post("v1/captures", { label });
+  const { id } = opened;
+  keep(opened);
+  const files = spread(all, opened.most);
   const bad = [];
+  phase({ total: files.length, left_out: all.length - files.length });
   for (const batch of batches(files)) {
     keep(await sendImages(`v1/captures/${id}/images`, batch).catch((error) => oneByOne(id, batch, error, bad)));
     phase({ capture: id, sent: current().teach.sent + batch.length, bad });
   }
-  const capture = current().captures[id];
+  const capture = await counted(id);
   if (!(capture?.different >= capture?.needed)) {
     await remove(`v1/captures/${id}`).catch(() => null);
     throw new Error(

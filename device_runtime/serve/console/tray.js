@@ -11,7 +11,7 @@ import { count, percent, UNKNOWN } from "./words.js";
 
 const MOMENTS = "application/x-ssd-edge-moments"; // what is dragged: ids of moments
 const FIRST = "First choose one picture or several.";
-const baskets = {}; // capture → ids of the moments in it, to be removed once they are learned
+const baskets = {}; // capture → ids of the moments in it, which are shown there and not among the others
 
 /** Put moments into the capture of a name. */
 async function put(ids, label) {
@@ -50,7 +50,10 @@ export function Tray() {
   const taken = new Set(Object.values(baskets).flat());
   const moments = tray.filter((moment) => !taken.has(moment.id));
   const ids = moments.map((moment) => moment.id).filter((id) => chosen.has(id));
-  const open = Object.values(captures).filter((one) => baskets[one.id] && one.state !== "learning");
+  const sending = useStore((state) => state.teach.capture);
+  const open = Object.values(captures).filter(
+    (one) => one.camera === null && one.state === "held" && one.images > 0 && one.id !== sending,
+  );
 
   const choose = (id) => {
     const next = new Set(chosen);
@@ -135,9 +138,10 @@ function toward(field) {
   field.focus({ preventScroll: true });
 }
 
-function called({ label, nearest, score }) {
-  if (label !== UNKNOWN) return `called ${label}${score === null ? "" : `, ${percent(score)}`}`;
-  return nearest ? `unknown, most like ${nearest}` : "unknown";
+function called({ label, nearest, score, frames }) {
+  const views = frames > 1 ? ` · ${frames} pictures` : "";
+  if (label !== UNKNOWN) return `called ${label}${score === null ? "" : `, ${percent(score)}`}${views}`;
+  return `${nearest ? `unknown, most like ${nearest}` : "unknown"}${views}`;
 }
 
 /** A known name, onto which pictures are dropped; pressing it takes the chosen ones. */
