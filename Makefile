@@ -15,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # The stamp is written last, so that an interrupted installation is taken up again.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) -e '.[train,export,device,serve,dev]'
+	$(INSTALL) -e '.[train,export,device,serve,mqtt,dev]'
 	touch $@
 
 .venv/.installed-docs: .venv/.installed

@@ -16,8 +16,12 @@ import uvicorn
 
 from device_runtime.device import Device
 from device_runtime.serve.app import build
+from device_runtime.serve.cameras import EVERY, Cameras
+from device_runtime.serve.events import Events
+from device_runtime.serve.mqtt import Bridge, Broker
 from device_runtime.serve.security import Access, is_loopback, read_token
 from device_runtime.serve.station import Station
+from device_runtime.serve.tray import Tray
 from device_runtime.service import systemd
 from device_runtime.service.follower import REFRESH
 from ssd_edge.errors import EnvironmentUnfitError, InputError, system_problem
@@ -42,6 +46,10 @@ class Options:
         tls_cert: File of a certificate chain; None for HTTP.
         tls_key: File of its private key.
         strict: See `Device.open`.
+        cameras: Cameras, see `Cameras`.
+        every: Seconds between two answers of a camera at least.
+        mqtt: The MQTT broker; None for none.
+        mqtt_commands: Let others on the broker teach and roll back.
     """
 
     host: str = "127.0.0.1"
@@ -51,6 +59,10 @@ class Options:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     strict: bool = False
+    cameras: Sequence[str] = ()
+    every: float = EVERY
+    mqtt: Broker | None = None
+    mqtt_commands: bool = False
 
 
 def serve(
@@ -77,7 +89,13 @@ def serve(
     with Device.open(root, options.strict) as device, _bound(options.host, options.port) as listener:
         port = listener.getsockname()[1]
         token, created = read_token(root, options.token_file, not is_loopback(options.host))
-        station = Station(device)
+        events = Events()
+        tray = Tray(lambda count: events.publish("tray", count=count))
+        cameras = Cameras(device, options.cameras, events, tray, options.every) if options.cameras else None
+        station = Station(device, events, cameras, tray)
+        parts: list[Cameras | Bridge] = [] if cameras is None else [cameras]
+        if options.mqtt is not None:
+            parts.append(Bridge(station, options.mqtt, options.mqtt_commands))
         try:
             station.warm()
             access = Access.of(options.host, port, token, options.allow_hosts)
@@ -102,6 +120,8 @@ def serve(
             address = f"{'https' if options.tls_cert else 'http'}://{_shown(options.host)}:{port}"
 
             def started() -> None:
+                for part in parts:
+                    part.start()
                 if created:
                     where = options.token_file or root / "token"
                     say(f"the token, shown this once (it is kept in {where}): {token}")
@@ -116,6 +136,8 @@ def serve(
             asyncio.run(_Server(config, station, started).serve([listener]))
         finally:
             systemd.notify("STOPPING=1", "stopping")
+            for part in reversed(parts):
+                part.close()
             station.close()
 
 
@@ -170,7 +192,8 @@ class _Server(uvicorn.Server):
         while True:
             if self._station.finished != finished or not self._station.waiting:
                 finished, since = self._station.finished, loop.time()
-            if loop.time() - since < STUCK:
+            cameras = self._station.cameras
+            if loop.time() - since < STUCK and not (cameras is not None and cameras.hangs(STUCK)):
                 self._heart.beat()
             await asyncio.sleep(max(0.01, self._heart.pause(NAP)))
 

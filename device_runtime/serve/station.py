@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -25,10 +25,13 @@ from device_runtime.results import (
     describe,
 )
 from device_runtime.serve.asked import BusyError, UnknownError
+from device_runtime.serve.cameras import CameraFeed, Cameras
 from device_runtime.serve.captures import COLLECTING, DONE, HELD, LEARNING, Capture, Captures
 from device_runtime.serve.events import Events
+from device_runtime.serve.frame import Frame
 from device_runtime.serve.jobs import Job, Jobs, default_limits
 from device_runtime.serve.recognition import Recognition
+from device_runtime.serve.tray import Tray
 from device_runtime.service.follower import Follower
 from ssd_edge import images
 from ssd_edge.classes import normalise_name
@@ -44,49 +47,6 @@ WORKERS = 2  # threads that decode and predict: while one embeds, another decode
 MOST_WAITING = 64  # requests that wait for one of them
 OLDER = 2  # generations besides the current one that are held in memory to predict
 PATIENCE = 15.0  # seconds that a learn waits for a frame of a camera
-
-
-class Frame(Protocol):
-    """A frame of a camera: its number, when it arrived (monotonic seconds), and its bytes."""
-
-    number: int
-    at: float
-    jpeg: bytes
-
-
-class Feed(Protocol):
-    """A camera that runs."""
-
-    id: str
-
-    def newest(self) -> Frame | None:
-        """Return the newest frame."""
-
-    def listen(self, callback: Callable[[Any, np.ndarray, np.ndarray], object]) -> Callable[[], object]:
-        """Call a function with every frame, its pixels and its embedding; return what ends that."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what is known about it, as JSON values."""
-
-
-class Cameras(Protocol):
-    """The cameras of a station."""
-
-    def list(self) -> Sequence[Feed]:
-        """Return all of them."""
-
-
-class Tray(Protocol):
-    """Recent frames that were doubtful or unknown."""
-
-    def list(self) -> Sequence[Mapping[str, Any]]:
-        """Return what is in it, as JSON values."""
-
-    def frames(self, id: str) -> Sequence[Frame]:
-        """Return the frames of an entry; none if it is gone."""
-
-    def remove(self, id: str) -> object:
-        """Remove an entry."""
 
 
 class Station:
@@ -232,11 +192,12 @@ class Station:
 
     def status(self) -> dict[str, Any]:
         """Return the device's status and that of the service, as JSON values."""
-        job = self.jobs.current
+        job, drift = self.jobs.current, None if self.cameras is None else self.cameras.drift()
         return {
             **self.device.status().to_dict(),
             "uptime": round(time.monotonic() - self.began, 1),
             "cameras": [feed.to_dict() for feed in self._feeds()],
+            "drift": None if drift is None else drift.to_dict(),
             "job": None if job is None else job.to_dict(),
             "waiting": self._waiting,
         }
@@ -337,7 +298,7 @@ class Station:
     def _label(self, label: str) -> str:
         return label if self.device.registry.row(label) is not None else normalise_name(label)
 
-    def camera(self, name: str | None) -> Feed:
+    def camera(self, name: str | None) -> CameraFeed:
         """Return a camera.
 
         Args:
@@ -353,7 +314,7 @@ class Station:
             raise UnknownError(f"there is no camera '{name or ''}'; cameras: {known}")
         return found[0]
 
-    def _feeds(self) -> Sequence[Feed]:
+    def _feeds(self) -> Sequence[CameraFeed]:
         return [] if self.cameras is None else self.cameras.list()
 
     # collect
@@ -465,7 +426,7 @@ def limits_of(max_forgetting: float | None) -> Limits | None:
 
 
 @contextlib.contextmanager
-def _listening(feed: Feed, most: int) -> Iterator[queue.Queue[tuple[float, np.ndarray]]]:
+def _listening(feed: CameraFeed, most: int) -> Iterator[queue.Queue[tuple[float, np.ndarray]]]:
     frames: queue.Queue[tuple[float, np.ndarray]] = queue.Queue(most)
 
     def take(frame: Frame, pixels: np.ndarray, embedding: np.ndarray) -> None:
@@ -479,7 +440,7 @@ def _listening(feed: Feed, most: int) -> Iterator[queue.Queue[tuple[float, np.nd
         stop()
 
 
-def _frames(feed: Feed, count: int, every: float, check: Callable[[float], object]) -> list[np.ndarray]:
+def _frames(feed: CameraFeed, count: int, every: float, check: Callable[[float], object]) -> list[np.ndarray]:
     """Take frames of a camera at intervals; `check` is called with the share that is there."""
     taken: list[np.ndarray] = []
     with _listening(feed, 4) as frames:

@@ -13,7 +13,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from device_runtime.serve.asked import BusyError
-from device_runtime.serve.station import Feed, Station
+from device_runtime.serve.cameras import CameraFeed
+from device_runtime.serve.station import Station
 
 MOST_STREAMS = 32  # at once
 SILENCE = 15.0  # seconds after which a comment shows that the stream is alive
@@ -77,7 +78,7 @@ class Streams:
                 except asyncio.TimeoutError:
                     yield b": alive\n\n"
 
-    async def _pictures(self, feed: Feed) -> AsyncIterator[bytes]:
+    async def _pictures(self, feed: CameraFeed) -> AsyncIterator[bytes]:
         number, sent_at = 0, 0.0
         while not self._station.events.closed:
             frame, now = feed.newest(), time.monotonic()

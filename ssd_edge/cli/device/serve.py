@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -21,6 +22,29 @@ from ssd_edge.errors import require
 )
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain (PEM), for HTTPS.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Private key (PEM) of the certificate.")
+@click.option(
+    "--camera",
+    "cameras",
+    multiple=True,
+    metavar="[NAME=]SOURCE",
+    help="Camera, URL, gst:PIPELINE, video or folder whose frames are answered; may be repeated.",
+)
+@click.option(
+    "--every",
+    type=click.FloatRange(min=0),
+    default=0.1,
+    show_default=True,
+    metavar="SECONDS",
+    help="Least time between two answers of a camera.",
+)
+@click.option("--mqtt", metavar="URL", help="MQTT broker: mqtt[s]://USER@HOST:PORT/PREFIX.")
+@click.option(
+    "--mqtt-password-file",
+    type=click.Path(path_type=Path),
+    help="File of its password [default: $SSD_EDGE_MQTT_PASSWORD].",
+)
+@click.option("--mqtt-ca", type=click.Path(path_type=Path), help="Certificate (PEM) of the broker's authority.")
+@click.option("--mqtt-commands", is_flag=True, help="Let others on the broker teach and roll back.")
 @STRICT
 @ROOT
 def serve(
@@ -30,6 +54,12 @@ def serve(
     allow_hosts: tuple[str, ...],
     tls_cert: Path | None,
     tls_key: Path | None,
+    cameras: tuple[str, ...],
+    every: float,
+    mqtt: str | None,
+    mqtt_password_file: Path | None,
+    mqtt_ca: Path | None,
+    mqtt_commands: bool,
     strict: bool,
     root: Path | None,
 ) -> None:
@@ -41,15 +71,24 @@ def serve(
     \b
     ssd-edge device serve
     ssd-edge device serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
+    ssd-edge device serve --camera door=/dev/video0 --mqtt mqtt://user@broker
 
     Messages go to standard error, one JSON object per line. Ends with exit code 0 on SIGTERM and on Ctrl-C.
     """
     for package in ("starlette", "uvicorn", "python_multipart", "prometheus_client"):
         require(package, "serve", "serve a device")
+    from device_runtime.serve.mqtt import Broker
     from device_runtime.serve.server import Options
     from device_runtime.serve.server import serve as run
     from device_runtime.service import logs
 
+    broker = None
+    if mqtt is not None:
+        broker = Broker.parse(mqtt, mqtt_password_file, os.environ, mqtt_ca)
+    elif mqtt_commands or mqtt_password_file or mqtt_ca:
+        raise click.UsageError("--mqtt-password-file, --mqtt-ca and --mqtt-commands need --mqtt; name the broker")
     logs.log_json()
-    options = Options(host, port, token_file, allow_hosts, tls_cert, tls_key, strict)
+    options = Options(
+        host, port, token_file, allow_hosts, tls_cert, tls_key, strict, cameras, every, broker, mqtt_commands
+    )
     run(root_or_default(root), options, log, echo)

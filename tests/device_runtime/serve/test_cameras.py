@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from device_runtime.serve.frame import Frame, as_jpeg
 from device_runtime.serve.tray import Tray
 from device_runtime.service import camera, drift
 from device_runtime.store.watch_state import last_report
+from ssd_edge.cli import run
 from ssd_edge.errors import InputError
 
 PATIENCE = 30  # seconds that a test waits for what normally happens at once
@@ -309,6 +314,47 @@ def test_without_a_camera_the_thread_waits_and_ends(serve: Serve) -> None:
     service.cameras.close()
     assert time.monotonic() - begun < 5
     assert not any(thread.is_alive() for thread in service.cameras._threads)
+
+
+def test_the_command_serves_cameras(root: Path, folder: Path, tmp_path: Path) -> None:
+    verb = ["device", "serve", "--root", str(root), "--port", "0", "--camera", f"shelf={folder}"]
+    with subprocess.Popen([sys.executable, "-m", "ssd_edge", *verb], stdout=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().strip()
+        put(folder, "1.png", picture("nut"))
+
+        def answered() -> Any:
+            with urllib.request.urlopen(f"{address}/v1/cameras") as answer:
+                (told,) = json.load(answer)["cameras"]
+            return told if told["answer"] else None
+
+        told = until(answered)
+        with urllib.request.urlopen(f"{address}/v1/cameras/shelf/frame.jpg") as answer:
+            assert answer.headers["content-type"] == "image/jpeg"
+            assert answer.read() == jpeg("nut")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    assert (told["id"], told["state"], told["answer"]["label"], told["answer"]["stable"]) == (
+        "shelf", "running", "nut", "nut",
+    )  # fmt: skip
+    assert last_report(root)["named"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--camera", "nowhere"], "the camera 'nowhere' is no URL, folder or video; check the path"),
+        (["--mqtt-commands"], "--mqtt-commands need --mqtt; name the broker"),
+        (["--mqtt", "mqtt://me:secret@h"], "every user of this machine can read a password in --mqtt"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_use(
+    words: list[str], problem: str, root: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ssd-edge", "device", "serve", "--root", str(root), "--port", "0", *words])
+    assert run() == 2
+    said = capsys.readouterr().err
+    assert problem in " ".join(said.split())
+    assert "secret" not in said
 
 
 @pytest.mark.slow
