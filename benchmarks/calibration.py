@@ -1,7 +1,7 @@
 """Compare the probabilities of answers with how often they are right, while a device learns class after class.
 
 Usage: python benchmarks/calibration.py DATA [--backbone lite0] [--learner slda ...] [--series 2] [--learns 25]
-       [--per-class N] [--json FILE]
+       [--per-class N] [--second-view] [--json FILE]
 
 DATA is what data.path accepts. A bundle knows half of the classes, at most 25, with all of their training images; then
 other classes are taught one by one, each through the function that a device calls, with 5, with 20 or with all images.
@@ -130,18 +130,20 @@ def main() -> None:
     parser.add_argument("--series", type=int, default=2)
     parser.add_argument("--learns", type=int, default=25)
     parser.add_argument("--per-class", type=int, default=0, help="training images of each class, at most; 0: all")
+    parser.add_argument("--second-view", action="store_true", help="as learner.second_view")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data, dataset, embedder = read(args.data, args.backbone, args.per_class, 0)
+    data, dataset, embedder = read(args.data, args.backbone, args.per_class, 0, args.second_view)
     written: list[dict[str, Any]] = json.loads(args.json.read_text()) if args.json and args.json.is_file() else []
     command = f"python benchmarks/calibration.py {Path(args.data).name} --series {args.series} --learns {args.learns}"
     command += f" --per-class {args.per_class}" if args.per_class else ""
+    command += " --second-view" if args.second_view else ""
     for name in args.learner:
-        results = {}
+        results, options = {}, {"name": name, **({"second_view": True} if args.second_view else {})}
         for shots in SHOTS:
             print(f"{dataset.name}, {embedder.dim} features, {name}, {shots} images of each new class:", flush=True)
-            results[str(shots)] = run(data, {"name": name}, embedder.priors, args.series, args.learns, shots)
+            results[str(shots)] = run(data, options, embedder.priors, args.series, args.learns, shots)
         entry = {"data": dataset.name, "backbone": args.backbone, "features": embedder.dim, "learner": name}
         written.append({"command": command, **environment(), **entry, "images": results})
     if args.json:

@@ -1,7 +1,7 @@
 """Compare what the guard says about learns with the truth, over series of good, mislabelled and worthless learns.
 
 Usage: python benchmarks/guard.py DATA [--backbone lite0] [--learner slda ...]
-       [--series 4] [--learns 25] [--json FILE]
+       [--series 4] [--learns 25] [--second-view] [--json FILE]
 
 DATA is what data.path accepts. Each series starts from half of the classes, in turn with 20, 60 and 10 training images
 of each. One half of the test images is the workstation's, from which thresholds and held-out results come; the other
@@ -58,29 +58,38 @@ class Series:
         base = base or count // 2
         self.base, self.new = order[:base], list(order[base:])
         if data.standardised:
-            self.train, self.test, self.noise = data.train, data.test, data.noise
+            mu, sigma = torch.zeros(()), torch.ones(())
         else:
             mu, sigma = map(
                 torch.from_numpy,
                 level_standardisation(data.train[np.isin(data.train_labels, self.base)].numpy(), data.widths),
             )
-            parts = ((part - mu) / sigma for part in (data.train, data.test, data.noise))
-            self.train, self.test, self.noise = (part.float() for part in parts)
+
+        def joined(images: Tensor, noise: Tensor) -> Tensor:
+            return ((torch.cat([images, noise]) - mu) / sigma).float()
+
+        # Images are named by their positions: first the training images, then those of noise.
+        self.images, self.test = joined(data.train, data.noise), ((data.test - mu) / sigma).float()
+        self.second = None
+        if data.second is not None and data.second_noise is not None:
+            self.second = joined(data.second, data.second_noise)
+        self.noise = np.arange(len(data.train), len(self.images))
         self.names = data.classes
         self.labels, self.test_labels = data.train_labels, data.test_labels
         self.left = {label: self.rng.permutation(np.flatnonzero(self.labels == label)) for label in range(count)}
         self.sink = tuple(self.rng.choice(self.base, 2, replace=False))
         self.truth = torch.from_numpy(self.rng.random(len(self.test)) < 0.5)
-        self.sets: dict[str, Tensor] = {}
+        self.sets: dict[str, np.ndarray] = {}
         self.taught: dict[str, str] = {}
         self.state = self._install(options, priors, per_class or PER_CLASS[number % len(PER_CLASS)])
 
     def _install(self, options: dict[str, Any], priors: Any, per_class: int) -> DeviceState:
         parts = [self.take(label, per_class) for label in self.base]
         rows = torch.cat([torch.full((len(part),), row) for row, part in enumerate(parts)])
-        vectors, dim = torch.cat(parts), self.train.shape[1]
+        chosen, dim = np.concatenate(parts), self.images.shape[1]
+        vectors, second = self.images[chosen], None if self.second is None else self.second[chosen]
         learner = learners.build(options, dim, priors, 0)
-        learner.learn(learners.Task(vectors, rows))
+        learner.learn(learners.Task(vectors, rows, second))
         statistics = ClassStatistics(dim)
         statistics.add(vectors, rows)
         known = torch.from_numpy(np.isin(self.test_labels, self.base)) & ~self.truth
@@ -95,14 +104,14 @@ class Series:
         counted = statistics if learner.class_statistics() is None else None
         return DeviceState(registry, learner, counted, rejector, record, bundle, b"", b"")
 
-    def take(self, label: int, count: int) -> Tensor:
+    def take(self, label: int, count: int) -> np.ndarray:
         """Return images of a class that were not taken before."""
         taken, self.left[label] = self.left[label][:count], self.left[label][count:]
-        return self.train[taken]
+        return taken
 
-    def some(self, label: int, count: int) -> Tensor:
+    def some(self, label: int, count: int) -> np.ndarray:
         """Return random images of a class."""
-        return self.train[self.rng.permutation(np.flatnonzero(self.labels == label))[:count]]
+        return self.rng.permutation(np.flatnonzero(self.labels == label))[:count]
 
     def accuracies(self, names: list[str]) -> np.ndarray:
         """Return the true accuracy on some classes, with ``unknown`` counted as wrong."""
@@ -113,7 +122,7 @@ class Series:
         true = np.array(self.names, object)[self.test_labels[self.truth.numpy()]]
         return np.array([(answers[true == name] == name).mean() for name in names])
 
-    def draw(self, kind: str, number: int) -> tuple[str, Tensor]:
+    def draw(self, kind: str, number: int) -> tuple[str, np.ndarray]:
         """Return the name and the images of a learn."""
         known = [label for label, name in enumerate(self.names) if self.state.registry.row(name) is not None]
         if kind.startswith("new"):
@@ -130,23 +139,24 @@ class Series:
             return self.names[self.sink[1]], self.some(self.sink[0], TEN)
         if kind.startswith("noise"):
             name = f"noise {number}" if kind.endswith("new class") else self.names[int(self.rng.choice(known))]
-            return name, self.noise[self.rng.permutation(len(self.noise))[:NOISE]]
+            return name, self.rng.permutation(self.noise)[:NOISE]
         if kind == "same images again":
             name = str(self.rng.choice(list(self.sets))) if self.sets else ""
-            return name, self.sets.get(name, self.train[:0])
+            return name, self.sets.get(name, self.noise[:0])
         return f"second {number}", self.some(int(self.rng.choice(known)), THIRTY)
 
-    def learn(self, name: str, vectors: Tensor, seed: int) -> Any:
+    def learn(self, name: str, chosen: np.ndarray, seed: int) -> Any:
         """Teach as a device does; raises what the guard raises."""
-        images = [np.frombuffer(vector.numpy().tobytes(), np.uint8) for vector in vectors]
 
-        def embedded(sources: Any, progress: Any) -> Tensor:
-            return torch.from_numpy(np.stack([source.view(np.float32) for source in sources]))
+        def embedded(sources: Any, progress: Any, second: bool) -> Tensor:
+            embeddings = self.second if second else self.images
+            assert embeddings is not None
+            return embeddings[[int(source.view(np.int64)[0]) for source in sources]]
 
-        meter = Meter(None, None)
+        images, meter = [np.array([position], np.int64).view(np.uint8) for position in chosen], Meter(None, None)
         self.state, result = teach(self.state, {name: images}, embedded, seed, Limits(), meter, self.taught)
         self.taught |= {one.digest: one.label for one in result.taught if one.digest}
-        self.sets[name] = vectors
+        self.sets[name] = chosen
         return result
 
 
@@ -161,13 +171,13 @@ def run(data: Embedded, options: dict[str, Any], priors: Any, series: int, learn
         start = one.accuracies(first)
         for step in range(learns):
             kind = str(one.rng.choice(kinds, p=np.array(list(KINDS.values())) / sum(KINDS.values())))
-            name, vectors = one.draw(kind, step)
-            if not len(vectors):
+            name, chosen = one.draw(kind, step)
+            if not len(chosen):
                 continue
             old = [known for known in one.state.registry.names if known in one.names]
             before = one.accuracies(old)
             try:
-                result = one.learn(name, vectors, step)
+                result = one.learn(name, chosen, step)
             except (GateRefusedError, InputError):
                 refused[kind] += 1
                 continue
@@ -212,19 +222,21 @@ def main() -> None:
     parser.add_argument("--series", type=int, default=4)
     parser.add_argument("--learns", type=int, default=25)
     parser.add_argument("--per-class", type=int, default=300, help="images of each class that are embedded, at most")
+    parser.add_argument("--second-view", action="store_true", help="as learner.second_view")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data, dataset, embedder = read(args.data, args.backbone, args.per_class, 2 * NOISE)
+    data, dataset, embedder = read(args.data, args.backbone, args.per_class, 2 * NOISE, args.second_view)
     written: dict[str, Any] = {"data": dataset.name, "features": embedder.dim, "learners": {}}
     for name in args.learner:
         print(f"{dataset.name}, {embedder.dim} features, {name}:")
-        found = run(data, {"name": name}, embedder.priors, args.series, args.learns)
+        options = {"name": name, **({"second_view": True} if args.second_view else {})}
+        found = run(data, options, embedder.priors, args.series, args.learns)
         written["learners"][name] = found
         print(json.dumps(found, indent=1))
     if args.json:
         command = f"python benchmarks/guard.py {Path(args.data).name} --series {args.series} --learns {args.learns}"
-        command += f" --backbone {args.backbone}"
+        command += f" --backbone {args.backbone}{' --second-view' if args.second_view else ''}"
         earlier = json.loads(args.json.read_text()) if args.json.is_file() else []
         args.json.write_text(json.dumps([*earlier, {"command": command, **environment(), **written}], indent=2) + "\n")
 

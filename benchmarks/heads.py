@@ -32,7 +32,7 @@ from ssd_edge.config import BackboneConfig, DataConfig
 from ssd_edge.data import load
 from ssd_edge.learners.priors import Priors
 from ssd_edge.report.terminal import Console
-from ssd_edge.run.embed import embed
+from ssd_edge.run.embed import embed, embed_second
 from ssd_edge.run.storage import environment
 
 FIRST_TASK = 5
@@ -55,9 +55,10 @@ class Data:
         config = BackboneConfig(name=backbone, levels=levels)  # type: ignore[arg-type]
         embedder = open_backbone(config, torch.device("cpu"))
         dataset = load(DataConfig(path=path, max_per_class=per_class), 0)
-        vectors = embed(dataset, embedder, Console(), True, second)
+        vectors = embed(dataset, embedder, Console(), True)
         self.name, self.widths, self.standardised = dataset.name, embedder.widths, embedder.standardised
-        self.train, self.test, self.second = vectors["train"], vectors["test"], vectors.get("second")
+        self.train, self.test = vectors["train"], vectors["test"]
+        self.second = embed_second(dataset, embedder, Console(), True) if second else None
         self.labels, self.test_labels = dataset.train_labels, torch.from_numpy(dataset.test_labels)
         self.classes, self.priors = len(dataset.classes), embedder.priors
 

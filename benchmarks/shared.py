@@ -15,9 +15,10 @@ from torch import Tensor
 from ssd_edge.backbones.embedder import Embedder, open_backbone
 from ssd_edge.config import BackboneConfig, DataConfig
 from ssd_edge.data import Dataset, load
+from ssd_edge.images.second import second_view
 from ssd_edge.report.terminal import Console
 from ssd_edge.run import finished
-from ssd_edge.run.embed import embed
+from ssd_edge.run.embed import embed, embed_second
 from ssd_edge.run.finished import FinishedRun
 
 QUIET_ROUNDS, MOST_ROUNDS = 10, 100
@@ -35,9 +36,13 @@ class Embedded:
     classes: list[str]
     standardised: bool
     widths: tuple[int, ...]  # of levels
+    second: Tensor | None = None  # of the second views of `train`
+    second_noise: Tensor | None = None
 
 
-def read(path: str, backbone: str, per_class: int, noise: int) -> tuple[Embedded, Dataset, Embedder]:
+def read(
+    path: str, backbone: str, per_class: int, noise: int, second: bool = False
+) -> tuple[Embedded, Dataset, Embedder]:
     """Return a data set's embeddings and those of some images of noise, the data set and the backbone.
 
     Args:
@@ -45,6 +50,7 @@ def read(path: str, backbone: str, per_class: int, noise: int) -> tuple[Embedded
         backbone: What backbone.name accepts.
         per_class: Training images of each class, at most; 0: all.
         noise: Number of images of noise.
+        second: Embed second views as well.
     """
     embedder = open_backbone(BackboneConfig(name=backbone), torch.device("cpu"))
     dataset = load(DataConfig(path=path, max_per_class=per_class), 0)
@@ -55,6 +61,9 @@ def read(path: str, backbone: str, per_class: int, noise: int) -> tuple[Embedded
         dataset.test_labels, torch.from_numpy(embedder.embed(pixels)), list(dataset.classes), embedder.standardised,
         embedder.widths,
     )  # fmt: skip
+    if second:
+        views = embed_second(dataset, embedder, Console(), True), embedder.embed(second_view(pixels))
+        data = dataclasses.replace(data, second=torch.from_numpy(views[0]), second_noise=torch.from_numpy(views[1]))
     return data, dataset, embedder
 
 

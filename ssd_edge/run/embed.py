@@ -18,9 +18,7 @@ from ssd_edge.report.events import Listener, Message
 EMBED_BATCH = 512
 
 
-def embed(
-    dataset: Dataset, embedder: Embedder, listener: Listener, use_cache: bool, second: bool = False
-) -> dict[str, np.ndarray]:
+def embed(dataset: Dataset, embedder: Embedder, listener: Listener, use_cache: bool) -> dict[str, np.ndarray]:
     """Return the embeddings ``train`` ``(N, D)`` and ``test`` ``(M, D)`` of a data set.
 
     Args:
@@ -28,20 +26,34 @@ def embed(
         embedder: Backbone.
         listener: Receives progress events.
         use_cache: Read embeddings of the same backbone and data from the cache, and write them to it.
-        second: Embed the second views of the training images too, as ``second`` ``(N, D)``.
 
     Raises:
         InputError: If an image cannot be decoded, or if the backbone gives NaN for one; the message names it.
     """
-
-    key = {"backbone": embedder.identity, "data": dataset.fingerprint, "torch": torch.__version__}
     images = {"train": dataset.train, "test": dataset.test}
-    found = cache.embeddings(key, lambda: _embed(dataset, images, embedder, listener), enabled=use_cache)
-    if second:
-        views = {"second": dataset.train}
-        key["second view"] = str(MIDDLE)
-        found |= cache.embeddings(key, lambda: _embed(dataset, views, embedder, listener, second_view), use_cache)
-    return found
+    key = _key(dataset, embedder)
+    return cache.embeddings(key, lambda: _embed(dataset, images, embedder, listener), enabled=use_cache)
+
+
+def embed_second(dataset: Dataset, embedder: Embedder, listener: Listener, use_cache: bool) -> np.ndarray:
+    """Return the embeddings of the second views of training images, ``(N, D)``.
+
+    Args:
+        dataset: Images.
+        embedder: Backbone.
+        listener: Receives progress events.
+        use_cache: As for `embed`.
+
+    Raises:
+        InputError: As `embed`.
+    """
+    key = {**_key(dataset, embedder), "second view": str(MIDDLE)}
+    views = {"second": dataset.train}
+    return cache.embeddings(key, lambda: _embed(dataset, views, embedder, listener, second_view), use_cache)["second"]
+
+
+def _key(dataset: Dataset, embedder: Embedder) -> dict[str, str]:
+    return {"backbone": embedder.identity, "data": dataset.fingerprint, "torch": torch.__version__}
 
 
 def _embed(

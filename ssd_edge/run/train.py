@@ -37,7 +37,7 @@ from ssd_edge.report.events import Listener, Message, TaskLearned
 from ssd_edge.report.html import render
 from ssd_edge.report.wording import extent, percent, step_name, stream_name
 from ssd_edge.run import metrics, preprocessing, report, storage
-from ssd_edge.run.embed import embed
+from ssd_edge.run.embed import embed, embed_second
 from ssd_edge.run.metrics import Summary
 from ssd_edge.run.results import LearnerResult, RunResult, TaskInfo
 from ssd_edge.run.storage import LearnerProgress
@@ -141,8 +141,9 @@ class Setup:
 
             if (doubt := preprocessing.doubt(self.dataset, self.embedder, config.cache, say)) is not None:
                 say(f"warning: {doubt}")
-        second = not auto.wanted(self.config.learner) and learners.wants_second_view(self.config.learner)
-        embedded = embed(self.dataset, self.embedder, self.listener, config.cache, second)
+        embedded = embed(self.dataset, self.embedder, self.listener, config.cache)
+        if not auto.wanted(self.config.learner) and learners.wants_second_view(self.config.learner):
+            embedded["second"] = embed_second(self.dataset, self.embedder, self.listener, config.cache)
         data = prepare(self.dataset, self.stream, self.embedder.standardised, embedded, self.embedder.widths)
         return dataclasses.replace(data, embed_seconds=time.monotonic() - started)
 
