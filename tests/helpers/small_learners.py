@@ -45,6 +45,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fecam": {"name": "fecam"},
     "flymodel": {"name": "flymodel", "neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
     "slda by class": {"name": "slda", "per_class": True},
+    "slda, two views": {"name": "slda", "second_view": True},
+    "slda by class, two views": {"name": "slda", "per_class": True, "second_view": True},
     "slda, projected": {"name": "slda", "budget_mb": 0.0006, "budget_classes": 4},
     "fecam, projected": {"name": "fecam", "budget_mb": 0.002, "budget_classes": 4},
 }  # fmt: skip
@@ -73,8 +75,9 @@ def make(case: str, seed: int = 0, empty: bool = False) -> Learner:
 
 
 def task(rows: tuple[int, ...], count: int = 60, seed: int = 0) -> Task:
-    """Draw well separated Gaussian classes; each row always has the same mean."""
+    """Draw well separated Gaussian classes with two views of each sample; each row always has the same mean."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor(rows).repeat(-(-count // len(rows)))[:count]
     means = 4.0 * torch.randn(10, DIM, generator=torch.Generator().manual_seed(99))
-    return Task(means[labels] + torch.randn(count, DIM, generator=generator), labels)
+    first = means[labels] + torch.randn(count, DIM, generator=generator)
+    return Task(first, labels, first + torch.sin(5 * first))

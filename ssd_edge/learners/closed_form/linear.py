@@ -25,7 +25,7 @@ from ssd_edge.learners.base import (
     TensorSpec,
     check_state,
 )
-from ssd_edge.learners.closed_form.sums import ClassStatistics, check_seen
+from ssd_edge.learners.closed_form.sums import PROBES, ClassStatistics, check_seen
 from ssd_edge.learners.priors import Priors
 
 NEVER = -1e30  # bias of a class without samples; −∞ is not allowed in a state
@@ -37,17 +37,18 @@ BUDGET_CLASSES = "number of classes that the budget must hold"
 COUNTS = TensorSpec(("C",), "float64", "number of samples of each class", least=0, most=LARGEST_COUNT, whole=True)
 
 
-def statistics_schema(size: int, per_class: bool, single: bool = False) -> dict[str, TensorSpec]:
+def statistics_schema(size: int, per_class: bool, single: bool = False, views: bool = False) -> dict[str, TensorSpec]:
     """Return the specification of the tensors of `ClassStatistics` over `size` features."""
     kind = "float32" if single else "float64"
     triangle = size * (size + 1) // 2
     scope = "of each class, upper triangles" if per_class else "of all classes, upper triangle"
+    leading = ("C",) if per_class else ()
+    apart = TensorSpec((*leading, size, min(size, PROBES)), kind, "sketch of the differences of the images' two views")
     return {
         "counts": COUNTS,
         "sums": TensorSpec(("C", size), kind, "sum of the features of each class"),
-        "second": TensorSpec(
-            ("C", triangle) if per_class else (triangle,), kind, f"second moments of the features {scope}"
-        ),
+        "second": TensorSpec((*leading, triangle), kind, f"second moments of the features {scope}"),
+        **({"apart": apart} if views else {}),
     }
 
 
@@ -130,7 +131,8 @@ class LinearLearner(Learner):
     single: ClassVar[bool] = False
 
     def _start(self, priors: Priors) -> None:
-        self.statistics = ClassStatistics(self.feature_count(), self.settings.per_class, self.single)
+        views = self.wants_second_view
+        self.statistics = ClassStatistics(self.feature_count(), self.settings.per_class, self.single, views)
         self.values = torch.zeros(self.feature_count(), 0)
         self.bias = torch.zeros(0)
 
@@ -221,7 +223,7 @@ class LinearLearner(Learner):
     def _schema_of(self, size: int) -> dict[str, TensorSpec]:
         """Return `schema` for `size` features."""
         return {
-            **statistics_schema(size, self.settings.per_class, self.single),
+            **statistics_schema(size, self.settings.per_class, self.single, self.wants_second_view),
             "values": TensorSpec((size, "C"), "float32", "solved from the statistics"),
             "bias": TensorSpec(("C",), "float32", "solved from the statistics", least=float(np.float32(NEVER))),
         }

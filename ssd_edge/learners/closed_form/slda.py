@@ -105,10 +105,11 @@ class SLDA(LinearLearner):
 
     def held_out_scores(self, task: Task, part: Tensor) -> Tensor:
         means, counts = self.statistics.means, self.statistics.counts
-        vectors, seen = self.features(task.embeddings.to(self.device)).cpu(), None
+        vectors, apart = self.features(task.embeddings.to(self.device)).cpu(), None
         if self.wants_second_view and task.second is not None:
-            vectors, seen = (vectors + self.features(task.second.to(self.device)).cpu()) / 2, vectors
-        return self._discriminant()[0].held_out(means, counts, vectors, task.labels, part, seen)
+            second = self.features(task.second.to(self.device)).cpu()
+            vectors, apart = (vectors + second) / 2, (vectors - second) / 2
+        return self._discriminant()[0].held_out(means, counts, vectors, task.labels, part, apart)
 
     def _discriminant(self) -> tuple[Discriminant, float]:
         """Return the discriminant, and the weight of the prior covariance in samples."""
@@ -124,7 +125,10 @@ class SLDA(LinearLearner):
         size, square = len(covariance), float(statistics.second.diagonal().mean()) / max(statistics.total, 1.0)
         rounding = max(ROUNDING * math.sqrt(size) * square, MIN_VARIANCE)
         covariance.diagonal().add_(rounding)
-        return Discriminant.fit(covariance, freedom + weight, 2 if self.wants_second_view else 1), weight
+        apart = statistics.sketch
+        if apart is not None:
+            apart = apart / max(freedom + weight, 1.0)
+        return Discriminant.fit(covariance, freedom + weight, apart), weight
 
     def _common(self) -> dict[str, Any]:
         return {

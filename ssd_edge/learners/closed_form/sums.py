@@ -18,6 +18,7 @@ PRIOR_GRID = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 LEAST_SHARE = 1e-6  # weight of the identity in a covariance: it is then positive definite
 LEAST_SHRINKAGE = 0.5  # from 0.05 to 0.9 `unknown` is detected equally well (AUROC within 0.01); more overfits less
 RIDGE_GRID = tuple(10.0 ** (e / 2) for e in range(-12, 9))  # λ relative to the mean eigenvalue
+PROBES = 64  # random vectors of which the mean of vᵀMv is the trace of a matrix within about one percent
 NO_VARIANCE = 1e-12  # relative to the mean square: smaller variances are rounding errors of equal samples
 # A sum of D² products that is stored after every change is indefinite by at most these shares of √D times its largest
 # diagonal element: float64, and float32 after some 10,000 changes (one rounding contributes 3e-8).
@@ -32,24 +33,31 @@ class ClassStatistics:
         per_class: True to store second moments per class, so that classes can be removed exactly.
         single: True to store sums and moments in float32: half the size. They are still accumulated in float64 and
             rounded after each change (`settle`).
+        views: True to sketch how far second views are from the first.
 
     Attributes:
         counts: number of samples, float64 ``(C,)``.
         sums: sums of embeddings, float64 ``(C, D)``. With one sample the sum is its embedding, so devices require at
             least three images per class.
-        moments: Σ z zᵀ over all samples ``(D, D)``, or per class ``(C, D, D)``; float64.
+        moments: Σ z zᵀ over all samples ``(D, D)``, or per class ``(C, D, D)``; float64. Of two views x and y it is
+            Σ mmᵀ + Σ ddᵀ with their mean m, which counts in the sums, and half their difference d.
+        apart: Σ ddᵀV with the vectors V of `probes`, ``(D, P)``, or per class ``(C, D, P)``; without `views` P is 0.
+            Thereby tr(A Σ ddᵀ) can be estimated for any A; the matrix itself would double the state.
     """
 
-    def __init__(self, dim: int, per_class: bool = False, single: bool = False) -> None:
+    def __init__(self, dim: int, per_class: bool = False, single: bool = False, views: bool = False) -> None:
         self.per_class, self.single = per_class, single
         self.counts = torch.zeros(0, dtype=torch.float64)
         self.sums = torch.zeros(0, dim, dtype=torch.float64)
-        self.moments = torch.zeros((0, dim, dim) if per_class else (dim, dim), dtype=torch.float64)
+        leading, vectors = (0,) if per_class else (), min(dim, PROBES) if views else 0
+        self.moments = torch.zeros(*leading, dim, dim, dtype=torch.float64)
+        self.apart = torch.zeros(*leading, dim, vectors, dtype=torch.float64)
 
     def copy(self) -> ClassStatistics:
         """Return an independent, bit-identical copy."""
         copied = ClassStatistics(self.sums.shape[1], self.per_class, self.single)
-        copied.counts, copied.sums, copied.moments = self.counts.clone(), self.sums.clone(), self.moments.clone()
+        copied.counts, copied.sums = self.counts.clone(), self.sums.clone()
+        copied.moments, copied.apart = self.moments.clone(), self.apart.clone()
         return copied
 
     def grow(self, classes: int) -> None:
@@ -60,6 +68,7 @@ class ClassStatistics:
             self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.sums.shape[1])])
             if self.per_class:
                 self.moments = torch.cat([self.moments, self.moments.new_zeros(missing, *self.moments.shape[1:])])
+                self.apart = torch.cat([self.apart, self.apart.new_zeros(missing, *self.apart.shape[1:])])
 
     def add(self, vectors: Tensor, labels: Tensor, second: Tensor | None = None) -> None:
         """Add samples.
@@ -72,7 +81,7 @@ class ClassStatistics:
         self.grow(int(labels.max()) + 1)
         labels = labels.cpu()
         apart = None
-        if second is not None:  # ½(xxᵀ + yyᵀ) = mmᵀ + ddᵀ with the mean m and half the difference d
+        if second is not None:  # ½(xxᵀ + yyᵀ) = mmᵀ + ddᵀ
             vectors, second = vectors.double(), second.double()
             vectors, apart = (vectors + second) / 2, (vectors - second) / 2
         for part, rows in zip(torch.split(vectors, 4096), torch.split(labels, 4096), strict=True):
@@ -82,6 +91,7 @@ class ClassStatistics:
             self._add_squares(wide, rows)
         if apart is not None:
             self._add_squares(apart.cpu(), labels)
+            self._add_sketch(apart.cpu(), labels)
         # XᵀX may be asymmetric by an ulp, but only a triangle is stored and a restart must not change any bit.
         if self.per_class:
             changed = torch.unique(labels)
@@ -98,6 +108,17 @@ class ClassStatistics:
             own = vectors[labels == row]
             self.moments[row] += own.T @ own
 
+    def _add_sketch(self, apart: Tensor, labels: Tensor) -> None:
+        """Add half the differences of views, float64 ``(N, D)``, to their sketch."""
+        if not self.apart.shape[-1]:
+            return
+        along = apart @ probes(self.sums.shape[1])
+        if not self.per_class:
+            self.apart += apart.T @ along
+            return
+        for row in torch.unique(labels):
+            self.apart[row] += apart[labels == row].T @ along[labels == row]
+
     def remove(self, row: int, approximately: bool = False) -> bool:
         """Remove the samples of a class, leaving its row empty.
 
@@ -110,7 +131,8 @@ class ClassStatistics:
             approximately: accept this approximation if second moments are not stored per class.
 
         Returns:
-            True if nothing of the class is left: with `per_class`, or if it had one sample or was the only class.
+            True if nothing of the class is left: with `per_class`, or if it had one sample with one view or was the
+            only class.
 
         Raises:
             InputError: second moments are not stored per class, and `approximately` is False.
@@ -119,15 +141,18 @@ class ClassStatistics:
             raise InputError("second moments are pooled over all classes, so a class cannot be removed exactly")
         count, total = float(self.counts[row]), self.total
         if self.per_class:
-            for tensor in (self.counts, self.sums, self.moments):
+            for tensor in (self.counts, self.sums, self.moments, self.apart):
                 tensor[row] = 0.0
         elif count:
             scatter, freedom = self.scatter_within(), self.degrees_of_freedom
             self.counts[row], self.sums[row] = 0.0, 0.0
             # Recomputed from its parts, not subtracted: variances stay non-negative, and zero without classes.
-            moments = (self.degrees_of_freedom / freedom if freedom else 0.0) * scatter + self._scatter_of_means()
+            share = self.degrees_of_freedom / freedom if freedom else 0.0
+            moments = share * scatter + self._scatter_of_means()
+            self.apart = share * self.apart
             self.moments = (moments + moments.mT) / 2
-        return self.per_class or count <= 1 or count == total
+        alone = not count or (count == 1 and self.sketch is None)  # then its scatter is zero
+        return self.per_class or alone or count == total
 
     def join(self, row: int, into: int) -> None:
         """Join class `row` into class `into`, leaving its row empty.
@@ -137,7 +162,7 @@ class ClassStatistics:
         """
         if row == into:
             raise InputError(f"row {row} cannot be joined with itself; choose two different rows")
-        for tensor in (self.counts, self.sums, *((self.moments,) if self.per_class else ())):
+        for tensor in (self.counts, self.sums, *((self.moments, self.apart) if self.per_class else ())):
             tensor[into] += tensor[row]
             tensor[row] = 0.0
 
@@ -159,9 +184,12 @@ class ClassStatistics:
         self.sums[empty] = 0.0  # rounding would leave a residue
         if self.per_class:
             self.moments = self.moments.index_add(0, rows, -other.moments[known])
-            self.moments[empty] = 0.0
+            self.apart = self.apart.index_add(0, rows, -other.apart[known])
+            self.moments[empty] = self.apart[empty] = 0.0
+        elif empty.all():
+            self.moments, self.apart = torch.zeros_like(self.moments), torch.zeros_like(self.apart)
         else:
-            self.moments = torch.zeros_like(self.moments) if empty.all() else self.moments - other.moments
+            self.moments, self.apart = self.moments - other.moments, self.apart - other.apart
 
     def without_rows(self, rows: Iterable[int]) -> ClassStatistics:
         """Return a copy without some empty rows; later rows move up.
@@ -180,6 +208,7 @@ class ClassStatistics:
         fewer = ClassStatistics(self.sums.shape[1], self.per_class, self.single)
         fewer.counts, fewer.sums = self.counts[kept], self.sums[kept]
         fewer.moments = self.moments[kept] if self.per_class else self.moments.clone()
+        fewer.apart = self.apart[kept] if self.per_class else self.apart.clone()
         return fewer
 
     def merge(self, other: ClassStatistics, rows: Tensor) -> None:
@@ -190,13 +219,21 @@ class ClassStatistics:
         self.sums.index_add_(0, rows, other.sums)
         if self.per_class:
             self.moments.index_add_(0, rows, other.moments)
+            self.apart.index_add_(0, rows, other.apart)
         else:
             self.moments += other.moments
+            self.apart += other.apart
 
     @property
     def second(self) -> Tensor:
         """Σ z zᵀ over all samples, ``(D, D)``."""
         return self.moments.sum(0) if self.per_class else self.moments
+
+    @property
+    def sketch(self) -> Tensor | None:
+        """Σ ddᵀV over all samples, ``(D, P)``; None without `views`."""
+        apart = self.apart.sum(0) if self.per_class else self.apart
+        return apart if apart.shape[-1] else None
 
     @property
     def means(self) -> Tensor:
@@ -250,11 +287,14 @@ class ClassStatistics:
         """Round to the precision of `state`, so that a restart does not change any bit; no effect without `single`."""
         if self.single:
             self.sums, self.moments = self.sums.float().double(), self.moments.float().double()
+            self.apart = self.apart.float().double()
 
     def state(self) -> dict[str, Tensor]:
         """Return the state as tensors, symmetric matrices as upper triangles. With `single`, call `settle` first."""
         kind = torch.float32 if self.single else torch.float64
-        return {"counts": self.counts, "sums": self.sums.to(kind), "second": pack_symmetric(self.moments).to(kind)}
+        apart = {"apart": self.apart.to(kind)} if self.apart.shape[-1] else {}
+        second = pack_symmetric(self.moments).to(kind)
+        return {"counts": self.counts, "sums": self.sums.to(kind), "second": second, **apart}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> ClassStatistics:
@@ -271,17 +311,21 @@ class ClassStatistics:
         statistics.counts = state["counts"].clone()
         statistics.sums = state["sums"].to(torch.float64, copy=True)
         statistics.moments = unpack_symmetric(state["second"].double(), state["sums"].shape[1])
+        none = state["sums"].new_zeros(*statistics.moments.shape[:-1], 0)
+        statistics.apart = state.get("apart", none).to(torch.float64, copy=True)
         statistics.check()
         return statistics
 
     def check(self) -> None:
-        """Check that samples with these counts, sums and moments can exist, up to rounding.
+        """Check that samples with these counts, sums, moments and sketches can exist, up to rounding.
 
         Raises:
-            BundleRefusedError: a class without samples has a sum, or a scatter around the class means is indefinite.
+            BundleRefusedError: a class without samples has a sum, a scatter around the class means is indefinite, or
+                second views are further from the first than the second moments say.
         """
         check_sums(self.counts, self.sums)
         rounding = SINGLE_ROUNDING if self.single else ROUNDING
+        self._check_sketch(rounding)
         what = "the second moments, less those of the class means,"
         if not self.per_class:
             if not self.total and bool(self.moments.any()):
@@ -295,6 +339,31 @@ class ClassStatistics:
         for row in self.counts.nonzero().flatten().tolist():
             mean, own = self.sums[row] / self.counts[row], self.moments[row]
             _check_scatter(own - self.counts[row] * torch.outer(mean, mean), own, rounding, f"{what} of row {row}")
+
+    def _check_sketch(self, rounding: float) -> None:
+        """Check that each vᵀ Σ ddᵀ v is in the range from 0 to vᵀ Σ zzᵀ v."""
+        if not self.apart.numel():
+            return
+        vectors = probes(self.sums.shape[1])
+        most, along = (vectors * (self.moments @ vectors)).sum(-2), (vectors * self.apart).sum(-2)
+        largest = self.moments.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+        slack = rounding * math.sqrt(len(vectors)) * largest * vectors.square().sum(0)
+        if bool(((along < -slack) | (along > most + slack)).any()):
+            raise BundleRefusedError(
+                "the differences of two views are not those of samples with these second moments; restore the file"
+            )
+
+
+def probes(size: int, most: int = PROBES) -> Tensor:
+    """Return vectors v in columns of which the mean of vᵀMv is the trace of a matrix, float64 ``(size, P)``.
+
+    The axes, if there are at most `most`: the sum of vᵀMv over Σ |v|²/size is then exact. Otherwise `PROBES` vectors of
+    random signs (Hutchinson 1989), always the same ones.
+    """
+    if size <= most:
+        return torch.eye(size, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, (size, PROBES), generator=generator).double() * 2 - 1
 
 
 def check_sums(counts: Tensor, sums: Tensor) -> None:

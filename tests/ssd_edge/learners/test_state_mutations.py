@@ -194,6 +194,10 @@ WRONG: list[tuple[str, str, Callable[[np.ndarray], np.ndarray], str]] = [
     ("slda", "prior", np.negative, "indefinite"),
     ("slda", "prior", FLOATS["noise"], "not symmetric"),
     ("slda", "prior_weight", FLOATS["one larger than allowed"], "'prior_weight'"),
+    *(
+        ("slda, two views", "apart", change, "the differences of two views")
+        for change in (np.negative, lambda a: 1000 * a)
+    ),
     ("flymodel", "weights", np.negative, "'weights'"),
     ("flymodel", "seen", np.zeros_like, "not those of its learned rows"),
     ("sdmlp", "keys", np.negative, "'keys'"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from ssd_edge.learners.closed_form import discriminant
 from ssd_edge.learners.closed_form.discriminant import Discriminant
-from ssd_edge.learners.closed_form.sums import ClassStatistics, oas_shrinkage, shrink
+from ssd_edge.learners.closed_form.sums import ClassStatistics, oas_shrinkage, probes, shrink
 
 
 def world(counts: list[int], size: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,27 +139,64 @@ def test_held_out_scores_are_no_better_than_a_guess_where_labels_mean_nothing() 
     assert 0.3 < float((scores.argmax(1) == labels).double().mean()) < 0.7
 
 
-def test_what_is_scored_can_differ_from_what_was_learned() -> None:
-    vectors, labels = world([9, 7, 8])
-    statistics = ClassStatistics(12)
-    statistics.add(vectors, labels)
-    found = Discriminant.fit(statistics.within_covariance(), statistics.degrees_of_freedom)
-    means, counts, part = statistics.means, statistics.counts, torch.arange(len(labels)) % 4
-    own = found.held_out(means, counts, vectors, labels, part)
-    torch.testing.assert_close(found.held_out(means, counts, vectors, labels, part, vectors), own, rtol=1e-9, atol=1e-9)
-    # scores are affine in what is scored
-    zero, twice = (found.held_out(means, counts, vectors, labels, part, seen) for seen in (0 * vectors, 2 * vectors))
-    torch.testing.assert_close(twice - own, own - zero, rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(zero, own)
+def two_views(labels: torch.Tensor, size: int, seed: int = 1) -> torch.Tensor:
+    """Return differences of two views, mostly along some features."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linspace(1.0, 0.1, size) * torch.randn(len(labels), size, generator=generator)
 
 
-def test_two_views_of_each_sample_double_the_rank_that_they_explain() -> None:
-    """With the rank of one view, covariances of more dimensions than samples would make any mean look like noise."""
-    covariance = torch.diag((1.0 + torch.arange(60, dtype=torch.float64)) ** -1.5)
-    found = Discriminant.fit(covariance, 20, views=2)
-    explained = (1 - found.share) * found.trace
-    assert 20 < explained < 40
-    noise = 2 * float(found.weights(torch.zeros(1, 60, dtype=torch.float64), torch.ones(1))[1])
-    assert noise == pytest.approx(found.trace / (1 - explained / 40))
-    one = dataclasses.replace(found, views=1).weights(torch.zeros(1, 60, dtype=torch.float64), torch.ones(1))[1]
-    assert noise < 0.05 * 2 * float(one)
+def test_held_out_scores_of_two_views_equal_those_solved_without_the_samples() -> None:
+    first, labels = world([9, 7, 2, 30])
+    second = first.double() + two_views(labels, 12)
+    statistics = ClassStatistics(12, views=True)
+    statistics.add(first, labels, second)
+    part = torch.where(labels == 3, -1, torch.arange(len(labels)) % 3)
+    part[labels == 2] = 1
+    samples = statistics.degrees_of_freedom
+    found = Discriminant.fit(statistics.within_covariance(), samples, statistics.sketch / samples)
+    middle, apart = (first + second) / 2, (first - second) / 2
+    scores = found.held_out(statistics.means, statistics.counts, middle, labels, part, apart)
+    identity = found.factor @ found.factor.T - (1 - found.share) * statistics.within_covariance()
+    for number in range(3):
+        held, rest = part == number, ClassStatistics(12, views=True)
+        rest.add(first[~held], labels[~held], second[~held])
+        rest.grow(4)
+        left = samples - int(held.sum())
+        regular = ((1 - found.share) * rest.scatter_within() / samples + identity) * samples / left
+        own = Discriminant(torch.linalg.cholesky(regular), found.share, found.trace, left)
+        values, bias = own.weights(rest.means, rest.counts)
+        torch.testing.assert_close(scores[held], first[held].double() @ values + bias, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [40, 400])
+def test_the_trace_of_two_views_is_that_of_their_means(size: int) -> None:
+    first, labels = world([30, 50, 100], size=size)
+    statistics = ClassStatistics(size, views=True)
+    second = first.double() + two_views(labels, size)
+    statistics.add(first, labels, second)
+    samples = statistics.degrees_of_freedom
+    found = Discriminant.fit(statistics.within_covariance(), samples, statistics.sketch / samples)
+    middle = (first + second) / 2
+    white = torch.linalg.solve_triangular(found.factor, (middle - statistics.means[labels]).T, upper=False)
+    exact, whole = float(white.square().sum()) / samples, Discriminant.fit(statistics.within_covariance(), samples)
+    assert abs(whole.trace - exact) > 0.05 * exact
+    assert found.trace == pytest.approx(exact, rel=1e-9 if size == 40 else 0.03)
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_the_bias_of_a_class_of_two_views_does_not_depend_on_its_number_of_images(spread: float) -> None:
+    """As above, with more features than samples; Σ_d takes most of the rank if its views are far apart."""
+    size, known, few = 100, 60, 4
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for _ in range(40):
+        x, d = (torch.randn(known, size, generator=generator, dtype=torch.float64) for _ in range(2))
+        d *= spread
+        covariance = (x.T @ x + d.T @ d) / known
+        noise = torch.randn(size, generator=generator, dtype=torch.float64) / few**0.5
+        found = Discriminant.fit(covariance, known, d.T @ (d @ probes(size)) / known)
+        _, bias = found.weights(noise[None], torch.tensor([float(few)]))
+        white = torch.linalg.solve_triangular(found.factor, noise[:, None], upper=False)
+        errors.append([float(bias[0]), -0.5 * float(white.square().sum())])
+    corrected, plain = np.mean(errors, axis=0)
+    assert abs(corrected) < 0.15 * abs(plain)

@@ -12,12 +12,14 @@ from sklearn.covariance import oas
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from ssd_edge.errors import InputError
+from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.closed_form.sums import (
+    PROBES,
     RIDGE_GRID,
     ClassStatistics,
     oas_shrinkage,
     pack_symmetric,
+    probes,
     ridge,
     shrink,
     unpack_symmetric,
@@ -443,3 +445,71 @@ def test_two_views_of_a_sample_count_half_each(per_class: bool) -> None:
     assert torch.allclose(found.sums, apart.sums / 2, atol=1e-9)
     assert torch.allclose(found.moments, apart.moments / 2, atol=1e-9)
     found.check()
+
+
+def collect_views(vectors: Tensor, labels: Tensor, per_class: bool = False) -> ClassStatistics:
+    """Return statistics of samples and of a second view of each."""
+    statistics = ClassStatistics(vectors.shape[1], per_class, views=True)
+    statistics.add(vectors, labels, vectors.double() + torch.sin(5 * vectors))
+    return statistics
+
+
+def apart_of(vectors: Tensor) -> Tensor:
+    half = torch.sin(5 * vectors).double() / 2
+    return half.T @ half
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_the_sketch_of_two_views_is_a_sum_like_the_others(per_class: bool) -> None:
+    vectors, labels = data()
+    statistics, first = collect_views(vectors, labels, per_class), labels < 2
+    torch.testing.assert_close(statistics.sketch, apart_of(vectors))  # of 33 features it is the matrix itself
+    merged = collect_views(vectors[first], labels[first], per_class)
+    merged.merge(collect_views(vectors[~first], labels[~first] - 2, per_class), torch.tensor([2, 3]))
+    torch.testing.assert_close(merged.sketch, statistics.sketch)
+    merged.subtract(collect_views(vectors[first], labels[first], per_class), torch.tensor([0, 1]))
+    torch.testing.assert_close(merged.sketch, apart_of(vectors[~first]))
+    torch.testing.assert_close(merged.copy().without_rows([0, 1]).sketch, merged.sketch)
+    joined = collect_views(vectors, labels, per_class)
+    joined.join(3, into=0)
+    torch.testing.assert_close(joined.sketch, statistics.sketch)
+    again = ClassStatistics.from_state(statistics.state())
+    assert torch.equal(again.apart, statistics.apart)
+
+
+def test_the_sketch_of_a_removed_class() -> None:
+    vectors, labels = data()
+    exact, pooled = collect_views(vectors, labels, per_class=True), collect_views(vectors, labels)
+    assert exact.remove(3)
+    torch.testing.assert_close(exact.sketch, apart_of(vectors[labels < 3]))
+    before, freedom = pooled.sketch, pooled.degrees_of_freedom
+    assert not pooled.remove(3, approximately=True)
+    torch.testing.assert_close(pooled.sketch / pooled.degrees_of_freedom, before / freedom)
+    for row in range(2):
+        pooled.remove(row, approximately=True)
+    assert pooled.remove(2, approximately=True)
+    assert not pooled.apart.any()
+
+
+def test_a_single_sample_of_two_views_leaves_their_difference_behind() -> None:
+    vectors, labels = data()
+    labels[labels == 3] = 2
+    labels[0] = 3
+    assert collect(vectors, labels).remove(3, approximately=True)
+    assert not collect_views(vectors, labels).remove(3, approximately=True)
+
+
+def test_the_sketch_of_many_features_estimates_a_trace() -> None:
+    vectors, labels = data(count=300, dim=200)
+    statistics = collect_views(vectors, labels)
+    assert statistics.apart.shape == (200, PROBES)
+    estimated = float((probes(200) * statistics.sketch).sum()) / PROBES
+    assert estimated == pytest.approx(float(apart_of(vectors).trace()), rel=0.05)
+
+
+@pytest.mark.parametrize("factor", [-1.0, 100.0])
+@pytest.mark.parametrize("per_class", [False, True])
+def test_differences_that_the_second_moments_rule_out_are_refused(per_class: bool, factor: float) -> None:
+    state = collect_views(*data(), per_class).state()
+    with pytest.raises(BundleRefusedError, match="the differences of two views are not those of samples"):
+        ClassStatistics.from_state({**state, "apart": factor * state["apart"]})
