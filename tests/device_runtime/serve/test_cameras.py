@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -122,6 +123,40 @@ def video(path: Path, *names: str) -> Path:
     made = ["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i", graph, "-c:v", "mjpeg", "-q:v", "2", str(path)]
     subprocess.run(made, check=True)
     return path
+
+
+@needs_ffmpeg
+def test_a_network_camera_that_is_switched_off_and_on(serve: Serve, tmp_path: Path, monkeypatch) -> None:
+    """The real ffmpeg reads what another one sends over HTTP, as network cameras do."""
+    monkeypatch.setattr(camera, "FIRST_WAIT", 0.2)
+    shop = video(tmp_path / "shop.mkv", "cup")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/mjpeg"
+    service = serve(url)
+    service.wait("camera", lambda found: found and found[0]["state"] == "lost" and "refused" in found[0]["problem"])
+    send = [
+        "ffmpeg",
+        "-loglevel",
+        "quiet",
+        "-re",
+        "-stream_loop",
+        "-1",
+        "-i",
+        shop,
+        "-f",
+        "mpjpeg",
+        "-listen",
+        "1",
+        url,
+    ]
+    for _ in range(2):
+        with subprocess.Popen(send) as sender:
+            service.wait("camera", lambda found: found[-1]["state"] == "running")
+            service.wait("answer", lambda found, before=len(service.all("answer")): found[before + 2 :])
+            sender.kill()
+        service.wait("camera", lambda found: found[-1]["state"] == "lost")
+    assert {answer["label"] for answer in service.all("answer")} == {"cup"}
 
 
 @needs_ffmpeg
