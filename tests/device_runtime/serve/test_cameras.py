@@ -153,7 +153,8 @@ def test_a_network_camera_that_is_switched_off_and_on(serve: Serve, tmp_path: Pa
     for _ in range(2):
         with subprocess.Popen(send) as sender:
             service.wait("camera", lambda found: found[-1]["state"] == "running")
-            service.wait("answer", lambda found, before=len(service.all("answer")): found[before + 2 :])
+            answered = len(service.all("answer"))
+            until(lambda more=answered + 2: service.all("answer")[more:])
             sender.kill()
         service.wait("camera", lambda found: found[-1]["state"] == "lost")
     assert {answer["label"] for answer in service.all("answer")} == {"cup"}
