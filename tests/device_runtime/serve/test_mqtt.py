@@ -313,6 +313,7 @@ def test_a_broker_that_is_not_there_is_said(shop: Shop, caplog) -> None:
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.slow
 @needs_mosquitto
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_the_connection_is_encrypted_and_the_certificate_checked(shop: Shop, tmp_path: Path, caplog) -> None:
