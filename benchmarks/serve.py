@@ -106,6 +106,15 @@ class Server:
             time.sleep(0.01)
         raise SystemExit(f"the server ended with {self.process.returncode}")
 
+    def ask(self, path: str, body: bytes = b"", kind: str = "image/jpeg") -> Any:
+        """Return the answer to a single request, see `ask`."""
+        with contextlib.closing(self.connect()) as connection:
+            return ask(connection, path, body, kind)
+
+    def generation(self) -> int:
+        """Return the number of the current generation."""
+        return int(self.ask("/v1/status")["generation"])
+
     def memory(self) -> float:
         """Return its resident memory in MiB."""
         return resident("VmRSS", Path("/proc") / str(self.process.pid)) / MIB
@@ -170,7 +179,7 @@ def starts(root: Path, photograph: bytes) -> dict[str, Any]:
     found = []
     for _ in range(STARTS):
         with service(root) as server:
-            ask(server.connect(), "/v1/predict", photograph)
+            server.ask("/v1/predict", photograph)
             found.append(round(time.perf_counter() - server.began, 2))
     return {"seconds": found}
 
@@ -278,10 +287,9 @@ def load(
 ) -> dict[str, Any]:
     """Return what many clients get, alone and beside learns."""
     with service(root) as server:
-        connection = server.connect()
         for photograph in photographs[:WARM]:
-            ask(connection, "/v1/predict", photograph)
-        committed, found = {generation_of(connection)}, {}
+            server.ask("/v1/predict", photograph)
+        committed, found = {server.generation()}, {}
         before = server.memory()
         with Crowd(server, photographs, clients) as crowd:
             time.sleep(seconds)
@@ -295,23 +303,18 @@ def load(
                 name = names[number % len(names)]
                 start = (number // len(names)) * LEARN_IMAGES
                 body, kind = form(name, classes[name][start : start + LEARN_IMAGES])
-                job, asked = ask(connection, "/v1/learn", body, kind), time.perf_counter()
-                while (job := ask(connection, f"/v1/jobs/{job['id']}", b""))["state"] in ("waiting", "running"):
+                job, asked = server.ask("/v1/learn", body, kind), time.perf_counter()
+                while (job := server.ask(f"/v1/jobs/{job['id']}"))["state"] in ("waiting", "running"):
                     time.sleep(0.05)
                 took.append(round(time.perf_counter() - asked, 1))
                 ends[job["state"]] = ends.get(job["state"], 0) + 1
-                committed.add(generation_of(connection))
+                committed.add(server.generation())
             time.sleep(max(0.0, seconds - (time.perf_counter() - began)))
         whole = time.perf_counter() - began
         found["beside learns"] = crowd.result(committed, whole)
         memory = {"before": round(before), "after": round(server.memory())}
     ratio = {name: round(found["beside learns"][name] / found["alone"][name], 2) for name in ("p50", "p99")}
     return {**found, "ratio": ratio, "learns": ends, "learn_seconds": took, "memory_mb": memory}
-
-
-def generation_of(connection: http.client.HTTPConnection) -> int:
-    """Return the number of the current generation."""
-    return int(ask(connection, "/v1/status", b"")["generation"])
 
 
 def main() -> None:
