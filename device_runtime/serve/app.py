@@ -16,6 +16,8 @@ from device_runtime.serve.asked import UnknownError
 from device_runtime.serve.collecting import Collecting
 from device_runtime.serve.errors import on_error
 from device_runtime.serve.inference import Inference
+from device_runtime.serve.metrics import Metrics
+from device_runtime.serve.openinference import OpenInference
 from device_runtime.serve.security import COOKIE_AGE, Access, Doorman, Guard
 from device_runtime.serve.station import Station
 from device_runtime.serve.streams import Streams
@@ -141,15 +143,18 @@ def build(station: Station, access: Access) -> ASGIApp:
         station: The device and what runs beside it.
         access: Who may use it.
     """
-    doorman = Doorman(access)
+    doorman, metrics = Doorman(access), Metrics(station)
+    station.learned = lambda job, seconds: metrics.learned(job.state, seconds)
     routes: list[BaseRoute] = [
         Route("/", _page),
         *Session(station, doorman).routes(),
         *About(station).routes(),
-        *Inference(station).routes(),
+        *Inference(station, metrics).routes(),
+        *OpenInference(station, metrics).routes(),
         *Teaching(station).routes(),
         *Collecting(station).routes(),
         *Streams(station).routes(),
+        *metrics.routes(),
         Mount("/console", Console(directory=CONSOLE, check_dir=False)),
     ]
     errors = {404: _missing, 405: _wrong_method, SSDEdgeError: on_error, Exception: on_error}

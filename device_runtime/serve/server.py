@@ -17,6 +17,7 @@ import uvicorn
 from device_runtime.device import Device
 from device_runtime.serve.app import build
 from device_runtime.serve.cameras import EVERY, Cameras
+from device_runtime.serve.connections import HEAD_BYTES, HEAD_SECONDS, Connection
 from device_runtime.serve.events import Events
 from device_runtime.serve.mqtt import Bridge, Broker
 from device_runtime.serve.security import Access, is_loopback, read_token
@@ -104,12 +105,13 @@ def serve(
                 host=options.host,
                 port=port,
                 loop="asyncio",
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
+                h11_max_incomplete_event_size=HEAD_BYTES,
                 server_header=False,
                 timeout_graceful_shutdown=GRACE,
                 ssl_certfile=options.tls_cert,
@@ -132,7 +134,9 @@ def serve(
                 about = (address, device.generation.number, known, device.embedder.provider)
                 log.info(text, *about, extra={"code": "ready"})
 
-            logging.getLogger("uvicorn").setLevel(logging.WARNING)
+            logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every invalid request
+            # how long a client may take to agree on a key, for which uvicorn has no option
+            asyncio.constants.SSL_HANDSHAKE_TIMEOUT = HEAD_SECONDS  # type: ignore[attr-defined]
             asyncio.run(_Server(config, station, started).serve([listener]))
         finally:
             systemd.notify("STOPPING=1", "stopping")

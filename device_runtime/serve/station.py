@@ -57,12 +57,12 @@ class Station:
         events: Where changes are published.
         cameras: Its cameras; None without any.
         tray: Its tray; None without cameras.
-        learned: Called with every job that has ended, and the seconds it took.
 
     Attributes:
         device, events, cameras, tray: See above.
         jobs: Its jobs.
         captures: Images that are being collected.
+        learned: Called with every job that has ended, and the seconds that it took.
         began: Time of the start, monotonic seconds.
     """
 
@@ -72,12 +72,11 @@ class Station:
         events: Events | None = None,
         cameras: Cameras | None = None,
         tray: Tray | None = None,
-        learned: Callable[[Job, float], object] = lambda job, seconds: None,
     ) -> None:
         self.device, self.events = device, events or Events()
         self.cameras, self.tray = cameras, tray
         self.began = time.monotonic()
-        self._learned = learned
+        self.learned: Callable[[Job, float], object] = lambda job, seconds: None
         self._changing = threading.Lock()
         self._follower = Follower(device, self._publish_generation)
         self._recognition = Recognition(device)
@@ -192,15 +191,20 @@ class Station:
 
     def status(self) -> dict[str, Any]:
         """Return the device's status and that of the service, as JSON values."""
-        job, drift = self.jobs.current, None if self.cameras is None else self.cameras.drift()
+        job = self.jobs.current
         return {
             **self.device.status().to_dict(),
             "uptime": round(time.monotonic() - self.began, 1),
             "cameras": [feed.to_dict() for feed in self._feeds()],
-            "drift": None if drift is None else drift.to_dict(),
             "job": None if job is None else job.to_dict(),
+            "drift": self.drift(),
             "waiting": self._waiting,
         }
+
+    def drift(self) -> dict[str, Any] | None:
+        """Return the drift of what the cameras show, as JSON values; None if it is not measured."""
+        report = None if self.cameras is None else self.cameras.drift()
+        return None if report is None else report.to_dict()
 
     def classes(self) -> dict[str, Any]:
         """Return the classes with what is known about how well each is recognised, as JSON values."""
@@ -224,17 +228,25 @@ class Station:
 
     def forget(self, label: str, exactly: bool = False, max_forgetting: float | None = None) -> ForgetResult:
         """Remove a class; see `Device.forget`."""
-        return self._changed(lambda: self.device.forget(label, exactly, limits_of(max_forgetting) or default_limits()))
+        return self._changed(
+            lambda: self.device.forget(
+                label, exactly, limits_of(max_forgetting) or default_limits() or default_limits()
+            )
+        )
 
     def merge_labels(self, labels: Sequence[str], into: str, max_forgetting: float | None = None) -> MergeLabelsResult:
         """Merge classes into one; see `Device.merge_labels`."""
         return self._changed(
-            lambda: self.device.merge_labels(labels, into, limits_of(max_forgetting) or default_limits())
+            lambda: self.device.merge_labels(
+                labels, into, limits_of(max_forgetting) or default_limits() or default_limits()
+            )
         )
 
     def merge(self, bundle: bytes, max_forgetting: float | None = None) -> MergeResult:
         """Add what another device has learned; see `Device.merge`."""
-        return self._changed(lambda: self.device.merge(bundle, limits_of(max_forgetting) or default_limits()))
+        return self._changed(
+            lambda: self.device.merge(bundle, limits_of(max_forgetting) or default_limits() or default_limits())
+        )
 
     def rollback(self, number: int | None = None) -> RollbackResult:
         """Return to an earlier generation; see `Device.rollback`."""
@@ -250,7 +262,7 @@ class Station:
             self._follower.look()
 
     def _job_ended(self, job: Job, seconds: float) -> None:
-        self._learned(job, seconds)
+        self.learned(job, seconds)
         self._follower.look()
 
     # learn
