@@ -39,12 +39,13 @@ export function Classes({ go }) {
 function One({ one, ask, more, alone }) {
   const { name, images, origin, recognised, confused } = one;
   const mixed = (confused ?? []).map((other) => `${other.with} (${other.images})`);
+  const never = recognised?.images > 0 && recognised.right === recognised.images;
   return html`
     <li class="card class">
       <h3>${name}</h3>
       <p class="small">${count(images, "picture")} · ${origin === "device" ? "taught here" : "came with the set-up"}</p>
       <p>${recognised?.images ? html`<${Share} right=${recognised.right} images=${recognised.images} /> recognised` : html`<span class="hint">Not tested</span>`}</p>
-      <p class="mixed">${mixed.length ? html`Mixed up with ${list(mixed)}` : html`<span class="hint">Not mixed up with anything</span>`}</p>
+      <p class="mixed">${mixed.length ? html`Mixed up with ${list(mixed)}` : html`<span class="hint">${never && "Not mixed up with anything"}</span>`}</p>
       <div class="buttons">
         <button type="button" class="quiet" aria-label=${`Show more of ${name}`} onClick=${() => more(name)}>Show more</button>
         <button type="button" class="quiet" aria-label=${`Rename ${name}`} onClick=${() => ask("rename")}>Rename</button>

@@ -16,7 +16,8 @@ export const refreshTray = async () => set({ tray: (await get("v1/tray")).tray }
 /** Read what a change of the device's memory changes. */
 export async function refreshMemory() {
   const [status, classes, history] = await Promise.all([get("v1/status"), get("v1/classes"), get("v1/history")]);
-  set({ status, classes: classes.classes, history });
+  const sorted = [...classes.classes].sort((one, two) => one.name.localeCompare(two.name, undefined, { numeric: true }));
+  set({ status, classes: sorted, history });
 }
 
 /** Read everything. */

@@ -1,9 +1,9 @@
 // How the device itself is: what it sees compared to before, the machine, cameras, and a backup.
-import { download, remove } from "./api.js";
+import { download, get, remove } from "./api.js";
 import { disconnect } from "./connection.js";
 import { Icon } from "./parts.js";
 import { attempt, set, useStore } from "./store.js";
-import { html, useState } from "./vendor.js";
+import { html, useEffect, useState } from "./vendor.js";
 import { count, duration, megabytes, percent } from "./words.js";
 
 const LEVELS = {
@@ -13,12 +13,19 @@ const LEVELS = {
   drifted: ["Different", "Pictures look clearly different than in the beginning. Clean the lens, check the light, or teach the things again as they look now."],
 };
 const WARM = 80; // °C
+const AGAIN = 10_000; // ms between two looks
 
 /** Show the state of the device. */
 export function DeviceView() {
   const status = useStore((state) => state.status);
   const session = useStore((state) => state.session);
   const cameras = useStore((state) => state.cameras);
+  useEffect(() => {
+    const read = async () => document.hidden || set({ status: await get("v1/status"), cameras: (await get("v1/cameras")).cameras });
+    attempt(read);
+    const timer = setInterval(() => read().catch(() => null), AGAIN); // a lost connection is shown above
+    return () => clearInterval(timer);
+  }, []);
   if (!status) return html`<p class="empty">Loading …</p>`;
   const { machine } = status;
   return html`
@@ -64,7 +71,8 @@ export function DeviceView() {
 }
 
 function Drift({ drift }) {
-  const [title, text] = LEVELS[drift?.level] ?? ["Not watched", "No camera has been looked at yet."];
+  const watched = useStore((state) => state.cameras.length > 0);
+  const [title, text] = LEVELS[drift?.level ?? (watched ? "collecting" : "")] ?? ["Not watched", "The service has no camera."];
   const rejected = drift?.reject_rate;
   return html`
     <section class="card" aria-labelledby="drift-title">

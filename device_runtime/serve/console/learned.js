@@ -88,7 +88,7 @@ function Done({ job, more, bad, left_out }) {
     `}
     ${left_out > 0 && html`<p class="hint">${count(left_out, "picture")} of the folder were left out: more would not have fitted.</p>`}
     ${others.length > 0 && html`<p>Mixed up with <b>${list(others)}</b>.</p>`}
-    ${(result.warnings ?? []).map((warning) => html`<p class="warning">${warning}</p>`)}
+    ${(result.warnings ?? []).map((warning) => html`<p class="note">${warning}</p>`)}
     ${bad.length > 0 &&
     html`<p class="warning">${count(bad.length, "file")} could not be used: ${list(bad.map((one) => one.name))}. ${bad[0].reason}</p>`}
     <button type="button" class="primary large" onClick=${() => goBack()}><${Icon} name="undo" /> Undo</button>

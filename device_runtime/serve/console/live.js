@@ -5,7 +5,7 @@ import { current, OWN, set, useStore } from "./store.js";
 import { Teach } from "./teach.js";
 import { Undo } from "./changes.js";
 import { html, useEffect, useRef, useState } from "./vendor.js";
-import { percent, sure, UNKNOWN } from "./words.js";
+import { probability, sure, UNKNOWN } from "./words.js";
 
 const QUIET = 3000; // ms between two answers that are read out
 const STATES = { starting: "is starting", lost: "is not reachable; trying again", ended: "has ended" };
@@ -111,7 +111,7 @@ function Answer({ source }) {
   } else {
     title = label;
     const words = label === nearest ? sure(answer.score) : "";
-    about = words ? `${words}, ${percent(answer.score)}` : "";
+    about = words ? `${words}, ${probability(answer.score)}` : "";
   }
   const settling = answer && answer.stable === null && source !== OWN;
   return html`

@@ -7,7 +7,7 @@ import { Ring } from "./ring.js";
 import { attempt, current, set, useStore } from "./store.js";
 import * as teaching from "./teaching.js";
 import { html, useRef, useState } from "./vendor.js";
-import { count, percent, UNKNOWN } from "./words.js";
+import { count, probability, UNKNOWN } from "./words.js";
 
 const MOMENTS = "application/x-ssd-edge-moments"; // what is dragged: ids of moments
 const FIRST = "First choose one picture or several.";
@@ -140,7 +140,7 @@ function toward(field) {
 
 function called({ label, nearest, score, frames }) {
   const views = frames > 1 ? ` · ${frames} pictures` : "";
-  if (label !== UNKNOWN) return `called ${label}${score === null ? "" : `, ${percent(score)}`}${views}`;
+  if (label !== UNKNOWN) return `called ${label}${score === null ? "" : `, ${probability(score)}`}${views}`;
   return `${nearest ? `unknown, most like ${nearest}` : "unknown"}${views}`;
 }
 

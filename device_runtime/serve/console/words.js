@@ -10,6 +10,9 @@ export function percent(share) {
   return `${share < 1 ? Math.min(rounded, 99) : 100}\u00a0%`;
 }
 
+/** Return an estimated probability in percent; it never is a certainty. */
+export const probability = (score) => percent(Math.min(score, 0.99));
+
 /** Return a probability in words. */
 export function sure(score) {
   if (score === null || score === undefined) return "";
