@@ -18,6 +18,7 @@ from device_runtime.serve.errors import on_error
 from device_runtime.serve.inference import Inference
 from device_runtime.serve.metrics import Metrics
 from device_runtime.serve.openinference import OpenInference
+from device_runtime.serve.reference import Reference
 from device_runtime.serve.security import COOKIE_AGE, Access, Doorman, Guard
 from device_runtime.serve.station import Station
 from device_runtime.serve.streams import Streams
@@ -144,7 +145,7 @@ def build(station: Station, access: Access) -> ASGIApp:
         access: Who may use it.
     """
     doorman, metrics = Doorman(access), Metrics(station)
-    station.learned = lambda job, seconds: metrics.learned(job.state, seconds)
+    station.learned = metrics.learned
     routes: list[BaseRoute] = [
         Route("/", _page),
         *Session(station, doorman).routes(),
@@ -157,6 +158,7 @@ def build(station: Station, access: Access) -> ASGIApp:
         *metrics.routes(),
         Mount("/console", Console(directory=CONSOLE, check_dir=False)),
     ]
+    routes += Reference(routes).routes()
     errors = {404: _missing, 405: _wrong_method, SSDEdgeError: on_error, Exception: on_error}
     app = Starlette(routes=routes, exception_handlers=errors)
     app.state.memory = memory = Memory()

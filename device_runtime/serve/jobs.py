@@ -55,7 +55,7 @@ class Job:
         labels: Names of the classes.
         gather: Gets a function to call with the share that is there, and returns the images by class.
         limits: Limits on forgetting; None for the defaults.
-        ended: Called once it has ended.
+        ended: Called with its last state, before that is seen.
 
     Attributes:
         id: Its number as a text.
@@ -69,7 +69,7 @@ class Job:
     """
 
     def __init__(
-        self, number: int, labels: Sequence[str], gather: Gather, limits: Limits | None, ended: Callable[[Job], object]
+        self, number: int, labels: Sequence[str], gather: Gather, limits: Limits | None, ended: Callable[[str], object]
     ) -> None:
         self.id, self.label = str(number), ", ".join(labels)
         self.state, self.stage, self.share = WAITING, "", 0.0
@@ -107,7 +107,7 @@ class Jobs:
         device: An open device.
         events: Where every change of a job is published.
         changing: Held while the device is changed.
-        ended: Called with every job that has ended, and the seconds that it took.
+        ended: Called with the last state of every job, and the seconds that it took.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Jobs:
         device: Device,
         events: Events,
         changing: threading.Lock,
-        ended: Callable[[Job, float], object] = lambda job, seconds: None,
+        ended: Callable[[str, float], object] = lambda state, seconds: None,
     ) -> None:
         self._device, self._events, self._changing, self._ended = device, events, changing, ended
         self._thread = ThreadPoolExecutor(1, "learn")
@@ -129,7 +129,7 @@ class Jobs:
         labels: Sequence[str],
         gather: Gather,
         limits: Limits | None = None,
-        ended: Callable[[Job], object] = lambda job: None,
+        ended: Callable[[str], object] = lambda state: None,
     ) -> Job:
         """Add a job; see `Job`.
 
@@ -192,6 +192,7 @@ class Jobs:
         with contextlib.suppress(OSError, AttributeError):  # not on every system
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         began, clock = time.monotonic(), _Clock(job, self._shares, self._tell)
+        state, error, result = FAILED, None, None
         try:
             clock.check()
             job.state = RUNNING
@@ -199,25 +200,27 @@ class Jobs:
             images = job.gather(lambda share: clock.watch(COLLECTING, share, None))
             limits = job.limits or default_limits()
             with self._changing:
-                job.result = self._device.learn_all(images, limits, None, clock.watch)
-            job.state, job.share = DONE, 1.0
+                result = self._device.learn_all(images, limits, None, clock.watch)
+            state = DONE
             self._shares = clock.measured()
         except CancelledError:
-            job.state = CANCELLED
-        except GateRefusedError as error:
-            job.state, job.error = REFUSED, _told(error)
-        except Exception as error:
-            known = meaning(error)
+            state = CANCELLED
+        except GateRefusedError as refused:
+            state, error = REFUSED, _told(refused)
+        except Exception as failure:
+            known = meaning(failure)
             if known is None:
-                log.error("internal error: %s", error, exc_info=error, extra={"code": "internal_error"})
-                known = SSDEdgeError(f"internal error: {type(error).__name__}; the log of the device says more")
-            job.state, job.error = FAILED, _told(known)
+                log.error("internal error: %s", failure, exc_info=failure, extra={"code": "internal_error"})
+                known = SSDEdgeError(f"internal error: {type(failure).__name__}; the log of the device says more")
+            error = _told(known)
         finally:
-            job.gather, job.left = None, None  # the images
             seconds = time.monotonic() - began
-            log.info("learn '%s': %s in %.1f s", job.label, job.state, seconds, extra={"code": "job"})
-            self._ended(job, seconds)
-            job.ended(job)
+            log.info("learn '%s': %s in %.1f s", job.label, state, seconds, extra={"code": "job"})
+            self._ended(state, seconds)
+            job.ended(state)
+            job.gather, job.left, job.share = None, None, 1.0 if state == DONE else job.share
+            job.result, job.error = result, error
+            job.state = state  # last: whoever sees it sees all of it, and what follows from it
             self._tell(job)
 
     def _tell(self, job: Job) -> None:

@@ -62,7 +62,7 @@ class Station:
         device, events, cameras, tray: See above.
         jobs: Its jobs.
         captures: Images that are being collected.
-        learned: Called with every job that has ended, and the seconds that it took.
+        learned: Called with the last state of every job, and the seconds that it took.
         began: Time of the start, monotonic seconds.
     """
 
@@ -76,7 +76,7 @@ class Station:
         self.device, self.events = device, events or Events()
         self.cameras, self.tray = cameras, tray
         self.began = time.monotonic()
-        self.learned: Callable[[Job, float], object] = lambda job, seconds: None
+        self.learned: Callable[[str, float], object] = lambda state, seconds: None
         self._changing = threading.Lock()
         self._follower = Follower(device, self._publish_generation)
         self._recognition = Recognition(device)
@@ -261,8 +261,8 @@ class Station:
             self._changing.release()
             self._follower.look()
 
-    def _job_ended(self, job: Job, seconds: float) -> None:
-        self.learned(job, seconds)
+    def _job_ended(self, state: str, seconds: float) -> None:
+        self.learned(state, seconds)
         self._follower.look()
 
     # learn
@@ -401,9 +401,9 @@ class Station:
         limits, tray = limits_of(max_forgetting), self.tray
         capture.change(LEARNING)
 
-        def ended(job: Job) -> None:
-            capture.change(DONE if job.state == "done" else HELD)
-            if job.state == "done":
+        def ended(state: str) -> None:
+            capture.change(DONE if state == "done" else HELD)
+            if state == "done":
                 capture.stop()
                 if tray is not None:
                     for entry in capture.tray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import time
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,3 +23,18 @@ def picture(name: str, seed: int = 0, kind: str = "PNG") -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels(name, seed)).save(out, kind)
     return out.getvalue()
+
+
+def form(name: str, count: int = 12, seed: int = 0) -> list[tuple[str, tuple[str, bytes]]]:
+    """Return the images of a class as files of a form."""
+    return [("image", (f"{number}.png", picture(name, seed + number))) for number in range(count)]
+
+
+def finished(client: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Wait until a job of the service has ended, and return it."""
+    for _ in range(1000):
+        job = client.get(f"/v1/jobs/{job['id']}").json()
+        if job["state"] not in ("waiting", "running"):
+            return job
+        time.sleep(0.02)
+    raise AssertionError(job)

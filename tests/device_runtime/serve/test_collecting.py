@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers.tiny_photos import picture, pixels
+from helpers.tiny_photos import finished, picture, pixels
 
 from device_runtime.serve import captures
 from device_runtime.serve.captures import NEEDED
@@ -90,15 +90,6 @@ def opened(client, station, **values) -> dict:
             return answer.json()
         time.sleep(0.02)
     raise AssertionError("the rule was not loaded")
-
-
-def finished(client, job: dict) -> dict:
-    for _ in range(1000):
-        job = client.get(f"/v1/jobs/{job['id']}").json()
-        if job["state"] not in ("waiting", "running"):
-            return job
-        time.sleep(0.02)
-    raise AssertionError(job)
 
 
 def test_hold_show_and_learn(client, station, feed):

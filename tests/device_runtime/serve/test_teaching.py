@@ -7,23 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.tiny_photos import picture, pixels
+from helpers.tiny_photos import finished, form, picture, pixels
 
 from device_runtime.device import Device
 from device_runtime.install.bundle import install
-
-
-def form(name: str, count: int = 12, seed: int = 0) -> list[tuple[str, tuple[str, bytes]]]:
-    return [("image", (f"{number}.png", picture(name, seed + number))) for number in range(count)]
-
-
-def finished(client, job: dict) -> dict:
-    for _ in range(1000):
-        job = client.get(f"/v1/jobs/{job['id']}").json()
-        if job["state"] not in ("waiting", "running"):
-            return job
-        time.sleep(0.02)
-    raise AssertionError(job)
 
 
 def learned(client, name: str = "wedge", **more) -> dict:
