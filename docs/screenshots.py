@@ -130,7 +130,8 @@ def main() -> None:
                 page.see(f"Learned: {name.capitalize()}", "#teach")
                 page.press("OK", "#teach")
             page.see("Aubergine", ".answer .what")
-            page.hold("Aubergine", views=9, let_go=False)
+            page.press_down("Aubergine")
+            page.wait("views", lambda: page.views() >= 9)
             save(page, images / "console.webp")
             page.let_go()
             page.see("Learned: Aubergine", "#teach")
@@ -141,8 +142,7 @@ def main() -> None:
             counter.show("lime")
             page.type_into("#teach input", "Lime")
             driver.execute_script("scrollTo(0, 0)")
-            page.see("Not sure what this is", ".answer .what")
-            time.sleep(1)
+            page.wait("an answer", lambda: "Not sure" in page.text(".answer:not(.settling) .what"))
             save(page, images / "console-phone.webp")
 
 

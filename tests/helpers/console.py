@@ -47,6 +47,7 @@ class Page:
 
     def __init__(self, driver: Any, address: str) -> None:
         self.driver, self.address = driver, address
+        self._at: dict[str, float] = {}  # where the button was pressed
         driver.get(address)
 
     def wait(self, what: str, true: Callable[[], Any], patience: float = PATIENCE) -> Any:
@@ -105,37 +106,44 @@ class Page:
         """Return the number in the ring of different views."""
         return int(self.text("#teach .ring text") or 0)
 
-    def hold(self, name: str, views: int = 5, key: str | None = None, let_go: bool = True) -> None:
-        """Type a name and hold the button until there are enough different views.
+    def hold(self, name: str, views: int = 5, by: str = "mouse") -> None:
+        """Type a name, hold the button until there are enough different views, and let go.
 
         Args:
             name: The name.
             views: How many different views.
-            key: Hold a key of `KEYS` instead of the mouse.
-            let_go: Let go then; otherwise call `let_go`.
+            by: What holds it: ``mouse``, ``touch`` or one of `KEYS`.
         """
-        from selenium.webdriver import ActionChains
+        self.press_down(name, by)
+        self.wait(f"{views} views", lambda: self.views() >= views)
+        self.let_go(by)
 
+    def press_down(self, name: str, by: str = "mouse") -> None:
+        """Type a name and press the button down."""
         self.type_into("#teach input", name)
         button = self.driver.find_element("css selector", "#teach button.hold")
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
-        if key:
-            self.driver.execute_script("arguments[0].focus()", button)
-            self._key("keyDown", key)
-        else:
-            ActionChains(self.driver).click_and_hold(button).perform()
-        self.wait(f"{views} views", lambda: self.views() >= views)
-        if let_go:
-            self.let_go(key)
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus()", button)
+        if by in KEYS:
+            self._key("keyDown", by)
+            return
+        box = self.driver.execute_script("return arguments[0].getBoundingClientRect()", button)
+        self._at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        self._point("Pressed" if by == "mouse" else "Start", by)
 
-    def let_go(self, key: str | None = None) -> None:
+    def let_go(self, by: str = "mouse") -> None:
         """Let go of the button."""
-        from selenium.webdriver import ActionChains
-
-        if key:
-            self._key("keyUp", key)
+        if by in KEYS:
+            self._key("keyUp", by)
         else:
-            ActionChains(self.driver).release().perform()
+            self._point("Released" if by == "mouse" else "End", by)
+
+    def _point(self, what: str, by: str) -> None:
+        if by == "mouse":
+            values = {"type": f"mouse{what}", "button": "left", "buttons": 1, "clickCount": 1, **self._at}
+            self.driver.execute_cdp_cmd("Input.dispatchMouseEvent", values)
+        else:
+            points = [self._at] if what == "Start" else []
+            self.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": f"touch{what}", "touchPoints": points})
 
     def hold_without_effect(self, name: str) -> None:
         """Type a name and press the button shortly."""

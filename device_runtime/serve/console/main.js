@@ -58,7 +58,7 @@ function Console({ session }) {
           ([key, [text]]) => html`
             <a href="#/${key}" aria-current=${key === view ? "page" : null}>
               <${Icon} name=${key} /><span>${text}</span>
-              ${key === "sort" && tray > 0 && html`<span class="count">${tray}<span class="spoken"> pictures</span></span>`}
+              ${key === "sort" && html`<span class="count ${tray ? "" : "none"}">${tray}<span class="spoken"> pictures</span></span>`}
             </a>
           `,
         )}
