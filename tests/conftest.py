@@ -43,6 +43,7 @@ LONGEST = (
     "test_cli_device.py",
     "test_deploy.py",
     "test_every_learner.py",
+    "test_console.py",
     "test_push.py",
     "test_wheel.py",
     "test_device.py",

@@ -10,7 +10,7 @@ import { changed } from "./words.js";
 export async function change(path, body) {
   const result = await attempt(() => post(path, body));
   if (result) {
-    const said = [result.left, ...(result.warnings ?? [])].filter(Boolean);
+    const said = [result.left && `What is left of it: ${result.left}.`, ...(result.warnings ?? [])].filter(Boolean);
     set({ change: { generation: result.generation, back: null, said } });
     await attempt(refreshMemory);
   }

@@ -310,6 +310,37 @@ def test_a_service_that_is_gone_is_noticed_and_found_again(taught: Path) -> None
             page.see("blue box", ".notices")  # the sentence of the device: that name is taken
 
 
+@pytest.mark.slow
+def test_things_are_renamed_merged_and_forgotten_and_a_backup_is_saved(page: Page, tmp_path: Path) -> None:
+    page.go("known")
+    page.press("Rename green bar")
+    page.type_into("dialog input", "cucumber")
+    page.press("Rename", "dialog")
+    page.see("Renamed green bar to cucumber", ".undo")
+    page.press("Merge cucumber")
+    page.wait("the choice", lambda: page.driver.find_element("css selector", "dialog select")).send_keys("blue box")
+    page.see("blue box", "dialog fieldset")
+    page.press("Merge", "dialog")
+    page.see("2 things known")
+    page.see("20 pictures", ".classes")
+    page.press("Undo")
+    page.see("3 things known")
+    page.press("Forget blue box")
+    page.see("What it learned from 10 pictures is taken out", "dialog")
+    page.press("Forget blue box", "dialog")
+    page.see("2 things known")
+    page.see("Forgot blue box", ".undo")
+    page.see("What is left of it", ".undo")
+    page.go("device")
+    page.driver.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path / "saved")}
+    )
+    page.press("Save a backup")
+    (saved,) = page.wait("the backup", lambda: list((tmp_path / "saved").glob("*.ssdedge")))
+    install(tmp_path / "other", saved)
+    assert not messages(page.driver)
+
+
 @needs_ffmpeg
 @pytest.mark.slow
 def test_moments_and_folders_can_be_dragged(root: Path, cameras: list[str], tmp_path: Path) -> None:
