@@ -27,6 +27,7 @@ from ssd_edge.errors import SSDEdgeError
 from ssd_edge.system import VERSION
 
 CONSOLE = Path(__file__).parent / "console"
+MOST_TOKEN = 4096  # bytes of what anyone may send
 
 
 class Session:
@@ -59,7 +60,7 @@ class Session:
 
     async def sign_in(self, request: Request) -> Response:
         """Set the session cookie if the token is right."""
-        values = await read_json(request)
+        values = await read_json(request, MOST_TOKEN)
         only(values, "token")
         access = self._doorman.access
         await self._doorman.check_token(take(values, "token", str), request)
