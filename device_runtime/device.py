@@ -130,7 +130,7 @@ class Snapshot:
         """
         with self._loading:
             if self._state is None:
-                require("torch", "device", "learn", "'ssd-edge[device]', on a Jetson use that of JetPack")
+                require_torch()
                 from device_runtime.learning.state import DeviceState
 
                 self._state = DeviceState.read(self.generation.read)
@@ -657,6 +657,15 @@ class Device:
 
     def _completed(self, change: C) -> C:
         return dataclasses.replace(change, generation=self.generation.number, classes=self.classes)
+
+
+def require_torch() -> None:
+    """Load PyTorch, which learning and what needs a learner use.
+
+    Raises:
+        EnvironmentUnfitError: It is not installed.
+    """
+    require("torch", "device", "learn", "'ssd-edge[device]', on a Jetson use that of JetPack")
 
 
 def _names(sources: Sequence[ImageSource]) -> list[str]:

@@ -64,8 +64,11 @@ async def parts_of(request: Request, most: int) -> AsyncIterator[bytes]:
 
     Raises:
         TooLargeError: It is longer, or says so.
+        UnsupportedError: It is compressed: a few bytes could become any number.
         BusyError: The bodies of all requests are too long together.
     """
+    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise UnsupportedError(f"a body with the encoding {coding[:20]} is not read; send it as it is")
     too_large = TooLargeError(f"a request of this kind may have at most {most:,} bytes; send less at once")
     stated, memory, got = request.headers.get("content-length", ""), request.app.state.memory, 0
     if stated.isdecimal() and int(stated) > most:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from device_runtime.device import Device, Snapshot
+from device_runtime.device import Device, Snapshot, require_torch
 from device_runtime.serve.asked import BusyError, UnknownError
 from device_runtime.serve.events import Events
 from ssd_edge.classes import normalise_name
-from ssd_edge.errors import InputError, SSDEdgeError, require
+from ssd_edge.errors import InputError, SSDEdgeError
 
 if TYPE_CHECKING:
     import torch
@@ -288,7 +288,7 @@ class Captures:
         """
         label, new = self._named(label)
         if importlib.util.find_spec("torch") is None:
-            require("torch", "device", "learn", "'ssd-edge[device]', on a Jetson use that of JetPack")
+            require_torch()
         self._views.rule()  # PyTorch is loaded while the first images are collected
         with self._lock:
             if len(self._captures) >= MOST_CAPTURES:

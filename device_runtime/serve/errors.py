@@ -18,6 +18,7 @@ from ssd_edge.errors import (
 
 log = logging.getLogger(__name__)
 
+ANSWERED = "ssd_edge.answered"  # key of a request's scope: an error of it was answered and, if it is a bug, logged
 RETRY = 2  # seconds after which a request that was too many may be sent again
 
 
@@ -70,4 +71,5 @@ def answer_to(error: Exception) -> Response:
 
 async def on_error(request: Request, error: Exception) -> Response:
     """Answer a request that failed."""
+    request.scope[ANSWERED] = True
     return answer_to(error)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from device_runtime.device import Device
+from device_runtime.device import Device, require_torch
 from device_runtime.results import LearnResult
 from device_runtime.serve.asked import BusyError, UnknownError, meaning
 from device_runtime.serve.events import Events
@@ -37,7 +37,12 @@ Gather = Callable[[Callable[[float], object]], Mapping[str, Sequence[np.ndarray]
 
 
 def default_limits() -> Limits:
-    """Return the default limits, with refusals that name no options of commands; imports PyTorch."""
+    """Return the default limits, with refusals that name no options of commands; imports PyTorch.
+
+    Raises:
+        EnvironmentUnfitError: It is not installed.
+    """
+    require_torch()
     from device_runtime.learning.guard import Limits
 
     return Limits(hints=False)

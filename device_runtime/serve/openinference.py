@@ -150,7 +150,7 @@ async def _read(request: Request) -> _Asked:
     """
     stated = request.headers.get(LENGTH)
     if stated is None:
-        if media_type(request) != "application/json":
+        if media_type(request) not in ("application/json", ""):  # Triton's client names none; nothing is changed here
             raise UnsupportedError(f"send JSON with Content-Type: application/json, or binary tensors with {LENGTH}")
         body = await read_body(request, MOST_TEXT)
         length = len(body)

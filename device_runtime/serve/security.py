@@ -26,7 +26,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from device_runtime.serve.answers import Memory
-from device_runtime.serve.errors import ForbiddenError, UnauthorisedError, answer_to
+from device_runtime.serve.errors import ANSWERED, ForbiddenError, UnauthorisedError, answer_to
 from device_runtime.service.frames import RateLimitedWarning
 from ssd_edge import files
 from ssd_edge.errors import EnvironmentUnfitError, InputError
@@ -248,6 +248,9 @@ class Guard:
             return
         try:
             await self._app(scope, receive, send_with_headers)
+        except Exception:
+            if not scope.get(ANSWERED):  # Starlette raises it again, to be logged twice
+                raise
         finally:
             self._memory.release(scope)
 

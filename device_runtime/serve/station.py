@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import queue
 import threading
 import time
@@ -228,25 +229,17 @@ class Station:
 
     def forget(self, label: str, exactly: bool = False, max_forgetting: float | None = None) -> ForgetResult:
         """Remove a class; see `Device.forget`."""
-        return self._changed(
-            lambda: self.device.forget(
-                label, exactly, limits_of(max_forgetting) or default_limits() or default_limits()
-            )
-        )
+        return self._changed(lambda: self.device.forget(label, exactly, limits_of(max_forgetting) or default_limits()))
 
     def merge_labels(self, labels: Sequence[str], into: str, max_forgetting: float | None = None) -> MergeLabelsResult:
         """Merge classes into one; see `Device.merge_labels`."""
         return self._changed(
-            lambda: self.device.merge_labels(
-                labels, into, limits_of(max_forgetting) or default_limits() or default_limits()
-            )
+            lambda: self.device.merge_labels(labels, into, limits_of(max_forgetting) or default_limits())
         )
 
     def merge(self, bundle: bytes, max_forgetting: float | None = None) -> MergeResult:
         """Add what another device has learned; see `Device.merge`."""
-        return self._changed(
-            lambda: self.device.merge(bundle, limits_of(max_forgetting) or default_limits() or default_limits())
-        )
+        return self._changed(lambda: self.device.merge(bundle, limits_of(max_forgetting) or default_limits()))
 
     def rollback(self, number: int | None = None) -> RollbackResult:
         """Return to an earlier generation; see `Device.rollback`."""
@@ -426,15 +419,14 @@ def limits_of(max_forgetting: float | None) -> Limits | None:
     """
     if max_forgetting is None:
         return None
-    from device_runtime.learning.guard import Limits
-
-    most = Limits().max_forgetting
+    usual = default_limits()
+    most = usual.max_forgetting
     if max_forgetting > most:
         raise InputError(
             f"max_forgetting may be at most {most} here, but is {max_forgetting}; only a command on the device itself "
             "may allow more"
         )
-    return Limits(max_forgetting, hints=False)
+    return dataclasses.replace(usual, max_forgetting=max_forgetting)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
 import threading
 import time
 
@@ -270,9 +272,18 @@ def test_the_least_number_of_images_is_that_of_a_learn():
     assert NEEDED == MIN_IMAGES
 
 
-def test_without_pytorch_a_capture_is_refused_at_once(client, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    answer = client.post("/v1/captures", json={"label": "wedge"})
-    assert (answer.status_code, answer.json()["code"]) == (503, 3)
-    assert "ssd-edge[device]" in answer.json()["error"]
+def test_without_pytorch_what_learns_is_refused_at_once(client, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "device_runtime.learning.guard", raising=False)
+    for path, body in (
+        ("captures", {"label": "wedge"}),
+        ("forget", {"label": "cup"}),
+        ("merge-labels", {"labels": ["cup", "nut"], "into": "cup"}),
+    ):
+        answer = client.post(f"/v1/{path}", json=body)
+        assert (answer.status_code, answer.json()["code"]) == (503, 3)
+        assert "ssd-edge[device]" in answer.json()["error"]
+    assert client.post("/v1/rename", json={"label": "cup", "new": "mug"}).status_code == 200
+    assert client.post("/v1/rollback", json={}).status_code == 200

@@ -141,5 +141,16 @@ def test_a_wrong_length_is_refused(client, length):
 
 
 def test_other_types_are_not_read(client):
-    for kind in ("", "text/plain", "application/octet-stream"):
+    for kind in ("text/plain", "application/octet-stream"):
         assert client.post(INFER, content=b"{}", headers={"content-type": kind}).status_code == 415
+    for path in (INFER, "/v1/rename"):
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+        answer = client.post(path, content=b"{}", headers=headers)
+        assert (answer.status_code, "gzip" in answer.json()["error"]) == (415, True)
+
+
+def test_a_client_that_names_no_type_is_understood(client):
+    """Triton's client does not."""
+    images = pixels("cup")[None]
+    asked = json.dumps({"inputs": [tensor(images, data=images.tolist())]}).encode()
+    assert client.post(INFER, content=asked, headers={"content-type": ""}).status_code == 200
