@@ -337,6 +337,18 @@ def views_table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def views_beside_table(run: dict) -> str:
+    """Return accuracy on classes of few images and on the others, without and with second views of each image."""
+    lines = ["| images of one class in five | these classes | the others |", "|---|---|---|"]
+    for row in run["beside"]:
+        cells = []
+        for kind in ("few", "others"):
+            one, two = (statistics.fmean(row[f"{name}_{kind}"]) for name in ("one", "two"))
+            cells.append(f"{percent(one)}, {100 * (two - one):+.1f}")
+        lines.append(f"| {row['images']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def curve_table(rows: list[dict]) -> str:
     """Return accuracy with few images of each class, by number of features."""
     shown = (1, 3, 5, 10, 20, 30)
@@ -543,6 +555,7 @@ def main() -> None:
     drift = json.loads((DOCS / "results" / "drift.json").read_text())
     photos = json.loads((DOCS / "results" / "photos.json").read_text())
     heads = json.loads((DOCS / "results" / "heads.json").read_text())
+    views = json.loads((DOCS / "results" / "views.json").read_text())
     read = {name: json.loads((DOCS / "results" / f"{name}.json").read_text())["rows"] for name in ROWS}
     tables = {
         README: {"taught": taught_table(photos)},
@@ -567,7 +580,8 @@ def main() -> None:
             "heads": heads_table(heads),
             "curve": curve_table(heads[0]["curve"]),
             "beside": beside_table(heads[0]["beside"]),
-            "views": views_table(json.loads((DOCS / "results" / "views.json").read_text())),
+            "views": views_table(views),
+            "views-beside": views_beside_table(views[0]),
         },
         DOCS / "service.md": {"drift": drift_table(drift), "drift-alarms": alarms_table(drift)},
         DOCS / "method.md": {
