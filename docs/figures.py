@@ -16,6 +16,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from adaptation_tables import adapt_table, tail_ends_table, tail_table
+
 from ssd_edge import targets
 from ssd_edge.learners import LEARNERS
 from ssd_edge.report.compare import ranked
@@ -582,6 +584,11 @@ def main() -> None:
             "beside": beside_table(heads[0]["beside"]),
             "views": views_table(views),
             "views-beside": views_beside_table(views[0]),
+        },
+        DOCS / "adaptation.md": {
+            "adapt": adapt_table(json.loads((DOCS / "results" / "adapt.json").read_text())["rows"]),
+            "tail": tail_table(json.loads((DOCS / "results" / "tail.json").read_text())["rows"]),
+            "tail-ends": tail_ends_table(json.loads((DOCS / "results" / "tail.json").read_text())["rows"]),
         },
         DOCS / "service.md": {"drift": drift_table(drift), "drift-alarms": alarms_table(drift)},
         DOCS / "method.md": {

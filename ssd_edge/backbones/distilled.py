@@ -80,7 +80,7 @@ def open_student(config: DistillationConfig, say: names.Say) -> Network:
     name = config.student
     own = BackboneConfig(names.TINY if name == RESNET9 else name, weights=config.weights)
     if (folder := names.package_folder(own)) is not None:
-        found = _from_package(packages.load(folder), SIZE if name == RESNET9 else 0)
+        found = from_package(packages.load(folder), SIZE if name == RESNET9 else 0)
     elif (module := names.module(own, say)) is not None:
         found = module
     else:
@@ -92,7 +92,7 @@ def open_student(config: DistillationConfig, say: names.Say) -> Network:
     return dataclasses.replace(found, pixels=pixels)
 
 
-def _from_package(package: packages.BackbonePackage, size: int) -> Network:
+def from_package(package: packages.BackbonePackage, size: int) -> Network:
     """Return the network of a package of `ssd-edge pretrain`."""
     own = Pixels.from_dict(package.card)
     kept = {str(key): package.card[key] for key in ("arch", "data", "terms") if key in package.card}
