@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -131,6 +131,10 @@ async def _missing(request: Request, error: Exception) -> Response:
     return await on_error(request, UnknownError(f"there is nothing at {request.url.path[:200]}; see /docs"))
 
 
+async def _left(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # nobody reads it
+
+
 async def _wrong_method(request: Request, error: Exception) -> Response:
     message = f"{request.method[:20]} is not possible at {request.url.path[:200]}; see /docs"
     answer = Json({"error": message, "code": 2}, 405)
@@ -160,7 +164,7 @@ def build(station: Station, access: Access) -> ASGIApp:
         Mount("/console", Console(directory=CONSOLE, check_dir=False)),
     ]
     routes += Reference(routes).routes()
-    errors = {404: _missing, 405: _wrong_method, SSDEdgeError: on_error, Exception: on_error}
+    errors = {404: _missing, 405: _wrong_method, ClientDisconnect: _left, SSDEdgeError: on_error, Exception: on_error}
     app = Starlette(routes=routes, exception_handlers=errors)
     app.state.memory = memory = Memory()
     return Guard(app, doorman, memory)

@@ -209,6 +209,20 @@ class Capture:
                 self._latest.extend([False] * new + [True] * max(0, len(pixels) - new))
             self._tell(self)
 
+    def begin(self) -> None:
+        """Let no further images in, because it is learned now.
+
+        Raises:
+            InputError: It holds no images, or is being learned.
+        """
+        with self._lock:
+            if self.state not in (COLLECTING, HELD):
+                raise InputError(f"'{self.label}' is {self.state} already")
+            if not self._pixels:
+                raise InputError(f"there are no images of '{self.label}' yet; add at least {NEEDED} different ones")
+            self.job = None
+            self.change(LEARNING)
+
     def recount(self) -> None:
         """Count the different views again, by another rule."""
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -64,7 +65,7 @@ class Collecting:
 
     def drop(self, request: Request) -> Response:
         """Drop a capture and its images."""
-        self._station.captures.close(_id(request))
+        self._station.drop_capture(_id(request))
         return Response(status_code=204)
 
     def hold(self, request: Request) -> Response:
@@ -78,7 +79,8 @@ class Collecting:
     async def add(self, request: Request) -> Response:
         """Add image files."""
         files = images_of(await read_form(request))
-        return Json((await run_in_threadpool(self._station.add_images, _id(request), files)).to_dict())
+        adding = self._station.take_in(lambda: self._station.add_images(_id(request), files))
+        return Json((await asyncio.wrap_future(adding)).to_dict())
 
     async def add_tray(self, request: Request) -> Response:
         """Add frames of the tray."""
@@ -87,7 +89,8 @@ class Collecting:
         ids: list[Any] = take(values, "ids", list)
         if not all(isinstance(one, str) for one in ids) or not 1 <= len(ids) <= MOST_ENTRIES:
             raise InputError(f"'ids' must be a list of 1 to {MOST_ENTRIES} ids of the tray")
-        return Json((await run_in_threadpool(self._station.add_tray, _id(request), ids)).to_dict())
+        adding = self._station.take_in(lambda: self._station.add_tray(_id(request), ids))
+        return Json((await asyncio.wrap_future(adding)).to_dict())
 
     async def learn(self, request: Request) -> Response:
         """Learn what a capture holds."""

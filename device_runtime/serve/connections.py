@@ -27,8 +27,35 @@ UNREAD = 30.0  # seconds in which a client takes nothing of its answer
 LINGER, LINGER_BYTES = 1.0, 8 * 2**20
 TICK = 1.0  # seconds between two looks
 HEAD_BYTES = 16 * 1024
+# Chunks of a body, each of which takes as long as a whole packet: from this many on, their mean size must be larger.
+MOST_CHUNKS, LEAST_CHUNK = 4096, 64
 _FULL = json.dumps({"error": "the device has as many connections as it can; try again in a moment", "code": 3}).encode()
 _warning = RateLimitedWarning()
+
+
+class _Parser(h11.Connection):
+    """A parser that also refuses what two servers may understand differently, and bodies of tiny chunks."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, HEAD_BYTES)
+        self._chunks = self._chunked = 0  # of a body, and their bytes
+
+    def next_event(self) -> Any:
+        """Return the next event.
+
+        Raises:
+            h11.RemoteProtocolError: The client sends what is no HTTP, or is refused here.
+        """
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._chunked = 0
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
+                raise h11.RemoteProtocolError("a body has one length")  # RFC 9112, 6.3: request smuggling
+        elif isinstance(event, h11.Data):
+            self._chunks, self._chunked = self._chunks + event.chunk_start, self._chunked + len(event.data)
+            if self._chunks > MOST_CHUNKS and self._chunked < LEAST_CHUNK * self._chunks:
+                raise h11.RemoteProtocolError("the chunks are too small")
+        return event
 
 
 class Connection(H11Protocol):
@@ -36,6 +63,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = _Parser()
         self._since = self.loop.time()  # start of what it waits for
         self._heard, self._bytes = self._since, 0  # last byte of the request, and their number
         self._cycle: object = None  # the request that these are about
@@ -80,6 +108,13 @@ class Connection(H11Protocol):
                 self.transport.write_eof()
             self.loop.call_later(LINGER, self.transport.close)
         super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no request; in the middle of an answer, only the end of the connection can say so."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
 
     @property
     def idle(self) -> bool:

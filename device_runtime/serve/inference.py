@@ -92,7 +92,7 @@ class Inference:
         boxes: list[Box | None] = []
         for one in asked:
             if one.boxes is None:
-                pixels.append(images.decode(one.data, one.name, form))
+                pixels.append(station.decode(one.data, one.name))
             else:
                 pixels += [images.from_array(part, form, one.name) for part in _cut(one)]
             own: Sequence[Box | None] = [None] if one.boxes is None else one.boxes

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 8  # jobs that wait, each with its images
+MOST_BYTES = 256 * 2**20  # of the images of all jobs, beside those of captures
 MOST_KEPT = 32  # jobs that are remembered
 NICE = 5  # of the thread that learns: predictions go first
 COLLECTING, SAVING = "collecting", "saving"  # stages before and after those of a learn
@@ -61,6 +62,7 @@ class Job:
         gather: Gets a function to call with the share that is there, and returns the images by class.
         limits: Limits on forgetting; None for the defaults.
         ended: Called with its last state, before that is seen.
+        held: Bytes of its images; 0 if they are not in memory for it alone.
 
     Attributes:
         id: Its number as a text.
@@ -74,7 +76,13 @@ class Job:
     """
 
     def __init__(
-        self, number: int, labels: Sequence[str], gather: Gather, limits: Limits | None, ended: Callable[[str], object]
+        self,
+        number: int,
+        labels: Sequence[str],
+        gather: Gather,
+        limits: Limits | None,
+        ended: Callable[[str], object],
+        held: int,
     ) -> None:
         self.id, self.label = str(number), ", ".join(labels)
         self.state, self.stage, self.share = WAITING, "", 0.0
@@ -82,7 +90,8 @@ class Job:
         self.result: LearnResult | None = None
         self.error: dict[str, Any] | None = None
         self.gather: Gather | None = gather
-        self.limits, self.ended = limits, ended
+        self.limits, self.ended, self.held = limits, ended, held
+        self.claimed = False  # by what runs it, or ends it before
         self.cancelled = threading.Event()
 
     @property
@@ -135,6 +144,7 @@ class Jobs:
         gather: Gather,
         limits: Limits | None = None,
         ended: Callable[[str], object] = lambda state: None,
+        held: int = 0,
     ) -> Job:
         """Add a job; see `Job`.
 
@@ -144,8 +154,10 @@ class Jobs:
         with self._lock:
             if sum(job.state == WAITING for job in self._jobs.values()) >= MOST_WAITING:
                 raise BusyError(f"{MOST_WAITING} classes wait to be learned already; try again when some are done")
+            if held and held + sum(job.held for job in self._jobs.values() if not job.over) > MOST_BYTES:
+                raise BusyError("too many images wait to be learned already; try again when some are done")
             self._number += 1
-            job = Job(self._number, labels, gather, limits, ended)
+            job = Job(self._number, labels, gather, limits, ended, held)
             self._jobs[job.id] = job
             over = [old.id for old in self._jobs.values() if old.over]
             for old in over[: max(0, len(self._jobs) - MOST_KEPT)]:
@@ -178,14 +190,22 @@ class Jobs:
         return next((job for job in reversed(self.list()) if not job.over), None)
 
     def cancel(self, name: str) -> Job:
-        """Cancel a job, unless its result is being saved: then it will be done.
+        """Cancel a job, unless its result is being saved: then it will be done. One that waits ends at once.
 
         Raises:
             UnknownError: See `get`.
         """
         job = self.get(name)
         job.cancelled.set()
+        if self._claim(job):
+            self._end(job, CANCELLED, 0.0)
         return job
+
+    def _claim(self, job: Job) -> bool:
+        """Return True for the first who asks: the one that runs a job or ends it before."""
+        with self._lock:
+            first, job.claimed = not job.claimed, True
+        return first
 
     def close(self) -> None:
         """Cancel all jobs and wait for the thread."""
@@ -194,6 +214,8 @@ class Jobs:
         self._thread.shutdown(cancel_futures=True)
 
     def _run(self, job: Job) -> None:
+        if not self._claim(job):
+            return
         with contextlib.suppress(OSError, AttributeError):  # not on every system
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         began, clock = time.monotonic(), _Clock(job, self._shares, self._tell)
@@ -219,14 +241,16 @@ class Jobs:
                 known = SSDEdgeError(f"internal error: {type(failure).__name__}; the log of the device says more")
             error = _told(known)
         finally:
-            seconds = time.monotonic() - began
-            log.info("learn '%s': %s in %.1f s", job.label, state, seconds, extra={"code": "job"})
-            self._ended(state, seconds)
-            job.ended(state)
-            job.gather, job.left, job.share = None, None, 1.0 if state == DONE else job.share
             job.result, job.error = result, error
-            job.state = state  # last: whoever sees it sees all of it, and what follows from it
-            self._tell(job)
+            self._end(job, state, time.monotonic() - began)
+
+    def _end(self, job: Job, state: str, seconds: float) -> None:
+        log.info("learn '%s': %s in %.1f s", job.label, state, seconds, extra={"code": "job"})
+        self._ended(state, seconds)
+        job.ended(state)
+        job.gather, job.left, job.share = None, None, 1.0 if state == DONE else job.share
+        job.state = state  # last: whoever sees it sees all of it, and what follows from it
+        self._tell(job)
 
     def _tell(self, job: Job) -> None:
         self._events.publish("job", **job.to_dict())

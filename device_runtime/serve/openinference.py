@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -131,21 +132,24 @@ class OpenInference:
     async def infer(self, request: Request) -> Response:
         """Predict images."""
         number = self._version(request)
-        asked = await _read(request)
-        names = [f"image {index}" for index in range(len(asked.images))]
+        body, length = await _read(request)
+
+        def predicted() -> tuple[_Asked, Observation]:  # JSON, too: reading it may take a second
+            asked = _asked(body, length)
+            names = [f"image {index}" for index in range(len(asked.images))]
+            return asked, self._station.predict(list(asked.images), names, True, number)
+
         began = time.monotonic()
-        seen = await asyncio.wrap_future(
-            self._station.work(lambda: self._station.predict(list(asked.images), names, True, number))
-        )
+        asked, seen = await asyncio.wrap_future(self._station.work(predicted))
         self._metrics.predicted("http", time.monotonic() - began, [one.label for one in seen.predictions])
         return _answer(request.path_params["model"], asked, seen)
 
 
-async def _read(request: Request) -> _Asked:
-    """Return what a request asks for.
+async def _read(request: Request) -> tuple[bytes, int]:
+    """Return the body of a request, and how many bytes of it are JSON.
 
     Raises:
-        InputError: It is not valid.
+        InputError: Its header is not valid.
         UnsupportedError: It is neither JSON nor has binary tensors.
     """
     stated = request.headers.get(LENGTH)
@@ -159,6 +163,15 @@ async def _read(request: Request) -> _Asked:
         length = int(stated) if stated.isascii() and stated.isdecimal() and len(stated) < 12 else -1
         if not 0 < length <= min(len(body), MOST_TEXT):
             raise InputError(f"{LENGTH} is {stated[:20]}, but the body has {len(body)} bytes")
+    return body, length
+
+
+def _asked(body: bytes, length: int) -> _Asked:
+    """Return what a request asks for.
+
+    Raises:
+        InputError: It is not valid.
+    """
     values = parse_json(body[:length])
     inputs = take(values, "inputs", list)
     if len(inputs) != 1 or not isinstance(inputs[0], dict) or inputs[0].get("name") != "images":
@@ -192,14 +205,25 @@ def _images(tensor: dict[str, Any], rest: memoryview) -> np.ndarray:
         return sent
     if len(rest):
         raise InputError(f"{len(rest)} bytes follow the JSON, but no tensor has 'binary_data_size'")
-    try:
-        found = np.asarray(take(tensor, "data", list))
-    except ValueError as error:  # lists of several lengths
-        raise InputError(f"'data' is not a tensor of the shape {shape} ({error})") from error
-    if found.dtype.kind not in "iu" or found.size != count or found.min() < 0 or found.max() > 255:
-        raise InputError(f"'data' must have {count} whole numbers from 0 to 255, but has {found.size} of {found.dtype}")
-    pixels: np.ndarray = found.astype(np.uint8).reshape(shape)
+    found = _flat(take(tensor, "data", list), shape)
+    if len(found) != count or set(map(type, found)) != {int} or min(found) < 0 or max(found) > 255:
+        raise InputError(f"'data' must have {count} whole numbers from 0 to 255, as one list or nested like {shape}")
+    pixels: np.ndarray = np.array(found, np.uint8).reshape(shape)
     return pixels
+
+
+def _flat(data: list[Any], shape: Sequence[int]) -> list[Any]:
+    """Return the elements of a tensor in one list, which is empty if it is nested in another way than its shape."""
+    if not data or not isinstance(data[0], list):
+        return data
+    rows = [data]
+    for side in shape[:-1]:
+        if not all(isinstance(row, list) and len(row) == side for row in rows):
+            return []
+        rows = list(itertools.chain.from_iterable(rows))
+    if not all(isinstance(row, list) for row in rows):
+        return []
+    return list(itertools.chain.from_iterable(rows))
 
 
 def _outputs(asked: Sequence[Any], binary: bool) -> dict[str, bool]:

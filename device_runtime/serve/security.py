@@ -38,6 +38,7 @@ SLOWDOWN = 1.0  # seconds before a wrong token is refused
 MOST_SLOW = 16  # wrong tokens that are slowed down at once; more are refused at once
 COOKIE_AGE = 30 * 24 * 3600  # seconds
 _TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
+_AUTHORITY = re.compile(r"(?P<host>[\w.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?", re.ASCII)
 _READS = ("GET", "HEAD", "OPTIONS")
 # The page, the documentation, the state of health, and signing in. Everything else needs the token where there is one.
 _OPEN = re.compile(
@@ -136,10 +137,9 @@ class Access:
 
     def knows(self, authority: str) -> bool:
         """Return True if the host in ``host:port`` is this service."""
-        try:
-            host = urlsplit(f"//{authority}").hostname or ""
-        except ValueError:
+        if (found := _AUTHORITY.fullmatch(authority)) is None:  # also one with a user or a path
             return False
+        host = found["host"].lower().strip("[]")
         if host in self.names or f"{host}." in self.names or host.rstrip(".") in self.names:
             return True
         try:

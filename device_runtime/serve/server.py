@@ -17,7 +17,7 @@ import uvicorn
 from device_runtime.device import Device
 from device_runtime.serve.app import build
 from device_runtime.serve.cameras import EVERY, Cameras
-from device_runtime.serve.connections import HEAD_BYTES, HEAD_SECONDS, Connection
+from device_runtime.serve.connections import HEAD_SECONDS, Connection
 from device_runtime.serve.events import Events
 from device_runtime.serve.mqtt import Bridge, Broker
 from device_runtime.serve.security import Access, is_loopback, read_token
@@ -111,7 +111,6 @@ def serve(
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
-                h11_max_incomplete_event_size=HEAD_BYTES,
                 server_header=False,
                 timeout_graceful_shutdown=GRACE,
                 ssl_certfile=options.tls_cert,

@@ -27,10 +27,10 @@ from device_runtime.results import (
 )
 from device_runtime.serve.asked import BusyError, UnknownError
 from device_runtime.serve.cameras import CameraFeed, Cameras
-from device_runtime.serve.captures import COLLECTING, DONE, HELD, LEARNING, Capture, Captures
+from device_runtime.serve.captures import COLLECTING, DONE, HELD, LEARNING, LEAST_IMAGES, Capture, Captures
 from device_runtime.serve.events import Events
 from device_runtime.serve.frame import Frame
-from device_runtime.serve.jobs import Job, Jobs, default_limits
+from device_runtime.serve.jobs import MOST_BYTES, Job, Jobs, default_limits
 from device_runtime.serve.recognition import Recognition
 from device_runtime.serve.tray import Tray
 from device_runtime.service.follower import Follower
@@ -46,6 +46,7 @@ C = TypeVar("C", bound=Change)
 
 WORKERS = 2  # threads that decode and predict: while one embeds, another decodes
 MOST_WAITING = 64  # requests that wait for one of them
+MOST_UPLOADS = 16  # requests with images to be learned that are decoded or wait for it
 OLDER = 2  # generations besides the current one that are held in memory to predict
 PATIENCE = 15.0  # seconds that a learn waits for a frame of a camera
 
@@ -84,8 +85,10 @@ class Station:
         self.jobs = Jobs(device, self.events, self._changing, self._job_ended)
         self.captures = Captures(device, self.events)
         self._pool = ThreadPoolExecutor(WORKERS, "predict")
+        self._uploader = ThreadPoolExecutor(1, "upload")
+        self._closing = threading.Event()
         self._counting = threading.Lock()
-        self._waiting = self._finished = 0
+        self._waiting = self._finished = self._uploads = 0
         self._older: collections.OrderedDict[int, Snapshot] = collections.OrderedDict()
 
     def warm(self) -> None:
@@ -97,8 +100,10 @@ class Station:
         """End everything; a commit that has begun is finished."""
         for capture in self.captures.list():
             capture.stop()
+        self._closing.set()
         self.jobs.close()
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._uploader, self._pool):
+            pool.shutdown(cancel_futures=True)
         self.events.close()
 
     def refresh(self) -> None:
@@ -137,13 +142,45 @@ class Station:
             self._waiting -= 1
             self._finished += 1
 
+    def take_in(self, task: Callable[[], T]) -> Future[T]:
+        """Run something that decodes images to be learned, one at a time: each image may take 320 MB meanwhile.
+
+        Raises:
+            BusyError: Too much waits already.
+        """
+        with self._counting:
+            if self._uploads >= MOST_UPLOADS:
+                raise BusyError(f"{self._uploads} uploads wait already; try again in a moment")
+            self._uploads += 1
+        future = self._uploader.submit(task)
+        future.add_done_callback(self._taken_in)
+        return future
+
+    def _taken_in(self, future: Future[Any]) -> None:
+        with self._counting:
+            self._uploads -= 1
+
     def decode(self, data: bytes, name: str) -> np.ndarray:
         """Decode an image as the backbone wants it, uint8 RGB ``(size, size, 3)``.
 
         Raises:
             InputError: It is not a valid image.
+            BusyError: The service ends.
         """
+        if self._closing.is_set():
+            raise BusyError("the service ends; try again in a moment")
         return images.decode(data, name, self.device.bundle.pixels)
+
+    def decode_all(self, files: Sequence[tuple[str, bytes]]) -> list[np.ndarray]:
+        """Decode images to be learned, given by name and content; see `decode`.
+
+        Raises:
+            InputError: One of them is not a valid image, or they are too many to be held.
+        """
+        most = max(LEAST_IMAGES, MOST_BYTES // (3 * self.device.bundle.size**2))
+        if len(files) > most:
+            raise InputError(f"at most {most} images can be taught at once, but there are {len(files)}; send fewer")
+        return [self.decode(data, name) for name, data in files]
 
     def predict(
         self, pixels: Sequence[np.ndarray], names: Sequence[str], reject: bool = True, generation: int | None = None
@@ -274,7 +311,8 @@ class Station:
         labels = [self._label(label) for label in given]
         if not labels or not all(len(own) for own in given.values()):
             raise InputError("there is nothing to learn: send at least three images of a class")
-        return self.jobs.start(labels, lambda check: given, limits_of(max_forgetting))
+        held = sum(one.nbytes for own in given.values() for one in own)
+        return self.jobs.start(labels, lambda check: given, limits_of(max_forgetting), held=held)
 
     def learn_from_camera(
         self, label: str, camera: str | None, frames: int, every: float, max_forgetting: float | None = None
@@ -359,7 +397,7 @@ class Station:
             InputError: One of them is not an image; none is added.
         """
         capture = self.captures.get(name)
-        pixels = [self.decode(data, file) for file, data in files]
+        pixels = self.decode_all(files)
         seen = self.device.observe(pixels, names=[file for file, _ in files])
         capture.add(pixels, seen.embeddings, seen.snapshot.generation.backbone)
         return capture
@@ -381,6 +419,17 @@ class Station:
         capture.tray += entries
         return capture
 
+    def drop_capture(self, name: str) -> None:
+        """Drop a capture and its images; if it waits to be learned, it is not.
+
+        Raises:
+            UnknownError: There is none of this id.
+        """
+        capture = self.captures.get(name)
+        if capture.state == LEARNING and capture.job is not None:
+            self.jobs.cancel(capture.job)
+        self.captures.close(name)
+
     def learn_capture(self, name: str, max_forgetting: float | None = None) -> Job:
         """Learn what a capture holds as a job. If it is not learned, the capture is held and can be added to.
 
@@ -389,13 +438,12 @@ class Station:
             BusyError: Too many jobs wait.
         """
         capture = self.captures.get(name)
-        if capture.state not in (COLLECTING, HELD):
-            raise InputError(f"'{capture.label}' is {capture.state} already")
         limits, tray = limits_of(max_forgetting), self.tray
-        capture.change(LEARNING)
+        capture.begin()
 
         def ended(state: str) -> None:
-            capture.change(DONE if state == "done" else HELD)
+            if capture.state == LEARNING:  # else it was dropped
+                capture.change(DONE if state == "done" else HELD)
             if state == "done":
                 capture.stop()
                 if tray is not None:
@@ -404,7 +452,7 @@ class Station:
 
         try:
             job = self.jobs.start([capture.label], lambda check: {capture.label: capture.images()}, limits, ended)
-        except BusyError:
+        except Exception:
             capture.change(HELD)
             raise
         capture.job = job.id

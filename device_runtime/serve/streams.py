@@ -40,14 +40,16 @@ class Streams:
 
     async def events(self, request: Request) -> Response:
         """Send all events as they happen."""
-        return self._stream(self._events(), "text/event-stream")
+        return self._stream(request, self._events(), "text/event-stream")
 
     async def live(self, request: Request) -> Response:
         """Send the frames of a camera as pictures that replace each other."""
         feed = self._station.camera(request.path_params["id"])
-        return self._stream(self._pictures(feed), f"multipart/x-mixed-replace; boundary={BOUNDARY}")
+        return self._stream(request, self._pictures(feed), f"multipart/x-mixed-replace; boundary={BOUNDARY}")
 
-    def _stream(self, parts: AsyncIterator[bytes], kind: str) -> Response:
+    def _stream(self, request: Request, parts: AsyncIterator[bytes], kind: str) -> Response:
+        if request.method == "HEAD":  # nothing of it would be sent, without end
+            return Response(media_type=kind)
         if self._open >= MOST_STREAMS:
             raise BusyError(f"{MOST_STREAMS} streams are open already; close one of them")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -83,7 +84,10 @@ class Teaching:
         values = await read_json(request)
         only(values, "history")
         device = self._station.device
-        data = await run_in_threadpool(device.exported, device.bundle.name, take(values, "history", bool, True))
+        history = take(values, "history", bool, True)
+        making = self._station.take_in(lambda: device.exported(device.bundle.name, history))
+        data = await asyncio.wrap_future(making)
+        request.app.state.memory.take(request.scope, len(data))  # until the client has taken all of it
         name = f"generation-{device.generation.number}.ssdedge"
         headers = {"content-disposition": f'attachment; filename="{name}"'}
         return Response(data, media_type="application/octet-stream", headers=headers)
@@ -108,10 +112,9 @@ class Teaching:
 
         def start() -> Any:
             station = self._station
-            pixels = [station.decode(data, name) for name, data in files]
-            return station.learn({label: pixels}, most).to_dict()
+            return station.learn({label: station.decode_all(files)}, most).to_dict()
 
-        return Json(await run_in_threadpool(start), 202)
+        return Json(await asyncio.wrap_future(self._station.take_in(start)), 202)
 
     async def _learn_from_camera(self, values: dict[str, Any]) -> Response:
         only(values, "label", "camera", "frames", "every", "max_forgetting")

@@ -107,13 +107,13 @@ class Tray:
     def frames(self, name: str) -> list[Frame]:
         """Return the frames of a moment by its id, the oldest first; none if it is gone."""
         with self._lock:
-            moment = self._moments.get(int(name)) if name.isdecimal() else None
+            moment = self._moments.get(_number(name))
             return [] if moment is None else list(moment.frames)
 
     def remove(self, name: str) -> bool:
         """Remove a moment by its id; return True if it was there."""
         with self._lock:
-            removed = self._moments.pop(int(name), None) if name.isdecimal() else None
+            removed = self._moments.pop(_number(name), None)
             count = len(self._moments)
         if removed is not None:
             self._changed(count)
@@ -174,3 +174,8 @@ class Tray:
         cosines = np.maximum.reduceat(np.maximum.reduceat(views @ views.T, starts, 0), starts, 1)
         cosines[np.tril_indices(len(moments))] = -2.0  # of a pair, only with the older one first
         return moments[int(cosines.max(1).argmax())].number
+
+
+def _number(name: str) -> int:
+    """Return the number in an id, or -1 if it is none: Python reads at most 4,300 digits."""
+    return int(name) if name.isdecimal() and len(name) < 20 else -1

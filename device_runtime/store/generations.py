@@ -495,6 +495,8 @@ class Generations:
 
     def open(self, number: int) -> Generation:
         """Read and verify a generation; raises as `open_generation`."""
+        if number > MAX_NUMBER:  # its folder could have a name that is too long for any file system
+            raise BundleRefusedError(f"a generation has a number up to {MAX_NUMBER}")
         return open_generation(self.tree, self.folder(number), number)
 
     def check_installed(self) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -210,6 +211,38 @@ def test_one_bad_file_adds_nothing(client, station):
     assert answer.status_code == 400
     assert "bad.png" in answer.json()["error"]
     assert client.get(f"/v1/captures/{capture['id']}").json()["images"] == 0
+
+
+def added(client, capture: dict, name: str = "wedge", count: int = 5) -> None:
+    files = [("image", (f"{number}.png", picture(name, number))) for number in range(count)]
+    assert client.post(f"/v1/captures/{capture['id']}/images", files=files).status_code == 200
+
+
+def test_a_capture_is_learned_once_and_not_empty(client, station):
+    capture = opened(client, station)
+    empty = client.post(f"/v1/captures/{capture['id']}/learn", json={})
+    assert (empty.status_code, "no images of 'wedge'" in empty.json()["error"]) == (400, True)
+    added(client, capture)
+    go_on = threading.Event()
+    station.jobs.start(["x"], lambda check: go_on.wait(10) and {})
+    with ThreadPoolExecutor(8) as pool:
+        asked = pool.map(lambda _: client.post(f"/v1/captures/{capture['id']}/learn", json={}).status_code, range(8))
+        assert sorted(asked) == [202] + [400] * 7
+    go_on.set()
+
+
+def test_a_capture_that_is_dropped_is_not_learned(client, station):
+    go_on = threading.Event()
+    station.jobs.start(["x"], lambda check: go_on.wait(10) and {})
+    capture = opened(client, station)
+    added(client, capture)
+    job = client.post(f"/v1/captures/{capture['id']}/learn", json={}).json()
+    with station.events.subscribe() as events:
+        assert client.delete(f"/v1/captures/{capture['id']}").status_code == 204
+        assert client.get(f"/v1/jobs/{job['id']}").json()["state"] == "cancelled"  # at once, while another one runs
+        go_on.set()
+        last = [event.fields["state"] for event in iter(lambda: events.get(0), None) if event.kind == "capture"][-1]
+    assert last == "done"
 
 
 def test_frames_of_the_tray_are_added_and_leave_it_when_learned(client, station, feed):

@@ -172,6 +172,50 @@ def test_what_is_no_proper_request_is_refused(server, sent):
     assert answer[:10] in (b"HTTP/1.1 4", b"")
 
 
+def test_no_second_request_is_hidden_in_a_body(server):
+    with server.connect() as connection:
+        hidden = b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        connection.sendall(POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + hidden)
+        answer = until_closed(connection)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_a_body_of_tiny_chunks_is_refused(server):
+    with server.connect() as connection:
+        connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n")
+        assert until_closed(connection)[:12] in (b"HTTP/1.1 400", b"")
+    with server.connect() as connection:  # a client that sends small chunks of a small body is served
+        connection.sendall(POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"".join(b"%x\r\n%s\r\n" % (1, bytes([one])) for one in picture("nut")) + b"0\r\n\r\n")
+        assert b'"label":"nut"' in until_closed(connection)
+
+
+def test_a_client_that_leaves_or_sends_rubbish_is_no_error(server):
+    for sent in (
+        POST.replace(b"image/png", b"multipart/form-data; boundary=x") + b"Content-Length: 99\r\n\r\n--x\r\n",
+        POST.replace(b"image/png", b"application/json").replace(b"predict", b"rename") + b"Content-Length: 99\r\n\r\n{",
+        b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nwhat\r\n",
+    ):
+        with server.connect() as connection:
+            connection.sendall(sent)
+            time.sleep(0.2)
+    assert server.get("/v2/health/live")[0] == 200
+    assert "Traceback" not in server.said()
+
+
+def test_the_head_of_a_stream_is_not_endless(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    for _ in range(2):
+        connection.request("HEAD", "/v1/events")
+        answer = connection.getresponse()
+        assert (answer.status, answer.getheader("content-type")) == (200, "text/event-stream; charset=utf-8")
+        answer.read()
+    connection.close()
+
+
 @pytest.mark.parametrize(
     "path", ["/console/../server.py", "/console/%2e%2e/server.py", "/console/..%2fserver.py", "/console//etc/passwd",
              "/console/%00", "/console/vendor.js/..", "/console/..\\server.py"]

@@ -69,7 +69,12 @@ def test_without_a_token_everyone_on_this_machine_may(client):
     assert client.get("/v1/status").json()["generation"] == 1
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "192.0.2.1", "", "[::2]:8080", "a]b["])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "127.0.0.1.evil.example", "192.0.2.1", "", "[::2]:8080", "a]b[", "evil.example@127.0.0.1",
+     "127.0.0.1/evil", "127.0.0.1#x", "localhost?x", "local\thost", "evil\\@localhost", "localhost:80:80",
+     "localhost, evil.example", "127.1"],
+)  # fmt: skip
 def test_a_rebound_name_is_refused(client, host):
     answer = client.get("/v1/status", headers={"host": host})
     assert answer.status_code == 403

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from helpers.tiny_photos import finished, form, picture, pixels
 
 from device_runtime.device import Device
 from device_runtime.install.bundle import install
+from device_runtime.serve import answers, jobs
+from device_runtime.serve import station as station_module
 
 
 def learned(client, name: str = "wedge", **more) -> dict:
@@ -116,6 +119,7 @@ def test_bad_orders_are_refused(client, data, status):
         ("rollback", {}, 400, "no parent"),
         ("rollback", {"generation": 77}, 400, "77"),
         ("rollback", {"generation": "1"}, 400, "whole number"),
+        ("rollback", {"generation": 10**400}, 400, "there is no generation 1000"),
         ("learn", {"label": "x", "camera": "1"}, 404, "--camera"),
     ],
 )
@@ -218,6 +222,52 @@ def test_jobs_that_wait_are_bounded(client, station):
     answers = [client.post("/v1/learn", files=form("wedge", 3), data={"label": "w"}).status_code for _ in range(9)]
     go_on.set()
     assert answers == [202] * 8 + [503]
+
+
+def test_images_are_decoded_for_one_request_at_a_time(client, station, monkeypatch):
+    at_once, most, lock = [], [], threading.Lock()
+    real = station.decode
+
+    def decode(data, name):
+        with lock:
+            at_once.append(name)
+            most.append(len(at_once))
+        time.sleep(0.005)
+        with lock:
+            at_once.remove(name)
+        return real(data, name)
+
+    monkeypatch.setattr(station, "decode", decode)
+    capture = client.post("/v1/captures", json={"label": "wedge"}).json()["id"]
+
+    def send(number: int) -> int:
+        if number % 2:
+            return client.post(f"/v1/captures/{capture}/images", files=form("wedge", 3)).status_code
+        return client.post("/v1/learn", files=form("wedge", 3), data={"label": "wedge"}).status_code
+
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(send, range(6))) <= {200, 202}
+    assert max(most) == 1
+
+
+def test_images_that_wait_to_be_learned_are_bounded(client, station, monkeypatch):
+    monkeypatch.setattr(jobs, "MOST_BYTES", 12 * 8 * 8 * 3)
+    go_on = threading.Event()
+    station.jobs.start(["x"], lambda check: go_on.wait(10) and {})
+    sent = [client.post("/v1/learn", files=form("wedge", 6), data={"label": "w"}) for _ in range(3)]
+    assert [answer.status_code for answer in sent] == [202, 202, 503]
+    monkeypatch.setattr(station_module, "MOST_BYTES", 3)
+    many = client.post("/v1/learn", files=form("wedge", 13), data={"label": "w"})
+    assert (many.status_code, "at most 12 images" in many.json()["error"]) == (400, True)
+    go_on.set()
+
+
+def test_an_export_counts_as_memory_until_it_is_taken(client, monkeypatch):
+    monkeypatch.setattr(answers, "MOST_HELD", 5000)
+    assert client.post("/v1/export", json={}).status_code == 503
+    monkeypatch.undo()
+    for _ in range(3):
+        assert client.post("/v1/export", json={}).status_code == 200
 
 
 def test_another_process_is_followed(client, station, root: Path):

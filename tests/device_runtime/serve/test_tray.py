@@ -114,6 +114,12 @@ def test_bytes_are_bounded() -> None:
     assert [moment["frames"] for moment in small.list()] == [2]
 
 
+@pytest.mark.parametrize("name", ["", "x", "-1", "1" * 5000, "٣", "1\0"])
+def test_what_is_no_id_is_no_moment(name: str) -> None:
+    assert Tray().frames(name) == []
+    assert not Tray().remove(name)
+
+
 def test_moments_of_another_backbone_go_first() -> None:
     tray = Tray(most=3)
     for number in range(3):
