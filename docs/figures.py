@@ -529,6 +529,17 @@ def alarms_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def serve_table(results: dict) -> str:
+    """Return how long requests to the service take, alone and beside learns."""
+    rows = [(f"one client: {name}", results["latency"][name]) for name in ("embedder", "service", "peer")]
+    rows += [(f"eight clients, {name}", results["load"][name]) for name in ("alone", "beside learns")]
+    lines = ["| | median | 99 % within | answers per second |", "|---|---|---|---|"]
+    for name, one in rows:
+        rate = one.get("per_second", "")
+        lines.append(f"| {name} | {one['p50']:.1f} ms | {one['p99']:.0f} ms | {rate} |")
+    return "\n".join(lines)
+
+
 def arm64_tables(results: dict) -> dict[str, str]:
     """Return how an emulated ARM64 machine answers, and the installed size of what a device needs."""
     lines = ["| after | same answers | scores within | margins within |", "|---|---|---|---|"]
@@ -590,6 +601,7 @@ def main() -> None:
             "tail": tail_table(json.loads((DOCS / "results" / "tail.json").read_text())["rows"]),
             "tail-ends": tail_ends_table(json.loads((DOCS / "results" / "tail.json").read_text())["rows"]),
         },
+        DOCS / "serve.md": {"serve": serve_table(json.loads((DOCS / "results" / "serve.json").read_text()))},
         DOCS / "service.md": {"drift": drift_table(drift), "drift-alarms": alarms_table(drift)},
         DOCS / "method.md": {
             "shift": settings_table(read["shift"]),
