@@ -133,7 +133,8 @@ def serve(
                 about = (address, device.generation.number, known, device.embedder.provider)
                 log.info(text, *about, extra={"code": "ready"})
 
-            logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every invalid request
+            for quiet in ("uvicorn", "python_multipart"):  # they warn of every invalid request and form
+                logging.getLogger(quiet).setLevel(logging.ERROR)
             # how long a client may take to agree on a key, for which uvicorn has no option
             asyncio.constants.SSL_HANDSHAKE_TIMEOUT = HEAD_SECONDS  # type: ignore[attr-defined]
             asyncio.run(_Server(config, station, started).serve([listener]))

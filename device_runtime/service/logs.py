@@ -7,6 +7,7 @@ import logging
 import math
 import numbers
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,8 +59,14 @@ def _plain(value: Any, depth: int = 4) -> Any:
 
 
 def log_json(level: int = logging.INFO) -> logging.Handler:
-    """Log everything at or above `level` to standard error as `JsonLines`, which systemd stores in its journal."""
+    """Log everything at or above `level` to standard error as `JsonLines`, which systemd stores in its journal.
+
+    Warnings of Python are logged, too: decoders have one for many a damaged image.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=level, force=True)
+    warnings.showwarning = lambda message, category, *_: logging.getLogger("warnings").warning(
+        "%s: %s", category.__name__, message, extra={"code": "python_warning"}
+    )
     return handler

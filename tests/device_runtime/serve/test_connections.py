@@ -186,7 +186,8 @@ def test_a_body_of_tiny_chunks_is_refused(server):
         connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n")
         with contextlib.suppress(ConnectionError):
             connection.sendall(b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n")
-        assert until_closed(connection)[:12] in (b"HTTP/1.1 400", b"")
+        answer = until_closed(connection)
+        assert answer == b"" or b"Invalid HTTP request" in answer
     with server.connect() as connection:  # a client that sends small chunks of a small body is served
         connection.sendall(POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
         connection.sendall(b"".join(b"%x\r\n%s\r\n" % (1, bytes([one])) for one in picture("nut")) + b"0\r\n\r\n")

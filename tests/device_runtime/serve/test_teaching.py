@@ -186,6 +186,24 @@ def test_a_waiting_job_and_a_running_one_are_cancelled(client, station):
     assert client.get("/v1/status").json()["generation"] == 2
 
 
+def test_a_learn_is_cancelled_between_two_batches_of_images(client, station, monkeypatch):
+    real, embedded = station.device.embedder.embed, []
+
+    def embed(images):
+        embedded.append(len(images))
+        if len(embedded) == 2:
+            station.jobs.current.cancelled.set()
+            time.sleep(0.25)  # progress is told five times per second
+        return real(images)
+
+    monkeypatch.setattr(station.device.embedder, "embed", embed)
+    with station.events.subscribe(1000) as events:
+        assert learned(client, count=200)["state"] == "cancelled"
+        shares = [event.fields["share"] for event in iter(lambda: events.get(0), None) if event.kind == "job"]
+    assert sum(embedded) == 64
+    assert shares[0] == 0.0
+
+
 def test_nothing_else_is_changed_during_a_learn(client, station, monkeypatch):
     inside, go_on = threading.Event(), threading.Event()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,8 @@ def test_log_line_has_the_traceback():
     assert "fields" not in found
 
 
-def test_log_json_replaces_other_handlers(capsys):
+def test_log_json_replaces_other_handlers(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     for handler in before:  # so that they are not closed
@@ -60,7 +62,8 @@ def test_log_json_replaces_other_handlers(capsys):
         logs.log_json()
         logging.getLogger("camera").info("seen", extra={"fields": {"n": 1}})
         logging.getLogger("camera").debug("not seen")
+        warnings.showwarning(UserWarning("two\nlines"), UserWarning, "decoder.py", 1)
     finally:
         root.handlers[:], root.level = before, level
     lines = capsys.readouterr().err.splitlines()
-    assert [json.loads(line)["event"] for line in lines] == ["seen"]
+    assert [json.loads(line)["event"] for line in lines] == ["seen", "UserWarning: two\nlines"]
