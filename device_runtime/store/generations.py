@@ -49,6 +49,7 @@ EVENTS = 1000  # journal events kept by `tidy`: a year of three learns a day; in
 _BLOCK = 4096  # bytes
 _TRIES = 5  # of a reader; for each retry, another process must commit ten times during one read
 _NUMBER = re.compile(r"[0-9]{6}|[1-9][0-9]{6,11}")  # more than `journal.MAX_NUMBER` has
+LARGEST = 10**12  # that many digits
 _BACKBONE = re.compile(r"[0-9a-f]{64}\.onnx")
 _TRACES = (watch_state.NAME, "incoming")  # uploads of ssd-edge push
 SPARE, SPARE_BYTES = "spare", 2**16  # enough for CURRENT, a line of the journal and the blocks of their folder
@@ -495,8 +496,8 @@ class Generations:
 
     def open(self, number: int) -> Generation:
         """Read and verify a generation; raises as `open_generation`."""
-        if number > MAX_NUMBER:  # its folder could have a name that is too long for any file system
-            raise BundleRefusedError(f"a generation has a number up to {MAX_NUMBER}")
+        if number >= LARGEST:  # its folder could have a name that is too long for any file system
+            raise BundleRefusedError(f"the number of a generation has at most {len(str(LARGEST)) - 1} digits")
         return open_generation(self.tree, self.folder(number), number)
 
     def check_installed(self) -> None:
