@@ -28,7 +28,7 @@ from device_runtime.serve.cameras import CameraFeed, Cameras
 from device_runtime.serve.events import Events
 from device_runtime.serve.frame import Frame, as_jpeg
 from device_runtime.serve.tray import Tray
-from device_runtime.service import camera, drift
+from device_runtime.service import camera, drift, logs
 from device_runtime.store.watch_state import last_report
 from ssd_edge.cli import run
 from ssd_edge.errors import InputError
@@ -386,6 +386,7 @@ def test_the_command_serves_cameras(root: Path, folder: Path, tmp_path: Path) ->
 def test_the_command_refuses_what_it_cannot_use(
     words: list[str], problem: str, root: Path, capsys, monkeypatch
 ) -> None:
+    monkeypatch.setattr(logs, "log_json", lambda: None)  # it would outlast the test, with the captured standard error
     monkeypatch.setattr(sys, "argv", ["ssd-edge", "device", "serve", "--root", str(root), "--port", "0", *words])
     assert run() == 2
     said = capsys.readouterr().err
