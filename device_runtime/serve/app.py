@@ -23,6 +23,7 @@ from device_runtime.serve.security import COOKIE_AGE, Access, Doorman, Guard
 from device_runtime.serve.station import Station
 from device_runtime.serve.streams import Streams
 from device_runtime.serve.teaching import Teaching
+from ssd_edge import files
 from ssd_edge.errors import SSDEdgeError
 from ssd_edge.system import VERSION
 
@@ -122,7 +123,7 @@ class Console(StaticFiles):
 
 async def _page(request: Request) -> Response:
     index = CONSOLE / "index.html"
-    if not index.is_file():
+    if not files.is_file(index):
         return RedirectResponse("/docs")
     return FileResponse(index, headers={"cache-control": "no-cache"})
 
