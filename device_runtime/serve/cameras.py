@@ -119,7 +119,7 @@ class CameraFeed:
             self._source = Camera(source, self._closed.wait, lost=self._lose)
         elif files.is_folder(path):
             self._source = _FolderSource(path, self._lose, self._closed)
-        elif not path.exists():
+        elif not files.exists(path):
             raise InputError(f"the camera '{source}' is no URL, folder or video; check the path")
         elif images.kind_of(path.name) in ("image", "picture"):
             raise InputError(f"{source} is one image, but a camera needs a video or a folder; name its folder")

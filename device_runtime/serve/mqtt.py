@@ -26,6 +26,7 @@ from device_runtime.serve.asked import BusyError, meaning
 from device_runtime.serve.events import Event
 from device_runtime.serve.station import Station
 from device_runtime.service.frames import RateLimitedWarning
+from ssd_edge import files
 from ssd_edge.errors import InputError, SSDEdgeError, first_line, printable, require
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Broker:
                 password = password_file.read_text(encoding="utf-8")[:1000].rstrip("\r\n")
             except (OSError, UnicodeError) as error:
                 raise InputError(f"the password for MQTT cannot be read from {password_file} ({error})") from error
-        if ca is not None and not ca.is_file():
+        if ca is not None and not files.is_file(ca):
             raise InputError(f"{ca} of --mqtt-ca is not a file; name the certificate of the authority (PEM)")
         user = unquote(parts.username or "")
         if password and not user:

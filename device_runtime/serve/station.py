@@ -34,7 +34,7 @@ from device_runtime.serve.jobs import MOST_BYTES, Job, Jobs, default_limits
 from device_runtime.serve.recognition import Recognition
 from device_runtime.serve.tray import Tray
 from device_runtime.service.follower import Follower
-from ssd_edge import images
+from ssd_edge import files, images
 from ssd_edge.classes import normalise_name
 from ssd_edge.errors import InputError
 
@@ -210,7 +210,7 @@ class Station:
         """
         with self._counting:
             found = self._older.get(number)
-            if found is not None and found.generation.path.exists() and number != self.device.generation.number:
+            if found is not None and files.exists(found.generation.path) and number != self.device.generation.number:
                 self._older.move_to_end(number)
                 return found
             self._older.pop(number, None)
