@@ -170,7 +170,7 @@ class ClassStatistics:
         """Subtract other statistics: the inverse of `merge`, up to rounding.
 
         Args:
-            other: statistics with the same `per_class`.
+            other: statistics with the same `per_class`, and with the same `views` or of one view.
             rows: int64 mapping from its rows to rows of these statistics; ignored for empty rows.
 
         Raises:
@@ -184,12 +184,12 @@ class ClassStatistics:
         self.sums[empty] = 0.0  # rounding would leave a residue
         if self.per_class:
             self.moments = self.moments.index_add(0, rows, -other.moments[known])
-            self.apart = self.apart.index_add(0, rows, -other.apart[known])
+            self.apart = self.apart.index_add(0, rows, -other._sketch_like(self)[known])
             self.moments[empty] = self.apart[empty] = 0.0
         elif empty.all():
             self.moments, self.apart = torch.zeros_like(self.moments), torch.zeros_like(self.apart)
         else:
-            self.moments, self.apart = self.moments - other.moments, self.apart - other.apart
+            self.moments, self.apart = self.moments - other.moments, self.apart - other._sketch_like(self)
 
     def without_rows(self, rows: Iterable[int]) -> ClassStatistics:
         """Return a copy without some empty rows; later rows move up.
@@ -212,17 +212,22 @@ class ClassStatistics:
         return fewer
 
     def merge(self, other: ClassStatistics, rows: Tensor) -> None:
-        """Add other statistics with the same `per_class`: their row i to row ``rows[i]``."""
+        """Add other statistics, as those of `subtract`: their row i to row ``rows[i]``."""
         if len(rows):
             self.grow(int(rows.max()) + 1)
         self.counts.index_add_(0, rows, other.counts)
         self.sums.index_add_(0, rows, other.sums)
         if self.per_class:
             self.moments.index_add_(0, rows, other.moments)
-            self.apart.index_add_(0, rows, other.apart)
+            self.apart.index_add_(0, rows, other._sketch_like(self))
         else:
             self.moments += other.moments
-            self.apart += other.apart
+            self.apart += other._sketch_like(self)
+
+    def _sketch_like(self, other: ClassStatistics) -> Tensor:
+        """Return the sketch with as many columns as that of `other`: the differences of one view are zero."""
+        missing = other.apart.shape[-1] - self.apart.shape[-1]
+        return torch.nn.functional.pad(self.apart, (0, missing)) if not self.apart.shape[-1] else self.apart
 
     @property
     def second(self) -> Tensor:

@@ -206,12 +206,14 @@ def test_the_model_is_complete_before_the_comparison(shapes: Path, tmp_path: Pat
     assert "RanPAC" in (folder / "report.html").read_text()
 
 
-def test_no_panel_trains_the_model_only(shapes: Path, tmp_path: Path, cli) -> None:
-    printed = cli("train", "--no-panel", "backbone=tiny", f"data.path={shapes}", f"run.out={tmp_path}").stdout
+@pytest.mark.parametrize("words", [[], ["learner.second_view=true"]], ids=" ".join)
+def test_no_panel_trains_the_model_only(words: list[str], shapes: Path, tmp_path: Path, cli) -> None:
+    printed = cli("train", "--no-panel", "backbone=tiny", f"data.path={shapes}", f"run.out={tmp_path}", *words).stdout
     assert f"compare: ssd-edge compare {tmp_path / '1'}" in printed
     assert f"deploy:  ssd-edge deploy --target jetson {tmp_path / '1'} -o robot.ssdedge" in printed
     metrics = read(tmp_path / "1")
     assert (metrics["panel"], metrics["baselines"]) == ({}, {})
+    assert ("apart" in files.read_tensors(tmp_path / "1" / "learner.safetensors")[0]) == bool(words)
 
 
 def test_compare_refuses_an_unfinished_run(tmp_path: Path, cli) -> None:

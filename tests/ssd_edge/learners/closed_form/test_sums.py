@@ -477,6 +477,17 @@ def test_the_sketch_of_two_views_is_a_sum_like_the_others(per_class: bool) -> No
     assert torch.equal(again.apart, statistics.apart)
 
 
+@pytest.mark.parametrize("per_class", [False, True])
+def test_samples_of_one_view_have_no_differences(per_class: bool) -> None:
+    vectors, labels = data()
+    statistics, one = collect_views(vectors, labels, per_class), collect(vectors[:9], labels[:9], per_class)
+    before, rows = statistics.sketch, torch.arange(4)
+    statistics.merge(one, rows)
+    assert torch.equal(statistics.sketch, before)
+    statistics.subtract(one, rows)
+    assert torch.equal(statistics.sketch, before)
+
+
 def test_the_sketch_of_a_removed_class() -> None:
     vectors, labels = data()
     exact, pooled = collect_views(vectors, labels, per_class=True), collect_views(vectors, labels)
