@@ -32,6 +32,7 @@ MOST_IMAGES, MOST_BYTES = 200, 64 * 2**20  # of one capture
 LEAST_IMAGES = 12  # that a capture may have whatever their size
 MOST_CAPTURES = 4
 IDLE = 600.0  # seconds without a request after which a capture is dropped
+ENDING = 25.0  # seconds that the end waits for PyTorch
 EVERY = 0.2  # seconds between two frames of a camera that are taken
 LATEST, SAME = 8, 6  # of the last frames, those that show nothing new, from which on a hint is given
 COLLECTING, HELD, LEARNING, DONE = "collecting", "held", "learning", "done"
@@ -61,6 +62,13 @@ class Views:
                 self._thread = threading.Thread(target=self._load, name="views", daemon=True)
                 self._thread.start()
         return None
+
+    def close(self) -> None:
+        """Wait until nothing is loaded: a process that ends in the middle of PyTorch crashes."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join(ENDING)
 
     def _load(self) -> None:
         try:
@@ -349,6 +357,12 @@ class Captures:
             self._captures.pop(capture.id, None)
         capture.stop()
         capture.change(DONE)
+
+    def end(self) -> None:
+        """Take no more frames, because the service ends."""
+        for capture in self.list():
+            capture.stop()
+        self._views.close()
 
     def drop_idle(self) -> None:
         """Drop the captures that nobody has used for `IDLE` seconds, unless they are being learned."""

@@ -113,6 +113,9 @@ class Connection(H11Protocol):
         """Refuse what is no request; in the middle of an answer, only the end of the connection can say so."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
+            if not self.idle:  # what answers a body that turned out to be damaged must not answer, too
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
         else:
             self.transport.abort()
 

@@ -26,13 +26,14 @@ from device_runtime.serve.tray import Tray
 from device_runtime.service import systemd
 from device_runtime.service.follower import REFRESH
 from ssd_edge.errors import EnvironmentUnfitError, InputError, system_problem
+from ssd_edge.system import return_memory
 
 log = logging.getLogger(__name__)
 
 GRACE = 5  # seconds that running requests get at the end
 STUCK = 60.0  # seconds without progress after which the watchdog is no longer fed
 NAP = 0.5  # seconds between two looks at signals' and systemd's due work
-STATUS = 10.0  # seconds between two status lines for systemd
+STATUS = 10.0  # seconds between two status lines for systemd, and until freed memory is given back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +212,7 @@ class _Server(uvicorn.Server):
                 due = loop.time() + STATUS
                 number = self._station.device.generation.number
                 systemd.notify("", f"generation {number}: {self._station.finished} requests answered")
+                await asyncio.to_thread(return_memory)  # a large photograph takes 320 MB for a moment
             await asyncio.sleep(REFRESH)
 
 

@@ -98,10 +98,9 @@ class Station:
 
     def close(self) -> None:
         """End everything; a commit that has begun is finished."""
-        for capture in self.captures.list():
-            capture.stop()
         self._closing.set()
         self.jobs.close()
+        self.captures.end()
         for pool in (self._uploader, self._pool):
             pool.shutdown(cancel_futures=True)
         self.events.close()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,26 @@ def test_usable_cores_follow_the_affinity_of_the_process() -> None:
 def test_resident_memory_of_this_process() -> None:
     assert 10 < system.resident() // system.MIB < 100_000
     assert system.resident("VmHWM") >= system.resident("VmRSS") // 2
+
+
+def test_what_threads_have_freed_is_given_back() -> None:
+    """Blocks of the size of a decoder's, freed below one that is kept: the system does not get them back by itself."""
+    script = """
+import threading
+from ssd_edge.system import MIB, resident, return_memory
+def work():
+    blocks = [bytearray(MIB // 16) for _ in range(1600)]
+    kept.append(blocks[-1])
+kept, threads = [], [threading.Thread(target=work)]
+for thread in threads:
+    thread.start()
+    thread.join()
+before = resident()
+return_memory()
+print((before - resident()) // MIB)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(found.stdout) >= (50 if platform.libc_ver()[0] == "glibc" else 0), found.stdout
 
 
 def test_nearest_folder_and_disk_free_of_a_path_that_does_not_exist(tmp_path: Path) -> None:

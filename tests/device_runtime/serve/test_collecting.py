@@ -305,6 +305,15 @@ def test_the_least_number_of_images_is_that_of_a_learn():
     assert NEEDED == MIN_IMAGES
 
 
+def test_the_end_waits_for_pytorch(client, station, monkeypatch):
+    """A process that ends while a thread loads PyTorch is aborted."""
+    loaded = []
+    monkeypatch.setattr(captures.Views, "_load", lambda views: (time.sleep(0.3), loaded.append(True)))
+    assert client.post("/v1/captures", json={"label": "wedge"}).status_code == 201
+    station.close()
+    assert loaded
+
+
 def test_without_pytorch_what_learns_is_refused_at_once(client, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))

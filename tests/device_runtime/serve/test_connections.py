@@ -199,6 +199,7 @@ def test_a_client_that_leaves_or_sends_rubbish_is_no_error(server):
         POST.replace(b"image/png", b"multipart/form-data; boundary=x") + b"Content-Length: 99\r\n\r\n--x\r\n",
         POST.replace(b"image/png", b"application/json").replace(b"predict", b"rename") + b"Content-Length: 99\r\n\r\n{",
         b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nwhat\r\n",
+        b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nwhat\r\n",
     ):
         with server.connect() as connection:
             connection.sendall(sent)
