@@ -43,7 +43,6 @@ ENDING = 25.0  # seconds that the threads get to end; a process must not end in 
 DRIFT = 10.0  # seconds between two looks at the drift
 RATE = 20  # answers of which the rate is the mean
 QUIET = 3.0  # seconds without an answer after which the rate is 0
-SCAN, SHARE = 0.5, 0.2  # seconds between two scans of a folder, and the largest share of the time that they take
 DOUBT = 0.5  # probability below which an answer is in doubt: it is more likely wrong than right
 UNSETTLED = 8  # answers in a row without a stable one that are in doubt; a change takes three to five
 IN_A_ROW = 2  # frames in doubt before one is kept: a single one shows what moves
@@ -74,7 +73,7 @@ class _FolderSource:
             except OSError as error:  # e.g. a removed card or a lost network share
                 warning.warn(f"{self.name} cannot be read ({error}); retrying", "folder_lost")
                 self._lost(str(error.strerror or error))
-            self._closed.wait(max(SCAN, self._folder.seconds / SHARE))
+            self._closed.wait(self._folder.pause())
 
     def close(self) -> None:
         """Do nothing: it ends with the event."""

@@ -27,6 +27,8 @@ FRAME_LIMIT = 16 * 2**20  # bytes
 BLOCK = 2**16  # bytes per read
 PATIENCE = 5.0  # seconds after which an unchanged file that is not an image is given up
 UNFINISHED = 1000  # maximum number of unfinished files
+SCAN = 0.5  # seconds between two scans of a folder
+SHARE = 0.2  # largest share of the time that is spent on scanning it
 AT_ONCE = 10_000  # maximum number of files per scan, and of remembered names
 WINDOW = 10 * 10**9  # ns for which names are remembered; timestamps of file systems have steps of up to 2 s
 WARNING_PERIOD = 60.0  # seconds; a broken camera can cause thirty warnings per second
@@ -295,9 +297,13 @@ class Folder:
         self._low: tuple[int, str] = (-1, "")  # all files up to this (ctime, name) are done
         self._recent: dict[str, tuple[int, _Identity]] = {}  # files after `_low` that are done
         self._unfinished: dict[str, _Unfinished] = {}
-        self.seconds = 0.0  # duration of the last scan
+        self._seconds = 0.0  # duration of the last scan
         if self._skip:
             self._scan()
+
+    def pause(self, every: float = SCAN) -> float:
+        """Return the seconds until the next scan: `every`, or more if scanning takes long."""
+        return max(every, self._seconds / SHARE)
 
     def images(self, form: Callable[[], Pixels]) -> Iterator[tuple[str, np.ndarray]]:
         """Scan the folder once and yield its new images as uint8 RGB ``(size, size, 3)``; see `read`.
@@ -324,7 +330,7 @@ class Folder:
         """
         begun = self._clock()
         waiting, arrived = list(self._unfinished), self._scan()
-        self.seconds = self._clock() - begun
+        self._seconds = self._clock() - begun
         for name in waiting + arrived:
             image = self._read(name, decode)
             if image is not None:

@@ -17,15 +17,13 @@ from device_runtime.service.camera import Camera
 from device_runtime.service.consensus import StableAnswer
 from device_runtime.service.counts import SAVE, Counts
 from device_runtime.service.follower import REFRESH, Follower
-from device_runtime.service.frames import Folder, Newest, RateLimitedWarning, mjpeg
+from device_runtime.service.frames import SCAN, Folder, Newest, RateLimitedWarning, mjpeg
 from ssd_edge import images
 from ssd_edge.errors import InputError
 from ssd_edge.images import Pixels
 
 log = logging.getLogger(__name__)
 
-SCAN = 0.5  # seconds between two scans of a folder
-SHARE = 0.2  # largest share of the time that is spent on scanning a folder
 STATUS = 10.0  # seconds between two status lines for systemd
 NAP = 0.1  # seconds; a signal does not end a sleep
 
@@ -154,7 +152,7 @@ class _Files:
 
     def pause(self) -> float:
         """Return the seconds between two scans, which are more for a folder that takes long to scan."""
-        return max(self._every, self._folder.seconds / SHARE)
+        return self._folder.pause(self._every)
 
     def settle(self, prediction: Prediction, at: float) -> tuple[str | None, bool]:
         """Return the stable answer (None for files) and whether the image counts for drift (always)."""
