@@ -196,7 +196,7 @@ def plan_classes(
         row = registry.row(label)
         new = row is None
         batch = ClassImages(
-            normalise_name(label) if row is None else registry.names[row], rows if row is None else row, new, sources,
+            normalise_name(label), rows if row is None else row, new, sources,
             len(sources), digest_of(sources, bundle),
         )  # fmt: skip
         batch.of(len(sources), limits)

@@ -308,7 +308,8 @@ class Captures:
             EnvironmentUnfitError: PyTorch is not installed, so that nothing can be learned.
             BusyError: Too many are open.
         """
-        label, new = self._named(label)
+        label = normalise_name(label)
+        new = self._device.registry.row(label) is None
         if importlib.util.find_spec("torch") is None:
             require_torch()
         self._views.rule()  # PyTorch is loaded while the first images are collected
@@ -323,11 +324,6 @@ class Captures:
             self._captures[capture.id] = capture
         self._tell(capture)
         return capture
-
-    def _named(self, label: str) -> tuple[str, bool]:
-        registry = self._device.registry
-        row = registry.row(label)
-        return (normalise_name(label), True) if row is None else (registry.names[row], False)
 
     def get(self, name: str) -> Capture:
         """Return a capture, which then is in use.

@@ -307,7 +307,7 @@ class Station:
             InputError: A name is not valid, or there are no images.
             BusyError: Too many jobs wait.
         """
-        labels = [self._label(label) for label in given]
+        labels = list(map(normalise_name, given))
         if not labels or not all(len(own) for own in given.values()):
             raise InputError("there is nothing to learn: send at least three images of a class")
         held = sum(one.nbytes for own in given.values() for one in own)
@@ -330,15 +330,12 @@ class Station:
             UnknownError: There is no such camera.
             BusyError: Too many jobs wait.
         """
-        label, feed = self._label(label), self.camera(camera)
+        label, feed = normalise_name(label), self.camera(camera)
 
         def gather(check: Callable[[float], object]) -> dict[str, list[np.ndarray]]:
             return {label: _frames(feed, frames, every, check)}
 
         return self.jobs.start([label], gather, limits_of(max_forgetting))
-
-    def _label(self, label: str) -> str:
-        return label if self.device.registry.row(label) is not None else normalise_name(label)
 
     def camera(self, name: str | None) -> CameraFeed:
         """Return a camera.
