@@ -101,8 +101,7 @@ class Collecting:
 
     def cameras(self, request: Request) -> Response:
         """Return the cameras."""
-        cameras = self._station.cameras
-        return Json({"cameras": [] if cameras is None else [feed.to_dict() for feed in cameras.list()]})
+        return Json({"cameras": [feed.to_dict() for feed in self._station.feeds()]})
 
     def frame(self, request: Request) -> Response:
         """Return the newest frame of a camera."""
@@ -113,21 +112,18 @@ class Collecting:
 
     def tray(self, request: Request) -> Response:
         """Return what is in the tray."""
-        tray = self._station.tray
-        return Json({"tray": [] if tray is None else [dict(entry) for entry in tray.list()]})
+        return Json({"tray": self._station.tray.list()})
 
     def tray_frame(self, request: Request) -> Response:
         """Return the newest frame of an entry of the tray."""
-        tray = self._station.tray
-        frames = [] if tray is None else tray.frames(_id(request))
+        frames = self._station.tray.frames(_id(request))
         if not frames:
             raise UnknownError(f"the frame '{_id(request)[:40]}' is no longer in the tray")
         return Response(frames[-1].jpeg, media_type="image/jpeg")
 
     def remove(self, request: Request) -> Response:
         """Remove an entry of the tray."""
-        if self._station.tray is not None:
-            self._station.tray.remove(_id(request))
+        self._station.tray.remove(_id(request))
         return Response(status_code=204)
 
 

@@ -104,18 +104,15 @@ class _Now(Collector):
         waits = {(state,): states.count(state) for state in ("waiting", "running")}
         yield _gauge("jobs", "Learns that wait or run.", waits, "state")
         yield _gauge("captures", "Captures that are open.", {(): len(station.captures.list())})
-        feeds = [] if station.cameras is None else station.cameras.list()
-        yield _gauge(
-            "camera_running", "1 while a camera gives frames.", {(f.id,): f.state == "running" for f in feeds}, "camera"
-        )
+        running = {(feed.id,): feed.state == "running" for feed in station.feeds()}
+        yield _gauge("camera_running", "1 while a camera gives frames.", running, "camera")
         report = None if station.cameras is None else station.cameras.drift()
         if report is not None:
             levels = {(level,): report.level == level for level in LEVELS}
             yield _gauge("drift_level", "1 for the level of drift of what the cameras show.", levels, "level")
             if report.psi is not None:
                 yield _gauge("drift_index", "Population stability index of what the cameras show.", {(): report.psi})
-        if station.tray is not None:
-            yield _gauge("tray", "Moments in the tray.", {(): len(station.tray.list())})
+        yield _gauge("tray", "Moments in the tray.", {(): len(station.tray.list())})
 
 
 def _gauge(name: str, help: str, values: Mapping[Any, float], *labels: str) -> GaugeMetricFamily:

@@ -58,7 +58,7 @@ class Station:
         device: An open device.
         events: Where changes are published.
         cameras: Its cameras; None without any.
-        tray: Its tray; None without cameras.
+        tray: The tray of its cameras; None for an empty one.
 
     Attributes:
         device, events, cameras, tray: See above.
@@ -76,7 +76,7 @@ class Station:
         tray: Tray | None = None,
     ) -> None:
         self.device, self.events = device, events or Events()
-        self.cameras, self.tray = cameras, tray
+        self.cameras, self.tray = cameras, Tray() if tray is None else tray
         self.began = time.monotonic()
         self.learned: Callable[[str, float], object] = lambda state, seconds: None
         self._changing = threading.Lock()
@@ -232,7 +232,7 @@ class Station:
         return {
             **self.device.status().to_dict(),
             "uptime": round(time.monotonic() - self.began, 1),
-            "cameras": [feed.to_dict() for feed in self._feeds()],
+            "cameras": [feed.to_dict() for feed in self.feeds()],
             "job": None if job is None else job.to_dict(),
             "drift": self.drift(),
             "waiting": self._waiting,
@@ -346,14 +346,15 @@ class Station:
         Raises:
             UnknownError: There is none.
         """
-        feeds = self._feeds()
+        feeds = self.feeds()
         found = [feed for feed in feeds if name is None or feed.id == name]
         if len(found) != 1:
             known = ", ".join(feed.id for feed in feeds) or "none; start the service with --camera"
             raise UnknownError(f"there is no camera '{name or ''}'; cameras: {known}")
         return found[0]
 
-    def _feeds(self) -> Sequence[CameraFeed]:
+    def feeds(self) -> Sequence[CameraFeed]:
+        """Return the cameras."""
         return [] if self.cameras is None else self.cameras.list()
 
     # collect
@@ -407,7 +408,7 @@ class Station:
         capture = self.captures.get(name)
         files = []
         for entry in entries:
-            frames = [] if self.tray is None else self.tray.frames(entry)
+            frames = self.tray.frames(entry)
             if not frames:
                 raise UnknownError(f"the frame '{entry[:40]}' is no longer in the tray")
             files += [(f"frame {frame.number}", frame.jpeg) for frame in frames]
@@ -434,7 +435,7 @@ class Station:
             BusyError: Too many jobs wait.
         """
         capture = self.captures.get(name)
-        limits, tray = limits_of(max_forgetting), self.tray
+        limits = limits_of(max_forgetting)
         capture.begin()
 
         def ended(state: str) -> None:
@@ -442,9 +443,8 @@ class Station:
                 capture.change(DONE if state == "done" else HELD)
             if state == "done":
                 capture.stop()
-                if tray is not None:
-                    for entry in capture.tray:
-                        tray.remove(entry)
+                for entry in capture.tray:
+                    self.tray.remove(entry)
 
         try:
             job = self.jobs.start([capture.label], lambda check: {capture.label: capture.images()}, limits, ended)
