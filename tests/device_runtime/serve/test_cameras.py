@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.tiny_photos import COLOURS, picture, pixels
+from helpers.waiting import PATIENCE, until
 from PIL import Image
 
 from device_runtime.device import Device
@@ -33,21 +34,11 @@ from device_runtime.store.watch_state import last_report
 from ssd_edge.cli import run
 from ssd_edge.errors import InputError
 
-PATIENCE = 30  # seconds that a test waits for what normally happens at once
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 
 
 def jpeg(name: str, seed: int = 0) -> bytes:
     return as_jpeg(picture(name, seed), name)
-
-
-def until(true: Callable[[], Any]) -> Any:
-    """Wait until something is true, and return it."""
-    end = time.monotonic() + PATIENCE
-    while not (found := true()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
-    return found
 
 
 class Service:

@@ -19,6 +19,7 @@ import pytest
 from helpers.tiny_photos import picture
 
 from device_runtime.install.bundle import install
+from ssd_edge.system import MIB, resident
 
 ROOT = Path(__file__).resolve().parents[3]
 # The command, with limits that a test can wait for.
@@ -56,10 +57,10 @@ class Server:
             connection.close()
 
     def resident(self) -> int:
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
-                return int(line.split()[1]) // 1024
-        raise AssertionError("no VmRSS")
+        """Return its memory in MiB."""
+        found = resident("VmRSS", Path(f"/proc/{self.process.pid}"))
+        assert found, "no VmRSS"
+        return found // MIB
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         if self.process.poll() is None:

@@ -23,6 +23,7 @@ import pytest
 from helpers.tiny_photos import picture
 
 from device_runtime.install.bundle import install
+from ssd_edge.system import MIB, resident
 
 ROOT = Path(__file__).resolve().parents[3]
 BOUNDARY = b"x7MA4YWxkTrZu0gW"
@@ -96,7 +97,9 @@ class Process:
 
     def resident(self) -> int:
         """Return its memory in MiB."""
-        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1]) // 1024
+        found = resident("VmRSS", Path(f"/proc/{self.process.pid}"))
+        assert found, "no VmRSS"
+        return found // MIB
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
