@@ -24,6 +24,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -160,8 +161,6 @@ def service(root: Path) -> Iterator[Server]:
 
 def free_port() -> int:
     """Return a port that nothing listens on."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -569,6 +569,7 @@ def main() -> None:
     photos = json.loads((DOCS / "results" / "photos.json").read_text())
     heads = json.loads((DOCS / "results" / "heads.json").read_text())
     views = json.loads((DOCS / "results" / "views.json").read_text())
+    tails = json.loads((DOCS / "results" / "tail.json").read_text())["rows"]
     read = {name: json.loads((DOCS / "results" / f"{name}.json").read_text())["rows"] for name in ROWS}
     tables = {
         README: {"taught": taught_table(photos)},
@@ -598,8 +599,8 @@ def main() -> None:
         },
         DOCS / "adaptation.md": {
             "adapt": adapt_table(json.loads((DOCS / "results" / "adapt.json").read_text())["rows"]),
-            "tail": tail_table(json.loads((DOCS / "results" / "tail.json").read_text())["rows"]),
-            "tail-ends": tail_ends_table(json.loads((DOCS / "results" / "tail.json").read_text())["rows"]),
+            "tail": tail_table(tails),
+            "tail-ends": tail_ends_table(tails),
         },
         DOCS / "serve.md": {"serve": serve_table(json.loads((DOCS / "results" / "serve.json").read_text()))},
         DOCS / "service.md": {"drift": drift_table(drift), "drift-alarms": alarms_table(drift)},

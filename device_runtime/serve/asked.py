@@ -1,4 +1,4 @@
-"""What may be wrong with what someone asks a station for."""
+"""Errors in what someone asks a station for."""
 
 from __future__ import annotations
 

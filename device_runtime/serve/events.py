@@ -97,7 +97,7 @@ class Subscription:
 
 
 class Events:
-    """What publishes events to subscribers; thread-safe, and publishing never waits for a subscriber."""
+    """Publisher of events; thread-safe, and publishing never waits for a subscriber."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -25,7 +25,7 @@ LEVELS = ("collecting", "stable", "moderate", "drifted")
 
 
 class Metrics:
-    """What is counted, and what is read when someone asks.
+    """Counters of the service, and values that are read when someone asks.
 
     Args:
         station: The device and what runs beside it.
@@ -83,7 +83,7 @@ class Metrics:
 
 
 class _Now(Collector):
-    """What is read when someone asks.
+    """Values that are read when someone asks.
 
     Args:
         station: The device and what runs beside it.

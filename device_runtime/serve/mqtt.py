@@ -118,7 +118,7 @@ class Broker:
 
 
 class Bridge:
-    """What connects a station to a broker.
+    """Connection of a station to a broker.
 
     Args:
         station: The station.

@@ -181,7 +181,7 @@ SCHEMAS: dict[str, Schema] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Operation:
-    """What an operation takes and gives.
+    """Description of what an operation takes and gives.
 
     Attributes:
         gives: Schema of its answer, or its media type.

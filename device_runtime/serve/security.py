@@ -169,7 +169,7 @@ class Access:
 
 
 class Doorman:
-    """What checks tokens, and slows down those who guess.
+    """Check of tokens, which slows down those who guess.
 
     Args:
         access: Who may use the service.

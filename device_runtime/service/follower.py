@@ -17,7 +17,7 @@ REFRESH = 1.0  # seconds between two looks
 
 
 class Follower:
-    """What brings a device up to date; thread-safe.
+    """Keeper of a device at its current generation; thread-safe.
 
     Args:
         device: An open device.
