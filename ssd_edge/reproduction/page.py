@@ -54,9 +54,9 @@ HEAD = """# The papers' experiments, repeated
 writes the page. Accuracy is measured on all test images after the last task, in percent: mean ± standard deviation over
 class orders, with their number in brackets. No setting was chosen on test images. The paper uses embeddings of a
 ConvMixer trained on ImageNet32; here they come from the shipped ResNet-9, trained on Tiny-ImageNet. Compare rows with
-each other and with joint training (a ReLU MLP with the same number of neurons, trained on all data at once) rather than
-with the paper's numbers. "SSD" is the paper's algorithm, trained by gradient descent (`ssd`); the default learner of
-SSD-Edge is listed under its own name."""
+each other and with joint training (a ReLU MLP of 1,000 neurons, trained on all data at once) rather than with the
+paper's numbers. "SSD" is the paper's algorithm, trained by gradient descent (`ssd`); the default learner of SSD-Edge is
+listed under its own name."""
 
 
 Tables = dict[str, dict[str, list[Row]]]  # rows by stream and budget, longest budget first

@@ -29,7 +29,7 @@ from ssd_edge.report.events import Listener, Message
 from ssd_edge.report.wording import percent
 from ssd_edge.reproduction import cells, work
 from ssd_edge.reproduction.sources import Sources, locate, write_inputs, write_priors
-from ssd_edge.reproduction.specs import Experiment, StreamSource, streams
+from ssd_edge.reproduction.specs import Experiment, StreamSource, default_budget, streams
 from ssd_edge.reproduction.work import Job
 from ssd_edge.run.train import pick_device, set_threads
 from ssd_edge.system import duration, usable_cores
@@ -45,7 +45,7 @@ class Request:
 
     Attributes:
         experiments: Experiments to run.
-        budget: smoke, reduced or full.
+        budget: smoke, reduced or full; None for the default of each row.
         orders: Number of class orders; None for that of the budget.
         workers: Number of processes; 0 for one per usable core, or one with a GPU.
         out: Folder of results.md and results/.
@@ -53,7 +53,7 @@ class Request:
     """
 
     experiments: Sequence[Experiment]
-    budget: str
+    budget: str | None
     orders: int | None
     workers: int
     out: Path
@@ -71,7 +71,8 @@ def wanted(request: Request) -> list[cells.Setup]:
     for experiment in request.experiments:
         for stream in experiment.streams:
             for system in experiment.systems:
-                for setup in cells.setups(experiment, system, stream, request.budget, request.orders):
+                budget = request.budget or default_budget(experiment, system)
+                for setup in cells.setups(experiment, system, stream, budget, request.orders):
                     for cell in (setup, cells.upper_bound(setup)):
                         distinct.setdefault(cell.key(), cell)
     return sorted(distinct.values(), key=lambda setup: setup.order)
@@ -94,7 +95,8 @@ def plan(request: Request, sources: Sources, scratch: Path) -> tuple[list[Job], 
     if missing and not smoke:
         root = os.environ.get("SSD_EDGE_DATA")
         where = f"not under SSD_EDGE_DATA={root}" if root else "SSD_EDGE_DATA is not set"
-        raise InputError(f"the budget {request.budget} needs {', '.join(missing)}, but {where}; put the files there")
+        budget = f"the budget {request.budget}" if request.budget else "it"
+        raise InputError(f"{budget} needs {', '.join(missing)}, but {where}; put the files there")
     jobs, stored = [], 0
     for setup in setups:
         stream = streams()[setup.stream]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -159,10 +160,10 @@ class Sources:
         vectors = torch.from_numpy(embed(dataset, self.embedder(backbone), self.listener, True)["train"])
         labels = torch.from_numpy(dataset.train_labels)
         title = f"pretraining {config.neurons:,} keys, k = {config.k}"
-        with events.progress(self.listener, title, config.epochs) as update:
-            done = iter(range(1, config.epochs + 1))
+        with events.progress(self.listener, title, config.epochs, "epoch") as update:
+            epochs = itertools.count()
             keys, counters, switch, _ = pretrain_student(
-                vectors, labels, int(labels.max()) + 1, config, 0, lambda text: update(next(done), 0.0)
+                vectors, labels, int(labels.max()) + 1, config, 0, lambda text: update(next(epochs), 1.0)
             )
         return {"keys": keys.numpy(), "counters": counters.numpy(), "switch": np.array([switch])}
 

@@ -91,6 +91,7 @@ class System:
         by_stream: Further settings by stream and budget; ``any`` means all budgets.
         reported: Published number by stream; None if the paper gives none.
         note: Footnote of the table.
+        budget: Default budget; empty for that of the experiment. Dense networks take days at the published schedule.
     """
 
     name: str
@@ -99,6 +100,7 @@ class System:
     by_stream: Mapping[str, Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     reported: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     note: str = ""
+    budget: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Experiment:
         metric: Metric of the ``reported`` numbers.
         learner: Settings for all systems.
         budgets: Further settings for all systems by budget.
+        budget: Default budget of its systems.
         orders: Maximum number of class orders; 0 for that of the budget.
         layout: ``rows`` for one row per system and stream, ``grid`` for one row per system and one column per stream.
         figure: Kind of figure; empty for none.
@@ -131,6 +134,7 @@ class Experiment:
     metric: str = "accuracy"
     learner: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     budgets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    budget: str = "reduced"
     orders: int = 0
     layout: str = "rows"
     figure: str = ""
@@ -200,6 +204,9 @@ def _check(experiment: Experiment, where: str) -> None:
     wanted += [(name, BUDGETS) for name in experiment.budgets]
     wanted += [(name, names) for pair in experiment.paired for name in pair]
     wanted += [(experiment.metric, METRICS), (experiment.layout, LAYOUTS), (experiment.figure, FIGURES)]
+    wanted += [
+        (name, BUDGETS) for name in (experiment.budget, *(system.budget for system in experiment.systems)) if name
+    ]
     for system in experiment.systems:
         wanted += [(stream, experiment.streams) for stream in (*system.by_stream, *system.reported)]
         wanted += [(name, BUDGETS) for name in system.budgets]
@@ -209,6 +216,11 @@ def _check(experiment: Experiment, where: str) -> None:
             raise InputError(f"{where} names '{name}', which is unknown.{did_you_mean(name, known)}")
     if len(set(names)) != len(names) or not names:
         raise InputError(f"{where} must name each of its systems once")
+
+
+def default_budget(experiment: Experiment, system: System) -> str:
+    """Return the budget that a row is run with unless another is asked for."""
+    return system.budget or experiment.budget
 
 
 def chosen(names: tuple[str, ...]) -> list[Experiment]:

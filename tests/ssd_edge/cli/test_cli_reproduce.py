@@ -40,7 +40,7 @@ def stored(out: Path) -> dict[str, dict]:
 def test_without_data_digits_stand_in_and_every_row_is_marked(reproduced: tuple[Path, str]) -> None:
     out, output = reproduced
     cells = stored(out)
-    assert len(cells) == 3 * (5 + 1)  # five systems and the upper bound on three streams
+    assert len(cells) == 3 * (6 + 1)  # six systems and the upper bound on three streams
     for name, cell in cells.items():
         assert cell["stand_in"]
         assert name.split("/")[0] == cell["spec"]["asked"]["stream"]
@@ -51,13 +51,13 @@ def test_without_data_digits_stand_in_and_every_row_is_marked(reproduced: tuple[
     page = (out / "results.md").read_text()
     section = page[page.index("## T1") : page.index("## T2")]
     rows = [line for line in section.splitlines() if line.endswith("| smoke |") and "−" not in line.split("|")[2]]
-    assert len(rows) == 15
+    assert len(rows) == 18
     notes = {line[2 : line.index("]") + 1]: line for line in section.splitlines() if line.startswith("- [")}
     digits = {number.strip("[]") for number, line in notes.items() if "digits in place of" in line}
     assert len(digits) == 3
     assert all(digits & set(row.split("[")[1].split("]")[0].split(", ")) for row in rows)
-    assert "18 cells, 0 of them stored already" in output
-    assert "[18/18]" in output
+    assert "21 cells, 0 of them stored already" in output
+    assert "[21/21]" in output
     assert f"page: {out / 'results.md'}" in output
 
 
@@ -76,11 +76,11 @@ def test_list_shows_the_experiments_and_their_stored_cells(reproduced: tuple[Pat
     run_in_process("list", "--out", reproduced[0])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("T1 ")
-    assert "10,000 neurons: 5 systems × 3 streams; stored: smoke 15/15, reduced 0/45, full 0/75" in lines[0]
+    assert "10,000 neurons: 6 systems × 3 streams; stored: smoke 18/18, reduced 0/54, full 0/90" in lines[0]
     assert {line.split()[0] for line in lines} >= {"T2", "Ent", "A2", "controls", "panel", "ewc"}
 
 
-LACKING = "the budget reduced needs cifar10-jpg.tar.xz, cifar100-jpg.tar.xz, mnist.npz, but SSD_EDGE_DATA is not set"
+LACKING = "it needs cifar10-jpg.tar.xz, cifar100-jpg.tar.xz, mnist.npz, but SSD_EDGE_DATA is not set"
 
 
 @pytest.mark.parametrize(

@@ -114,11 +114,12 @@ def test_files_are_canonical_json_with_six_decimals(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"a": "é", "b": [0.333333, {"c": 0.0}]}
 
 
-def test_the_upper_bound_has_as_many_neurons() -> None:
+def test_the_upper_bound_has_as_many_neurons_up_to_a_thousand() -> None:
     bound = cells.upper_bound(sdmlp(neurons=64))
     assert (bound.learner["name"], bound.learner["neurons"], bound.order) == ("joint", 64, 3)
     assert bound.learner["optimiser"] == "adamw"  # joint training has its own schedule
     assert cells.upper_bound(ncm()).learner["neurons"] == 1000
+    assert cells.upper_bound(sdmlp(neurons=10_000)).learner["neurons"] == 1000
 
 
 def test_experiments_share_cells() -> None:

@@ -34,6 +34,7 @@ THREE = {
         "EWC": (0.65, 0.16, 0.61),
         "SSD, k = 10": (0.81, 0.43, 0.57),
         "SSD + EWC, k = 10": (0.87, 0.52, 0.86),
+        "SDMLP + EWC, k = 10": (None, None, None),  # not in the paper
     },
     "T2": {
         "SDMLP, k = 10": (0.63, 0.29, 0.53),
@@ -43,6 +44,7 @@ THREE = {
         "SSD, k = 10": (0.73, 0.34, 0.55),
         "SSD, k = 1": (0.74, 0.35, 0.74),
         "SSD + EWC, k = 1": (0.80, 0.40, 0.86),
+        "SDMLP + EWC, k = 1": (None, None, None),  # not in the paper
     },
 }
 ONE = {
