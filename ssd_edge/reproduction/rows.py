@@ -7,10 +7,15 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from ssd_edge.errors import require
+from ssd_edge.errors import InputError, require
 from ssd_edge.reproduction import cells
 from ssd_edge.reproduction.cells import Result
 from ssd_edge.reproduction.specs import ORDERS, Experiment, System
+
+
+def _number(result: Result, name: str) -> object:
+    """Return a number of a result or one of its metrics; None if it has neither."""
+    return result.get(name, result.get("metrics", {}).get(name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +46,14 @@ class Row:
     def values(self, name: str) -> list[float]:
         """Return one number per class order: a number of the result, such as ``accuracy``, or one of its metrics."""
         results = (result for _, result in sorted(self.results.items()))
-        numbers = (result.get(name, result.get("metrics", {}).get(name)) for result in results)
-        return [value for value in numbers if isinstance(value, float | int)]
+        return [value for value in (_number(result, name) for result in results) if isinstance(value, float | int)]
+
+    def value(self, name: str, order: int) -> float:
+        """Return one of these numbers for one class order."""
+        value = _number(self.results[order], name)
+        if not isinstance(value, float | int):
+            raise InputError(f"the result of {self.system.name} on {self.stream}, order {order}, has no {name}")
+        return value
 
     @property
     def upper_bound(self) -> list[float]:
@@ -100,7 +111,7 @@ class Comparison:
     """Paired t-test of two rows over their common class orders.
 
     Attributes:
-        differences: Differences of accuracy by class order.
+        differences: Differences by class order.
         t: Student's statistic with n − 1 degrees of freedom; None if all differences are equal.
         p: Two-sided p value.
     """
@@ -110,10 +121,10 @@ class Comparison:
     p: float | None
 
 
-def compare(first: Row, second: Row) -> Comparison:
-    """Compare the accuracy of two rows: the first minus the second."""
+def compare(first: Row, second: Row, measure: str = "accuracy") -> Comparison:
+    """Compare the accuracy, or one of the metrics, of two rows: the first minus the second."""
     common = sorted(first.results.keys() & second.results.keys())
-    differences = [first.results[order]["accuracy"] - second.results[order]["accuracy"] for order in common]
+    differences = [first.value(measure, order) - second.value(measure, order) for order in common]
     deviation = spread(differences)
     if not deviation:
         return Comparison(differences, None, None)

@@ -142,7 +142,7 @@ class Experiment:
     paired: tuple[tuple[str, str], ...] = ()
 
 
-def _build(kind: type, values: Any, where: str) -> Any:
+def build(kind: type, values: Any, where: str) -> Any:
     """Build a dataclass from a YAML mapping.
 
     Raises:
@@ -164,7 +164,7 @@ def _build(kind: type, values: Any, where: str) -> Any:
 def budgets() -> dict[str, Budget]:
     """Return all budgets by name."""
     return {
-        name: _build(Budget, {**values, "name": name, "images": tuple(values.get("images", ()))}, name)
+        name: build(Budget, {**values, "name": name, "images": tuple(values.get("images", ()))}, name)
         for name, values in read_yaml(FOLDER / "budgets.yaml").items()
     }
 
@@ -173,7 +173,7 @@ def budgets() -> dict[str, Budget]:
 def streams() -> dict[str, StreamSource]:
     """Return all streams by name."""
     return {
-        name: _build(StreamSource, {**values, "name": name, "classes": tuple(values.get("classes", ()))}, name)
+        name: build(StreamSource, {**values, "name": name, "classes": tuple(values.get("classes", ()))}, name)
         for name, values in read_yaml(FOLDER / "streams.yaml").items()
     }
 
@@ -184,10 +184,10 @@ def experiments() -> dict[str, Experiment]:
     found = {}
     for path in (path for path in list_folder(FOLDER) if path.name[0].isdigit()):
         values = read_yaml(path)
-        rows = tuple(_build(System, row, f"{path.name}: systems") for row in values.get("systems", ()))
+        rows = tuple(build(System, row, f"{path.name}: systems") for row in values.get("systems", ()))
         pairs = tuple((first, second) for first, second in values.get("paired", ()))
         lists = {"systems": rows, "paired": pairs, "streams": tuple(values.get("streams", ()))}
-        experiment = _build(Experiment, {**values, **lists}, path.name)
+        experiment = build(Experiment, {**values, **lists}, path.name)
         _check(experiment, path.name)
         found[experiment.id] = experiment
     return found
