@@ -21,6 +21,7 @@ from ssd_edge.cli.options import echo
     "--orders", type=click.IntRange(1, 5), help="Class orders per system [default: smoke 1, reduced 3, full 5]."
 )
 @click.option("--stream", "only", multiple=True, metavar="NAME", help="Run only this stream; may be repeated.")
+@click.option("--system", "systems", multiple=True, metavar="NAME", help="Run only this row; may be repeated.")
 @click.option(
     "--workers", type=click.IntRange(1, 256), help="Number of processes [default: one per core, or 1 with a GPU]."
 )
@@ -34,6 +35,7 @@ def reproduce(
     budget: str | None,
     orders: int | None,
     only: tuple[str, ...],
+    systems: tuple[str, ...],
     workers: int | None,
     out: Path,
     tiny_backbone: Path | None,
@@ -57,7 +59,7 @@ def reproduce(
     from ssd_edge.files import is_folder
     from ssd_edge.report.terminal import Console
     from ssd_edge.reproduction import cells, page, runner
-    from ssd_edge.reproduction.specs import BUDGETS, chosen, experiments, on_streams
+    from ssd_edge.reproduction.specs import BUDGETS, chosen, experiments, on_streams, with_systems
 
     if what == ("list",):
         store = cells.Store(out / runner.RESULTS)
@@ -69,7 +71,7 @@ def reproduce(
         return
     if "list" in what:
         raise InputError("list cannot be combined with other arguments: ssd-edge reproduce list")
-    picked = on_streams(chosen(what), only)
+    picked = with_systems(on_streams(chosen(what), only), systems)
     if tiny_backbone is not None and not is_folder(tiny_backbone):
         raise InputError(f"--tiny-backbone {tiny_backbone} is not a folder; create a package with: ssd-edge pretrain")
     console = Console()

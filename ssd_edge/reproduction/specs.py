@@ -260,6 +260,23 @@ def on_streams(picked: Sequence[Experiment], names: Sequence[str]) -> list[Exper
     return [dataclasses.replace(one, streams=streams) for one, streams in zip(picked, kept, strict=True) if streams]
 
 
+def with_systems(picked: Sequence[Experiment], names: Sequence[str]) -> list[Experiment]:
+    """Restrict experiments to some systems; without names, return them unchanged.
+
+    Raises:
+        InputError: None of the experiments has a system of that name.
+    """
+    known = dict.fromkeys(system.name for experiment in picked for system in experiment.systems)
+    for name in names:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise InputError(f"none of these experiments has a system '{name}'.{near} They have {'; '.join(known)}")
+    if not names:
+        return list(picked)
+    kept = [tuple(system for system in experiment.systems if system.name in names) for experiment in picked]
+    return [dataclasses.replace(one, systems=few) for one, few in zip(picked, kept, strict=True) if few]
+
+
 @functools.cache
 def _defaults(name: str) -> dict[str, Any]:
     return _explicit(dataclasses.asdict(JOINT if name == JOINT_NAME else learners.settings_class(name)()))

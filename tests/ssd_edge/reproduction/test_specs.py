@@ -22,6 +22,7 @@ from ssd_edge.reproduction.specs import (
     on_streams,
     options,
     streams,
+    with_systems,
 )
 from ssd_edge.run.streams import class_order
 
@@ -191,3 +192,12 @@ def test_selecting_streams_of_experiments() -> None:
     assert on_streams(picked, []) == picked
     with pytest.raises(InputError, match=r"no.* stream 'mnits'. Did you mean 'mnist'\? They have cifar10, .*tiny"):
         on_streams(picked, ["mnits"])
+
+
+def test_experiments_can_be_restricted_to_systems() -> None:
+    picked = [experiments()["T1"], experiments()["T2"], experiments()["F7"]]
+    cut = with_systems(picked, ["SDMLP, k = 1", "EWC"])
+    assert [[system.name for system in one.systems] for one in cut] == [["EWC"], ["SDMLP, k = 1", "EWC"]]
+    assert with_systems(picked, []) == picked
+    with pytest.raises(InputError, match="no"):
+        with_systems(picked, ["LwF"])
