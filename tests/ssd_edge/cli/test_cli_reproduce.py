@@ -88,7 +88,7 @@ LACKING = "it needs cifar10-jpg.tar.xz, cifar100-jpg.tar.xz, mnist.npz, but SSD_
     [
         (["T9"], "there is no experiment 'T9'. Did you mean 't"),
         (["pannel"], "Did you mean 'panel'?"),
-        (["T3", "--system", "SSD"], "none of these experiments has a system 'SSD'. Did you mean"),
+        (["T3", "--system", "SSD, k = 1"], "Did you mean 'SSD, k = 10'?"),
         (["list", "T1"], "list cannot be combined with other arguments"),
         (["T1"], LACKING),
         (["T3", "--budget", "full"], "the budget full needs cifar10-jpg.tar.xz"),
