@@ -1,7 +1,7 @@
 """Compiled epochs: the decision whether a task can use them, and the arrays that they work on.
 
-The Top-K of a sample is searched among its m best neurons at an earlier time and among neurons whose keys have moved
-far since. A bound on what all other neurons can have gained proves it complete; without a proof all neurons are
+The active neurons of a sample are searched among its m best at an earlier time and among those whose keys have moved
+far since. A bound on what all other neurons can have gained proves them complete; without a proof all neurons are
 evaluated (docs/speed.md).
 """
 
@@ -23,13 +23,15 @@ from torch import Tensor
 from ssd_edge.errors import EnvironmentUnfitError, InputError
 from ssd_edge.learners.gradient.distillation import HiddenTargets
 from ssd_edge.learners.gradient.network import SDMLP, Engine, NetworkSettings
-from ssd_edge.learners.gradient.topk import DENSE_ABOVE
+from ssd_edge.learners.gradient.penalties import Penalty
+from ssd_edge.learners.gradient.topk import DENSE_ABOVE, gaba
 from ssd_edge.system import cache_folder
 
-CANDIDATES = 6  # m is this multiple of k
+CANDIDATES = 6  # m is at least this multiple of k
+SPARE = 1.5  # m is at least this multiple of the largest number of active neurons in the first batch
 MIN_WORK = 2e10  # multiplications of all scores of a task below which loading machine code takes longer than it saves
 MIN_WORK_UNCACHED = 1e12  # the same where the code is compiled in every process
-MAX_OPEN = 1 / 8  # share of neurons with an open switch above which activations are not sparse
+MAX_ACTIVE = 1 / 16  # share of active neurons above which plain PyTorch takes less time
 LANES_SHARE = 1 / 4  # of r, largest share of always-evaluated keys, which are stored twice
 LANES_LEAST = 256
 EVALUATION_COST = 3.0  # cost of one score in a full evaluation relative to one in a lane
@@ -71,16 +73,19 @@ class Caches(NamedTuple):
     """The best neurons of every sample, in the order that the kernel takes them.
 
     Attributes:
-        neurons: int32 ``(N, m)`` by score, descending, padded with -1.
-        scores: ``(N, m)``, their scores, reduced by the distance that the key had moved when cached.
-        bound: ``(N,)``, largest score of all other neurons.
-        slack: ``(N,)``, difference between the lowest rank that matters and the bound.
+        neurons: int32 ``(N, m)`` by excess, descending, padded with -1.
+        excess: ``(N, m)``, z − γ·I of each, i.e. how far it was above its threshold; reduced by the distance that the
+            key had moved when cached.
+        bound: ``(N,)``, largest excess of all other neurons.
+        level: ``(N,)``, the inhibition I that `excess` refers to.
+        slack: ``(N,)``, distance that keys may move before the bound proves nothing.
         path: float64 ``(r,)``, distance that each key has moved since the caches were filled.
     """
 
     neurons: NDArray[np.int32]
-    scores: NDArray[Any]
+    excess: NDArray[Any]
     bound: NDArray[Any]
+    level: NDArray[Any]
     slack: NDArray[Any]
     path: NDArray[np.float64]
 
@@ -92,13 +97,35 @@ class Lanes(NamedTuple):
         lane: int32 ``(r,)``, the lane of each neuron, or -1.
         neurons: int32, the neuron of each lane.
         blocks: their keys, transposed, ``(blocks, D, LANES)``.
-        counts: int64 ``(2,)``, number of lanes in use, and how many of them, first, have an open switch.
+        counts: int64 ``(1,)``, number of lanes in use.
     """
 
     lane: NDArray[np.int32]
     neurons: NDArray[np.int32]
     blocks: NDArray[Any]
     counts: NDArray[np.int64]
+
+
+class PenaltyArrays(NamedTuple):
+    """A penalty on keys and values, in the order that the kernel takes it; arrays without rows if there is none.
+
+    Attributes:
+        importance: ΣΩ of the keys, ``(r, D)``.
+        anchored: ΣΩθ* of the keys, ``(r, D)``.
+        value_importance: ΣΩ of the values, ``(r, C)``.
+        value_anchored: ΣΩθ* of the values, ``(r, C)``.
+        moved: bool ``(r,)``, rows off their anchors; changed by the kernel, like the next two.
+        key_paths: path integrals of SI, ``(r, D)``.
+        value_paths: the same for the values, ``(r, C)``.
+    """
+
+    importance: NDArray[Any]
+    anchored: NDArray[Any]
+    value_importance: NDArray[Any]
+    value_anchored: NDArray[Any]
+    moved: NDArray[np.bool_]
+    key_paths: NDArray[Any]
+    value_paths: NDArray[Any]
 
 
 class TeacherArrays(NamedTuple):
@@ -155,12 +182,18 @@ def unfit(net: SDMLP, settings: NetworkSettings, loss: CompiledLoss | None) -> s
     if settings.k + 1 > DENSE_ABOVE * r:
         return f"learner.k = {settings.k} of {r} neurons is not sparse (at most an eighth)"
     if loss is None:
-        return "it does not support this loss (a penalty, or distillation other than the paper's)"
+        return "it does not support this loss (distillation other than the paper's)"
     return ""
 
 
 def start(
-    net: SDMLP, settings: NetworkSettings, loss: CompiledLoss | None, inputs: Tensor, labels: Tensor
+    net: SDMLP,
+    settings: NetworkSettings,
+    loss: CompiledLoss | None,
+    penalty: Penalty,
+    moved: Tensor,
+    inputs: Tensor,
+    labels: Tensor,
 ) -> CompiledEpochs | None:
     """Return the compiled epochs of a task, or None if it is trained in PyTorch.
 
@@ -168,6 +201,8 @@ def start(
         net: network; each epoch changes it in place.
         settings: settings of the training.
         loss: loss of the task, or None if the compiled epoch cannot compute it.
+        penalty: penalty whose `begin` has been called for this task.
+        moved: bool ``(r,)``, rows off their anchors; changed by each epoch.
         inputs: prepared, ``(N, D)``.
         labels: int64 ``(N,)``.
 
@@ -185,7 +220,7 @@ def start(
     compiled = None if reason or work < MIN_WORK else kernels(settings.engine)
     if compiled is None or loss is None or (work < MIN_WORK_UNCACHED and not compiled.CACHED):
         return None
-    return CompiledEpochs(compiled, net, settings, loss, inputs, labels)
+    return CompiledEpochs(compiled, net, settings, loss, penalty, moved, inputs, labels)
 
 
 class CompiledEpochs:
@@ -196,6 +231,8 @@ class CompiledEpochs:
         net: network; changed in place.
         settings: settings of the training.
         loss: loss of the task.
+        penalty: penalty of the task.
+        moved: bool ``(r,)``, rows off their anchors; changed by each epoch.
         inputs: prepared, ``(N, D)``.
         labels: int64 ``(N,)``.
 
@@ -210,27 +247,33 @@ class CompiledEpochs:
         net: SDMLP,
         settings: NetworkSettings,
         loss: CompiledLoss,
+        penalty: Penalty,
+        moved: Tensor,
         inputs: Tensor,
         labels: Tensor,
     ) -> None:
-        self.compiled, self.net, self.settings, self.loss = compiled, net, settings, loss
+        self.compiled, self.net, self.settings, self.loss, self.penalty = compiled, net, settings, loss, penalty
+        self.pressed = _penalty_arrays(penalty, moved)
         self.inputs, self.x, self.labels = inputs, inputs.contiguous().numpy(), labels.contiguous().numpy()
         (self.neurons, self.dim), self.samples = net.keys.shape, len(inputs)
         self.rank = net.k + (net.inhibition != "mask")
-        self.cached = min(CANDIDATES * net.k, self.neurons - 1)
         self.density = max(float((inputs[:512] != 0).float().mean()), 1 / self.dim)
         self.teacher = _teacher_arrays(loss, self.x, self.neurons)
         self.full = self.fills = self.pause = self.wait = 0
         self.search: tuple[Caches, Lanes] | None = None
+        self.lowest = 1.0  # least γ of a neuron without a lane
         self.limit = self.excess = 0.0  # distance at which a key gets a lane; cost above that of fresh caches
         self.first_lanes: int | None = None  # number of lanes after the first epoch with these caches
 
     def ready(self) -> bool:
-        """Return True if the next epoch can be compiled: few open switches, and caches that are worth it."""
+        """Return True if the next epoch can be compiled: few active neurons, and caches that are worth it."""
         if self.wait:
             self.wait -= 1
             return False
-        return len(self._open()) <= MAX_OPEN * self.neurons
+        if self.search is not None or self.net.gamma is None:
+            return True
+        first = self.inputs[: self.settings.batch]
+        return float(self.net.activate(first).counts().sum()) <= MAX_ACTIVE * self.neurons * len(first)
 
     def invalidate(self) -> None:
         """Drop the caches after the keys were changed elsewhere."""
@@ -257,18 +300,24 @@ class CompiledEpochs:
         weights = (loss.cross_entropy, loss.logit_weight, loss.hidden_weight)
         width = 0 if loss.hidden is None else loss.hidden.width
         subtracts = net.inhibition != "mask"
-        numbers = (settings.lr, settings.clip, *weights, loss.temperature, net.switch, width)
+        switch = net.switch if net.inhibition == "gaba" else 0.0
+        numbers = (settings.lr, settings.clip, *weights, loss.temperature, switch, width)
+        pressure = 2 * self.penalty.weight if self.penalty.active else 0.0
+        beta = self.penalty.settings.penalty_beta if self.penalty.tracks else 0.0
         totals = np.zeros(compiled.TOTALS)
         before = caches.path.copy()
         frozen = np.zeros(self.neurons, np.bool_) if net.frozen is None else net.frozen[0].numpy()
         compiled.epoch(
             *(self.x, self.labels, order.numpy(), min(settings.batch, self.samples)),
             *(layer.keys.numpy(), net.values.numpy(), layer.counters.numpy(), frozen),
-            *(tuple(caches), tuple(lanes), tuple(self.teacher)),
-            *(np.array([*numbers, self.rank, subtracts, self.limit], np.float64), totals),
+            *(tuple(caches), tuple(lanes), tuple(self.teacher), tuple(self.pressed)),
+            np.array([*numbers, self.rank, subtracts, self.limit, self.lowest, pressure, beta], np.float64),
+            totals,
         )
         self.full = int(totals[compiled.MISSES])
-        self._plan(caches, lanes, caches.path - before)
+        # neurons with an open switch that were evaluated without being active
+        idle = max(0.0, totals[compiled.EVALUATED] - totals[compiled.ACTIVE] * self.samples)
+        self._plan(caches, lanes, caches.path - before, idle)
         places = (compiled.CROSS_ENTROPY, compiled.LOGIT, compiled.HIDDEN)
         named = zip(("cross_entropy", "logit_distillation", "hidden_distillation"), places, strict=True)
         reported = {"gradient_norm": compiled.NORM, "clipped": compiled.CLIPPED, "active_neurons": compiled.ACTIVE}
@@ -276,46 +325,53 @@ class CompiledEpochs:
         return {name: float(totals[place]) for name, place in reported.items()}
 
     # ── caches ───────────────────────────────────────────────────────────────────────────────────────
-    def _open(self) -> NDArray[np.int64]:
-        """Return the neurons whose switch is open."""
-        net = self.net
-        if net.inhibition != "gaba":
-            return np.zeros(0, np.int64)
-        return (net.counters < net.switch).nonzero().flatten().numpy()
-
     def _fill(self) -> tuple[Caches, Lanes]:
         """Cache the best neurons of every sample, from the scores of one batch at a time."""
         net, count = self.net, self.samples
-        opened, dtype = self._open(), self.x.dtype
-        lane, most = np.full(self.neurons, -1, np.int32), max(LANES_LEAST, int(LANES_SHARE * self.neurons))
-        listed = np.zeros(max(min(most, self.neurons), len(opened)), np.int32)
-        lane[opened], listed[: len(opened)] = np.arange(len(opened)), opened
+        dtype, most = self.x.dtype, max(LANES_LEAST, int(LANES_SHARE * self.neurons))
+        gamma = gaba(net.counters, net.switch) if net.inhibition == "gaba" else torch.ones_like(net.counters)
+        open_switches = bool((gamma < 1).any())
+        excited = (gamma <= 0).nonzero().flatten()  # active whatever the inhibition
+        lane = np.full(self.neurons, -1, np.int32)
+        listed = np.zeros(max(min(most, self.neurons), len(excited)), np.int32)
+        lane[excited.numpy()], listed[: len(excited)] = np.arange(len(excited)), excited.numpy()
         side = self.compiled.LANES
         blocks = _aligned((-(-len(listed) // side), self.dim, side), dtype)
         keys = net.keys.numpy()
-        for at, neuron in enumerate(opened):
+        for at, neuron in enumerate(excited.numpy()):
             blocks[at // side, :, at % side] = keys[neuron]
-        best, scores = np.empty((count, self.cached), np.int32), np.empty((count, self.cached), dtype)
-        bound, slack = np.empty(count, dtype), np.empty(count, dtype)
-        closed, portion = torch.from_numpy(opened), min(self.settings.batch, count)
+        self.lowest = float(gamma[gamma > 0].min()) if len(excited) < self.neurons else 1.0
+        portion, cached = min(self.settings.batch, count), CANDIDATES * net.k
+        if open_switches:
+            cached = max(cached, int(SPARE * float(net.activate(self.inputs[:portion]).per_sample().max())))
+        cached = min(cached, self.neurons - 1)
+        best, excess = np.empty((count, cached), np.int32), np.empty((count, cached), dtype)
+        bound, level = np.empty(count, dtype), np.empty(count, dtype)
         buffer = torch.empty(portion, self.neurons, dtype=self.inputs.dtype)
         for begin in range(0, count, portion):
             part = slice(begin, begin + portion)
             samples = self.inputs[part]
-            all_scores = torch.mm(samples, net.keys.T, out=buffer[: len(samples)])
-            all_scores[:, closed] = -torch.inf  # always evaluated
-            top, index = all_scores.topk(self.cached + 1, dim=1)
-            best[part], scores[part] = index[:, :-1], top[:, :-1]
-            bound[part], slack[part] = top[:, -1], top[:, self.rank - 1] - top[:, -1]
-        best[~np.isfinite(scores)] = -1
-        caches = Caches(best, scores, bound, slack, np.zeros(self.neurons))
-        self.search = (caches, Lanes(lane, listed, blocks, np.array([len(opened), len(opened)])))
+            scores = torch.mm(samples, net.keys.T, out=buffer[: len(samples)])
+            if open_switches:
+                inhibition = scores.topk(self.rank, dim=1).values[:, -1:].clamp_min(0)
+                scores -= gamma * inhibition
+                scores[:, excited] = -torch.inf  # always evaluated
+                top, index = scores.topk(cached + 1, dim=1)
+            else:
+                top, index = scores.topk(cached + 1, dim=1)
+                inhibition = top[:, self.rank - 1 : self.rank].clamp_min(0)
+                top = top - inhibition
+            best[part], excess[part] = index[:, :-1], top[:, :-1]
+            bound[part], level[part] = top[:, -1], inhibition[:, 0]
+        best[~np.isfinite(excess)] = -1
+        caches = Caches(best, excess, bound, level, -bound, np.zeros(self.neurons))
+        self.search = (caches, Lanes(lane, listed, blocks, np.array([len(excited)])))
         self.fills += 1
-        self.limit = max(float(np.quantile(slack, 0.02)), 0.0)
+        self.limit = max(float(np.quantile(caches.slack, 0.02)), 0.0)
         self.excess, self.first_lanes = 0.0, None
         return self.search
 
-    def _plan(self, caches: Caches, lanes: Lanes, moved: NDArray[np.float64]) -> None:
+    def _plan(self, caches: Caches, lanes: Lanes, moved: NDArray[np.float64], idle: float) -> None:
         """Decide after an epoch how far a key may move before it gets a lane, and whether to fill the caches anew.
 
         Costs are counted, never timed, so that a run takes the same path on every machine.
@@ -324,6 +380,7 @@ class CompiledEpochs:
             caches: caches of the epoch.
             lanes: lanes of the epoch.
             moved: distance that each key has moved in the epoch, ``(r,)``.
+            idle: scores that were computed because a switch had been more open when the caches were filled.
         """
         # infinite if all neurons are cached or in lanes; no score of unit vectors changes by more than 2
         slack = np.sort(np.minimum(caches.slack, 2.0))
@@ -342,7 +399,7 @@ class CompiledEpochs:
         # rent or buy: fill anew once the accumulated extra cost of these caches exceeds the cost of filling
         if self.first_lanes is None:
             self.first_lanes = count
-        self.excess += full * self.full + self.samples * max(0, count - self.first_lanes)
+        self.excess += full * self.full + self.samples * max(0, count - self.first_lanes) + EVALUATION_COST * idle
         if self.excess > full * self.samples:
             self.search = None
 
@@ -353,6 +410,16 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     raw = np.zeros(size + 64, np.uint8)
     begin = -raw.ctypes.data % 64
     return raw[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _penalty_arrays(penalty: Penalty, moved: Tensor) -> PenaltyArrays:
+    """Return the arrays of a penalty, which share memory with it."""
+    none = np.zeros((0, 0), torch.empty(0, dtype=penalty.dtype).numpy().dtype)
+    names = ("keys", "values")
+    sums = (penalty.importance, penalty.anchored)
+    pulls = [part[name].numpy() if penalty.active else none for name in names for part in sums]
+    paths = [penalty.path[name].numpy() if penalty.tracks else none for name in names]
+    return PenaltyArrays(*pulls, moved.numpy(), *paths)
 
 
 def _teacher_arrays(loss: CompiledLoss, x: NDArray[Any], neurons: int) -> TeacherArrays:

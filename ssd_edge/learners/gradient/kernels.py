@@ -1,15 +1,17 @@
-"""One epoch of SDMLP and SSD as one compiled function: lazy Top-K with a proof, losses, touched-row update.
+"""One epoch of SDMLP and SSD as one compiled function: lazy Top-K with a proof, losses, penalties, row updates.
 
 Requires Numba (``pip install 'ssd-edge[fast]'``); the module `epoch` decides when it runs and owns the arrays. It
-computes what `SDMLP.forward`, `SDMLP.gradients` and `SDMLP.apply` compute, sample by sample, but evaluates only neurons
-that could enter a sample's Top-K. docs/speed.md explains why that is exact.
+computes what `Trainer.touched_rows_epoch` computes, sample by sample, but evaluates only neurons that could be active,
+and lets the steps that only a penalty takes wait until a row is looked at. docs/speed.md explains why that is exact.
+
+Everything is in one file because Numba's cache on disk notices changes in the file of the outermost function only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
@@ -19,10 +21,57 @@ LANES = 64  # width of a block of always-evaluated keys, whose scores are comput
 REASSOCIATE = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinity are kept
 
 # indices into the array of totals, sums over the batches of an epoch weighted by their size
-NORM, CLIPPED, ACTIVE, CROSS_ENTROPY, LOGIT, HIDDEN, MISSES, TOTALS = range(8)
+NORM, CLIPPED, ACTIVE, CROSS_ENTROPY, LOGIT, HIDDEN, MISSES, EVALUATED, TOTALS = range(9)
+
+# settings of an epoch, as `epoch.CompiledEpochs.run` passes them
+LR, CLIP, CROSS_WEIGHT, LOGIT_WEIGHT, HIDDEN_WEIGHT, TEMPERATURE, SWITCH, WIDTH, RANK, SUBTRACT, LIMIT = range(11)
+LOWEST, PENALTY, BETA, SETTINGS = range(11, 15)
+
+SLACK = 1 + 1e-9  # covers the rounding of running sums in a bound
 
 Array = NDArray[Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Weights(NamedTuple):
+    """Keys and values with the sums of a penalty, as in `epoch.PenaltyArrays`."""
+
+    keys: Array
+    values: Array
+    importance: Array
+    anchored: Array
+    value_importance: Array
+    value_anchored: Array
+
+
+class Rows(NamedTuple):
+    """State of the rows that wait for steps of a penalty.
+
+    Attributes:
+        current: int64 ``(r,)``, the step before which a row stands.
+        steep: ``(r,)``, largest curvature of the penalty.
+        pull: ``(r,)``, bound on ‖∂penalty‖² until the end of the epoch.
+        reserve: ``(r,)``, bound on the distance until then, included in `path`.
+        path: ``(r,)``, as in `epoch.Caches`.
+        rates: ``(steps,)``, learning rate after clipping.
+        norms: ``(steps,)``, ‖gradient‖² as far as it is known.
+        known: bool ``(steps,)``, True where `norms` includes the rows that wait.
+        moving: bool ``(r,)``, rows that the penalty moves.
+        lane: int32 ``(r,)``, as in `epoch.Lanes`.
+        sums: ``(2,)``, sum of `pull`, and the longest path of a key without a lane.
+    """
+
+    current: Array
+    steep: Array
+    pull: Array
+    reserve: Array
+    path: Array
+    rates: Array
+    norms: Array
+    known: Array
+    moving: Array
+    lane: Array
+    sums: Array
 
 
 def _inner(function: Function) -> Function:
@@ -102,69 +151,183 @@ def _lane_scores(x: Array, batch: Array, used: Array, nonzero: Array, blocks: Ar
 
 
 @_inner
+def _settle(neuron: int, left: int, settings: Array, weights: Weights, rows: Rows) -> float:
+    """Bound what a row can do in the `left` steps of the epoch that it may now wait; return ‖∂penalty‖² of the row.
+
+    A step moves a key by at most twice its length, as clamping and normalising do not more than double it; and it
+    changes the gradient by at most the steepest curvature times the distance.
+    """
+    kind, lr = weights.keys.dtype.type, settings[LR]
+    weight, total = kind(settings[PENALTY]), kind(0)
+    key, omega, anchor = weights.keys[neuron], weights.importance[neuron], weights.anchored[neuron]
+    for d in range(key.shape[0]):
+        slope = weight * (omega[d] * key[d] - anchor[d])
+        total += slope * slope
+    key_squares = float(total)
+    total = kind(0)
+    value = weights.values[neuron]
+    omega, anchor = weights.value_importance[neuron], weights.value_anchored[neuron]
+    for c in range(value.shape[0]):
+        slope = weight * (omega[c] * value[c] - anchor[c])
+        total += slope * slope
+    squares = key_squares + float(total)
+    bound, held = squares, 0.0
+    if left and squares > 0:
+        growth = (1 + 2 * lr * rows.steep[neuron]) ** left
+        # no larger than needed: above the clip anyway; and no two unit vectors are further apart than 2
+        bound = min(squares * growth * growth, 4 * settings[CLIP] * settings[CLIP])
+        held = min(2 * lr * left * math.sqrt(key_squares * SLACK) * growth, 2.0)
+    rows.sums[0] += bound - rows.pull[neuron]
+    rows.pull[neuron] = bound
+    rows.path[neuron] += held - rows.reserve[neuron]
+    rows.reserve[neuron] = held
+    if rows.lane[neuron] < 0:
+        rows.sums[1] = max(rows.sums[1], rows.path[neuron])
+    return squares
+
+
+@_inner
+def _catch_up(
+    neuron: int,
+    step: int,
+    settings: Array,
+    weights: Weights,
+    rows: Rows,
+    fresh: Array,
+) -> None:
+    """Take the steps of a row that it has waited, in which only the penalty moves it.
+
+    They are taken one by one, so that the result is that of a row that never waits, but on data in the nearest cache.
+    `path` grows by the distance between the first and the last position, which the sum of the steps exceeds.
+    """
+    kind = weights.keys.dtype.type
+    weight, zero = kind(settings[PENALTY]), kind(0)
+    key, omega, anchor = weights.keys[neuron], weights.importance[neuron], weights.anchored[neuron]
+    value = weights.values[neuron]
+    value_omega, value_anchor = weights.value_importance[neuron], weights.value_anchored[neuron]
+    for d in range(key.shape[0]):
+        fresh[d] = key[d]
+    for at in range(rows.current[neuron], step):
+        rate, length, total = kind(rows.rates[at]), zero, zero
+        for d in range(key.shape[0]):
+            slope = weight * (omega[d] * key[d] - anchor[d])
+            total += slope * slope
+            after = max(key[d] - rate * slope, zero)
+            length += after * after
+            key[d] = after
+        inverse = kind(1) / max(kind(math.sqrt(length)), kind(1e-12))
+        for d in range(key.shape[0]):
+            key[d] *= inverse
+        for c in range(value.shape[0]):
+            slope = weight * (value_omega[c] * value[c] - value_anchor[c])
+            total += slope * slope
+            value[c] = max(value[c] - rate * slope, zero)
+        if not rows.known[at]:
+            rows.norms[at] += float(total)
+    distance = zero
+    for d in range(key.shape[0]):
+        distance += (key[d] - fresh[d]) * (key[d] - fresh[d])
+    rows.path[neuron] += 1.001 * math.sqrt(distance)
+    rows.current[neuron] = step
+    _settle(neuron, rows.rates.shape[0] - step, settings, weights, rows)
+
+
+@_inner
 def _lazy(
     sample: Array,
-    keys: Array,
     cached: Array,
-    cached_scores: Array,
+    cached_excess: Array,
     bound: float,
-    path: Array,
+    level: float,
+    step: int,
+    settings: Array,
+    weights: Weights,
+    rows: Rows,
     lane: Array,
     scores: Array,
     listed: Array,
-    delta: float,
+    gammas: Array,
     margin: float,
     top: Array,
     winners: Array,
-) -> tuple[bool, int]:
-    """Find the largest scores of one sample from its cache.
+    opened: Array,
+    open_scores: Array,
+    fresh: Array,
+) -> tuple[bool, int, int]:
+    """Find the neurons of one sample that may be active, from its cache: the largest scores and the open switches.
 
-    The scores of neurons in lanes are given. Cached neurons follow in descending order until no other can enter.
+    The scores of neurons in lanes are given. Cached neurons follow in descending order until no other can be active.
 
     Returns:
-        True if the bound proves the result, and the number of scores.
+        True if the bound proves the result, the number of scores, and the number of neurons in `opened`.
     """
-    rank, filled = top.shape[0], 0
+    keys, moving, current, path, sums = weights.keys, rows.moving, rows.current, rows.path, rows.sums
+    rank, filled, found = top.shape[0], 0, 0
+    waits, lowest = settings[PENALTY] > 0, settings[LOWEST]
     for at in range(scores.shape[0]):
         if filled < rank or scores[at] > top[rank - 1]:
             filled = _insert(scores[at], listed[at], top, winners, filled)
+    drop = level
     for place in range(cached.shape[0]):
         neuron = cached[place]
         if neuron < 0:
             break
-        if filled == rank and cached_scores[place] + delta + margin <= top[rank - 1]:
-            return True, filled
-        if lane[neuron] >= 0 or (filled == rank and cached_scores[place] + path[neuron] + margin <= top[rank - 1]):
+        if filled == rank:
+            drop = level - max(top[rank - 1], 0.0)
+            if drop < 0:
+                drop *= lowest
+            if cached_excess[place] + sums[1] + drop + margin <= 0:
+                return True, filled, found
+        if lane[neuron] >= 0 or (filled == rank and cached_excess[place] + path[neuron] + drop + margin <= 0):
             continue
+        if waits and moving[neuron] and current[neuron] < step:
+            _catch_up(neuron, step, settings, weights, rows, fresh)
         score = _dot(sample, keys[neuron])
+        if gammas[neuron] < 1:
+            opened[found], open_scores[found] = neuron, score
+            found += 1
         if filled < rank or score > top[rank - 1]:
             filled = _insert(score, neuron, top, winners, filled)
-    return filled == rank and bound + delta + margin <= top[rank - 1], filled
+    if filled == rank:
+        drop = level - max(top[rank - 1], 0.0)
+        if drop < 0:
+            drop *= lowest
+    return filled == rank and bound + sums[1] + drop + margin <= 0, filled, found
 
 
 @_inner
 def _full(
     samples: Array,
     missed: Array,
-    keys: Array,
-    path: Array,
+    step: int,
+    settings: Array,
+    weights: Weights,
+    rows: Rows,
     lane: Array,
+    gammas: Array,
     cached: Array,
-    cached_scores: Array,
+    cached_excess: Array,
     bound: Array,
+    level: Array,
     top: Array,
     winners: Array,
     filled: Array,
+    opened: Array,
+    open_scores: Array,
+    open_count: Array,
     near: Array,
     near_winners: Array,
+    fresh: Array,
 ) -> None:
     """Evaluate every neuron for the samples without a proof, and cache their best neurons anew.
 
     Args:
         samples: ``(Q, D)``, inputs.
         missed: ``(Q, 2)``, index of each sample in the task and in the batch.
-        near: ``(Q, m + 1)``, buffer for scores; `near_winners` is the buffer for neurons.
+        near: ``(m + 1,)``, buffer for scores; `near_winners` is the buffer for neurons.
     """
+    keys, current, reserve, path, moving = weights.keys, rows.current, rows.reserve, rows.path, rows.moving
+    waits = settings[PENALTY] > 0
     for q in range(missed.shape[0]):  # neurons without a lane are added again below
         b, kept = missed[q, 1], 0
         for place in range(filled[b]):
@@ -172,26 +335,38 @@ def _full(
                 top[b, kept], winners[b, kept] = top[b, place], winners[b, place]
                 kept += 1
         filled[b] = kept
-    last, rank = near.shape[1] - 1, top.shape[1]
-    found = np.zeros(missed.shape[0], np.int64)
+    last, rank = near.shape[0] - 1, top.shape[1]
+    scores = np.empty((missed.shape[0], keys.shape[0]), keys.dtype)
     for neuron in range(keys.shape[0]):
         if lane[neuron] >= 0:
             continue
+        if waits and moving[neuron] and current[neuron] < step:
+            _catch_up(neuron, step, settings, weights, rows, fresh)
         key = keys[neuron]
         for q in range(missed.shape[0]):
             b, score = missed[q, 1], _dot(samples[q], key)
+            scores[q, neuron] = score
             if filled[b] < rank or score > top[b, rank - 1]:
                 filled[b] = _insert(score, neuron, top[b], winners[b], filled[b])
-            # relative to the key at the time when all caches were filled, so that one bound holds for all
-            score = near.dtype.type(score - path[neuron])
-            if found[q] <= last or score > near[q, last]:
-                found[q] = _insert(score, neuron, near[q], near_winners[q], found[q])
     for q in range(missed.shape[0]):
-        sample = missed[q, 0]
+        sample, b, found, count = missed[q, 0], missed[q, 1], 0, 0
+        height = max(top[b, rank - 1], keys.dtype.type(0)) if filled[b] == rank else keys.dtype.type(0)
+        for neuron in range(keys.shape[0]):
+            if lane[neuron] >= 0:
+                continue
+            score = scores[q, neuron]
+            if gammas[neuron] < 1 and max(score, 0) > gammas[neuron] * height:
+                opened[b, count], open_scores[b, count] = neuron, score
+                count += 1
+            # relative to the key at the time when all caches were filled, so that one bound holds for all
+            excess = near.dtype.type(score - gammas[neuron] * height - (path[neuron] - reserve[neuron]))
+            if found <= last or excess > near[last]:
+                found = _insert(excess, neuron, near, near_winners, found)
+        open_count[b], level[sample] = count, height
         for place in range(last):
-            cached[sample, place] = near_winners[q, place] if place < found[q] else -1
-            cached_scores[sample, place] = near[q, place]
-        bound[sample] = near[q, last] if found[q] > last else -np.inf
+            cached[sample, place] = near_winners[place] if place < found else -1
+            cached_excess[sample, place] = near[place]
+        bound[sample] = near[last] if found > last else -np.inf
 
 
 @_inner
@@ -230,6 +405,20 @@ def _logits_loss(
         crossed += wanted[at] * log_q
         slope[outputs[at]] += weights[1] * temperature * (math.exp(log_q) - wanted[at])
     return loss, temperature * temperature * (entropy - crossed)
+
+
+@_inner
+def _likelihood(logits: Array, label: int, beta: float, scale: float, slope: Array) -> None:
+    """Compute the gradient of the cross-entropy of softmax(β·logits) times a scale, for the paths of SI."""
+    largest, total = logits[0], logits.dtype.type(0)
+    for c in range(logits.shape[0]):
+        largest = max(largest, logits[c])
+    for c in range(logits.shape[0]):
+        slope[c] = math.exp(beta * (logits[c] - largest))
+        total += slope[c]
+    for c in range(logits.shape[0]):
+        slope[c] *= scale / total
+    slope[label] -= scale
 
 
 @_inner
@@ -299,31 +488,49 @@ def _active(
     winners: Array,
     filled: int,
     subtract: int,
-    lane: Array,
+    scores: Array,
     listed: Array,
     gammas: Array,
+    any_open: bool,
+    opened: Array,
+    open_scores: Array,
+    margin: float,
     sample: Array,
     keys: Array,
     active: Array,
     value: Array,
     positive: Array,
 ) -> int:
-    """Find the active neurons of one sample after inhibition; return their number."""
+    """Find the active neurons of one sample after inhibition; return their number.
+
+    Args:
+        scores: scores of the lanes.
+        any_open: True if a neuron has an open switch.
+        opened: neurons without a lane whose switch is open and that may be active, with `open_scores`.
+    """
     rank, found = top.shape[0], 0
     zero = top.dtype.type(0)
     inhibition = max(zero, top[rank - 1]) if subtract else zero
     for place in range(min(filled, rank - subtract)):
-        at = lane[winners[place]]
-        if 0 <= at < gammas.shape[0]:
-            continue  # open switch, handled below
-        if top[place] > inhibition:
+        if top[place] > inhibition and gammas[winners[place]] >= 1:
             active[found], value[found], positive[found] = winners[place], top[place] - inhibition, 1
             found += 1
-    for at in range(gammas.shape[0]):
-        score = _dot(sample, keys[listed[at]])
-        answer = max(score, zero) - gammas[at] * inhibition
+    if not any_open:
+        return found
+    for at in range(scores.shape[0]):
+        neuron = listed[at]
+        gamma = gammas[neuron]
+        if gamma >= 1 or max(scores[at], zero) + margin <= gamma * inhibition:
+            continue
+        score = _dot(sample, keys[neuron])
+        answer = max(score, zero) - gamma * inhibition
         if answer > 0:
-            active[found], value[found], positive[found] = listed[at], answer, score > 0
+            active[found], value[found], positive[found] = neuron, answer, score > 0
+            found += 1
+    for at in range(opened.shape[0]):
+        answer = max(open_scores[at], zero) - gammas[opened[at]] * inhibition
+        if answer > 0:
+            active[found], value[found], positive[found] = opened[at], answer, open_scores[at] > 0
             found += 1
     return found
 
@@ -355,6 +562,7 @@ def _epoch(
     state: tuple[Array, ...],
     lanes: tuple[Array, ...],
     loss: tuple[Array, ...],
+    penalty: tuple[Array, ...],
     settings: Array,
     totals: Array,
 ) -> None:
@@ -367,77 +575,136 @@ def _epoch(
         batch: samples per step.
         keys: ``(r, D)``; changed, like `values` ``(r, C)`` and `counters` ``(r,)``.
         frozen: bool ``(r,)``, neurons whose keys and values stay.
-        state: fields of `epoch.Caches`; scores are reduced by the distance that the key had moved when cached.
+        state: fields of `epoch.Caches`; excesses are reduced by the distance that the key had moved when cached.
         lanes: fields of `epoch.Lanes`.
         loss: fields of `epoch.TeacherArrays`.
-        settings: float64 ``(11,)``: learning rate, clip, weights of the three losses, temperature, C of the switch,
-            width n of the table, rank (number of scores that the inhibition uses), 1 if it subtracts, and the distance
-            that a key may move before it gets a lane.
-        totals: float64 ``(TOTALS,)``; overwritten with means over the epoch, `MISSES` with a count.
+        penalty: fields of `epoch.PenaltyArrays`.
+        settings: float64 ``(SETTINGS,)``: learning rate, clip, weights of the three losses, temperature, C of the
+            switch, width n of the table, rank (number of scores that the inhibition uses), 1 if it subtracts, the
+            distance that a key may move before it gets a lane, the lowest γ without a lane, twice the weight of the
+            penalty (0 for none), and β of SI (0 for none).
+        totals: float64 ``(TOTALS,)``; overwritten with means over the epoch, `MISSES` and `EVALUATED` with counts.
     """
-    cached, cached_scores, bound, slack, path = state
+    cached, cached_excess, bound, level, slack, path = state
     lane, listed, blocks, counts = lanes
     outputs, wanted, entropy, table, slots, hidden, rest, hidden_entropy = loss
+    importance, anchored, value_importance, value_anchored, moved, key_paths, value_paths = penalty
     kind, size, dim, neurons, classes = keys.dtype.type, x.shape[0], x.shape[1], keys.shape[0], values.shape[1]
-    clip, switch, width, rank = settings[1], kind(settings[6]), int(settings[7]), int(settings[8])
-    temperature, subtract, limit, opened = kind(settings[5]), int(settings[9]), settings[10], counts[1]
+    clip, width, rank = settings[CLIP], int(settings[WIDTH]), int(settings[RANK])
+    temperature, subtract, limit = kind(settings[TEMPERATURE]), int(settings[SUBTRACT]), settings[LIMIT]
+    waits, tracks, beta = settings[PENALTY] > 0, settings[BETA] > 0, kind(settings[BETA])
+    pressure = kind(settings[PENALTY])
     margin = 3.0 * dim * np.finfo(keys.dtype).eps  # rounding errors of two scores and of the sums with them
-    near_size, most = cached.shape[1] + 1, rank + opened
-    rows = min(neurons, batch * most)
+    steps = (size + batch - 1) // batch
+    # γ of every neuron, and whether any switch is open
+    gammas, any_open, switch = np.ones(neurons, keys.dtype), False, kind(settings[SWITCH])
+    if switch > 0:
+        for neuron in range(neurons):
+            gammas[neuron] = min(max(kind(2) * counters[neuron] / switch - kind(1), kind(-1)), kind(1))
+            any_open = any_open or gammas[neuron] < 1
+    most = neurons if any_open else rank
+    rows_most = min(neurons, batch * most)
     top, winners, filled = (
         np.empty((batch, rank), keys.dtype),
         np.empty((batch, rank), np.int32),
         np.zeros(batch, np.int64),
     )
+    wide = neurons if any_open else 1
+    opened, open_scores = np.empty((batch, wide), np.int32), np.empty((batch, wide), keys.dtype)
+    open_count = np.zeros(batch, np.int64)
     active, value = np.empty(most, np.int32), np.empty(most, keys.dtype)
     positive, to_active = np.empty(most, np.int8), np.zeros(most, keys.dtype)
     logits, slope, buffer = np.empty(classes, keys.dtype), np.empty(classes, keys.dtype), np.full(width, -1.0)
-    key_slope, value_slope = np.empty((rows, dim), keys.dtype), np.empty((rows, classes), keys.dtype)
-    slot, touched, active_count = np.full(neurons, -1, np.int32), np.empty(rows, np.int32), np.empty(rows, np.int64)
-    fresh, missed = np.empty(dim, keys.dtype), np.empty((batch, 2), np.int64)
+    key_slope, value_slope = np.empty((rows_most, dim), keys.dtype), np.empty((rows_most, classes), keys.dtype)
+    likely, tracked = np.empty(classes, keys.dtype), rows_most if tracks else 0
+    key_likely, value_likely = np.empty((tracked, dim), keys.dtype), np.empty((tracked, classes), keys.dtype)
+    slot, touched, active_count = (
+        np.full(neurons, -1, np.int32),
+        np.empty(rows_most, np.int32),
+        np.empty(rows_most, np.int64),
+    )
+    fresh, former, missed = np.empty(dim, keys.dtype), np.empty(dim, keys.dtype), np.empty((batch, 2), np.int64)
     used, nonzero = np.empty((batch, dim + 1), np.uint32), np.empty(batch, np.int64)
     scores = np.empty((batch, blocks.shape[0] * LANES), keys.dtype)
-    weights, gammas, delta = np.empty(2, keys.dtype), np.empty(opened, keys.dtype), 0.0
+    loss_weights = np.empty(2, keys.dtype)
+    # rows that a penalty moves: the step at which each is current, its curvature, bounds for the steps it waits
+    waiting = neurons if waits else 0
+    current, steep, pull, reserve = (
+        np.zeros(waiting, np.int64), np.zeros(waiting), np.zeros(waiting), np.zeros(neurons),
+    )  # fmt: skip
+    rates, norms, known = np.zeros(steps), np.zeros(steps), np.zeros(steps, np.bool_)
+    sums = np.zeros(2)  # of `pull`, and the longest path of a key without a lane
+    moving = moved & ~frozen if waits else moved
+    weights = Weights(keys, values, importance, anchored, value_importance, value_anchored)
+    rows = Rows(current, steep, pull, reserve, path, rates, norms, known, moving, lane, sums)
+    diverged = False
+    if waits:
+        for neuron in range(neurons):
+            largest = kind(0)
+            for d in range(dim):
+                largest = max(largest, importance[neuron, d])
+            for c in range(classes):
+                largest = max(largest, value_importance[neuron, c])
+            steep[neuron] = pressure * largest
+            if moving[neuron]:
+                _settle(neuron, steps, settings, weights, rows)
     for neuron in range(neurons):
         if lane[neuron] < 0:
-            delta = max(delta, path[neuron])
+            sums[1] = max(sums[1], path[neuron])
     totals[:] = 0
-    for start in range(0, size, batch):
-        count, misses, reached = min(batch, size - start), 0, 0
-        weights[0], weights[1] = kind(settings[2] / count), kind(settings[3] / count)
-        for at in range(opened):
-            gammas[at] = min(max(kind(2) * counters[listed[at]] / switch - kind(1), kind(-1)), kind(1))
+    for step in range(steps):
+        start = step * batch
+        count, misses, reached, placed = min(batch, size - start), 0, 0, 0
+        loss_weights[0] = kind(settings[CROSS_WEIGHT] / count)
+        loss_weights[1] = kind(settings[LOGIT_WEIGHT] / count)
+        if waits and step:
+            for at in range(counts[0]):
+                neuron = listed[at]
+                if moving[neuron] and current[neuron] < step:
+                    _catch_up(neuron, step, settings, weights, rows, fresh)
+                    touched[placed] = at
+                    placed += 1
+                    if placed == rows_most:
+                        _place(touched[:placed], keys, listed, blocks)
+                        placed = 0
+            _place(touched[:placed], keys, listed, blocks)
         # Top-K
         _lane_scores(x, order[start : start + count], used, nonzero, blocks, counts[0], scores)
         for b in range(count):
             i = order[start + b]
-            proved, filled[b] = _lazy(
-                x[i], keys, cached[i], cached_scores[i], bound[i], path, lane, scores[b, : counts[0]], listed,
-                delta, margin, top[b], winners[b],
+            proved, filled[b], open_count[b] = _lazy(
+                x[i], cached[i], cached_excess[i], bound[i], level[i], step, settings, weights, rows, lane,
+                scores[b, : counts[0]], listed, gammas, margin, top[b], winners[b], opened[b], open_scores[b],
+                fresh,
             )  # fmt: skip
             if not proved:
                 missed[misses, 0], missed[misses, 1] = i, b
                 misses += 1
         if misses:
-            near, near_winners = np.empty((misses, near_size), keys.dtype), np.empty((misses, near_size), np.int32)
+            near = np.empty(cached.shape[1] + 1, keys.dtype)
+            near_winners = np.empty(cached.shape[1] + 1, np.int32)
             _full(
-                x[missed[:misses, 0]], missed[:misses], keys, path, lane, cached, cached_scores, bound,
-                top, winners, filled, near, near_winners,
+                x[missed[:misses, 0]], missed[:misses], step, settings, weights, rows, lane, gammas, cached,
+                cached_excess, bound, level, top, winners, filled, opened, open_scores, open_count, near, near_winners,
+                fresh,
             )  # fmt: skip
         # losses and gradients
         for b in range(count):
             i = order[start + b]
-            slack[i] = top[b, rank - 1] - bound[i]
+            drop = level[i] - max(top[b, rank - 1], kind(0))
+            slack[i] = -bound[i] - (drop if drop >= 0 else drop * settings[LOWEST])
+            totals[EVALUATED] += open_count[b]
             _rescore(x[i], keys, lane, top[b], winners[b], filled[b])
             found = _active(
-                top[b], winners[b], filled[b], subtract, lane, listed, gammas, x[i], keys, active, value, positive
-            )
+                top[b], winners[b], filled[b], subtract, scores[b, : counts[0]], listed, gammas, any_open,
+                opened[b, : open_count[b]], open_scores[b], margin, x[i], keys, active, value, positive,
+            )  # fmt: skip
             logits[:] = 0
             for e in range(found):
                 for c in range(classes):
                     logits[c] += value[e] * values[active[e], c]
             entropy_loss, distilled = _logits_loss(
-                logits, labels[i], wanted[i], entropy[i], outputs, weights, temperature, slope
+                logits, labels[i], wanted[i], entropy[i], outputs, loss_weights, temperature, slope
             )
             totals[CROSS_ENTROPY] += entropy_loss
             totals[LOGIT] += distilled
@@ -445,8 +712,10 @@ def _epoch(
             if width:
                 totals[HIDDEN] += _hidden_loss(
                     active[:found], value, table, width, slots[i], hidden[i], rest[i], hidden_entropy[i],
-                    settings[4] / count, settings[5], buffer, to_active,
+                    settings[HIDDEN_WEIGHT] / count, settings[TEMPERATURE], buffer, to_active,
                 )  # fmt: skip
+            if tracks:
+                _likelihood(logits, labels[i], beta, beta / kind(count), likely)
             for e in range(found):
                 neuron = active[e]
                 at = slot[neuron]
@@ -455,49 +724,111 @@ def _epoch(
                     active_count[at] = 0
                     key_slope[at, :] = 0
                     value_slope[at, :] = 0
+                    if tracks:
+                        key_likely[at, :] = 0
+                        value_likely[at, :] = 0
                     reached += 1
                 active_count[at] += 1
                 if frozen[neuron]:
                     continue
-                pull = to_active[e]
+                pull_up = to_active[e]
                 for c in range(classes):
-                    pull += slope[c] * values[neuron, c]
+                    pull_up += slope[c] * values[neuron, c]
                     value_slope[at, c] += value[e] * slope[c]
                 if positive[e]:
                     sample, row = x[i], key_slope[at]
                     for d in range(dim):
-                        row[d] += pull * sample[d]
+                        row[d] += pull_up * sample[d]
+                if tracks:
+                    pull_up = kind(0)
+                    for c in range(classes):
+                        pull_up += likely[c] * values[neuron, c]
+                        value_likely[at, c] += value[e] * likely[c]
+                    if positive[e]:
+                        sample, row = x[i], key_likely[at]
+                        for d in range(dim):
+                            row[d] += pull_up * sample[d]
         # the step
         squares = 0.0
         for at in range(reached):
+            neuron = touched[at]
+            if waits and not frozen[neuron]:
+                sums[0] -= pull[neuron]
+                pull[neuron] = 0
+                for d in range(dim):
+                    key_slope[at, d] += pressure * (importance[neuron, d] * keys[neuron, d] - anchored[neuron, d])
+                for c in range(classes):
+                    value_slope[at, c] += pressure * (
+                        value_importance[neuron, c] * values[neuron, c] - value_anchored[neuron, c]
+                    )
             squares += _dot(key_slope[at], key_slope[at]) + _dot(value_slope[at], value_slope[at])
-        norm = math.sqrt(squares)
-        rate = kind(settings[0] * min(1.0, clip / (norm + 1e-6)))
-        totals[NORM] += norm * count
-        totals[CLIPPED] += (norm > clip) * count
+        norms[step] += squares
+        if waits and not math.sqrt(max(squares + max(sums[0], 0.0) * SLACK, 0.0)) + 2e-6 <= clip * (1 - 1e-7):
+            # the bounds do not prove that the gradient is short enough: compute its length
+            for neuron in range(neurons):
+                if moving[neuron] and slot[neuron] < 0:
+                    if current[neuron] < step:
+                        _catch_up(neuron, step, settings, weights, rows, fresh)
+                    norms[step] += _settle(neuron, steps - step, settings, weights, rows)
+            known[step] = True
+        length = math.sqrt(norms[step])
+        rates[step] = settings[LR]
+        if known[step] or not waits:
+            rates[step] = settings[LR] * min(1.0, clip / (length + 1e-6))
+            totals[CLIPPED] += (length > clip) * count
+        rate = kind(rates[step])
         totals[MISSES] += misses
         placed = 0
         for at in range(reached):
             neuron = touched[at]
             slot[neuron] = -1
             counters[neuron] += active_count[at]
+            if gammas[neuron] < 1:
+                gammas[neuron] = min(max(kind(2) * counters[neuron] / switch - kind(1), kind(-1)), kind(1))
             if frozen[neuron]:
                 continue
             for c in range(classes):
-                values[neuron, c] = max(values[neuron, c] - rate * value_slope[at, c], kind(0))
-            moved, finite = _move(keys[neuron], key_slope[at], rate, fresh)
-            if not finite:
-                totals[NORM] = np.nan
-            path[neuron] += moved
+                after = max(values[neuron, c] - rate * value_slope[at, c], kind(0))
+                if tracks:
+                    value_paths[neuron, c] -= value_likely[at, c] * (after - values[neuron, c])
+                values[neuron, c] = after
+            if tracks:
+                former[:] = keys[neuron]
+            distance, finite = _move(keys[neuron], key_slope[at], rate, fresh)
+            if tracks:
+                for d in range(dim):
+                    key_paths[neuron, d] -= key_likely[at, d] * (keys[neuron, d] - former[d])
+            diverged = diverged or not finite
+            path[neuron] += distance
+            if waits:
+                moved[neuron] = moving[neuron] = True
+                current[neuron] = step + 1
+                _settle(neuron, steps - step - 1, settings, weights, rows)
             if lane[neuron] < 0:
                 if path[neuron] <= limit or counts[0] >= listed.shape[0]:
-                    delta = max(delta, path[neuron])
+                    sums[1] = max(sums[1], path[neuron])
                     continue
                 lane[neuron], listed[counts[0]] = counts[0], neuron
                 counts[0] += 1
             touched[placed] = lane[neuron]
             placed += 1
         _place(touched[:placed], keys, listed, blocks)
+    if waits:
+        placed = 0
+        for neuron in range(neurons):
+            if moving[neuron] and current[neuron] < steps:
+                _catch_up(neuron, steps, settings, weights, rows, fresh)
+                if lane[neuron] < 0 and (path[neuron] <= limit or counts[0] >= listed.shape[0]):
+                    continue
+                if lane[neuron] < 0:
+                    lane[neuron], listed[counts[0]] = counts[0], neuron
+                    counts[0] += 1
+                touched[0] = lane[neuron]
+                _place(touched[:1], keys, listed, blocks)
+    for step in range(steps):
+        totals[NORM] += math.sqrt(norms[step]) * min(batch, size - step * batch)
+    if diverged:
+        totals[NORM] = np.nan
     for place in range(MISSES):
         totals[place] /= size
 

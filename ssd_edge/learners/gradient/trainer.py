@@ -91,8 +91,8 @@ class Trainer:
         self.net, self.settings, self.penalty, self.loss = net, settings, penalty, loss
         self.inputs, self.labels, self.observer = inputs, labels, observer
         self.moved = self._moved()
-        known = not (penalty.active or penalty.tracks or observer)
-        self.compiled = epochs.start(net, settings, loss.compiled() if known else None, inputs, labels)
+        known = loss.compiled() if observer is None else None
+        self.compiled = epochs.start(net, settings, known, penalty, self.moved[-1], inputs, labels)
 
     def epoch(self, order: Tensor) -> dict[str, float]:
         """Run one epoch, compiled if possible.

@@ -112,6 +112,32 @@ def test_distillation_equals_plain_pytorch(options: dict[str, Any], ran: list) -
     assert_same(*both("ssd", ran, **options))
 
 
+PENALISED = [
+    {"penalty": "ewc"},
+    {"penalty": "ewc", "fisher": "batch", "penalty_beta": 0.08, "penalty_weight": 100.0},
+    {"penalty": "ewc", "penalty_weight": 1e4, "clip": 0.05},  # clipped in every step
+    {"penalty": "ewc", "penalty_weight": 1e3, "lr": 0.05, "epochs": 8},  # never clipped
+    {"penalty": "ewc", "neurons": 400, "batch": 5},  # rows wait for many steps
+    {"penalty": "online_ewc", "penalty_decay": 0.5},
+    {"penalty": "si", "penalty_beta": 0.02, "penalty_weight": 50.0},
+    {"penalty": "si", "inhibition": "mask", "batch": 40},
+    {"penalty": "si", "penalty_weight": 0.0},  # tracks without a penalty
+    {"penalty": "mas", "memory_rows": 40},
+    {"penalty": "l2", "penalty_weight": 0.5},  # stronger than the data
+    {"penalty": "l2", "outputs": "arriving", "k": 1},
+]
+
+
+@pytest.mark.parametrize("options", PENALISED, ids=str)
+@pytest.mark.parametrize("name", ["sdmlp", "ssd"])
+def test_penalties_equal_plain_pytorch(name: str, options: dict[str, Any], ran: list) -> None:
+    fast, plain = both(name, ran, **options)
+    assert_same(fast, plain)
+    assert fast.penalty.active == (options.get("penalty_weight") != 0.0)
+    for tensors in (fast.penalty.importance, fast.penalty.anchored):
+        assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
 def priors(opened: int, neurons: int = 120, switch: float = 300.0) -> Priors:
     """Return keys of which three are dead, six are equal in pairs, and the first ones have open switches."""
     keys = torch.randn(neurons, DIM, generator=torch.Generator().manual_seed(9)).clamp_min(0)
@@ -122,14 +148,29 @@ def priors(opened: int, neurons: int = 120, switch: float = 300.0) -> Priors:
 
 
 @pytest.mark.parametrize("opened", [0, 1, 10])
-@pytest.mark.parametrize("name", ["sdmlp", "ssd"])
-def test_dead_and_equal_keys_and_open_switches(name: str, opened: int, ran: list) -> None:
+@pytest.mark.parametrize(("name", "penalty"), [("sdmlp", "none"), ("ssd", "none"), ("sdmlp", "si"), ("ssd", "ewc")])
+def test_dead_and_equal_keys_and_open_switches(name: str, penalty: str, opened: int, ran: list) -> None:
     given = priors(opened)
-    fast, plain = both(name, ran, given=given, gaba="keep", epochs=6)
+    fast, plain = both(name, ran, given=given, gaba="keep", epochs=6, penalty=penalty)
     assert_same(fast, plain)
     if opened:  # dead keys are excited, and one of ten open switches has closed
         assert float(fast.net.counters[0]) > 0
         assert bool((fast.net.counters[:opened] > 300).any()) == (opened == 10)
+
+
+@pytest.mark.parametrize("closing", [0.6, 0.9, 0.99])
+@pytest.mark.parametrize(("name", "penalty"), [("sdmlp", "none"), ("ssd", "none"), ("ssd", "ewc")])
+def test_every_switch_a_little_open(name: str, penalty: str, closing: float, ran: list) -> None:
+    """After pretraining most counters are a little below C; they reach it while the task is learned."""
+    generator = torch.Generator().manual_seed(5)
+    keys = F.normalize(torch.randn(500, DIM, generator=generator).clamp_min(0))
+    counters = 1000 * (closing + (1 - closing) * torch.rand(500, generator=generator))
+    given = Priors(keys=keys.numpy(), counters=counters.numpy(), student={"switch": 1000.0})
+    fast, plain = both(name, ran, given=given, gaba="keep", neurons=500, k=5, epochs=12, penalty=penalty, lr=0.1)
+    assert_same(fast, plain)
+    engine = ran[-1]
+    assert engine.full < engine.samples  # the caches prove something
+    assert 0 < int((fast.net.counters < 1000).sum()) < 500
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -145,6 +186,8 @@ def test_random_shapes(seed: int, ran: list) -> None:
         "clip": float(10 ** draw.uniform(-2, 1)),
         "epochs": int(draw.integers(1, 6)),
         "inhibition": str(draw.choice(["subtract", "mask"])),
+        "penalty": str(draw.choice(["none", "ewc", "si", "mas", "l2"])),
+        "penalty_weight": float(10 ** draw.uniform(-3, 3)),
         "top_n": str(neurons // 3),
         "temperature": float(10 ** draw.uniform(-1, 1)),
     }
