@@ -28,7 +28,7 @@ from ssd_edge.learners.gradient.topk import DENSE_ABOVE, gaba
 from ssd_edge.system import cache_folder
 
 CANDIDATES = 6  # m is at least this multiple of k
-SPARE = 1.5  # m is at least this multiple of the largest number of active neurons in the first batch
+SPARE = 4  # m is at least this multiple of the largest number of active neurons in the first batch
 MIN_WORK = 2e10  # multiplications of all scores of a task below which loading machine code takes longer than it saves
 MIN_WORK_UNCACHED = 1e12  # the same where the code is compiled in every process
 MAX_ACTIVE = 1 / 16  # share of active neurons above which plain PyTorch takes less time
