@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -414,12 +415,20 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 def _penalty_arrays(penalty: Penalty, moved: Tensor) -> PenaltyArrays:
     """Return the arrays of a penalty, which share memory with it."""
-    none = np.zeros((0, 0), torch.empty(0, dtype=penalty.dtype).numpy().dtype)
-    names = ("keys", "values")
-    sums = (penalty.importance, penalty.anchored)
-    pulls = [part[name].numpy() if penalty.active else none for name in names for part in sums]
-    paths = [penalty.path[name].numpy() if penalty.tracks else none for name in names]
-    return PenaltyArrays(*pulls, moved.numpy(), *paths)
+    none = torch.zeros(0, 0, dtype=penalty.dtype)
+
+    def taken(part: Mapping[str, Tensor], name: str, exists: bool) -> NDArray[Any]:
+        return (part[name] if exists else none).numpy()
+
+    return PenaltyArrays(
+        importance=taken(penalty.importance, "keys", penalty.active),
+        anchored=taken(penalty.anchored, "keys", penalty.active),
+        value_importance=taken(penalty.importance, "values", penalty.active),
+        value_anchored=taken(penalty.anchored, "values", penalty.active),
+        moved=moved.numpy(),
+        key_paths=taken(penalty.path, "keys", penalty.tracks),
+        value_paths=taken(penalty.path, "values", penalty.tracks),
+    )
 
 
 def _teacher_arrays(loss: CompiledLoss, x: NDArray[Any], neurons: int) -> TeacherArrays:

@@ -151,27 +151,17 @@ def _lane_scores(x: Array, batch: Array, used: Array, nonzero: Array, blocks: Ar
 
 
 @_inner
-def _settle(neuron: int, left: int, settings: Array, weights: Weights, rows: Rows) -> float:
-    """Bound what a row can do in the `left` steps of the epoch that it may now wait; return ‖∂penalty‖² of the row.
+def _hold(neuron: int, left: int, key_squares: float, squares: float, settings: Array, rows: Rows) -> None:
+    """Bound what a row can do in the `left` steps of the epoch that it may now wait.
 
-    A step moves a key by at most twice its length, as clamping and normalising do not more than double it; and it
-    changes the gradient by at most the steepest curvature times the distance.
+    A step moves a key by at most twice its gradient times the learning rate, as clamping and normalising do not more
+    than double the distance; and a distance changes the gradient by at most the steepest curvature times itself.
+
+    Args:
+        key_squares: ‖∂penalty/∂key‖² now, or one of the last step and `left` one larger.
+        squares: the same for key and values.
     """
-    kind, lr = weights.keys.dtype.type, settings[LR]
-    weight, total = kind(settings[PENALTY]), kind(0)
-    key, omega, anchor = weights.keys[neuron], weights.importance[neuron], weights.anchored[neuron]
-    for d in range(key.shape[0]):
-        slope = weight * (omega[d] * key[d] - anchor[d])
-        total += slope * slope
-    key_squares = float(total)
-    total = kind(0)
-    value = weights.values[neuron]
-    omega, anchor = weights.value_importance[neuron], weights.value_anchored[neuron]
-    for c in range(value.shape[0]):
-        slope = weight * (omega[c] * value[c] - anchor[c])
-        total += slope * slope
-    squares = key_squares + float(total)
-    bound, held = squares, 0.0
+    bound, held, lr = squares, 0.0, settings[LR]
     if left and squares > 0:
         growth = (1 + 2 * lr * rows.steep[neuron]) ** left
         # no larger than needed: above the clip anyway; and no two unit vectors are further apart than 2
@@ -183,53 +173,68 @@ def _settle(neuron: int, left: int, settings: Array, weights: Weights, rows: Row
     rows.reserve[neuron] = held
     if rows.lane[neuron] < 0:
         rows.sums[1] = max(rows.sums[1], rows.path[neuron])
+
+
+@_inner
+def _settle(neuron: int, left: int, settings: Array, weights: Weights, rows: Rows) -> float:
+    """Bound as `_hold` does, and return ‖∂penalty‖² of the row."""
+    kind = weights.keys.dtype.type
+    weight, of_key, of_value = kind(settings[PENALTY]), kind(0), kind(0)
+    key, omega, anchor = weights.keys[neuron], weights.importance[neuron], weights.anchored[neuron]
+    for d in range(key.shape[0]):
+        slope = weight * (omega[d] * key[d] - anchor[d])
+        of_key += slope * slope
+    value = weights.values[neuron]
+    omega, anchor = weights.value_importance[neuron], weights.value_anchored[neuron]
+    for c in range(value.shape[0]):
+        slope = weight * (omega[c] * value[c] - anchor[c])
+        of_value += slope * slope
+    squares = float(of_key) + float(of_value)
+    _hold(neuron, left, float(of_key), squares, settings, rows)
     return squares
 
 
 @_inner
-def _catch_up(
-    neuron: int,
-    step: int,
-    settings: Array,
-    weights: Weights,
-    rows: Rows,
-    fresh: Array,
-) -> None:
+def _catch_up(neuron: int, step: int, settings: Array, weights: Weights, rows: Rows, fresh: Array) -> None:
     """Take the steps of a row that it has waited, in which only the penalty moves it.
 
     They are taken one by one, so that the result is that of a row that never waits, but on data in the nearest cache.
     `path` grows by the distance between the first and the last position, which the sum of the steps exceeds.
     """
     kind = weights.keys.dtype.type
-    weight, zero = kind(settings[PENALTY]), kind(0)
+    weight, zero, inverse = kind(settings[PENALTY]), kind(0), kind(1)
     key, omega, anchor = weights.keys[neuron], weights.importance[neuron], weights.anchored[neuron]
     value = weights.values[neuron]
     value_omega, value_anchor = weights.value_importance[neuron], weights.value_anchored[neuron]
+    of_key, of_value = zero, zero
     for d in range(key.shape[0]):
         fresh[d] = key[d]
     for at in range(rows.current[neuron], step):
-        rate, length, total = kind(rows.rates[at]), zero, zero
+        rate, length, of_key, of_value = kind(rows.rates[at]), zero, zero, zero
         for d in range(key.shape[0]):
-            slope = weight * (omega[d] * key[d] - anchor[d])
-            total += slope * slope
-            after = max(key[d] - rate * slope, zero)
+            here = key[d] * inverse  # normalises the step before
+            slope = weight * (omega[d] * here - anchor[d])
+            of_key += slope * slope
+            after = here - rate * slope
+            after = after if after > zero else zero
             length += after * after
             key[d] = after
         inverse = kind(1) / max(kind(math.sqrt(length)), kind(1e-12))
-        for d in range(key.shape[0]):
-            key[d] *= inverse
         for c in range(value.shape[0]):
             slope = weight * (value_omega[c] * value[c] - value_anchor[c])
-            total += slope * slope
-            value[c] = max(value[c] - rate * slope, zero)
+            of_value += slope * slope
+            after = value[c] - rate * slope
+            value[c] = after if after > zero else zero
         if not rows.known[at]:
-            rows.norms[at] += float(total)
+            rows.norms[at] += float(of_key) + float(of_value)
     distance = zero
     for d in range(key.shape[0]):
+        key[d] *= inverse
         distance += (key[d] - fresh[d]) * (key[d] - fresh[d])
     rows.path[neuron] += 1.001 * math.sqrt(distance)
     rows.current[neuron] = step
-    _settle(neuron, rows.rates.shape[0] - step, settings, weights, rows)
+    left = rows.rates.shape[0] - step
+    _hold(neuron, left + 1 if left else 0, float(of_key), float(of_key) + float(of_value), settings, rows)
 
 
 @_inner
