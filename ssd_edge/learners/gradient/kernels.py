@@ -151,7 +151,7 @@ def _lane_scores(x: Array, batch: Array, used: Array, nonzero: Array, blocks: Ar
 
 
 @_inner
-def _hold(neuron: int, left: int, key_squares: float, squares: float, settings: Array, rows: Rows) -> None:
+def _hold(neuron: int, left: int, key_squares: float, squares: float, alive: bool, settings: Array, rows: Rows) -> None:
     """Bound what a row can do in the `left` steps of the epoch that it may now wait.
 
     A step moves a key by at most twice its gradient times the learning rate, as clamping and normalising do not more
@@ -160,6 +160,8 @@ def _hold(neuron: int, left: int, key_squares: float, squares: float, settings: 
     Args:
         key_squares: ‖∂penalty/∂key‖² now, or one of the last step and `left` one larger.
         squares: the same for key and values.
+        alive: False if the key was zero at the time of these gradients or later: a step normalises any positive entry
+            that it gets to unit length, however small the gradient is.
     """
     bound, held, lr = squares, 0.0, settings[LR]
     if left and squares > 0:
@@ -167,6 +169,8 @@ def _hold(neuron: int, left: int, key_squares: float, squares: float, settings: 
         # no larger than needed: above the clip anyway; and no two unit vectors are further apart than 2
         bound = min(squares * growth * growth, 4 * settings[CLIP] * settings[CLIP])
         held = min(2 * lr * left * math.sqrt(key_squares * SLACK) * growth, 2.0)
+        if not alive and key_squares > 0:
+            bound, held = 4 * settings[CLIP] * settings[CLIP], 2.0
     rows.sums[0] += bound - rows.pull[neuron]
     rows.pull[neuron] = bound
     rows.path[neuron] += held - rows.reserve[neuron]
@@ -179,18 +183,19 @@ def _hold(neuron: int, left: int, key_squares: float, squares: float, settings: 
 def _settle(neuron: int, left: int, settings: Array, weights: Weights, rows: Rows) -> float:
     """Bound as `_hold` does, and return ‖∂penalty‖² of the row."""
     kind = weights.keys.dtype.type
-    weight, of_key, of_value = kind(settings[PENALTY]), kind(0), kind(0)
+    weight, of_key, of_value, length = kind(settings[PENALTY]), kind(0), kind(0), kind(0)
     key, omega, anchor = weights.keys[neuron], weights.importance[neuron], weights.anchored[neuron]
     for d in range(key.shape[0]):
         slope = weight * (omega[d] * key[d] - anchor[d])
         of_key += slope * slope
+        length += key[d] * key[d]
     value = weights.values[neuron]
     omega, anchor = weights.value_importance[neuron], weights.value_anchored[neuron]
     for c in range(value.shape[0]):
         slope = weight * (omega[c] * value[c] - anchor[c])
         of_value += slope * slope
     squares = float(of_key) + float(of_value)
-    _hold(neuron, left, float(of_key), squares, settings, rows)
+    _hold(neuron, left, float(of_key), squares, length > 0, settings, rows)
     return squares
 
 
@@ -206,10 +211,12 @@ def _catch_up(neuron: int, step: int, settings: Array, weights: Weights, rows: R
     key, omega, anchor = weights.keys[neuron], weights.importance[neuron], weights.anchored[neuron]
     value = weights.values[neuron]
     value_omega, value_anchor = weights.value_importance[neuron], weights.value_anchored[neuron]
-    of_key, of_value = zero, zero
+    of_key, of_value, length, alive = zero, zero, zero, True
     for d in range(key.shape[0]):
         fresh[d] = key[d]
+        length += key[d] * key[d]
     for at in range(rows.current[neuron], step):
+        alive = alive and length > 0
         rate, length, of_key, of_value = kind(rows.rates[at]), zero, zero, zero
         for d in range(key.shape[0]):
             here = key[d] * inverse  # normalises the step before
@@ -234,7 +241,8 @@ def _catch_up(neuron: int, step: int, settings: Array, weights: Weights, rows: R
     rows.path[neuron] += 1.001 * math.sqrt(distance)
     rows.current[neuron] = step
     left = rows.rates.shape[0] - step
-    _hold(neuron, left + 1 if left else 0, float(of_key), float(of_key) + float(of_value), settings, rows)
+    squares, alive = float(of_key) + float(of_value), alive and length > 0
+    _hold(neuron, left + 1 if left else 0, float(of_key), squares, alive, settings, rows)
 
 
 @_inner

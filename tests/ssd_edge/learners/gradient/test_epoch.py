@@ -53,7 +53,6 @@ def test_compiled_raises_without_numba(without_numba: None) -> None:
     [
         ("sdmlp", {"layers": 2}, "learner.layers is 2"),
         ("sdmlp", {"k": 8}, "learner.k = 8 of 60 neurons is not sparse"),
-        ("sdmlp", {"penalty": "si"}, "it does not support this loss"),
     ],
 )
 def test_compiled_raises_for_unsupported_tasks(name: str, options: dict[str, Any], reason: str) -> None:
@@ -73,9 +72,16 @@ def test_other_distillation_is_not_compiled(options: dict[str, Any]) -> None:
     assert student.trainer(task((2, 3))).loss.compiled() is None
 
 
+def test_compiled_raises_where_the_distillation_is_not_supported() -> None:
+    student = learner("ssd", engine="compiled", hidden="mse")
+    student.learn(task())  # the first task has no teacher
+    with pytest.raises(InputError, match="it does not support this loss"):
+        student.learn(task((2, 3)))
+
+
 def test_observed_learner_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[epoch.CompiledLoss | None] = []
-    monkeypatch.setattr(epoch, "start", lambda net, settings, loss, inputs, labels: given.append(loss))
+    monkeypatch.setattr(epoch, "start", lambda net, settings, loss, *others: given.append(loss))
     plain, observed = learner("ssd"), learner("ssd")
     observed.observer = lambda state: None
     for each in (plain, observed):
@@ -86,4 +92,7 @@ def test_observed_learner_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> No
 def test_short_tasks_are_not_compiled() -> None:
     short = learner(engine="auto")
     loss = epoch.CompiledLoss(1.0)
-    assert epoch.start(short.net, short.settings, loss, torch.rand(40, DIM), task().labels) is None
+    moved = torch.zeros(60, dtype=torch.bool)
+    assert (
+        epoch.start(short.net, short.settings, loss, short.penalty, moved, torch.rand(40, DIM), task().labels) is None
+    )
