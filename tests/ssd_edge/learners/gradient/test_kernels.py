@@ -138,6 +138,21 @@ def test_penalties_equal_plain_pytorch(name: str, options: dict[str, Any], ran: 
         assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
+@pytest.mark.parametrize("clip", [10.0, 0.02])
+def test_penalty_revives_dead_keys(clip: float, ran: list) -> None:
+    """A step from a zero key towards its anchor ends at unit length, however small the gradient is."""
+    options = {"penalty": "l2", "penalty_weight": 1e-4, "neurons": 400, "batch": 5, "lr": 0.05, "clip": clip}
+    fast, plain = make("sdmlp", "compiled", **options), make("sdmlp", "torch", **options)
+    for learner in (fast, plain):
+        learner.expect(5)
+        learner.learn(task((1, 3), 1))
+        learner.net.layers[0].keys[::3] = 0
+        learner.learn(task((2, 0), 2))
+        assert bool((learner.net.keys[::3].norm(dim=1) > 0.99).all())
+    assert ran
+    assert_same(fast, plain)
+
+
 def priors(opened: int, neurons: int = 120, switch: float = 300.0) -> Priors:
     """Return keys of which three are dead, six are equal in pairs, and the first ones have open switches."""
     keys = torch.randn(neurons, DIM, generator=torch.Generator().manual_seed(9)).clamp_min(0)
