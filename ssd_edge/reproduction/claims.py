@@ -74,7 +74,7 @@ def line(claim: Claim, by_budget: Mapping[str, list[Row]]) -> list[str]:
     """
     names = [system.name for system in experiments()[claim.experiment].systems]
     first, second = (names.index(name) for name in claim.rows)
-    paper = "–" if claim.paper is None else points(claim.paper, signed=True)
+    paper = points(claim.paper, signed=True)
     found: dict[str, Comparison] = {}
     for budget, table in by_budget.items():
         comparison = compare(table[first], table[second], claim.measure)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,34 +247,35 @@ def on_streams(picked: Sequence[Experiment], names: Sequence[str]) -> list[Exper
     """Restrict experiments to some streams; without names, return them unchanged.
 
     Raises:
-        InputError: A stream is unknown, or none of the experiments uses it.
+        InputError: None of the experiments uses a stream.
     """
-    for name in names:
-        if not any(name in experiment.streams for experiment in picked):
-            known = dict.fromkeys(stream for experiment in picked for stream in experiment.streams)
-            near = did_you_mean(name, known)
-            raise InputError(f"none of these experiments has a stream '{name}'.{near} They have {', '.join(known)}")
-    if not names:
-        return list(picked)
-    kept = [tuple(name for name in experiment.streams if name in names) for experiment in picked]
-    return [dataclasses.replace(one, streams=streams) for one, streams in zip(picked, kept, strict=True) if streams]
+    return _restrict(picked, names, "stream", lambda stream: stream)
 
 
 def with_systems(picked: Sequence[Experiment], names: Sequence[str]) -> list[Experiment]:
     """Restrict experiments to some systems; without names, return them unchanged.
 
     Raises:
-        InputError: None of the experiments has a system of that name.
+        InputError: None of the experiments has a system of a name.
     """
-    known = dict.fromkeys(system.name for experiment in picked for system in experiment.systems)
+    return _restrict(picked, names, "system", lambda system: system.name)
+
+
+def _restrict(
+    picked: Sequence[Experiment], names: Sequence[str], noun: str, name_of: Callable[[Any], str]
+) -> list[Experiment]:
+    """Keep the streams or systems with these names, and the experiments that have some of them."""
+    field = f"{noun}s"
+    known = dict.fromkeys(name_of(one) for experiment in picked for one in getattr(experiment, field))
     for name in names:
         if name not in known:
             near = did_you_mean(name, known)
-            raise InputError(f"none of these experiments has a system '{name}'.{near} They have {'; '.join(known)}")
+            raise InputError(f"none of these experiments has a {noun} '{name}'.{near} They have {'; '.join(known)}")
     if not names:
         return list(picked)
-    kept = [tuple(system for system in experiment.systems if system.name in names) for experiment in picked]
-    return [dataclasses.replace(one, systems=few) for one, few in zip(picked, kept, strict=True) if few]
+    kept = [tuple(one for one in getattr(experiment, field) if name_of(one) in names) for experiment in picked]
+    narrowed: list[dict[str, Any]] = [{field: few} for few in kept]
+    return [dataclasses.replace(one, **few) for one, few in zip(picked, narrowed, strict=True) if few[field]]
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from ssd_edge.errors import EnvironmentUnfitError, InputError
 from ssd_edge.learners.gradient.distillation import HiddenTargets
 from ssd_edge.learners.gradient.network import SDMLP, Engine, NetworkSettings
 from ssd_edge.learners.gradient.penalties import Penalty
-from ssd_edge.learners.gradient.topk import DENSE_ABOVE, gaba
+from ssd_edge.learners.gradient.topk import DENSE_ABOVE
 from ssd_edge.system import cache_folder
 
 CANDIDATES = 6  # m is at least this multiple of k
@@ -115,6 +115,7 @@ class PenaltyArrays(NamedTuple):
         anchored: ΣΩθ* of the keys, ``(r, D)``.
         value_importance: ΣΩ of the values, ``(r, C)``.
         value_anchored: ΣΩθ* of the values, ``(r, C)``.
+        steep: float64 ``(r,)``, largest curvature of the penalty in each row, 2wΩ.
         moved: bool ``(r,)``, rows off their anchors; changed by the kernel, like the next two.
         key_paths: path integrals of SI, ``(r, D)``.
         value_paths: the same for the values, ``(r, C)``.
@@ -124,6 +125,7 @@ class PenaltyArrays(NamedTuple):
     anchored: NDArray[Any]
     value_importance: NDArray[Any]
     value_anchored: NDArray[Any]
+    steep: NDArray[np.float64]
     moved: NDArray[np.bool_]
     key_paths: NDArray[Any]
     value_paths: NDArray[Any]
@@ -330,9 +332,9 @@ class CompiledEpochs:
         """Cache the best neurons of every sample, from the scores of one batch at a time."""
         net, count = self.net, self.samples
         dtype, most = self.x.dtype, max(LANES_LEAST, int(LANES_SHARE * self.neurons))
-        gamma = gaba(net.counters, net.switch) if net.inhibition == "gaba" else torch.ones_like(net.counters)
-        open_switches = bool((gamma < 1).any())
-        excited = (gamma <= 0).nonzero().flatten()  # active whatever the inhibition
+        gamma = net.gamma
+        gammas = torch.ones_like(net.counters) if gamma is None else gamma
+        excited = (gammas <= 0).nonzero().flatten()  # active whatever the inhibition
         lane = np.full(self.neurons, -1, np.int32)
         listed = np.zeros(max(min(most, self.neurons), len(excited)), np.int32)
         lane[excited.numpy()], listed[: len(excited)] = np.arange(len(excited)), excited.numpy()
@@ -341,9 +343,9 @@ class CompiledEpochs:
         keys = net.keys.numpy()
         for at, neuron in enumerate(excited.numpy()):
             blocks[at // side, :, at % side] = keys[neuron]
-        self.lowest = float(gamma[gamma > 0].min()) if len(excited) < self.neurons else 1.0
+        self.lowest = float(gammas[gammas > 0].min()) if len(excited) < self.neurons else 1.0
         portion, cached = min(self.settings.batch, count), CANDIDATES * net.k
-        if open_switches:
+        if gamma is not None:
             cached = max(cached, int(SPARE * float(net.activate(self.inputs[:portion]).per_sample().max())))
         cached = min(cached, self.neurons - 1)
         best, excess = np.empty((count, cached), np.int32), np.empty((count, cached), dtype)
@@ -353,7 +355,7 @@ class CompiledEpochs:
             part = slice(begin, begin + portion)
             samples = self.inputs[part]
             scores = torch.mm(samples, net.keys.T, out=buffer[: len(samples)])
-            if open_switches:
+            if gamma is not None:
                 inhibition = scores.topk(self.rank, dim=1).values[:, -1:].clamp_min(0)
                 scores -= gamma * inhibition
                 scores[:, excited] = -torch.inf  # always evaluated
@@ -415,7 +417,10 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 def _penalty_arrays(penalty: Penalty, moved: Tensor) -> PenaltyArrays:
     """Return the arrays of a penalty, which share memory with it."""
-    none = torch.zeros(0, 0, dtype=penalty.dtype)
+    none, steep = torch.zeros(0, 0, dtype=penalty.dtype), torch.zeros(0, dtype=torch.float64)
+    if penalty.active:
+        largest = [penalty.importance[name].amax(1) for name in ("keys", "values")]
+        steep = (2 * penalty.weight * torch.maximum(*largest)).double()
 
     def taken(part: Mapping[str, Tensor], name: str, exists: bool) -> NDArray[Any]:
         return (part[name] if exists else none).numpy()
@@ -425,6 +430,7 @@ def _penalty_arrays(penalty: Penalty, moved: Tensor) -> PenaltyArrays:
         anchored=taken(penalty.anchored, "keys", penalty.active),
         value_importance=taken(penalty.importance, "values", penalty.active),
         value_anchored=taken(penalty.anchored, "values", penalty.active),
+        steep=steep.numpy(),
         moved=moved.numpy(),
         key_paths=taken(penalty.path, "keys", penalty.tracks),
         value_paths=taken(penalty.path, "values", penalty.tracks),

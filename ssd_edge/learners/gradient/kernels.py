@@ -88,6 +88,30 @@ def _dot(a: Array, b: Array) -> Any:
 
 
 @_inner
+def _gamma(counters: Array, neuron: int, switch: float) -> Any:
+    """Return γ of a neuron, as `topk.gaba` does."""
+    kind = counters.dtype.type
+    return min(max(kind(2) * counters[neuron] / switch - kind(1), kind(-1)), kind(1))
+
+
+@_inner
+def _drop(level: float, top: Array, lowest: float) -> float:
+    """Return how far the inhibition has fallen since a cache was filled; a rise counts only by the lowest γ."""
+    drop: float = level - max(top[top.shape[0] - 1], 0.0)
+    return drop if drop >= 0 else drop * lowest
+
+
+@_inner
+def _lane_of(neuron: int, limit: float, path: Array, lane: Array, listed: Array, counts: Array) -> int:
+    """Return the lane of a neuron, a new one if its key has moved too far and there is room; -1 if it has none."""
+    if lane[neuron] < 0 and not (path[neuron] <= limit or counts[0] >= listed.shape[0]):
+        lane[neuron], listed[counts[0]] = counts[0], neuron
+        counts[0] += 1
+    given: int = lane[neuron]
+    return given
+
+
+@_inner
 def _insert(score: float, neuron: int, scores: Array, neurons: Array, filled: int) -> int:
     """Insert a score into a descending list of fixed capacity; return its new number of elements."""
     length: int = scores.shape[0]
@@ -256,7 +280,6 @@ def _lazy(
     settings: Array,
     weights: Weights,
     rows: Rows,
-    lane: Array,
     scores: Array,
     listed: Array,
     gammas: Array,
@@ -274,9 +297,9 @@ def _lazy(
     Returns:
         True if the bound proves the result, the number of scores, and the number of neurons in `opened`.
     """
-    keys, moving, current, path, sums = weights.keys, rows.moving, rows.current, rows.path, rows.sums
+    keys, lane, path, sums = weights.keys, rows.lane, rows.path, rows.sums
     rank, filled, found = top.shape[0], 0, 0
-    waits, lowest = settings[PENALTY] > 0, settings[LOWEST]
+    waits = settings[PENALTY] > 0
     for at in range(scores.shape[0]):
         if filled < rank or scores[at] > top[rank - 1]:
             filled = _insert(scores[at], listed[at], top, winners, filled)
@@ -286,14 +309,12 @@ def _lazy(
         if neuron < 0:
             break
         if filled == rank:
-            drop = level - max(top[rank - 1], 0.0)
-            if drop < 0:
-                drop *= lowest
+            drop = _drop(level, top, settings[LOWEST])
             if cached_excess[place] + sums[1] + drop + margin <= 0:
                 return True, filled, found
         if lane[neuron] >= 0 or (filled == rank and cached_excess[place] + path[neuron] + drop + margin <= 0):
             continue
-        if waits and moving[neuron] and current[neuron] < step:
+        if waits and rows.moving[neuron] and rows.current[neuron] < step:
             _catch_up(neuron, step, settings, weights, rows, fresh)
         score = _dot(sample, keys[neuron])
         if gammas[neuron] < 1:
@@ -301,11 +322,9 @@ def _lazy(
             found += 1
         if filled < rank or score > top[rank - 1]:
             filled = _insert(score, neuron, top, winners, filled)
-    if filled == rank:
-        drop = level - max(top[rank - 1], 0.0)
-        if drop < 0:
-            drop *= lowest
-    return filled == rank and bound + sums[1] + drop + margin <= 0, filled, found
+    if filled < rank:
+        return False, filled, found
+    return bound + sums[1] + _drop(level, top, settings[LOWEST]) + margin <= 0, filled, found
 
 
 @_inner
@@ -316,7 +335,6 @@ def _full(
     settings: Array,
     weights: Weights,
     rows: Rows,
-    lane: Array,
     gammas: Array,
     cached: Array,
     cached_excess: Array,
@@ -339,7 +357,7 @@ def _full(
         missed: ``(Q, 2)``, index of each sample in the task and in the batch.
         near: ``(m + 1,)``, buffer for scores; `near_winners` is the buffer for neurons.
     """
-    keys, current, reserve, path, moving = weights.keys, rows.current, rows.reserve, rows.path, rows.moving
+    keys, lane, reserve, path = weights.keys, rows.lane, rows.reserve, rows.path
     waits = settings[PENALTY] > 0
     for q in range(missed.shape[0]):  # neurons without a lane are added again below
         b, kept = missed[q, 1], 0
@@ -353,7 +371,7 @@ def _full(
     for neuron in range(keys.shape[0]):
         if lane[neuron] >= 0:
             continue
-        if waits and moving[neuron] and current[neuron] < step:
+        if waits and rows.moving[neuron] and rows.current[neuron] < step:
             _catch_up(neuron, step, settings, weights, rows, fresh)
         key = keys[neuron]
         for q in range(missed.shape[0]):
@@ -482,6 +500,34 @@ def _hidden_loss(
 
 
 @_inner
+def _reach(
+    slope: Array,
+    to_active: float,
+    value: float,
+    positive: int,
+    sample: Array,
+    values: Array,
+    key_slope: Array,
+    value_slope: Array,
+) -> None:
+    """Add the gradients of a sample's loss for one active neuron to those of its key and values.
+
+    Args:
+        slope: ∂L/∂logits, ``(C,)``.
+        to_active: ∂L/∂a of loss terms on the activation itself.
+        value: its activation a.
+        positive: 0 where the inhibition lets no gradient pass.
+        values: values of the neuron, ``(C,)``.
+    """
+    for c in range(slope.shape[0]):
+        to_active += slope[c] * values[c]
+        value_slope[c] += value * slope[c]
+    if positive:
+        for d in range(sample.shape[0]):
+            key_slope[d] += to_active * sample[d]
+
+
+@_inner
 def _rescore(sample: Array, keys: Array, lane: Array, top: Array, winners: Array, filled: int) -> None:
     """Compute the scores of chosen neurons in lanes as for all others, so that equal keys give equal bits."""
     for place in range(filled):
@@ -601,7 +647,7 @@ def _epoch(
     cached, cached_excess, bound, level, slack, path = state
     lane, listed, blocks, counts = lanes
     outputs, wanted, entropy, table, slots, hidden, rest, hidden_entropy = loss
-    importance, anchored, value_importance, value_anchored, moved, key_paths, value_paths = penalty
+    importance, anchored, value_importance, value_anchored, steep, moved, key_paths, value_paths = penalty
     kind, size, dim, neurons, classes = keys.dtype.type, x.shape[0], x.shape[1], keys.shape[0], values.shape[1]
     clip, width, rank = settings[CLIP], int(settings[WIDTH]), int(settings[RANK])
     temperature, subtract, limit = kind(settings[TEMPERATURE]), int(settings[SUBTRACT]), settings[LIMIT]
@@ -613,7 +659,7 @@ def _epoch(
     gammas, any_open, switch = np.ones(neurons, keys.dtype), False, kind(settings[SWITCH])
     if switch > 0:
         for neuron in range(neurons):
-            gammas[neuron] = min(max(kind(2) * counters[neuron] / switch - kind(1), kind(-1)), kind(1))
+            gammas[neuron] = _gamma(counters, neuron, switch)
             any_open = any_open or gammas[neuron] < 1
     most = neurons if any_open else rank
     rows_most = min(neurons, batch * most)
@@ -640,11 +686,9 @@ def _epoch(
     used, nonzero = np.empty((batch, dim + 1), np.uint32), np.empty(batch, np.int64)
     scores = np.empty((batch, blocks.shape[0] * LANES), keys.dtype)
     loss_weights = np.empty(2, keys.dtype)
-    # rows that a penalty moves: the step at which each is current, its curvature, bounds for the steps it waits
+    # rows that a penalty moves: the step at which each is current, and bounds for the steps it waits
     waiting = neurons if waits else 0
-    current, steep, pull, reserve = (
-        np.zeros(waiting, np.int64), np.zeros(waiting), np.zeros(waiting), np.zeros(neurons),
-    )  # fmt: skip
+    current, pull, reserve = np.zeros(waiting, np.int64), np.zeros(waiting), np.zeros(neurons)
     rates, norms, known = np.zeros(steps), np.zeros(steps), np.zeros(steps, np.bool_)
     sums = np.zeros(2)  # of `pull`, and the longest path of a key without a lane
     moving = moved & ~frozen if waits else moved
@@ -653,12 +697,6 @@ def _epoch(
     diverged = False
     if waits:
         for neuron in range(neurons):
-            largest = kind(0)
-            for d in range(dim):
-                largest = max(largest, importance[neuron, d])
-            for c in range(classes):
-                largest = max(largest, value_importance[neuron, c])
-            steep[neuron] = pressure * largest
             if moving[neuron]:
                 _settle(neuron, steps, settings, weights, rows)
     for neuron in range(neurons):
@@ -686,7 +724,7 @@ def _epoch(
         for b in range(count):
             i = order[start + b]
             proved, filled[b], open_count[b] = _lazy(
-                x[i], cached[i], cached_excess[i], bound[i], level[i], step, settings, weights, rows, lane,
+                x[i], cached[i], cached_excess[i], bound[i], level[i], step, settings, weights, rows,
                 scores[b, : counts[0]], listed, gammas, margin, top[b], winners[b], opened[b], open_scores[b],
                 fresh,
             )  # fmt: skip
@@ -697,15 +735,14 @@ def _epoch(
             near = np.empty(cached.shape[1] + 1, keys.dtype)
             near_winners = np.empty(cached.shape[1] + 1, np.int32)
             _full(
-                x[missed[:misses, 0]], missed[:misses], step, settings, weights, rows, lane, gammas, cached,
+                x[missed[:misses, 0]], missed[:misses], step, settings, weights, rows, gammas, cached,
                 cached_excess, bound, level, top, winners, filled, opened, open_scores, open_count, near, near_winners,
                 fresh,
             )  # fmt: skip
         # losses and gradients
         for b in range(count):
             i = order[start + b]
-            drop = level[i] - max(top[b, rank - 1], kind(0))
-            slack[i] = -bound[i] - (drop if drop >= 0 else drop * settings[LOWEST])
+            slack[i] = -bound[i] - _drop(level[i], top[b], settings[LOWEST])
             totals[EVALUATED] += open_count[b]
             _rescore(x[i], keys, lane, top[b], winners[b], filled[b])
             found = _active(
@@ -744,23 +781,11 @@ def _epoch(
                 active_count[at] += 1
                 if frozen[neuron]:
                     continue
-                pull_up = to_active[e]
-                for c in range(classes):
-                    pull_up += slope[c] * values[neuron, c]
-                    value_slope[at, c] += value[e] * slope[c]
-                if positive[e]:
-                    sample, row = x[i], key_slope[at]
-                    for d in range(dim):
-                        row[d] += pull_up * sample[d]
+                _reach(slope, to_active[e], value[e], positive[e], x[i], values[neuron], key_slope[at], value_slope[at])
                 if tracks:
-                    pull_up = kind(0)
-                    for c in range(classes):
-                        pull_up += likely[c] * values[neuron, c]
-                        value_likely[at, c] += value[e] * likely[c]
-                    if positive[e]:
-                        sample, row = x[i], key_likely[at]
-                        for d in range(dim):
-                            row[d] += pull_up * sample[d]
+                    _reach(
+                        likely, kind(0), value[e], positive[e], x[i], values[neuron], key_likely[at], value_likely[at]
+                    )
         # the step
         squares = 0.0
         for at in range(reached):
@@ -797,7 +822,7 @@ def _epoch(
             slot[neuron] = -1
             counters[neuron] += active_count[at]
             if gammas[neuron] < 1:
-                gammas[neuron] = min(max(kind(2) * counters[neuron] / switch - kind(1), kind(-1)), kind(1))
+                gammas[neuron] = _gamma(counters, neuron, switch)
             if frozen[neuron]:
                 continue
             for c in range(classes):
@@ -817,27 +842,20 @@ def _epoch(
                 moved[neuron] = moving[neuron] = True
                 current[neuron] = step + 1
                 _settle(neuron, steps - step - 1, settings, weights, rows)
-            if lane[neuron] < 0:
-                if path[neuron] <= limit or counts[0] >= listed.shape[0]:
-                    sums[1] = max(sums[1], path[neuron])
-                    continue
-                lane[neuron], listed[counts[0]] = counts[0], neuron
-                counts[0] += 1
-            touched[placed] = lane[neuron]
+            given = _lane_of(neuron, limit, path, lane, listed, counts)
+            if given < 0:
+                sums[1] = max(sums[1], path[neuron])
+                continue
+            touched[placed] = given
             placed += 1
         _place(touched[:placed], keys, listed, blocks)
     if waits:
-        placed = 0
         for neuron in range(neurons):
             if moving[neuron] and current[neuron] < steps:
                 _catch_up(neuron, steps, settings, weights, rows, fresh)
-                if lane[neuron] < 0 and (path[neuron] <= limit or counts[0] >= listed.shape[0]):
-                    continue
-                if lane[neuron] < 0:
-                    lane[neuron], listed[counts[0]] = counts[0], neuron
-                    counts[0] += 1
-                touched[0] = lane[neuron]
-                _place(touched[:1], keys, listed, blocks)
+                touched[0] = _lane_of(neuron, limit, path, lane, listed, counts)
+                if touched[0] >= 0:
+                    _place(touched[:1], keys, listed, blocks)
     for step in range(steps):
         totals[NORM] += math.sqrt(norms[step]) * min(batch, size - step * batch)
     if diverged:

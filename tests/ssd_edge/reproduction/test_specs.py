@@ -190,7 +190,7 @@ def test_selecting_streams_of_experiments() -> None:
     cut = on_streams(picked, ["mnist", "mnist-pixels"])
     assert {one.id: one.streams for one in cut} == {"T2": ("mnist-pixels",), "panel": ("mnist", "mnist-pixels")}
     assert on_streams(picked, []) == picked
-    with pytest.raises(InputError, match=r"no.* stream 'mnits'. Did you mean 'mnist'\? They have cifar10, .*tiny"):
+    with pytest.raises(InputError, match=r"no.* stream 'mnits'. Did you mean 'mnist'\? They have cifar10; .*tiny"):
         on_streams(picked, ["mnits"])
 
 
