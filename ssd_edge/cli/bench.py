@@ -43,23 +43,24 @@ def lines(report: Report) -> list[str]:
     ]
     for row in report.rows:
         for threads, seconds in ((1, row.seconds), (row.threads, row.seconds_all_threads)):
-            head = f"  {row.neurons:,} neurons, {row.samples:,} samples, {threads} thread{'s' * (threads > 1)}"
+            head = f"  {row.case}, {threads} thread{'s' * (threads > 1)}"
             cells = (_cell(seconds.get(name)) for name in ("dense", "touched", "compiled"))
             text.append(f"{head:47}" + "".join(f"{cell:>24}" for cell in cells))
     if report.loading_seconds is None:
         hint = "the compiled epoch needs Numba: pip install 'ssd-edge[fast]'"
-        ratios = (f"{row.neurons:,} neurons {row.touched_ratio:.1f}x" for row in report.rows)
-        return [*text, "", f"touched rows against dense autograd: {', '.join(ratios)}; {hint}"]
+        ratios = (f"{row.case} {row.touched_ratio:.1f}x" for row in report.rows)
+        return [*text, "", f"touched rows against dense autograd: {'; '.join(ratios)}; {hint}"]
     text += [f"  (loading the compiled epoch took {report.loading_seconds:.1f} s, which is not counted)", ""]
     for row in report.rows:
         if row.compiled is None:
             continue
         text += [
-            f"{row.neurons:,} neurons, the whole task of {row.epochs} epochs against dense autograd: "
+            f"{row.case}: the whole task of {row.epochs} epochs against dense autograd: "
             f"{row.compiled.ratio:.1f}x with one thread, {row.compiled.ratio_all_threads:.1f}x with {row.threads}",
             f"  an epoch of the second half takes {row.compiled.scores_ratio:.2f} of the time of its scores alone",
             f"  accuracy {row.accuracy['dense']:.4f} and {row.accuracy['compiled']:.4f}, "
-            f"{100 * row.compiled.equal_predictions:.2f} % of the predictions equal",
+            f"{100 * row.compiled.equal_predictions:.2f} % of the predictions equal; "
+            f"{row.compiled.active:.1f} neurons active for a sample",
         ]
     if report.curve:
         text += ["", f"{'neurons':>9}{'first epoch':>14}{'second half':>14}{'scores alone':>14}{'evaluated':>12}"]

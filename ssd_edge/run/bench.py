@@ -13,9 +13,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from ssd_edge.errors import InputError
 from ssd_edge.learners.base import Task
 from ssd_edge.learners.gradient import epoch
 from ssd_edge.learners.gradient.network import Engine
+from ssd_edge.learners.gradient.penalties import DISPLAY
 from ssd_edge.learners.gradient.ssd import SSD, DistillationLoss, Settings
 from ssd_edge.learners.gradient.trainer import Trainer
 from ssd_edge.learners.priors import Priors
@@ -34,8 +35,37 @@ from ssd_edge.system import PROCESS, reset_peak, resident
 
 DIM, CLASSES, BATCH, CLUSTERS = 256, 10, 128, 6
 FIRST_EPOCHS = 10  # on the task before the measured one
+SWITCH, NEARLY_CLOSED = 200_000.0, 0.05  # C, and the share of it by which open switches miss it at most
 FEW_EPOCHS = 2  # of variants that are only timed
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve", "bf16", "i8mm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network that is compared with dense autograd.
+
+    Attributes:
+        neurons: r.
+        penalty: penalty of the measured task, as ``learner.penalty``.
+        open_switches: most GABA switches are still a little open, as with pretrained keys and ``learner.gaba=keep``.
+    """
+
+    neurons: int
+    penalty: Literal["none", "ewc", "si"] = "none"
+    open_switches: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name in the report's ratios, e.g. ``r1000_ewc``."""
+        penalty = "" if self.penalty == "none" else f"_{self.penalty}"
+        return f"r{self.neurons}{penalty}{'_open' * self.open_switches}"
+
+    def __str__(self) -> str:
+        penalty = "" if self.penalty == "none" else f", {DISPLAY[self.penalty]}"
+        return f"{self.neurons:,} neurons{penalty}{', open switches' * self.open_switches}"
+
+
+SMALL_CASES = (Case(1000), Case(1000, "ewc"), Case(1000, "si"), Case(1000, open_switches=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +73,26 @@ class Size:
     """Amount of work to measure.
 
     Attributes:
-        neurons: network sizes that are compared with dense autograd.
+        cases: networks that are compared with dense autograd.
         samples: samples of a task.
         epochs: epochs over it.
         curve: network sizes of which only the compiled epoch is timed, against the scores alone.
         curve_epochs: epochs over the task for these.
     """
 
-    neurons: tuple[int, ...] = (1000, 10_000)
+    cases: tuple[Case, ...] = (*SMALL_CASES, Case(10_000))
     samples: int = 2560
     epochs: int = 20
     curve: tuple[int, ...] = ()
     curve_epochs: int = 100
 
 
-FULL = Size(samples=10_000, epochs=40, curve=(1000, 3000, 10_000, 30_000, 100_000))
+FULL = Size(
+    cases=(*SMALL_CASES, *(dataclasses.replace(case, neurons=10_000) for case in SMALL_CASES)),
+    samples=10_000,
+    epochs=40,
+    curve=(1000, 3000, 10_000, 30_000, 100_000),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +107,7 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Comparison of the compiled epochs with the other variants at one network size.
+    """Comparison of the compiled epochs with the other variants of one network.
 
     Attributes:
         ratio: seconds of the whole task by dense autograd over those compiled, one thread each.
@@ -81,6 +116,7 @@ class Compiled:
         first_epoch: seconds of the first compiled epoch, in which the caches are filled.
         second_half: median seconds of an epoch of the second half.
         equal_predictions: share of test samples for which dense autograd and the compiled epochs predict the same.
+        active: mean number of active neurons of a sample in the last epoch.
         evaluated: number of neurons that are evaluated for every sample at the end.
         anchored: how often the caches were filled.
     """
@@ -91,16 +127,17 @@ class Compiled:
     first_epoch: float
     second_half: float
     equal_predictions: float
+    active: float
     evaluated: int
     anchored: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Measurements at one network size.
+    """Measurements of one network.
 
     Attributes:
-        neurons: r.
+        case: the network.
         samples: samples of the task.
         epochs: epochs over it.
         seconds: by variant, with one thread.
@@ -111,7 +148,7 @@ class Comparison:
         compiled: comparison of the compiled epochs; None without Numba.
     """
 
-    neurons: int
+    case: Case
     samples: int
     epochs: int
     seconds: dict[str, Spread]
@@ -123,19 +160,19 @@ class Comparison:
 
     def ratios(self) -> dict[str, float | None]:
         """Return the ratios by their names in the report."""
-        compiled = self.compiled
+        compiled, name = self.compiled, self.case.name
         return {
-            f"cpu_r{self.neurons}": None if compiled is None else compiled.ratio,
-            f"cpu_r{self.neurons}_all_threads": None if compiled is None else compiled.ratio_all_threads,
-            f"cpu_r{self.neurons}_without_numba": self.touched_ratio,
-            f"scores_r{self.neurons}": None if compiled is None else compiled.scores_ratio,
+            f"cpu_{name}": None if compiled is None else compiled.ratio,
+            f"cpu_{name}_all_threads": None if compiled is None else compiled.ratio_all_threads,
+            f"cpu_{name}_without_numba": self.touched_ratio,
+            f"scores_{name}": None if compiled is None else compiled.scores_ratio,
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON."""
         row = dataclasses.asdict(self)
-        compiled = row.pop("compiled")
-        return {**row, **(compiled or {"ratio": None, "ratio_all_threads": None, "scores_ratio": None})}
+        compiled, case = row.pop("compiled"), row.pop("case")
+        return {**case, **row, **(compiled or {"ratio": None, "ratio_all_threads": None, "scores_ratio": None})}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +220,7 @@ class Report:
     """All that `bench` measures.
 
     Attributes:
-        rows: one comparison per network size.
+        rows: one comparison per case.
         curve: one point per network size of the curve.
         memory: memory of learning a task; None if not measured.
         loading_seconds: seconds to load the compiled epoch; None without Numba.
@@ -238,6 +275,8 @@ def clustered(samples: int, rows: tuple[int, int], seed: int = 0) -> tuple[Tenso
 def dense_epoch(learner: SSD, trainer: Trainer, keys: Tensor, values: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """Run one epoch as usual PyTorch code does: every neuron in forward, backward, clip, step, clamp and norm.
 
+    GABA counters and the path integrals of SI are updated in the learner.
+
     Args:
         learner: an ``ssd``.
         trainer: its training of a task that distils.
@@ -254,7 +293,9 @@ def dense_epoch(learner: SSD, trainer: Trainer, keys: Tensor, values: Tensor, or
     if not isinstance(trainer.loss, DistillationLoss):
         raise InputError("the first task does not distil; train a task before it")
     settings, targets, table = learner.settings, trainer.loss.targets, learner.tables[0].indices
-    keys, values = keys.clone().requires_grad_(True), values.clone().requires_grad_(True)
+    net, penalty = learner.net, learner.penalty
+    parameters = {"keys": keys.clone().requires_grad_(True), "values": values.clone().requires_grad_(True)}
+    keys, values = parameters.values()
     optimiser = torch.optim.SGD([keys, values], settings.lr)
     alpha, lam, temperature = settings.ce_weight, settings.hidden_weight, settings.temperature
 
@@ -263,22 +304,34 @@ def dense_epoch(learner: SSD, trainer: Trainer, keys: Tensor, values: Tensor, or
         return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
 
     for index in torch.split(order, settings.batch):
-        u = F.relu(trainer.inputs[index] @ keys.T)
-        inhibition = u.topk(settings.k + 1, dim=1).values[:, -1:].detach()
-        a = F.relu(u - inhibition)
+        u, labels = F.relu(trainer.inputs[index] @ keys.T), trainer.labels[index]
+        inhibition, gamma = u.topk(settings.k + 1, dim=1).values[:, -1:].detach(), net.gamma
+        a = F.relu(u - (inhibition if gamma is None else gamma * inhibition))
         logits = a @ values
         hidden = divergence(a[:, table], targets.hidden[0].table(index))
         logit = divergence(logits, targets.logits[index])
-        cross_entropy = F.cross_entropy(logits, trainer.labels[index])
+        cross_entropy = F.cross_entropy(logits, labels)
         loss = alpha * cross_entropy + (1 - alpha) * (lam * hidden + (1 - lam) * logit)
+        if penalty.active:
+            for name, theta in parameters.items():  # without its constant
+                pulled = penalty.importance[name] * theta - 2 * penalty.anchored[name]
+                loss = loss + penalty.weight * (theta * pulled).sum()
+        likelihood: Sequence[Tensor] = ()
+        if penalty.tracks:
+            scaled = F.cross_entropy(settings.penalty_beta * logits, labels)
+            likelihood = torch.autograd.grad(scaled, [keys, values], retain_graph=True)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
         torch.nn.utils.clip_grad_norm_([keys, values], settings.clip)
+        before = [theta.detach().clone() for theta in (keys, values)] if penalty.tracks else []
         optimiser.step()
         with torch.no_grad():
+            net.layers[0].counters += (a > 0).sum(0)
             values.clamp_(min=0)
             keys.clamp_(min=0)
             keys.div_(keys.norm(dim=1, keepdim=True).clamp_min(1e-12))
+            for name, gradient, old in zip(parameters, likelihood, before, strict=False):
+                penalty.track(name, gradient, parameters[name] - old)
     return keys.detach(), values.detach()
 
 
@@ -302,15 +355,18 @@ class Race:
     """One task, learned in several ways from the same state.
 
     Args:
-        neurons: r.
+        case: the network.
         first: the task before the measured one.
         second: the measured task.
         epochs: epochs over it.
     """
 
-    def __init__(self, neurons: int, first: Task, second: Task, epochs: int) -> None:
-        self.neurons, self.epochs, self.second = neurons, epochs, second
+    def __init__(self, case: Case, first: Task, second: Task, epochs: int) -> None:
+        self.case, self.epochs, self.second = case, epochs, second
         before = self._learner(FIRST_EPOCHS, "auto")
+        if case.open_switches:
+            draw = torch.Generator().manual_seed(2)
+            before.net.layers[0].counters += SWITCH * (1 - NEARLY_CLOSED * torch.rand(case.neurons, generator=draw))
         before.learn(first)
         self.state = before.state_dict()
         self.start = self._contestant("torch")
@@ -318,7 +374,7 @@ class Race:
         self.orders = [torch.randperm(len(second.labels), generator=draw) for _ in range(epochs)]
 
     def _learner(self, epochs: int, engine: Engine) -> SSD:
-        return new_learner(self.neurons, epochs, engine)
+        return new_learner(self.case, epochs, engine)
 
     def _contestant(self, engine: Engine) -> Contestant:
         """Return a learner in the common state, with the teacher's targets computed."""
@@ -369,10 +425,18 @@ class Race:
             yield self.start
 
 
-def new_learner(neurons: int, epochs: int, engine: Engine) -> SSD:
+def new_learner(case: Case, epochs: int, engine: Engine) -> SSD:
     """Return a new ``ssd`` for `CLASSES` announced classes."""
-    top_n = "1000" if neurons > 1000 else "1.0k"
-    settings = Settings(neurons=neurons, inhibition="subtract", batch=BATCH, top_n=top_n, epochs=epochs, engine=engine)
+    settings = Settings(
+        neurons=case.neurons,
+        inhibition="gaba" if case.open_switches else "subtract",
+        switch=SWITCH if case.open_switches else 0.0,
+        penalty=case.penalty,
+        batch=BATCH,
+        top_n="1000" if case.neurons > 1000 else "1.0k",
+        epochs=epochs,
+        engine=engine,
+    )
     learner = SSD(DIM, settings, Priors())
     learner.expect(CLASSES)
     return learner
@@ -406,7 +470,7 @@ def timed(runs: Mapping[str, Run], epochs: int) -> tuple[dict[str, list[float]],
 
 
 def compare(race: Race, test: Task) -> Comparison:
-    """Measure seconds, ratios and predictions at one network size."""
+    """Measure seconds, ratios and predictions of one network."""
     epochs, few = race.epochs, min(FEW_EPOCHS, race.epochs)
     native = epoch.kernels("auto") is not None
     with threads(1):
@@ -431,11 +495,12 @@ def compare(race: Race, test: Task) -> Comparison:
             first_epoch=seconds["compiled"][0],
             second_half=late,
             equal_predictions=float((predictions["dense"] == predictions["compiled"]).double().mean()),
+            active=float(ends["compiled"].learner.net.activate(engine.inputs[:1000]).per_sample().double().mean()),
             evaluated=engine.evaluated,
             anchored=engine.fills,
         )
     return Comparison(
-        neurons=race.neurons,
+        case=race.case,
         samples=len(race.second.labels),
         epochs=epochs,
         seconds={name: _spread(times) for name, times in seconds.items()},
@@ -454,7 +519,7 @@ def _spread(times: list[float]) -> Spread:
 def growth(neurons: int, first: Task, second: Task, epochs: int) -> Point:
     """Measure the compiled epoch alone at one network size, with one thread."""
     with threads(1):
-        race = Race(neurons, first, second, epochs)
+        race = Race(Case(neurons), first, second, epochs)
         scores, _ = timed({"scores": race.scores()}, 2)
         seconds, ends = timed({"compiled": race.compiled()}, epochs)
     times, engine = seconds["compiled"], ends["compiled"].trainer.compiled
@@ -491,7 +556,7 @@ def memory(neurons: int, samples: int) -> Memory | None:
 def print_memory(neurons: int, samples: int) -> None:
     """Learn a task and print the fields of `Memory` as JSON; `memory` calls it in a new process."""
     torch.set_num_threads(1)
-    learner = new_learner(neurons, 5, "compiled")
+    learner = new_learner(Case(neurons), 5, "compiled")
     for rows in ((0, 1), (2, 3)):  # loads and compiles everything
         learner.learn(Task(*clustered(BATCH, rows)))
     task = Task(*clustered(samples, (4, 5)))
@@ -534,14 +599,14 @@ def bench(
     first, second, test = tasks or synthetic(size.samples)
     rows: list[Comparison] = []
     curve: list[Point] = []
-    for neurons in size.neurons:
-        log(f"{neurons:,} neurons")
-        rows.append(compare(Race(neurons, first, second, size.epochs), test))
+    for case in size.cases:
+        log(str(case))
+        rows.append(compare(Race(case, first, second, size.epochs), test))
     if loading is not None:
         for neurons in size.curve:
             log(f"the compiled epoch at {neurons:,} neurons")
             curve.append(growth(neurons, first, second, size.curve_epochs))
-    held = memory(max(size.neurons), 10_000) if loading is not None and size.curve else None
+    held = memory(max(case.neurons for case in size.cases), 10_000) if loading is not None and size.curve else None
     return Report(rows, curve, held, loading, features(), environment())
 
 

@@ -14,13 +14,14 @@ from ssd_edge.cli.bench import lines
 from ssd_edge.learners.gradient import epoch
 from ssd_edge.run import bench
 
-SMALL = bench.Size(neurons=(120,), samples=256, epochs=2)
+SMALL = bench.Size(cases=(bench.Case(120),), samples=256, epochs=2)
 
 
 @pytest.fixture(scope="module")
 def report() -> bench.Report:
     pytest.importorskip("numba")
-    return bench.bench(dataclasses.replace(SMALL, curve=(150,), curve_epochs=3))
+    cases = (*SMALL.cases, bench.Case(120, "ewc"), bench.Case(120, open_switches=True))
+    return bench.bench(dataclasses.replace(SMALL, cases=cases, curve=(150,), curve_epochs=3))
 
 
 def test_one_json_object_with_ratios(report: bench.Report) -> None:
@@ -28,13 +29,16 @@ def test_one_json_object_with_ratios(report: bench.Report) -> None:
     for name in ("cpu_r120", "cpu_r120_all_threads", "cpu_r120_without_numba", "scores_r120"):
         assert read["ratios"][name] > 0
     assert {"memory_mib", "loading_seconds", "features", "machine", "versions", "threads"} <= read.keys()
-    (row,) = read["rows"]
-    seconds = row["seconds"]
-    assert read["ratios"]["cpu_r120"] == row["ratio"]
-    assert row["ratio"] == pytest.approx(seconds["dense"]["sum"] / seconds["compiled"]["sum"])
-    assert all(part["least"] <= part["median"] <= part["most"] for part in seconds.values())
-    assert row["equal_predictions"] >= 0.995
-    assert abs(row["accuracy"]["dense"] - row["accuracy"]["compiled"]) <= 0.002
+    rows = dict(zip(("cpu_r120", "cpu_r120_ewc", "cpu_r120_open"), read["rows"], strict=True))
+    for name, row in rows.items():
+        seconds = row["seconds"]
+        assert read["ratios"][name] == row["ratio"]
+        assert row["ratio"] == pytest.approx(seconds["dense"]["sum"] / seconds["compiled"]["sum"])
+        assert all(part["least"] <= part["median"] <= part["most"] for part in seconds.values())
+        assert row["equal_predictions"] >= 0.995
+        assert abs(row["accuracy"]["dense"] - row["accuracy"]["compiled"]) <= 0.002
+    assert [row["penalty"] for row in read["rows"]] == ["none", "ewc", "none"]
+    assert rows["cpu_r120"]["active"] <= 10 < rows["cpu_r120_open"]["active"]
     assert [point["neurons"] for point in read["curve"]] == [150]
 
 
@@ -79,7 +83,7 @@ def test_without_numba_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
 def test_all_contestants_end_in_the_same_state() -> None:
     first, second, _ = bench.synthetic(256)
     with bench.threads(1):
-        race = bench.Race(120, first, second, 2)
+        race = bench.Race(bench.Case(120), first, second, 2)
         ways = {"dense": race.dense(), "touched": race.touched()}
         if epoch.kernels("auto") is not None:
             ways["compiled"] = race.compiled()

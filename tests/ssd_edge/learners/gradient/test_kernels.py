@@ -209,23 +209,33 @@ def test_random_shapes(seed: int, ran: list) -> None:
     assert_same(*both("ssd", ran, **options))
 
 
-def test_dense_autograd() -> None:
+@pytest.mark.parametrize("changes", [{}, {"penalty": "ewc"}, {"penalty": "si"}, {"inhibition": "gaba"}], ids=str)
+def test_dense_autograd(changes: dict[str, Any]) -> None:
     """Compare with independent code: every neuron, by autograd, in the same order of samples."""
-    learner = make("ssd", "compiled", neurons=200, top_n="50", temperature=0.5, hidden_weight=0.6, epochs=5)
+    options = {"neurons": 200, "top_n": "50", "temperature": 0.5, "hidden_weight": 0.6, "epochs": 5, **changes}
+    learner, twin = (make("ssd", engine, **options) for engine in ("compiled", "torch"))
     learner.expect(5)
+    if "inhibition" in changes:
+        learner.switch = learner.net.switch = 2000.0
+        learner.net.layers[0].counters += torch.linspace(1900, 2000, 200)
     learner.learn(task((1, 3), 1))
     generator, new, net = learner.generator(), task((2, 0), 2), learner.net
-    twin = make("ssd", "torch", neurons=200, top_n="50", temperature=0.5, hidden_weight=0.6, epochs=5)
     twin.load_state_dict(learner.state_dict())
     trainer = twin.trainer(new)
     keys, values = net.keys.clone(), net.values.clone()
     for _ in range(5):
         order = torch.randperm(len(new.labels), generator=generator)
         keys, values = bench.dense_epoch(twin, trainer, keys, values, order)
+    twin.net.layers[0].keys, twin.net.values = keys, values
+    twin.penalty.consolidate(twin.parameters(), trainer.inputs, twin.net.linearise)
+    before = float((keys - net.keys).abs().max())
     learner.learn(new)
-    torch.testing.assert_close(learner.net.keys, keys, rtol=0, atol=1e-9)
-    torch.testing.assert_close(learner.net.values, values, rtol=0, atol=1e-9)
-    assert float((keys - twin.net.keys).abs().max()) > 1e-3
+    assert before > 1e-3
+    found, expected = learner.state_dict(), twin.state_dict()
+    compared = [name for name in found if name.startswith(("keys", "values", "counters", "importance", "anchored"))]
+    for name in compared:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-9)
+    assert len(compared) == (7 if "penalty" in changes else 3)
 
 
 def test_float32(ran: list) -> None:
