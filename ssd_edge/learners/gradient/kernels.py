@@ -50,7 +50,8 @@ class Rows(NamedTuple):
     Attributes:
         current: int64 ``(r,)``, the step before which a row stands.
         steep: ``(r,)``, largest curvature of the penalty.
-        pull: ``(r,)``, bound on ‖∂penalty‖² until the end of the epoch.
+        due: int64 ``(r,)``, the step before which a row without a lane must catch up.
+        pull: ``(r,)``, bound on ‖∂penalty‖² until then.
         reserve: ``(r,)``, bound on the distance until then, included in `path`.
         path: ``(r,)``, as in `epoch.Caches`.
         rates: ``(steps,)``, learning rate after clipping.
@@ -58,10 +59,11 @@ class Rows(NamedTuple):
         known: bool ``(steps,)``, True where `norms` includes the rows that wait.
         moving: bool ``(r,)``, rows that the penalty moves.
         lane: int32 ``(r,)``, as in `epoch.Lanes`.
-        sums: ``(2,)``, sum of `pull`, and the longest path of a key without a lane.
+        sums: ``(3,)``, sum of `pull`, the longest path of a key without a lane, and the least of their `due`.
     """
 
     current: Array
+    due: Array
     steep: Array
     pull: Array
     reserve: Array
@@ -175,37 +177,44 @@ def _lane_scores(x: Array, batch: Array, used: Array, nonzero: Array, blocks: Ar
 
 
 @_inner
-def _hold(neuron: int, left: int, key_squares: float, squares: float, alive: bool, settings: Array, rows: Rows) -> None:
-    """Bound what a row can do in the `left` steps of the epoch that it may now wait.
+def _hold(neuron: int, now: int, stale: int, key_squares: float, squares: float, settings: Array, rows: Rows) -> None:
+    """Bound what a row can do while it waits, and choose how long it may: its key must not move far enough for a lane.
 
     A step moves a key by at most twice its gradient times the learning rate, as clamping and normalising do not more
     than double the distance; and a distance changes the gradient by at most the steepest curvature times itself.
 
     Args:
-        key_squares: ‖∂penalty/∂key‖² now, or one of the last step and `left` one larger.
-        squares: the same for key and values.
-        alive: False if the key was zero at the time of these gradients or later: a step normalises any positive entry
-            that it gets to unit length, however small the gradient is.
+        now: the step before which the row stands.
+        stale: 0 if the gradients are those of its position, 1 if they are of the step before.
+        key_squares: ‖∂penalty/∂key‖²; infinite if the key was zero at the time of these gradients or later: a step
+            normalises any positive entry that it gets to unit length, however small the gradient is.
+        squares: ‖∂penalty/∂key‖² + ‖∂penalty/∂values‖².
     """
-    bound, held, lr = squares, 0.0, settings[LR]
-    if left and squares > 0:
-        growth = (1 + 2 * lr * rows.steep[neuron]) ** left
-        # no larger than needed: above the clip anyway; and no two unit vectors are further apart than 2
-        bound = min(squares * growth * growth, 4 * settings[CLIP] * settings[CLIP])
-        held = min(2 * lr * left * math.sqrt(key_squares * SLACK) * growth, 2.0)
-        if not alive and key_squares > 0:
-            bound, held = 4 * settings[CLIP] * settings[CLIP], 2.0
+    lr, steep, free = settings[LR], rows.steep[neuron], rows.lane[neuron] < 0
+    room = settings[LIMIT] - rows.path[neuron] + rows.reserve[neuron]
+    wait = rows.rates.shape[0] - now if free else min(1, rows.rates.shape[0] - now)
+    growth, held = 1.0, 0.0
+    while wait:
+        growth = (1 + 2 * lr * steep) ** (wait - 1 + stale)
+        held = 2 * lr * (wait - 1) * math.sqrt(key_squares * SLACK) * growth if wait > 1 else 0.0
+        if held <= room or wait == 1:
+            break
+        wait //= 2
+    # no larger than needed: above the clip anyway
+    bound = min(squares * growth * growth, 4 * settings[CLIP] * settings[CLIP])
     rows.sums[0] += bound - rows.pull[neuron]
     rows.pull[neuron] = bound
     rows.path[neuron] += held - rows.reserve[neuron]
     rows.reserve[neuron] = held
-    if rows.lane[neuron] < 0:
+    rows.due[neuron] = now + wait
+    if free:
         rows.sums[1] = max(rows.sums[1], rows.path[neuron])
+        rows.sums[2] = min(rows.sums[2], now + wait)
 
 
 @_inner
-def _settle(neuron: int, left: int, settings: Array, weights: Weights, rows: Rows) -> float:
-    """Bound as `_hold` does, and return ‖∂penalty‖² of the row."""
+def _settle(neuron: int, now: int, settings: Array, weights: Weights, rows: Rows) -> float:
+    """Let a row wait as `_hold` does, and return its ‖∂penalty‖²."""
     kind = weights.keys.dtype.type
     weight, of_key, of_value, length = kind(settings[PENALTY]), kind(0), kind(0), kind(0)
     key, omega, anchor = weights.keys[neuron], weights.importance[neuron], weights.anchored[neuron]
@@ -218,8 +227,8 @@ def _settle(neuron: int, left: int, settings: Array, weights: Weights, rows: Row
     for c in range(value.shape[0]):
         slope = weight * (omega[c] * value[c] - anchor[c])
         of_value += slope * slope
-    squares = float(of_key) + float(of_value)
-    _hold(neuron, left, float(of_key), squares, length > 0, settings, rows)
+    squares, of_key = float(of_key) + float(of_value), float(of_key)
+    _hold(neuron, now, 0, of_key if length > 0 or of_key == 0 else np.inf, squares, settings, rows)
     return squares
 
 
@@ -264,9 +273,10 @@ def _catch_up(neuron: int, step: int, settings: Array, weights: Weights, rows: R
         distance += (key[d] - fresh[d]) * (key[d] - fresh[d])
     rows.path[neuron] += 1.001 * math.sqrt(distance)
     rows.current[neuron] = step
-    left = rows.rates.shape[0] - step
-    squares, alive = float(of_key) + float(of_value), alive and length > 0
-    _hold(neuron, left + 1 if left else 0, float(of_key), squares, alive, settings, rows)
+    squares, of_key = float(of_key) + float(of_value), float(of_key)
+    if of_key > 0 and not (alive and length > 0):
+        squares = of_key = np.inf
+    _hold(neuron, step, 1, of_key, squares, settings, rows)
 
 
 @_inner
@@ -688,17 +698,18 @@ def _epoch(
     loss_weights = np.empty(2, keys.dtype)
     # rows that a penalty moves: the step at which each is current, and bounds for the steps it waits
     waiting = neurons if waits else 0
-    current, pull, reserve = np.zeros(waiting, np.int64), np.zeros(waiting), np.zeros(neurons)
+    current, due = np.zeros(waiting, np.int64), np.zeros(waiting, np.int64)
+    pull, reserve = np.zeros(waiting), np.zeros(neurons)
     rates, norms, known = np.zeros(steps), np.zeros(steps), np.zeros(steps, np.bool_)
-    sums = np.zeros(2)  # of `pull`, and the longest path of a key without a lane
+    sums = np.array([0.0, 0.0, np.inf])
     moving = moved & ~frozen if waits else moved
     weights = Weights(keys, values, importance, anchored, value_importance, value_anchored)
-    rows = Rows(current, steep, pull, reserve, path, rates, norms, known, moving, lane, sums)
+    rows = Rows(current, due, steep, pull, reserve, path, rates, norms, known, moving, lane, sums)
     diverged = False
     if waits:
         for neuron in range(neurons):
             if moving[neuron]:
-                _settle(neuron, steps, settings, weights, rows)
+                _settle(neuron, 0, settings, weights, rows)
     for neuron in range(neurons):
         if lane[neuron] < 0:
             sums[1] = max(sums[1], path[neuron])
@@ -719,6 +730,18 @@ def _epoch(
                         _place(touched[:placed], keys, listed, blocks)
                         placed = 0
             _place(touched[:placed], keys, listed, blocks)
+            if sums[2] <= step:
+                sums[2] = np.inf
+                for neuron in range(neurons):
+                    if lane[neuron] >= 0 or not moving[neuron]:
+                        continue
+                    if current[neuron] < step and due[neuron] <= step:
+                        _catch_up(neuron, step, settings, weights, rows, fresh)
+                        touched[0] = _lane_of(neuron, limit, path, lane, listed, counts)
+                        if touched[0] >= 0:
+                            _place(touched[:1], keys, listed, blocks)
+                    else:
+                        sums[2] = min(sums[2], due[neuron])
         # Top-K
         _lane_scores(x, order[start : start + count], used, nonzero, blocks, counts[0], scores)
         for b in range(count):
@@ -807,7 +830,7 @@ def _epoch(
                 if moving[neuron] and slot[neuron] < 0:
                     if current[neuron] < step:
                         _catch_up(neuron, step, settings, weights, rows, fresh)
-                    norms[step] += _settle(neuron, steps - step, settings, weights, rows)
+                    norms[step] += _settle(neuron, step, settings, weights, rows)
             known[step] = True
         length = math.sqrt(norms[step])
         rates[step] = settings[LR]
@@ -841,7 +864,7 @@ def _epoch(
             if waits:
                 moved[neuron] = moving[neuron] = True
                 current[neuron] = step + 1
-                _settle(neuron, steps - step - 1, settings, weights, rows)
+                _settle(neuron, step + 1, settings, weights, rows)
             given = _lane_of(neuron, limit, path, lane, listed, counts)
             if given < 0:
                 sums[1] = max(sums[1], path[neuron])

@@ -255,6 +255,15 @@ def test_float32(ran: list) -> None:
     assert ran[-1].net is fast.net
 
 
+def test_a_steep_penalty_leaves_proofs_intact(ran: list) -> None:
+    """A row catches up before the bound on its distance exceeds what the proofs allow."""
+    learner = make("sdmlp", "compiled", neurons=600, k=5, lr=0.05, epochs=4, penalty="ewc", penalty_weight=1e4)
+    learner.expect(4)
+    for rows, seed in (((0, 1), 1), ((2, 3), 2)):
+        learner.learn(task(rows, seed, 600))
+    assert ran[-1].full < ran[-1].samples / 4
+
+
 def test_few_neurons_are_evaluated_and_no_array_is_samples_by_neurons(ran: list) -> None:
     learner = make("sdmlp", "compiled", neurons=3000, k=5, lr=0.5, epochs=6)
     learner.learn(task((0, 1), 1, 400))
