@@ -25,13 +25,13 @@ from ssd_edge.errors import EnvironmentUnfitError, InputError
 from ssd_edge.learners.gradient.distillation import HiddenTargets
 from ssd_edge.learners.gradient.network import SDMLP, Engine, NetworkSettings
 from ssd_edge.learners.gradient.penalties import Penalty
-from ssd_edge.learners.gradient.topk import DENSE_ABOVE
 from ssd_edge.system import cache_folder
 
 CANDIDATES = 6  # m is at least this multiple of k
 SPARE = 4  # m is at least this multiple of the largest number of active neurons in the first batch
 MIN_WORK = 2e10  # multiplications of all scores of a task below which loading machine code takes longer than it saves
 MIN_WORK_UNCACHED = 1e12  # the same where the code is compiled in every process
+MAX_K = 1 / 8  # of r, largest k + 1
 MAX_ACTIVE = 1 / 16  # share of active neurons above which plain PyTorch takes less time
 LANES_SHARE = 1 / 4  # of r, largest share of always-evaluated keys, which are stored twice
 LANES_LEAST = 256
@@ -182,7 +182,7 @@ def unfit(net: SDMLP, settings: NetworkSettings, loss: CompiledLoss | None) -> s
         return f"the learner is on {net.keys.device.type}"
     if len(net.layers) > 1:
         return f"learner.layers is {len(net.layers)}, not 1"
-    if settings.k + 1 > DENSE_ABOVE * r:
+    if settings.k + 1 > MAX_K * r:
         return f"learner.k = {settings.k} of {r} neurons is not sparse (at most an eighth)"
     if loss is None:
         return "it does not support this loss (distillation other than the paper's)"

@@ -188,7 +188,7 @@ class Gradients:
 
     def norm(self) -> float:
         """Return the global L2 norm."""
-        return math.sqrt(sum(float(part.square().sum()) for part in (*self.keys, self.values)))
+        return math.sqrt(sum(float(part.norm()) ** 2 for part in (*self.keys, self.values)))
 
     def without(self, masks: Sequence[Tensor]) -> Gradients:
         """Return the gradients without some rows.
@@ -221,6 +221,19 @@ class Gradients:
             if layer == len(self.rows) - 1:
                 values = _placed(self.values, place, len(all_rows))
         return Gradients(rows, keys, values)
+
+
+def _step(parameter: Tensor, rows: Tensor, gradient: Tensor, rate: float, unit: Tensor | None = None) -> None:
+    """Take a step in place: update of some rows, clamp at zero, and unit length of those in `unit`, bool ``(R,)``."""
+    everything = len(rows) == len(parameter)  # rows are distinct
+    part = parameter if everything else parameter[rows]
+    part.sub_(gradient, alpha=rate).clamp_min_(0)
+    if unit is not None:
+        # a row without a gradient stays as it is to the last bit
+        length = part.norm(dim=1).clamp_min(1e-12)
+        part.div_(length.where(unit, torch.ones_like(length)).unsqueeze(1))
+    if not everything:
+        parameter[rows] = part
 
 
 def _placed(part: Tensor, place: Tensor, rows: int) -> Tensor:
@@ -393,12 +406,12 @@ class SDMLP:
         """
         if self.frozen is not None:
             gradients = gradients.without(self.frozen)
-        norm = gradients.norm()
+        lengths = [part.norm(dim=1) for part in gradients.keys]
+        norm = math.sqrt(sum(float(part.norm()) ** 2 for part in (*lengths, gradients.values)))
         rate = lr * min(1.0, clip / (norm + 1e-6))
-        top = gradients.rows[-1]
-        self.values[top] = (self.values[top] - rate * gradients.values).clamp_min(0)
-        for layer, rows, gradient in zip(self.layers, gradients.rows, gradients.keys, strict=True):
-            layer.keys[rows] = unit_rows((layer.keys[rows] - rate * gradient).clamp_min(0))
+        for layer, rows, gradient, length in zip(self.layers, gradients.rows, gradients.keys, lengths, strict=True):
+            _step(layer.keys, rows, gradient, rate, length > 0)
+        _step(self.values, gradients.rows[-1], gradients.values, rate)
         return norm
 
     def count(self, state: Pass) -> None:

@@ -13,7 +13,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-DENSE_ABOVE = 1 / 8  # share of active neurons above which a dense array is smaller than a list of entries
+DENSE_ABOVE = 1 / 32  # share of active neurons above which a step takes less time with a dense array than with a list
 
 
 class Activations(abc.ABC):
@@ -299,11 +299,11 @@ def inhibit(scores: Tensor, k: int, gamma: Tensor | None = None, mask: bool = Fa
         return _sparse(top[:, :-1] - top[:, -1:], index[:, :-1], neurons)
     u = scores.clamp_min(0)
     inhibition = u.topk(rank, dim=1).values[:, -1:]  # (N, 1), a constant for the gradient
-    a = (u - (inhibition if gamma is None else gamma * inhibition)).clamp_min(0)
-    active = a > 0
-    if int(active.sum()) > DENSE_ABOVE * count * neurons:
+    a = u.sub_(inhibition) if gamma is None else u.addcmul_(inhibition, gamma, value=-1)
+    a = a.clamp_min_(0)
+    if int(a.count_nonzero()) > DENSE_ABOVE * count * neurons:
         return DenseActivations((count, neurons), a, scores > 0)
-    sample, neuron = active.nonzero(as_tuple=True)
+    sample, neuron = a.nonzero(as_tuple=True)
     return SparseActivations((count, neurons), sample, neuron, a[sample, neuron], scores[sample, neuron] > 0)
 
 

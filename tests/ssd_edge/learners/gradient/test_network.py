@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssd_edge.learners.gradient import topk
 from ssd_edge.learners.gradient.distillation import cross_entropy
 from ssd_edge.learners.gradient.network import SDMLP, Layer, initial_rows, prepare
 
@@ -110,13 +111,17 @@ def test_logits_do_not_depend_on_the_batch_size_or_change_counters() -> None:
     assert net.logits(x[:0]).shape == (0, 3)
 
 
-def test_step_does_not_change_untouched_rows() -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_step_does_not_change_untouched_rows(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if dense:
+        monkeypatch.setattr(topk, "DENSE_ABOVE", 0.0)
     net = make()
     x, labels = batch()
     keys, values = net.keys.clone(), net.values.clone()
     state = net.forward(x)
     descend(net, x, labels, 0.5, 1.0)
     active = state.top.counts() > 0
+    assert state.top.is_dense == dense
     assert 0 < int(active.sum()) < 64
     assert torch.equal(net.keys[~active], keys[~active])
     assert torch.equal(net.values[~active], values[~active])

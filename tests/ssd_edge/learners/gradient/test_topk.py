@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssd_edge.learners.gradient.topk import DENSE_ABOVE, Activations, gaba, inhibit
+from ssd_edge.learners.gradient import topk
+from ssd_edge.learners.gradient.topk import Activations, gaba, inhibit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,12 +57,12 @@ def test_activations_equal_those_of_the_loop(case: tuple[Tensor, int, Tensor | N
     active = wanted > 0
     if a.is_dense:
         assert torch.equal((a.dense > 0) & a.positive, active & (scores > 0))
-        assert int(active.sum()) > DENSE_ABOVE * scores.numel()
+        assert int(active.sum()) > topk.DENSE_ABOVE * scores.numel()
         return
     assert bool((a.value > 0).all())
     assert torch.equal(a.sample, a.sample.sort().values)
     assert torch.equal(a.positive, scores[a.sample, a.neuron] > 0)
-    assert int(active.sum()) <= DENSE_ABOVE * scores.numel() or gamma is None
+    assert int(active.sum()) <= topk.DENSE_ABOVE * scores.numel() or gamma is None
 
 
 @settings(max_examples=100)
@@ -139,7 +140,7 @@ def test_mask_passes_the_k_largest_positive_scores(k: int) -> None:
     scores = torch.randn(6, 40, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
     scores[0] = -1.0  # no positive score
     found = inhibit(scores, k, mask=True)
-    assert found.is_dense == (k > DENSE_ABOVE * 40)
+    assert found.is_dense == (k > topk.DENSE_ABOVE * 40)
     wanted = torch.zeros_like(scores)
     for sample, row in enumerate(scores.tolist()):
         for neuron in sorted(range(40), key=lambda j: -row[j])[:k]:
