@@ -17,9 +17,10 @@ from ssd_edge.report.terminal import Console
 from ssd_edge.run import train
 
 SHORT = {"epochs": 20}
-FORGETTING = ("sdmlp", "ssd", "finetune", "lwf", "icarl")
+MASKED = ("packnet", "piggyback", "supsup")
+FORGETTING = ("sdmlp", "ssd", "finetune", "lwf", "icarl", "der", "pmr", *MASKED)
 QUICK = {
-    **dict.fromkeys(("sdmlp", "ssd", "finetune", "lwf", "icarl"), SHORT),
+    **dict.fromkeys(FORGETTING, SHORT),
     "ranpac": {"features": 200},
     "klda": {"features": 200},
     "flymodel": {"neurons": 2000, "lr": 0.05},

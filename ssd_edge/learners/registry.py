@@ -19,10 +19,13 @@ from ssd_edge.learners.closed_form.ncm import NCM
 from ssd_edge.learners.closed_form.ranpac import RanPAC
 from ssd_edge.learners.closed_form.ridge import Ridge
 from ssd_edge.learners.closed_form.slda import SLDA
+from ssd_edge.learners.gradient.der import DER
 from ssd_edge.learners.gradient.finetune import FineTune
 from ssd_edge.learners.gradient.icarl import ICaRL
 from ssd_edge.learners.gradient.lwf import LwF
+from ssd_edge.learners.gradient.masks import PackNet, Piggyback, SupSup
 from ssd_edge.learners.gradient.penalties import PenaltySettings
+from ssd_edge.learners.gradient.pmr import PMR
 from ssd_edge.learners.gradient.sdmlp import SDMLPLearner
 from ssd_edge.learners.gradient.ssd import SSD
 from ssd_edge.learners.priors import Priors
@@ -31,7 +34,7 @@ from ssd_edge.learners.priors import Priors
 LEARNERS: dict[str, type[Learner]] = {
     kind.name: kind
     for kind in (
-        *(SLDA, SSD, SDMLPLearner, FineTune, LwF, ICaRL),
+        *(SLDA, SSD, SDMLPLearner, FineTune, LwF, ICaRL, DER, PMR, PackNet, Piggyback, SupSup),
         *(NCM, Ridge, RanPAC, KLDA, FeCAM, FlyModel),
     )
 }

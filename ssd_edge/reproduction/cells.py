@@ -51,6 +51,7 @@ class Result(TypedDict, total=False):
     spec: dict[str, Any]
     stand_in: bool
     accuracy: float
+    accuracy_task_given: float
     samples: list[int]
     last_task_share: float
     state_bytes: int

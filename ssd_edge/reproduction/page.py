@@ -201,7 +201,8 @@ def _first(experiment: Experiment) -> list[str]:
 
 
 def _accuracy_table(experiment: Experiment, shown: Sequence[Row], notes: dict[str, int]) -> str:
-    head = ["ours", "joint", "ours ÷ joint", "BWT", "just learned", "last task", "budget"]
+    given = ["task given"] if experiment.task_given else []
+    head = ["ours", "joint", "ours ÷ joint", "BWT", "just learned", "last task", *given, "budget"]
     printed = ["paper"] if any(row.system.reported for row in shown) else []
     body = []
     for row in shown:
@@ -213,7 +214,7 @@ def _accuracy_table(experiment: Experiment, shown: Sequence[Row], notes: dict[st
             _with_spread(row.values("accuracy")), _percent(mean(row.upper_bound)),
             NONE if share is None else f"{share:.2f}",
             points(transfer, signed=True), _percent(learned), _percent(mean(row.values("last_task_share"))),
-            row.length,
+            *(_percent(mean(row.values("accuracy_task_given"))) for _ in given), row.length,
         ])  # fmt: skip
     return _table([*_first(experiment), "system", *printed, *head], body)
 

@@ -122,6 +122,7 @@ class Experiment:
         layout: ``rows`` for one row per system and stream, ``grid`` for one row per system and one column per stream.
         figure: Kind of figure; empty for none.
         trace: Trace points per task; 0 for no trace.
+        task_given: True if the table also has the accuracy with the task of each test sample given.
         paired: Pairs of system names whose accuracy is compared by class order.
     """
 
@@ -139,6 +140,7 @@ class Experiment:
     layout: str = "rows"
     figure: str = ""
     trace: int = 0
+    task_given: bool = False
     paired: tuple[tuple[str, str], ...] = ()
 
 

