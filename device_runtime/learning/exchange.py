@@ -32,10 +32,36 @@ class Origin:
     Attributes:
         installation: Id of the installation.
         merged: Ids of the installations that were merged into it.
+        base: SHA-256 of the bundle that was installed.
+        backbone: SHA-256 of its backbone.
+        generation: Number of the generation; 1 if it is kept back.
     """
 
     installation: str
     merged: tuple[str, ...]
+    base: str
+    backbone: str
+    generation: int
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Origin:
+        """Return where the state in a bundle that a device has exported comes from.
+
+        Raises:
+            InputError: No device has exported it.
+            BundleRefusedError: The manifest does not say where the state comes from.
+        """
+        device = manifest.get("device")
+        if not isinstance(device, dict):
+            raise InputError("that bundle was not exported by a device; on the other one: ssd-edge device export FILE")
+        try:
+            merged, backbone = tuple(map(str, device["merged"])), str(manifest["backbone"]["sha256"])
+            base, generation = str(device["bundle_sha256"]), int(device["generation"])
+            return cls(str(device["installation"]), merged, base, backbone, generation)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleRefusedError(
+                f"that bundle does not say where it comes from ({error}); export it again"
+            ) from error
 
 
 def taught_sets(store: Generations, generation: Generation) -> dict[str, str]:
@@ -74,7 +100,8 @@ def merge(
     """
     origin = _check_origin(state, other.manifest)
     there = DeviceState.of_bundle(other)
-    _check_base_classes(base.registry, state.registry, other.registry)
+    check_base_classes(base.registry, state.registry, "on this device")
+    check_base_classes(base.registry, other.registry, "there")
     registry, base_registry = state.registry, base.registry
     here = {entry.id: row for row, entry in enumerate(registry.entries)}
     rows: list[int] = []
@@ -158,20 +185,24 @@ def _merged_answers(
     return merged.replace(rejector=rejector, record=record)
 
 
-def _check_base_classes(base: ClassRegistry, here: ClassRegistry, there: ClassRegistry) -> None:
-    """Check that both devices still have every class of the common bundle.
+def check_base_classes(base: ClassRegistry, registry: ClassRegistry, place: str) -> None:
+    """Check that a device still has every class of the common bundle.
+
+    Args:
+        base: Classes of the bundle.
+        registry: Classes of the device.
+        place: Which device it is, for the message.
 
     Raises:
-        InputError: One of them does not.
+        InputError: It has not.
     """
-    for place, registry in (("on this device", here), ("there", there)):
-        ids = {entry.id for entry in registry.entries}
-        missing = [entry.name for entry in base.entries if entry.id not in ids]
-        if missing:
-            raise InputError(
-                f"the bundle that both devices started from knows {', '.join(missing)}, which {place} was forgotten or "
-                "merged with another class, so that later changes cannot be separated; install one bundle on both first"
-            )
+    ids = {entry.id for entry in registry.entries}
+    missing = [entry.name for entry in base.entries if entry.id not in ids]
+    if missing:
+        raise InputError(
+            f"the bundle that both devices started from knows {', '.join(missing)}, which {place} was forgotten or "
+            "merged with another class, so that later changes cannot be separated; install one bundle on both first"
+        )
 
 
 def _check_origin(state: DeviceState, manifest: Mapping[str, Any]) -> Origin:
@@ -181,17 +212,10 @@ def _check_origin(state: DeviceState, manifest: Mapping[str, Any]) -> Origin:
         InputError: The devices did not install one bundle, or something would count twice.
         BundleRefusedError: The manifest does not say where the state comes from.
     """
-    theirs, ours = manifest.get("device"), state.bundle
-    if not isinstance(theirs, dict):
-        raise InputError("that bundle was not exported by a device; on the other one: ssd-edge device export FILE")
-    try:
-        origin = Origin(str(theirs["installation"]), tuple(map(str, theirs["merged"])))
-        base = theirs["bundle_sha256"]
-    except (KeyError, TypeError) as error:
-        raise BundleRefusedError(f"that bundle does not say where it comes from ({error}); export it again") from error
-    if base != ours.bundle_sha256 or manifest["backbone"]["sha256"] != ours.manifest["backbone"]["sha256"]:
+    origin, ours = Origin.of(manifest), state.bundle
+    if (origin.base, origin.backbone) != (ours.bundle_sha256, ours.manifest["backbone"]["sha256"]):
         raise InputError(
-            f"that device started from the bundle {str(base)[:12]}…, this one from {ours.bundle_sha256[:12]}…; only "
+            f"that device started from the bundle {origin.base[:12]}…, this one from {ours.bundle_sha256[:12]}…; only "
             "changes since one common bundle can be merged. Install one on both first"
         )
     twice = {origin.installation, *origin.merged} & {ours.installation, *ours.merged}

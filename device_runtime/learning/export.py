@@ -67,16 +67,22 @@ def export(
     if changes:
         manifest["metrics"] = {}  # they were measured before the changes
         entries["card"] = card.amend(entries["card"].decode(), registry, changes).encode()
-    entries |= {"backbone": backbone, "probe": _probe(answering, score)}
+    entries |= {"backbone": backbone, "probe": answered_probe(answering.probe, len(registry), score)}
     packed = bundles.pack(manifest, {bundles.ROLES[role]: (role, data) for role, data in entries.items()}, sign)
     return packed, bundles.parse(packed, allow_control_flow=True)  # what is installed has been allowed
 
 
-def _probe(answering: Answering, score: Callable[[np.ndarray], np.ndarray]) -> bytes:
-    """Return the bundle's probe with the answers of the current generation."""
-    arrays, limits = files.parse_tensors(answering.probe, "probe.safetensors")
+def answered_probe(probe: bytes, classes: int, score: Callable[[np.ndarray], np.ndarray]) -> bytes:
+    """Return a bundle's probe with the answers of another state.
+
+    Args:
+        probe: Bytes of the probe.
+        classes: Number of classes of the state.
+        score: Returns its scores ``(N, C)`` of embeddings ``(N, D)``.
+    """
+    arrays, limits = files.parse_tensors(probe, "probe.safetensors")
     rows = np.full(len(arrays["images"]), -1)
-    if len(answering.registry):
+    if classes:
         rows = score(arrays["embeddings"]).argmax(1)
     return files.tensor_bytes({**arrays, "rows": rows}, limits)
 

@@ -8,8 +8,9 @@ samples: `Learner.schema` lists every tensor with its shape and the reason for s
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -115,6 +116,7 @@ class TensorSpec:
         least: smallest value allowed.
         most: largest value allowed.
         whole: True if only whole numbers are allowed.
+        adds: True for sums over samples, which add up when learners are merged.
     """
 
     shape: tuple[str | int, ...]
@@ -124,6 +126,7 @@ class TensorSpec:
     least: float = -LARGEST
     most: float = LARGEST
     whole: bool = False
+    adds: bool = False
 
 
 BASE_SCHEMA = {
@@ -340,12 +343,59 @@ class Learner(abc.ABC):
         rows = self._check_compatible(other, rows, "merged")
         if base is not None:
             self._take(base, self._check_compatible(base, base_rows, "subtracted"))
-        self._merge(other, rows)
-        missing = int(rows.max()) + 1 - len(self.seen) if len(rows) else 0
-        self.seen = torch.cat([self.seen, self.seen.new_zeros(max(missing, 0))])
-        self.seen[rows[other.seen == 1]] = 1
-        self.tasks_learned += other.tasks_learned
+        self._put(other, rows)
         self._refresh()
+
+    def add(self, parts: Iterable[tuple[Mapping[str, Tensor], Tensor]]) -> None:
+        """Add what other learners have learned since they had the state of this one, and solve once.
+
+        Args:
+            parts: for each of them its `sums_since`, checked with `holding`, and the int64 mapping from their rows to
+                rows of this learner.
+        """
+        for sums, rows in parts:
+            self._put(self.holding(sums), rows)
+        self._refresh()
+
+    def sums_since(self, base: Learner, base_rows: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the sums over the samples that were learned since a learner had the state of `base`.
+
+        Args:
+            base: learner that this one continued from.
+            base_rows: int64 mapping from rows of `base` to rows of this learner. None: identity.
+
+        Raises:
+            InputError: as `subtract`.
+        """
+        rest = copy.deepcopy(self)
+        rest._take(base, rest._check_compatible(base, base_rows, "subtracted"))  # not solved: it may be a few samples
+        return {name: tensor for name, tensor in rest._tensors().items() if name in self.sums_schema()}
+
+    def sums_schema(self) -> dict[str, TensorSpec]:
+        """Return the part of `schema` that adds up when learners are merged."""
+        return {name: spec for name, spec in self.schema().items() if spec.adds}
+
+    def holding(self, sums: Mapping[str, Tensor]) -> Learner:
+        """Return a learner of this kind with these sums alone. It can be added, but not asked.
+
+        Args:
+            sums: tensors of `sums_schema`, whose shapes and ranges have been checked.
+
+        Raises:
+            InputError: learners of this kind cannot be merged.
+        """
+        self._common()
+        part = copy.copy(self)
+        part._hold(dict(sums))
+        part.seen, part.tasks_learned = (sums["counts"] > 0).byte(), 1
+        return part
+
+    def check_part(self, sums: Mapping[str, Tensor]) -> None:  # noqa: B027  counts and sums alone can be anything
+        """Check the sums of `sums_since` of a learner that has learned no more than this one and the samples in them.
+
+        Raises:
+            BundleRefusedError: no samples have these sums, up to the rounding of the states that they came from.
+        """
 
     def subtract(self, other: Learner, rows: Tensor | None = None) -> None:
         """Subtract another learner: the inverse of `merge`, up to rounding.
@@ -359,6 +409,14 @@ class Learner(abc.ABC):
         """
         self._take(other, self._check_compatible(other, rows, "subtracted"))
         self._refresh()
+
+    def _put(self, other: Learner, rows: Tensor) -> None:
+        """Add a compatible learner; `_refresh` must follow."""
+        self._merge(other, rows)
+        missing = int(rows.max()) + 1 - len(self.seen) if len(rows) else 0
+        self.seen = torch.cat([self.seen, self.seen.new_zeros(max(missing, 0))])
+        self.seen[rows[other.seen == 1]] = 1
+        self.tasks_learned += other.tasks_learned
 
     def _take(self, other: Learner, rows: Tensor) -> None:
         """Subtract a compatible learner; `_refresh` must follow."""
@@ -393,6 +451,10 @@ class Learner(abc.ABC):
 
     def _refresh(self) -> None:  # noqa: B027  most have nothing to solve
         """Solve again after `_merge` and `_subtract`."""
+
+    def _hold(self, sums: dict[str, Tensor]) -> None:
+        """Replace the sums by others. Required if `_common` is implemented and `_subtract` is possible."""
+        raise NotImplementedError
 
     def _merge(self, other: Any, rows: Tensor) -> None:
         """Add the state of a compatible learner. Required if `_common` is implemented."""

@@ -18,7 +18,7 @@ The same held-out images say how sure the learner may be of an answer (`TrackRec
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -170,23 +170,44 @@ class TrackRecord:
                 class that is new.
             promised: Sum of the `calibration.promises` of the held-out images, ``(G,)``.
         """
-        grown = self._grown(row + 1)
+        answers = {row: (torch.tensor([tested, nearest, right]), promised)}
+        return self._with_answers(answers, statistics, recognised)._matched(learner, statistics, [row])
+
+    def gathered(
+        self, learner: Learner, statistics: ClassStatistics, answers: Mapping[int, tuple[Tensor, Tensor]]
+    ) -> TrackRecord:
+        """Return a record with further held-out images of several classes, taught on other devices.
+
+        Args:
+            learner: The learner that has learned all images of the classes.
+            statistics: Class statistics with all images.
+            answers: Row of a class → as for `measured`: the numbers of images tested, nearest to it and accepted
+                ``(3,)``, and `promised`.
+        """
+        nobody = self.anchors[:0]
+        return self._with_answers(answers, statistics, nobody)._matched(learner, statistics, sorted(answers))
+
+    def _with_answers(
+        self, answers: Mapping[int, tuple[Tensor, Tensor]], statistics: ClassStatistics, recognised: Tensor
+    ) -> TrackRecord:
+        """Return a record with further held-out images, arguments as for `gathered` and `measured`; not yet matched."""
+        grown = self._grown(max(answers, default=-1) + 1)
         counts = {
             name: getattr(grown, name).clone()
             for name in ("tested", "nearest", "right", "promised", "taught", "anchored")
         }
-        anchors, earlier = grown.anchors.clone(), float(grown.anchored[row])
-        counts["tested"][row] += tested
-        counts["nearest"][row] += nearest
-        counts["right"][row] += right
-        counts["promised"][row] += promised
-        if earlier:
-            counts["anchored"][row] += len(recognised)
-            anchors[row] = (earlier * anchors[row] + recognised.sum(0)) / (earlier + len(recognised))
-        else:
-            counts["anchored"][row], anchors[row] = statistics.counts[row], statistics.means[row].float()
-            counts["taught"][row] = 1
-        return dataclasses.replace(grown, anchors=anchors, **counts)._matched(learner, statistics, [row])
+        anchors, means = grown.anchors.clone(), statistics.means.float()
+        for row, (tested, promised) in answers.items():
+            for name, count in zip(("tested", "nearest", "right"), tested, strict=True):
+                counts[name][row] += count
+            counts["promised"][row] += promised
+            if earlier := float(grown.anchored[row]):
+                counts["anchored"][row] += len(recognised)
+                anchors[row] = (earlier * anchors[row] + recognised.sum(0)) / (earlier + len(recognised))
+            else:
+                counts["anchored"][row], anchors[row] = statistics.counts[row], means[row]
+                counts["taught"][row] = 1
+        return dataclasses.replace(grown, anchors=anchors, **counts)
 
     def joined(self, learner: Learner, statistics: ClassStatistics, rows: Iterable[int], into: int) -> TrackRecord:
         """Return a record in which the classes `rows` count for `into`, which keeps the largest loss among them.

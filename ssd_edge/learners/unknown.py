@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import NormalDist
 
 import numpy as np
@@ -261,6 +261,26 @@ class Rejector:
             cosine = float(other.directions[there] @ turned.directions[row])
             parts["scores"][row] += _turn(theirs, cosine)
         return dataclasses.replace(turned, **parts)._with_thresholds([row], statistics)
+
+    def gathered(self, parts: Mapping[int, Iterable[tuple[Tensor, Tensor]]], statistics: ClassStatistics) -> Rejector:
+        """Return a rejector with classes that several devices with this W have taught since they installed one bundle.
+
+        Args:
+            parts: Row of a class → of each device the scores ``(3,)`` of its held-out images, and the mean that they
+                were scored against, ``(D,)``.
+            statistics: Class statistics with all that was taught.
+        """
+        gathered = self._grown(len(statistics.counts), statistics)
+        for row, taught in parts.items():
+            gathered = gathered._turned(row, statistics)
+            scores = gathered.scores.clone()
+            for part, mean in taught:
+                white = self.whitening.of(mean).double()
+                scores[row] += _turn(
+                    part, float(white @ gathered.directions[row].double() / white.norm().clamp_min(1e-30))
+                )
+            gathered = dataclasses.replace(gathered, scores=scores)
+        return gathered._with_thresholds(parts, statistics)
 
     def accepts(self, embeddings: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Decide for each embedding whether it is close enough to its predicted class.

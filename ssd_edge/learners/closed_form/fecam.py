@@ -7,6 +7,7 @@ subtracted exactly, and no class affects another.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -150,6 +151,12 @@ class FeCAM(Learner):
             **self._shared_settings(),
             **({"the seed of the directions": self.seed} if len(self.projection) else {}),
         }
+
+    def _hold(self, sums: dict[str, Tensor]) -> None:
+        self.statistics, self._solved = ClassStatistics.unchecked(sums), {}
+
+    def check_part(self, sums: Mapping[str, Tensor]) -> None:
+        ClassStatistics.unchecked(dict(sums)).check(self.statistics)
 
     def _merge(self, other: FeCAM, rows: Tensor) -> None:
         self.statistics.merge(other.statistics, rows)

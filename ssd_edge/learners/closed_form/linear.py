@@ -34,7 +34,9 @@ PER_CLASS = "store second moments per class: classes can be removed exactly, at 
 LIMIT = "size limit of the state in MB at budget_classes; wider embeddings are projected at random; 0: no limit"
 BUDGET_CLASSES = "number of classes that the budget must hold"
 
-COUNTS = TensorSpec(("C",), "float64", "number of samples of each class", least=0, most=LARGEST_COUNT, whole=True)
+COUNTS = TensorSpec(
+    ("C",), "float64", "number of samples of each class", least=0, most=LARGEST_COUNT, whole=True, adds=True
+)
 
 
 def statistics_schema(size: int, per_class: bool, single: bool = False, views: bool = False) -> dict[str, TensorSpec]:
@@ -43,11 +45,13 @@ def statistics_schema(size: int, per_class: bool, single: bool = False, views: b
     triangle = size * (size + 1) // 2
     scope = "of each class, upper triangles" if per_class else "of all classes, upper triangle"
     leading = ("C",) if per_class else ()
-    apart = TensorSpec((*leading, size, min(size, PROBES)), kind, "sketch of the differences of the images' two views")
+    apart = TensorSpec(
+        (*leading, size, min(size, PROBES)), kind, "sketch of the differences of the images' two views", adds=True
+    )
     return {
         "counts": COUNTS,
-        "sums": TensorSpec(("C", size), kind, "sum of the features of each class"),
-        "second": TensorSpec((*leading, triangle), kind, f"second moments of the features {scope}"),
+        "sums": TensorSpec(("C", size), kind, "sum of the features of each class", adds=True),
+        "second": TensorSpec((*leading, triangle), kind, f"second moments of the features {scope}", adds=True),
         **({"apart": apart} if views else {}),
     }
 
@@ -200,6 +204,12 @@ class LinearLearner(Learner):
     def _subtract(self, other: LinearLearner, rows: Tensor) -> Tensor:
         self.statistics.subtract(other.statistics, rows)
         return self.statistics.counts
+
+    def _hold(self, sums: dict[str, Tensor]) -> None:
+        self.statistics = ClassStatistics.unchecked(sums)
+
+    def check_part(self, sums: Mapping[str, Tensor]) -> None:
+        ClassStatistics.unchecked(dict(sums)).check(self.statistics)
 
     def _refresh(self) -> None:
         self._update()

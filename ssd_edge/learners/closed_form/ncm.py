@@ -64,6 +64,9 @@ class NCM(Learner):
     def _common(self) -> dict[str, Any]:
         return self._shared_settings()
 
+    def _hold(self, sums: dict[str, Tensor]) -> None:
+        self.counts, self.sums = sums["counts"].clone(), sums["sums"].clone()
+
     def _merge(self, other: NCM, rows: Tensor) -> None:
         self._grow(int(rows.max()) + 1 if len(rows) else 0)
         self.counts.index_add_(0, rows, other.counts)
@@ -89,7 +92,7 @@ class NCM(Learner):
     def schema(self) -> dict[str, TensorSpec]:
         return {
             "counts": COUNTS,
-            "sums": TensorSpec(("C", "D"), "float64", "sum of the embeddings of each class"),
+            "sums": TensorSpec(("C", "D"), "float64", "sum of the embeddings of each class", adds=True),
         }
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -311,6 +311,13 @@ class ClassStatistics:
         Raises:
             BundleRefusedError: no samples have these sums, see `check`.
         """
+        statistics = cls.unchecked(state)
+        statistics.check()
+        return statistics
+
+    @classmethod
+    def unchecked(cls, state: dict[str, Tensor]) -> ClassStatistics:
+        """Restore statistics from `state` without checking that its tensors match each other, see `check`."""
         single = state["sums"].dtype == torch.float32
         statistics = cls(0, per_class=state["second"].ndim == 2, single=single)
         statistics.counts = state["counts"].clone()
@@ -318,11 +325,13 @@ class ClassStatistics:
         statistics.moments = unpack_symmetric(state["second"].double(), state["sums"].shape[1])
         none = state["sums"].new_zeros(*statistics.moments.shape[:-1], 0)
         statistics.apart = state.get("apart", none).to(torch.float64, copy=True)
-        statistics.check()
         return statistics
 
-    def check(self) -> None:
+    def check(self, known: ClassStatistics | None = None) -> None:
         """Check that samples with these counts, sums, moments and sketches can exist, up to rounding.
+
+        Args:
+            known: statistics that were subtracted to give these; their rounding is allowed as well.
 
         Raises:
             BundleRefusedError: a class without samples has a sum, a scatter around the class means is indefinite, or
@@ -330,29 +339,31 @@ class ClassStatistics:
         """
         check_sums(self.counts, self.sums)
         rounding = SINGLE_ROUNDING if self.single else ROUNDING
-        self._check_sketch(rounding)
+        more = float(known.moments.diagonal(dim1=-2, dim2=-1).max()) if known is not None and known.total else 0.0
+        self._check_sketch(rounding, more)
         what = "the second moments, less those of the class means,"
         if not self.per_class:
             if not self.total and bool(self.moments.any()):
                 raise BundleRefusedError(
                     "the second moments are those of samples, but there are none; restore the file"
                 )
-            _check_scatter(self.scatter_within(), self.moments, rounding, what)
+            _check_scatter(self.scatter_within(), self.moments, rounding, what, more)
             return
         if bool(self.moments[self.counts == 0].any()):
             raise BundleRefusedError("a class without samples has second moments; restore the file")
         for row in self.counts.nonzero().flatten().tolist():
             mean, own = self.sums[row] / self.counts[row], self.moments[row]
-            _check_scatter(own - self.counts[row] * torch.outer(mean, mean), own, rounding, f"{what} of row {row}")
+            scatter = own - self.counts[row] * torch.outer(mean, mean)
+            _check_scatter(scatter, own, rounding, f"{what} of row {row}", more)
 
-    def _check_sketch(self, rounding: float) -> None:
+    def _check_sketch(self, rounding: float, more: float) -> None:
         """Check that each vᵀ Σ ddᵀ v is in the range from 0 to vᵀ Σ zzᵀ v."""
         if not self.apart.numel():
             return
         vectors = probes(self.sums.shape[1])
         most, along = (vectors * (self.moments @ vectors)).sum(-2), (vectors * self.apart).sum(-2)
         largest = self.moments.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
-        slack = rounding * math.sqrt(len(vectors)) * largest * vectors.square().sum(0)
+        slack = rounding * math.sqrt(len(vectors)) * (largest + more) * vectors.square().sum(0)
         if bool(((along < -slack) | (along > most + slack)).any()):
             raise BundleRefusedError(
                 "the differences of two views are not those of samples with these second moments; restore the file"
@@ -410,14 +421,23 @@ def check_covariance(matrix: Tensor, what: str) -> None:
     _check_scatter(matrix.double(), matrix.double(), SINGLE_ROUNDING, what)
 
 
-def _check_scatter(scatter: Tensor, moments: Tensor, rounding: float, what: str) -> None:
-    """Check that a symmetric matrix is positive semidefinite up to the rounding of `moments`, both ``(n, n)``."""
+def _check_scatter(scatter: Tensor, moments: Tensor, rounding: float, what: str, more: float = 0.0) -> None:
+    """Check that a symmetric matrix is positive semidefinite up to the rounding of `moments`, both ``(n, n)``.
+
+    Args:
+        scatter: the matrix.
+        moments: second moments that it was computed from.
+        rounding: of one element, relative to the largest one.
+        what: name for the message.
+        more: largest diagonal element of moments that were subtracted from others to give these.
+    """
     size = len(moments)
     if not size:
         return
     least, most = (float(value) for value in moments.diagonal().aminmax())
+    most += more
     slack = rounding * math.sqrt(size) * most
-    indefinite = least < 0 or bool((scatter.diagonal() < -slack).any())
+    indefinite = least < (-slack if more else 0) or bool((scatter.diagonal() < -slack).any())
     if not indefinite and most > 0:
         scaled = scatter / most
         scaled.diagonal().add_(2 * slack / most)
