@@ -113,6 +113,13 @@ def _merge(at: Ground) -> None:
     at.device("merge", at.work / "other.ssdedge")
 
 
+def _fleet(at: Ground) -> None:
+    _learned(at)
+    at.device("export", at.work / "other.ssdedge")
+    ledger = ("--ledger", at.work / "ledger", "-o", at.work / "fleet.ssdedge", "--max-forgetting", "1")
+    at.ssd_edge("fleet", at.bundle, at.work / "other.ssdedge", *ledger)
+
+
 def _watch(at: Ground) -> None:
     """Watch a stream for as long as ONNX Runtime waits before it sends."""
     jpeg = at.work / "photo.jpg"
@@ -151,6 +158,7 @@ SCENARIOS: dict[str, Callable[[Ground], object]] = {
     "evaluate": lambda at: at.ssd_edge("evaluate", at.run),
     "deploy": lambda at: at.ssd_edge("deploy", "--target", "cpu", at.run, "-o", at.work / "its.ssdedge", "--head"),
     "push": _push,
+    "fleet": _fleet,
     "device export": lambda at: at.device("export", at.work / "out.ssdedge"),
     "device forget": lambda at: at.device("forget", "circle", "--max-forgetting", "1"),
     "device fsck": lambda at: at.device("fsck"),

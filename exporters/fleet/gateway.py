@@ -30,11 +30,12 @@ from ssd_edge import bundle as bundles
 from ssd_edge import files
 from ssd_edge.bundle import card
 from ssd_edge.classes import MAX_NAME_LENGTH
-from ssd_edge.errors import BundleRefusedError, InputError, SSDEdgeError
+from ssd_edge.errors import InputError, SSDEdgeError
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.system import utc_now
 
 INDEX = "ledger.json"
+KINDS = ("refused", "failed", "late", "repeated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,18 @@ class Round:
         """Return the report as JSON values."""
         return dataclasses.asdict(self)
 
+    def lines(self) -> Iterator[str]:
+        """Yield the report for people: one line of counts, then one for each device or name that needs attention."""
+        parts = [f"{len(self.counted)} counted"]
+        parts += [f"{len(getattr(self, kind))} {kind}" for kind in (*KINDS, "unchanged") if getattr(self, kind)]
+        yield f"round {self.number}: {', '.join(parts)}"
+        for who, reason in (*self.refused.items(), *self.failed.items()):
+            yield f"  {who}: {reason}"
+        yield from (f"  {who}: did not answer in time; it is taken when it answers" for who in self.late)
+        yield from (f"  {who}: answered more than once, counted once" for who in self.repeated)
+        for one in self.conflicts:
+            yield f"  '{one.name}' is something else on {', '.join(one.devices)}, and counts as '{one.counted_as}'"
+
 
 @dataclasses.dataclass(frozen=True)
 class Issued:
@@ -135,6 +148,15 @@ class Issued:
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
         return dataclasses.asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the result for people."""
+        signed = f"signed by {self.signed_by}" if self.signed_by else "not signed"
+        yield (
+            f"{self.bundle}: {self.bytes / 1e6:.1f} MB, {len(self.classes)} classes, "
+            f"{sum(self.classes.values()):,} images; devices: {self.devices}, release {self.release}, {signed}"
+        )
+        yield from (f"  warning: {warning}" for warning in self.warnings)
 
 
 class Gateway:
@@ -212,7 +234,7 @@ class Gateway:
         conflicts = self._name_classes()
         self._index["round"] += 1
         self._save()
-        return Round(
+        report = Round(
             number=self._index["round"],
             counted=sorted(counted),
             unchanged=sorted(found["unchanged"]),
@@ -224,6 +246,8 @@ class Gateway:
             bytes=[min(sizes), int(np.median(sizes)), max(sizes)] if sizes else [],
             seconds=round(time.monotonic() - began, 2),
         )
+        files.write_json(self.folder / f"round-{report.number:06d}.json", report.to_dict())
+        return report
 
     def leave_out(self, installation: str) -> None:
         """Take a device out: its images no longer count, its sums are deleted, and later answers are refused.
@@ -399,24 +423,22 @@ def _another(name: str, taken: Collection[str]) -> str:
     raise AssertionError
 
 
-def exported(paths: Iterable[Path], bases: Mapping[str, DeviceState]) -> Iterator[Reply]:
-    """Yield what devices have learned, from the bundles that they have exported.
+def exported(path: Path, bases: Mapping[str, DeviceState]) -> Contribution:
+    """Return what a device has learned, from a bundle that it has exported.
 
     Args:
-        paths: The bundles.
+        path: The bundle.
         bases: States of the bundles that devices of the fleet install, by their digests.
+
+    Raises:
+        InputError: It started from another bundle, or as `contribution.since`.
+        BundleRefusedError: It is damaged.
     """
-    for path in paths:
-        try:
-            opened = bundles.read(path, allow_control_flow=True)  # its backbone is not run
-            origin = Origin.of(opened.manifest)
-            if origin.base not in bases:
-                raise InputError(
-                    f"that device started from the bundle {origin.base[:12]}…, which was not named; if this fleet has "
-                    "issued it, name it with --issued"
-                )
-            part = contribution.since(DeviceState.of_bundle(opened), bases[origin.base], origin)
-        except (InputError, BundleRefusedError) as error:
-            yield Reply(str(path), problem=str(error))
-        else:
-            yield Reply(str(path), part.to_arrays(), part.about())
+    opened = bundles.read(path, allow_control_flow=True)  # its backbone is not run
+    origin = Origin.of(opened.manifest)
+    if origin.base not in bases:
+        raise InputError(
+            f"that device started from the bundle {origin.base[:12]}…, which is neither the common one nor one that "
+            "was named as issued by this fleet"
+        )
+    return contribution.since(DeviceState.of_bundle(opened), bases[origin.base], origin)

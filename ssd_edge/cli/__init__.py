@@ -25,6 +25,7 @@ from ssd_edge.cli.device import device
 from ssd_edge.cli.distill import distill
 from ssd_edge.cli.doctor import doctor
 from ssd_edge.cli.evaluate import evaluate
+from ssd_edge.cli.fleet import fleet
 from ssd_edge.cli.inspect import inspect
 from ssd_edge.cli.keys import keys
 from ssd_edge.cli.options import Results, log, print_json
@@ -73,7 +74,7 @@ def cli() -> None:
 
 
 for command in (
-    *(data, train, compare, evaluate, deploy, push, device, inspect, verify, profile, bench, doctor, keys),
+    *(data, train, compare, evaluate, deploy, push, device, fleet, inspect, verify, profile, bench, doctor, keys),
     *(pretrain, distill, reproduce, config),
 ):
     cli.add_command(command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -97,3 +98,17 @@ def packed(base: Bundle, state: DeviceState) -> bytes:
     entries["backbone"] = base.read("backbone")
     manifest = {**base.manifest, "classes": state.registry.names}
     return bundles.pack(manifest, {bundles.ROLES[role]: (role, data) for role, data in entries.items()})
+
+
+def write(bundle: Bundle, path: Path, **changed: object) -> Path:
+    """Write a bundle, with some keys of its manifest changed."""
+    entries = {bundles.ROLES[role]: (role, bundle.read(role)) for role in bundle.roles}
+    bundles.write(path, bundles.pack({**bundle.manifest, **changed}, entries))
+    return path
+
+
+def export(device: Device, common: Bundle, folder: Path) -> Path:
+    """Write what `device export` would."""
+    facts = {"installation": device.state.bundle.installation, "merged": [], "generation": device.generation}
+    opened = bundles.parse(packed(common, device.state))
+    return write(opened, folder / f"{device.name}.ssdedge", device={**facts, "bundle_sha256": common.sha256})
