@@ -91,10 +91,14 @@ def level_standardisation(features: np.ndarray, widths: Sequence[int]) -> tuple[
         features: Raw features, ``(N, D)``.
         widths: Widths of the levels in them, which add up to D.
     """
-    mu, deviations = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
+    return features.mean(0, dtype=np.float64), level_scales(features.std(0, dtype=np.float64), widths)
+
+
+def level_scales(deviations: np.ndarray, widths: Sequence[int]) -> np.ndarray:
+    """Return the scale of each feature in `level_standardisation` from the standard deviations, ``(D,)``."""
     parts = zip(np.split(deviations, np.cumsum(widths)[:-1]), scales(widths), strict=True)
     sigma = [np.full(len(part), max(float(np.sqrt(np.mean(part**2))), 1e-12) / scale) for part, scale in parts]
-    return mu, np.concatenate(sigma)
+    return np.concatenate(sigma)
 
 
 class TorchEmbedder:

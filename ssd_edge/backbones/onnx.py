@@ -46,13 +46,14 @@ class OnnxEmbedder:
 
     Args:
         graph: The network and its preprocessing.
+        threads: Threads of ONNX Runtime; 0: one per core.
 
     Raises:
         InputError: The graph cannot be used; see `compose`.
         EnvironmentUnfitError: onnx or onnxruntime is not installed.
     """
 
-    def __init__(self, graph: NetworkGraph) -> None:
+    def __init__(self, graph: NetworkGraph, threads: int = 0) -> None:
         from ssd_edge.learners.priors import Priors  # imports PyTorch, which the child of `compose_apart` does not need
 
         self.graph: NetworkGraph | None = graph
@@ -67,7 +68,8 @@ class OnnxEmbedder:
                     graph.layout,
                     graph.allow_control_flow,
                     graph.levels,
-                )
+                ),
+                threads,
             )
         except InputError as error:
             raise InputError(f"backbone.name={graph.name}: {error}") from error
@@ -90,8 +92,12 @@ class OnnxEmbedder:
         return run(self._session, images)
 
 
-def open_session(model: bytes) -> InferenceSession:
+def open_session(model: bytes, threads: int = 0) -> InferenceSession:
     """Open a model in ONNX Runtime on the CPU.
+
+    Args:
+        model: The file.
+        threads: Threads of an operator; 0: one per core.
 
     Raises:
         EnvironmentUnfitError: onnxruntime is not installed.
@@ -99,6 +105,7 @@ def open_session(model: bytes) -> InferenceSession:
     runtime = ort.load("export", _PURPOSE)
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors are raised anyway
+    options.intra_op_num_threads = threads
     options.add_session_config_entry(*EXACT_INT8)
     session: InferenceSession = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return session

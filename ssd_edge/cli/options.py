@@ -47,6 +47,19 @@ ALLOW_CONTROL_FLOW = click.option(
     help="Accept a backbone with loops or branches, which may never end, from a source that you trust.",
 )
 
+ENGINE = click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where the work is done: in this process and its children, or by workers on a Ray cluster.",
+)
+RAY_ADDRESS = click.option(
+    "--ray-address",
+    metavar="HOST:PORT",
+    help="Ray cluster to use [default: one on this machine, which ends with the command and listens on loopback only].",
+)
+
 MAX_FORGETTING = click.option(
     "--max-forgetting",
     type=click.FloatRange(0, 1),
@@ -84,6 +97,17 @@ def with_folder(words: tuple[str, ...]) -> tuple[str, ...]:
     if folders and len(named) > 1:
         raise InputError(f"one data set is needed, but {len(named)} are named: {', '.join(named)}")
     return (*settings, *(f"data.path={word}" for word in folders))
+
+
+def check_engine(engine: str, ray_address: str | None, workers: int | None = None) -> None:
+    """Check that no option of a cluster is given for the engine ``local``.
+
+    Raises:
+        InputError: One is.
+    """
+    for name, value in (("--ray-address", ray_address), ("--workers", workers)):
+        if engine != "ray" and value:
+            raise InputError(f"{name} {value} belongs to --engine ray; add it, or leave out {name}")
 
 
 def echo(text: str = "", mark: str = "", colour: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ssd_edge.cli.options import CONFIG, read_tree, with_folder
+from ssd_edge.cli.options import CONFIG, ENGINE, RAY_ADDRESS, check_engine, read_tree, with_folder
 
 if TYPE_CHECKING:
     from ssd_edge.report.terminal import Console
@@ -22,9 +23,19 @@ if TYPE_CHECKING:
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue an interrupted run.")
 @click.option("--skip-bad", is_flag=True, help="Go on without files that cannot be used, and list them.")
 @click.option("--no-panel", is_flag=True, help="Train the model only; `ssd-edge compare` trains the others later.")
+@ENGINE
+@RAY_ADDRESS
+@click.option("--workers", type=click.IntRange(1, 4096), help="Workers of --engine ray [default: one per core].")
 @click.argument("words", nargs=-1, metavar="[FOLDER] [SECTION.KEY=VALUE]...")
 def train(
-    config_file: Path | None, resume: Path | None, skip_bad: bool, no_panel: bool, words: tuple[str, ...]
+    config_file: Path | None,
+    resume: Path | None,
+    skip_bad: bool,
+    no_panel: bool,
+    engine: str,
+    ray_address: str | None,
+    workers: int | None,
+    words: tuple[str, ...],
 ) -> None:
     """Train a learner task by task on the images in FOLDER or an archive, then others to compare it with.
 
@@ -37,6 +48,7 @@ def train(
     ssd-edge train --config F.yaml learner.name=sdmlp learner.k=10
     ssd-edge train learner.name=auto                choose a closed-form learner on held-out training images
     ssd-edge train --resume runs/3
+    ssd-edge train FOLDER --engine ray              embed with many workers; the model is the same
 
     Writes runs/<n>/ with metrics.json and report.html. `ssd-edge config` lists every key.
     """
@@ -49,19 +61,29 @@ def train(
     overrides = (*with_folder(words), *(["data.skip_bad=true"] if skip_bad else []))
     if resume is not None and (overrides or config_file):
         raise InputError("--resume keeps the configuration of the run; leave out --config and the other settings")
+    check_engine(engine, ray_address, workers)
     tree = read_tree(config_file, overrides)
     config = parse(TrainConfig, tree)
     from ssd_edge.run import train
 
     argv = ["ssd-edge", *sys.argv[1:]]  # without the path of the script, because the record goes into bundles
-    run = train.resume(resume, console) if resume else train.start(config, argv, console)
-    console.print(f"{run.folder}: {'resumed' if resume else 'started'}")
-    try:
-        trained = run.train_model()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"continue with: ssd-edge train --resume {run.folder}") from None
+    with contextlib.ExitStack() as ends:
+        on_cluster = None
+        if engine == "ray":
+            from ssd_edge.run.cluster import cluster
+            from ssd_edge.run.on_ray import Engine, check
+
+            if resume is None:
+                check(config.learner)  # before seconds are spent on starting a cluster
+            on_cluster = Engine(ends.enter_context(cluster(ray_address or "", workers or 0)))
+        run = train.resume(resume, console, on_cluster) if resume else train.start(config, argv, console, on_cluster)
+        console.print(f"{run.folder}: {'resumed' if resume else 'started'}")
+        try:
+            trained = run.train_model()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"continue with: ssd-edge train --resume {run.folder}") from None
     settings = run.config.run
-    if no_panel or not (settings.panel or settings.baselines):
+    if no_panel or engine == "ray" or not (settings.panel or settings.baselines):
         _conclude(run, trained, console)
         console.print(f"compare: ssd-edge compare {run.folder}")
         return

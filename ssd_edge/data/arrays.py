@@ -6,11 +6,13 @@ The other readers are in `folders`, `cifar` and `mnist`; `data.load` selects cla
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from ssd_edge.errors import InputError, require
 from ssd_edge.images import Pixels, decode, from_array
 from ssd_edge.system import usable_cores
 
+# Of images in a process: paths of files, encoded images, or the shape of arrays.
+Kind: TypeAlias = Literal["files", "encoded"] | tuple[int, ...]
 MAX_BYTES = 2 << 30  # limit of what is read into memory at once: an archive or an .npz
 _TRIED = Pixels(32)  # the smaller, the faster a JPEG is decoded
 _CHUNK = 16  # images per unit of work: few, so that one batch uses many cores
@@ -102,6 +106,40 @@ class Images:
         if isinstance(self._items, np.ndarray):
             return Images(self._items[indices], names)
         return Images([self._items[index] for index in indices], names)
+
+    @property
+    def kind(self) -> Kind:
+        """What `packed` returns for each image."""
+        if isinstance(self._items, np.ndarray):
+            return self._items.shape[1:]
+        return "files" if len(self) and isinstance(self._items[0], Path) else "encoded"
+
+    def packed(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
+        """Return images as bytes, from which `unpacked` restores them in another process; files by their paths.
+
+        Args:
+            indices: Positions of the images, in the order of the result.
+        """
+        if isinstance(self._items, np.ndarray):
+            return [self._items[index].tobytes() for index in indices]
+        chosen = (self._items[index] for index in indices)
+        return [os.fsencode(item) if isinstance(item, Path) else bytes(item) for item in chosen]
+
+    @classmethod
+    def unpacked(cls, kind: Kind, packed: Sequence[bytes], names: Sequence[str]) -> Images:
+        """Restore images from `packed`.
+
+        Args:
+            kind: `Images.kind`.
+            packed: The images.
+            names: Their names; ignored for files, which are named by their paths.
+        """
+        if kind == "files":
+            paths = [Path(os.fsdecode(item)) for item in packed]
+            return cls(paths, list(map(str, paths)))
+        if kind == "encoded":
+            return cls(packed, names)
+        return cls(np.frombuffer(b"".join(packed), np.uint8).reshape(len(packed), *kind), names)
 
     def joined(self, other: Images) -> Images:
         """Return these images followed by others of the same kind."""

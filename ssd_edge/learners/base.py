@@ -273,6 +273,14 @@ class Learner(abc.ABC):
         self.tasks_learned += 1
         return measured
 
+    def sums_of(self, task: Task) -> ClassStatistics | None:
+        """Return the sums over some samples, without learning them; `add` learns their `state`. None: it has no sums.
+
+        Args:
+            task: samples and their class rows.
+        """
+        return None
+
     def held_out_scores(self, task: Task, part: Tensor) -> Tensor | None:
         """Return scores of samples just learned, each as if those of its part of the task had not been.
 

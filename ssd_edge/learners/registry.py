@@ -42,6 +42,7 @@ BASELINES = tuple(name for name, kind in LEARNERS.items() if kind.baseline)
 PANEL = tuple(name for name, kind in LEARNERS.items() if kind.panel)
 CANDIDATES = tuple(name for name, kind in LEARNERS.items() if kind.candidate)
 CLOSED_FORM = tuple(name for name, kind in LEARNERS.items() if kind.family == "closed form")
+SUMMED = tuple(name for name, kind in LEARNERS.items() if kind.sums_of is not Learner.sums_of)  # state is sums
 MOST_FEATURES = 2**31  # of an embedding
 AUTO = "auto"  # not a learner: `train` replaces it with the choice of `learners.auto` before a run starts
 

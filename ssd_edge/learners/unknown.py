@@ -122,6 +122,7 @@ class Rejector:
         test: Tensor,
         test_rows: Tensor,
         rate: float = RATE,
+        part: Tensor | None = None,
     ) -> Rejector:
         """Fit to the data of a training run and calibrate on held-out images.
 
@@ -136,9 +137,11 @@ class Rejector:
             test: Test embeddings, ``(M, D)``; may be empty.
             test_rows: Their rows, int64 ``(M,)``.
             rate: Share of a class's own images that should be accepted.
+            part: `held_out_parts` of the training embeddings, if these are not all that were learned; all that are held
+                out have to be among them.
         """
         classes = len(statistics.counts)
-        part = _parts(train_rows, classes)
+        part = held_out_parts(train_rows, classes) if part is None else part
         scores = torch.zeros(classes, 3, dtype=torch.float64)
         for number in range(FOLDS):
             held_out = part == number
@@ -444,8 +447,13 @@ class Rejector:
         return min(max(-math.expm1(-limit), -1.0), 1.0)
 
 
-def _parts(rows: Tensor, classes: int) -> Tensor:
-    """Return the number of the part in which each image is held out, int64 ``(N,)``; −1 if it never is."""
+def held_out_parts(rows: Tensor, classes: int) -> Tensor:
+    """Return the part in which `Rejector.calibrate` holds out each image, int64 ``(N,)``; −1 if it never does.
+
+    Args:
+        rows: Rows of the images, int64 ``(N,)``.
+        classes: Number of rows.
+    """
     part, generator = torch.full_like(rows, -1), torch.Generator().manual_seed(0)
     for row in range(classes):
         own = (rows == row).nonzero().flatten()

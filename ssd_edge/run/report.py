@@ -48,24 +48,34 @@ def answer(
     return Answers.of(names, rows.numpy(), scores.numpy(), None if sure is None else sure.numpy(), margins)
 
 
+def places(rows: Tensor, seed: int) -> Tensor:
+    """Return how many images of its class come before each image in a seeded order, int64 ``(N,)``.
+
+    Args:
+        rows: Rows of the images, int64 ``(N,)``.
+        seed: Seed of the order.
+    """
+    shuffled = torch.from_numpy(np.random.default_rng([seed, 0]).permutation(len(rows)))
+    place = torch.zeros(len(rows), dtype=torch.int64)
+    for row in range(int(rows.max()) + 1):
+        members = shuffled[rows[shuffled] == row]
+        place[members] = torch.arange(len(members))
+    return place
+
+
 def from_fewer(
-    build: Callable[[], Learner], train: Task, test: Tensor, test_rows: Tensor, seed: int
+    build: Callable[[], Learner], train: Task, place: Tensor, test: Tensor, test_rows: Tensor
 ) -> list[LearningPoint]:
     """Learn again from fewer images, all classes at once, and return the accuracies on the test images.
 
     Args:
         build: Returns a new learner.
-        train: All training data.
+        train: Training data; at least the first images of each class by `place`, up to the largest of `CAPS`.
+        place: `places` of its images; more images contain fewer ones.
         test: Test embeddings ``(M, D)``.
         test_rows: Their rows, int64 ``(M,)``.
-        seed: Seed of the choice of images; more images contain fewer ones.
     """
-    rows = train.labels
-    shuffled = torch.from_numpy(np.random.default_rng([seed, 0]).permutation(len(rows)))
-    place, found = torch.zeros(len(rows), dtype=torch.int64), []
-    for row in range(int(rows.max()) + 1):  # place[i]: how many images of its class come before image i
-        members = shuffled[rows[shuffled] == row]
-        place[members] = torch.arange(len(members))
+    found = []
     for cap in [cap for cap in CAPS if cap <= int(place.max())][-POINTS:]:
         learner, kept = build(), place < cap
         learner.learn(train.of(kept))

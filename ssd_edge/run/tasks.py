@@ -12,6 +12,8 @@ from torch import Tensor
 from ssd_edge import learners
 from ssd_edge.backbones.embedder import level_standardisation
 from ssd_edge.data import Dataset
+from ssd_edge.learners.base import Progress
+from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.run.streams import Stream
 
 
@@ -20,8 +22,8 @@ class StreamData:
     """Embeddings and labels of a stream.
 
     Attributes:
-        train: Standardised training embeddings ``(N, D)``.
-        train_rows: Learner rows of the training samples, int64 ``(N,)``.
+        train: Standardised training embeddings ``(N, D)``; of those `kept`, ``(K, D)``.
+        train_rows: Learner rows of all training samples, int64 ``(N,)``.
         test: Standardised test embeddings ``(M, D)``.
         test_rows: Learner rows of the test samples, int64 ``(M,)``.
         train_tasks: For each experience, the indices of its training samples.
@@ -29,8 +31,9 @@ class StreamData:
         introduced: For each group, the experience that introduces it.
         names: Class names by row.
         standardisation: Mean and scale of the first task, if the backbone does not standardise; else None.
-        second: Standardised embeddings of the second views of the training images, ``(N, D)``; None without.
+        second: Standardised embeddings of the second views of the images in `train`; None without.
         embed_seconds: Time spent on the embeddings.
+        kept: Positions of the training samples whose embeddings are in `train`, int64 ``(K,)``, ascending; None: all.
     """
 
     train: Tensor
@@ -44,11 +47,31 @@ class StreamData:
     standardisation: tuple[np.ndarray, np.ndarray] | None
     second: Tensor | None = None
     embed_seconds: float = 0.0
+    kept: Tensor | None = None
+
+    def of_kept(self, values: Tensor) -> Tensor:
+        """Return those of values ``(N, …)`` of the training samples that belong to `train`."""
+        return values if self.kept is None else values[self.kept]
 
     @property
     def whole(self) -> learners.Task:
-        """All training data as one task."""
-        return learners.Task(self.train, self.train_rows, self.second)
+        """All training data whose embeddings are kept, as one task."""
+        return learners.Task(self.train, self.of_kept(self.train_rows), self.second)
+
+    def rows_of(self, number: int) -> Tensor:
+        """Return the distinct rows that occur in an experience, ascending."""
+        rows: Tensor = torch.unique(self.train_rows[self.train_tasks[number]])
+        return rows
+
+    def learn(self, learner: learners.Learner, number: int, progress: Progress) -> None:
+        """Let a learner learn one experience; `progress` is as for `learners.Learner.learn`."""
+        learner.learn(self.task(number), progress)
+
+    def statistics(self) -> ClassStatistics:
+        """Return the class statistics of all training embeddings."""
+        statistics = ClassStatistics(self.train.shape[1])
+        statistics.add(self.train, self.train_rows)
+        return statistics
 
     def task(self, number: int) -> learners.Task:
         """Return the training data of one experience."""

@@ -25,12 +25,11 @@ from ssd_edge.config import TrainConfig, parse, to_tree
 from ssd_edge.data import load
 from ssd_edge.errors import EnvironmentUnfitError, InputError, printable
 from ssd_edge.learners import auto
-from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.gradient.finetune import JOINT, FineTune
 from ssd_edge.learners.gradient.penalties import PenaltySettings
 from ssd_edge.learners.registry import BASELINES, PANEL
 from ssd_edge.learners.retention import TrackRecord
-from ssd_edge.learners.unknown import Rejector
+from ssd_edge.learners.unknown import Rejector, held_out_parts
 from ssd_edge.report import events
 from ssd_edge.report.compare import DISPLAY
 from ssd_edge.report.events import Listener, Message, TaskLearned
@@ -39,6 +38,7 @@ from ssd_edge.report.wording import extent, percent, step_name, stream_name
 from ssd_edge.run import metrics, preprocessing, report, storage
 from ssd_edge.run.embed import embed, embed_second
 from ssd_edge.run.metrics import Summary
+from ssd_edge.run.on_ray import Engine, check
 from ssd_edge.run.results import LearnerResult, RunResult, TaskInfo
 from ssd_edge.run.storage import LearnerProgress
 from ssd_edge.run.streams import make_stream
@@ -108,16 +108,21 @@ class Setup:
         config: Configuration of the run.
         listener: Receives progress events.
         folder: Folder of a run that is resumed, which has its backbone; None for a new run.
+        engine: Cluster that embeds and adds up; None for this process.
 
     Raises:
         InputError: If a setting, the data or the backbone cannot be used.
     """
 
-    def __init__(self, config: TrainConfig, listener: Listener, folder: Path | None = None) -> None:
-        self.config, self.listener = config, listener
+    def __init__(
+        self, config: TrainConfig, listener: Listener, folder: Path | None = None, engine: Engine | None = None
+    ) -> None:
+        self.config, self.listener, self.engine = config, listener, engine
         undecided = auto.wanted(config.learner)
+        if engine is not None:
+            check(config.learner)
         self.device = pick_device(config.run.device)
-        self.dataset = load(config.data, config.run.seed)
+        self.dataset = load(config.data, config.run.seed) if engine is None else engine.load(config, listener)
         for sentence in self.dataset.accounts.sentences():
             listener(Message(sentence))
         self.embedder = open_backbone(config.backbone, self.device, folder, lambda text: listener(Message(text)))
@@ -141,6 +146,8 @@ class Setup:
 
             if (doubt := preprocessing.doubt(self.dataset, self.embedder, config.cache, say)) is not None:
                 say(f"warning: {doubt}")
+        if self.engine is not None:
+            return self.engine.data(self.config, self.dataset, self.stream, self.embedder, self.listener)
         embedded = embed(self.dataset, self.embedder, self.listener, config.cache)
         if not auto.wanted(self.config.learner) and learners.wants_second_view(self.config.learner):
             embedded["second"] = embed_second(self.dataset, self.embedder, self.listener, config.cache)
@@ -194,7 +201,7 @@ class Run:
         config, data = self.config, self.setup.data
         self.listener(
             Message(
-                f"{self.setup.dataset.name}: {len(data.train):,} training and {len(data.test):,} test images, "
+                f"{self.setup.dataset.name}: {len(data.train_rows):,} training and {len(data.test):,} test images, "
                 f"{extent(len(data.names), len(data.test_tasks), len(data.train_tasks))}, "
                 f"{stream_name(config.stream.kind, config.stream.online)}, order {config.stream.order}"
             )
@@ -232,14 +239,14 @@ class Run:
             noun = step_name(len(data.test_tasks), steps)
             with events.progress(self.listener, learner.display, steps, noun) as update:
                 for step in range(len(self.progress.entry(name).rows), steps):
-                    began, task = time.monotonic(), data.task(step)
-                    learner.learn(task, functools.partial(update, step))
+                    began = time.monotonic()
+                    data.learn(learner, step, functools.partial(update, step))
                     seconds = time.monotonic() - began
                     row = tuple(accuracies(learner, data, step))
                     self._commit(learner, row, seconds, is_last=step + 1 == steps, is_main=is_main)
                     if is_main:
                         seen = tuple(accuracy for accuracy in row if accuracy is not None)
-                        classes = tuple(data.names[class_row] for class_row in task.rows.tolist())
+                        classes = tuple(data.names[class_row] for class_row in data.rows_of(step).tolist())
                         mean = sum(seen) / len(seen)
                         self.listener(TaskLearned(step, steps, classes, mean, seen, seconds, noun))
             if not is_main:
@@ -314,11 +321,12 @@ class Run:
         files.write_tensors(folder / "learner.safetensors", *state)
         statistics = learner.class_statistics()
         if statistics is None:
-            statistics = ClassStatistics(data.train.shape[1])
-            statistics.add(data.train, data.train_rows)
+            statistics = data.statistics()
             arrays = {name: tensor.numpy() for name, tensor in statistics.state().items()}
             files.write_tensors(folder / "statistics.safetensors", arrays)
-        rejector = Rejector.calibrate(statistics, data.train, data.train_rows, data.test, data.test_rows)
+        part = data.of_kept(held_out_parts(data.train_rows, len(data.names)))
+        rows = data.of_kept(data.train_rows)
+        rejector = Rejector.calibrate(statistics, data.train, rows, data.test, data.test_rows, part=part)
         files.write_tensors(folder / "unknown.safetensors", rejector.state())
         record = TrackRecord.tested_on(learner, statistics, rejector, data.test, data.test_rows)
         files.write_tensors(folder / "record.safetensors", record.state())
@@ -362,14 +370,14 @@ class Run:
                 self.config.run.seed,
                 setup.device,
             )
-            fewer = report.from_fewer(build, data.whole, data.test, data.test_rows, self.config.run.seed)
+            place = data.of_kept(report.places(data.train_rows, self.config.run.seed))
+            fewer = report.from_fewer(build, data.whole, place, data.test, data.test_rows)
         report.write(self.folder, found, fewer)
 
     def _collect(self, results: Mapping[str, LearnerResult], choice: Mapping[str, Any] | None) -> RunResult:
         config, data, dataset, stream = self.config, self.setup.data, self.setup.dataset, self.setup.stream
         name = config.learner["name"]
         train_groups = stream.groups(dataset.train_labels)
-        arriving = map(data.task, range(len(data.train_tasks)))
         return RunResult(
             learner=name,
             main=results[name],
@@ -383,12 +391,13 @@ class Run:
                 for task, train, test in zip(stream.tasks, train_groups, data.test_tasks, strict=True)
             ),
             experiences=tuple(
-                TaskInfo(tuple(data.names[row] for row in task.rows.tolist()), len(task.labels)) for task in arriving
+                TaskInfo(tuple(data.names[row] for row in data.rows_of(step).tolist()), len(samples))
+                for step, samples in enumerate(data.train_tasks)
             ),
             introduced=data.introduced,
             kind=config.stream.kind,
             online=config.stream.online,
-            train_images=len(data.train),
+            train_images=len(data.train_rows),
             test_images=len(data.test),
             class_accuracy=self.progress.entry(name).class_accuracy or {},
             embed_seconds=data.embed_seconds,
@@ -415,20 +424,21 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return parse(TrainConfig, to_tree(dataclasses.replace(config, backbone=backbone, data=data)))
 
 
-def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
+def start(config: TrainConfig, argv: list[str], listener: Listener, engine: Engine | None = None) -> Run:
     """Start a new run. Its folder is created only after configuration, data and backbone have been checked.
 
     Args:
         config: Configuration of the run.
         argv: Command to record with the run.
         listener: Receives progress events.
+        engine: Cluster that embeds and adds up; None for this process.
 
     Raises:
         InputError: If the configuration or the data cannot be used.
     """
     set_threads(config.run.threads)
     config = with_absolute_paths(config)
-    setup = Setup(config, listener)
+    setup = Setup(config, listener, engine=engine)
     choice = {"choice": setup.choose_learner().to_json()} if auto.wanted(config.learner) else {}
     config, embedder = setup.config, setup.embedder
     folder = storage.new_folder(Path(config.run.out))
@@ -454,12 +464,13 @@ def start(config: TrainConfig, argv: list[str], listener: Listener) -> Run:
     return Run(setup, folder)
 
 
-def resume(folder: Path, listener: Listener) -> Run:
+def resume(folder: Path, listener: Listener, engine: Engine | None = None) -> Run:
     """Open an interrupted run to continue it.
 
     Args:
         folder: Folder of the run.
         listener: Receives progress events.
+        engine: Cluster that embeds and adds up; None for this process.
 
     Raises:
         InputError: If the folder is not a run, or if its data or backbone have changed.
@@ -469,7 +480,7 @@ def resume(folder: Path, listener: Listener) -> Run:
     set_threads(config.run.threads or int(record.get("threads", 0)))
     for difference in storage.changed_environment(record):
         listener(Message(f"warning: {difference}; the resumed weights may differ in their last bits"))
-    setup = Setup(config, listener, folder)
+    setup = Setup(config, listener, folder, engine)
     present = setup.identity()
     for key, value in record.get("identity", {}).items():
         if present[key] != value:

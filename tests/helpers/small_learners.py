@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "packnet": {"name": "packnet", "neurons": 20, "epochs": 3, "batch": 16, "retrain": 2},
     "piggyback": {"name": "piggyback", "neurons": 20, "epochs": 3, "batch": 16, "mask_lr": 0.01},
     "supsup": {"name": "supsup", "neurons": 40, "epochs": 3, "batch": 16, "score_lr": 0.05},
-    "supsup, logit": {"name": "supsup", "neurons": 20, "epochs": 3, "batch": 16, "infer": "logit"},
+    "supsup, logit": {"name": "supsup", "neurons": 40, "epochs": 3, "batch": 16, "score_lr": 0.05, "infer": "logit"},
     "fecam": {"name": "fecam"},
     "flymodel": {"name": "flymodel", "neurons": 50, "inputs_per_neuron": 4, "active": 0.1},
     "slda by class": {"name": "slda", "per_class": True},

@@ -138,6 +138,11 @@ class FeCAM(Learner):
         progress(1.0)
         return {}
 
+    def sums_of(self, task: Task) -> ClassStatistics:
+        sums = ClassStatistics(self.size, per_class=True)
+        sums.add(self._transform(task.embeddings), task.labels)
+        return sums
+
     def _remove(self, row: int, approximately: bool) -> bool:
         self._solved.pop(row, None)
         return self.statistics.remove(row)

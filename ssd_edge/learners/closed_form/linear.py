@@ -156,18 +156,27 @@ class LinearLearner(Learner):
         """Return W ``(F, C)``, b ``(C,)`` and measurements, solved from the statistics."""
 
     def _learn(self, task: Task, progress: Progress) -> dict[str, float]:
-        self.statistics.grow(int(task.labels.max()) + 1)
+        self._count(self.statistics, task, progress)
+        measured = self._update()
+        progress(1.0)
+        return measured
+
+    def sums_of(self, task: Task) -> ClassStatistics:
+        sums = ClassStatistics(self.feature_count(), self.settings.per_class, views=self.wants_second_view)
+        self._count(sums, task, lambda done: False)
+        return sums
+
+    def _count(self, statistics: ClassStatistics, task: Task, progress: Progress) -> None:
+        """Add samples to statistics."""
+        statistics.grow(int(task.labels.max()) + 1)
         for start in range(0, len(task.labels), BATCH):
             part = slice(start, start + BATCH)
             features = self.features(task.embeddings[part].to(self.device))
             second = None
             if self.wants_second_view and task.second is not None:
                 second = self.features(task.second[part].to(self.device))
-            self.statistics.add(features, task.labels[part], second)
+            statistics.add(features, task.labels[part], second)
             progress(0.9 * start / len(task.labels))
-        measured = self._update()
-        progress(1.0)
-        return measured
 
     def _update(self) -> dict[str, float]:
         self.statistics.settle()

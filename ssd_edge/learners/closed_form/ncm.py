@@ -11,7 +11,7 @@ from torch import Tensor
 from ssd_edge.answers.graph import HeadGraph
 from ssd_edge.learners.base import Learner, Progress, Task, TensorSpec
 from ssd_edge.learners.closed_form.linear import COUNTS
-from ssd_edge.learners.closed_form.sums import check_seen, check_sums, counts_without
+from ssd_edge.learners.closed_form.sums import ClassStatistics, check_seen, check_sums, counts_without
 from ssd_edge.learners.priors import Priors
 
 
@@ -46,6 +46,11 @@ class NCM(Learner):
         self.sums.index_add_(0, labels, task.embeddings.cpu().double())
         progress(1.0)
         return {}
+
+    def sums_of(self, task: Task) -> ClassStatistics:
+        sums = ClassStatistics(self.dim)
+        sums.add(task.embeddings, task.labels)
+        return sums
 
     def _grow(self, classes: int) -> None:
         missing = max(classes - len(self.counts), 0)

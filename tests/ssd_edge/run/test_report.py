@@ -42,7 +42,7 @@ def test_learning_from_fewer_images_uses_at_most_so_many_per_class() -> None:
         learner.learn = recorded  # type: ignore[method-assign]
         return learner
 
-    found = report.from_fewer(build, Task(train, rows), test, test_rows, seed=0)
+    found = report.from_fewer(build, Task(train, rows), report.places(rows, 0), test, test_rows)
     assert [point.images for point in found] == [3, 6, 12, 25]
     assert [counts.tolist() for counts in seen] == [[3] * 4, [6] * 4, [12] * 4, [25] * 4]
     for point in found:
