@@ -30,7 +30,7 @@ from ssd_edge import bundle as bundles
 from ssd_edge import files
 from ssd_edge.bundle import card
 from ssd_edge.classes import MAX_NAME_LENGTH
-from ssd_edge.errors import InputError, SSDEdgeError
+from ssd_edge.errors import BundleRefusedError, InputError, SSDEdgeError
 from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.system import utc_now
 
@@ -177,7 +177,10 @@ class Gateway:
         self._index: dict[str, Any] = {"base": base.sha256, "issued": [], "left_out": [], "round": 0, "devices": {}}
         files.make_directory(self.folder)
         if files.exists(self.folder / INDEX):
-            self._index = {**self._index, **files.read_json(self.folder / INDEX)}
+            found = files.read_json(self.folder / INDEX)
+            if not isinstance(found, dict) or found.keys() != self._index.keys():
+                raise BundleRefusedError(f"{self.folder / INDEX} is damaged; restore the file")
+            self._index = found
         if self._index["base"] != base.sha256:
             raise InputError(
                 f"the ledger {self.folder} is of the bundle {self._index['base'][:12]}…, not of {base.sha256[:12]}…; "

@@ -16,7 +16,7 @@ from device_runtime.install.trust import trust
 from device_runtime.learning.state import DeviceState
 from exporters.fleet.gateway import Gateway, Reply
 from ssd_edge import bundle as bundles
-from ssd_edge.errors import GateRefusedError, InputError
+from ssd_edge.errors import BundleRefusedError, GateRefusedError, InputError
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +78,15 @@ def taught_all(common) -> DeviceState:
     return one.state
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("learner", "settings"),
     [
-        ("slda", {}), ("slda", {"per_class": True}), ("slda", {"second_view": True}), ("ncm", {}), ("ridge", {}),
-        ("fecam", {}), ("ranpac", {"features": 40}), ("klda", {"features": 40}),
+        ("slda", {}), ("ncm", {}), ("fecam", {}), ("ranpac", {"features": 40}),
+        pytest.param("slda", {"per_class": True}, marks=SLOW), pytest.param("slda", {"second_view": True}, marks=SLOW),
+        pytest.param("ridge", {}, marks=SLOW), pytest.param("klda", {"features": 40}, marks=SLOW),
     ],
 )  # fmt: skip
 def test_the_sum_of_many_devices_is_one_device_that_was_taught_everything(tmp_path, learner, settings):
@@ -304,6 +308,9 @@ def test_a_ledger_belongs_to_one_bundle(common, tmp_path):
         Gateway(tmp_path / "ledger", common_bundle(classes=2))
     with pytest.raises(InputError, match="nothing was written"):
         Gateway(tmp_path / "ledger", common).issue(tmp_path / "fleet.ssdedge")
+    (tmp_path / "ledger" / "ledger.json").write_text("[]")
+    with pytest.raises(BundleRefusedError, match="is damaged"):
+        Gateway(tmp_path / "ledger", common)
 
 
 @pytest.mark.parametrize("learner", ["flymodel", "finetune"])
