@@ -102,16 +102,16 @@ class MaskedNetwork(Learner):
     def _start(self, priors: Priors) -> None:
         r, device = self.settings.neurons, self.device
         generator = self.generator(purpose=1)
-        self.hidden_weight = self._draw(r, self.dim, generator)
-        self.hidden_bias = self._draw(r, 1, generator)[:, 0]
+        self.hidden_weight = self._draw(r, self.dim, self.dim, generator)
+        self.hidden_bias = self._draw(r, 1, self.dim, generator)[:, 0]
         self.masks = torch.zeros(0, r, self.dim, dtype=torch.bool, device=device)
         self.output_weight = torch.zeros(0, r, device=device)
         self.output_bias = torch.zeros(0, device=device)
         self.class_task = torch.zeros(0, dtype=torch.int64, device=device)
 
-    def _draw(self, rows: int, columns: int, generator: torch.Generator) -> Tensor:
-        """Draw weights ``(rows, columns)`` as PyTorch does for a layer."""
-        bound = 1.0 / math.sqrt(columns if columns > 1 else self.dim)
+    def _draw(self, rows: int, columns: int, fan_in: int, generator: torch.Generator) -> Tensor:
+        """Draw weights ``(rows, columns)`` as PyTorch does for a layer with so many inputs."""
+        bound = 1.0 / math.sqrt(fan_in)
         return ((torch.rand(rows, columns, generator=generator) * 2 - 1) * bound).to(self.device)
 
     # ── learning ─────────────────────────────────────────────────────────────────────────────────────
@@ -123,7 +123,8 @@ class MaskedNetwork(Learner):
             self.class_task = F.pad(self.class_task, (0, missing))
             self.output_weight = F.pad(self.output_weight, (0, 0, 0, missing))
             self.output_bias = F.pad(self.output_bias, (0, missing))
-        drawn = self._draw(len(rows), self.settings.neurons + 1, self.generator(purpose=2))
+        columns = self.settings.neurons + 1
+        drawn = self._draw(len(rows), columns, columns, self.generator(purpose=2))
         weight, bias, mask, measured = self._fit(inputs, labels, drawn[:, :-1], drawn[:, -1], progress)
         self.masks = torch.cat([self.masks, mask[None]])
         self.output_weight[rows], self.output_bias[rows] = weight, bias
@@ -390,8 +391,8 @@ class SupSup(MaskedNetwork):
         self, inputs: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, progress: Progress
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
         generator, outputs = self.generator(purpose=3), self._signed(weight)
-        hidden_scores = self._draw(len(self.hidden_weight), self.dim, generator)
-        output_scores = self._draw(len(weight), weight.shape[1], generator)
+        hidden_scores = self._draw(len(self.hidden_weight), self.dim, self.dim, generator)
+        output_scores = self._draw(len(weight), weight.shape[1], weight.shape[1], generator)
 
         def forward(x: Tensor) -> Tensor:
             hidden = self.hidden_weight * straight_through(hidden_scores, self._highest(hidden_scores))

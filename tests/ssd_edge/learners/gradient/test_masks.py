@@ -10,7 +10,7 @@ import torch
 from ssd_edge.errors import BundleRefusedError
 from ssd_edge.learners import build
 from ssd_edge.learners.base import Task
-from ssd_edge.learners.gradient.masks import MaskedNetwork, PackNet, certainties, straight_through
+from ssd_edge.learners.gradient.masks import MaskedNetwork, certainties, straight_through
 from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -203,8 +203,3 @@ def test_states_that_contradict_themselves_are_refused(change: dict[str, torch.T
         learner.learn(task(rows))
     with pytest.raises(BundleRefusedError, match=message):
         make("packnet").load_state_dict({**learner.state_dict(), **change})
-
-
-def test_names() -> None:
-    assert isinstance(make("packnet"), PackNet)
-    assert not any(make(name).replay for name in QUICK)
