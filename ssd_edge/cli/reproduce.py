@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
 
-from ssd_edge.cli.options import echo
+from ssd_edge.cli.options import ENGINE, RAY_ADDRESS, check_engine, echo
 
 
 @click.command()
@@ -29,6 +30,8 @@ from ssd_edge.cli.options import echo
 @click.option(
     "--tiny-backbone", type=click.Path(path_type=Path), metavar="DIR", help="Backbone package for Split Tiny-ImageNet."
 )
+@ENGINE
+@RAY_ADDRESS
 @click.option("--page-only", is_flag=True, help="Write the page from stored results without running anything.")
 def reproduce(
     what: tuple[str, ...],
@@ -39,6 +42,8 @@ def reproduce(
     workers: int | None,
     out: Path,
     tiny_backbone: Path | None,
+    engine: str,
+    ray_address: str | None,
     page_only: bool,
 ) -> None:
     """Reproduce the experiments of the papers.
@@ -74,12 +79,19 @@ def reproduce(
     picked = with_systems(on_streams(chosen(what), only), systems)
     if tiny_backbone is not None and not is_folder(tiny_backbone):
         raise InputError(f"--tiny-backbone {tiny_backbone} is not a folder; create a package with: ssd-edge pretrain")
+    check_engine(engine, ray_address)
     console = Console()
     request = runner.Request(picked, budget, orders, workers or 0, out, tiny_backbone)
     error = None
     try:
         if not page_only:
-            error = runner.run(request, console)
+            with contextlib.ExitStack() as ends:
+                on_cluster = None
+                if engine == "ray":
+                    from ssd_edge.run.cluster import cluster
+
+                    on_cluster = ends.enter_context(cluster(ray_address or "", workers or 0))
+                error = runner.run(request, console, on_cluster)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished results are stored; run the same command again to continue") from None
     page.write(out)

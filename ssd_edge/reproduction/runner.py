@@ -1,4 +1,4 @@
-"""Run many cells, in this process or in parallel.
+"""Run many cells, in this process, in parallel, or on a Ray cluster.
 
 Embeddings and keys are shared between cells and prepared first, so that worker processes only learn. Results are stored
 one by one; if a worker process dies, only its cell is repeated.
@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -31,6 +32,7 @@ from ssd_edge.reproduction import cells, work
 from ssd_edge.reproduction.sources import Sources, locate, write_inputs, write_priors
 from ssd_edge.reproduction.specs import Experiment, StreamSource, default_budget, streams
 from ssd_edge.reproduction.work import Job
+from ssd_edge.run.cluster import Cluster
 from ssd_edge.run.train import pick_device, set_threads
 from ssd_edge.system import duration, usable_cores
 
@@ -130,8 +132,13 @@ def _checkpoints() -> Path:
     return cache.folder().parent / "reproduce"
 
 
-def run(request: Request, listener: Listener) -> SSDEdgeError | None:
+def run(request: Request, listener: Listener, cluster: Cluster | None = None) -> SSDEdgeError | None:
     """Run the cells that are not stored.
+
+    Args:
+        request: Options.
+        listener: Receives progress events.
+        cluster: Cluster that runs the cells; None for this machine.
 
     Returns:
         None, or an error with the worst exit code of the failed cells. The results of all others are stored.
@@ -147,11 +154,21 @@ def run(request: Request, listener: Listener) -> SSDEdgeError | None:
         listener(
             Message(f"{stream}: skipped, because it needs a backbone that has not seen its classes (--tiny-backbone)")
         )
-    with tempfile.TemporaryDirectory(prefix="ssd-edge-") as scratch:
+    shared = None
+    if cluster is not None:  # its machines share the folder of the results
+        request = dataclasses.replace(request, out=request.out.absolute())
+        shared = request.results
+        shared.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ssd-edge-", dir=shared) as scratch:
         jobs, stored = plan(request, sources, Path(scratch))
         listener(Message(f"{len(jobs) + stored} cells, {stored} of them stored already"))
         workers = request.workers or (1 if device.type == "cuda" else usable_cores())
-        failures = _all(jobs, min(workers, max(1, len(jobs))), listener)
+        if cluster is not None:
+            outcomes = _on_cluster(jobs, cluster)
+        else:
+            workers = min(workers, max(1, len(jobs)))
+            outcomes = _sequential(jobs) if workers == 1 else _parallel(jobs, workers)
+        failures = _all(jobs, outcomes, listener)
     if not failures:
         return None
     error = SSDEdgeError(f"{len(failures)} of {len(jobs)} cells failed, see above; all others are stored")
@@ -215,10 +232,12 @@ def _uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _all(jobs: list[Job], workers: int, listener: Listener) -> list[Outcome]:
-    """Run the jobs and return the outcomes of those that failed."""
+Outcomes: TypeAlias = Generator[tuple[Job, Outcome], None, None]
+
+
+def _all(jobs: list[Job], outcomes: Outcomes, listener: Listener) -> list[Outcome]:
+    """Report outcomes of the jobs as they come, and return those that failed."""
     failures, began = [], time.monotonic()
-    outcomes = _sequential(jobs) if workers == 1 else _parallel(jobs, workers)
     width = len(str(len(jobs)))
     # closing ends the worker processes at once after an interrupt
     reporting = events.progress(listener, "reproduce", len(jobs), "cell", live_only=True)
@@ -234,7 +253,7 @@ def _all(jobs: list[Job], workers: int, listener: Listener) -> list[Outcome]:
     return failures
 
 
-def _sequential(jobs: Sequence[Job]) -> Generator[tuple[Job, Outcome], None, None]:
+def _sequential(jobs: Sequence[Job]) -> Outcomes:
     """Run jobs one after the other in this process."""
     threads = torch.get_num_threads()
     work.limit_threads()
@@ -245,7 +264,7 @@ def _sequential(jobs: Sequence[Job]) -> Generator[tuple[Job, Outcome], None, Non
         torch.set_num_threads(threads)
 
 
-def _parallel(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, Outcome], None, None]:
+def _parallel(jobs: Sequence[Job], workers: int) -> Outcomes:
     """Run jobs in parallel processes; if one dies, a new pool runs the remaining jobs.
 
     Raises:
@@ -272,6 +291,22 @@ def _parallel(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, Outcome
     raise EnvironmentUnfitError(
         f"worker processes died {ATTEMPTS} times with {len(left)} cells left; memory may be short: lower --workers"
     )
+
+
+def _on_cluster(jobs: Sequence[Job], cluster: Cluster) -> Outcomes:
+    """Run jobs as tasks of a Ray cluster; one whose process dies is run again."""
+    ray = cluster.ray
+    task = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(_attempt_alone)
+    waiting = {task.remote(job): job for job in jobs}
+    while waiting:
+        (done, *_), _ = ray.wait(list(waiting))
+        yield waiting.pop(done), ray.get(done)
+
+
+def _attempt_alone(job: Job) -> Outcome:
+    """Run one cell on one core of a process that runs nothing else."""
+    work.limit_threads()
+    return attempt(job)
 
 
 def _end(pool: ProcessPoolExecutor) -> None:

@@ -158,3 +158,20 @@ def test_an_interrupt_ends_the_workers_and_explains_how_to_continue(tmp_path: Pa
     assert "Traceback" not in output
     assert "run the same command again to continue" in output
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_stores_the_same_results(cli, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    words = ("reproduce", "lambda", "--budget", "smoke", "--system", "λ = 0")
+    cli(*words, "--workers", "1", "--out", tmp_path / "local", real=True)
+    cli(*words, "--workers", "2", "--engine", "ray", "--out", "ray", cwd=tmp_path, real=True)
+    stored = {}
+    for folder in ("local", "ray"):
+        results = (tmp_path / folder / "results" / "reproduce").rglob("*.json")
+        stored[folder] = {path.name: json.loads(path.read_text()) for path in results}
+    assert stored["local"].keys() == stored["ray"].keys()
+    assert len(stored["ray"]) == 2  # joint training is run with it
+    for name, result in stored["local"].items():
+        for key in ("accuracy", "matrix", "learned"):
+            assert result[key] == stored["ray"][name][key]
