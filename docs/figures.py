@@ -30,7 +30,7 @@ from ssd_edge.system import size
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
-ROWS = (*("precision", "shift", "budget", "epoch", "few", "readout", "mlp-ewc"),)
+ROWS = (*("precision", "shift", "budget", "epoch", "few", "readout", "mlp-ewc", "fisher"),)
 # docs/what-matters.md: experiments of `ssd-edge reproduce` at the reduced budget on Split CIFAR-10
 MATTERS = (
     *("shift", "k", "n", "lambda", "scope", "lr", "epochs", "gaba", "pretraining", "ewc", "layers"),
@@ -300,6 +300,37 @@ def settings_table(rows: list[dict]) -> str:
         lines.append(
             f"| `{name}` {settings} | {row['average_accuracy']:.3f} | {row['backward_transfer']:+.3f} | "
             f"{row['learning_accuracy']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+FISHER_CASES = {"exact": "exact", "batch": "SDMLP's code"}
+FISHER_CHANGES = {
+    "zero": ", none for outputs not taught",
+    "mean": ", the mean for outputs not taught",
+    "implicit": ", implicit step",
+}
+
+
+def fisher_table(rows: list[dict]) -> str:
+    """Return what EWC's importances achieve for a ReLU MLP, by their kind, temperature and weight."""
+    lines = [
+        "| importances | β | weight | accuracy | BWT | just learned | answers with a class of the last task "
+        "| share of the outputs' importance on outputs not taught, after task 1 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    common = set.intersection(*({row["order"] for row in rows if row["case"] == case} for case in cases))
+    for case in cases:
+        found = [row for row in rows if row["case"] == case and row["order"] in common]
+        mean = {key: statistics.fmean(row[key] for row in found) for key in found[0] if key not in ("case", "order")}
+        spread = f" ± {points(statistics.stdev(row['average_accuracy'] for row in found))}" if len(found) > 1 else ""
+        fisher, beta, weight, *change = case.split(":")
+        lines.append(
+            f"| {FISHER_CASES[fisher]}{FISHER_CHANGES[change[0]] if change else ''} | {beta} | {int(weight):,} | "
+            f"{points(mean['average_accuracy'])} %{spread} ({len(found)}) | "
+            f"{points(mean['backward_transfer'], signed=True)} | {percent(mean['learning_accuracy'])} | "
+            f"{percent(mean['last_task_share'])} | {percent(mean['untaught_share'])} |"
         )
     return "\n".join(lines)
 
@@ -621,6 +652,7 @@ def main() -> None:
             "pulls": pulls_table(),
             "readout": readout_table(read["readout"]),
             "mlp-ewc": settings_table(read["mlp-ewc"]),
+            "fisher": fisher_table(read["fisher"]),
         },
     }
     stale = []
