@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from adaptation_tables import adapt_table, tail_ends_table, tail_table
+from fleet_tables import fleet_table, names_table
 
 from ssd_edge import targets
 from ssd_edge.learners import LEARNERS
@@ -601,6 +602,8 @@ def main() -> None:
     heads = json.loads((DOCS / "results" / "heads.json").read_text())
     views = json.loads((DOCS / "results" / "views.json").read_text())
     tails = json.loads((DOCS / "results" / "tail.json").read_text())["rows"]
+    fleet = json.loads((DOCS / "results" / "fleet.json").read_text())
+    names = json.loads((DOCS / "results" / "fleet-names.json").read_text())
     read = {name: json.loads((DOCS / "results" / f"{name}.json").read_text())["rows"] for name in ROWS}
     tables = {
         README: {"taught": taught_table(photos)},
@@ -632,6 +635,10 @@ def main() -> None:
             "adapt": adapt_table(json.loads((DOCS / "results" / "adapt.json").read_text())["rows"]),
             "tail": tail_table(tails),
             "tail-ends": tail_ends_table(tails),
+        },
+        DOCS / "fleet.md": {
+            "fleet": fleet_table(fleet),
+            "names": names_table({one["settings"]["data"]: one["names"] for one in (names, fleet)}),
         },
         DOCS / "serve.md": {"serve": serve_table(json.loads((DOCS / "results" / "serve.json").read_text()))},
         DOCS / "service.md": {"drift": drift_table(drift), "drift-alarms": alarms_table(drift)},

@@ -114,7 +114,8 @@ def ask(grid: Any, nodes: Sequence[int], timeout: float, at_once: int = AT_ONCE)
             node = message.metadata.src_node_id
             answered.add(node)
             if message.has_error():
-                yield Reply(f"node {node}", problem=message.error.reason or "it failed")
+                lines = ["it failed", *str(message.error.reason or "").splitlines()]
+                yield Reply(f"node {node}", problem=[line for line in lines if line.strip()][-1])  # of a traceback
             else:
                 yield from read(message.content, f"node {node}")
         yield from (Reply(f"node {node}", problem="no answer", late=True) for node in asked if node not in answered)
