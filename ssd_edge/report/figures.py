@@ -64,6 +64,11 @@ STYLES = (
     LineStyle("#5f9a1c", (1, 4), "p"),
     LineStyle("#b5793a", (10, 5), "d"),
     LineStyle("#8c8c8c", (3, 1), "h"),
+    LineStyle("#3f86a8", (11, 2), "H"),
+    LineStyle("#b0629a", (4, 2, 1, 2), "+"),
+    LineStyle("#6f8f3a", (2, 1), "x"),
+    LineStyle("#9a6fd0", (16, 4), "1"),
+    LineStyle("#4d8f7a", (6, 3, 1, 3, 1, 3), "2"),
     LineStyle("#e0457b", (6, 1, 1, 1), "8"),
 )
 
