@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -49,6 +50,13 @@ def assert_same_run(local: Path, other: Path) -> None:
     """Check that two runs name every test image alike, and that their states agree within rounding."""
     first, second = (json.loads((run / "metrics.json").read_text()) for run in (local, other))
     assert first["accuracy_matrix"] == second["accuracy_matrix"]
+    answered = [load_file(run / "answers.safetensors") for run in (local, other)]
+    assert answered[0].keys() == answered[1].keys()
+    for name, array in answered[0].items():
+        if array.dtype.kind == "f":
+            np.testing.assert_allclose(array, answered[1][name], rtol=1e-4, atol=1e-4, err_msg=name)
+        else:
+            np.testing.assert_array_equal(array, answered[1][name], err_msg=name)
     ours, theirs = (load_file(run / "learner.safetensors") for run in (local, other))
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
@@ -56,12 +64,19 @@ def assert_same_run(local: Path, other: Path) -> None:
         assert float(abs(array - theirs[name]).max(initial=0)) <= 1e-4 * scale, name
 
 
+def descends(process: int) -> bool:
+    """Return True for a descendant of this process."""
+    while process > 1 and process != os.getpid():
+        process = int((PROCESS / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
+    return process == os.getpid()
+
+
 def workers() -> list[int]:
-    """Return the process ids of the workers that embed."""
+    """Return the process ids of the workers that embed, among the descendants of this process."""
     found = []
     for folder in files.list_folder(PROCESS):
         try:
-            if b"_Adder" in (folder / "cmdline").read_bytes():
+            if b"_Adder" in (folder / "cmdline").read_bytes() and descends(int(folder.name)):
                 found.append(int(folder.name))
         except (OSError, ValueError):
             continue
