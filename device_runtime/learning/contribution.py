@@ -1,4 +1,4 @@
-"""What a device has learned since its bundle, as sums, and the state of one device that had learned what many have.
+"""Sums over what a device has learned since its bundle, and the state of one device that had learned what many have.
 
 Sums add up exactly. As in `exchange`, nothing is averaged, and the learner is solved once. What a device sends is not
 believed: `parse` checks every number before anything is added.
@@ -212,9 +212,8 @@ def parse(arrays: Mapping[str, np.ndarray], about: Any, known: DeviceState) -> C
         BundleRefusedError: Something is missing, malformed, not finite, or not the sums of any images.
     """
     try:
-        facts = {**about, "merged": tuple(about["merged"])}
-        classes = tuple(facts.pop("classes"))
-        origin = Origin(**facts)
+        found = Contribution.restored(arrays, about)
+        origin, classes = found.origin, found.classes
         ids = [(_INSTALLATION, one) for one in (origin.installation, *origin.merged)]
         ids += [(_SHA256, one) for one in (origin.base, origin.backbone)]
         if any(type(one) is not str or not shape.fullmatch(one) for shape, one in ids):
@@ -226,7 +225,6 @@ def parse(arrays: Mapping[str, np.ndarray], about: Any, known: DeviceState) -> C
     except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise BundleRefusedError(f"it does not say correctly what it is ({error})") from error
     schemas = _schemas(known)
-    found = Contribution.restored(arrays, about)
     if found.statistics is not None and STATISTICS not in schemas:
         raise BundleRefusedError("it has class statistics beside those of its learner")
     for prefix, schema in schemas.items():

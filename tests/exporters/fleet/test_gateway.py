@@ -153,6 +153,7 @@ def test_failures_repeats_and_garbage_change_nothing_and_are_named(common, camer
         "no images": {"learner.counts": np.zeros_like(counts)},
         "shape": {"learner.sums": bad.arrays["learner.sums"][:, :-1]},
         "dtype": {"learner.sums": bad.arrays["learner.sums"].astype(np.float16)},
+        "text": {"learner.sums": np.full(bad.arrays["learner.sums"].shape, "x")},
         "unknown array": {"extra": counts},
         "beside": {"statistics.counts": counts},
         "too many right": {"held_out": bad.arrays["held_out"] + [[0.0, 1.0, 0.0]]},
