@@ -1,4 +1,4 @@
-"""How well each class is recognised, as far as held-out images tell."""
+"""Recognition of each class, as far as held-out images tell."""
 
 from __future__ import annotations
 

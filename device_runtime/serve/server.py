@@ -38,7 +38,7 @@ STATUS = 10.0  # seconds between two status lines for systemd, and until freed m
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to serve.
+    """Options of the server.
 
     Attributes:
         host: Address or name to listen on.

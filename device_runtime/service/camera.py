@@ -174,7 +174,7 @@ class _Pipe:
 
 
 class _LastWords:
-    """What a process has last written to standard error, which is read all the time: a full pipe would block it."""
+    """Last lines of a process's standard error, which is read all the time: a full pipe would block it."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stderr is not None

@@ -40,7 +40,7 @@ KINDS = ("refused", "failed", "late", "repeated")
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What came back from one device.
+    """Answer of one device, or the reason why there is none.
 
     Attributes:
         who: Name for the report: a node, or a file.
@@ -394,7 +394,7 @@ class Gateway:
 
 @dataclasses.dataclass(frozen=True)
 class _Taught:
-    """What one device, or the common bundle, means by a name.
+    """Images to which one device, or the common bundle, gives a name.
 
     Attributes:
         device: Its installation id; empty for the bundle.

@@ -92,9 +92,7 @@ class DER(Replay):
         difference = F.mse_loss(self._forward(self.exemplars[drawn]), self.exemplar_logits[drawn])
         losses["distillation"] = settings.logit_weight * difference
         if settings.label_weight:
-            drawn = self._drawn(len(labels))
-            replayed = F.cross_entropy(self._forward(self.exemplars[drawn]), self.exemplar_rows[drawn])
-            losses["replay"] = settings.label_weight * replayed
+            losses["replay"] = settings.label_weight * self._replayed(self._drawn(len(labels)))
         return losses
 
     @torch.no_grad()

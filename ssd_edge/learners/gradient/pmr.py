@@ -32,7 +32,7 @@ class PMR(ICaRL):
         losses = {"cross_entropy": F.cross_entropy(logits, labels)}
         drawn = self._drawn(len(labels))
         if len(drawn):
-            losses["replay"] = F.cross_entropy(self._forward(self.exemplars[drawn]), self.exemplar_rows[drawn])
+            losses["replay"] = self._replayed(drawn)
         return losses
 
     def _end(self, inputs: Tensor, labels: Tensor) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_edge.config import setting
@@ -69,6 +70,10 @@ class Replay(FineTune):
         if not len(self.places):
             return self.places
         return self.places[torch.randint(len(self.places), (count,), generator=self.draws).to(self.device)]
+
+    def _replayed(self, places: Tensor) -> Tensor:
+        """Return the cross-entropy of stored samples."""
+        return F.cross_entropy(self._forward(self.exemplars[places]), self.exemplar_rows[places])
 
     def _keep(self, exemplars: Tensor, rows: Tensor) -> None:
         """Replace the memory by embeddings ``(n, D)`` of the classes in `rows` ``(n,)``; n is at most `memory`."""

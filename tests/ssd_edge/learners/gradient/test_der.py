@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.replayed import DIM, accuracy, task
 
-from ssd_edge.learners.base import Learner, Task
 from ssd_edge.learners.gradient.der import DER, Settings, reservoir
 from ssd_edge.learners.gradient.finetune import FineTune
 from ssd_edge.learners.gradient.finetune import Settings as FineTuneSettings
@@ -14,22 +14,9 @@ from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DIM = 8
-
-
-def task(rows: tuple[int, ...], count: int = 200, seed: int = 0) -> Task:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.tensor(rows).repeat(count // len(rows))
-    means = 3.0 * torch.randn(7, DIM, generator=torch.Generator().manual_seed(99))
-    return Task(means[labels] + torch.randn(len(labels), DIM, generator=generator), labels)
-
 
 def make(**options: object) -> DER:
     return DER(DIM, Settings(**{"neurons": 50, "epochs": 20, "memory": 30, **options}), Priors())
-
-
-def accuracy(learner: Learner, test: Task) -> float:
-    return float((learner.predict(test.embeddings) == test.labels).double().mean())
 
 
 def test_the_reservoir_is_a_uniform_sample_of_everything_offered() -> None:

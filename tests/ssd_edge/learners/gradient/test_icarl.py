@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.replayed import DIM, accuracy, task
 
 from ssd_edge.errors import BundleRefusedError, InputError
-from ssd_edge.learners.base import BASE_SCHEMA, Learner, Task
+from ssd_edge.learners.base import BASE_SCHEMA
 from ssd_edge.learners.gradient.finetune import FineTune
 from ssd_edge.learners.gradient.finetune import Settings as FineTuneSettings
 from ssd_edge.learners.gradient.icarl import ICaRL, herd
@@ -15,19 +16,6 @@ from ssd_edge.learners.gradient.replay import Settings
 from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-DIM = 8
-
-
-def task(rows: tuple[int, ...], count: int = 200, seed: int = 0) -> Task:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.tensor(rows).repeat(count // len(rows))
-    means = 3.0 * torch.randn(7, DIM, generator=torch.Generator().manual_seed(99))
-    return Task(means[labels] + torch.randn(len(labels), DIM, generator=generator), labels)
-
-
-def accuracy(learner: Learner, test: Task) -> float:
-    return float((learner.predict(test.embeddings) == test.labels).double().mean())
 
 
 def make(**options: object) -> ICaRL:

@@ -5,23 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.replayed import DIM, task
 
 from ssd_edge.errors import InputError
-from ssd_edge.learners.base import Task
 from ssd_edge.learners.gradient.pmr import PMR
 from ssd_edge.learners.gradient.replay import Settings
 from ssd_edge.learners.priors import Priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-DIM = 8
-
-
-def task(rows: tuple[int, ...], count: int = 200, seed: int = 0) -> Task:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.tensor(rows).repeat(count // len(rows))
-    means = 3.0 * torch.randn(7, DIM, generator=torch.Generator().manual_seed(99))
-    return Task(means[labels] + torch.randn(len(labels), DIM, generator=generator), labels)
 
 
 def make(**options: object) -> PMR:
