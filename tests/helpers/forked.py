@@ -82,9 +82,13 @@ class Launcher:
         return subprocess.CompletedProcess(args, code, *streams)
 
     def close(self) -> None:
-        """End the launcher's process."""
+        """Kill the launcher's process.
+
+        The end of the channel is not enough: a process that a test forked may hold a copy of it.
+        """
         self._channel.close()
-        self._process.wait(10)
+        self._process.kill()
+        self._process.wait()
 
 
 def run_real(args: list[str], cwd: Path, env: Mapping[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
