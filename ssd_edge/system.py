@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ssd_edge.errors import EnvironmentUnfitError, system_problem
+from ssd_edge.errors import EnvironmentUnfitError, InputError, system_problem
 
 VERSION = "0.1.0"  # the only place: pyproject.toml and ssd_edge.__version__ read it
 MIB = 2**20
@@ -51,6 +51,23 @@ def cache_folder() -> Path:
 def usable_cores() -> int:
     """Return the number of processor cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ranks() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes that torchrun has started: 0 and 1 without it.
+
+    Raises:
+        InputError: The environment variables are not those of torchrun.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    count, rank = os.environ["WORLD_SIZE"], os.environ.get("RANK", "")
+    if not (count.isdecimal() and rank.isdecimal() and int(rank) < int(count)):
+        raise InputError(
+            f"WORLD_SIZE is '{count}' and RANK is '{rank}', which torchrun does not set; unset WORLD_SIZE, or start "
+            "with torchrun"
+        )
+    return int(rank), int(count)
 
 
 def resident(field: str = "VmRSS", process: Path = PROCESS) -> int:

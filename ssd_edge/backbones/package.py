@@ -102,7 +102,7 @@ def save(package: BackbonePackage, folder: Path) -> int:
     metadata = {"count": package.priors.count, "student": package.priors.student}
     files.write_tensors(folder / PRIORS, priors, metadata)
     files.write_json(folder / CARD, package.card)
-    return files.Tree(folder).size(folder)
+    return sum(files.Tree(folder).size(folder / name) for name in (WEIGHTS, PRIORS, CARD))
 
 
 def load(folder: Path | None = None) -> BackbonePackage:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ssd_edge.backbones import package as packages
+from ssd_edge.backbones.checkpoint import Checkpoint
 from ssd_edge.backbones.embedder import TorchEmbedder, standardisation
 from ssd_edge.backbones.keys import with_student
 from ssd_edge.backbones.networks import FEATURES
 from ssd_edge.backbones.package import BackbonePackage
-from ssd_edge.backbones.supervised import normalise, top1, train_backbone
-from ssd_edge.config import PretrainConfig, to_tree
+from ssd_edge.backbones.ranks import Ranks
+from ssd_edge.backbones.supervised import ALONE, normalise, top1, train_backbone
+from ssd_edge.config import PretrainConfig, PretrainingConfig, to_tree
 from ssd_edge.data import Dataset
 from ssd_edge.errors import InputError
 from ssd_edge.images import Pixels, check_embedded
@@ -21,6 +27,7 @@ from ssd_edge.learners.closed_form.sums import ClassStatistics
 from ssd_edge.learners.priors import Priors
 
 Log = Callable[[str], None]
+NO_EFFECT = ("device", "threads", "terms")  # settings that do not change the weights, except for rounding
 
 
 def as_tensor(images: np.ndarray) -> torch.Tensor:
@@ -44,14 +51,32 @@ def within_covariance(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def pretrain_backbone(
-    config: PretrainConfig, dataset: Dataset, device: torch.device, command: str, log: Log
+    config: PretrainConfig,
+    dataset: Dataset,
+    device: torch.device,
+    command: str,
+    folder: Path,
+    log: Log,
+    ranks: Ranks = ALONE,
 ) -> BackbonePackage:
     """Train a backbone, measure its statistics, and pretrain the keys of SDMLP.
 
-    The statistics are measured with the stored weights (fp16) and without augmentation.
+    The statistics are measured with the stored weights (fp16) and without augmentation. Of several processes, the one
+    of rank 0 calls this, and the others `train_backbone` without images.
+
+    Args:
+        config: Configuration.
+        dataset: Images.
+        device: Training device.
+        command: What was typed, for the card.
+        folder: Existing folder of the checkpoint, from which a training that was interrupted is continued.
+        log: Receives progress messages.
+        ranks: The processes that train together.
 
     Raises:
-        InputError: There are fewer than two classes, or the loss is not finite.
+        InputError: There are fewer than two classes, the loss is not finite, or the checkpoint in the folder belongs to
+            another training.
+        BundleRefusedError: The checkpoint is damaged.
     """
     if len(dataset.classes) < 2:
         raise InputError(f"pretraining needs at least two classes, but {dataset.name} has {len(dataset.classes)}")
@@ -65,7 +90,8 @@ def pretrain_backbone(
         rate = epoch * len(train) / seconds
         log(f"epoch {epoch}/{epochs}  loss {loss:.3f}  {rate:,.0f} images/s  {left / 60:.1f} min left")
 
-    body, head = train_backbone(train, labels, len(dataset.classes), config.train, device, report)
+    checkpoint = Checkpoint(folder, about(config.train, train, labels), log)
+    body, head = train_backbone(train, labels, config.train, device, report, ranks, checkpoint)
     test = as_tensor(dataset.test.load(np.arange(len(dataset.test)), pixels))
     accuracy = top1(body, head, test, torch.from_numpy(dataset.test_labels), device)
     log(f"top-1 on {len(test):,} test images of {len(dataset.classes)} classes: {accuracy:.3f}")
@@ -90,6 +116,15 @@ def pretrain_backbone(
     priors = Priors(count=len(train), within_covariance=within_covariance(embeddings, dataset.train_labels))
     package = BackbonePackage(weights, mu.astype(np.float32), sigma.astype(np.float32), priors, card)
     return with_student(package, embeddings, dataset.train_labels, config.student, config.train.seed, log)
+
+
+def about(config: PretrainingConfig, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Return what determines the weights that a training gives: settings, and a digest of its images and labels."""
+    settings = {f"train.{name}": value for name, value in dataclasses.asdict(config).items() if name not in NO_EFFECT}
+    data = hashlib.sha256(str(tuple(images.shape)).encode())
+    data.update(images.numpy().data)
+    data.update(labels.numpy().data)
+    return {**settings, "the digest of the images": data.hexdigest()[:16]}
 
 
 def retrain_student(

@@ -9,18 +9,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssd_edge.backbones.checkpoint import Checkpoint, State
 from ssd_edge.backbones.networks import ARCHITECTURES, FEATURES, PIXEL_MEAN, PIXEL_STD
+from ssd_edge.backbones.ranks import Ranks
 from ssd_edge.config import PretrainingConfig, ScheduleConfig
 from ssd_edge.errors import InputError
 
 Report = Callable[[int, int, float, float], None]  # epoch, epochs, loss, seconds so far
 # Of the network's output (N, …), the positions of the images, and which of them were flipped.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+ALONE = Ranks()
 
 
 def normalise(images: Tensor, mean: Sequence[float] = PIXEL_MEAN, std: Sequence[float] = PIXEL_STD) -> Tensor:
@@ -29,36 +33,66 @@ def normalise(images: Tensor, mean: Sequence[float] = PIXEL_MEAN, std: Sequence[
     return (images.float() / 255.0 - shift) / scale
 
 
-def augment(images: Tensor, crop: int, cutout: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Apply a random crop of the reflect-padded image, a horizontal flip and an optional grey square (cutout).
+class Moves(NamedTuple):
+    """Random choices of the augmentation of N images, int64 or bool ``(N,)``: they are those of a sample in an epoch.
+
+    Attributes:
+        top: First row of the crop.
+        left: First column of the crop.
+        flip: True for a horizontal flip.
+        y: Row of the centre of the square.
+        x: Column of it.
+    """
+
+    top: Tensor
+    left: Tensor
+    flip: Tensor
+    y: Tensor
+    x: Tensor
+
+
+def draw(count: int, side: tuple[int, int], crop: int, cutout: int, generator: torch.Generator) -> Moves:
+    """Draw how images of height and width `side` are augmented; the other arguments are those of `augment`.
+
+    Args:
+        count: Number of images, of all processes.
+        side: Height and width.
+        crop: Padding in pixels.
+        cutout: Side of the square in pixels.
+        generator: Generator on the CPU, so that a seed gives the same augmentation on every device.
+    """
+
+    def below(limit: int) -> Tensor:
+        return torch.randint(0, limit, (count,), generator=generator)
+
+    top, left = below(2 * crop + 1), below(2 * crop + 1)
+    flip = torch.rand(count, generator=generator) < 0.5
+    y, x = (below(side[0]), below(side[1])) if cutout else (top, left)
+    return Moves(top, left, flip, y, x)
+
+
+def augment(images: Tensor, crop: int, cutout: int, moves: Moves) -> Tensor:
+    """Apply a crop of the reflect-padded image, a horizontal flip and an optional grey square (cutout).
 
     Args:
         images: float ``(N, 3, H, W)``.
         crop: Padding in pixels. 0: no crop.
         cutout: Side of the square in pixels. 0: no square.
-        generator: Generator on the CPU, so that a seed gives the same augmentation on every device.
-
-    Returns:
-        The images, and which of them were flipped, bool ``(N,)``.
+        moves: What was drawn for these images.
     """
     count, _, height, width = images.shape
     device = images.device
+    top, left, flip, y, x = (part.to(device).view(count, 1, 1) for part in moves)
     rows = torch.arange(height, device=device).view(1, height, 1)
     columns = torch.arange(width, device=device).view(1, 1, width)
-    top = torch.randint(0, 2 * crop + 1, (count, 1, 1), generator=generator).to(device)
-    left = torch.randint(0, 2 * crop + 1, (count, 1, 1), generator=generator).to(device)
-    flip = (torch.rand(count, 1, 1, generator=generator) < 0.5).to(device)
     padded = F.pad(images, (crop,) * 4, mode="reflect") if crop else images
-    columns = torch.where(flip, width - 1 - columns, columns)
+    turned = torch.where(flip, width - 1 - columns, columns)
     sample = torch.arange(count, device=device).view(count, 1, 1)
-    images = padded.permute(0, 2, 3, 1)[sample, rows + top, columns + left].permute(0, 3, 1, 2)
+    images = padded.permute(0, 2, 3, 1)[sample, rows + top, turned + left].permute(0, 3, 1, 2)
     if cutout:
-        y = torch.randint(0, height, (count, 1, 1), generator=generator).to(device)
-        x = torch.randint(0, width, (count, 1, 1), generator=generator).to(device)
-        columns = torch.arange(width, device=device).view(1, 1, width)
         hole = ((rows - y).abs() <= cutout // 2) & ((columns - x).abs() <= cutout // 2)
         images = images.masked_fill(hole[:, None], 0.0)
-    return images, flip.flatten()
+    return images
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:
@@ -67,17 +101,24 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def train_backbone(
-    images: Tensor, labels: Tensor, classes: int, config: PretrainingConfig, device: torch.device, report: Report
+    images: Tensor | None,
+    labels: Tensor | None,
+    config: PretrainingConfig,
+    device: torch.device,
+    report: Report,
+    ranks: Ranks = ALONE,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[nn.Module, nn.Linear]:
     """Train a body and a linear head from scratch.
 
     Args:
-        images: uint8 ``(N, 3, H, W)``, moved to `device` as a whole.
-        labels: int64 ``(N,)``, below `classes`.
-        classes: Number of classes.
+        images: uint8 ``(N, 3, H, W)``, moved to `device` as a whole. None on all processes but that of rank 0.
+        labels: int64 ``(N,)``; each class has at least one image. None as for `images`.
         config: Schedule.
         device: Training device.
         report: Called after each epoch.
+        ranks: The processes that train together.
+        checkpoint: Where the training is continued, and its state is kept after each epoch; None on the other ranks.
 
     Returns:
         The trained body and head in eval mode on the CPU.
@@ -85,16 +126,16 @@ def train_backbone(
     Raises:
         InputError: The loss is no longer finite, e.g. because the learning rate is too high.
     """
+    images, truth = ranks.share(images), ranks.share(labels).to(device)
     torch.manual_seed(config.seed)
     body = ARCHITECTURES[config.arch]()
-    head = nn.Linear(FEATURES, classes)
-    truth = labels.to(device)
+    head = nn.Linear(FEATURES, int(truth.max()) + 1)
 
     def loss(logits: Tensor, index: Tensor, flipped: Tensor) -> Tensor:
         return F.cross_entropy(logits, truth[index], label_smoothing=config.label_smoothing)
 
     kind = "sgd" if config.arch == "resnet9" else "adamw"
-    fit(nn.Sequential(body, head), images, loss, config, kind, device, report)
+    fit(nn.Sequential(body, head), images, loss, config, kind, device, report, ranks=ranks, checkpoint=checkpoint)
     return body, head
 
 
@@ -108,8 +149,13 @@ def fit(
     report: Report,
     mean: Sequence[float] = PIXEL_MEAN,
     std: Sequence[float] = PIXEL_STD,
+    ranks: Ranks = ALONE,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Train a network in place; it is left in eval mode on the CPU.
+
+    With several processes, each computes its part of every batch. Samples, augmentation and steps are those of a single
+    process, so that the result is, too, up to the order in which numbers are added.
 
     Args:
         model: From normalised images ``(N, 3, H, W)`` to what `loss` takes.
@@ -121,9 +167,13 @@ def fit(
         report: Called after each epoch.
         mean: Per channel, for pixels in 0..1.
         std: Per channel.
+        ranks: The processes that train together.
+        checkpoint: Where the training is continued, and its state is kept after each epoch; None on the other ranks.
 
     Raises:
-        InputError: The loss is no longer finite, e.g. because the learning rate is too high.
+        BundleRefusedError: The checkpoint is damaged.
+        InputError: The checkpoint belongs to another training, the batch is smaller than the number of processes, or
+            the loss is no longer finite, e.g. because the learning rate is too high.
     """
     generator = torch.Generator().manual_seed(config.seed)
     # the stubs lack `memory_format`
@@ -146,28 +196,40 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, peak, total_steps=config.epochs * steps_per_epoch, pct_start=0.2, cycle_momentum=False
     )
-    started = time.monotonic()
-    for epoch in range(config.epochs):
-        model.train()
-        order = torch.randperm(len(images), generator=generator).to(device)
-        total = torch.zeros((), device=device)
-        for step in range(steps_per_epoch):
-            index = order[step * batch : (step + 1) * batch]
-            inputs, flipped = augment(normalise(images[index], mean, std), config.crop, config.cutout, generator)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp and _has_fast_bfloat16(device)):
-                output = model(inputs.contiguous(memory_format=torch.channels_last))
-            missed = loss(output.float(), index, flipped)
-            optimiser.zero_grad(set_to_none=True)
-            missed.backward()  # type: ignore[no-untyped-call]  # not annotated in torch
-            if kind == "adamw":
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-            total += missed.detach()
-        mean_loss = float(total) / steps_per_epoch
-        if not math.isfinite(mean_loss):
-            raise InputError(f"the loss became {mean_loss} in epoch {epoch + 1}; lower train.lr (now {peak})")
-        report(epoch + 1, config.epochs, mean_loss, time.monotonic() - started)
+    state, done, spent = State(model, optimiser, schedule, generator), 0, 0.0
+    if saved := ranks.share_bytes(checkpoint.read() if checkpoint else b""):
+        metadata = state.restore(saved)
+        done, spent = metadata["epoch"], metadata["seconds"]
+    mine = ranks.part(batch)
+    share = (mine.stop - mine.start) / batch
+    started = time.monotonic() - spent
+    with ranks.training(model) as trained:
+        for epoch in range(done, config.epochs):
+            model.train()
+            order = torch.randperm(len(images), generator=generator).to(device)
+            total = torch.zeros((), device=device)
+            for step in range(steps_per_epoch):
+                moves = draw(batch, (images.shape[2], images.shape[3]), config.crop, config.cutout, generator)
+                moves = Moves(*(part[mine] for part in moves))
+                index = order[step * batch : (step + 1) * batch][mine]
+                inputs = augment(normalise(images[index], mean, std), config.crop, config.cutout, moves)
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.amp and _has_fast_bfloat16(device)):
+                    output = trained(inputs.contiguous(memory_format=torch.channels_last))
+                missed = share * loss(output.float(), index, moves.flip.to(device))
+                optimiser.zero_grad(set_to_none=True)
+                # gradients are averaged over the processes, but those of the parts of a mean add up
+                (ranks.count * missed).backward()
+                if kind == "adamw":
+                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimiser.step()
+                schedule.step()
+                total += missed.detach()
+            mean_loss = float(ranks.total(total)) / steps_per_epoch
+            if not math.isfinite(mean_loss):
+                raise InputError(f"the loss became {mean_loss} in epoch {epoch + 1}; lower train.lr (now {peak})")
+            if checkpoint:
+                checkpoint.write(state, epoch + 1, time.monotonic() - started)
+            report(epoch + 1, config.epochs, mean_loss, time.monotonic() - started)
     model.eval().to("cpu")
 
 

@@ -28,7 +28,7 @@ from ssd_edge.cli.evaluate import evaluate
 from ssd_edge.cli.fleet import fleet
 from ssd_edge.cli.inspect import inspect
 from ssd_edge.cli.keys import keys
-from ssd_edge.cli.options import Results, log, print_json
+from ssd_edge.cli.options import Results, log, print_json, said_once
 from ssd_edge.cli.pretrain import pretrain
 from ssd_edge.cli.profile import profile
 from ssd_edge.cli.push import push
@@ -44,9 +44,10 @@ from ssd_edge.errors import (
     printable,
     system_problem,
 )
-from ssd_edge.system import VERSION
+from ssd_edge.system import VERSION, ranks
 
 INTERRUPTED = 130
+TOGETHER = ("pretrain",)  # verbs that several processes of torchrun work on together
 WRITERS = ("click.utils", "rich.console")  # modules that write to standard output
 OPTIONAL = {
     **dict.fromkeys(("torch", "onnxruntime", "cryptography"), "device"),
@@ -58,7 +59,8 @@ OPTIONAL = {
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="ssd-edge")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Continual learning for edge devices: train, deploy, learn on the device, undo.
 
     \b
@@ -71,6 +73,12 @@ def cli() -> None:
                        ssd-edge device predict frame.jpg
                        ssd-edge device rollback
     """
+    with said_once():
+        if ranks()[1] > 1 and (verb := context.invoked_subcommand) not in TOGETHER:
+            raise InputError(
+                f"{verb} works in one process, but torchrun has started {ranks()[1]}, which would overwrite each "
+                f"other's results; start it without torchrun (WORLD_SIZE is set; verbs for it: {', '.join(TOGETHER)})"
+            )
 
 
 for command in (

@@ -7,14 +7,17 @@ import dataclasses
 import io
 import json
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssd_edge.errors import BadFilesError, InputError, printable
+from ssd_edge.errors import BadFilesError, InputError, SSDEdgeError, printable
+from ssd_edge.system import ranks
 
 if TYPE_CHECKING:
     from device_runtime.device import Device
@@ -108,6 +111,25 @@ def check_engine(engine: str, ray_address: str | None, workers: int | None = Non
     for name, value in (("--ray-address", ray_address), ("--workers", workers)):
         if engine != "ray" and value:
             raise InputError(f"{name} {value} belongs to --engine ray; add it, or leave out {name}")
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Let rank 0 alone say an error that all processes of torchrun have; the others end silently with its code."""
+    try:
+        yield
+    except SSDEdgeError as error:
+        if ranks()[0] == 0:
+            raise
+        wait_silently()
+        raise SystemExit(error.exit_code) from None
+
+
+def wait_silently() -> None:
+    """Leave another process of torchrun the time to say what happened: all are ended once one has ended."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    time.sleep(2)
 
 
 def echo(text: str = "", mark: str = "", colour: str | None = None) -> None:

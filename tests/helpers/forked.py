@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,6 +45,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self._channel, theirs = socket.socketpair()
+        self._asking = threading.Lock()  # commands may run at the same time
         with theirs:
             command = [sys.executable, __file__, str(theirs.fileno())]
             environment = {
@@ -61,15 +63,17 @@ class Launcher:
         Raises:
             subprocess.TimeoutExpired: the command was killed after this time.
         """
-        umask = os.umask(0)
-        os.umask(umask)
+        with self._asking:
+            umask = os.umask(0)
+            os.umask(umask)
         request = json.dumps({"args": args, "cwd": str(cwd), "env": dict(env), "umask": umask}).encode()
         receiver, sender = os.pipe()
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, os.fdopen(receiver, "rb", 0) as reply:
             fds = [out.fileno(), err.fileno(), sender]
-            socket.send_fds(self._channel, [len(request).to_bytes(SIZE, "little")], fds)
+            with self._asking:
+                socket.send_fds(self._channel, [len(request).to_bytes(SIZE, "little")], fds)
+                self._channel.sendall(request)
             os.close(sender)
-            self._channel.sendall(request)
             pid = int(reply.readline())
             if not select.select([reply], [], [], timeout)[0]:
                 os.kill(pid, signal.SIGKILL)

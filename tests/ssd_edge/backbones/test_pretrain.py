@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from ssd_edge.backbones import package as packages
 from ssd_edge.backbones.embedder import TorchEmbedder, network
 from ssd_edge.backbones.networks import ARCHITECTURES
-from ssd_edge.backbones.supervised import augment, normalise
+from ssd_edge.backbones.supervised import Moves, augment, draw, normalise
 from ssd_edge.cli.pretrain import pretrain
 from ssd_edge.data import Dataset
 from ssd_edge.errors import BundleRefusedError, InputError
@@ -133,16 +133,22 @@ def test_architectures_give_256_features(name: str) -> None:
 
 def test_augmentation_moves_flips_and_keeps_pixels() -> None:
     ramp = torch.arange(64.0).view(1, 1, 8, 8).repeat(200, 3, 1, 1)
-    moved, flipped = augment(ramp, crop=2, cutout=0, generator=torch.Generator().manual_seed(0))
+
+    def drawn(seed: int, crop: int, cutout: int) -> Moves:
+        return draw(len(ramp), (8, 8), crop, cutout, torch.Generator().manual_seed(seed))
+
+    moved = augment(ramp, 2, 0, moves := drawn(0, 2, 0))
     assert moved.shape == ramp.shape
     assert set(moved.unique().tolist()) <= set(range(64))
     rising = moved[:, 0, 4, 4] < moved[:, 0, 4, 5]
     assert 40 < int(rising.sum()) < 160  # about half are flipped
-    assert torch.equal(~rising, flipped)
-    same, _ = augment(ramp, crop=0, cutout=0, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(~rising, moves.flip)
+    same = augment(ramp, 0, 0, drawn(1, 0, 0))
     assert all(torch.equal(each, ramp[0]) or torch.equal(each, ramp[0].flip(-1)) for each in same)
-    holes, _ = augment(ramp + 1, crop=0, cutout=4, generator=torch.Generator().manual_seed(2))
+    holes = augment(ramp + 1, 0, 4, drawn(2, 0, 4))
     assert (holes == 0).any()
+    part = Moves(*(each[50:90] for each in moves))
+    assert torch.equal(augment(ramp[50:90], 2, 0, part), moved[50:90])
 
 
 def test_the_shipped_package_is_small_and_complete() -> None:
