@@ -219,9 +219,16 @@ def _is_one_gone(store: Any, count: int) -> bool:
             if not store.check([f"process/{rank}"]):
                 continue
             pid, _, host = store.get(f"process/{rank}").decode().partition(" ")
-            gone = host == socket.gethostname() and not os.path.exists(f"/proc/{pid}")
-            if gone and not store.check([f"ended/{rank}"]):
+            if host == socket.gethostname() and _is_gone(int(pid)) and not store.check([f"ended/{rank}"]):
                 return True
+    return False
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 
